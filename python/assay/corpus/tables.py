@@ -1,0 +1,81 @@
+"""The score table: `row`, `id`, then one float32 column per score, each saying which end to keep."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+METADATA_KEY = b"assay"
+ROW_AND_ID = (pa.field("row", pa.int64(), nullable=False), pa.field("id", pa.string(), nullable=False))
+
+
+class ScoreColumn(Protocol):
+    """What a table needs to know about a score; `assay.methods.Column` is one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def keep(self) -> str: ...
+    @property
+    def description(self) -> str: ...
+
+
+def score_schema(columns: Sequence[ScoreColumn], metadata: Mapping[str, Any]) -> pa.Schema:
+    """A score table's schema: each score says which end to keep; `metadata` is the footer's JSON."""
+    names = [column.name for column in columns]
+    taken = {field.name for field in ROW_AND_ID}
+    for name in names:
+        if name in taken:
+            raise ValueError(f"score column {name!r} appears twice; each score of a table needs its own name")
+        taken.add(name)
+    scores = [
+        pa.field(c.name, pa.float32(), metadata={"keep": c.keep, "description": c.description})
+        for c in columns
+    ]
+    footer = json.dumps(metadata, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return pa.schema([*ROW_AND_ID, *scores], metadata={METADATA_KEY: footer.encode()})
+
+
+def make_table(
+    rows: npt.ArrayLike,
+    ids: Sequence[str] | pa.Array,
+    scores: Mapping[str, npt.NDArray[Any]],
+    columns: Sequence[ScoreColumn],
+    metadata: Mapping[str, Any],
+) -> pa.Table:
+    """Build a score table.
+
+    ``rows`` are positions in the source, ``ids`` the samples' ids, ``scores`` one value per row for every
+    column in ``columns`` and nothing else. A missing or surplus score, or one of the wrong length, is a
+    ValueError.
+    """
+    schema = score_schema(columns, metadata)
+    row_array = np.asarray(rows, dtype=np.int64)
+    wanted = schema.names[len(ROW_AND_ID) :]
+    if set(scores) != set(wanted):
+        raise ValueError(f"scores are {sorted(scores)}, but the columns declare {sorted(wanted)}")
+    lengths = {"row": len(row_array), "id": len(ids)} | {name: len(scores[name]) for name in wanted}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"columns of a score table differ in length: {lengths}")
+    arrays = [pa.array(row_array), pa.array(ids, pa.string())]
+    # from_pandas=False: a NaN score is a score that is not a number, not a missing one.
+    arrays += [pa.array(np.asarray(scores[name], dtype=np.float32), from_pandas=False) for name in wanted]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def read_metadata(schema: pa.Schema) -> dict[str, Any]:
+    """The footer's JSON of a score table's schema; ValueError if it has none."""
+    raw = (schema.metadata or {}).get(METADATA_KEY)
+    if raw is None:
+        raise ValueError("not a score table: its schema has no `assay` metadata")
+    footer = json.loads(raw)
+    if not isinstance(footer, dict):
+        raise ValueError(
+            f"not a score table: its `assay` metadata is a {type(footer).__name__}, not an object"
+        )
+    return footer

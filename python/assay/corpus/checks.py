@@ -1,0 +1,114 @@
+"""What a row must hold to be scored. Each check returns the value, or raises BadRow with the reason."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from assay.corpus.errors import BadRow
+
+
+def check_text(name: str, value: object) -> str:
+    """A string with something in it, made of characters that exist: no lone surrogates."""
+    if value is None:
+        raise BadRow(f"{name} is null")
+    if not isinstance(value, str):
+        raise BadRow(f"{name} is {_kind(value)}, expected a string")
+    if not value:
+        raise BadRow(f"{name} is empty")
+    _check_encodes(name, value)
+    return value
+
+
+def check_label(name: str, value: object, classes: int) -> int:
+    """An integer in [0, classes). Whole floats count: nulls make floats of a pandas column."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        raise BadRow(f"{name} is null")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise BadRow(f"{name} is {_kind(value)}, expected an integer")
+    if isinstance(value, float) and not value.is_integer():
+        raise BadRow(f"{name} is {value}, expected an integer")
+    label = int(value)
+    if not 0 <= label < classes:
+        raise BadRow(f"{name} is {label}, outside the classes 0 to {classes - 1}")
+    return label
+
+
+def check_features(name: str, value: object, size: int) -> npt.NDArray[np.float32]:
+    """``size`` finite numbers, nested or flat, as one flat float32 vector."""
+    if value is None:
+        raise BadRow(f"{name} is null")
+    if not isinstance(value, list | np.ndarray):
+        raise BadRow(f"{name} is {_kind(value)}, expected a list of numbers")
+    try:
+        numbers = np.asarray(value)
+    except ValueError as error:
+        raise BadRow(f"{name} is ragged, expected {size} numbers") from error
+    if numbers.size and numbers.dtype.kind not in "biuf":
+        raise BadRow(f"{name} holds something that is not a number")
+    with np.errstate(over="ignore"):
+        features = numbers.astype(np.float32).reshape(-1)
+    if features.size != size:
+        raise BadRow(f"{name} holds {features.size} numbers, expected {size}")
+    if not np.isfinite(features).all():
+        raise BadRow(f"{name} holds a NaN, an infinity or a null")
+    return features
+
+
+def check_id(name: str, value: object) -> str:
+    """A string or an integer (or UUID), as a string."""
+    if value is None:
+        raise BadRow(f"{name} is null")
+    if isinstance(value, bool) or not isinstance(value, str | int | uuid.UUID):
+        raise BadRow(f"{name} is {_kind(value)}, expected a string or an integer")
+    text = str(value)
+    _check_encodes(name, text)
+    return text
+
+
+class SeenIds:
+    """Tells which ids came before, in 16 bytes per id rather than a set of strings."""
+
+    def __init__(self) -> None:
+        self._old = np.empty(0, dtype="V16")
+        self._recent: set[bytes] = set()
+
+    def repeats(self, ids: Sequence[str]) -> list[bool]:
+        """For each id whether it was seen before, in earlier calls or earlier in this one."""
+        digests = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in ids]
+        known = self._among_old(digests)
+        repeated = []
+        for digest, old in zip(digests, known, strict=True):
+            repeated.append(old or digest in self._recent)
+            self._recent.add(digest)
+        # Folding in only once there are a quarter as many keeps the sorting linear in the shard's rows.
+        if len(self._recent) > max(1 << 14, len(self._old) // 4):
+            self._old = np.unique(np.concatenate([self._old, _as_records(self._recent)]))
+            self._recent = set()
+        return repeated
+
+    def _among_old(self, digests: list[bytes]) -> list[bool]:
+        wanted = _as_records(digests)
+        places = np.searchsorted(self._old, wanted)
+        return [bool(p < len(self._old) and self._old[p] == d) for p, d in zip(places, wanted, strict=True)]
+
+
+def _as_records(digests: Sequence[bytes] | set[bytes]) -> npt.NDArray[Any]:
+    return np.frombuffer(b"".join(digests), dtype="V16")
+
+
+def _check_encodes(name: str, text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadRow(f"{name} has a lone surrogate at character {error.start}") from error
+
+
+def _kind(value: object) -> str:
+    return f"of type {type(value).__name__}"

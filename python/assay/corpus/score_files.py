@@ -1,0 +1,110 @@
+"""Score tables on disk: written in one piece when the shard is complete, read one column at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from assay.corpus.errors import CorpusError
+from assay.corpus.storage import Store
+from assay.corpus.tables import ScoreColumn, make_table, read_metadata, score_schema
+
+ROW_GROUP_ROWS = 1 << 16
+
+
+class ScoreWriter:
+    """Collects a shard's scores in ``spool``, in row order, and writes the table at the end.
+
+    The spool is a nameless temporary file: the footer's facts (rows, methods' findings) are known only after
+    the last row, and a killed run leaves nothing behind.
+    """
+
+    def __init__(self, columns: Sequence[ScoreColumn], spool: IO[bytes]) -> None:
+        self.rows = 0
+        self._columns = columns
+        self._spool = spool
+        self._stream = pa.ipc.new_stream(spool, score_schema(columns, {}))
+
+    def add(self, rows: npt.ArrayLike, ids: Sequence[str], scores: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Append scored rows."""
+        table = make_table(rows, ids, scores, self._columns, {})
+        self._stream.write_table(table)
+        self.rows += table.num_rows
+
+    def save(self, store: Store, path: str, metadata: Mapping[str, Any]) -> None:
+        """Write the table under its final name, with ``metadata`` in its footer."""
+        self._stream.close()
+        self._spool.seek(0)
+        schema = score_schema(self._columns, metadata)
+        with (
+            store.write(path) as file,
+            # Every id and nearly every score is unique: dictionaries would only cost.
+            pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=False) as writer,
+        ):
+            for group in regroup(pa.ipc.open_stream(self._spool), schema, ROW_GROUP_ROWS):
+                writer.write_table(group, row_group_size=ROW_GROUP_ROWS)
+
+
+def regroup(batches: Iterable[pa.RecordBatch], schema: pa.Schema, rows: int) -> Iterator[pa.Table]:
+    """The same rows in tables of at least ``rows`` rows, the last one aside, under ``schema``."""
+    held: list[pa.RecordBatch] = []
+    count = 0
+    for batch in batches:
+        held.append(batch.replace_schema_metadata(schema.metadata))
+        count += batch.num_rows
+        if count >= rows:
+            yield pa.Table.from_batches(held, schema)
+            held, count = [], 0
+    if count:
+        yield pa.Table.from_batches(held, schema)
+
+
+@dataclass(frozen=True)
+class ScoreFile:
+    """What a score table says about itself without its rows."""
+
+    path: str
+    rows: int
+    schema: pa.Schema
+    metadata: Mapping[str, Any]
+
+    @property
+    def scores(self) -> list[str]:
+        """The names of its score columns."""
+        return [name for name in self.schema.names if name not in ("row", "id")]
+
+
+def open_score_file(store: Store, path: str) -> ScoreFile | None:
+    """A score table's schema and footer; None if there is none. A foreign file is a CorpusError."""
+    if not store.exists(path):
+        return None
+    try:
+        with store.open(path) as file:
+            parquet = pq.ParquetFile(file)
+            schema = parquet.schema_arrow
+            return ScoreFile(path, parquet.metadata.num_rows, schema, read_metadata(schema))
+    except (pa.ArrowException, ValueError, OSError) as error:
+        detail = " ".join(str(error).split())
+        raise CorpusError(
+            f"{store.full(path)}: not a readable score table ({detail}); move it away to have it made again"
+        ) from error
+
+
+def read_score(store: Store, path: str, name: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """The `row` numbers of a score table and one of its scores."""
+    with store.open(path) as file:
+        table = pq.read_table(file, columns=["row", name])
+    return table["row"].to_numpy(), table[name].to_numpy()
+
+
+def stream_ids(store: Store, path: str) -> Iterator[str]:
+    """The ids of a score table in order, a batch in memory at a time."""
+    with store.open(path) as file:
+        for batch in pq.ParquetFile(file).iter_batches(columns=["id"]):
+            yield from batch.column(0).to_pylist()

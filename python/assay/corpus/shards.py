@@ -1,0 +1,160 @@
+"""Finding a corpus's shards: files by suffix, and Hugging Face data sets saved to disk."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from assay.corpus.errors import CorpusError
+from assay.corpus.storage import Fingerprint, Store
+
+log = logging.getLogger("assay")
+
+Format = Literal["parquet", "arrow", "jsonl"]
+Compression = Literal["gz", "zst"]
+
+_FORMATS: dict[str, Format] = {
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+    ".jsonl": "jsonl",
+    ".json": "jsonl",
+}
+_COMPRESSIONS: dict[str, Compression] = {".gz": "gz", ".zst": "zst"}
+SUFFIXES = ".parquet, .arrow, .feather, .jsonl, .json (the last two also with .gz or .zst)"
+
+# What `save_to_disk` writes beside the Arrow files. The first marks a data set's folder.
+STATE = "state.json"
+SIDECARS = (STATE, "dataset_info.json", "dataset_dict.json")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of a corpus. Its ``path`` is relative to the corpus's root."""
+
+    store: Store
+    path: str
+    format: Format
+    compression: Compression | None = None
+
+    @property
+    def stem(self) -> str:
+        """The path without its suffixes: what its score table is called."""
+        stem = self.path
+        if self.compression:
+            stem = os.path.splitext(stem)[0]
+        return os.path.splitext(stem)[0]
+
+    @property
+    def table(self) -> str:
+        """The path of its score table, relative to the scores' root."""
+        return f"{self.stem}.parquet"
+
+    def fingerprint(self) -> Fingerprint:
+        return self.store.fingerprint(self.path)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A root folder, its shards in order, and the files that make saved data sets of them."""
+
+    store: Store
+    shards: tuple[Shard, ...]
+    sidecars: tuple[str, ...] = ()
+
+
+def find_shards(url: str) -> Corpus:
+    """The shards that a file, folder, glob or saved data set holds, sorted by path.
+
+    A folder is searched for every known suffix, hidden files aside; a file named or matched by a glob must
+    have one. Two shards whose score tables would share a name are a CorpusError, as is finding none.
+    """
+    named = Store.at(url)
+    fs, full = named.fs, named.root
+    wildcard = re.search(r"[*?[]", full)
+    if wildcard and not fs.exists(full):
+        root = os.path.dirname(full[: wildcard.start()])
+        matches = sorted(fs.glob(full))
+    elif fs.isdir(full):
+        root, matches = full, [full]
+    else:
+        root, matches = os.path.dirname(full), [full] if fs.exists(full) else []
+    store = Store(fs, root or "/")
+    shards: dict[str, Shard] = {}
+    sidecars: list[str] = []
+    for match in matches:
+        if fs.isdir(match):
+            found, beside = _in_folder(store, sorted(store.relative(path) for path in fs.find(match)))
+            shards.update((shard.path, shard) for shard in found)
+            sidecars += beside
+        else:
+            shard = _shard(store, store.relative(match))
+            if shard is None:
+                raise CorpusError(f"{match}: not a known format; expected {SUFFIXES}")
+            shards[shard.path] = shard
+    if not shards:
+        raise CorpusError(f"{url}: no shard found; expected files ending in {SUFFIXES}")
+    ordered = tuple(shards[path] for path in sorted(shards))
+    _check_tables_differ(ordered)
+    return Corpus(store, ordered, tuple(sorted(set(sidecars))))
+
+
+def _shard(store: Store, path: str) -> Shard | None:
+    stem, suffix = os.path.splitext(path)
+    compression = _COMPRESSIONS.get(suffix.lower())
+    if compression:
+        suffix = os.path.splitext(stem)[1]
+    kind = _FORMATS.get(suffix.lower())
+    if kind is None or (compression and kind != "jsonl"):
+        return None
+    return Shard(store, path, kind, compression)
+
+
+def _in_folder(store: Store, paths: Iterable[str]) -> tuple[list[Shard], list[str]]:
+    visible = [path for path in paths if not any(part.startswith(".") for part in path.split("/"))]
+    sidecars = [path for path in visible if os.path.basename(path) in SIDECARS]
+    saved = {os.path.dirname(path) for path in sidecars if os.path.basename(path) == STATE}
+    shards, ignored = [], 0
+    for folder in sorted(saved):
+        shards += _saved_data_set(store, folder)
+    for path in visible:
+        if path in sidecars or os.path.dirname(path) in saved:
+            continue  # a saved data set says itself which of its files count
+        shard = _shard(store, path)
+        if shard is None:
+            ignored += 1
+        else:
+            shards.append(shard)
+    if ignored:
+        log.info("%d files with other suffixes than %s are left alone", ignored, SUFFIXES)
+    return shards, sidecars
+
+
+def _saved_data_set(store: Store, folder: str) -> list[Shard]:
+    """The Arrow files that a saved data set's state lists, in its own order of names."""
+    state_path = f"{folder}/{STATE}" if folder else STATE
+    try:
+        names = [entry["filename"] for entry in json.loads(store.read_text(state_path))["_data_files"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorpusError(
+            f"{store.full(state_path)}: not the state of a saved data set ({error!r})"
+        ) from error
+    for name in names:
+        if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", ".."):
+            raise CorpusError(f"{store.full(state_path)}: lists {name!r}; expected plain file names")
+    return [Shard(store, f"{folder}/{name}" if folder else name, "arrow") for name in names]
+
+
+def _check_tables_differ(shards: Iterable[Shard]) -> None:
+    owners: dict[str, Shard] = {}
+    for shard in shards:
+        first = owners.setdefault(shard.table, shard)
+        if first is not shard:
+            raise CorpusError(
+                f"{first.path} and {shard.path} would share the score table {shard.table}; rename one"
+            )

@@ -1,0 +1,163 @@
+"""Files behind any fsspec URL: listed, fingerprinted, read, and written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO, cast
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+TEMPORARY_SUFFIX = ".tmp"
+# A temporary lives for as long as one file takes to write, and every write renews its age.
+ABANDONED_AFTER_SECONDS = 3600.0
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What tells one content of a file from another without reading it."""
+
+    size: int
+    mtime_ns: int | None = None
+    etag: str | None = None
+
+    def to_json(self) -> dict[str, int | str]:
+        """The parts that the file system knows."""
+        return {key: value for key, value in vars(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder on some file system. Its methods take paths relative to it, with forward slashes."""
+
+    fs: fsspec.AbstractFileSystem
+    root: str
+
+    @classmethod
+    def at(cls, url: str) -> Store:
+        """The folder that a local path or an fsspec URL names; it need not exist."""
+        fs, root = fsspec.core.url_to_fs(url)
+        return cls(fs, root.rstrip("/") or "/")
+
+    @property
+    def url(self) -> str:
+        """The folder's address, good for `Store.at`."""
+        return self.root if self.is_local else str(self.fs.unstrip_protocol(self.root))
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.fs, LocalFileSystem)
+
+    def full(self, path: str) -> str:
+        """The path as the file system itself names it."""
+        return f"{self.root.rstrip('/')}/{path}" if path else self.root
+
+    def relative(self, full: str) -> str:
+        """The inverse of `full`."""
+        return full[len(self.root.rstrip("/")) + 1 :]
+
+    def holds(self, other: Store) -> bool:
+        """Whether the other folder is this one or lies inside it."""
+        return type(self.fs) is type(other.fs) and f"{other.root}/".startswith(f"{self.root.rstrip('/')}/")
+
+    def files(self) -> list[str]:
+        """Every file under this folder, hidden ones included, in order; none if there is no such folder."""
+        return sorted(self.relative(full) for full in self.fs.find(self.root))
+
+    def exists(self, path: str) -> bool:
+        return bool(self.fs.exists(self.full(path)))
+
+    def fingerprint(self, path: str) -> Fingerprint:
+        """Size and etag, or size and modification time, as they are now."""
+        full = self.full(path)
+        if self.is_local:
+            status = os.stat(full)
+            return Fingerprint(status.st_size, mtime_ns=status.st_mtime_ns)
+        self.fs.invalidate_cache()
+        info: dict[str, Any] = self.fs.info(full)
+        etag = info.get("ETag") or info.get("etag") or info.get("content_md5")
+        if etag:
+            return Fingerprint(int(info["size"]), etag=str(etag))
+        with contextlib.suppress(NotImplementedError):
+            modified = self.fs.modified(full)
+            return Fingerprint(int(info["size"]), mtime_ns=int(modified.timestamp() * 1e6) * 1000)
+        return Fingerprint(int(info["size"]))
+
+    def open(self, path: str) -> BinaryIO:
+        """Open for reading."""
+        return cast(BinaryIO, self.fs.open(self.full(path), "rb"))
+
+    def read_text(self, path: str) -> str:
+        with self.open(path) as file:
+            return file.read().decode("utf-8")
+
+    def remove(self, path: str) -> None:
+        """Delete a file; one that is not there is fine."""
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.rm_file(self.full(path))
+
+    @contextlib.contextmanager
+    def write(self, path: str) -> Iterator[BinaryIO]:
+        """Open for writing; the file appears under its name when the block ends, and not at all if it raises.
+
+        Local files are written beside their final name, synced and renamed. Elsewhere the content waits in a
+        local temporary file and goes up in one piece, which object stores make visible at once.
+        """
+        full = self.full(path)
+        if self.is_local:
+            with _renamed_when_complete(full) as file:
+                yield file
+            return
+        with tempfile.NamedTemporaryFile() as spool:
+            yield cast(BinaryIO, spool)
+            spool.flush()
+            self.fs.makedirs(os.path.dirname(full), exist_ok=True)
+            self.fs.put_file(spool.name, full)
+
+    def write_text(self, path: str, text: str) -> None:
+        """Write a small file, atomically like every other."""
+        with self.write(path) as file:
+            file.write(text.encode("utf-8"))
+
+    def sweep(self, older_than: float = ABANDONED_AFTER_SECONDS) -> list[str]:
+        """Delete temporaries that killed runs left behind. Age decides, so a live run's are safe."""
+        if not self.is_local:
+            return []  # a spool elsewhere has no name for a kill to leave behind
+        swept = []
+        for path in self.files():
+            name = path.rsplit("/", 1)[-1]
+            if name.startswith(".") and name.endswith(TEMPORARY_SUFFIX):
+                with contextlib.suppress(FileNotFoundError):  # another runner swept it first
+                    if time.time() - os.stat(self.full(path)).st_mtime > older_than:
+                        os.unlink(self.full(path))
+                        swept.append(path)
+        return swept
+
+
+@contextlib.contextmanager
+def _renamed_when_complete(full: str) -> Iterator[BinaryIO]:
+    folder, name = os.path.split(full)
+    os.makedirs(folder, exist_ok=True)
+    temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, full)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    with contextlib.suppress(OSError):  # best effort: some file systems cannot sync a folder
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

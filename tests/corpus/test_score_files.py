@@ -1,0 +1,93 @@
+"""Tables and quarantine lists on disk."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from assay.corpus import score_files
+from assay.corpus.errors import CorpusError
+from assay.corpus.quarantine import Quarantined, QuarantineWriter, quarantine_path, read_quarantine
+from assay.corpus.score_files import ScoreWriter, open_score_file, read_score, stream_ids
+from assay.corpus.shards import find_shards
+from assay.corpus.storage import Store
+
+
+@dataclass(frozen=True)
+class Column:
+    name: str
+    keep: str = "high"
+    description: str = "a score"
+
+
+def write(store: Store, path: str, rows: int, step: int = 100) -> None:
+    with tempfile.TemporaryFile() as spool:
+        writer = ScoreWriter([Column("mimic"), Column("loss", "low")], spool)
+        for start in range(0, rows, step):
+            index = np.arange(start, min(start + step, rows))
+            scores = {"mimic": index.astype(np.float32) / 7, "loss": np.full(len(index), np.nan)}
+            writer.add(index * 2, [f"id{i}" for i in index], scores)
+        writer.save(store, path, {"rows": {"scored": writer.rows}})
+
+
+def test_round_trip_and_row_groups(tmp_path, monkeypatch):
+    monkeypatch.setattr(score_files, "ROW_GROUP_ROWS", 250)
+    store = Store.at(str(tmp_path))
+    write(store, "deep/a.parquet", 1000)
+    table = pq.read_table(tmp_path / "deep/a.parquet")
+    assert table.schema.metadata == {b"assay": b'{"rows":{"scored":1000}}'}
+    assert table.schema.field("loss").metadata[b"keep"] == b"low"
+    assert (
+        table["id"].to_pylist()
+        == [f"id{i}" for i in range(1000)]
+        == list(stream_ids(store, "deep/a.parquet"))
+    )
+    rows, mimic = read_score(store, "deep/a.parquet", "mimic")
+    assert rows.tolist() == list(range(0, 2000, 2))
+    np.testing.assert_array_equal(mimic, np.arange(1000, dtype=np.float32) / 7)
+    assert pq.read_metadata(tmp_path / "deep/a.parquet").num_row_groups >= 3
+    facts = open_score_file(store, "deep/a.parquet")
+    assert (facts.rows, facts.scores, facts.metadata) == (1000, ["mimic", "loss"], {"rows": {"scored": 1000}})
+
+
+@pytest.mark.parametrize("rows", [0, 1, 999])
+def test_the_same_scores_are_the_same_bytes(tmp_path, rows):
+    store = Store.at(str(tmp_path))
+    write(store, "a.parquet", rows)
+    write(store, "b.parquet", rows)
+    assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
+    assert pq.read_metadata(tmp_path / "a.parquet").num_rows == rows
+
+
+def test_no_table_is_none_and_a_foreign_one_is_an_error(tmp_path):
+    store = Store.at(str(tmp_path))
+    assert open_score_file(store, "a.parquet") is None
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 and then nothing")
+    with pytest.raises(CorpusError, match="not a readable score table"):
+        open_score_file(store, "a.parquet")
+
+
+def test_the_quarantine_list_escapes_and_disappears_when_empty(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.jsonl.gz").write_bytes(b"")
+    (shard,) = find_shards(str(tmp_path / "in")).shards
+    store = Store.at(str(tmp_path / "out"))
+    with tempfile.TemporaryFile() as spool:
+        writer = QuarantineWriter(shard, spool)
+        writer.add(3, "\x1b[31mred", "text is null")
+        writer.add(None, None, "unreadable")
+        writer.save(store)
+    raw = (tmp_path / "out" / quarantine_path(shard)).read_bytes()
+    assert b"\x1b" not in raw
+    assert list(read_quarantine(store, shard)) == [
+        Quarantined("a.jsonl.gz", 3, "\x1b[31mred", "text is null"),
+        Quarantined("a.jsonl.gz", None, None, "unreadable"),
+    ]
+    with tempfile.TemporaryFile() as spool:
+        QuarantineWriter(shard, spool).save(store)
+    assert store.files() == []
+    assert list(read_quarantine(store, shard)) == []

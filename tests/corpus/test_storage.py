@@ -1,0 +1,88 @@
+"""Files appear whole or not at all, and what killed runs leave is swept by age."""
+
+from __future__ import annotations
+
+import os
+
+import fsspec
+import pytest
+
+from assay.corpus.storage import Store
+
+
+@pytest.fixture(params=["local", "memory"])
+def store(request, tmp_path) -> Store:
+    if request.param == "local":
+        return Store.at(str(tmp_path))
+    fs = fsspec.filesystem("memory")
+    if fs.exists("/storage"):
+        fs.rm("/storage", recursive=True)
+    return Store.at("memory://storage")
+
+
+def test_write_read_list_remove(store):
+    store.write_text("deep/er/a.txt", "one")
+    store.write_text("deep/er/a.txt", "two")
+    assert store.read_text("deep/er/a.txt") == "two"
+    assert store.files() == ["deep/er/a.txt"]
+    assert Store.at(store.url).files() == ["deep/er/a.txt"]
+    store.remove("deep/er/a.txt")
+    store.remove("deep/er/a.txt")
+    assert store.files() == []
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(store):
+    store.write_text("a.txt", "old")
+
+    def fail() -> None:
+        with store.write("a.txt") as file:
+            file.write(b"half of the new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert store.files() == ["a.txt"]
+    assert store.read_text("a.txt") == "old"
+
+
+def test_nothing_is_visible_before_the_end(store):
+    with store.write("a.txt") as file:
+        file.write(b"half")
+        file.flush()
+        assert not store.exists("a.txt")
+    assert store.exists("a.txt")
+
+
+def test_the_fingerprint_notices_a_change(store):
+    store.write_text("a.txt", "one")
+    before = store.fingerprint("a.txt")
+    assert store.fingerprint("a.txt") == before
+    store.write_text("a.txt", "two")  # as long as before
+    assert store.fingerprint("a.txt") != before
+
+
+def test_etags_come_before_times(monkeypatch):
+    store = Store.at("memory://storage-etag")
+    store.write_text("a", "x")
+    monkeypatch.setattr(store.fs, "info", lambda path: {"size": 1, "ETag": '"abc"'})
+    assert store.fingerprint("a").to_json() == {"size": 1, "etag": '"abc"'}
+
+
+def test_sweeping_goes_by_age_and_spares_live_runs(tmp_path):
+    store = Store.at(str(tmp_path))
+    old, young, other = (tmp_path / name for name in (".a.parquet.1.tmp", ".b.parquet.2.tmp", "mine.tmp"))
+    for path in (old, young, other):
+        path.write_bytes(b"")
+    os.utime(old, (0, 0))
+    os.utime(other, (0, 0))
+    assert store.sweep() == [".a.parquet.1.tmp"]
+    assert {path.name for path in tmp_path.iterdir()} == {young.name, other.name}
+
+
+def test_holds():
+    inside, outside = Store.at("/data/scores/x"), Store.at("/data/scores-2")
+    root = Store.at("/data/scores")
+    assert root.holds(root)
+    assert root.holds(inside)
+    assert not root.holds(outside)
+    assert not root.holds(Store.at("memory://data/scores/x"))

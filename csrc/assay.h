@@ -1,0 +1,72 @@
+// The native interface: plain structs of pointers and sizes. Nothing here knows Python or torch.
+#pragma once
+#include <cstdint>
+
+namespace assay {
+
+enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
+
+// One bit per field of EnsembleStats, in the order of its rows in `EnsembleArgs::out`.
+enum Field : int32_t {
+  NLL,
+  MEAN_NLL,
+  MARGIN,
+  AGREEMENT,
+  EL2N,
+  ENTROPY,
+  EXPECTED_ENTROPY,
+  MUTUAL_INFORMATION,
+  CONFIDENCE,
+  VOTE_ENTROPY,
+  PREDICTION,  // written to `prediction`, not to `out`
+  NUM_FIELDS,
+};
+constexpr int32_t NUM_FLOAT_FIELDS = PREDICTION;
+
+struct EnsembleArgs {
+  const void* const* logits;   // K pointers to (N, C)
+  const int64_t* row_strides;  // K, in elements
+  const int64_t* col_strides;  // K, in elements
+  DType dtype;
+  int64_t K, N, C;
+  const int64_t* labels;  // (N,) or null; each is in [0, C) or equals ignore_index
+  int64_t ignore_index;
+  const double* weights;  // (K,), >= 0, summing to 1
+  uint32_t fields;        // 1 << Field for each field wanted
+  float* out;             // (NUM_FLOAT_FIELDS, N); rows of fields not wanted are left alone
+  int64_t* prediction;    // (N,)
+  int32_t threads;
+
+  bool wants(Field f) const { return fields >> f & 1; }
+};
+
+// out[r] = sum_c x[r, c] * y[r, c], abs_out[r] = sum_c |x[r, c] * y[r, c]|
+struct MultiplyReduceArgs {
+  const void* x;
+  const void* y;
+  DType x_dtype, y_dtype;
+  int64_t rows, cols;
+  int64_t x_stride, y_stride;  // between rows, in elements; columns are adjacent
+  double* out;                 // (rows,)
+  double* abs_out;             // (rows,) or null
+  int32_t threads;
+};
+
+// The kernels of one instruction set.
+struct Kernels {
+  const char* isa;
+  void (*ensemble)(const EnsembleArgs&);
+  void (*multiply_reduce)(const MultiplyReduceArgs&);
+};
+
+// Instruction sets compiled into this build, best last; `supported` says whether this processor runs it.
+struct Isa {
+  const Kernels* kernels;
+  bool supported;
+};
+int isa_list(Isa out[4]);
+
+// The best supported set, or the one named; null if the name is unknown, not built or not supported.
+const Kernels* select_kernels(const char* name);
+
+}  // namespace assay

@@ -1,0 +1,80 @@
+// The only file with pybind11. Addresses and sizes in, nothing checked, nothing converted: assay.ops does both.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "assay.h"
+
+namespace py = pybind11;
+using assay::DType;
+
+namespace {
+
+using Address = uintptr_t;
+
+const assay::Kernels& kernels(const std::string& isa) {
+  const assay::Kernels* k = assay::select_kernels(isa.empty() ? nullptr : isa.c_str());
+  if (!k) throw py::value_error("instruction set " + isa + " is unknown, not built or not supported by this processor");
+  return *k;
+}
+
+void ensemble(const std::string& isa, const std::vector<Address>& logits, const std::vector<int64_t>& row_strides,
+              const std::vector<int64_t>& col_strides, int dtype, int64_t N, int64_t C, Address labels,
+              int64_t ignore_index, const std::vector<double>& weights, uint32_t fields, Address out,
+              Address prediction, int threads) {
+  const assay::Kernels& k = kernels(isa);
+  std::vector<const void*> pointers;
+  pointers.reserve(logits.size());
+  for (Address p : logits) pointers.push_back(reinterpret_cast<const void*>(p));
+  assay::EnsembleArgs args{};
+  args.logits = pointers.data();
+  args.row_strides = row_strides.data();
+  args.col_strides = col_strides.data();
+  args.dtype = static_cast<DType>(dtype);
+  args.K = static_cast<int64_t>(logits.size());
+  args.N = N;
+  args.C = C;
+  args.labels = reinterpret_cast<const int64_t*>(labels);
+  args.ignore_index = ignore_index;
+  args.weights = weights.data();
+  args.fields = fields;
+  args.out = reinterpret_cast<float*>(out);
+  args.prediction = reinterpret_cast<int64_t*>(prediction);
+  args.threads = threads;
+  py::gil_scoped_release release;
+  k.ensemble(args);
+}
+
+void multiply_reduce(const std::string& isa, Address x, int x_dtype, int64_t x_stride, Address y, int y_dtype,
+                     int64_t y_stride, int64_t rows, int64_t cols, Address out, Address abs_out, int threads) {
+  const assay::Kernels& k = kernels(isa);
+  const assay::MultiplyReduceArgs args{reinterpret_cast<const void*>(x),
+                                       reinterpret_cast<const void*>(y),
+                                       static_cast<DType>(x_dtype),
+                                       static_cast<DType>(y_dtype),
+                                       rows,
+                                       cols,
+                                       x_stride,
+                                       y_stride,
+                                       reinterpret_cast<double*>(out),
+                                       reinterpret_cast<double*>(abs_out),
+                                       threads};
+  py::gil_scoped_release release;
+  k.multiply_reduce(args);
+}
+
+std::vector<std::pair<std::string, bool>> instruction_sets() {
+  assay::Isa list[4];
+  const int n = assay::isa_list(list);
+  std::vector<std::pair<std::string, bool>> out;
+  for (int i = 0; i < n; ++i) out.emplace_back(list[i].kernels->isa, list[i].supported);
+  return out;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "assay's CPU kernels. Use assay.ops, which checks what these take on trust.";
+  m.def("ensemble", &ensemble);
+  m.def("multiply_reduce", &multiply_reduce);
+  m.def("instruction_sets", &instruction_sets, "(name, supported by this processor), best last");
+}

@@ -1,0 +1,215 @@
+// One row per SIMD lane. Part of ensemble.cpp.
+
+// The logits of `rows` rows from n0 on, transposed: z[c] holds column c of all of them. Missing lanes hold zeros.
+template <class T>
+void load_tile(const EnsembleArgs& a, int64_t k, int64_t n0, int64_t rows, Vec* z) {
+  constexpr int W = Vec::W;
+  if (a.col_strides[k] != 1) {
+    for (int64_t c = 0; c < a.C; ++c) {
+      float lanes[W] = {};
+      for (int64_t i = 0; i < rows; ++i) lanes[i] = to_float(row_pointer<T>(a, k, n0 + i)[c * a.col_strides[k]]);
+      z[c] = load(lanes);
+    }
+    return;
+  }
+  const T* p = row_pointer<T>(a, k, n0);
+  const int64_t stride = a.row_strides[k];
+  for (int64_t c0 = 0; c0 < a.C; c0 += W) {
+    const int64_t left = a.C - c0;
+    Vec r[W];
+    if (rows == W && left >= W) {
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < W; ++i) r[i] = load(p + i * stride + c0);
+    } else {
+      for (int64_t i = 0; i < W; ++i) r[i] = i < rows ? load_first(p + i * stride + c0, left, 0.f) : splat(0.f);
+    }
+    transpose(r);
+    if (left >= W) {
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < W; ++i) z[c0 + i] = r[i];
+    } else {
+      for (int64_t i = 0; i < left; ++i) z[c0 + i] = r[i];
+    }
+  }
+}
+
+// Where the next tile's logits begin, to be asked for while this one is worked on: rows are short and models far apart,
+// so the hardware finds no stream to follow. With rows one after the other, a tile is one run of C * W logits.
+template <class T>
+const char* next_tile(const EnsembleArgs& a, int64_t k, int64_t n0) {
+  if (++k == a.K) k = 0, n0 += Vec::W;
+  return reinterpret_cast<const char*>(row_pointer<T>(a, k, n0 + Vec::W <= a.N ? n0 : 0));
+}
+
+// What is known of each lane's row after its models' own softmaxes.
+struct NarrowModels {
+  Vec expected_entropy, mean_nll, agreement, vote_entropy;
+  Vec nll;
+  Vec bad;  // NaN where a model's distribution is undefined, else 0
+};
+
+// Per-model sweep: turns the logits in z (K x C) into e^(z - max) in place; inverse[k] = 1 / sum.
+template <class T>
+NarrowModels narrow_models(const EnsembleArgs& a, int64_t n0, int64_t rows, const int64_t* y, Vec* z, Vec* inverse,
+                           Vec* log_py, Vec* top) {
+  constexpr int W = Vec::W;
+  const Vec zero = splat(0.f);
+  NarrowModels r{zero, zero, zero, zero, zero, zero};
+  float label[W], zy[W] = {};
+  for (int i = 0; i < W; ++i) label[i] = static_cast<float>(y[i]);
+  const Vec vlabel = load(label);
+
+  for (int64_t k = 0; k < a.K; ++k, z += a.C) {
+    load_tile<T>(a, k, n0, rows, z);
+    const char* ahead = next_tile<T>(a, k, n0);
+    for (int i = 0; i < W; ++i) zy[i] = y[i] >= 0 ? lane(z[y[i]], i) : 0.f;
+    Vec m = splat(-INF);
+    for (int64_t c = 0; c < a.C; ++c) m = max(z[c], m);  // NaN is dropped here and comes back through the sum
+    const Mask empty = m == splat(-INF);
+    const Vec base = select(empty, zero, m);
+    Vec arg = zero, d = zero, s = zero;
+    for (int64_t c = a.C; c-- > 0;) {  // downwards, so that the first of equal maxima has the last word
+      prefetch(ahead + c * static_cast<int64_t>(W * sizeof(T)));
+      arg = select(z[c] == m, splat(static_cast<float>(c)), arg);
+      const Vec x = clamp_exponent(z[c] - base), e = exp_finite(x);
+      d = d + e;
+      s = fma(x, e, s);
+      z[c] = e;
+    }
+    r.bad = select(empty, splat(NaN), fma(zero, d, r.bad));  // 0 * NaN and 0 * inf are NaN
+    const Vec log_d = log(d);
+    const float w = static_cast<float>(a.weights[k]);
+    inverse[k] = splat(1.f) / d;
+    log_py[k] = (load(zy) - base) - log_d;
+    top[k] = arg;
+    r.expected_entropy = fma(splat(w), log_d - s * inverse[k], r.expected_entropy);
+    if (w > 0.f) r.mean_nll = r.mean_nll - splat(w) * log_py[k];
+    r.agreement = r.agreement + select(arg == vlabel, splat(w), zero);
+  }
+
+  // -log sum_k w_k p_k,y
+  Vec m = splat(-INF);
+  for (int64_t k = 0; k < a.K; ++k)
+    if (a.weights[k] > 0) m = max(log_py[k], m);
+  const Vec base = select(m == splat(-INF), zero, m);
+  Vec d = zero;
+  for (int64_t k = 0; k < a.K; ++k)
+    if (a.weights[k] > 0) d = fma(splat(static_cast<float>(a.weights[k])), exp(log_py[k] - base), d);
+  r.nll = select(m == splat(-INF), splat(INF), zero - (base + log(d)));
+
+  // A class's share of the vote, seen from each of its voters: H = -sum_k w_k log(share of k's choice)
+  for (int64_t k = 0; a.wants(VOTE_ENTROPY) && k < a.K; ++k) {
+    if (!(a.weights[k] > 0)) continue;
+    Vec share = zero;
+    for (int64_t j = 0; j < a.K; ++j)
+      share = share + select(top[j] == top[k], splat(static_cast<float>(a.weights[j])), zero);
+    r.vote_entropy = r.vote_entropy - splat(static_cast<float>(a.weights[k])) * log(share);
+  }
+  return r;
+}
+
+struct NarrowMixture {
+  Vec entropy, information, confidence, prediction, p_label, rest, squares, top_other;
+};
+
+// The mixture's statistics from e^(z - max): one pass over the columns, all models of a column at hand.
+NarrowMixture narrow_mixture(const EnsembleArgs& a, const int64_t* y, const Vec* e, const Vec* inverse, Vec* scale) {
+  constexpr int W = Vec::W;
+  const Vec zero = splat(0.f), one = splat(1.f);
+  float label[W];
+  for (int i = 0; i < W; ++i) label[i] = static_cast<float>(y[i]);
+  const Vec vlabel = load(label);
+  const bool information = a.wants(MUTUAL_INFORMATION) && a.K > 1;
+  for (int64_t k = 0; k < a.K; ++k) scale[k] = splat(static_cast<float>(a.weights[k])) * inverse[k];
+
+  NarrowMixture r{zero, zero, splat(-1.f), zero, zero, zero, zero, zero};
+  for (int64_t c = 0; c < a.C; ++c) {
+    Vec p = zero;
+    for (int64_t k = 0; k < a.K; ++k) p = fma(e[k * a.C + c], scale[k], p);
+    r.entropy = r.entropy - p * log(p);
+    if (information) {
+      // sum_k w_k p_k log(p_k / p), term by term never negative: w_k p (q log q - q + 1) with q = p_k / p
+      const Vec reciprocal = select(p < splat(1e-37f), zero, one / p);
+      Vec sum = zero;
+      for (int64_t k = 0; k < a.K; ++k) {
+        const Vec q = e[k * a.C + c] * inverse[k] * reciprocal;
+        sum = fma(splat(static_cast<float>(a.weights[k])), fma(q, log(q), one - q), sum);
+      }
+      r.information = fma(p, max(sum, zero), r.information);
+    }
+    const Vec index = splat(static_cast<float>(c));
+    const Mask higher = r.confidence < p, is_label = vlabel == index;
+    r.confidence = select(higher, p, r.confidence);
+    r.prediction = select(higher, index, r.prediction);
+    r.p_label = select(is_label, p, r.p_label);
+    const Vec other = select(is_label, zero, p);
+    r.rest = r.rest + other;
+    r.squares = fma(other, other, r.squares);
+    r.top_other = max(other, r.top_other);
+  }
+  return r;
+}
+
+template <class T>
+void narrow_tile(const EnsembleArgs& a, int64_t n0, int64_t rows, Vec* scratch) {
+  constexpr int W = Vec::W;
+  Vec *z = scratch, *inverse = z + a.K * a.C, *log_py = inverse + a.K, *top = log_py + a.K, *scale = top + a.K;
+  int64_t y[W];
+  bool ignored[W] = {};
+  for (int64_t i = 0; i < W; ++i) {
+    const int64_t label = a.labels && i < rows ? a.labels[n0 + i] : -1;
+    ignored[i] = a.labels && i < rows && label == a.ignore_index;
+    y[i] = ignored[i] ? -1 : label;
+  }
+  const NarrowModels models = narrow_models<T>(a, n0, rows, y, z, inverse, log_py, top);
+  const NarrowMixture mix = narrow_mixture(a, y, z, inverse, scale);
+
+  const Vec bad = models.bad;
+  float labelled[W];
+  for (int i = 0; i < W; ++i) labelled[i] = y[i] >= 0 ? 0.f : NaN;
+  const Vec bad_label = bad + load(labelled);
+  Vec value[NUM_FLOAT_FIELDS];
+  value[NLL] = models.nll + bad_label;
+  value[MEAN_NLL] = models.mean_nll + bad_label;
+  value[MARGIN] = mix.p_label - mix.top_other + bad_label;
+  value[AGREEMENT] = models.agreement + bad_label;
+  value[EL2N] = sqrt(fma(mix.rest, mix.rest, mix.squares)) + bad_label;
+  value[ENTROPY] = mix.entropy + bad;
+  value[EXPECTED_ENTROPY] = models.expected_entropy + bad;
+  value[MUTUAL_INFORMATION] = mix.information + bad;
+  value[CONFIDENCE] = mix.confidence + bad;
+  value[VOTE_ENTROPY] = models.vote_entropy + bad;
+
+  float lanes[W], undefined[W];
+  for (int f = 0; f < NUM_FLOAT_FIELDS; ++f) {
+    if (!(a.fields >> f & 1)) continue;
+    store(lanes, value[f]);
+    for (int64_t i = 0; i < rows; ++i) a.out[f * a.N + n0 + i] = lanes[i];
+  }
+  store(lanes, a.K == 1 ? top[0] : mix.prediction);
+  store(undefined, bad);
+  for (int64_t i = 0; i < rows; ++i) {
+    if (ignored[i]) {
+      write_nan(a, n0 + i);
+    } else if (a.wants(PREDICTION)) {
+      a.prediction[n0 + i] = undefined[i] == 0.f ? static_cast<int64_t>(lanes[i]) : -1;
+    }
+  }
+}
+
+template <class T>
+void narrow(const EnsembleArgs& a) {
+  constexpr int64_t W = Vec::W;
+  const int64_t tiles = (a.N + W - 1) / W;
+  // A piece of work is about 64 KB of logits: small enough to share out, large enough to be worth handing over.
+  const int64_t grain = 1 + 65536 / (W * a.K * a.C * 4);
+  parallel(tiles, grain, a.threads, [&](Pieces& pieces) {
+    Scratch<Vec> scratch(a.K * (a.C + 4));
+    for (int64_t begin, end; pieces.next(begin, end);) {
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t n0 = t * W;
+        narrow_tile<T>(a, n0, a.N - n0 < W ? a.N - n0 : W, scratch.p);
+      }
+    }
+  });
+}

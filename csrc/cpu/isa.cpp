@@ -1,0 +1,10 @@
+// The table of one instruction set's kernels; compiled once per set, like the kernels themselves.
+#include "kernels.h"
+
+#define ASSAY_STRING_(x) #x
+#define ASSAY_STRING(x) ASSAY_STRING_(x)
+
+namespace assay::ASSAY_ISA {
+extern const Kernels kernels;
+const Kernels kernels = {ASSAY_STRING(ASSAY_ISA), ensemble, multiply_reduce};
+}  // namespace assay::ASSAY_ISA

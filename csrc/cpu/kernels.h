@@ -1,0 +1,9 @@
+// The kernels of the instruction set being compiled. ASSAY_ISA is its name and its namespace, so that units built with
+// different flags never share a symbol: the linker could keep the AVX-512 copy and crash an older processor.
+#pragma once
+#include "../assay.h"
+
+namespace assay::ASSAY_ISA {
+void ensemble(const EnsembleArgs&);
+void multiply_reduce(const MultiplyReduceArgs&);
+}  // namespace assay::ASSAY_ISA

@@ -1,0 +1,305 @@
+// The only file with intrinsics. `Vec` is a vector of W floats with the operations the kernels need; the scalar version
+// (W = 1) is the one to read first. Selected by ASSAY_SIMD: 0 scalar, 1 AVX2 + FMA + F16C, 2 AVX-512 F/BW/DQ/VL.
+//
+// Everything lives in the instruction set's own namespace (see kernels.h).
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if ASSAY_SIMD > 0
+#include <immintrin.h>
+#endif
+
+#define ASSAY_INLINE inline __attribute__((always_inline))
+
+namespace assay::ASSAY_ISA {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+ASSAY_INLINE float bits_to_float(uint32_t u) {
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+ASSAY_INLINE uint32_t float_to_bits(float f) {
+  uint32_t u;
+  std::memcpy(&u, &f, 4);
+  return u;
+}
+ASSAY_INLINE float to_float(float x) { return x; }
+ASSAY_INLINE float to_float(bf16 x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
+ASSAY_INLINE float to_float(f16 x) {
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
+  if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);  // inf, NaN
+  if (magnitude >= 0x0400u) return bits_to_float(sign | ((magnitude << 13) + 0x38000000u));
+  const float subnormal = static_cast<float>(magnitude) * 0x1p-24f;
+  return sign ? -subnormal : subnormal;
+}
+
+#if ASSAY_SIMD == 0
+
+struct Vec {
+  static constexpr int W = 1;
+  float v;
+};
+struct Mask {
+  bool m;
+};
+ASSAY_INLINE Vec splat(float x) { return {x}; }
+ASSAY_INLINE Vec lane_index() { return {0.f}; }
+template <class T>
+ASSAY_INLINE Vec load(const T* p) {
+  return {to_float(*p)};
+}
+template <class T>
+ASSAY_INLINE Vec load_first(const T* p, int64_t n, float fill) {
+  return {n > 0 ? to_float(*p) : fill};
+}
+ASSAY_INLINE void store(float* p, Vec a) { *p = a.v; }
+ASSAY_INLINE Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
+ASSAY_INLINE Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
+ASSAY_INLINE Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
+ASSAY_INLINE Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
+ASSAY_INLINE Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+ASSAY_INLINE Vec fms(Vec a, Vec b, Vec c) { return {a.v * b.v - c.v}; }
+ASSAY_INLINE Vec abs(Vec a) { return {std::fabs(a.v)}; }
+ASSAY_INLINE Vec sqrt(Vec a) { return {std::sqrt(a.v)}; }
+ASSAY_INLINE Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }  // b if either is NaN
+ASSAY_INLINE Vec round(Vec a) { return {std::nearbyint(a.v)}; }
+ASSAY_INLINE Mask operator==(Vec a, Vec b) { return {a.v == b.v}; }
+ASSAY_INLINE Mask operator<(Vec a, Vec b) { return {a.v < b.v}; }
+ASSAY_INLINE Vec select(Mask m, Vec yes, Vec no) { return m.m ? yes : no; }
+ASSAY_INLINE uint32_t bits(Mask m) { return m.m; }
+ASSAY_INLINE Vec scale_by_power_of_two(Vec a, Vec n) {  // n is whole or NaN, < 128
+  return {n.v < -126.f ? 0.f : a.v * bits_to_float(static_cast<uint32_t>(static_cast<int32_t>(n.v == n.v ? n.v : 0.f) + 127) << 23)};
+}
+// a = 2^exponent * mantissa with mantissa in [sqrt(1/2), sqrt(2)), for normal a > 0
+ASSAY_INLINE void split(Vec a, Vec& exponent, Vec& mantissa) {
+  const int32_t u = static_cast<int32_t>(float_to_bits(a.v));
+  const int32_t e = (u - 0x3f3504f3) >> 23;
+  exponent.v = static_cast<float>(e);
+  mantissa.v = bits_to_float(static_cast<uint32_t>(u - e * (1 << 23)));
+}
+ASSAY_INLINE float sum(Vec a) { return a.v; }
+ASSAY_INLINE float maximum(Vec a) { return a.v; }
+ASSAY_INLINE void transpose(Vec (&)[1]) {}
+ASSAY_INLINE void prefetch(const void*) {}
+ASSAY_INLINE void prefetch_l2(const void*) {}
+
+#elif ASSAY_SIMD == 1
+
+struct Vec {
+  static constexpr int W = 8;
+  __m256 v;
+};
+struct Mask {
+  __m256 m;
+};
+ASSAY_INLINE Vec splat(float x) { return {_mm256_set1_ps(x)}; }
+ASSAY_INLINE Vec lane_index() { return {_mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7)}; }
+ASSAY_INLINE Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+ASSAY_INLINE Vec load(const bf16* p) {
+  const __m128i u = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(u), 16))};
+}
+ASSAY_INLINE Vec load(const f16* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+ASSAY_INLINE Vec select(Mask m, Vec yes, Vec no) { return {_mm256_blendv_ps(no.v, yes.v, m.m)}; }
+ASSAY_INLINE Mask operator==(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)}; }
+ASSAY_INLINE Mask operator<(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
+template <class T>
+ASSAY_INLINE Vec load_first(const T* p, int64_t n, float fill) {
+  T buffer[8] = {};  // AVX2 has no masked 16-bit loads, and a tail is rare: go through memory
+  std::memcpy(buffer, p, static_cast<size_t>(n < 0 ? 0 : n > 8 ? 8 : n) * sizeof(T));
+  return select(lane_index() < splat(static_cast<float>(n)), load(buffer), splat(fill));
+}
+ASSAY_INLINE void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
+ASSAY_INLINE Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+ASSAY_INLINE Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+ASSAY_INLINE Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+ASSAY_INLINE Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+ASSAY_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+ASSAY_INLINE Vec fms(Vec a, Vec b, Vec c) { return {_mm256_fmsub_ps(a.v, b.v, c.v)}; }
+ASSAY_INLINE Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.f), a.v)}; }
+ASSAY_INLINE Vec sqrt(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
+ASSAY_INLINE Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }  // b if either is NaN
+ASSAY_INLINE Vec round(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+ASSAY_INLINE uint32_t bits(Mask m) { return static_cast<uint32_t>(_mm256_movemask_ps(m.m)); }
+ASSAY_INLINE Vec scale_by_power_of_two(Vec a, Vec n) {  // n is whole or NaN, < 128
+  const __m256i e = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
+  const __m256 tiny = _mm256_cmp_ps(n.v, _mm256_set1_ps(-126.f), _CMP_LT_OQ);
+  // NaN converts to INT_MIN, whose power is finite here: NaN in `a` survives the product
+  return {_mm256_andnot_ps(tiny, _mm256_mul_ps(a.v, _mm256_castsi256_ps(e)))};
+}
+ASSAY_INLINE void split(Vec a, Vec& exponent, Vec& mantissa) {
+  const __m256i u = _mm256_castps_si256(a.v);
+  const __m256i e = _mm256_srai_epi32(_mm256_sub_epi32(u, _mm256_set1_epi32(0x3f3504f3)), 23);
+  exponent.v = _mm256_cvtepi32_ps(e);
+  mantissa.v = _mm256_castsi256_ps(_mm256_sub_epi32(u, _mm256_slli_epi32(e, 23)));
+}
+ASSAY_INLINE float sum(Vec a) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+ASSAY_INLINE float maximum(Vec a) {
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+ASSAY_INLINE void transpose(Vec (&r)[8]) {
+  __m256 t[8], u[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i].v, r[i + 1].v);
+    t[i + 1] = _mm256_unpackhi_ps(r[i].v, r[i + 1].v);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    u[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    u[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+    u[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    u[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i].v = _mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
+    r[i + 4].v = _mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
+  }
+}
+ASSAY_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+ASSAY_INLINE void prefetch_l2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+
+#elif ASSAY_SIMD == 2
+
+struct Vec {
+  static constexpr int W = 16;
+  __m512 v;
+};
+struct Mask {
+  __mmask16 m;
+};
+ASSAY_INLINE Vec splat(float x) { return {_mm512_set1_ps(x)}; }
+ASSAY_INLINE Vec lane_index() {
+  return {_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)};
+}
+ASSAY_INLINE __m512 widen_bf16(__m256i u) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(u), 16));
+}
+ASSAY_INLINE Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+ASSAY_INLINE Vec load(const bf16* p) { return {widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
+ASSAY_INLINE Vec load(const f16* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+ASSAY_INLINE __mmask16 first(int64_t n) {
+  return static_cast<__mmask16>(n >= 16 ? 0xffffu : n <= 0 ? 0u : (1u << n) - 1u);
+}
+ASSAY_INLINE Vec load_first(const float* p, int64_t n, float fill) {
+  return {_mm512_mask_loadu_ps(_mm512_set1_ps(fill), first(n), p)};
+}
+ASSAY_INLINE Vec load_first(const bf16* p, int64_t n, float fill) {
+  const __mmask16 k = first(n);
+  return {_mm512_mask_mov_ps(_mm512_set1_ps(fill), k, widen_bf16(_mm256_maskz_loadu_epi16(k, p)))};
+}
+ASSAY_INLINE Vec load_first(const f16* p, int64_t n, float fill) {
+  const __mmask16 k = first(n);
+  return {_mm512_mask_mov_ps(_mm512_set1_ps(fill), k, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(k, p)))};
+}
+ASSAY_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+ASSAY_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+ASSAY_INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+ASSAY_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+ASSAY_INLINE Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+ASSAY_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+ASSAY_INLINE Vec fms(Vec a, Vec b, Vec c) { return {_mm512_fmsub_ps(a.v, b.v, c.v)}; }
+ASSAY_INLINE Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
+ASSAY_INLINE Vec sqrt(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
+ASSAY_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }  // b if either is NaN
+ASSAY_INLINE Vec round(Vec a) {
+  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+ASSAY_INLINE Mask operator==(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)}; }
+ASSAY_INLINE Mask operator<(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
+ASSAY_INLINE Vec select(Mask m, Vec yes, Vec no) { return {_mm512_mask_mov_ps(no.v, m.m, yes.v)}; }
+ASSAY_INLINE uint32_t bits(Mask m) { return m.m; }
+ASSAY_INLINE Vec scale_by_power_of_two(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+ASSAY_INLINE void split(Vec a, Vec& exponent, Vec& mantissa) {
+  const __m512i u = _mm512_castps_si512(a.v);
+  const __m512i e = _mm512_srai_epi32(_mm512_sub_epi32(u, _mm512_set1_epi32(0x3f3504f3)), 23);
+  exponent.v = _mm512_cvtepi32_ps(e);
+  mantissa.v = _mm512_castsi512_ps(_mm512_sub_epi32(u, _mm512_slli_epi32(e, 23)));
+}
+ASSAY_INLINE float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
+ASSAY_INLINE float maximum(Vec a) { return _mm512_reduce_max_ps(a.v); }
+ASSAY_INLINE void transpose(Vec (&r)[16]) {
+  __m512 t[16], u[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(r[i].v, r[i + 1].v);
+    t[i + 1] = _mm512_unpackhi_ps(r[i].v, r[i + 1].v);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    u[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
+    u[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xee);
+    u[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    u[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {  // u[4j + i] holds columns i, i+4, i+8, i+12 of rows 4j..4j+3
+    const __m512 a = _mm512_shuffle_f32x4(u[i], u[i + 4], 0x88), b = _mm512_shuffle_f32x4(u[i], u[i + 4], 0xdd);
+    const __m512 c = _mm512_shuffle_f32x4(u[i + 8], u[i + 12], 0x88), d = _mm512_shuffle_f32x4(u[i + 8], u[i + 12], 0xdd);
+    r[i].v = _mm512_shuffle_f32x4(a, c, 0x88);
+    r[i + 8].v = _mm512_shuffle_f32x4(a, c, 0xdd);
+    r[i + 4].v = _mm512_shuffle_f32x4(b, d, 0x88);
+    r[i + 12].v = _mm512_shuffle_f32x4(b, d, 0xdd);
+  }
+}
+ASSAY_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+ASSAY_INLINE void prefetch_l2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+
+#endif
+
+ASSAY_INLINE float lane(const Vec& a, int i) {
+  float f;
+  std::memcpy(&f, reinterpret_cast<const char*>(&a) + i * sizeof(float), sizeof(float));
+  return f;
+}
+
+// e^x, NaN for NaN, exactly 1 for 0, 0 below about e^-104; x must not be -inf and not exceed 88. With n the whole number
+// next to x log2(e) and f the rest in one rounding, 2^f by a degree-5 minimax polynomial with constant term 1 (relative
+// error 9.2e-8, Lawson iteration) and an exact scaling by 2^n.
+ASSAY_INLINE Vec exp_finite(Vec x) {
+  const Vec t = x * splat(1.44269504f), n = round(t), f = t - n;
+  Vec p = fma(f, splat(1.32646600e-3f), splat(9.67150735e-3f));
+  p = fma(f, p, splat(5.55073418e-2f));
+  p = fma(f, p, splat(2.40222424e-1f));
+  p = fma(f, p, splat(6.93146984e-1f));
+  p = fma(f, p, splat(1.f));
+  return scale_by_power_of_two(p, n);
+}
+
+// With -inf too, whose result is exactly 0. max(a, b) in this order lets NaN through.
+ASSAY_INLINE Vec clamp_exponent(Vec x) { return max(splat(-110.f), x); }
+ASSAY_INLINE Vec exp(Vec x) { return exp_finite(clamp_exponent(x)); }
+
+// log x for normal x > 0; a finite negative number for 0 and subnormals, so that x * log(x) is 0 there; undefined for
+// NaN. x = 2^e (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)); log(1 + f) / f by a degree-8 minimax polynomial (relative
+// error 2.6e-8, Lawson iteration).
+ASSAY_INLINE Vec log(Vec x) {
+  Vec e, m;
+  split(x, e, m);
+  const Vec f = m - splat(1.f);
+  Vec p = fma(f, splat(8.722361005e-02f), splat(-1.436684334e-01f));
+  p = fma(f, p, splat(1.495226531e-01f));
+  p = fma(f, p, splat(-1.656239317e-01f));
+  p = fma(f, p, splat(1.995683369e-01f));
+  p = fma(f, p, splat(-2.500207406e-01f));
+  p = fma(f, p, splat(3.333418562e-01f));
+  p = fma(f, p, splat(-4.999998796e-01f));
+  p = fma(f, p, splat(1.000000000e+00f));
+  return fma(f, p, e * splat(0.693147181f));
+}
+
+}  // namespace assay::ASSAY_ISA

@@ -1,0 +1,31 @@
+def ensemble(
+    isa: str,
+    logits: list[int],
+    row_strides: list[int],
+    col_strides: list[int],
+    dtype: int,
+    n: int,
+    c: int,
+    labels: int,
+    ignore_index: int,
+    weights: list[float],
+    fields: int,
+    out: int,
+    prediction: int,
+    threads: int,
+) -> None: ...
+def multiply_reduce(
+    isa: str,
+    x: int,
+    x_dtype: int,
+    x_stride: int,
+    y: int,
+    y_dtype: int,
+    y_stride: int,
+    rows: int,
+    cols: int,
+    out: int,
+    abs_out: int,
+    threads: int,
+) -> None: ...
+def instruction_sets() -> list[tuple[str, bool]]: ...

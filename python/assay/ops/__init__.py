@@ -1,0 +1,11 @@
+"""Pure functions of tensors, each with a plain torch reference and native kernels behind one contract.
+
+float32, bfloat16 or float16 in (float64 runs the reference), any strides; float32 out, on the same device.
+"""
+
+from assay.ops._native import build_info
+from assay.ops.ensemble import EnsembleStats, ensemble_stats
+from assay.ops.grad_dot import grad_dot
+from assay.ops.grad_sqnorm import grad_sqnorm
+
+__all__ = ["EnsembleStats", "build_info", "ensemble_stats", "grad_dot", "grad_sqnorm"]

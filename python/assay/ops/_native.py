@@ -1,0 +1,92 @@
+"""Calls into ``assay._native``: addresses, strides and dtype codes. Callers have checked everything."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from assay import _native
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def isa() -> str:
+    """The instruction set that ASSAY_ISA forces, or ``""`` for the best that the processor has."""
+    name = os.environ.get("ASSAY_ISA", "")
+    if name:
+        usable = [n for n, supported in _native.instruction_sets() if supported]
+        if name not in usable:
+            raise ValueError(f"ASSAY_ISA={name}: not usable here; this build and processor run {', '.join(usable)}")
+    return name
+
+
+def threads() -> int:
+    """As many as torch uses, unless ASSAY_NUM_THREADS says fewer."""
+    limit = os.environ.get("ASSAY_NUM_THREADS")
+    return max(1, min(torch.get_num_threads(), int(limit))) if limit else torch.get_num_threads()
+
+
+def ensemble(
+    logits: Sequence[Tensor], labels: Tensor | None, weights: Sequence[float], ignore_index: int, fields: int
+) -> tuple[Tensor, Tensor]:
+    """K tensors (N, C) of one dtype -> the float fields (10, N) float32 and the prediction (N,) int64."""
+    n, c = logits[0].shape
+    out = torch.empty(10, n, dtype=torch.float32)
+    prediction = torch.empty(n, dtype=torch.int64)
+    _native.ensemble(
+        isa(),
+        [z.data_ptr() for z in logits],
+        [z.stride(0) for z in logits],
+        [z.stride(1) for z in logits],
+        _DTYPES[logits[0].dtype],
+        n,
+        c,
+        labels.data_ptr() if labels is not None else 0,
+        ignore_index,
+        list(weights),
+        fields,
+        out.data_ptr(),
+        prediction.data_ptr(),
+        threads(),
+    )
+    return out, prediction
+
+
+def multiply_reduce(
+    x: Tensor, y: Tensor, out: NDArray[np.float64], abs_out: NDArray[np.float64] | None = None
+) -> None:
+    """out[r] = Σ_c x[r,c]·y[r,c], and abs_out[r] = Σ_c |x[r,c]·y[r,c]|, for (R, C) tensors with adjacent columns."""
+    _native.multiply_reduce(
+        isa(),
+        x.data_ptr(),
+        _DTYPES[x.dtype],
+        x.stride(0),
+        y.data_ptr(),
+        _DTYPES[y.dtype],
+        y.stride(0),
+        x.shape[0],
+        x.shape[1],
+        out.ctypes.data,
+        abs_out.ctypes.data if abs_out is not None else 0,
+        threads(),
+    )
+
+
+def build_info() -> dict[str, Any]:
+    """What this build holds and what this processor runs: the facts that ``assay doctor`` prints."""
+    sets = _native.instruction_sets()
+    return {
+        "machine": platform.machine(),
+        "instruction_sets": {name: "usable" if supported else "not on this processor" for name, supported in sets},
+        "isa": isa() or [name for name, supported in sets if supported][-1],
+        "threads": threads(),
+        "torch": torch.__version__,
+        "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }

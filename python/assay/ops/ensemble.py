@@ -1,0 +1,228 @@
+"""Statistics of an ensemble's logits against the label: loss, agreement and uncertainty, one read of the logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from assay.ops import _backend, _native
+
+FIELDS = (
+    "nll",
+    "mean_nll",
+    "margin",
+    "agreement",
+    "el2n",
+    "entropy",
+    "expected_entropy",
+    "mutual_information",
+    "confidence",
+    "vote_entropy",
+    "prediction",
+)  # the order of csrc/assay.h
+LABEL_FIELDS = frozenset({"nll", "mean_nll", "margin", "agreement", "el2n"})
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class EnsembleStats:
+    """(N,) tensors; with p_k = softmax(z_k) and p̄ = Σ_k w_k p_k. A field that was not asked for is None.
+
+    Rows that are ignored, and rows with a NaN or +inf logit or nothing but −inf, are NaN (``prediction`` −1).
+    """
+
+    nll: Tensor | None = None  #: −log p̄_y, nats
+    mean_nll: Tensor | None = None  #: −Σ_k w_k log p_k,y, nats; ≥ nll
+    margin: Tensor | None = None  #: p̄_y − max_{c≠y} p̄_c, in [−1, 1]
+    agreement: Tensor | None = None  #: Σ_k w_k [argmax z_k = y], in [0, 1]
+    el2n: Tensor | None = None  #: ‖p̄ − onehot(y)‖₂, in [0, √2] (2107.07075, of the mixture)
+    entropy: Tensor | None = None  #: H(p̄), nats
+    expected_entropy: Tensor | None = None  #: Σ_k w_k H(p_k), nats
+    mutual_information: Tensor | None = None  #: Σ_k w_k KL(p_k‖p̄) = entropy − expected_entropy (BALD), nats; ≥ 0
+    confidence: Tensor | None = None  #: max_c p̄_c
+    vote_entropy: Tensor | None = None  #: H(Σ_k w_k onehot(argmax z_k)), nats
+    prediction: Tensor | None = None  #: argmax_c p̄_c, int64, the lowest index on ties
+
+
+def ensemble_stats(
+    logits: Tensor | Sequence[Tensor],
+    labels: Tensor | None = None,
+    *,
+    weights: Tensor | Sequence[float] | None = None,
+    ignore_index: int = -100,
+    fields: Iterable[str] | None = None,
+) -> EnsembleStats:
+    """Statistics of K models' logits, per row.
+
+    Args:
+        logits: (K, N, C), or K tensors (N, C); float32, bfloat16 or float16 (float64 runs the reference), any strides.
+            −inf means probability zero. Not differentiated.
+        labels: (N,) int64 in [0, C) or ``ignore_index``. Without labels the label fields are NaN.
+        weights: (K,), not negative, of the models in the mixture; scaled to sum to 1. None: equal.
+        ignore_index: rows with this label are NaN in every field; they are not read.
+        fields: the names wanted, None for all. What is not asked for is None in the result.
+
+    Returns:
+        ``EnsembleStats`` of float32 (N,) tensors on the logits' device (float64 for float64 logits), accumulated in
+        float32 or wider, with the same bits on every run and any number of threads.
+
+    Raises:
+        TypeError, ValueError: a shape, dtype, device, weight or field is wrong.
+        IndexError: a label outside [0, C).
+    """
+    models = _check_logits(logits)
+    n, _ = models[0].shape
+    mask = _check_fields(fields)
+    device = models[0].device
+    if labels is not None:
+        if labels.dtype != torch.int64 or labels.shape != (n,) or labels.device != device:
+            raise TypeError(
+                f"labels: expected int64 of shape ({n},) on {device}, "
+                f"got {labels.dtype} of shape {tuple(labels.shape)} on {labels.device}"
+            )
+        labels = labels.detach()
+    if weights is not None:
+        weights = torch.as_tensor(weights, dtype=torch.float64, device="cpu").detach()
+        if weights.shape != (len(models),):
+            raise ValueError(
+                f"weights: expected one per model, shape ({len(models)},), got {tuple(weights.shape)}"
+            )
+    stats, prediction = _ensemble_stats([z.detach() for z in models], labels, weights, ignore_index, mask)
+    values = [*stats.unbind(0), prediction]
+    return EnsembleStats(**{f: v for i, (f, v) in enumerate(zip(FIELDS, values, strict=True)) if mask >> i & 1})
+
+
+def _check_logits(logits: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    if isinstance(logits, Tensor):
+        if logits.dim() == 2:
+            logits = logits[None]
+        if logits.dim() != 3:
+            raise ValueError(f"logits: expected (K, N, C) or K tensors (N, C), got shape {tuple(logits.shape)}")
+        models = list(logits.unbind(0))
+    else:
+        models = list(logits)
+    if not models:
+        raise ValueError("logits: expected at least one model, got none")
+    first = models[0]
+    for k, z in enumerate(models):
+        if z.dim() != 2 or z.shape != first.shape:
+            raise ValueError(
+                f"logits[{k}]: expected the shape of logits[0], (N, C) = {tuple(first.shape)}, got {tuple(z.shape)}"
+            )
+        if z.dtype not in _FLOATS:
+            raise TypeError(f"logits[{k}]: expected float32, bfloat16 or float16, got {z.dtype}")
+        if z.device != first.device:
+            raise ValueError(f"logits[{k}]: expected device {first.device} of logits[0], got {z.device}")
+    if first.shape[1] == 0:
+        raise ValueError("logits: expected at least one class, got shape " + str(tuple(first.shape)))
+    if any(z.dtype != first.dtype for z in models):  # models of different precision: the widest of them
+        widest = first.dtype
+        for z in models:
+            widest = torch.promote_types(widest, z.dtype)
+        models = [z.to(widest) for z in models]
+    return models
+
+
+def _check_fields(fields: Iterable[str] | None) -> int:
+    if fields is None:
+        return (1 << len(FIELDS)) - 1
+    if isinstance(fields, str):
+        raise TypeError(f"fields: expected a collection of names, got the string {fields!r}; write [{fields!r}]")
+    mask = 0
+    for name in fields:
+        if name not in FIELDS:
+            raise ValueError(f"fields: unknown field {name!r}; expected some of {', '.join(FIELDS)}")
+        mask |= 1 << FIELDS.index(name)
+    return mask
+
+
+@torch.library.custom_op("assay::ensemble_stats", mutates_args=())
+def _ensemble_stats(
+    logits: Sequence[Tensor], labels: Tensor | None, weights: Tensor | None, ignore_index: int, fields: int
+) -> tuple[Tensor, Tensor]:
+    """The op proper: (10, N) statistics and (N,) predictions. Values are checked here, where they are known."""
+    n, c = logits[0].shape
+    if labels is not None and n:
+        low, high = (int(x) for x in torch.aminmax(labels))
+        if low < 0 or high >= c:
+            wrong = ((labels < 0) | (labels >= c)) & (labels != ignore_index)
+            if wrong.any():
+                row = int(wrong.nonzero()[0])
+                raise IndexError(
+                    f"labels: expected values in [0, {c}) or ignore_index={ignore_index}, "
+                    f"got {int(labels[row])} in row {row}"
+                )
+    share = _normalise(weights, len(logits))
+    if _backend.choose("ensemble_stats", logits[0]) == "cpu":
+        return _native.ensemble(logits, None if labels is None else labels.contiguous(), share, ignore_index, fields)
+    stats, prediction = reference(logits, labels, share, ignore_index)
+    return stats.to(torch.float64 if logits[0].dtype == torch.float64 else torch.float32), prediction
+
+
+@_ensemble_stats.register_fake
+def _(
+    logits: Sequence[Tensor], labels: Tensor | None, weights: Tensor | None, ignore_index: int, fields: int
+) -> tuple[Tensor, Tensor]:
+    z = logits[0]
+    dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
+    return z.new_empty(len(FIELDS) - 1, z.shape[0], dtype=dtype), z.new_empty(z.shape[0], dtype=torch.int64)
+
+
+def _normalise(weights: Tensor | None, k: int) -> list[float]:
+    if weights is None:
+        return [1.0 / k] * k
+    values: list[float] = weights.tolist()
+    if not all(math.isfinite(w) and w >= 0 for w in values) or not sum(values) > 0:
+        raise ValueError(f"weights: expected finite, not negative, with a positive sum, got {values}")
+    total = math.fsum(values)
+    return [w / total for w in values]
+
+
+def reference(
+    logits: Sequence[Tensor], labels: Tensor | None, weights: Sequence[float], ignore_index: int = -100
+) -> tuple[Tensor, Tensor]:
+    """The same formulas in plain torch, in float64 for float64 logits and in float32 otherwise."""
+    z = torch.stack([x if x.dtype == torch.float64 else x.float() for x in logits])  # (K, N, C)
+    w = torch.tensor(weights, dtype=z.dtype, device=z.device)[:, None]  # (K, 1)
+    log_p = z.log_softmax(-1)  # (K, N, C)
+    p = log_p.exp()
+    zero = torch.zeros((), dtype=z.dtype, device=z.device)
+    undefined = (z.isnan() | (z == math.inf)).any(-1).any(0) | (z == -math.inf).all(-1).any(0)  # (N,)
+
+    def entropy(q: Tensor) -> Tensor:
+        return -torch.where(q > 0, q * q.log(), zero).sum(-1)
+
+    mix = (w[..., None] * p).sum(0)  # (N, C)
+    confidence, prediction = mix.max(-1)
+    prediction = (mix == confidence[:, None]).int().argmax(-1)  # the lowest index on ties
+    if len(logits) == 1:
+        prediction = (z[0] == z[0].amax(-1, keepdim=True)).int().argmax(-1)  # exact, where exp may round to a tie
+    votes = (z == z.amax(-1, keepdim=True)).int().argmax(-1)  # (K, N)
+    share = torch.stack([(w * (votes == vote)).sum(0) for vote in votes])  # (K, N): support of model k's choice
+    kl = torch.where(p > 0, p * (log_p - mix.log()), zero).sum(-1)  # (K, N)
+    columns = {
+        "entropy": entropy(mix),
+        "expected_entropy": (w * entropy(p)).sum(0),
+        "mutual_information": (w * kl).sum(0).clamp(min=0),
+        "confidence": confidence,
+        "vote_entropy": -torch.where(w > 0, w * share.clamp(max=1).log(), zero).sum(0),
+    }
+    if labels is not None:
+        y = labels.clamp(0, z.shape[-1] - 1)  # ignored rows get any label here and NaN below
+        onehot = torch.nn.functional.one_hot(y, z.shape[-1]).to(z.dtype)
+        log_py = log_p.gather(-1, y.expand(len(logits), -1)[..., None])[..., 0]  # (K, N)
+        others = mix.masked_fill(onehot.bool(), 0)
+        columns["nll"] = -torch.where(w > 0, w.log() + log_py, -math.inf).logsumexp(0)
+        columns["mean_nll"] = -torch.where(w > 0, w * log_py, zero).sum(0)
+        columns["margin"] = (mix * onehot).sum(-1) - others.amax(-1)
+        columns["agreement"] = (w * (votes == y)).sum(0)
+        columns["el2n"] = (others.sum(-1) ** 2 + (others**2).sum(-1)).sqrt()
+        undefined = undefined | (labels == ignore_index)
+    nothing = torch.full_like(confidence, math.nan)
+    stats = torch.stack([columns.get(f, nothing) for f in FIELDS[:-1]])
+    return stats.masked_fill(undefined, math.nan), prediction.masked_fill(undefined, -1)

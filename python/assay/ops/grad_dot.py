@@ -1,0 +1,111 @@
+"""Per-sample gradient · direction, without a per-sample gradient."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from assay.ops import _backend, _native
+
+# Rows of the intermediate product are made this many bytes at a time, so that the multiply-reduce finds them in cache.
+CHUNK_BYTES = 4 << 20
+# ... but never fewer rows than keep the GEMM efficient.
+MIN_ROWS = 128
+
+
+def grad_dot(inputs: Tensor, grads: Tensor, direction: Tensor) -> Tensor:
+    """⟨Σ_t grads[b,t]ᵀ inputs[b,t], direction⟩ for every sample b.
+
+    The per-sample gradient of y = W a is Σ_t G_tᵀ A_t, and its inner product with V is Σ_t G_t·(V A_t) (2501.06708 for
+    Grad-Mimic's use of it): one GEMM and a multiply-reduce, nothing of size O×I per sample.
+
+    Args:
+        inputs: A, (B, T, I), or (B, I) for T = 1.
+        grads: G, (B, T, O), or (B, O): the loss's gradient in the layer's output. Gradients of the *sum* of the
+            samples' losses; a mean over the batch makes every result B times too small.
+        direction: V, (O, I), shaped as the weight.
+            All float32, bfloat16 or float16 (mixed is fine; float64 anywhere runs the reference), any strides.
+
+    Returns:
+        (B,) float32 (float64 if an argument is), accumulated in float32 within 1,024 elements and in double beyond.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices that do not fit together.
+    """
+    inputs, grads = check_factors(inputs, grads)
+    if direction.shape != (grads.shape[2], inputs.shape[2]):
+        raise ValueError(
+            f"direction: expected (O, I) = ({grads.shape[2]}, {inputs.shape[2]}) as given by grads and inputs, "
+            f"got {tuple(direction.shape)}"
+        )
+    if not direction.is_floating_point() or direction.device != inputs.device:
+        raise TypeError(
+            f"direction: expected a float tensor on {inputs.device}, got {direction.dtype} on {direction.device}"
+        )
+    out: Tensor = _grad_dot(inputs.detach(), grads.detach(), direction.detach())
+    return out
+
+
+def check_factors(inputs: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
+    """The two factors as (B, T, I) and (B, T, O), or an error that says what does not fit."""
+    for name, x in (("inputs", inputs), ("grads", grads)):
+        if not x.is_floating_point():
+            raise TypeError(f"{name}: expected a float tensor, got {x.dtype}")
+        if x.dim() not in (2, 3):
+            raise ValueError(f"{name}: expected (B, T, features) or (B, features), got shape {tuple(x.shape)}")
+    if inputs.shape[:-1] != grads.shape[:-1]:
+        raise ValueError(
+            f"grads: expected the leading sizes of inputs, {tuple(inputs.shape[:-1])}, got {tuple(grads.shape[:-1])}"
+        )
+    if inputs.device != grads.device:
+        raise ValueError(f"grads: expected the device of inputs, {inputs.device}, got {grads.device}")
+    if inputs.dim() == 2:
+        inputs, grads = inputs[:, None], grads[:, None]
+    return inputs, grads
+
+
+def wide_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any tensor is, else float32: what results and intermediates are held in."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+@torch.library.custom_op("assay::grad_dot", mutates_args=())
+def _grad_dot(inputs: Tensor, grads: Tensor, direction: Tensor) -> Tensor:
+    wide = wide_dtype(inputs, grads, direction)
+    if _backend.choose("grad_dot", inputs.new_empty(0, dtype=wide)) == "reference":
+        return reference(inputs, grads, direction)
+    return _cpu(inputs, grads, direction)
+
+
+@_grad_dot.register_fake
+def _(inputs: Tensor, grads: Tensor, direction: Tensor) -> Tensor:
+    return inputs.new_empty(inputs.shape[0], dtype=wide_dtype(inputs, grads, direction))
+
+
+def reference(inputs: Tensor, grads: Tensor, direction: Tensor) -> Tensor:
+    """The same in plain torch, in float64 if an argument is and in float32 otherwise."""
+    wide = wide_dtype(inputs, grads, direction)
+    return ((inputs.to(wide) @ direction.to(wide).T) * grads.to(wide)).sum((1, 2))
+
+
+def _cpu(inputs: Tensor, grads: Tensor, direction: Tensor) -> Tensor:
+    b, t, i = inputs.shape
+    o = grads.shape[2]
+    # A Vᵀ (rows × O) and G V (rows × I) cost the same FLOPs: take the narrower, it is what gets written and read again.
+    if i <= o:
+        left, right, matrix = grads, inputs, direction
+    else:
+        left, right, matrix = inputs, grads, direction.T
+    left, right = left.reshape(b * t, -1), right.reshape(b * t, -1)
+    if right.stride(1) != 1:
+        right = right.contiguous()
+    matrix = matrix.float()
+    width = matrix.shape[1]
+    rows = max(MIN_ROWS, CHUNK_BYTES // (4 * max(1, width)))
+    sums = np.zeros(b * t)
+    product = torch.empty(min(rows, b * t), width)
+    for r in range(0, b * t, rows):
+        piece = torch.mm(left[r : r + rows].float(), matrix, out=product[: b * t - r])
+        _native.multiply_reduce(piece, right[r : r + rows], sums[r:])
+    return torch.from_numpy(sums.reshape(b, t).sum(1)).float()

@@ -1,0 +1,26 @@
+"""From scores to a choice: which rows to keep, with which weight, and why.
+
+Every rule takes a score table (a `pyarrow.Table`) and the name of a score, and returns a `Selection`. Which
+end of the score is kept comes from the column's metadata, or from ``keep="high"`` / ``"low"``. A NaN score is
+never kept, ties go to the earlier row, and every draw takes a seed: the same input gives the same selection.
+"""
+
+from assay.select.mixtures import gmm, kmeans
+from assay.select.rules import quantile, random, sample, threshold, top
+from assay.select.selection import Selection
+from assay.select.votes import Quality, average, quality, vote
+
+__all__ = [
+    "Quality",
+    "Selection",
+    "average",
+    "gmm",
+    "kmeans",
+    "quality",
+    "quantile",
+    "random",
+    "sample",
+    "threshold",
+    "top",
+    "vote",
+]

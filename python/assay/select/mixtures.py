@@ -1,0 +1,82 @@
+"""Rules that split a score's distribution in two and keep the better half."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+from assay._lazy import require
+from assay.select.rules import Keep
+from assay.select.selection import Floats, Selection, Worth, worth
+
+_FIT_ROWS = 200_000
+_CHUNK_ROWS = 1 << 20
+
+
+def gmm(table: pa.Table, by: str, keep: Keep | None = None, seed: int = 0) -> Selection:
+    """Fit two Gaussians to the raw score and keep the rows that more likely come from the better one.
+
+    ``weights`` are the probabilities. Beyond the two means the nearer component wins outright, so that the
+    rule is a threshold: a wide component cannot claim the far tail behind a narrow one. The fit sees at most
+    200,000 rows, drawn with ``seed``; infinite scores take no part in it.
+    """
+    score = worth(table, by, keep)
+    finite = _two_values(score)
+    if len(finite) > _FIT_ROWS:
+        finite = np.random.default_rng(seed).choice(finite, _FIT_ROWS, replace=False)
+    model = require("sklearn.mixture", "cli").GaussianMixture(2, n_init=3, random_state=seed)
+    center, scale = float(finite.mean()), float(finite.std())
+    model.fit(((finite - center) / scale)[:, None])
+    better = int(np.argmax(model.means_))
+    low, high = (float(m) for m in np.sort(model.means_[:, 0]))
+    weights = np.zeros(len(score.values))
+    for start in range(0, len(weights), _CHUNK_ROWS):
+        part = slice(start, start + _CHUNK_ROWS)
+        values = (np.where(score.valid[part], score.values[part], -np.inf) - center) / scale
+        posterior = model.predict_proba(np.clip(values, low, high)[:, None])[:, better]
+        weights[part] = np.select([values >= high, values <= low], [1.0, 0.0], posterior)
+    means = [score.sign * (m * scale + center) for m in (high, low)]
+    return score.select(
+        weights > 0.5,
+        f"{by}, two Gaussians",
+        "of the better of two Gaussians",
+        "of the worse of two Gaussians",
+        threshold=_worst_kept(score, weights > 0.5),
+        weights=weights,
+        facts={
+            "better_mean": means[0],
+            "worse_mean": means[1],
+            "better_share": float(model.weights_[better]),
+        },
+    )
+
+
+def kmeans(table: pa.Table, by: str, keep: Keep | None = None) -> Selection:
+    """Split the score into the two groups of least squared error and keep the better: exact, no seed."""
+    score = worth(table, by, keep)
+    ordered = np.sort(_two_values(score))
+    centered = ordered - ordered.mean()
+    left = np.arange(1, len(ordered))
+    sums = np.cumsum(centered)[:-1]
+    # The split of least error is the one of greatest spread between the groups' means (the sums add up to 0).
+    between = sums**2 / left + sums**2 / (len(ordered) - left)
+    between[ordered[1:] == ordered[:-1]] = -1.0  # equal scores stay together
+    split = int(np.argmax(between)) + 1
+    selection = score.cut(float(ordered[split]), f"{by}, 2-means")
+    means = {"better_mean": ordered[split:].mean(), "worse_mean": ordered[:split].mean()}
+    facts = {name: score.sign * float(value) for name, value in means.items()}
+    return Selection(**(vars(selection) | {"facts": facts}))
+
+
+def _two_values(score: Worth) -> Floats:
+    finite: Floats = score.values[np.isfinite(score.values)]
+    if len(finite) < 2 or finite.min() == finite.max():
+        raise ValueError(
+            f"by={score.name!r} cannot be split in two; of its {len(finite)} finite scores no two differ"
+        )
+    return finite
+
+
+def _worst_kept(score: Worth, mask: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> float | None:
+    kept = score.values[mask & score.valid]
+    return score.sign * float(kept.min()) if kept.size else None

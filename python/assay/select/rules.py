@@ -1,0 +1,133 @@
+"""Rules that need no model: the best so many, a threshold, a quantile, and seeded draws."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from assay.select.selection import Floats, Mask, Selection, worth
+
+Keep = Literal["high", "low"]
+Amount = int | float
+
+
+def top(table: pa.Table, by: str, amount: Amount, keep: Keep | None = None) -> Selection:
+    """The best ``amount`` rows by score ``by``.
+
+    An int is a number of rows, a float a share of the table's rows: ``1`` is one row and ``1.0`` all of them.
+    Rows that have no score count towards the share but are never kept.
+    """
+    score = worth(table, by, keep)
+    wanted = _rows(amount, table.num_rows)
+    candidates = np.flatnonzero(score.valid)
+    best_first = candidates[np.argsort(-score.values[candidates], kind="stable")]
+    mask = _mask(table.num_rows, best_first[:wanted])
+    limit = score.sign * float(score.values[mask].min()) if mask.any() else None
+    place = f"among the {wanted:,} {score.end} of {by}"
+    return score.select(mask, f"{by}, {score.end} {amount}", place, f"not {place}", threshold=limit)
+
+
+def threshold(table: pa.Table, by: str, value: float, keep: Keep | None = None) -> Selection:
+    """Rows whose score is ``value`` or better."""
+    score = worth(table, by, keep)
+    return score.cut(score.sign * value, f"{by}, threshold {value:g}")
+
+
+def quantile(table: pa.Table, by: str, q: float, keep: Keep | None = None) -> Selection:
+    """Rows at or beyond the ``q``-quantile of worth: 0.9 keeps the best tenth, whichever end is best."""
+    if not 0 <= q <= 1:
+        raise ValueError(f"q={q}: expected a number from 0 to 1")
+    score = worth(table, by, keep)
+    if not score.valid.any():
+        return score.cut(math.inf, f"{by}, quantile {q:g}")
+    # An order statistic, not a point between two: then the row at the quantile is kept whatever the rounding.
+    limit = float(np.quantile(score.values[score.valid], q, method="lower"))
+    return score.cut(limit, f"{by}, quantile {q:g}")
+
+
+def sample(
+    table: pa.Table,
+    by: str,
+    amount: Amount,
+    seed: int,
+    temperature: float | None = None,
+    keep: Keep | None = None,
+) -> Selection:
+    """Draw ``amount`` rows (as in `top`) without replacement, each next row in proportion to its score.
+
+    With a ``temperature`` the proportions are softmax(worth / temperature) instead, which also serves scores
+    that are negative or kept at the low end. Rows of score zero are never drawn. (Gumbel top-k, which is
+    Efraimidis and Spirakis's scheme in logarithms.)
+    """
+    score = worth(table, by, keep)
+    wanted = _rows(amount, table.num_rows)
+    logits = np.full(table.num_rows, -np.inf)
+    valid = score.values[score.valid]
+    if temperature is not None:
+        if not temperature > 0:
+            raise ValueError(f"temperature={temperature}: expected a positive number")
+        logits[score.valid] = valid / temperature
+    elif score.sign < 0:
+        raise ValueError(f"by={by!r} is better when low, so it is no proportion; pass a temperature")
+    elif valid.size and valid.min() < 0:
+        raise ValueError(f"by={by!r} goes down to {valid.min():.6g}, no proportion; pass a temperature")
+    else:
+        with np.errstate(divide="ignore"):
+            logits[score.valid] = np.log(valid)
+    keys = logits + _gumbel(table.num_rows, seed)
+    drawable = np.flatnonzero(logits > -np.inf)
+    drawn = drawable[np.argsort(-keys[drawable], kind="stable")][:wanted]
+    how = "in proportion to" if temperature is None else f"by softmax at temperature {temperature:g} of"
+    return score.select(
+        _mask(table.num_rows, drawn),
+        f"{amount} drawn {how} {by}, seed {seed}",
+        f"drawn {how} {by}",
+        "not drawn",
+    )
+
+
+def random(table: pa.Table, amount: Amount, seed: int) -> Selection:
+    """Draw ``amount`` rows (as in `top`) uniformly: the control by which every other rule is judged."""
+    keys = _uniform(table.num_rows, seed)
+    mask = _mask(table.num_rows, np.argsort(keys, kind="stable")[: _rows(amount, table.num_rows)])
+    return Selection(
+        f"{amount} drawn at random, seed {seed}",
+        mask,
+        mask.astype(np.uint8),
+        ("dropped: not drawn", "kept: drawn at random"),
+    )
+
+
+def _rows(amount: Amount, total: int) -> int:
+    if isinstance(amount, bool) or not isinstance(amount, int | float):
+        raise ValueError(f"amount={amount!r}: expected a number of rows (int) or a share (float)")
+    if isinstance(amount, int):
+        if amount < 0:
+            raise ValueError(f"amount={amount}: expected at least 0 rows")
+        return min(amount, total)
+    if not 0 <= amount <= 1:
+        raise ValueError(
+            f"amount={amount}: a share lies between 0.0 and 1.0; for a number of rows pass an int"
+        )
+    return math.floor(amount * total + 0.5)
+
+
+def _mask(rows: int, indices: npt.NDArray[np.int64]) -> Mask:
+    mask = np.zeros(rows, bool)
+    mask[indices] = True
+    return mask
+
+
+def _uniform(rows: int, seed: int) -> Floats:
+    """Philox's raw stream: unlike numpy's distributions, it is promised never to change."""
+    raw = np.random.Philox(seed).random_raw(rows)
+    return (np.asarray(raw >> np.uint64(11), dtype=np.float64) + 0.5) * 2.0**-53
+
+
+def _gumbel(rows: int, seed: int) -> Floats:
+    keys: Floats = -np.log(-np.log(_uniform(rows, seed)))
+    return keys

@@ -1,5 +1,8 @@
 // One row per SIMD lane. Part of ensemble.cpp.
 
+// Sums over columns go by runs of this many, so that 256 columns are 16 + 16 float32 additions, not 256.
+constexpr int64_t RUN = 16;
+
 // The logits of `rows` rows from n0 on, transposed: z[c] holds column c of all of them. Missing lanes hold zeros.
 template <class T>
 void load_tile(const EnsembleArgs& a, int64_t k, int64_t n0, int64_t rows, Vec* z) {
@@ -68,13 +71,18 @@ NarrowModels narrow_models(const EnsembleArgs& a, int64_t n0, int64_t rows, cons
     const Mask empty = m == splat(-INF);
     const Vec base = select(empty, zero, m);
     Vec arg = zero, d = zero, s = zero;
-    for (int64_t c = a.C; c-- > 0;) {  // downwards, so that the first of equal maxima has the last word
-      prefetch(ahead + c * static_cast<int64_t>(W * sizeof(T)));
-      arg = select(z[c] == m, splat(static_cast<float>(c)), arg);
-      const Vec x = clamp_exponent(z[c] - base), e = exp_finite(x);
-      d = d + e;
-      s = fma(x, e, s);
-      z[c] = e;
+    for (int64_t end = a.C; end > 0; end -= RUN) {
+      Vec run_d = zero, run_s = zero;
+      for (int64_t c = end; c-- > (end > RUN ? end - RUN : 0);) {  // downwards: the first of equal maxima comes last
+        prefetch(ahead + c * static_cast<int64_t>(W * sizeof(T)));
+        arg = select(z[c] == m, splat(static_cast<float>(c)), arg);
+        const Vec x = clamp_exponent(z[c] - base), e = exp_finite(x);
+        run_d = run_d + e;
+        run_s = fma(x, e, run_s);
+        z[c] = e;
+      }
+      d = d + run_d;
+      s = s + run_s;
     }
     r.bad = select(empty, splat(NaN), fma(zero, d, r.bad));  // 0 * NaN and 0 * inf are NaN
     const Vec log_d = log(d);
@@ -123,10 +131,18 @@ NarrowMixture narrow_mixture(const EnsembleArgs& a, const int64_t* y, const Vec*
   for (int64_t k = 0; k < a.K; ++k) scale[k] = splat(static_cast<float>(a.weights[k])) * inverse[k];
 
   NarrowMixture r{zero, zero, splat(-1.f), zero, zero, zero, zero, zero};
+  Vec run_entropy = zero, run_information = zero, run_rest = zero, run_squares = zero;
   for (int64_t c = 0; c < a.C; ++c) {
+    if (c % RUN == 0) {
+      r.entropy = r.entropy + run_entropy;
+      r.information = r.information + run_information;
+      r.rest = r.rest + run_rest;
+      r.squares = r.squares + run_squares;
+      run_entropy = run_information = run_rest = run_squares = zero;
+    }
     Vec p = zero;
     for (int64_t k = 0; k < a.K; ++k) p = fma(e[k * a.C + c], scale[k], p);
-    r.entropy = r.entropy - p * log(p);
+    run_entropy = run_entropy - p * log(p);
     if (information) {
       // sum_k w_k p_k log(p_k / p), term by term never negative: w_k p (q log q - q + 1) with q = p_k / p
       const Vec reciprocal = select(p < splat(1e-37f), zero, one / p);
@@ -135,7 +151,7 @@ NarrowMixture narrow_mixture(const EnsembleArgs& a, const int64_t* y, const Vec*
         const Vec q = e[k * a.C + c] * inverse[k] * reciprocal;
         sum = fma(splat(static_cast<float>(a.weights[k])), fma(q, log(q), one - q), sum);
       }
-      r.information = fma(p, max(sum, zero), r.information);
+      run_information = fma(p, max(sum, zero), run_information);
     }
     const Vec index = splat(static_cast<float>(c));
     const Mask higher = r.confidence < p, is_label = vlabel == index;
@@ -143,10 +159,14 @@ NarrowMixture narrow_mixture(const EnsembleArgs& a, const int64_t* y, const Vec*
     r.prediction = select(higher, index, r.prediction);
     r.p_label = select(is_label, p, r.p_label);
     const Vec other = select(is_label, zero, p);
-    r.rest = r.rest + other;
-    r.squares = fma(other, other, r.squares);
+    run_rest = run_rest + other;
+    run_squares = fma(other, other, run_squares);
     r.top_other = max(other, r.top_other);
   }
+  r.entropy = r.entropy + run_entropy;
+  r.information = r.information + run_information;
+  r.rest = r.rest + run_rest;
+  r.squares = r.squares + run_squares;
   return r;
 }
 

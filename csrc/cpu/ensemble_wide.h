@@ -25,6 +25,7 @@ struct Partial {
 struct RowModel {
   double entropy, log_py;
   int64_t top;
+  float m, scale;  // w e^(z - m) / sum e^(z - m) = scale e^(z - m)
 };
 
 // The mixture over one block, the label's column left out of `rest`, `squares` and `top_other`.
@@ -66,7 +67,7 @@ Partial partial(const T* z, int64_t n, float* e) {
   const float base = maximum(first);
   if (base > -INF && base < INF) {
     const Partial p = exponentials<true, KEEP>(z, n, base, e);
-    if (p.m - base <= REACH && p.d == p.d) return p;
+    if (p.m - base <= REACH && p.s == p.s) return p;  // -inf and NaN make s NaN
   }
   // A higher maximum further on, or -inf, +inf or NaN among the logits.
   float m = base;
@@ -165,6 +166,8 @@ class WideRow {
     RowModel& out = s.models[k];
     const double log_d = std::log(d);
     out.entropy = log_d - t / d;
+    out.m = m;
+    out.scale = static_cast<float>(a.weights[k] / d);
     T buffer[BLOCK];
     out.top = -1;
     for (int64_t b = 0; out.top < 0; ++b)
@@ -330,18 +333,29 @@ class WideRow {
     return sum(total);
   }
 
-  // The first column whose probability is the highest: found again in the first block that holds it.
+  // The first column whose probability is the highest. Blocks have bases of their own, so that equal columns of two
+  // blocks may differ in the last bits: the blocks that come close are compared again relative to the row's maximum.
   int64_t mixture_argmax(float top) const {
+    constexpr float NEARLY = 1 - 0x1p-19f;
+    Scratch<T> buffer(BLOCK);
+    Scratch<float> sums(BLOCK);
+    float best = -1;
+    int64_t arg = -1;
     for (int64_t b = 0; b < blocks; ++b) {
-      if (s.mixtures[b].top != top) continue;
-      for (int64_t i = 0; i < columns(b); i += Vec::W) {
-        Vec p[1];
-        mixture(b, i, p);
-        const uint32_t hit = bits(p[0] == splat(top));
-        if (hit) return b * BLOCK + i + __builtin_ctz(hit);
+      if (s.mixtures[b].top < top * NEARLY) continue;
+      const int64_t width = columns(b);
+      for (int64_t k = 0; k < a.K; ++k) {
+        const T* z = block(k, b, buffer.p);
+        const Vec m = splat(s.models[k].m), scale = splat(s.models[k].scale);
+        for (int64_t i = 0; i < width; i += Vec::W) {
+          const Vec so_far = k == 0 ? splat(0.f) : load(sums.p + i);
+          store(sums.p + i, fma(exp(load_first(z + i, width - i, -INF) - m), scale, so_far));
+        }
       }
+      for (int64_t i = 0; i < width; ++i)
+        if (sums[i] > best) best = sums[i], arg = b * BLOCK + i;
     }
-    return -1;
+    return arg;
   }
 
   const EnsembleArgs& a;

@@ -92,6 +92,8 @@ def reference(inputs: Tensor, grads: Tensor, direction: Tensor) -> Tensor:
 def _cpu(inputs: Tensor, grads: Tensor, direction: Tensor) -> Tensor:
     b, t, i = inputs.shape
     o = grads.shape[2]
+    if 0 in (b, t, i, o):
+        return torch.zeros(b)
     # A Vᵀ (rows × O) and G V (rows × I) cost the same FLOPs: take the narrower, it is what gets written and read again.
     if i <= o:
         left, right, matrix = grads, inputs, direction
@@ -102,7 +104,7 @@ def _cpu(inputs: Tensor, grads: Tensor, direction: Tensor) -> Tensor:
         right = right.contiguous()
     matrix = matrix.float()
     width = matrix.shape[1]
-    rows = max(MIN_ROWS, CHUNK_BYTES // (4 * max(1, width)))
+    rows = max(MIN_ROWS, CHUNK_BYTES // (4 * width))
     sums = np.zeros(b * t)
     product = torch.empty(min(rows, b * t), width)
     for r in range(0, b * t, rows):

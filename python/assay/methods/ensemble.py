@@ -1,0 +1,126 @@
+"""An ensemble of small models against the label: loss, agreement and uncertainty per sample.
+
+Xiao & Zhu, *Foundations of Large Language Models*, chapter 4 (the idea); ``ops.ensemble_stats`` (the statistics).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from assay import ops
+from assay.methods import label_quality as quality
+from assay.methods.base import Column, Need
+from assay.probe import Signals
+from assay.tasks import Classification, Task
+
+STATISTICS = (
+    Column("nll", "low", "−log Σ_k w_k p_k,y: the mixture's loss on the label, nats"),
+    Column("mean_nll", "low", "−Σ_k w_k log p_k,y: the models' mean loss, nats"),
+    Column("margin", "high", "p̄_y − max_{c≠y} p̄_c of the mixture p̄"),
+    Column("agreement", "high", "Σ_k w_k [argmax z_k = y]: share of the models that vote for the label"),
+    Column("el2n", "low", "‖p̄ − onehot(y)‖₂ of the mixture; low agrees with the label, high is hard or wrong"),
+    Column("entropy", "none", "H(p̄), nats; does not see the label"),
+    Column("expected_entropy", "none", "Σ_k w_k H(p_k), nats; does not see the label"),
+    Column("mutual_information", "none", "entropy − expected_entropy (BALD), nats; does not see the label"),
+    Column("confidence", "none", "max_c p̄_c; does not see the label"),
+    Column("vote_entropy", "none", "entropy of the models' votes, nats; does not see the label"),
+)
+PREDICTION = Column("prediction", "none", "argmax_c p̄_c, the class the mixture would give")
+
+
+class Ensemble:
+    """K models' view of each sample's label.
+
+    Columns, prefixed ``ensemble_``: the fields of ``ops.EnsembleStats``; for classification also the predicted class
+    and cleanlab's label-quality scores. A sample with several rows (a text) gets the mean over its predicted tokens.
+
+    Args:
+        models: K modules of any architectures over the same classes or vocabulary. To find wrong labels they must not
+            have been trained on the samples they judge: see ``out_of_fold``.
+        task: what a sample and a label are.
+        weights: (K,), not negative; None: equal. ``label_quality.model_weights`` finds them from accuracy or log loss.
+        name: prefix of the columns.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[nn.Module],
+        task: Task,
+        weights: Sequence[float] | None = None,
+        *,
+        name: str = "ensemble",
+    ) -> None:
+        if not models:
+            raise ValueError("Ensemble: expected at least one model, got none")
+        if weights is not None and len(weights) != len(models):
+            raise ValueError(f"Ensemble: expected one weight per model, {len(models)}, got {len(weights)}")
+        self.name = name
+        self.models = list(models)
+        self.task = task
+        self.weights = list(weights) if weights is not None else None
+        self._per_sample = isinstance(task, Classification)
+
+    @property
+    def columns(self) -> Sequence[Column]:
+        extra = (PREDICTION, *quality.COLUMNS) if self._per_sample else ()
+        return [Column(f"{self.name}_{c.name}", c.keep, c.description) for c in (*STATISTICS, *extra)]
+
+    def needs(self) -> Mapping[str, Need]:
+        return {f"model{k}": Need(model, self.task, logits=True) for k, model in enumerate(self.models)}
+
+    def score(self, signals: Mapping[str, Signals]) -> dict[str, Tensor]:
+        members = [signals[f"model{k}"] for k in range(len(self.models))]
+        logits = []
+        for k, member in enumerate(members):
+            if member.logits is None or member.labels is None:
+                raise ValueError(f"Ensemble: model {k} gives no logits and labels under {type(self.task).__name__}")
+            logits.append(member.logits)
+        first = members[0]
+        assert first.labels is not None
+        scores = ensemble_scores(logits, first.labels, self.weights, classes=self._per_sample)
+        if first.rows is not None:
+            scores = {f: sample_means(v, first.labels, first.rows, len(first.losses)) for f, v in scores.items()}
+        return {f"{self.name}_{field}": value for field, value in scores.items()}
+
+    def metadata(self) -> dict[str, str]:
+        return {"models": str(len(self.models)), "weights": str(self.weights or "equal")}
+
+
+def ensemble_scores(
+    logits: Sequence[Tensor], labels: Tensor, weights: Sequence[float] | None = None, *, classes: bool = True
+) -> dict[str, Tensor]:
+    """The ensemble's columns (without prefix) from logits at hand, such as ``out_of_fold``'s.
+
+    Args:
+        logits: (K, N, C) or K tensors (N, C).
+        labels: (N,) int64.
+        weights: (K,) or None for equal.
+        classes: also the predicted class and the label-quality scores.
+
+    Returns:
+        (N,) float32 per name.
+    """
+    stats = ops.ensemble_stats(logits, labels, weights=weights)
+    scores: dict[str, Tensor] = {column.name: getattr(stats, column.name) for column in STATISTICS}
+    if classes:
+        assert stats.prediction is not None
+        prediction = stats.prediction.float()
+        scores["prediction"] = prediction.masked_fill(prediction < 0, torch.nan)
+        scores |= quality.label_quality(list(logits), labels, weights if weights is not None else "uniform")
+    return scores
+
+
+def sample_means(values: Tensor, labels: Tensor, rows: Tensor, samples: int) -> Tensor:
+    """Mean of per-row values over each sample's predicted rows; NaN for a sample without any.
+
+    (N,), (N,) with −100 where nothing is predicted, (N,) the owning sample -> (samples,) float32.
+    """
+    predicted = labels >= 0
+    owner = rows[predicted]
+    totals = torch.zeros(samples, dtype=torch.float64, device=values.device)
+    totals.index_add_(0, owner, values[predicted].double())
+    counts = torch.bincount(owner, minlength=samples)
+    return (totals / counts).float()  # 0 / 0 is NaN

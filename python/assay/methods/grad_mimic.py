@@ -1,0 +1,180 @@
+"""Grad-Mimic: does a training step on this sample move the model towards a better reference?
+
+*Evaluating Sample Utility for Efficient Data Selection by Mimicking Model Weights*, 2501.06708, stage 1's score.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from assay.methods.base import Column, Need
+from assay.probe import Dot, Reduction, Signals, SqNorm, tapped_parameters
+from assay.tasks import Task
+
+_log = logging.getLogger("assay")
+
+# The lineage check looks at the correlation over this many samples ...
+LINEAGE_SAMPLES = 256
+# ... and calls the direction meaningless below this. ‖v‖·m is the first-order term of loss − reference loss: with a
+# reference that descends from the model's own start it correlates clearly, with an unrelated one it does not, or
+# negatively (docs/methods/grad_mimic.md has the measured figures).
+LINEAGE_MINIMUM = 0.3
+
+
+class GradMimic:
+    """m_i = ⟨−∇ℓ_i, v⟩ / ‖v‖ with v = θ_ref − θ over the chosen layers: keep high.
+
+    Columns: ``mimic``; ``loss`` and ``reference_loss``, the two models' losses; ``rho`` = loss − reference_loss
+    (RHO-loss, 2206.07137); on request ``mimic_cosine`` = m_i / ‖∇ℓ_i‖ and ``grad_norm`` = ‖∇ℓ_i‖, both over the chosen
+    layers. ``reference_loss`` alone is the control to compare with: for wrong labels it is often as good.
+
+    The reference must descend from the model's own initialisation or checkpoint. Between unrelated networks v is mostly
+    the difference of two random starts and the score falls below chance; the first batches tell, and a warning says so.
+
+    Args:
+        model: the model that the data is to train, θ.
+        reference: the same architecture, better trained, θ_ref.
+        task: what a sample and its loss are.
+        layers: glob or globs of layer names to take the direction over; None: every supported layer.
+        cosine, grad_norm: give these columns too (they need per-sample gradient norms).
+        skip_unsupported: score without the layers that cannot be tapped exactly, instead of raising.
+        name: name of the first column, and prefix of the others if it is not ``mimic``.
+
+    Raises:
+        ValueError: the models' parameters differ in name or shape, or are equal.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        reference: nn.Module,
+        task: Task,
+        layers: str | Sequence[str] | None = None,
+        *,
+        cosine: bool = False,
+        grad_norm: bool = False,
+        skip_unsupported: bool = False,
+        name: str = "mimic",
+    ) -> None:
+        self.name = name
+        self.model, self.reference, self.task = model, reference, task
+        self.cosine, self.grad_norm = cosine, grad_norm
+        self.parameters = tapped_parameters(model, layers, skip_unsupported=skip_unsupported)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take the direction anew: call after the model has moved."""
+        self.direction, self.norm, self.share = direction_towards(self.model, self.reference, self.parameters)
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+        self._lineage: float | None = None
+
+    @property
+    def columns(self) -> Sequence[Column]:
+        columns = [
+            Column(self.name, "high", "⟨−∇ℓ, θ_ref − θ⟩ / ‖θ_ref − θ‖: step towards the reference"),
+            Column(self._named("loss"), "none", "the model's loss"),
+            Column(self._named("reference_loss"), "low", "the reference model's loss (the control)"),
+            Column(self._named("rho"), "high", "loss − reference_loss (RHO-loss)"),
+        ]
+        if self.cosine:
+            columns.append(Column(self._named("mimic_cosine"), "high", "mimic / grad_norm, in [−1, 1]"))
+        if self.grad_norm:
+            columns.append(Column(self._named("grad_norm"), "none", "‖∇ℓ‖ over the chosen layers"))
+        return columns
+
+    def _named(self, score: str) -> str:
+        return score if self.name == "mimic" else f"{self.name}_{score}"
+
+    def needs(self) -> Mapping[str, Need]:
+        reductions: dict[str, Reduction] = {"direction": Dot(self.direction)}
+        if self.cosine or self.grad_norm:
+            reductions["sqnorm"] = SqNorm(tuple(self.parameters))
+        return {
+            "model": Need(self.model, self.task, reductions=reductions),
+            "reference": Need(self.reference, self.task),
+        }
+
+    def score(self, signals: Mapping[str, Signals]) -> dict[str, Tensor]:
+        model, reference = signals["model"], signals["reference"]
+        dot = model.reduced["direction"]
+        mimic = -dot / self.norm
+        rho = model.losses - reference.losses
+        scores = {
+            self.name: mimic,
+            self._named("loss"): model.losses,
+            self._named("reference_loss"): reference.losses,
+            self._named("rho"): rho,
+        }
+        if self.cosine or self.grad_norm:
+            norm = model.reduced["sqnorm"].sqrt()
+            if self.cosine:  # a gradient of zero points nowhere
+                scores[self._named("mimic_cosine")] = torch.where(norm > 0, mimic / norm, 0.0)
+            if self.grad_norm:
+                scores[self._named("grad_norm")] = norm
+        self._check_lineage(-dot, rho)
+        return scores
+
+    def _check_lineage(self, first_order: Tensor, excess: Tensor) -> None:
+        """Correlate ‖v‖·m with loss − reference loss on the first samples; warn once if they disagree."""
+        if self._lineage is not None:
+            return
+        self._pairs.append((first_order.double().cpu(), excess.double().cpu()))
+        if sum(len(x) for x, _ in self._pairs) < LINEAGE_SAMPLES:
+            return
+        self._lineage = self._correlation()
+        if not self._lineage >= LINEAGE_MINIMUM:
+            _log.warning("%s: %s", self.name, self._lineage_warning())
+
+    def _correlation(self) -> float:
+        x, y = (torch.cat(side) for side in zip(*self._pairs, strict=True))
+        fine = x.isfinite() & y.isfinite()
+        if fine.sum() < 2:
+            return math.nan
+        return float(torch.corrcoef(torch.stack([x[fine], y[fine]]))[0, 1])
+
+    def _lineage_warning(self) -> str:
+        return (
+            f"‖v‖·mimic and loss − reference loss correlate only {self._lineage:.2f} (expected at least "
+            f"{LINEAGE_MINIMUM}): the direction to this reference means little. Does it descend from this model's own "
+            "initialisation or checkpoint? Otherwise use reference_loss or rho"
+        )
+
+    def metadata(self) -> dict[str, str]:
+        if self._lineage is None and self._pairs:
+            self._lineage = self._correlation()
+        facts = {"direction_norm": f"{self.norm:.6g}", "direction_share": f"{self.share:.4f}"}
+        if self._lineage is not None:
+            facts["lineage_correlation"] = f"{self._lineage:.4f}"
+            if not self._lineage >= LINEAGE_MINIMUM:
+                facts["warning"] = self._lineage_warning()
+        return facts
+
+
+def direction_towards(
+    model: nn.Module, reference: nn.Module, parameters: Sequence[str]
+) -> tuple[dict[str, Tensor], float, float]:
+    """v = θ_ref − θ over ``parameters``, ‖v‖, and the share of ‖v‖² over all trainable parameters that they hold.
+
+    Raises ValueError if a parameter is missing or of another shape in the reference, or if v is zero.
+    """
+    ours = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    theirs = dict(reference.named_parameters())
+    for name, p in ours.items():
+        if name not in theirs or theirs[name].shape != p.shape:
+            found = f"shape {tuple(theirs[name].shape)}" if name in theirs else "no such parameter"
+            raise ValueError(
+                f"reference: expected parameter {name} of shape {tuple(p.shape)} as in the model, found {found}; "
+                "mimic scores need a reference of the same architecture"
+            )
+    with torch.no_grad():
+        steps = {n: theirs[n].to(p.device, torch.float32) - p.float() for n, p in ours.items()}
+    squares = {n: float(step.double().square().sum()) for n, step in steps.items()}
+    tapped = math.fsum(squares[n] for n in parameters)
+    if not tapped > 0:
+        raise ValueError("reference: equals the model in every chosen layer, so that there is no direction to it")
+    return {n: steps[n] for n in parameters}, math.sqrt(tapped), tapped / math.fsum(squares.values())

@@ -1,0 +1,53 @@
+"""``assay.score``: batches and methods in, a score table out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from assay.corpus.tables import make_table
+from assay.methods import Method, Scorer
+
+
+def score(
+    batches: Iterable[Any],
+    methods: Sequence[Method],
+    *,
+    ids: Iterable[Any] | None = None,
+    verify: bool = True,
+) -> pa.Table:
+    """Score every sample of some batches with several methods in one pass.
+
+    Args:
+        batches: what the methods' task takes: (x, y) for Classification and Regression, a dict of input_ids,
+            attention_mask and optionally labels for CausalLM, (images, texts) for Contrastive.
+        methods: ``assay.methods.Ensemble(...)``, ``assay.methods.GradMimic(...)``, ...
+        ids: one per sample, in the order of the batches; None: row numbers.
+        verify: let the probes check themselves against autograd on the first batch.
+
+    Returns:
+        Table with ``row`` (int64), ``id`` (string) and one float32 column per score; each score's field metadata says
+        which end to keep.
+
+    Raises:
+        ValueError: ids and samples differ in number, or two methods give a column of the same name.
+    """
+    parts: list[dict[str, Tensor]] = []
+    with Scorer(methods, verify=verify) as scorer:
+        parts.extend(scorer(batch) for batch in batches)
+        columns, metadata = scorer.columns, scorer.metadata()
+    scores = {c.name: _concatenate([part[c.name] for part in parts]) for c in columns}
+    count = len(next(iter(scores.values()))) if scores else 0
+    names = [str(i) for i in (ids if ids is not None else range(count))]
+    if len(names) != count:
+        raise ValueError(f"ids: expected one per sample, {count}, got {len(names)}")
+    return make_table(np.arange(count), names, scores, columns, {"methods": metadata})
+
+
+def _concatenate(parts: list[Tensor]) -> np.ndarray[Any, Any]:
+    return torch.cat(parts).numpy() if parts else np.empty(0, dtype=np.float32)

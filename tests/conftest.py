@@ -1,0 +1,26 @@
+"""Shared fixtures."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from assay import _native
+
+USABLE_ISAS = [name for name, supported in _native.instruction_sets() if supported]
+ALL_ISAS = [name for name, _ in _native.instruction_sets()]
+
+
+@pytest.fixture(params=ALL_ISAS)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every instruction set of this build in turn, forced."""
+    name: str = request.param
+    if name not in USABLE_ISAS:
+        pytest.skip(f"this processor does not run {name}")
+    monkeypatch.setenv("ASSAY_ISA", name)
+    return name
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,110 @@
+"""Mimic scores equal their definition, and stay the same however the samples are batched."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import assay
+from assay.methods import GradMimic
+from assay.methods.grad_mimic import direction_towards
+from assay.tasks import Classification
+from tests.methods.data import mlp, noisy_digits, train
+
+
+def models() -> tuple[nn.Module, nn.Module, torch.Tensor, torch.Tensor]:
+    data = noisy_digits(0.3, size=300)
+    model = train(mlp(0), data.x, data.given, 1, lr=0.01)
+    return model, train(model, data.x, data.true, 5), data.x, data.given
+
+
+def autograd_scores(model: nn.Module, reference: nn.Module, x: torch.Tensor, y: torch.Tensor, names: list[str]) -> dict[str, list[float]]:
+    """One backward pass per sample."""
+    parameters = dict(model.named_parameters())
+    v = {n: (dict(reference.named_parameters())[n] - parameters[n]).detach() for n in names}
+    norm = sum(d.square().sum() for d in v.values()).sqrt()
+    out: dict[str, list[float]] = {"mimic": [], "mimic_cosine": [], "grad_norm": []}
+    for i in range(len(x)):
+        loss = nn.functional.cross_entropy(model(x[i : i + 1]), y[i : i + 1])
+        grads = torch.autograd.grad(loss, [parameters[n] for n in names])
+        m = -sum((g * v[n]).sum() for n, g in zip(names, grads, strict=True)) / norm
+        g_norm = sum(g.square().sum() for g in grads).sqrt()
+        out["mimic"].append(float(m))
+        out["mimic_cosine"].append(float(m / g_norm))
+        out["grad_norm"].append(float(g_norm))
+    return out
+
+
+@pytest.mark.parametrize(("layers", "names"), [(None, ["0.weight", "0.bias", "2.weight", "2.bias"]), ("2", ["2.weight", "2.bias"])])
+def test_equals_autograd_per_sample(layers: str | None, names: list[str]) -> None:
+    model, reference, x, y = models()
+    want = autograd_scores(model, reference, x[:20], y[:20], names)
+    method = GradMimic(model, reference, Classification(), layers, cosine=True, grad_norm=True)
+    table = assay.score([(x[:13], y[:13]), (x[13:20], y[13:20])], [method])
+    for name, values in want.items():
+        np.testing.assert_allclose(table[name].to_numpy(), values, rtol=1e-4, atol=1e-6)
+    ce = nn.functional.cross_entropy
+    np.testing.assert_allclose(table["loss"].to_numpy(), ce(model(x[:20]), y[:20], reduction="none").detach(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(table["rho"].to_numpy(), table["loss"].to_numpy() - table["reference_loss"].to_numpy(), atol=1e-6)
+
+
+def test_scale_and_sign_of_the_direction() -> None:
+    model, reference, x, y = models()
+    batches = [(x[:40], y[:40])]
+
+    def towards(scale: float) -> np.ndarray:
+        target = copy.deepcopy(reference)
+        with torch.no_grad():
+            for p, start in zip(target.parameters(), model.parameters(), strict=True):
+                p.copy_(start + scale * (p - start))
+        return assay.score(batches, [GradMimic(model, target, Classification())])["mimic"].to_numpy()
+
+    np.testing.assert_allclose(towards(0.25), towards(1.0), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(towards(-1.0), -towards(1.0), rtol=1e-3, atol=1e-5)
+
+
+def test_is_the_first_order_term_of_the_excess_loss() -> None:
+    """‖v‖·m → loss − reference loss as v → 0 (methods.md, section 2)."""
+    model, reference, x, y = models()
+    near = copy.deepcopy(model)
+    with torch.no_grad():
+        for p, q in zip(near.parameters(), reference.parameters(), strict=True):
+            p.add_(1e-2 * (q - p))
+    method = GradMimic(model, near, Classification())
+    table = assay.score([(x, y)], [method])
+    first_order, excess = table["mimic"].to_numpy() * method.norm, table["rho"].to_numpy()
+    assert np.corrcoef(first_order, excess)[0, 1] > 0.999
+
+
+def test_share_of_the_direction_and_refresh() -> None:
+    model, reference, _, _ = models()
+    head = GradMimic(model, reference, Classification(), "2")
+    whole = GradMimic(model, reference, Classification())
+    assert whole.share == pytest.approx(1)
+    assert head.share == pytest.approx((head.norm / whole.norm) ** 2)
+    with torch.no_grad():
+        for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+            p.add_(0.5 * (q - p))
+    whole.refresh()
+    assert whole.norm == pytest.approx(2 * head.norm / head.share**0.5 / 4, rel=1e-3)
+
+
+def test_wrong_references_are_named() -> None:
+    model, reference, _, _ = models()
+    with pytest.raises(ValueError, match=r"parameter 0\.weight of shape \(64, 64\).*\(32, 64\)"):
+        GradMimic(model, mlp(0, width=32), Classification())
+    with pytest.raises(ValueError, match="no such parameter"):
+        GradMimic(model, nn.Sequential(nn.Linear(64, 64)), Classification())
+    with pytest.raises(ValueError, match="equals the model"):
+        GradMimic(model, copy.deepcopy(model), Classification())
+    with pytest.raises(ValueError, match="head"):
+        GradMimic(model, reference, Classification(), "head.*")
+    parameters = ["2.bias"]
+    v, norm, share = direction_towards(model, reference, parameters)
+    assert list(v) == parameters
+    assert norm > 0
+    assert 0 < share < 1

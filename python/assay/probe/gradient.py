@@ -1,0 +1,177 @@
+"""The per-sample gradient of one parameter, kept as factors and never multiplied out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from assay.ops import grad_dot, grad_sqnorm
+
+# Terms that cancel below this share of their own squared norms are multiplied out, one sample at a time.
+_CANCELLED = 1e-2
+
+
+@dataclass(frozen=True)
+class Outer:
+    """Σ_t left[b,t]ᵀ right[b,t], viewed as the parameter. ``left`` (B, T, R), ``right`` (B, T, C)."""
+
+    left: Tensor
+    right: Tensor
+
+    def dot(self, direction: Tensor) -> Tensor:
+        matrix = direction.reshape(self.left.shape[-1], self.right.shape[-1])
+        return grad_dot(self.right, self.left, matrix)
+
+    def sqnorm(self) -> Tensor:
+        return grad_sqnorm(self.right, self.left)
+
+    def dense(self, shape: Sequence[int]) -> Tensor:
+        return (wide(self.left).mT @ wide(self.right)).reshape(-1, *shape)
+
+    def sample(self, b: int) -> Outer:
+        return Outer(self.left[b : b + 1], self.right[b : b + 1])
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """Row ``ids[b,t]`` of the parameter gets ``grads[b,t]``. ``ids`` (B, T) int64, ``grads`` (B, T, D)."""
+
+    ids: Tensor
+    grads: Tensor
+
+    def dot(self, direction: Tensor) -> Tensor:
+        return (wide(direction[self.ids]) * wide(self.grads)).sum((1, 2))
+
+    def sqnorm(self) -> Tensor:
+        # Equal ids of a sample land on the same row. index_put_ adds in a fixed order on every device.
+        base = torch.arange(len(self.ids), device=self.ids.device)[:, None]
+        stride = self.ids.max() + 1 if self.ids.numel() else 1
+        keys, place = torch.unique(base * stride + self.ids, return_inverse=True)
+        grads = wide(self.grads)
+        rows = grads.new_zeros(len(keys), grads.shape[-1])
+        rows.index_put_((place.flatten(),), grads.flatten(0, 1), accumulate=True)
+        return grads.new_zeros(len(grads)).index_put_(
+            (keys // stride,), rows.square().sum(1), accumulate=True
+        )
+
+    def dense(self, shape: Sequence[int]) -> Tensor:
+        grads = wide(self.grads)
+        sample = torch.arange(len(grads), device=grads.device)[:, None].expand_as(self.ids)
+        return grads.new_zeros(len(grads), *shape).index_put_((sample, self.ids), grads, accumulate=True)
+
+    def sample(self, b: int) -> Scatter:
+        return Scatter(self.ids[b : b + 1], self.grads[b : b + 1])
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The gradient itself, (B, *shape): for parameters as small as a bias."""
+
+    values: Tensor
+
+    def dot(self, direction: Tensor) -> Tensor:
+        return (wide(self.values) * wide(direction)).flatten(1).sum(1)
+
+    def sqnorm(self) -> Tensor:
+        return wide(self.values).square().flatten(1).sum(1)
+
+    def dense(self, shape: Sequence[int]) -> Tensor:
+        return wide(self.values).reshape(-1, *shape)
+
+    def sample(self, b: int) -> Dense:
+        return Dense(self.values[b : b + 1])
+
+
+Term = Outer | Scatter | Dense
+
+
+@dataclass(frozen=True)
+class PerSampleGradient:
+    """The exact gradient of every sample's loss in *one* parameter, summed over all uses of the parameter.
+
+    Attributes:
+        shape: the parameter's shape.
+        terms: what it is the sum of, each in the parameter's own orientation. At most one of a kind: several
+            uses are laid end to end along T; where one is dense, all are.
+
+    Results are (B,) float32, or float64 where a factor is float64.
+    """
+
+    shape: torch.Size
+    terms: Sequence[Term]
+
+    def __post_init__(self) -> None:
+        if not self.terms:
+            raise ValueError(
+                "a PerSampleGradient needs at least one term; a parameter without uses has gradient 0"
+            )
+        object.__setattr__(self, "terms", _merge(self.terms, self.shape))
+
+    def dot(self, direction: Tensor) -> Tensor:
+        """⟨gradient of sample b, direction⟩, for a direction of the parameter's shape -> (B,).
+
+        Raises:
+            ValueError: the direction has another shape.
+        """
+        if direction.shape != self.shape:
+            raise ValueError(f"direction of shape {tuple(direction.shape)}; expected {tuple(self.shape)}")
+        return _total([term.dot(direction) for term in self.terms])
+
+    def sqnorm(self) -> Tensor:
+        """‖gradient of sample b‖² -> (B,), with every cross term between uses and positions."""
+        own = _total([term.sqnorm() for term in self.terms])
+        if len(self.terms) == 1:
+            return own
+        outer, scatter = self.terms  # the only two kinds that are not merged
+        assert isinstance(outer, Outer)
+        assert isinstance(scatter, Scatter)
+        total = own + 2 * _outer_scatter(outer, scatter)
+        for b in torch.nonzero(total < _CANCELLED * own).flatten().tolist():
+            total[b] = _total([term.sample(b).dense(self.shape) for term in self.terms]).square().sum()
+        return total
+
+    def dense(self) -> Tensor:
+        """The gradient multiplied out, (B, *shape): for small parameters and for tests."""
+        return _total([term.dense(self.shape) for term in self.terms])
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """float32, or float64 if it is float64 already: what sums are held in."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _merge(terms: Sequence[Term], shape: Sequence[int]) -> tuple[Term, ...]:
+    if len(terms) == 1:
+        return tuple(terms)
+    if any(isinstance(term, Dense) for term in terms):
+        return (Dense(_total([term.dense(shape) for term in terms])),)
+    merged: list[Term] = []
+    if outers := [term for term in terms if isinstance(term, Outer)]:
+        merged.append(Outer(_join([o.left for o in outers]), _join([o.right for o in outers])))
+    if scatters := [term for term in terms if isinstance(term, Scatter)]:
+        merged.append(Scatter(_join([s.ids for s in scatters]), _join([s.grads for s in scatters])))
+    return tuple(merged)
+
+
+def _outer_scatter(outer: Outer, scatter: Scatter) -> Tensor:
+    """⟨outer, scatter⟩ = Σ_ts left[b, t, ids[b,s]] (right[b,t] · grads[b,s]) -> (B,).
+
+    One sample at a time: picking the columns of all samples at once would copy a tensor of the logits' size.
+    """
+    products = []
+    for left, right, ids, grads in zip(outer.left, outer.right, scatter.ids, scatter.grads, strict=True):
+        dtype = torch.promote_types(wide(right).dtype, grads.dtype)
+        gram = right.to(dtype) @ grads.to(dtype).T
+        products.append((gram * left[:, ids]).sum())
+    return torch.stack(products)
+
+
+def _join(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), 1)
+
+
+def _total(tensors: Sequence[Tensor]) -> Tensor:
+    return sum(tensors[1:], start=tensors[0])

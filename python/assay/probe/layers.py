@@ -1,0 +1,257 @@
+"""What the probe knows about layers: how an input and an output gradient become a per-sample parameter
+gradient.
+
+Only types whose formula is known exactly have a rule. A subclass has none: it may compute something else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from assay.probe.gradient import Dense, Outer, Scatter, Term, wide
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The two sides of a layer's per-sample weight gradient, one entry per position t.
+
+    ``kind`` says how they combine to the gradient of sample b, viewed as the weight:
+
+    - ``"outer"``: Σ_t grads[b,t]ᵀ inputs[b,t]; ``inputs`` (B, T, I), ``grads`` (B, T, O). Linear and
+      convolutions (T positions of the output, I = channels × kernel). For transformers' Conv1D the weight is
+      this, transposed.
+    - ``"scatter"``: row inputs[b,t] gets grads[b,t]; ``inputs`` (B, T) int64, ``grads`` (B, T, D).
+      Embeddings.
+    - ``"elementwise"``: Σ_t grads[b,t] · inputs[b,t]; ``inputs`` (B, T, D) normalised, ``grads`` (B, T, D).
+      Norms.
+
+    A layer called twice in a forward pass has both calls end to end along T.
+    """
+
+    inputs: Tensor
+    grads: Tensor
+    kind: Literal["outer", "scatter", "elementwise"] = "outer"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One kind of layer. The functions get the module, its one input (B, ...) and its output's gradient (B,
+    ...).
+
+    Attributes:
+        factors: input and output gradient -> the weight's factors.
+        rows: output gradient -> (B, T, O), a row per position; their sum over T is the bias' gradient.
+        ndim: the fewest dimensions of an input that has a batch dimension.
+        refusal: why this module cannot be tapped, or None.
+        transposed: the weight is (I, O).
+    """
+
+    factors: Callable[[Any, Tensor, Tensor], Factors]
+    rows: Callable[[Any, Tensor], Tensor]
+    ndim: Callable[[Any], int]
+    refusal: Callable[[Any], str | None] = lambda module: None
+    transposed: bool = False
+
+    def term(self, module: nn.Module, name: str, inputs: Tensor, grads: Tensor) -> Term:
+        """The gradient of the module's parameter ``name`` ("weight" or "bias") from one call."""
+        if name == "bias":
+            bias = self.rows(module, grads).sum(1, dtype=wide(grads[:0]).dtype)
+            return Dense(bias.reshape(-1, *module.get_parameter(name).shape))
+        factors = self.factors(module, inputs, grads)
+        if factors.kind == "scatter":
+            return Scatter(factors.inputs, factors.grads)
+        if factors.kind == "elementwise":
+            scale = (wide(factors.inputs) * wide(factors.grads)).sum(1)
+            return Dense(scale.reshape(-1, *module.get_parameter(name).shape))
+        if self.transposed:
+            return Outer(factors.inputs, factors.grads)
+        return Outer(factors.grads, factors.inputs)
+
+
+def find_rule(module: nn.Module) -> Rule | str:
+    """The rule for a module that owns parameters, or the reason why there is none."""
+    rule = _RULES.get(type(module)) or _by_class_name(module)
+    if rule is None:
+        return f"no exact formula is known for {type(module).__module__}.{type(module).__qualname__}"
+    if extra := sorted(
+        name for name, _ in module.named_parameters(recurse=False) if name not in ("weight", "bias")
+    ):
+        return f"it has parameters that a plain {type(module).__name__} has not: {', '.join(extra)}"
+    return rule.refusal(module) or rule
+
+
+def _by_class_name(module: nn.Module) -> Rule | None:
+    """Layers of transformers and its kin, recognised without importing them."""
+    cls = type(module)
+    if cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers."):
+        return _CONV1D
+    names = [name for name, _ in module.named_parameters(recurse=False)]
+    is_rms = cls.__name__.endswith(("RMSNorm", "T5LayerNorm")) and names == ["weight"]
+    return _LLAMA_RMS_NORM if is_rms and _llama_eps(module) is not None else None
+
+
+# ---- Linear, Conv1D of transformers, Embedding
+
+
+def _last(module: nn.Module, tensor: Tensor) -> Tensor:
+    return tensor.reshape(len(tensor), -1, tensor.shape[-1])
+
+
+def _linear(module: nn.Module, inputs: Tensor, grads: Tensor) -> Factors:
+    return Factors(_last(module, inputs), _last(module, grads))
+
+
+def _embedding(module: nn.Embedding, ids: Tensor, grads: Tensor) -> Factors:
+    ids = ids.reshape(len(ids), -1).long()
+    grads = _last(module, grads)
+    if module.padding_idx is not None:
+        grads = grads.masked_fill((ids == module.padding_idx)[..., None], 0)
+    return Factors(ids, grads, "scatter")
+
+
+def _embedding_refusal(module: nn.Embedding) -> str | None:
+    if module.max_norm is not None:
+        return "max_norm changes the weight during the forward pass"
+    if module.scale_grad_by_freq:
+        return "scale_grad_by_freq makes a sample's gradient depend on the other samples"
+    if module.sparse:
+        return "sparse=True; set it to False, which computes the same values"
+    return None
+
+
+# ---- Convolutions
+
+_Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
+def _channels(module: nn.Module, tensor: Tensor) -> Tensor:
+    """(B, C, *positions) -> (B, T, C)."""
+    return tensor.reshape(*tensor.shape[:2], -1).mT
+
+
+def _unfold(module: _Conv, inputs: Tensor) -> Tensor:
+    """(B, C, *S) -> (B, T, C, K): the K values per channel that each of T output positions sees."""
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    windows = F.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
+    spans = zip(module.kernel_size, module.stride, module.dilation, strict=True)
+    for axis, (size, stride, dilation) in enumerate(spans, start=2):
+        windows = windows.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
+    n = len(module.kernel_size)
+    order = [0, *range(2, 2 + n), 1, *range(2 + n, 2 + 2 * n)]
+    return windows.permute(order).reshape(len(inputs), -1, inputs.shape[1], math.prod(module.kernel_size))
+
+
+def _conv(module: _Conv, inputs: Tensor, grads: Tensor) -> Factors:
+    windows, grads = _unfold(module, inputs), _channels(module, grads)
+    if module.groups == 1:
+        return Factors(windows.flatten(2), grads)
+    by_group = (*grads.shape[:2], module.groups, -1)
+    return _grouped(windows.reshape(by_group), grads.reshape(by_group))
+
+
+def _grouped(inputs: Tensor, grads: Tensor) -> Factors:
+    """Factors of a weight (g·O, I) from ``inputs`` (B, T, g, I) and ``grads`` (B, T, g, O): a sum over t per
+    group.
+
+    There are two exact ways to write it as one sum of outer products; the smaller is taken. Either the
+    gradient is multiplied out and "summed" against the I unit vectors, or every (t, group) becomes a position
+    whose output gradient is zero outside of the group.
+    """
+    size, length, groups, width = inputs.shape
+    height = grads.shape[3]
+    if width * (groups * height + width) <= length * groups * (groups * height + width):
+        dtype = torch.promote_types(wide(inputs[:0]).dtype, grads.dtype)
+        matrix = torch.einsum("btgi,btgo->bigo", inputs.to(dtype), grads.to(dtype)).flatten(2)
+        return Factors(torch.eye(width, dtype=dtype, device=matrix.device).expand(size, -1, -1), matrix)
+    own = torch.eye(groups, dtype=grads.dtype, device=grads.device)[:, :, None]
+    placed = (grads[:, :, :, None, :] * own).reshape(size, length * groups, groups * height)
+    return Factors(inputs.flatten(1, 2), placed)
+
+
+# ---- Norms: the gradient of the scale is the normalised input times the output gradient
+
+
+def _layer_norm(module: nn.LayerNorm, inputs: Tensor, grads: Tensor) -> Factors:
+    normal = F.layer_norm(wide(inputs), module.normalized_shape, None, None, module.eps)
+    return Factors(_trailing(module, normal), _trailing(module, grads), "elementwise")
+
+
+def _rms_norm(module: nn.RMSNorm, inputs: Tensor, grads: Tensor) -> Factors:
+    # Without an eps of its own it takes that of the input's dtype, which must then not be widened.
+    inputs = inputs if module.eps is None else wide(inputs)
+    normal = F.rms_norm(inputs, module.normalized_shape, None, module.eps)
+    return Factors(_trailing(module, normal), _trailing(module, grads), "elementwise")
+
+
+def _llama_rms_norm(module: nn.Module, inputs: Tensor, grads: Tensor) -> Factors:
+    """x / sqrt(mean(x²) + eps), scaled by the weight or, as in Gemma, by one plus the weight."""
+    x = wide(inputs)
+    normal = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + _llama_eps(module))
+    return Factors(_last(module, normal), _last(module, grads), "elementwise")
+
+
+def _llama_eps(module: nn.Module) -> Any:
+    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
+
+
+def _group_norm(module: nn.GroupNorm, inputs: Tensor, grads: Tensor) -> Factors:
+    normal = F.group_norm(wide(inputs), module.num_groups, None, None, module.eps)
+    return Factors(_channels(module, normal), _channels(module, grads), "elementwise")
+
+
+def _batch_norm(module: nn.BatchNorm2d, inputs: Tensor, grads: Tensor) -> Factors:
+    x = wide(inputs)
+    assert module.running_mean is not None  # refused otherwise
+    assert module.running_var is not None
+    mean, variance = module.running_mean.to(x.dtype), module.running_var.to(x.dtype)
+    normal = F.batch_norm(x, mean, variance, None, None, training=False, eps=module.eps)
+    return Factors(_channels(module, normal), _channels(module, grads), "elementwise")
+
+
+def _batch_norm_refusal(module: nn.BatchNorm2d) -> str | None:
+    if module.running_mean is None or module.running_var is None:
+        return "without running statistics it normalises with the batch's own, which couples the samples"
+    return None
+
+
+def _trailing(module: nn.LayerNorm | nn.RMSNorm, tensor: Tensor) -> Tensor:
+    """(B, *positions, *normalized_shape) -> (B, T, D)."""
+    return tensor.reshape(len(tensor), -1, math.prod(module.normalized_shape))
+
+
+def _trailing_ndim(module: nn.LayerNorm | nn.RMSNorm) -> int:
+    return 1 + len(module.normalized_shape)
+
+
+def _conv_ndim(module: _Conv) -> int:
+    return 2 + len(module.kernel_size)
+
+
+def _two(module: nn.Module) -> int:
+    return 2
+
+
+_CONV1D = Rule(_linear, _last, _two, transposed=True)
+_CONVOLUTION = Rule(_conv, _channels, _conv_ndim)
+_LLAMA_RMS_NORM = Rule(_llama_rms_norm, _last, _two)
+_BATCH_NORM = Rule(_batch_norm, _channels, _two, _batch_norm_refusal)
+_RULES: Mapping[type[nn.Module], Rule] = {
+    nn.Linear: Rule(_linear, _last, _two),
+    nn.Conv1d: _CONVOLUTION,
+    nn.Conv2d: _CONVOLUTION,
+    nn.Conv3d: _CONVOLUTION,
+    nn.Embedding: Rule(_embedding, _last, lambda module: 1, _embedding_refusal),
+    nn.LayerNorm: Rule(_layer_norm, _trailing, _trailing_ndim),
+    nn.RMSNorm: Rule(_rms_norm, _trailing, _trailing_ndim),
+    nn.GroupNorm: Rule(_group_norm, _channels, _two),
+    nn.BatchNorm1d: _BATCH_NORM,
+    nn.BatchNorm2d: _BATCH_NORM,
+    nn.BatchNorm3d: _BATCH_NORM,
+}

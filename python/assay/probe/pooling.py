@@ -1,0 +1,62 @@
+"""Pooled hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from assay.probe.selection import find_module
+
+
+class Pooling:
+    """Averages the input of one layer over positions. ``glob`` must match exactly one layer."""
+
+    def __init__(self, model: nn.Module, glob: str) -> None:
+        self.layer, self._module = find_module(model, glob)
+
+    @contextmanager
+    def attached(self) -> Iterator[list[Tensor]]:
+        """Gives the list in which the forward pass leaves the layer's inputs."""
+        caught: list[Tensor] = []
+
+        def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+            if inputs is None:
+                raise RuntimeError(f"embeddings: layer {self.layer!r} was called without a tensor")
+            caught.append(inputs.detach())
+
+        handle = self._module.register_forward_pre_hook(catch, with_kwargs=True)
+        try:
+            yield caught
+        finally:
+            handle.remove()
+
+    def pool(self, caught: list[Tensor], size: int, mask: Tensor | None) -> Tensor:
+        """The caught (B, T, D) averaged over ``mask`` (B, T), or the caught (B, D) -> (B, D) float32.
+
+        A sample without positions is NaN.
+        """
+        if len(caught) != 1:
+            raise RuntimeError(
+                f"embeddings: layer {self.layer!r} ran {len(caught)} times in the forward pass; expected once"
+            )
+        hidden = caught[0]
+        if hidden.ndim not in (2, 3) or len(hidden) != size:
+            raise RuntimeError(
+                f"embeddings: the input of layer {self.layer!r} has shape {tuple(hidden.shape)} in a batch "
+                f"of {size}; expected (B, D) or (B, T, D)"
+            )
+        if hidden.ndim == 2:
+            return hidden.float()
+        if mask is None:
+            return hidden.float().mean(1)
+        if mask.shape != hidden.shape[:2]:
+            raise RuntimeError(
+                f"embeddings: the input of layer {self.layer!r} has shape {tuple(hidden.shape)} but the "
+                f"task's mask {tuple(mask.shape)}; expected one value per position"
+            )
+        # Select, do not multiply: what padding holds may be NaN.
+        return hidden.float().masked_fill(~mask[..., None], 0).sum(1) / mask.sum(1, keepdim=True)

@@ -1,0 +1,114 @@
+"""The probe's check of itself: its per-sample gradients against one ordinary backward pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from assay.probe.gradient import PerSampleGradient
+from assay.tasks import Task
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass
+class Check:
+    """A reduction that measures the probe's gradients against autograd's.
+
+    With fixed random weights c_b, ordinary autograd gives D_p, the gradient of Σ_b c_b ℓ_b in parameter p. If
+    the probe's per-sample gradients g_b,p are right then Σ_b c_b ⟨g_b,p, D_p⟩ = ‖D_p‖².
+
+    Attributes:
+        weights: c, (B,), in [0.5, 1.5]: unequal, so that gradients booked on the wrong sample show.
+        gradients: D_p by parameter.
+        tolerance: the relative error allowed.
+        dots: ⟨g_b,p, D_p⟩ (B,) by parameter, filled as the probe's backward pass runs.
+    """
+
+    weights: Tensor
+    gradients: Mapping[str, Tensor]
+    tolerance: float
+    dots: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> Collection[str]:
+        return self.gradients.keys()
+
+    def __call__(self, parameter: str, gradient: PerSampleGradient) -> Tensor:
+        self.dots[parameter] = gradient.dot(self.gradients[parameter])
+        return self.dots[parameter]
+
+    def finish(self) -> bool:
+        """Compare, and say whether that was conclusive: False if a gradient is not finite.
+
+        The error is measured against ‖D_p‖² + Σ_b |c_b ⟨g_b,p, D_p⟩|, so that samples whose gradients cancel
+        raise no alarm, and against ‖D_p‖ times the largest ‖D_q‖, so that a gradient that is zero but for
+        rounding (the bias of attention keys) raises none either.
+
+        Raises:
+            RuntimeError: a parameter's gradients differ.
+        """
+        norms = {
+            name: float(torch.linalg.vector_norm(g, dtype=torch.float64))
+            for name, g in self.gradients.items()
+        }
+        if not all(math.isfinite(norm) for norm in norms.values()):
+            return False
+        largest = max(norms.values(), default=0.0)
+        for name, norm in norms.items():
+            dots = self.dots.get(name)
+            terms = (
+                torch.zeros_like(self.weights)
+                if dots is None
+                else self.weights * dots.to(self.weights.device)
+            )
+            found, magnitude = float(terms.double().sum()), float(terms.double().abs().sum())
+            slack = self.tolerance * (norm**2 + magnitude) + self.tolerance / 25 * norm * largest
+            if abs(found - norm**2) > slack:
+                raise RuntimeError(
+                    f"parameter {name!r}: the probe's per-sample gradients do not add up to autograd's "
+                    f"gradient (<probe, autograd> = {found:.6g}, expected {norm**2:.6g}). Likely causes: its "
+                    "weight is used behind the layer's back, as in F.linear(x, embedding.weight); the batch "
+                    "is not the first dimension of the layer's input; the samples of a batch influence each "
+                    "other; the model is random in eval mode. Leave the parameter out, or pass verify=False "
+                    "to take the scores as they are"
+                )
+        return True
+
+
+def prepare_check(model: nn.Module, task: Task, batch: Any, parameters: Collection[str]) -> Check:
+    """Run the ordinary forward and backward pass; the model's parameters are frozen before and after."""
+    wanted = {name: p for name, p in model.named_parameters() if name in parameters}
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for parameter in wanted.values():
+            parameter.requires_grad_(True)
+        losses = task.forward(model, batch).losses
+        weights = (0.5 + torch.rand(len(losses), generator=generator)).to(losses.device)
+        loose = _is_low_precision(wanted.values(), losses.device)
+        with torch.autocast(losses.device.type, enabled=False):
+            gradients = _gradients((weights * losses).sum(), list(wanted.values()))
+    finally:
+        for parameter in wanted.values():
+            parameter.requires_grad_(False)
+    return Check(weights, dict(zip(wanted, gradients, strict=True)), 5e-2 if loose else 1e-3)
+
+
+def _gradients(total: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
+    if not total.requires_grad:
+        return [torch.zeros_like(p) for p in parameters]
+    found = torch.autograd.grad(total, parameters, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+
+
+def _is_low_precision(parameters: Collection[nn.Parameter], device: torch.device) -> bool:
+    return (
+        torch.is_autocast_enabled(device.type)
+        or torch.get_float32_matmul_precision() != "highest"
+        or any(parameter.dtype in _HALF for parameter in parameters)
+    )

@@ -1,0 +1,159 @@
+"""Per-sample gradients by torch.func, which knows nothing of hooks, and a probe compared with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from assay.probe import Dot, Factors, PerSampleGradient, Probe, Signals, SqNorm, tapped_parameters
+from assay.tasks import Task
+
+Losses = Callable[[Callable[..., Any], Any], Tensor]
+"""(model as a function, batch) -> per-sample losses (B,), written without assay."""
+
+
+class Collect:
+    """A reduction that keeps every per-sample gradient, multiplied out."""
+
+    def __init__(self, parameters: Collection[str]) -> None:
+        self.parameters = parameters
+        self.dense: dict[str, Tensor] = {}
+
+    def __call__(self, parameter: str, gradient: PerSampleGradient) -> Tensor:
+        assert parameter not in self.dense, "folded twice"
+        self.dense[parameter] = gradient.dense()
+        return torch.zeros(len(self.dense[parameter]))
+
+
+def jacobian(model: nn.Module, losses: Losses, batch: Any) -> dict[str, Tensor]:
+    """Every trainable parameter's (B, *shape) gradients of the samples' losses, in eval mode."""
+    function, trainable = _functional(model, losses, batch)
+    was_training = model.training
+    model.eval()
+    gradients = torch.func.jacrev(function)(trainable)
+    model.train(was_training)
+    return {name: gradient.detach() for name, gradient in gradients.items()}
+
+
+def directional(model: nn.Module, losses: Losses, batch: Any, direction: dict[str, Tensor]) -> Tensor:
+    """(B,): the derivative of the losses along ``direction``, in forward mode."""
+    function, trainable = _functional(model, losses, batch)
+    full = {name: direction.get(name, torch.zeros_like(p)) for name, p in trainable.items()}
+    was_training = model.training
+    model.eval()
+    _, tangent = torch.func.jvp(function, (trainable,), (full,))
+    model.train(was_training)
+    return tangent.detach()
+
+
+def _functional(
+    model: nn.Module, losses: Losses, batch: Any
+) -> tuple[Callable[..., Tensor], dict[str, Tensor]]:
+    trainable = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    def function(parameters: dict[str, Tensor]) -> Tensor:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return torch.func.functional_call(model, parameters, args, kwargs)
+
+        return losses(run, batch)
+
+    return function, trainable
+
+
+def random_direction(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
+    parameters = dict(model.named_parameters())
+    generator = torch.Generator().manual_seed(7)
+    return {
+        name: torch.randn(parameters[name].shape, generator=generator, dtype=parameters[name].dtype)
+        for name in names
+    }
+
+
+def check_probe(
+    model: nn.Module,
+    task: Task,
+    batch: Any,
+    losses: Losses,
+    *,
+    tolerance: float = 1e-10,
+    forward_mode: bool = True,
+) -> Signals:
+    """The probe's losses, dots, norms, gradients and factors are torch.func's."""
+    names = tapped_parameters(model)
+    expected = jacobian(model, losses, batch)
+    assert set(names) == set(expected)
+    direction = random_direction(model, names)
+    collect = Collect(names)
+    reductions = {"dot": Dot(direction), "sqnorm": SqNorm(names), "collect": collect}
+    with Probe(model, task, factors="*", reductions=reductions) as probe:
+        signals = probe(batch)
+    assert probe.coverage == 1.0
+
+    for name in names:
+        zero = torch.zeros_like(expected[name])
+        close(collect.dense.get(name, zero), expected[name], tolerance, name)
+    close(signals.reduced["dot"], sum(dots(expected[n], direction[n]) for n in names), tolerance, "dot")
+    close(signals.reduced["sqnorm"], sum(dots(expected[n], expected[n]) for n in names), tolerance, "sqnorm")
+    if forward_mode:
+        close(signals.reduced["dot"], directional(model, losses, batch, direction), tolerance, "jvp")
+    check_factors(model, signals, expected, tolerance)
+    return signals
+
+
+def check_factors(model: nn.Module, signals: Signals, expected: dict[str, Tensor], tolerance: float) -> None:
+    """The sum of the layers' own parts is the parameter's gradient."""
+    modules, found = dict(model.named_modules()), {}
+    names = {id(p): name for name, p in model.named_parameters()}
+    for layer, factors in signals.factors.items():
+        weight = modules[layer]._parameters["weight"]
+        if weight is None or not weight.requires_grad:
+            continue
+        name = names[id(weight)]
+        transposed = type(modules[layer]).__name__ == "Conv1D" and hasattr(modules[layer], "nf")
+        part = multiplied_out(factors, weight.shape, transposed)
+        found[name] = found.get(name, 0) + part
+    assert found
+    for name, gradient in found.items():
+        close(gradient, expected[name], tolerance, f"factors of {name}")
+
+
+def multiplied_out(factors: Factors, shape: torch.Size, transposed: bool = False) -> Tensor:
+    if factors.kind == "scatter":
+        onehot = nn.functional.one_hot(factors.inputs, shape[0]).to(factors.grads.dtype)
+        return torch.einsum("btv,btd->bvd", onehot, factors.grads)
+    if factors.kind == "elementwise":
+        return (factors.inputs * factors.grads).sum(1).reshape(-1, *shape)
+    dtype = torch.promote_types(factors.inputs.dtype, factors.grads.dtype)
+    gradient = torch.einsum("bto,bti->boi", factors.grads.to(dtype), factors.inputs.to(dtype))
+    return gradient.mT if transposed else gradient.reshape(-1, *shape)
+
+
+def dots(gradients: Tensor, direction: Tensor) -> Tensor:
+    return (gradients * direction).flatten(1).sum(1)
+
+
+def close(found: Tensor, expected: Tensor | int, tolerance: float, what: str) -> None:
+    """Agreement relative to the largest entry."""
+    assert isinstance(expected, Tensor)
+    assert found.shape == expected.shape, (
+        f"{what}: shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
+    )
+    scale = expected.abs().max().clamp(min=1e-12)
+    error = float((found.double() - expected.double()).abs().max() / scale)
+    assert error <= tolerance, f"{what}: relative error {error:.2e} above {tolerance:.0e}"
+
+
+def state(model: nn.Module) -> list[Any]:
+    """All that a probe has to leave as it was."""
+    found: list[Any] = [(name, p.requires_grad, p.grad) for name, p in model.named_parameters()]
+    for name, module in model.named_modules():
+        hooks = [
+            (attribute, dict(value))
+            for attribute, value in vars(module).items()
+            if "hook" in attribute and value
+        ]
+        found.append((name, module.training, hooks))
+    return found

@@ -1,0 +1,123 @@
+"""Terms and their sums against the gradient multiplied out."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from assay.probe import Dense, Outer, PerSampleGradient, Scatter
+
+ROWS, COLUMNS, SIZE = 5, 4, 3
+
+
+def make(kind: str, length: int, seed: int, dtype: torch.dtype = torch.float64) -> Outer | Scatter | Dense:
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    if kind == "outer":
+        return Outer(random(SIZE, length, ROWS), random(SIZE, length, COLUMNS))
+    if kind == "scatter":  # few ids: they repeat within a sample
+        ids = torch.randint(3, (SIZE, length), generator=generator)
+        return Scatter(ids, random(SIZE, length, COLUMNS))
+    return Dense(random(SIZE, ROWS, COLUMNS))
+
+
+def multiplied_out(term: Outer | Scatter | Dense) -> Tensor:
+    if isinstance(term, Outer):
+        return torch.einsum("btr,btc->brc", term.left.double(), term.right.double())
+    if isinstance(term, Scatter):
+        return torch.einsum(
+            "btr,btc->brc", torch.nn.functional.one_hot(term.ids, ROWS).double(), term.grads.double()
+        )
+    return term.values.double()
+
+
+HALVES = [torch.float32, torch.bfloat16, torch.float16]
+KINDS = ["outer", "scatter", "dense"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kinds=st.lists(st.tuples(st.sampled_from(KINDS), st.integers(1, 6)), min_size=1, max_size=4),
+    seed=st.integers(0, 1000),
+)
+def test_sums_of_terms_have_all_cross_terms(kinds: list[tuple[str, int]], seed: int) -> None:
+    terms = [make(kind, length, seed + i) for i, (kind, length) in enumerate(kinds)]
+    gradient = PerSampleGradient(torch.Size((ROWS, COLUMNS)), terms)
+    expected = torch.stack([multiplied_out(term) for term in terms]).sum(0)
+    direction = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    torch.testing.assert_close(gradient.dense(), expected)
+    torch.testing.assert_close(gradient.dot(direction), (expected * direction).sum((1, 2)))
+    torch.testing.assert_close(gradient.sqnorm(), expected.square().sum((1, 2)))
+    assert len(gradient.terms) == len({kind for kind, _ in kinds}) or "dense" in dict(kinds)
+
+
+@pytest.mark.parametrize(("left", "right"), list(itertools.product(HALVES, repeat=2)))
+def test_mixed_dtypes_accumulate_in_float32(left: torch.dtype, right: torch.dtype) -> None:
+    outer = make("outer", 4, 0)
+    assert isinstance(outer, Outer)
+    terms = [Outer(outer.left.to(left), outer.right.to(right)), make("scatter", 4, 1, left)]
+    gradient = PerSampleGradient(torch.Size((ROWS, COLUMNS)), terms)
+    expected = torch.stack([multiplied_out(term) for term in terms]).sum(0)
+    assert gradient.sqnorm().dtype == torch.float32
+    torch.testing.assert_close(
+        gradient.sqnorm().double(), expected.square().sum((1, 2)), rtol=1e-5, atol=1e-6
+    )
+    torch.testing.assert_close(
+        gradient.dot(torch.ones(ROWS, COLUMNS)).double(), expected.sum((1, 2)), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_a_norm_that_almost_cancels_keeps_its_digits() -> None:
+    """The embedding's part is minus the output layer's part, up to one in a thousand."""
+    torch.manual_seed(0)
+    right = torch.randn(SIZE, 6, COLUMNS)
+    ids = torch.randint(ROWS, (SIZE, 6))
+    left = torch.nn.functional.one_hot(ids, ROWS).float()
+    grads = -right * (1 + 1e-3 * torch.randn(SIZE, 6, 1))
+    terms = [Outer(left, right), Scatter(ids, grads)]
+    expected = sum(multiplied_out(term) for term in terms)
+    assert isinstance(expected, Tensor)
+    found = PerSampleGradient(torch.Size((ROWS, COLUMNS)), terms).sqnorm().double()
+    # float32 rounds the terms to 6e-8 of themselves: 6e-5 of what is left, twice that in the square
+    torch.testing.assert_close(found, expected.square().sum((1, 2)), rtol=5e-4, atol=0)
+
+
+def test_scattering_never_makes_one_hot_rows() -> None:
+    """A vocabulary of 2⁴⁰ ids would not fit."""
+    ids = torch.tensor([[1 << 40, 3, 1 << 40]])
+    grads = torch.tensor([[[1.0, 2.0], [5.0, 0.0], [1.0, -1.0]]])
+    assert Scatter(ids, grads).sqnorm().tolist() == [4.0 + 1.0 + 25.0]
+
+
+def test_equal_ids_of_different_samples_stay_apart() -> None:
+    gradient = Scatter(torch.tensor([[2], [2]]), torch.tensor([[[1.0]], [[3.0]]]))
+    assert gradient.sqnorm().tolist() == [1.0, 9.0]
+
+
+def test_parameters_of_any_shape_are_viewed_as_matrices() -> None:
+    """A convolution's weight: (O, I, k, k)."""
+    outer = make("outer", 3, 0)
+    gradient = PerSampleGradient(torch.Size((ROWS, 2, 1, 2)), [outer])
+    direction = torch.randn(ROWS, 2, 1, 2, dtype=torch.float64)
+    expected = (multiplied_out(outer).reshape(SIZE, ROWS, 2, 1, 2) * direction).flatten(1).sum(1)
+    torch.testing.assert_close(gradient.dot(direction), expected)
+    assert gradient.dense().shape == (SIZE, ROWS, 2, 1, 2)
+
+
+def test_a_direction_of_another_shape_is_an_error() -> None:
+    gradient = PerSampleGradient(torch.Size((ROWS, COLUMNS)), [make("outer", 3, 0)])
+    with pytest.raises(ValueError, match=r"shape \(4, 5\); expected \(5, 4\)"):
+        gradient.dot(torch.zeros(COLUMNS, ROWS))
+
+
+def test_a_gradient_without_terms_is_an_error() -> None:
+    with pytest.raises(ValueError, match="at least one term"):
+        PerSampleGradient(torch.Size((2,)), [])

@@ -1,0 +1,182 @@
+"""Every supported layer against torch.func, and every other one refused by name."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from probe_oracle import check_probe
+from torch import Tensor, nn
+
+from assay.probe import Probe, tapped_parameters
+from assay.tasks import Classification
+
+CLASSES = 3
+
+
+def cross_entropy(run: Any, batch: Any) -> Tensor:
+    return F.cross_entropy(run(batch[0]), batch[1], reduction="none")
+
+
+class Flat(nn.Module):
+    """A body, then class scores from what it gives by fixed, uneven weights; no parameters of its own."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body(x).flatten(1)
+        weights = torch.linspace(-1, 1, h.shape[1] * CLASSES, dtype=h.dtype).sin().view(h.shape[1], CLASSES)
+        return h.tanh() @ weights
+
+
+def check(body: nn.Module, *shape: int, size: int = 4) -> None:
+    torch.manual_seed(0)
+    model = Flat(body).double()
+    for parameter in model.parameters():  # norms start at ones and zeros, which hide mistakes
+        nn.init.normal_(parameter)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    batch = torch.randn(size, *shape, dtype=torch.float64), torch.randint(CLASSES, (size,))
+    check_probe(model, Classification(), batch, cross_entropy)
+
+
+@pytest.mark.parametrize("shape", [(5,), (7, 5), (2, 3, 5)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear(shape: tuple[int, ...], bias: bool) -> None:
+    check(nn.Linear(5, 4, bias=bias), *shape)
+
+
+PADDINGS = list(itertools.product(["zeros", "reflect", "replicate", "circular"], [0, 2, "same", "valid"]))
+
+
+@pytest.mark.parametrize(("mode", "padding"), PADDINGS)
+def test_conv2d_padding(mode: str, padding: Any) -> None:
+    stride = 1 if padding == "same" else (2, 1)
+    check(nn.Conv2d(2, 4, (3, 2), stride, padding, dilation=(1, 2), padding_mode=mode), 2, 7, 6)
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "circular"])
+def test_conv1d(mode: str) -> None:
+    check(nn.Conv1d(3, 4, 4, stride=3, padding=2, dilation=2, padding_mode=mode), 3, 19)
+
+
+def test_conv3d() -> None:
+    check(
+        nn.Conv3d(2, 4, (2, 3, 1), stride=(1, 2, 1), padding=(1, 0, 1), padding_mode="replicate"), 2, 4, 5, 3
+    )
+
+
+# Many positions: the gradient is the smaller form. One position and wide groups: the zero-padded factors are.
+@pytest.mark.parametrize("side", [3, 7])
+@pytest.mark.parametrize(("channels", "out", "groups"), [(4, 6, 2), (6, 6, 6), (4, 12, 4)])
+def test_grouped_and_depthwise(channels: int, out: int, groups: int, side: int) -> None:
+    check(nn.Conv2d(channels, out, 3, groups=groups), channels, side, side)
+
+
+@pytest.mark.parametrize("padding_idx", [None, 0])
+def test_embedding_with_repeated_ids(padding_idx: int | None) -> None:
+    torch.manual_seed(0)
+    model = Flat(nn.Embedding(6, 3, padding_idx=padding_idx)).double()
+    batch = torch.randint(6, (5, 9)), torch.randint(CLASSES, (5,))  # 9 draws of 6 ids: some repeat
+    check_probe(model, Classification(), batch, cross_entropy, forward_mode=padding_idx is None)
+
+
+def test_embedding_of_one_id_per_sample() -> None:
+    torch.manual_seed(0)
+    batch = torch.tensor([0, 3, 3]), torch.tensor([0, 1, 2])
+    check_probe(Flat(nn.Embedding(6, 3)).double(), Classification(), batch, cross_entropy)
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 5)])
+def test_layer_norm(shape: tuple[int, ...]) -> None:
+    check(nn.LayerNorm(5), *shape)
+
+
+def test_layer_norm_over_several_dimensions() -> None:
+    check(nn.LayerNorm((2, 3)), 4, 2, 3)
+
+
+@pytest.mark.parametrize("eps", [None, 1e-3])
+def test_rms_norm(eps: float | None) -> None:
+    check(nn.RMSNorm(5, eps=eps), 3, 5)
+
+
+def test_group_norm() -> None:
+    check(nn.GroupNorm(2, 6), 6, 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("norm", "shape"),
+    [
+        (nn.BatchNorm1d, (4,)),
+        (nn.BatchNorm1d, (4, 3)),
+        (nn.BatchNorm2d, (4, 3, 2)),
+        (nn.BatchNorm3d, (4, 2, 3, 2)),
+    ],
+)
+def test_batch_norm_with_running_statistics(norm: type[nn.Module], shape: tuple[int, ...]) -> None:
+    check(norm(4), *shape)
+
+
+class GatedRMSNorm(nn.Module):
+    """Named as the family is, but it scales before it normalises: only the self-check can tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 2, 5))
+        self.eps = 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * self.weight
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+
+
+def test_a_formula_that_its_name_belies_is_caught() -> None:
+    batch = torch.randn(4, 5), torch.randint(CLASSES, (4,))
+    with pytest.raises(RuntimeError, match=r"parameter 'body\.weight'"):
+        Probe(Flat(GatedRMSNorm()), Classification())(batch)
+
+
+class SubclassedLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+class BareParameter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+
+REFUSED = {
+    "subclass": (lambda: SubclassedLinear(3, 3), "SubclassedLinear"),
+    "bare parameter": (lambda: BareParameter(), "BareParameter"),
+    "attention": (lambda: nn.MultiheadAttention(4, 2), "MultiheadAttention"),
+    "lstm": (lambda: nn.LSTM(3, 3), "LSTM"),
+    "transposed convolution": (lambda: nn.ConvTranspose2d(2, 2, 2), "ConvTranspose2d"),
+    "max_norm": (lambda: nn.Embedding(4, 2, max_norm=1.0), "max_norm"),
+    "scale_grad_by_freq": (lambda: nn.Embedding(4, 2, scale_grad_by_freq=True), "scale_grad_by_freq"),
+    "sparse": (lambda: nn.Embedding(4, 2, sparse=True), "sparse"),
+    "batch statistics": (lambda: nn.BatchNorm1d(3, track_running_stats=False), "running statistics"),
+    "weight norm": (lambda: nn.utils.weight_norm(nn.Linear(3, 3)), "weight_g, weight_v"),
+    "parametrised": (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3)), "Parametrized"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_layers_are_named(case: str) -> None:
+    make, reason = REFUSED[case]
+    model = nn.ModuleDict({"known": nn.Linear(2, 2), "odd": make()})
+    with pytest.raises(ValueError, match=rf"'odd(\.\w+)*' .*{reason}"):
+        tapped_parameters(model)
+    # NonDynamicallyQuantizableLinear, inside the attention, is not a plain Linear either
+    assert tapped_parameters(model, skip_unsupported=True) == ["known.weight", "known.bias"]
+    assert tapped_parameters(model, "known") == ["known.weight", "known.bias"]

@@ -31,6 +31,8 @@ def test_a_folder_is_searched_and_hidden_files_are_not(tmp_path):
         ".hidden.parquet",
         ".cache/x.parquet",
         "README.md",
+        "_selection/x.parquet",
+        "manifest.json",
     )
     assert paths(tmp_path) == ["b.parquet", "sub/a.jsonl.zst", "sub/c.json.gz"]
 

@@ -31,6 +31,8 @@ SUFFIXES = ".parquet, .arrow, .feather, .jsonl, .json (the last two also with .g
 # What `save_to_disk` writes beside the Arrow files. The first marks a data set's folder.
 STATE = "state.json"
 SIDECARS = (STATE, "dataset_info.json", "dataset_dict.json")
+# What a selection writes beside its shards: its output is a corpus like any other.
+MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,9 @@ class Corpus:
 def find_shards(url: str) -> Corpus:
     """The shards that a file, folder, glob or saved data set holds, sorted by path.
 
-    A folder is searched for every known suffix, hidden files aside; a file named or matched by a glob must
-    have one. Two shards whose score tables would share a name are a CorpusError, as is finding none.
+    A folder is searched for every known suffix, but not under names that begin with `.` or `_`; a file named
+    or matched by a glob must have one. Two shards whose score tables would share a name are a CorpusError,
+    as is finding none.
     """
     named = Store.at(url)
     fs, full = named.fs, named.root
@@ -116,7 +119,9 @@ def _shard(store: Store, path: str) -> Shard | None:
 
 
 def _in_folder(store: Store, paths: Iterable[str]) -> tuple[list[Shard], list[str]]:
-    visible = [path for path in paths if not any(part.startswith(".") for part in path.split("/"))]
+    # As Spark and Arrow have it, names that begin with a dot or an underscore are not data.
+    visible = [path for path in paths if not any(part.startswith((".", "_")) for part in path.split("/"))]
+    visible = [path for path in visible if os.path.basename(path) != MANIFEST]
     sidecars = [path for path in visible if os.path.basename(path) in SIDECARS]
     saved = {os.path.dirname(path) for path in sidecars if os.path.basename(path) == STATE}
     shards, ignored = [], 0

@@ -62,9 +62,10 @@ class Store:
         """The inverse of `full`."""
         return full[len(self.root.rstrip("/")) + 1 :]
 
-    def holds(self, other: Store) -> bool:
-        """Whether the other folder is this one or lies inside it."""
-        return type(self.fs) is type(other.fs) and f"{other.root}/".startswith(f"{self.root.rstrip('/')}/")
+    def holds(self, other: Store, path: str = "") -> bool:
+        """Whether the other folder, or the file ``path`` in it, is this folder or lies inside it."""
+        inside = f"{other.full(path)}/".startswith(f"{self.root.rstrip('/')}/")
+        return inside and type(self.fs) is type(other.fs)
 
     def files(self) -> list[str]:
         """Every file under this folder, hidden ones included, in order; none if there is no such folder."""

@@ -1,0 +1,1 @@
+"""Recipes, and running their methods over a corpus."""

@@ -1,0 +1,275 @@
+"""Selecting over a whole scores folder, and writing the curated corpus."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+import assay
+from assay.corpus.copying import copy_rows, copy_sidecars
+from assay.corpus.errors import ShardError
+from assay.corpus.quarantine import read_quarantine
+from assay.corpus.score_files import read_score, stream_ids
+from assay.corpus.shards import MANIFEST, Shard
+from assay.corpus.storage import Store
+from assay.corpus.tables import ROW_AND_ID
+from assay.engine.errors import EngineError
+from assay.engine.footer import Table
+from assay.engine.local import refuse_inside
+from assay.engine.rules import Rule
+from assay.engine.status import Scores, State, open_scores
+from assay.select import Selection
+
+SELECTION_FOLDER = "_selection"
+_ROW_GROUP_ROWS = 1 << 16
+
+
+@dataclass(frozen=True)
+class ShardCounts:
+    """What became of one shard's rows."""
+
+    path: str
+    table: str
+    table_sha256: str
+    rows: int
+    kept: int
+    dropped: int
+    quarantined: int
+
+
+@dataclass(frozen=True)
+class Curated:
+    """What a selection kept of a corpus."""
+
+    selection: Selection
+    shards: tuple[ShardCounts, ...]
+    unreadable: dict[str, str]
+
+    @property
+    def rows(self) -> int:
+        return sum(shard.rows for shard in self.shards)
+
+    @property
+    def kept(self) -> int:
+        return sum(shard.kept for shard in self.shards)
+
+    @property
+    def quarantined(self) -> int:
+        return sum(shard.quarantined for shard in self.shards)
+
+
+def curate(
+    scores_url: str, by: str | None, rule: Rule, output_url: str, corpus_path: str | None = None
+) -> Curated:
+    """Choose rows by one score over all shards and write them, in their own format, under ``output_url``.
+
+    ``rule`` gets a table with the one score, all shards after one another, and returns a `Selection`. Beside
+    the shards go a manifest and, per shard, a table of every input row with its score, fate and reason.
+    Scores that do not cover the corpus as it is now are an EngineError, before anything is written.
+    """
+    scores = open_scores(scores_url, corpus_path)
+    name = by if by is not None else scores.columns[0]
+    tables = _complete(scores, name)
+    output = Store.at(output_url)
+    refuse_inside(output, scores.corpus, scores.corpus_path)
+    _refuse_strangers(output, scores)
+    rows, values = _read(scores.store, tables, name)
+    field = tables[0][1].file.schema.field(name)
+    selection = rule(pa.Table.from_arrays([pa.array(np.concatenate(values))], schema=pa.schema([field])))
+    output.remove(MANIFEST)  # it comes back when everything that it speaks of is there
+    legend = np.array(selection.legend, object)
+    counts, start = [], 0
+    for (shard, table), own_rows, own_scores in zip(tables, rows, values, strict=True):
+        part = slice(start, start := start + len(own_rows))
+        weights = None if selection.weights is None else selection.weights[part]
+        reasons = legend[selection.codes[part]]
+        fates = _Fates(shard, table, own_rows, own_scores, selection.mask[part], reasons, weights)
+        counts.append(_write_shard(scores.store, fates, name, output))
+    copy_sidecars(scores.corpus, output, selection.rule)
+    unreadable = {status.shard.path: status.detail for status in scores.of(State.UNREADABLE)}
+    curated = Curated(selection, tuple(counts), unreadable)
+    output.write_text(
+        MANIFEST, json.dumps(_manifest(scores, name, curated), indent=2, ensure_ascii=False) + "\n"
+    )
+    return curated
+
+
+def _complete(scores: Scores, name: str) -> list[tuple[Shard, Table]]:
+    """The score tables, if they cover every readable shard of the corpus and have the score."""
+    if name not in scores.columns:
+        raise EngineError(
+            f"--by {name}: {scores.store.url} has no such score, only {', '.join(scores.columns)}"
+        )
+    for state, advice in (
+        (State.MISSING, "have no score table; finish the run with `assay score`"),
+        (State.CHANGED, "do not match their score table; score them again with `assay score`"),
+    ):
+        found = scores.of(state)
+        if found:
+            example = f"{found[0].shard.path}{': ' if found[0].detail else ''}{found[0].detail}"
+            raise EngineError(f"{len(found)} of {len(scores.shards)} shards {advice} ({example})")
+    tables = [(status.shard, status.table) for status in scores.shards if status.table is not None]
+    if not tables:
+        raise EngineError(f"{scores.store.url}: no shard could be scored, so there is nothing to select from")
+    return tables
+
+
+def _refuse_strangers(output: Store, scores: Scores) -> None:
+    """A folder with other files would become a mixture of two corpora."""
+    ours = {MANIFEST, *scores.corpus.sidecars}
+    for status in scores.shards:
+        ours |= {status.shard.path, _selection_path(status.shard)}
+    strangers = [path for path in output.files() if path not in ours and not path.endswith(".tmp")]
+    if strangers:
+        raise EngineError(
+            f"{output.url}: holds {len(strangers)} files that this selection would not write "
+            f"({strangers[0]}); choose an empty folder"
+        )
+
+
+def _read(
+    store: Store, tables: Sequence[tuple[Shard, Table]], name: str
+) -> tuple[list[npt.NDArray[np.int64]], list[npt.NDArray[np.float32]]]:
+    rows, values = [], []
+    for shard, table in tables:
+        own_rows, own_values = read_score(store, shard.table, name)
+        total = table.footer.input.rows
+        if (np.diff(np.concatenate([[-1], own_rows, [total]])) <= 0).any():
+            raise EngineError(
+                f"{store.full(shard.table)}: its rows do not ascend below {total}; score it again"
+            )
+        rows.append(own_rows)
+        values.append(own_values)
+    return rows, values
+
+
+@dataclass(frozen=True)
+class _Fates:
+    """One shard's scored rows, and what the selection over all shards makes of them."""
+
+    shard: Shard
+    table: Table
+    rows: npt.NDArray[np.int64]
+    scores: npt.NDArray[np.float32]
+    kept: npt.NDArray[np.bool_]
+    reasons: npt.NDArray[np.object_]
+    weights: npt.NDArray[np.float64] | None
+
+    @property
+    def total(self) -> int:
+        """The shard's physical rows."""
+        return self.table.footer.input.rows
+
+    def keep(self) -> npt.NDArray[np.bool_]:
+        """One Boolean per physical row; quarantined rows are not kept."""
+        keep = np.zeros(self.total, bool)
+        keep[self.rows] = self.kept
+        return keep
+
+
+def _write_shard(store: Store, fates: _Fates, name: str, output: Store) -> ShardCounts:
+    shard, counts = fates.shard, fates.table.footer.rows
+    try:
+        copy_rows(shard, fates.keep(), output)
+    except ShardError as error:
+        raise EngineError(f"{shard.path}: cannot be copied: {error}") from error
+    schema = pa.schema(
+        [
+            ROW_AND_ID[0],
+            pa.field("id", pa.string()),  # null where quarantine took a row without one
+            pa.field(name, pa.float32()),
+            pa.field("kept", pa.bool_(), nullable=False),
+            pa.field("reason", pa.string(), nullable=False),
+            *([pa.field("weight", pa.float64())] if fates.weights is not None else []),
+        ]
+    )
+    with (
+        output.write(_selection_path(shard)) as file,
+        pq.ParquetWriter(file, schema, compression="zstd") as writer,
+    ):
+        for columns in _fate_columns(store, fates):
+            writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+    kept = int(fates.kept.sum())
+    digest = _sha256(store, shard.table)
+    return ShardCounts(
+        shard.path, shard.table, digest, fates.total, kept, counts.scored - kept, counts.quarantined
+    )
+
+
+def _selection_path(shard: Shard) -> str:
+    return f"{SELECTION_FOLDER}/{shard.table}"
+
+
+def _sha256(store: Store, path: str) -> str:
+    digest = hashlib.sha256()
+    with store.open(path) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _fate_columns(store: Store, fates: _Fates) -> Iterator[list[pa.Array]]:
+    """Row, id, score, kept, reason and weight of every row of the shard, a row group at a time."""
+    ids = stream_ids(store, fates.shard.table)
+    quarantined = read_quarantine(store, fates.shard)
+    for start in range(0, fates.total, _ROW_GROUP_ROWS):
+        size = min(_ROW_GROUP_ROWS, fates.total - start)
+        first, last = np.searchsorted(fates.rows, [start, start + size])
+        here = slice(first, last)
+        places = fates.rows[here] - start
+        columns = {"id": np.full(size, None, object), "reason": np.full(size, None, object)}
+        columns["id"][places] = list(islice(ids, last - first))
+        columns["reason"][places] = fates.reasons[here]
+        missing = np.setdiff1d(np.arange(size), places, assume_unique=True)
+        for place, entry in zip(missing.tolist(), islice(quarantined, len(missing)), strict=True):
+            columns["id"][place] = entry.id
+            columns["reason"][place] = f"quarantined: {entry.reason}"
+        scored = np.zeros(size, bool)
+        scored[places] = True
+        arrays = [
+            pa.array(np.arange(start, start + size)),
+            pa.array(columns["id"], pa.string()),
+            _spread(fates.scores[here], places, scored),
+            pa.array(_spread(fates.kept[here], places, scored).fill_null(False)),
+            pa.array(columns["reason"], pa.string()),
+        ]
+        if fates.weights is not None:
+            arrays.append(_spread(fates.weights[here], places, scored))
+        yield arrays
+
+
+def _spread(
+    values: npt.NDArray[Any], places: npt.NDArray[np.int64], scored: npt.NDArray[np.bool_]
+) -> pa.Array:
+    """The scored rows' values at their places, null elsewhere."""
+    spread = np.zeros(len(scored), values.dtype)
+    spread[places] = values
+    return pa.array(spread, mask=~scored, from_pandas=False)
+
+
+def _manifest(scores: Scores, name: str, curated: Curated) -> dict[str, Any]:
+    selection = curated.selection
+    return {
+        "format": 1,
+        "version": assay.__version__,
+        "rule": selection.rule,
+        "by": name,
+        "threshold": selection.threshold,
+        "facts": dict(selection.facts),
+        "scores": scores.store.url,
+        "corpus": scores.corpus.store.url,
+        "recipe": scores.identity.recipe,
+        "models": scores.identity.models,
+        "rows": {"in": curated.rows, "kept": curated.kept, "quarantined": curated.quarantined},
+        "unreadable": curated.unreadable,
+        "shards": [vars(shard) for shard in curated.shards],
+    }

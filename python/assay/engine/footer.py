@@ -1,0 +1,147 @@
+"""What a score table says about its making, and whether that still holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from assay.corpus.errors import CorpusError
+from assay.corpus.score_files import ScoreFile, open_score_file
+from assay.corpus.shards import Shard
+from assay.corpus.storage import Fingerprint, Store
+from assay.engine.recipe import canonical_hash
+
+
+class _Record(BaseModel):
+    # Later versions may add facts; this one must still be able to read what it knows.
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class InputFacts(_Record):
+    """The shard as it was when it was scored."""
+
+    path: str
+    size: int
+    mtime_ns: int | None = None
+    etag: str | None = None
+    rows: int
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        return Fingerprint(self.size, self.mtime_ns, self.etag)
+
+
+class RowCounts(_Record):
+    """Every row of the shard is in one of the two."""
+
+    scored: int
+    quarantined: int
+
+
+class Identity(_Record):
+    """What decides the scores of a given input: the recipe's scoring part, and the models' contents."""
+
+    recipe: dict[str, Any]
+    models: dict[str, str]
+
+
+class Footer(_Record):
+    """The JSON under the key `assay`. It holds no time and no place: the same run, the same bytes."""
+
+    format: int = 1
+    version: str
+    input: InputFacts
+    recipe: dict[str, Any]
+    recipe_hash: str
+    models: dict[str, str]
+    seed: int
+    rows: RowCounts
+    nan: dict[str, int]
+    methods: dict[str, str]
+
+    @classmethod
+    def make(
+        cls,
+        identity: Identity,
+        version: str,
+        input: InputFacts,
+        rows: RowCounts,
+        nan: Mapping[str, int],
+        methods: Mapping[str, str],
+    ) -> Footer:
+        """The footer of a table scored under ``identity``."""
+        return cls(
+            version=version,
+            input=input,
+            recipe=identity.recipe,
+            recipe_hash=canonical_hash(identity.recipe),
+            models=identity.models,
+            seed=identity.recipe["seed"],
+            rows=rows,
+            nan=dict(nan),
+            methods=dict(methods),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The footer without what the file system did not know."""
+        return self.model_dump(exclude_none=True) | {"recipe": self.recipe}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A score table that exists."""
+
+    file: ScoreFile
+    footer: Footer
+
+    def input_is(self, fingerprint: Fingerprint) -> bool:
+        """Whether the shard is still the one that was scored."""
+        return self.footer.input.fingerprint == fingerprint
+
+    def differences(self, identity: Identity) -> list[str]:
+        """What makes this another recipe's or model's table: ``key: old → new``; empty if it is not."""
+        return [
+            *_differences(self.footer.recipe, identity.recipe),
+            *_differences(self.footer.models, identity.models, "weights of models"),
+        ]
+
+
+def open_table(store: Store, shard: Shard) -> Table | None:
+    """The shard's score table, None if there is none. One that is foreign or short is a CorpusError."""
+    file = open_score_file(store, shard.table)
+    if file is None:
+        return None
+    try:
+        footer = Footer.model_validate(file.metadata)
+    except ValidationError as error:
+        raise CorpusError(
+            f"{store.full(shard.table)}: its footer is not a score run's; move the file away"
+        ) from error
+    counts = footer.rows
+    if file.rows != counts.scored or footer.input.rows != counts.scored + counts.quarantined:
+        raise CorpusError(
+            f"{store.full(shard.table)}: holds {file.rows} rows, but its footer counts {counts.scored} "
+            f"scored and {counts.quarantined} quarantined of {footer.input.rows}; move it away"
+        )
+    return Table(file, footer)
+
+
+def _differences(old: Any, new: Any, key: str = "") -> Iterator[str]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for name in sorted({*old, *new}):
+            below = f"{key}.{name}" if key else str(name)
+            yield from _differences(old.get(name), new.get(name), below)
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for i, (before, after) in enumerate(zip(old, new, strict=True)):
+            yield from _differences(before, after, f"{key}.{i}")
+    elif old != new:
+        yield f"{key}: {_short(old)} → {_short(new)}"
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else repr(value)
+    limit = 17 if text.startswith("sha256:") else 60
+    return text if len(text) <= limit else f"{text[:limit]}…"

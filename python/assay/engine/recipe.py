@@ -1,0 +1,180 @@
+"""Recipes: what to score, with which models and methods, as one YAML file of typed keys."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import reprlib
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
+
+from assay.engine.errors import RecipeError
+from assay.engine.methods import METHODS, MethodSpec
+from assay.engine.models import MODELS, ModelSpec
+from assay.engine.registry import AnyPath, Part, existing, located, nearest
+from assay.engine.samples import TASKS, TaskSpec
+
+
+def _existing_unless_pattern(path: str) -> str:
+    return path if "://" in path or re.search(r"[*?[]", path) else existing(path)
+
+
+class CorpusSpec(Part):
+    """Where the shards are. Without an ``id_column`` a sample's id is ``<shard>:<row>``."""
+
+    path: Annotated[AnyPath, AfterValidator(_existing_unless_pattern)]
+    id_column: str | None = None
+
+
+class BatchSpec(Part):
+    """How much is run at once: padded tokens and samples per batch. It does not change what a score means."""
+
+    tokens: Annotated[int, Field(ge=1)] = 8192
+    samples: Annotated[int, Field(ge=1)] = 256
+
+
+class Recipe(Part):
+    """A whole recipe, resolved: paths are absolute and every default is filled in."""
+
+    version: Literal[1]
+    corpus: CorpusSpec
+    task: Annotated[SerializeAsAny[TaskSpec], BeforeValidator(TASKS.parse)]
+    models: dict[str, Annotated[SerializeAsAny[ModelSpec], BeforeValidator(MODELS.parse)]]
+    methods: Annotated[
+        list[Annotated[SerializeAsAny[MethodSpec], BeforeValidator(METHODS.parse)]], Field(min_length=1)
+    ]
+    output: AnyPath
+    batch: BatchSpec = BatchSpec()
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _models_are_defined(self) -> Recipe:
+        for i, method in enumerate(self.methods):
+            for key, name in method.models_used().items():
+                if name not in self.models:
+                    raise located(
+                        ("methods", i, *key),
+                        f"no model is called {name!r}; {nearest(name, self.models)}",
+                        name,
+                    )
+        return self
+
+    @property
+    def models_used(self) -> dict[str, ModelSpec]:
+        """The models that some method wants, in the recipe's order."""
+        wanted = {name for method in self.methods for name in method.models_used().values()}
+        return {name: spec for name, spec in self.models.items() if name in wanted}
+
+    def identity(self) -> dict[str, Any]:
+        """The part that decides scores. Where files lie and how much is batched are not in it."""
+        return {
+            "task": self.task.model_dump(),
+            "id_column": self.corpus.id_column,
+            "models": {name: spec.identity() for name, spec in self.models_used.items()},
+            "methods": [method.identity() for method in self.methods],
+            "seed": self.seed,
+        }
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, which loads as the same one."""
+        text: str = yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+        return text
+
+
+def canonical_hash(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe; ``overrides`` are ``dotted.key=value``, in YAML. RecipeError says what is wrong."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            data = yaml.load(file, _Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(path, "", f"cannot be read ({' '.join(str(error).split())})") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(path, "", f"not valid YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(data, dict):
+        raise RecipeError(
+            path, "", "expected a mapping of keys such as corpus, task, models, methods, output"
+        )
+    for override in overrides:
+        _override(path, data, override)
+    try:
+        return Recipe.model_validate(data, context={"base": os.path.dirname(os.path.abspath(path))})
+    except ValidationError as error:
+        raise _first_error(path, error) from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which a key given twice is an error rather than a key lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            if isinstance(key_node, yaml.ScalarNode):
+                if key_node.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key_node.value!r} appears twice", key_node.start_mark
+                    )
+                seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+def _override(path: str, data: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise RecipeError("", f"--set {override}", "expected dotted.key=value")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError("", f"--set {override}", "the value is not valid YAML") from error
+    *parents, last = dotted.split(".")
+    target: Any = data
+    for key in parents:
+        target = _child(path, target, key, dotted)
+    if isinstance(target, list):
+        target[_index(path, target, last, dotted)] = value
+    elif isinstance(target, dict):
+        target[last] = value
+    else:
+        raise RecipeError(path, dotted, "cannot be set: what holds it is neither a mapping nor a list")
+
+
+def _child(path: str, target: Any, key: str, dotted: str) -> Any:
+    if isinstance(target, list):
+        return target[_index(path, target, key, dotted)]
+    if isinstance(target, dict):
+        if target.get(key) is None:
+            target[key] = {}
+        return target[key]
+    raise RecipeError(path, dotted, f"cannot be set: {key!r} is looked up in something that has no keys")
+
+
+def _index(path: str, target: Sequence[Any], key: str, dotted: str) -> int:
+    if not key.isdecimal() or int(key) >= len(target):
+        raise RecipeError(path, dotted, f"cannot be set: {key!r} is no position in a list of {len(target)}")
+    return int(key)
+
+
+def _shown(value: Any) -> str:
+    return {dict: "a mapping", list: "a list"}.get(type(value)) or reprlib.repr(value)
+
+
+def _first_error(path: str, error: ValidationError) -> RecipeError:
+    first, *others = error.errors(include_url=False)
+    key = ".".join(map(str, first["loc"]))
+    message = first["msg"][:1].lower() + first["msg"][1:]
+    if first["type"] == "missing":
+        message = "is missing"
+    elif first["type"] not in ("assay", "missing_file"):
+        message = f"{message}, got {_shown(first['input'])}"
+    more = f" (and {len(others)} more)" if others else ""
+    return RecipeError(path, key, message + more)

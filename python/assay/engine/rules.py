@@ -1,0 +1,76 @@
+"""A selection rule from plain options, as a command line or a form has them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import pyarrow as pa
+
+from assay import select
+from assay.engine.errors import EngineError
+from assay.select import Selection
+
+Rule = Callable[[pa.Table], Selection]
+
+
+@dataclass(frozen=True)
+class RuleOptions:
+    """Exactly one of the first seven says which rule; amounts are texts, because 1 and 1.0 differ."""
+
+    top: str | None = None
+    threshold: float | None = None
+    quantile: float | None = None
+    gmm: bool = False
+    kmeans: bool = False
+    sample: str | None = None
+    random: str | None = None
+    by: str | None = None
+    keep: str | None = None
+    seed: int = 0
+    temperature: float | None = None
+
+    def rule(self) -> Rule:
+        """The rule that was asked for. EngineError unless it is one, and complete."""
+        kinds = ("top", "threshold", "quantile", "gmm", "kmeans", "sample", "random")
+        given = [kind for kind in kinds if getattr(self, kind) not in (None, False)]
+        if len(given) != 1:
+            got = ", ".join(f"--{kind}" for kind in given) or "none"
+            raise EngineError(
+                f"expected exactly one of {', '.join(f'--{kind}' for kind in kinds)}; got {got}"
+            )
+        if self.keep not in (None, "high", "low"):
+            raise EngineError(f"--keep {self.keep}: expected high or low")
+        if self.by is None and given != ["random"]:
+            raise EngineError(f"--by is missing: --{given[0]} needs a score to judge by")
+        return self._rule(self.by or "", cast("Literal['high', 'low'] | None", self.keep))
+
+    def _rule(self, by: str, keep: Literal["high", "low"] | None) -> Rule:
+        if self.top is not None:
+            best = parse_amount(self.top)
+            return lambda table: select.top(table, by, best, keep)
+        if self.threshold is not None:
+            limit = self.threshold
+            return lambda table: select.threshold(table, by, limit, keep)
+        if self.quantile is not None:
+            q = self.quantile
+            return lambda table: select.quantile(table, by, q, keep)
+        if self.sample is not None:
+            drawn = parse_amount(self.sample)
+            return lambda table: select.sample(table, by, drawn, self.seed, self.temperature, keep)
+        if self.random is not None:
+            uniform = parse_amount(self.random)
+            return lambda table: select.random(table, uniform, self.seed)
+        if self.gmm:
+            return lambda table: select.gmm(table, by, keep, self.seed)
+        return lambda table: select.kmeans(table, by, keep)
+
+
+def parse_amount(text: str) -> int | float:
+    """``1000`` is a number of rows, ``0.5`` a share; ``1`` is one row and ``1.0`` all of them."""
+    try:
+        return int(text) if re.fullmatch(r"\d+", text) else float(text)
+    except ValueError:
+        raise EngineError(f"{text!r} is no amount; expected rows (1000) or a share (0.5)") from None

@@ -1,0 +1,224 @@
+"""Scoring one shard: windows of rows, sorted by length, in batches under a budget, back in row order."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from assay.corpus.errors import ShardError
+from assay.corpus.quarantine import QuarantineWriter
+from assay.corpus.readers import read, shard_errors
+from assay.corpus.score_files import ScoreWriter
+from assay.corpus.shards import Shard
+from assay.corpus.storage import Store
+from assay.engine.errors import EngineError
+from assay.engine.footer import Footer, Identity, InputFacts, RowCounts
+from assay.engine.recipe import BatchSpec, Recipe
+from assay.engine.samples import Encoder, Rejected, RowReader, Sample
+from assay.methods import Column, Method, Scorer
+from assay.tasks import Task
+
+WINDOW_ROWS = 4096
+WINDOW_BYTES = 64 << 20
+
+Scores = dict[str, npt.NDArray[np.float32]]
+
+
+class BatchScorer(Protocol):
+    """Batch in, one tensor per column out; `assay.methods.Scorer` is one."""
+
+    columns: list[Column]
+
+    def __call__(self, batch: Any) -> Mapping[str, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Everything that a recipe's shards are scored with, loaded once."""
+
+    recipe: Recipe
+    identity: Identity
+    task: Task
+    models: Mapping[str, nn.Module]
+    encoder: Encoder
+
+    def methods(self) -> list[Method]:
+        """The recipe's methods, fresh: what they gather (a correlation, a warning) is about one shard."""
+        torch.manual_seed(self.recipe.seed)
+        return [spec.build(self.models, self.task, self.recipe.seed) for spec in self.recipe.methods]
+
+    def columns(self) -> list[Column]:
+        """The columns of every table. An EngineError if the methods refuse the models, or one another."""
+        try:
+            return Scorer(self.methods()).columns
+        except (ValueError, TypeError) as error:
+            raise EngineError(f"methods: {error}") from error
+
+
+def open_workshop(recipe: Recipe, identity: Identity) -> Workshop:
+    """Load a recipe's models and check that they, the task and the methods fit together."""
+    task = recipe.task.task()
+    loaded = {name: (spec, spec.build()) for name, spec in recipe.models_used.items()}
+    encoder = recipe.task.encoder(loaded)
+    workshop = Workshop(recipe, identity, task, {name: model for name, (_, model) in loaded.items()}, encoder)
+    workshop.columns()
+    return workshop
+
+
+def score_shard(
+    workshop: Workshop,
+    shard: Shard,
+    output: Store,
+    version: str,
+    on_progress: Callable[[int, float], None] = lambda rows, progress: None,
+    verify: bool = True,
+) -> Footer:
+    """Score a shard and write its table and its quarantine list; returns the table's footer.
+
+    A shard that cannot be read to its end, or that changes meanwhile, is a ShardError, and no table appears.
+    """
+    with shard_errors():
+        before = shard.fingerprint()
+    reader = RowReader(shard, workshop.encoder, workshop.recipe.corpus.id_column)
+    nan: Counter[str] = Counter()
+    rows = 0
+    with (
+        Scorer(workshop.methods(), verify=verify) as scorer,
+        tempfile.TemporaryFile() as scores_spool,
+        tempfile.TemporaryFile() as quarantine_spool,
+    ):
+        table = ScoreWriter(scorer.columns, scores_spool)
+        quarantine = QuarantineWriter(shard, quarantine_spool)
+        for window, progress in _windows(shard, reader):
+            _score_window(scorer, workshop, shard, window, table, quarantine, nan)
+            rows += len(window)
+            on_progress(len(window), progress)
+        with shard_errors():
+            if shard.fingerprint() != before:
+                raise ShardError("changed while it was being scored; run again when nobody writes to it")
+        counts = RowCounts(scored=table.rows, quarantined=quarantine.count)
+        if rows != counts.scored + counts.quarantined:
+            raise EngineError(f"{shard.path}: {rows} rows in, but {counts}; this is a bug in assay")
+        facts = InputFacts(path=shard.path, rows=rows, **vars(before))
+        footer = Footer.make(workshop.identity, version, facts, counts, nan, scorer.metadata())
+        quarantine.save(output)
+        table.save(output, shard.table, footer.to_json())
+    return footer
+
+
+def _windows(shard: Shard, reader: RowReader) -> Iterator[tuple[list[Sample | Rejected], float]]:
+    window: list[Sample | Rejected] = []
+    held = 0
+    for chunk in read(shard, reader.columns):
+        for row in reader.rows(chunk):
+            window.append(row)
+            held += row.encoded.nbytes if isinstance(row, Sample) else 0
+        if len(window) >= WINDOW_ROWS or held >= WINDOW_BYTES:
+            yield window, chunk.progress
+            window, held = [], 0
+    yield window, 1.0
+
+
+def _score_window(
+    scorer: BatchScorer,
+    workshop: Workshop,
+    shard: Shard,
+    window: Sequence[Sample | Rejected],
+    table: ScoreWriter,
+    quarantine: QuarantineWriter,
+    nan: Counter[str],
+) -> None:
+    samples = [row for row in window if isinstance(row, Sample)]
+    try:
+        scores, failed = score_samples(scorer, workshop.encoder, samples, workshop.recipe.batch)
+    except Exception as error:  # whatever a model or a method may raise
+        where = f"{shard.path}, rows {window[0].row} to {window[-1].row}"
+        raise EngineError(f"{where}: scoring failed: {type(error).__name__}: {error}") from error
+    rejected = [Rejected(samples[i].row, samples[i].id, reason) for i, reason in failed.items()]
+    rejected += [row for row in window if isinstance(row, Rejected)]
+    for bad in sorted(rejected, key=lambda bad: bad.row):
+        quarantine.add(bad.row, bad.id, bad.reason)
+    good = [i for i in range(len(samples)) if i not in failed]
+    table.add(
+        [samples[i].row for i in good],
+        [samples[i].id for i in good],
+        {name: values[good] for name, values in scores.items()},
+    )
+    for name, values in scores.items():
+        nan[name] += int(np.isnan(values[good]).sum())
+
+
+def score_samples(
+    scorer: BatchScorer, encoder: Encoder, samples: Sequence[Sample], limits: BatchSpec
+) -> tuple[Scores, dict[int, str]]:
+    """One score per sample and column, in the samples' order, and the samples that did not fit into memory.
+
+    A batch that runs out of memory is halved until it passes; a sample that fails on its own is listed with
+    its reason, and its scores are NaN.
+    """
+    scores: Scores = {c.name: np.full(len(samples), np.nan, np.float32) for c in scorer.columns}
+    failed: dict[int, str] = {}
+    waiting = deque(make_batches([sample.encoded.length for sample in samples], limits))
+    while waiting:
+        batch = waiting.popleft()
+        result = _unless_out_of_memory(scorer, encoder, [samples[i] for i in batch])
+        if result is not None:
+            for name, values in result.items():
+                if values.shape != (len(batch),):
+                    raise ValueError(
+                        f"{name}: {tuple(values.shape)} scores for a batch of {len(batch)} samples"
+                    )
+                scores[name][batch] = values.numpy()
+        elif len(batch) == 1:
+            failed[batch[0]] = f"ran out of memory on its own, at length {samples[batch[0]].encoded.length}"
+        else:
+            middle = len(batch) // 2
+            waiting.extendleft([batch[middle:], batch[:middle]])
+    return scores, failed
+
+
+def make_batches(lengths: Sequence[int], limits: BatchSpec) -> list[list[int]]:
+    """Positions in batches of like lengths, longest first, within the limits of samples and padded tokens.
+
+    A sample beyond the token budget is a batch of its own.
+    """
+    batches: list[list[int]] = []
+    longest = 0
+    for position in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        batch = batches[-1] if batches else None
+        if batch is None or len(batch) == limits.samples or longest * (len(batch) + 1) > limits.tokens:
+            batches.append([position])
+            longest = lengths[position]
+        else:
+            batch.append(position)
+    return batches
+
+
+def _unless_out_of_memory(
+    scorer: BatchScorer, encoder: Encoder, samples: Sequence[Sample]
+) -> Mapping[str, Tensor] | None:
+    try:
+        return scorer(encoder.collate([sample.encoded.data for sample in samples]))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+    # Out of the except block the traceback no longer holds the tensors of the failed attempt.
+    gc.collect()
+    return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out; torch's CPU allocator says so only in words."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    words = ("not enough memory", "DefaultCPUAllocator", "out of memory")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

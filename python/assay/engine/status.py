@@ -1,0 +1,82 @@
+"""What a scores folder holds, read from its manifest and its tables' footers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from assay.corpus.quarantine import read_quarantine
+from assay.corpus.shards import MANIFEST, Corpus, Shard, find_shards
+from assay.corpus.storage import Store
+from assay.engine.errors import EngineError
+from assay.engine.footer import Identity, Table, open_table
+
+
+class State(Enum):
+    """Where a shard stands."""
+
+    DONE = "done"
+    CHANGED = "changed"
+    """It was scored, but its file has changed since, or the recipe or a model has."""
+    UNREADABLE = "unreadable"
+    MISSING = "missing"
+
+
+@dataclass(frozen=True)
+class ShardStatus:
+    """A shard of the corpus and its score table, if it has one."""
+
+    shard: Shard
+    state: State
+    table: Table | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A scores folder, with the corpus that it is about as it is now."""
+
+    store: Store
+    corpus_path: str
+    corpus: Corpus
+    identity: Identity
+    columns: tuple[str, ...]
+    shards: tuple[ShardStatus, ...]
+
+    def of(self, state: State) -> list[ShardStatus]:
+        """The shards in this state."""
+        return [status for status in self.shards if status.state is state]
+
+
+def open_scores(url: str, corpus_path: str | None = None) -> Scores:
+    """Read a scores folder. ``corpus_path`` says where the corpus is now, if it moved since it was scored."""
+    store = Store.at(url)
+    try:
+        manifest: dict[str, Any] = json.loads(store.read_text(MANIFEST))
+        identity = Identity(recipe=manifest["recipe"], models=manifest["models"])
+        columns = tuple(column["name"] for column in manifest["columns"])
+        corpus_path = corpus_path or str(manifest["corpus"])
+    except FileNotFoundError as error:
+        raise EngineError(f"{store.url}: no {MANIFEST}; expected a folder of `assay score`") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise EngineError(f"{store.full(MANIFEST)}: not a manifest of `assay score` ({error!r})") from error
+    corpus = find_shards(corpus_path)
+    shards = tuple(_status(store, shard, identity) for shard in corpus.shards)
+    return Scores(store, corpus_path, corpus, identity, columns, shards)
+
+
+def _status(store: Store, shard: Shard, identity: Identity) -> ShardStatus:
+    table = open_table(store, shard)
+    if table is None:
+        entry = next(read_quarantine(store, shard), None)
+        if entry is not None and entry.row is None:
+            return ShardStatus(shard, State.UNREADABLE, detail=entry.reason)
+        return ShardStatus(shard, State.MISSING)
+    differences = table.differences(identity)
+    if differences:
+        return ShardStatus(shard, State.CHANGED, table, differences[0])
+    if not table.input_is(shard.fingerprint()):
+        return ShardStatus(shard, State.CHANGED, table, "the file has changed since it was scored")
+    return ShardStatus(shard, State.DONE, table)

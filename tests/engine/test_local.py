@@ -1,0 +1,362 @@
+"""Runs: every row accounted for, resumed without rework, never a mixture."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+
+import fsspec
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from small_project import CLASSES, SIZE, make_rows, save_mlp
+
+import assay
+from assay.corpus.errors import CorpusError
+from assay.corpus.storage import Store
+from assay.engine import scoring
+from assay.engine.errors import ChangedError, EngineError
+from assay.engine.local import make_plan, run
+from assay.engine.recipe import load_recipe
+
+
+def score(project, *overrides, **options):
+    return run(load_recipe(str(project.path), overrides), **options)
+
+
+def column(project, table, name):
+    return pq.read_table(project.scores / table)[name].to_numpy()
+
+
+def test_a_run_writes_one_table_per_shard(project):
+    report = score(project)
+    assert report.clean
+    assert (report.scored, report.rows, report.rows_scored) == (2, 80, 80)
+    assert set(project.tables()) == {"a.parquet", "deep/b.parquet"}
+    table = pq.read_table(project.scores / "deep/b.parquet")
+    assert table["row"].to_pylist() == list(range(30))
+    assert table["id"].to_pylist() == [f"s1-{i}" for i in range(30)]
+    assert {"mimic", "loss", "reference_loss", "rho", "ensemble_nll"} <= set(table.schema.names)
+    assert table.schema.field("reference_loss").metadata[b"keep"] == b"low"
+
+
+def test_the_footer_answers_what_made_the_table(project):
+    score(project)
+    footer = json.loads(pq.read_schema(project.scores / "a.parquet").metadata[b"assay"])
+    status = os.stat(project.root / "data/a.parquet")
+    assert footer["input"] == {
+        "path": "a.parquet",
+        "size": status.st_size,
+        "mtime_ns": status.st_mtime_ns,
+        "rows": 50,
+    }
+    assert footer["rows"] == {"scored": 50, "quarantined": 0}
+    assert footer["version"] == assay.__version__
+    assert footer["seed"] == 0
+    assert set(footer["models"]) == {"a", "b", "ref"}
+    assert footer["recipe"]["methods"][1]["reference"] == "ref"
+    assert footer["recipe_hash"].startswith("sha256:")
+    assert any(key.startswith("mimic.") for key in footer["methods"])
+
+
+def test_scores_are_those_of_the_library(project):
+    score(project)
+    rows = make_rows(50, 0)
+    recipe = load_recipe(str(project.path))
+    models = {name: spec.build() for name, spec in recipe.models.items()}
+    import torch
+
+    inputs = torch.tensor([row["pixels"] for row in rows])
+    labels = torch.tensor([row["label"] for row in rows])
+    losses = torch.nn.functional.cross_entropy(models["a"](inputs), labels, reduction="none")
+    np.testing.assert_allclose(column(project, "a.parquet", "loss"), losses.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_second_run_does_nothing(project, monkeypatch):
+    score(project)
+    before = project.tables()
+    monkeypatch.setattr(scoring, "score_shard", None)
+    report = score(project)
+    assert (report.done_before, report.scored, report.rows_scored) == (2, 0, 80)
+    assert project.tables() == before
+
+
+def test_a_lost_table_is_made_again_and_only_that(project):
+    score(project)
+    before = project.tables()
+    os.remove(project.scores / "a.parquet")
+    report = score(project)
+    assert (report.done_before, report.scored) == (1, 1)
+    assert project.tables() == before
+
+
+def test_two_runs_give_the_same_bytes_whatever_came_before(project):
+    score(project)
+    together = project.tables()
+    score(project, "output=elsewhere", part=(2, 2))
+    alone = (project.root / "elsewhere/deep/b.parquet").read_bytes()
+    assert alone == together["deep/b.parquet"]
+
+
+@pytest.mark.parametrize("samples", [1, 7, 256])
+def test_batches_and_windows_do_not_change_scores(project, monkeypatch, samples):
+    score(project, "batch.samples=64")
+    expected = column(project, "a.parquet", "mimic")
+    monkeypatch.setattr(scoring, "WINDOW_ROWS", 13)
+    monkeypatch.setattr("assay.corpus.readers.CHUNK_ROWS", 5)
+    score(project, f"batch.samples={samples}", "output=again")
+    again = pq.read_table(project.root / "again/a.parquet")
+    assert again["row"].to_pylist() == list(range(50))
+    np.testing.assert_allclose(again["mimic"].to_numpy(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_changed_input_is_scored_again_and_reported(project):
+    score(project)
+    untouched = project.tables()["a.parquet"]
+    project.write_shard("deep/b.jsonl", make_rows(31, 2))
+    report = score(project)
+    assert (report.done_before, report.scored, report.rescored) == (1, 1, 1)
+    assert project.tables()["a.parquet"] == untouched
+    assert len(column(project, "deep/b.parquet", "row")) == 31
+
+
+@pytest.mark.parametrize(
+    ("override", "difference"),
+    [
+        ("seed=3", "seed: 0 → 3"),
+        ("methods.1.cosine=true", "methods.1.cosine: False → True"),
+        ("methods.0.weights=[1, 2]", "methods.0.weights: None → [1.0, 2.0]"),
+        ("corpus.id_column=null", "id_column: id → None"),
+        ("methods.1.reference=b", "methods.1.reference: ref → b"),
+    ],
+)
+def test_a_changed_recipe_is_an_error_that_names_the_change(project, override, difference):
+    score(project)
+    before = project.tables()
+    with pytest.raises(ChangedError) as caught:
+        score(project, override)
+    assert difference in str(caught.value)
+    assert "--rescore" in str(caught.value)
+    assert project.tables() == before
+    report = score(project, override, rescore=True)
+    assert (report.scored, report.rescored) == (2, 2)
+    assert score(project, override).done_before == 2
+
+
+def test_a_changed_model_is_an_error_that_names_it(project):
+    score(project)
+    save_mlp(project.root / "models/ref.safetensors", seed=0, scale=1.25)
+    with pytest.raises(ChangedError, match=r"weights of models\.ref: sha256:.* → sha256:"):
+        score(project)
+
+
+def test_a_moved_project_is_still_done(project, tmp_path_factory):
+    score(project)
+    moved = tmp_path_factory.mktemp("moved") / "project"
+    project.root.rename(moved)
+    recipe = load_recipe(str(moved / "recipe.yaml"))
+    assert run(recipe).done_before == 2
+
+
+@pytest.mark.parametrize("damage", [b"", b"PAR1 and no more", None])
+def test_a_file_in_the_tables_place_is_never_overwritten_unseen(project, damage):
+    score(project)
+    path = project.scores / "a.parquet"
+    if damage is None:  # somebody's own Parquet file
+        pq.write_table(pq.read_table(path).replace_schema_metadata(None), path)
+    else:
+        path.write_bytes(damage)
+    with pytest.raises(CorpusError, match=r"a\.parquet"):
+        score(project)
+
+
+def test_a_short_table_is_an_error_with_counts(project):
+    score(project)
+    path = project.scores / "a.parquet"
+    pq.write_table(pq.read_table(path).slice(0, 40), path)
+    with pytest.raises(CorpusError, match="holds 40 rows, but its footer counts 50"):
+        score(project)
+
+
+BAD_ROWS = [
+    ({"label": None}, "label is null"),
+    ({"label": CLASSES}, "label is 3, outside the classes 0 to 2"),
+    ({"pixels": None}, "pixels is null"),
+    ({"pixels": [0.0] * (SIZE - 1)}, "pixels holds 5 numbers, expected 6"),
+    ({"pixels": [0.0] * (SIZE - 1) + [float("nan")]}, "pixels holds a NaN, an infinity or a null"),
+    ({"id": None}, "id is null"),
+    ({"id": "s5-0"}, "id repeats that of an earlier row"),
+]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+def test_bad_rows_are_quarantined_and_the_rest_is_scored(project, suffix):
+    rows = make_rows(40, 5)
+    for i, (change, _) in enumerate(BAD_ROWS):
+        rows[3 * i + 1] |= change
+    project.write_shard(f"bad.{suffix}", rows)
+    report = score(project)
+    assert not report.clean
+    assert (report.rows, report.rows_scored, report.rows_quarantined) == (120, 113, 7)
+    assert [(row, reason) for _, row, _, reason in project.quarantine()] == [
+        (3 * i + 1, reason) for i, (_, reason) in enumerate(BAD_ROWS)
+    ]
+    good = [i for i in range(40) if i not in {3 * k + 1 for k in range(7)}]
+    assert column(project, "bad.parquet", "row").tolist() == good
+    again = score(project)
+    assert (again.done_before, again.rows_quarantined) == (3, 7)
+    assert not again.clean  # the exit code still says so
+
+
+def test_unreadable_shards_are_quarantined_and_the_run_goes_on(project):
+    whole = (project.root / "data/a.parquet").read_bytes()
+    (project.root / "data/cut.parquet").write_bytes(whole[:-100])
+    project.write_shard("column.parquet", [{"id": "x", "pixel": [0.0] * SIZE, "label": 0}])
+    report = score(project)
+    assert set(report.unreadable) == {"cut.parquet", "column.parquet"}
+    assert (report.scored, report.rows_scored) == (2, 80)
+    assert not report.clean
+    listed = {shard: (row, reason) for shard, row, _, reason in project.quarantine()}
+    assert listed["column.parquet"][0] is None
+    assert "no column 'pixels'" in listed["column.parquet"][1]
+    assert not (project.scores / "cut.parquet").exists()
+    first = project.quarantine()
+    assert set(score(project).unreadable) == set(report.unreadable)
+    assert project.quarantine() == first
+
+
+def test_a_shard_that_is_mended_leaves_the_quarantine(project):
+    good = (project.root / "data/a.parquet").read_bytes()
+    (project.root / "data/a.parquet").write_bytes(good[:-10])
+    assert score(project).unreadable
+    (project.root / "data/a.parquet").write_bytes(good)
+    assert score(project).clean
+    assert project.quarantine() == []
+
+
+def test_a_shard_that_breaks_loses_its_old_table(project):
+    score(project)
+    path = project.root / "data/a.parquet"
+    path.write_bytes(path.read_bytes()[:-10])
+    assert set(score(project).unreadable) == {"a.parquet"}
+    assert set(project.tables()) == {"deep/b.parquet"}
+
+
+def test_a_shard_without_rows_has_a_table_without_rows(project):
+    project.write_shard("none.jsonl", [])
+    assert score(project).clean
+    table = pq.read_table(project.scores / "none.parquet")
+    assert table.num_rows == 0
+    assert table.schema.equals(pq.read_schema(project.scores / "a.parquet"))
+
+
+def test_a_shard_that_changes_while_it_is_scored_is_quarantined(project, monkeypatch):
+    original = scoring.score_samples
+
+    def slow(*arguments):
+        os.utime(project.root / "data/a.parquet")
+        return original(*arguments)
+
+    monkeypatch.setattr(scoring, "score_samples", slow)
+    report = score(project)
+    assert "changed while it was being scored" in report.unreadable["a.parquet"]
+    assert not (project.scores / "a.parquet").exists()
+
+
+def test_parts_share_the_work_and_cover_it(project):
+    for i in range(5):
+        project.write_shard(f"more{i}.jsonl", make_rows(4, 10 + i))
+    scored = [score(project, part=(i, 3)).scored for i in (1, 2, 3)]
+    assert scored == [3, 2, 2]
+    parted = project.tables()
+    score(project, "output=whole")
+    assert parted == {path: (project.root / "whole" / path).read_bytes() for path in parted}
+    assert score(project).done_before == 7
+
+
+def test_two_runners_on_one_output(project):
+    for i in range(6):
+        project.write_shard(f"more{i}.jsonl", make_rows(20, 10 + i))
+    score(project, "output=alone")
+    failures = []
+
+    def runner():
+        try:
+            score(project)
+        except Exception as error:
+            failures.append(error)
+
+    runners = [threading.Thread(target=runner) for _ in range(2)]
+    for thread in runners:
+        thread.start()
+    for thread in runners:
+        thread.join()
+    assert failures == []
+    assert project.tables() == {p: (project.root / "alone" / p).read_bytes() for p in project.tables()}
+    assert len(project.tables()) == 8
+
+
+def test_another_file_system_in_and_out(project):
+    fs = fsspec.filesystem("memory")
+    fs.put(str(project.root / "data"), "/engine/data", recursive=True)
+    overrides = ["corpus.path=memory://engine/data", "output=memory://engine/scores"]
+    assert score(project, *overrides).rows_scored == 80
+    assert score(project, *overrides).done_before == 2
+    store = Store.at("memory://engine/scores")
+    assert store.files() == ["a.parquet", "deep/b.parquet", "manifest.json", "recipe.resolved.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("corpus", "output"),
+    [("data", "data"), ("data", "data/scores"), ("data/*.parquet", "data"), ("data", ".")],
+)
+def test_output_and_corpus_must_not_mix(project, corpus, output):
+    with pytest.raises(EngineError, match="must not lie in each other"):
+        make_plan(load_recipe(str(project.path), [f"corpus.path={corpus}", f"output={output}"]))
+
+
+def test_an_output_that_cannot_be_written_stops_the_run(project):
+    (project.root / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        score(project, "output=file/scores")
+
+
+def test_an_old_temporary_is_swept_and_a_young_one_is_not(project):
+    project.scores.mkdir()
+    old, young = project.scores / ".a.parquet.1.tmp", project.scores / ".a.parquet.2.tmp"
+    old.write_bytes(b"half")
+    young.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    score(project)
+    assert not old.exists()
+    assert young.exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("task.classes=4", "task.classes is 4, but models.a has 3 outputs"),
+        ("task.shape=[2, 2]", "task.shape: the models leave it open"),
+        ("methods.0.weights=[1]", "one weight per model"),
+        ("methods.1.reference=a", "equals the model"),
+        ("methods.1.layers=nothing*", "nothing"),
+    ],
+)
+def test_what_does_not_fit_together_is_said_before_scoring(project, override, message):
+    with pytest.raises(EngineError) as caught:
+        score(project, override)
+    assert message in str(caught.value)
+    assert not project.scores.exists()
+
+
+def test_a_model_that_fails_stops_the_run_and_says_where(project, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(scoring, "score_samples", fail)
+    with pytest.raises(
+        EngineError, match=r"a\.parquet, rows 0 to 49: scoring failed: RuntimeError: no such kernel"
+    ):
+        score(project)
+    assert project.tables() == {}

@@ -1,0 +1,107 @@
+"""Batches, windows and memory: none of them changes what a row's score is, or loses one."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from assay.engine.recipe import BatchSpec
+from assay.engine.samples import Encoded, Sample
+from assay.engine.scoring import is_out_of_memory, make_batches, score_samples
+from assay.methods import Column
+
+
+NO_MEMORY = RuntimeError("DefaultCPUAllocator: not enough memory")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_garbage_collection():
+    """Halving collects garbage, a third of a second each time in a process as big as a test session's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("assay.engine.scoring.gc.collect", lambda: None)
+        yield
+
+
+class Halves:
+    """A scorer and encoder over plain numbers: the score of x is x / 2, unless the batch is too big."""
+
+    columns = (Column("half", "high", "x / 2"),)
+
+    def __init__(self, capacity=math.inf, error=NO_MEMORY, cursed=()):
+        self.capacity, self.error, self.cursed = capacity, error, cursed
+        self.sizes = []
+
+    def collate(self, data):
+        return torch.tensor(data, dtype=torch.float32)
+
+    def __call__(self, batch):
+        self.sizes.append(len(batch))
+        if len(batch) > self.capacity or any(x in self.cursed for x in batch.tolist()):
+            raise self.error
+        return {"half": batch / 2}
+
+
+def samples_of(lengths) -> list[Sample]:
+    return [Sample(i, str(i), Encoded(float(i), length, 4)) for i, length in enumerate(lengths)]
+
+
+@given(st.lists(st.integers(1, 100), max_size=60), st.integers(1, 300), st.integers(1, 20))
+def test_batches_hold_every_row_once_within_their_limits(lengths, tokens, count):
+    batches = make_batches(lengths, BatchSpec(tokens=tokens, samples=count))
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    for batch in batches:
+        longest = max(lengths[i] for i in batch)
+        assert len(batch) <= count
+        assert len(batch) == 1 or longest * len(batch) <= tokens
+        assert lengths[batch[0]] == longest  # so the batch most likely not to fit comes first
+    assert batches == make_batches(lengths, BatchSpec(tokens=tokens, samples=count))
+
+
+def test_sorting_by_length_saves_padding():
+    lengths = [1, 100] * 50
+    batches = make_batches(lengths, BatchSpec(tokens=1000, samples=100))
+    padded = sum(max(lengths[i] for i in batch) * len(batch) for batch in batches)
+    assert padded < 1.2 * sum(lengths)
+
+
+@given(st.lists(st.integers(1, 9), max_size=40), st.integers(1, 6))
+def test_a_batch_too_big_is_halved_until_it_fits(lengths, capacity):
+    scorer = Halves(capacity)
+    scores, failed = score_samples(scorer, scorer, samples_of(lengths), BatchSpec(samples=16))
+    np.testing.assert_array_equal(scores["half"], np.arange(len(lengths)) / 2)
+    assert failed == {}
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA"), RuntimeError("out of memory")]
+)
+def test_a_row_that_never_fits_is_listed_and_the_rest_is_scored(error):
+    scorer = Halves(error=error, cursed=(3.0, 7.0))
+    scores, failed = score_samples(scorer, scorer, samples_of([5] * 20), BatchSpec(samples=8))
+    assert set(failed) == {3, 7}
+    assert failed[3] == "ran out of memory on its own, at length 5"
+    good = np.setdiff1d(np.arange(20), [3, 7])
+    np.testing.assert_array_equal(scores["half"][good], good / 2)
+    assert np.isnan(scores["half"][[3, 7]]).all()
+
+
+def test_other_errors_are_not_taken_for_memory():
+    scorer = Halves(capacity=0, error=RuntimeError("shapes differ"))
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        score_samples(scorer, scorer, samples_of([1, 1]), BatchSpec())
+    assert scorer.sizes == [2]
+    assert not is_out_of_memory(ValueError("out of memory"))
+
+
+def test_a_scorer_that_gives_too_few_scores_is_an_error():
+    class Short(Halves):
+        def __call__(self, batch):
+            return {"half": batch[:1]}
+
+    with pytest.raises(ValueError, match="scores for a batch of 2"):
+        score_samples(Short(), Short(), samples_of([1, 1]), BatchSpec())

@@ -12,6 +12,7 @@ from probe_oracle import check_probe
 from torch import Tensor, nn
 
 from assay.probe import Probe, tapped_parameters
+from assay.probe.layers import find_rule
 from assay.tasks import Classification
 
 CLASSES = 3
@@ -78,6 +79,19 @@ def test_conv3d() -> None:
 @pytest.mark.parametrize(("channels", "out", "groups"), [(4, 6, 2), (6, 6, 6), (4, 12, 4)])
 def test_grouped_and_depthwise(channels: int, out: int, groups: int, side: int) -> None:
     check(nn.Conv2d(channels, out, 3, groups=groups), channels, side, side)
+
+
+def test_grouped_convolutions_take_the_smaller_of_two_forms() -> None:
+    def positions(conv: nn.Conv2d, side: int) -> int:
+        rule = find_rule(conv)
+        assert not isinstance(rule, str)
+        inputs = torch.randn(2, conv.in_channels, side, side)
+        return rule.factors(conv, inputs, conv(inputs)).inputs.shape[1]
+
+    # depthwise at 25 positions: the 9 numbers per channel are fewer than the 25 windows
+    assert positions(nn.Conv2d(6, 6, 3, groups=6), side=7) == 9
+    # 2 groups at one position: 2 rows are fewer than the 36 weights that an output has
+    assert positions(nn.Conv2d(8, 4, 3, groups=2), side=3) == 2
 
 
 @pytest.mark.parametrize("padding_idx", [None, 0])

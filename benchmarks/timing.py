@@ -1,0 +1,84 @@
+"""Interleaved timing: what is compared runs in turn, in one process, so that a drifting machine drifts for all."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds over the rounds."""
+
+    median: float
+    p20: float
+    p80: float
+    rounds: int
+
+
+def interleave(variants: Mapping[str, Callable[[], Any]], *, rounds: int = 15, warmup: int = 2) -> dict[str, Timing]:
+    """Time every variant once per round, after ``warmup`` uncounted rounds."""
+    samples: dict[str, list[float]] = {name: [] for name in variants}
+    for i in range(warmup + rounds):
+        for name, run in variants.items():
+            start = time.perf_counter()
+            run()
+            elapsed = time.perf_counter() - start
+            if i >= warmup:
+                samples[name].append(1e3 * elapsed)
+    return {name: _summary(values) for name, values in samples.items()}
+
+
+def _summary(values: list[float]) -> Timing:
+    ordered = sorted(values)
+    last = len(ordered) - 1
+    return Timing(
+        statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)], len(ordered)
+    )
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    import assay
+
+    try:
+        model = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        model = None
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "processor": model.group(1) if model else platform.processor(),
+        "threads": torch.get_num_threads(),
+        "isa": assay.ops.build_info()["isa"],
+        "torch": torch.__version__,
+        "assay": assay.__version__,
+        "commit": commit.stdout.strip(),
+    }
+
+
+def write(name: str, cases: list[dict[str, Any]]) -> Path:
+    """``results/<processor>-<name>.json``."""
+    facts = machine()
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{facts['processor']}-{facts['threads']}-threads".lower()).strip("-")
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{slug}-{name}.json"
+    path.write_text(json.dumps({"machine": facts, "cases": cases}, indent=1, default=_plain) + "\n")
+    return path
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Timing):
+        return {k: round(v, 4) for k, v in asdict(value).items()}
+    raise TypeError(f"{type(value).__name__} does not go into JSON")

@@ -81,6 +81,11 @@ def test_grouped_and_depthwise(channels: int, out: int, groups: int, side: int) 
     check(nn.Conv2d(channels, out, 3, groups=groups), channels, side, side)
 
 
+def test_a_convolution_that_runs_twice() -> None:
+    conv = nn.Conv2d(2, 2, 3, padding=1)
+    check(nn.Sequential(conv, nn.Tanh(), conv), 2, 5, 4)
+
+
 def test_grouped_convolutions_take_the_smaller_of_two_forms() -> None:
     def positions(conv: nn.Conv2d, side: int) -> int:
         rule = find_rule(conv)

@@ -1,12 +1,13 @@
 """The probe: runs a model on a batch and returns its signals. The only home of hooks in assay."""
 
-from assay.probe.gradient import Dense, Outer, PerSampleGradient, Scatter
+from assay.probe.gradient import Convolution, Dense, Outer, PerSampleGradient, Scatter
 from assay.probe.layers import Factors
 from assay.probe.probe import Probe, Signals
 from assay.probe.reductions import Dot, Reduction, SqNorm
 from assay.probe.selection import tapped_parameters
 
 __all__ = [
+    "Convolution",
     "Dense",
     "Dot",
     "Factors",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from assay.ops import grad_dot, grad_sqnorm
@@ -81,11 +82,73 @@ class Dense:
     def dense(self, shape: Sequence[int]) -> Tensor:
         return wide(self.values).reshape(-1, *shape)
 
-    def sample(self, b: int) -> Dense:
-        return Dense(self.values[b : b + 1])
+
+@dataclass(frozen=True)
+class Convolution:
+    """The weight gradient of a convolution, a view of its input at every position.
+
+    ``inputs`` (B, I, *S), padded already; ``grads`` (B, O, *L); the rest as in ``torch.nn.Conv2d``.
+    """
+
+    inputs: Tensor
+    grads: Tensor
+    kernel_size: Sequence[int]
+    stride: Sequence[int]
+    dilation: Sequence[int]
+    groups: int
+
+    def dot(self, direction: Tensor) -> Tensor:
+        if self.inputs.device.type != "cpu":
+            return self.outer().dot(direction)  # cuDNN may round to TF32
+        # A convolution is linear in its weight: run it with the direction as the weight, and nothing is
+        # unfolded.
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel_size) - 1]
+        inputs, grads = wide(self.inputs), wide(self.grads)
+        weight, options = direction.to(inputs.dtype), (self.stride, 0, self.dilation, self.groups)
+        return (convolve(inputs, weight, None, *options) * grads).flatten(1).sum(1)
+
+    def sqnorm(self) -> Tensor:
+        return self.outer().sqnorm()
+
+    def dense(self, shape: Sequence[int]) -> Tensor:
+        return self.outer().dense(shape)
+
+    def outer(self) -> Outer:
+        """Unfolded: one position per output position, or fewer where the weight is small."""
+        windows = self.inputs
+        spans = zip(self.kernel_size, self.stride, self.dilation, strict=True)
+        for axis, (size, stride, dilation) in enumerate(spans, start=2):
+            windows = windows.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
+        n = len(self.kernel_size)
+        windows = windows.permute(0, *range(2, 2 + n), 1, *range(2 + n, 2 + 2 * n))  # (B, *L, I, *kernel)
+        positions = (len(windows), self.grads[0, 0].numel())
+        grads = self.grads.flatten(2).mT
+        if self.groups == 1:
+            return Outer(grads, windows.reshape(*positions, -1))
+        by_group = (*positions, self.groups, -1)
+        return _grouped(grads.reshape(by_group), windows.reshape(by_group))
 
 
-Term = Outer | Scatter | Dense
+def _grouped(left: Tensor, right: Tensor) -> Outer:
+    """The weight gradient (g·O, I) of g groups: ``left`` (B, T, g, O), ``right`` (B, T, g, I), a sum per
+    group.
+
+    There are two exact ways to write it as one sum of outer products; the smaller is taken. Either the
+    gradient is multiplied out and "summed" against the I unit vectors, or every (t, group) becomes a position
+    whose output gradient is zero outside of the group.
+    """
+    size, length, groups, height = left.shape
+    width = right.shape[3]
+    if width <= length * groups:
+        dtype = torch.promote_types(wide(right[:0]).dtype, left.dtype)
+        matrix = torch.einsum("btgi,btgo->bigo", right.to(dtype), left.to(dtype)).flatten(2)
+        return Outer(matrix, torch.eye(width, dtype=dtype, device=matrix.device).expand(size, -1, -1))
+    own = torch.eye(groups, dtype=left.dtype, device=left.device)[:, :, None]
+    placed = (left[:, :, :, None, :] * own).reshape(size, length * groups, groups * height)
+    return Outer(placed, right.flatten(1, 2))
+
+
+Term = Outer | Scatter | Dense | Convolution
 
 
 @dataclass(frozen=True)
@@ -130,7 +193,7 @@ class PerSampleGradient:
         assert isinstance(scatter, Scatter)
         total = own + 2 * _outer_scatter(outer, scatter)
         for b in torch.nonzero(total < _CANCELLED * own).flatten().tolist():
-            total[b] = _total([term.sample(b).dense(self.shape) for term in self.terms]).square().sum()
+            total[b] = _total([term.sample(b).dense(self.shape) for term in (outer, scatter)]).square().sum()
         return total
 
     def dense(self) -> Tensor:
@@ -149,6 +212,7 @@ def _merge(terms: Sequence[Term], shape: Sequence[int]) -> tuple[Term, ...]:
     if any(isinstance(term, Dense) for term in terms):
         return (Dense(_total([term.dense(shape) for term in terms])),)
     merged: list[Term] = []
+    terms = [term.outer() if isinstance(term, Convolution) else term for term in terms]
     if outers := [term for term in terms if isinstance(term, Outer)]:
         merged.append(Outer(_join([o.left for o in outers]), _join([o.right for o in outers])))
     if scatters := [term for term in terms if isinstance(term, Scatter)]:

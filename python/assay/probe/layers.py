@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from assay.probe.gradient import Dense, Outer, Scatter, Term, wide
+from assay.probe.gradient import Convolution, Dense, Outer, Scatter, Term, wide
+
+_Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Rule:
         rows: output gradient -> (B, T, O), a row per position; their sum over T is the bias' gradient.
         ndim: the fewest dimensions of an input that has a batch dimension.
         refusal: why this module cannot be tapped, or None.
+        weight: input and output gradient -> the weight's gradient, where the factors are not its best form.
         transposed: the weight is (I, O).
     """
 
@@ -57,6 +60,7 @@ class Rule:
     rows: Callable[[Any, Tensor], Tensor]
     ndim: Callable[[Any], int]
     refusal: Callable[[Any], str | None] = lambda module: None
+    weight: Callable[[Any, Tensor, Tensor], Term] | None = None
     transposed: bool = False
 
     def term(self, module: nn.Module, name: str, inputs: Tensor, grads: Tensor) -> Term:
@@ -64,6 +68,8 @@ class Rule:
         if name == "bias":
             bias = self.rows(module, grads).sum(1, dtype=wide(grads[:0]).dtype)
             return Dense(bias.reshape(-1, *module.get_parameter(name).shape))
+        if self.weight is not None:
+            return self.weight(module, inputs, grads)
         factors = self.factors(module, inputs, grads)
         if factors.kind == "scatter":
             return Scatter(factors.inputs, factors.grads)
@@ -128,51 +134,21 @@ def _embedding_refusal(module: nn.Embedding) -> str | None:
 
 # ---- Convolutions
 
-_Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
-
 
 def _channels(module: nn.Module, tensor: Tensor) -> Tensor:
     """(B, C, *positions) -> (B, T, C)."""
     return tensor.reshape(*tensor.shape[:2], -1).mT
 
 
-def _unfold(module: _Conv, inputs: Tensor) -> Tensor:
-    """(B, C, *S) -> (B, T, C, K): the K values per channel that each of T output positions sees."""
+def _convolution(module: _Conv, inputs: Tensor, grads: Tensor) -> Convolution:
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    windows = F.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
-    spans = zip(module.kernel_size, module.stride, module.dilation, strict=True)
-    for axis, (size, stride, dilation) in enumerate(spans, start=2):
-        windows = windows.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
-    n = len(module.kernel_size)
-    order = [0, *range(2, 2 + n), 1, *range(2 + n, 2 + 2 * n)]
-    return windows.permute(order).reshape(len(inputs), -1, inputs.shape[1], math.prod(module.kernel_size))
+    padded = F.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
+    return Convolution(padded, grads, module.kernel_size, module.stride, module.dilation, module.groups)
 
 
 def _conv(module: _Conv, inputs: Tensor, grads: Tensor) -> Factors:
-    windows, grads = _unfold(module, inputs), _channels(module, grads)
-    if module.groups == 1:
-        return Factors(windows.flatten(2), grads)
-    by_group = (*grads.shape[:2], module.groups, -1)
-    return _grouped(windows.reshape(by_group), grads.reshape(by_group))
-
-
-def _grouped(inputs: Tensor, grads: Tensor) -> Factors:
-    """Factors of a weight (g·O, I) from ``inputs`` (B, T, g, I) and ``grads`` (B, T, g, O): a sum over t per
-    group.
-
-    There are two exact ways to write it as one sum of outer products; the smaller is taken. Either the
-    gradient is multiplied out and "summed" against the I unit vectors, or every (t, group) becomes a position
-    whose output gradient is zero outside of the group.
-    """
-    size, length, groups, width = inputs.shape
-    height = grads.shape[3]
-    if width * (groups * height + width) <= length * groups * (groups * height + width):
-        dtype = torch.promote_types(wide(inputs[:0]).dtype, grads.dtype)
-        matrix = torch.einsum("btgi,btgo->bigo", inputs.to(dtype), grads.to(dtype)).flatten(2)
-        return Factors(torch.eye(width, dtype=dtype, device=matrix.device).expand(size, -1, -1), matrix)
-    own = torch.eye(groups, dtype=grads.dtype, device=grads.device)[:, :, None]
-    placed = (grads[:, :, :, None, :] * own).reshape(size, length * groups, groups * height)
-    return Factors(inputs.flatten(1, 2), placed)
+    outer = _convolution(module, inputs, grads).outer()
+    return Factors(outer.right, outer.left)
 
 
 # ---- Norms: the gradient of the scale is the normalised input times the output gradient
@@ -239,7 +215,7 @@ def _two(module: nn.Module) -> int:
 
 
 _CONV1D = Rule(_linear, _last, _two, transposed=True)
-_CONVOLUTION = Rule(_conv, _channels, _conv_ndim)
+_CONVOLUTION = Rule(_conv, _channels, _conv_ndim, weight=_convolution)
 _LLAMA_RMS_NORM = Rule(_llama_rms_norm, _last, _two)
 _BATCH_NORM = Rule(_batch_norm, _channels, _two, _batch_norm_refusal)
 _RULES: Mapping[type[nn.Module], Rule] = {

@@ -52,13 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = app(
             args=None if arguments is None else list(arguments), prog_name="assay", standalone_mode=False
         )
-        return code if isinstance(code, int) else OK
-    except KeyboardInterrupt:
-        return _fail("interrupted; run the same command again to go on where it stopped", INTERRUPTED)
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
     except Exception as error:
         if os.environ.get("ASSAY_DEBUG") == "1":
             raise
         return _fail(_describe(error), BAD)
+    if code == INTERRUPTED:  # some versions of typer turn the interrupt into this code themselves
+        return _fail("interrupted; run the same command again to go on where it stopped", INTERRUPTED)
+    return code if isinstance(code, int) else OK
 
 
 def _describe(error: Exception) -> str:

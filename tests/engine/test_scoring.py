@@ -15,7 +15,6 @@ from assay.engine.samples import Encoded, Sample
 from assay.engine.scoring import is_out_of_memory, make_batches, score_samples
 from assay.methods import Column
 
-
 NO_MEMORY = RuntimeError("DefaultCPUAllocator: not enough memory")
 
 

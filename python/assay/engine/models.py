@@ -10,7 +10,7 @@ import functools
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -144,16 +144,16 @@ class TransformersSpec(ModelSpec):
             raise EngineError(f"{self.path}: transformers cannot load it ({_one_line(error)})") from error
 
 
-def shared_tokenizer(specs: Sequence[ModelSpec]) -> Any:
+def shared_tokenizer(specs: Mapping[str, ModelSpec]) -> Any:
     """The one tokenizer of a text recipe's models: unless they agree, a token means different things."""
-    found = [(spec, tokenizer) for spec in specs if (tokenizer := spec.tokenizer()) is not None]
+    found = [(name, own) for name, spec in specs.items() if (own := spec.tokenizer()) is not None]
     if not found:
         raise EngineError("none of the recipe's models has a tokenizer; a causal_lm task needs one")
     first, tokenizer = found[0]
-    for spec, other in found[1:]:
+    for name, other in found[1:]:
         if other.get_vocab() != tokenizer.get_vocab():
             raise EngineError(
-                f"{first.path} and {spec.path} have different vocabularies; score them by separate recipes"
+                f"models.{first} and models.{name} have different vocabularies; score them separately"
             )
     return tokenizer
 

@@ -35,7 +35,10 @@ class RuleOptions:
     def rule(self) -> Rule:
         """The rule that was asked for. EngineError unless it is one, and complete."""
         kinds = ("top", "threshold", "quantile", "gmm", "kmeans", "sample", "random")
-        given = [kind for kind in kinds if getattr(self, kind) not in (None, False)]
+        # By identity: a threshold of 0.0 is a threshold.
+        given = [
+            kind for kind in kinds if getattr(self, kind) is not None and getattr(self, kind) is not False
+        ]
         if len(given) != 1:
             got = ", ".join(f"--{kind}" for kind in given) or "none"
             raise EngineError(

@@ -99,23 +99,23 @@ class CausalLMSpec(TaskSpec):
         return CausalLM(reduction=self.reduction)
 
     def encoder(self, models: Mapping[str, tuple[ModelSpec, nn.Module]]) -> Encoder:
-        tokenizer = shared_tokenizer([spec for spec, _ in models.values()])
+        tokenizer = shared_tokenizer({name: spec for name, (spec, _) in models.items()})
         largest = max(tokenizer.get_vocab().values(), default=0)
-        for spec, model in models.values():
-            self._check_fits(spec, model, largest)
+        for name, (_, model) in models.items():
+            self._check_fits(name, model, largest)
         return TextEncoder(self.text_column, tokenizer, self.max_length)
 
-    def _check_fits(self, spec: ModelSpec, model: nn.Module, largest_token: int) -> None:
+    def _check_fits(self, name: str, model: nn.Module, largest_token: int) -> None:
         positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
         if positions is not None and self.max_length > positions:
             raise EngineError(
-                f"task.max_length is {self.max_length}, but {spec.path} has {positions} positions"
+                f"task.max_length is {self.max_length}, but models.{name} has {positions} positions"
             )
         embeddings = getattr(model, "get_input_embeddings", lambda: None)()
         rows = getattr(embeddings, "num_embeddings", None)
         if rows is not None and largest_token >= rows:
             raise EngineError(
-                f"{spec.path}: its tokenizer goes to token {largest_token}, its embedding has {rows} rows"
+                f"models.{name}: the tokenizer goes to token {largest_token}, the embedding has {rows} rows"
             )
 
 

@@ -1,0 +1,254 @@
+"""A selection over all shards: the chosen rows, in their own format, and a reason for each of the others."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from small_project import make_rows
+
+from assay import select
+from assay.engine.curate import curate
+from assay.engine.errors import EngineError
+from assay.engine.local import run
+from assay.engine.recipe import load_recipe
+from assay.engine.rules import RuleOptions
+
+
+def scored(project, *overrides):
+    """Two good shards, one with bad rows, one unreadable; scored."""
+    rows = make_rows(20, 5)
+    rows[0]["label"] = None
+    rows[7]["id"] = None
+    rows[19]["pixels"] = [1.0]
+    project.write_shard("bad.jsonl", rows)
+    (project.root / "data/torn.parquet").write_bytes(b"PAR1")
+    run(load_recipe(str(project.path), overrides))
+    return str(project.scores)
+
+
+def top(share):
+    return lambda table: select.top(table, "mimic", share)
+
+
+def kept_ids(folder) -> list[str]:
+    """The ids of every row of a curated folder, in order."""
+    ids = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir() or path.name == "manifest.json" or "_selection" in path.parts:
+            continue
+        if path.suffix == ".parquet":
+            ids += pq.read_table(path)["id"].to_pylist()
+        else:
+            ids += [json.loads(line)["id"] for line in path.read_text().splitlines()]
+    return sorted(ids)
+
+
+def test_the_best_over_all_shards_are_written_in_their_formats(project):
+    scores = scored(project)
+    out = project.root / "out"
+    curated = curate(scores, "mimic", top(0.5), str(out))
+    tables = [pq.read_table(p) for p in sorted(project.scores.rglob("*.parquet"))]
+    ids = np.concatenate([t["id"].to_numpy(zero_copy_only=False) for t in tables])
+    mimic = np.concatenate([t["mimic"].to_numpy() for t in tables])
+    assert (curated.rows, curated.kept, curated.quarantined) == (
+        100,
+        49,
+        3,
+    )  # half of the 97 that have scores
+    assert kept_ids(out) == sorted(ids[np.argsort(-mimic, kind="stable")[:49]])
+    assert {str(p.relative_to(out)) for p in out.rglob("*.*") if "_selection" not in p.parts} == {
+        "a.parquet",
+        "bad.jsonl",
+        "deep/b.jsonl",
+        "manifest.json",
+    }
+    originals = (project.root / "data/deep/b.jsonl").read_text().splitlines()
+    assert set((out / "deep/b.jsonl").read_text().splitlines()) < set(originals)
+    assert set(curated.unreadable) == {"torn.parquet"}
+
+
+def test_every_row_has_its_fate_and_reason(project):
+    scores = scored(project)
+    out = project.root / "out"
+    curate(scores, "mimic", top(10), str(out))
+    fates = pq.read_table(out / "_selection/bad.parquet").to_pylist()
+    assert [fate["row"] for fate in fates] == list(range(20))
+    assert [fate["id"] for fate in fates] == [None if i == 7 else f"s5-{i}" for i in range(20)]
+    assert fates[0] | {"kept": False, "mimic": None, "reason": "quarantined: label is null"} == fates[0]
+    assert fates[19]["reason"] == "quarantined: pixels holds 1 numbers, expected 6"
+    reasons = {fate["reason"] for i, fate in enumerate(fates) if i not in (0, 7, 19)}
+    assert reasons <= {"kept: among the 10 highest of mimic", "dropped: not among the 10 highest of mimic"}
+    for name in ("a", "deep/b", "bad"):
+        table = pq.read_table(out / f"_selection/{name}.parquet")
+        source = pq.read_table(project.scores / f"{name}.parquet")
+        rows = source["row"].to_numpy()
+        np.testing.assert_array_equal(table["mimic"].to_numpy()[rows], source["mimic"].to_numpy())
+
+
+def test_the_manifest_answers_which_rows_why_and_from_what(project):
+    scores = scored(project)
+    out = project.root / "out"
+    curated = curate(scores, "mimic", top(0.25), str(out))
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["rule"] == "mimic, highest 0.25"
+    assert manifest["threshold"] == pytest.approx(curated.selection.threshold)
+    assert manifest["rows"] == {"in": 100, "kept": 24, "quarantined": 3}
+    assert {s["path"]: s["rows"] for s in manifest["shards"]} == {
+        "a.parquet": 50,
+        "bad.jsonl": 20,
+        "deep/b.jsonl": 30,
+    }
+    assert all(s["rows"] == s["kept"] + s["dropped"] + s["quarantined"] for s in manifest["shards"])
+    assert all(len(s["table_sha256"]) == 64 for s in manifest["shards"])
+    assert set(manifest["models"]) == {"a", "b", "ref"}
+
+
+def test_a_curated_corpus_is_a_corpus(project):
+    scores = scored(project)
+    curate(scores, "mimic", top(0.5), str(project.root / "out"))
+    report = run(load_recipe(str(project.path), ["corpus.path=out", "output=again"]))
+    assert report.clean
+    assert report.rows == 49
+
+
+def test_weights_are_written_where_a_rule_has_them(project):
+    scores = scored(project)
+    curate(scores, "loss", lambda table: select.gmm(table, "loss", keep="low"), str(project.root / "out"))
+    table = pq.read_table(project.root / "out/_selection/a.parquet")
+    weights, kept = table["weight"].to_numpy(), table["kept"].to_numpy()
+    assert ((weights > 0.5) == kept).all()
+    assert pq.read_table(project.root / "out/_selection/bad.parquet")["weight"].null_count == 3
+
+
+def test_the_same_selection_writes_the_same_bytes_over_itself(project):
+    scores = scored(project)
+    out = project.root / "out"
+    contents = []
+    for _ in range(2):
+        curate(scores, "mimic", lambda table: select.random(table, 0.5, seed=1), str(out))
+        contents.append({str(p): p.read_bytes() for p in sorted(out.rglob("*.*"))})
+    assert contents[0] == contents[1]
+
+
+def test_a_crash_leaves_no_manifest_to_trust(project, monkeypatch):
+    scores = scored(project)
+    out = project.root / "out"
+    curate(scores, "mimic", top(0.5), str(out))
+
+    def fail(*arguments):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("assay.engine.curate.copy_rows", fail)
+    with pytest.raises(OSError, match="disk full"):
+        curate(scores, "mimic", top(0.25), str(out))
+    assert not (out / "manifest.json").exists()
+
+
+def test_a_folder_with_other_files_is_refused(project):
+    scores = scored(project)
+    (project.root / "out").mkdir()
+    (project.root / "out/old.parquet").write_bytes(b"")
+    with pytest.raises(
+        EngineError, match=r"holds 1 files that this selection would not write \(old\.parquet\)"
+    ):
+        curate(scores, "mimic", top(0.5), str(project.root / "out"))
+
+
+@pytest.mark.parametrize("out", ["data", "data/out", "."])
+def test_the_corpus_is_never_written_over(project, out):
+    scores = scored(project)
+    before = (project.root / "data/a.parquet").read_bytes()
+    with pytest.raises(EngineError):
+        curate(scores, "mimic", top(0.5), str(project.root / out))
+    assert (project.root / "data/a.parquet").read_bytes() == before
+
+
+def change_input(project):
+    os.utime(project.root / "data/a.parquet")
+
+
+def add_shard(project):
+    project.write_shard("new.jsonl", make_rows(3, 9))
+
+
+def lose_table(project):
+    os.remove(project.scores / "a.parquet")
+
+
+def mix_recipes(project):
+    saved = (project.scores / "a.parquet").read_bytes()
+    run(load_recipe(str(project.path), ["seed=1"]), rescore=True)
+    (project.scores / "a.parquet").write_bytes(saved)
+
+
+def break_rows(project):
+    path = project.scores / "a.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.take(list(range(49, -1, -1))), path)
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (change_input, r"1 of 4 shards do not match their score table.*a\.parquet: the file has changed"),
+        (add_shard, r"1 of 5 shards have no score table.*new\.jsonl"),
+        (lose_table, r"1 of 4 shards have no score table.*a\.parquet"),
+        (mix_recipes, r"1 of 4 shards do not match.*seed: 0 → 1"),
+        (break_rows, "its rows do not ascend"),
+    ],
+)
+def test_scores_that_do_not_cover_the_corpus_are_refused(project, harm, message):
+    scores = scored(project)
+    harm(project)
+    with pytest.raises(EngineError, match=message):
+        curate(scores, "mimic", top(0.5), str(project.root / "out"))
+    assert not (project.root / "out").exists()
+
+
+def test_unknown_scores_and_folders_are_named(project):
+    scores = scored(project)
+    with pytest.raises(EngineError, match=r"--by mimics: .* has no such score, only ensemble_nll"):
+        curate(scores, "mimics", top(0.5), str(project.root / "out"))
+    with pytest.raises(EngineError, match=r"no manifest\.json"):
+        curate(str(project.root / "data"), "mimic", top(0.5), str(project.root / "out"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "expected exactly one of --top.*got none"),
+        ({"top": "1", "gmm": True, "by": "s"}, "got --top, --gmm"),
+        ({"top": "0.5"}, "--by is missing"),
+        ({"top": "half", "by": "s"}, "'half' is no amount"),
+        ({"top": "0.5", "by": "s", "keep": "best"}, "--keep best"),
+    ],
+)
+def test_rule_options_are_checked(options, message):
+    with pytest.raises(EngineError, match=message):
+        RuleOptions(**options).rule()
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        ({"top": "0.5"}, lambda t: select.top(t, "mimic", 0.5)),
+        ({"top": "1"}, lambda t: select.top(t, "mimic", 1)),
+        ({"top": "1.0", "keep": "low"}, lambda t: select.top(t, "mimic", 1.0, keep="low")),
+        ({"threshold": 0.0}, lambda t: select.threshold(t, "mimic", 0.0)),
+        ({"quantile": 0.9}, lambda t: select.quantile(t, "mimic", 0.9)),
+        ({"gmm": True}, lambda t: select.gmm(t, "mimic")),
+        ({"kmeans": True}, lambda t: select.kmeans(t, "mimic")),
+        ({"random": "5", "seed": 3}, lambda t: select.random(t, 5, 3)),
+        ({"sample": "5", "temperature": 1.0}, lambda t: select.sample(t, "mimic", 5, 0, 1.0)),
+    ],
+)
+def test_options_name_the_rules_of_the_library(project, options, rule):
+    run(load_recipe(str(project.path)))
+    table = pq.read_table(project.scores / "a.parquet")
+    expected, got = rule(table), RuleOptions(**options, by="mimic").rule()(table)
+    np.testing.assert_array_equal(got.mask, expected.mask)
+    assert got.rule == expected.rule

@@ -1,0 +1,136 @@
+"""Models and methods from outside: registered in Python, or found by name among the entry points."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pyarrow.parquet as pq
+import pytest
+from small_project import CLASSES, SIZE
+from torch import nn
+
+from assay.engine import registry
+from assay.engine.errors import RecipeError
+from assay.engine.local import run
+from assay.engine.methods import METHODS, MethodSpec, register_method
+from assay.engine.models import MODELS, ModelSpec, register_model
+from assay.engine.recipe import load_recipe
+from assay.methods import Column, Method, Need
+
+
+class Doubled:
+    """The least that a method can be: one model's loss, twice."""
+
+    name = "doubled"
+    columns = (Column("doubled_loss", "low", "twice the loss"),)
+
+    def __init__(self, model, task, fatal=None):
+        self._need = Need(model, task)
+        self._fatal = fatal
+
+    def needs(self):
+        return {"model": self._need}
+
+    def score(self, signals):
+        losses = signals["model"].losses
+        if self._fatal is not None and ((losses - self._fatal).abs() < 1e-6).any():
+            raise MemoryError
+        return {"doubled_loss": 2 * losses}
+
+    def metadata(self):
+        return {"factor": "2"}
+
+
+class DoubledSpec(MethodSpec):
+    method: Literal["doubled"]
+    model: str
+    fatal: float | None = None
+
+    def models_used(self):
+        return {("model",): self.model}
+
+    def build(self, models, task, seed):
+        return Doubled(models[self.model], task, self.fatal)
+
+
+class ConvSpec(ModelSpec):
+    """A model that wants images and tells neither its inputs nor its outputs."""
+
+    kind: Literal["conv"]
+
+    def build(self):
+        return nn.Sequential(
+            nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(8, CLASSES)
+        )
+
+
+@pytest.fixture
+def kinds():
+    """Registrations that end with the test."""
+    saved = dict(METHODS._specs), dict(MODELS._specs)
+    yield
+    METHODS._specs, MODELS._specs = saved
+
+
+def test_the_fake_is_a_method():
+    assert isinstance(Doubled(nn.Identity(), None), Method)
+
+
+def test_a_registered_method_scores_beside_the_others(project, kinds):
+    register_method("doubled", DoubledSpec)
+    recipe = project.write_recipe(methods=[*project.recipe["methods"], {"method": "doubled", "model": "a"}])
+    run(load_recipe(str(recipe)))
+    table = pq.read_table(project.scores / "a.parquet")
+    assert table["doubled_loss"].to_pylist() == [2 * loss for loss in table["loss"].to_pylist()]
+    assert b'"doubled.factor":"2"' in table.schema.metadata[b"assay"]
+
+
+def test_a_row_that_exhausts_memory_is_quarantined(project, kinds):
+    register_method("doubled", DoubledSpec)
+    methods = [{"method": "doubled", "model": "a"}]
+    run(load_recipe(str(project.write_recipe(methods=methods))))
+    fatal = pq.read_table(project.scores / "a.parquet")["doubled_loss"][7].as_py() / 2
+    methods[0]["fatal"] = fatal
+    report = run(load_recipe(str(project.write_recipe(methods=methods, output="again"))))
+    assert (report.rows_scored, report.rows_quarantined) == (79, 1)
+    table = pq.read_table(project.root / "again/a.parquet")
+    assert table["row"].to_pylist() == [i for i in range(50) if i != 7]
+
+
+def test_a_registered_model_needs_the_shape_it_does_not_tell(project, kinds):
+    register_model("conv", ConvSpec)
+    changes = {
+        "models": {"c": {"kind": "conv", "path": "models/a.safetensors"}},
+        "methods": [{"method": "ensemble", "models": ["c"]}],
+    }
+    project.write_recipe(**changes)
+    assert run(load_recipe(str(project.path), [f"task.shape=[{SIZE}]"])).clean
+
+
+def test_entry_points_are_loaded_by_name_only(project, kinds, monkeypatch):
+    asked = []
+
+    class Point:
+        def load(self):
+            return DoubledSpec
+
+    def entry_points(group, name):
+        asked.append((group, name))
+        return [Point()] if name == "doubled" else []
+
+    monkeypatch.setattr(registry, "entry_points", entry_points)
+    load_recipe(str(project.path))
+    assert asked == []
+    load_recipe(str(project.write_recipe(methods=[{"method": "doubled", "model": "a"}])))
+    assert asked == [("assay.methods", "doubled")]
+    with pytest.raises(
+        RecipeError, match=r"methods\.0\.method: unknown method 'doublet'; did you mean 'doubled'"
+    ):
+        load_recipe(str(project.write_recipe(methods=[{"method": "doublet", "model": "a"}])))
+
+
+def test_a_kind_has_one_meaning(kinds):
+    register_method("doubled", DoubledSpec)
+    register_method("doubled", DoubledSpec)
+    with pytest.raises(ValueError, match="already registered"):
+        register_method("ensemble", DoubledSpec)

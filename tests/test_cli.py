@@ -1,0 +1,197 @@
+"""The command: exit codes, one-line errors, and what it prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "engine"))
+from small_project import make_project, make_rows
+
+from assay.cli import main
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    made = make_project(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return made
+
+
+def test_score_select_ls(project, capsys):
+    assert main(["score", "recipe.yaml"]) == 0
+    assert "rows in 80 = scored 80 + quarantined 0" in capsys.readouterr().out
+    assert main(["score", "recipe.yaml"]) == 0
+    assert "2 done before" in capsys.readouterr().out
+    assert main(["select", "scores", "--by", "mimic", "--top", "0.5", "--out", "curated"]) == 0
+    assert "rows in 80 = kept 40 + dropped 40 + quarantined 0" in capsys.readouterr().out
+    assert pq.read_metadata(project.root / "curated/a.parquet").num_rows < 50
+    assert main(["ls", "scores", "--json"]) == 0
+    assert [line["state"] for line in json.loads(capsys.readouterr().out)] == ["done", "done"]
+    os.utime(project.root / "data/a.parquet")
+    project.write_shard("new.jsonl", make_rows(2, 7))
+    assert main(["ls", "scores"]) == 0
+    assert "3 shards: 1 changed, 1 done, 1 missing" in capsys.readouterr().out
+
+
+def test_quarantine_makes_exit_code_one(project, capsys):
+    rows = make_rows(5, 3)
+    rows[2]["label"] = 99
+    project.write_shard("bad.jsonl", rows)
+    (project.root / "data/torn.parquet").write_bytes(b"PAR1")
+    for _ in range(2):  # a rerun that has nothing to do must not forget
+        assert main(["score", "recipe.yaml"]) == 1
+        captured = capsys.readouterr()
+        assert "1 unreadable" in captured.out
+        assert "rows in 85 = scored 84 + quarantined 1" in captured.out
+        assert "quarantine" in captured.err
+    assert main(["select", "scores", "--random", "0.5", "--out", "curated"]) == 1
+    assert "1 unreadable shards are not in it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["score", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
+        (
+            ["score", "recipe.yaml", "--set", "batch.tokns=1"],
+            "batch.tokns: unknown key; did you mean",
+        ),
+        (["score", "recipe.yaml", "--shard", "3/2"], "--shard 3/2: expected I/N"),
+        (["score", "recipe.yaml", "--set", "corpus.path=data/*.csv"], "no shard found"),
+        (["score", "recipe.yaml", "--set", "output=models/a.safetensors/x"], "a.safetensors"),
+        (["score", "recipe.yaml", "--bogus"], "No such option"),
+        (["score"], "Missing argument"),
+        (["bogus"], "No such command"),
+        (["validate", "recipe.yaml", "--set", "task.classes=5"], "task.classes is 5"),
+        (["select", "scores", "--by", "mimic", "--top", "0.5", "--out", "x"], "no manifest.json"),
+        (["select", "scores", "--out", "x"], "expected exactly one of"),
+        (["ls", "data"], "no manifest.json"),
+    ],
+)
+def test_misuse_is_one_line_and_exit_code_two(project, capsys, arguments, message):
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.startswith("assay: ")
+    assert captured.err.count("\n") == 1
+
+
+def test_a_changed_recipe_is_exit_code_two_unless_asked_for(project, capsys):
+    assert main(["score", "recipe.yaml"]) == 0
+    assert main(["score", "recipe.yaml", "--set", "seed=1"]) == 2
+    assert "seed: 0 → 1" in capsys.readouterr().err
+    assert main(["score", "recipe.yaml", "--set", "seed=1", "--rescore"]) == 0
+
+
+def test_dry_run_and_validate_write_nothing(project, capsys):
+    assert main(["score", "recipe.yaml", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "2 shards to score (0 of them again), 0 done" in out
+    assert "reference: ref" in out
+    assert main(["validate", "recipe.yaml"]) == 0
+    assert "mimic (keep high)" in capsys.readouterr().out
+    assert not project.scores.exists()
+
+
+def test_quiet_is_quiet_and_logs_are_lines(project, capsys, monkeypatch):
+    assert main(["score", "recipe.yaml", "--quiet"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
+    assert main(["score", "recipe.yaml", "--set", "output=again", "--interval", "0"]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "rows/s" in line]
+    assert lines
+    assert "2 shards" in lines[0]
+
+
+def test_control_characters_of_the_data_stay_out_of_the_terminal(project, capsys):
+    name = "evil\x1b[31m\n.jsonl"
+    project.write_shard(name, make_rows(2, 7))
+    (project.root / "data/torn\x1b[2J.parquet").write_bytes(b"PAR1")
+    assert main(["score", "recipe.yaml"]) == 1
+    assert main(["ls", "scores"]) == 0
+    captured = capsys.readouterr()
+    assert "\x1b[31m" not in captured.out + captured.err
+    assert "\x1b[2J" not in captured.out + captured.err
+    assert r"\x1b[2J" in captured.err
+
+
+def test_an_internal_error_is_one_line_unless_debugging(project, capsys, monkeypatch):
+    def fail(*arguments, **options):
+        raise KeyError("deep inside")
+
+    monkeypatch.setattr("assay.engine.local.run", fail)
+    assert main(["score", "recipe.yaml"]) == 2
+    assert "internal error: KeyError" in capsys.readouterr().err
+    monkeypatch.setenv("ASSAY_DEBUG", "1")
+    with pytest.raises(KeyError):
+        main(["score", "recipe.yaml"])
+
+
+def test_version_help_doctor(capsys):
+    import assay
+
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"assay {assay.__version__}\n"
+    for arguments in ([], ["--help"], ["demo"]):
+        assert main(arguments) == 0
+        assert "Usage" in capsys.readouterr().out
+    assert main(["doctor"]) == 0
+    assert "torch" in capsys.readouterr().out
+
+
+def run_command(*arguments: str, **options) -> subprocess.Popen:
+    command = [sys.executable, "-m", "assay", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_an_interrupt_leaves_whole_tables_and_says_how_to_go_on(project):
+    for i in range(150):
+        project.write_shard(f"{i:03}.jsonl", make_rows(40, 100 + i))
+    process = run_command("score", "recipe.yaml")
+    while not list(project.scores.glob("*.parquet")):
+        assert process.poll() is None, process.communicate()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == "assay: interrupted; run the same command again to go on where it stopped"
+    tables = list(project.scores.rglob("*.parquet"))
+    assert 0 < len(tables) < 152
+    assert all(pq.read_metadata(path).num_rows for path in tables)
+    assert not list(project.scores.rglob("*.tmp"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_output_is_one_line(project, capsys):
+    project.scores.mkdir()
+    project.scores.chmod(0o500)
+    assert main(["score", "recipe.yaml"]) == 2
+    captured = capsys.readouterr()
+    assert "Permission denied" in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(project, capsys):
+    """/dev/full takes no byte; a file system of our own would need privileges."""
+    import errno
+
+    from assay.corpus import score_files
+
+    class Full:
+        def __init__(self, *arguments, **options):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "scores/a.parquet")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(score_files.pq, "ParquetWriter", Full)
+        assert main(["score", "recipe.yaml", "--quiet"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err == "assay: scores/a.parquet: No space left on device\n"
+    assert not [path for path in project.scores.rglob("*") if path.suffix in (".tmp", ".parquet")]
+    assert main(["score", "recipe.yaml"]) == 0

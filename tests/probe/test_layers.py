@@ -82,8 +82,15 @@ def test_grouped_and_depthwise(channels: int, out: int, groups: int, side: int) 
 
 
 def test_a_convolution_that_runs_twice() -> None:
-    conv = nn.Conv2d(2, 2, 3, padding=1)
-    check(nn.Sequential(conv, nn.Tanh(), conv), 2, 5, 4)
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(2, 2, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(self.conv(x).tanh())
+
+    check(Recurrent(), 2, 5, 4)
 
 
 def test_grouped_convolutions_take_the_smaller_of_two_forms() -> None:

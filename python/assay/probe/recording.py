@@ -81,13 +81,10 @@ class Recorder:
     keep: Collection[str]
     reduced: dict[str, Tensor] = field(default_factory=dict)
     factors: dict[str, Factors] = field(default_factory=dict)
-    _calls: dict[str, list[tuple[_Call, str]]] = field(
-        default_factory=lambda: defaultdict(list)
-    )  # by parameter
+    # By parameter: the calls that use it, with its name in their layer, and how many have no gradient yet.
+    _calls: dict[str, list[tuple[_Call, str]]] = field(default_factory=lambda: defaultdict(list))
+    _waiting: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     _kept: dict[str, list[_Call]] = field(default_factory=lambda: defaultdict(list))  # by layer
-    _waiting: dict[str, int] = field(
-        default_factory=lambda: defaultdict(int)
-    )  # by parameter: calls without gradient
     _leaves: list[Tensor] = field(default_factory=list)
     _recording: bool = True
 
@@ -126,24 +123,18 @@ class Recorder:
             if len(parts) == 1:
                 kept[layer] = parts[0]
             elif parts:
-                inputs, grads = (
-                    torch.cat([f.inputs for f in parts], 1),
-                    torch.cat([f.grads for f in parts], 1),
-                )
+                inputs = torch.cat([part.inputs for part in parts], 1)
+                grads = torch.cat([part.grads for part in parts], 1)
                 kept[layer] = Factors(inputs, grads, parts[0].kind)
         return kept
 
     def _hooks(self, tap: Tap) -> tuple[Any, Any]:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             inputs = self._the_input(tap, args, kwargs)
-            if (
-                inputs.shape[:1] != (1,)
-                or self.size == 1
-                or inputs.ndim < (3 if inputs.is_floating_point() else 2)
-            ):
-                return None
-            # GPT-2 embeds positions of shape (1, T) and broadcasts: per sample from here on.
-            inputs = inputs.expand(self.size, *inputs.shape[1:])
+            # GPT-2 embeds positions of shape (1, T) and broadcasts: per sample from here on. With fewer
+            # dimensions the 1 need not be a batch's.
+            if inputs.shape[:1] == (1,) and inputs.ndim >= (3 if inputs.is_floating_point() else 2):
+                inputs = inputs.expand(self.size, *inputs.shape[1:])
             return ((inputs,), {}) if args else ((), dict.fromkeys(kwargs, inputs))
 
         def after(
@@ -153,8 +144,7 @@ class Recorder:
                 self._check_call(tap, self._the_input(tap, args, kwargs), output)
             tapped = output
             if not output.requires_grad:
-                # The graph starts here. A clone, because a leaf must not be modified in place (an inplace
-                # ReLU).
+                # The graph starts here. A clone: no leaf may be modified in place, as by an inplace ReLU.
                 leaf = output.detach().requires_grad_()
                 tapped = leaf.clone()
                 if self._recording:

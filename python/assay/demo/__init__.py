@@ -1,0 +1,1 @@
+"""Demonstrations on real data that any machine has: ``assay demo digits``, ``assay demo text``."""

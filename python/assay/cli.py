@@ -98,6 +98,8 @@ def _log_to_stderr(quiet: bool) -> None:
     log = logging.getLogger("assay")
     log.handlers = [handler]
     log.setLevel(logging.ERROR if quiet else logging.INFO)
+    if quiet or not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of libraries that load models
 
 
 def _version(asked: bool) -> None:
@@ -248,7 +250,7 @@ def select(
     ] = None,
 ) -> int:
     """Write the part of the corpus that is worth keeping, with a manifest and a reason per row."""
-    from assay.engine.curate import curate
+    from assay.engine.curation import curate
     from assay.engine.rules import RuleOptions
 
     options = RuleOptions(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 
+import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from small_project import make_rows
 
 from assay import select
-from assay.engine.curate import curate
+from assay.engine.curation import curate
 from assay.engine.errors import EngineError
 from assay.engine.local import run
 from assay.engine.recipe import load_recipe
@@ -115,6 +116,17 @@ def test_a_curated_corpus_is_a_corpus(project):
     assert report.rows == 49
 
 
+def test_a_saved_data_set_stays_one(project):
+    split = datasets.Dataset.from_list(make_rows(40, 6))
+    split.save_to_disk(str(project.root / "saved"), num_shards=2)
+    run(load_recipe(str(project.path), ["corpus.path=saved"]))
+    curated = curate(str(project.scores), "mimic", top(0.5), str(project.root / "out"))
+    kept = datasets.load_from_disk(str(project.root / "out"))
+    assert len(kept) == curated.kept == 20
+    assert set(kept["id"]) < set(split["id"])
+    assert kept.features == split.features
+
+
 def test_weights_are_written_where_a_rule_has_them(project):
     scores = scored(project)
     curate(scores, "loss", lambda table: select.gmm(table, "loss", keep="low"), str(project.root / "out"))
@@ -142,7 +154,7 @@ def test_a_crash_leaves_no_manifest_to_trust(project, monkeypatch):
     def fail(*arguments):
         raise OSError("disk full")
 
-    monkeypatch.setattr("assay.engine.curate.copy_rows", fail)
+    monkeypatch.setattr("assay.engine.curation.copy_rows", fail)
     with pytest.raises(OSError, match="disk full"):
         curate(scores, "mimic", top(0.25), str(out))
     assert not (out / "manifest.json").exists()

@@ -81,7 +81,7 @@ def curate(
     tables = _complete(scores, name)
     output = Store.at(output_url)
     refuse_inside(output, scores.corpus, scores.corpus_path)
-    _refuse_strangers(output, scores)
+    _refuse_strangers(output, scores, [shard for shard, _ in tables])
     rows, values = _read(scores.store, tables, name)
     field = tables[0][1].file.schema.field(name)
     selection = rule(pa.Table.from_arrays([pa.array(np.concatenate(values))], schema=pa.schema([field])))
@@ -123,11 +123,11 @@ def _complete(scores: Scores, name: str) -> list[tuple[Shard, Table]]:
     return tables
 
 
-def _refuse_strangers(output: Store, scores: Scores) -> None:
+def _refuse_strangers(output: Store, scores: Scores, shards: Sequence[Shard]) -> None:
     """A folder with other files would become a mixture of two corpora."""
     ours = {MANIFEST, *scores.corpus.sidecars}
-    for status in scores.shards:
-        ours |= {status.shard.path, _selection_path(status.shard)}
+    for shard in shards:
+        ours |= {shard.path, _selection_path(shard)}
     strangers = [path for path in output.files() if path not in ours and not path.endswith(".tmp")]
     if strangers:
         raise EngineError(
@@ -180,6 +180,8 @@ def _write_shard(store: Store, fates: _Fates, name: str, output: Store) -> Shard
     shard, counts = fates.shard, fates.table.footer.rows
     try:
         copy_rows(shard, fates.keep(), output)
+        if not fates.table.input_is(shard.fingerprint()):
+            raise ShardError("has changed meanwhile")
     except ShardError as error:
         raise EngineError(f"{shard.path}: cannot be copied: {error}") from error
     schema = pa.schema(

@@ -165,7 +165,9 @@ def _index(path: str, target: Sequence[Any], key: str, dotted: str) -> int:
 
 
 def _shown(value: Any) -> str:
-    return {dict: "a mapping", list: "a list"}.get(type(value)) or reprlib.repr(value)
+    if isinstance(value, dict):
+        return "a mapping"
+    return "a list" if isinstance(value, list) else reprlib.repr(value)
 
 
 def _first_error(path: str, error: ValidationError) -> RecipeError:

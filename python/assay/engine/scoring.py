@@ -59,7 +59,8 @@ class Workshop:
     def columns(self) -> list[Column]:
         """The columns of every table. An EngineError if the methods refuse the models, or one another."""
         try:
-            return Scorer(self.methods()).columns
+            with Scorer(self.methods()) as scorer:  # entering it taps the models, which may be refused too
+                return scorer.columns
         except (ValueError, TypeError) as error:
             raise EngineError(f"methods: {error}") from error
 

@@ -250,7 +250,7 @@ def select(
     ] = None,
 ) -> int:
     """Write the part of the corpus that is worth keeping, with a manifest and a reason per row."""
-    from assay.engine.curate import curate
+    from assay.engine.curation import curate
     from assay.engine.rules import RuleOptions
 
     options = RuleOptions(

@@ -1,9 +1,6 @@
-"""Recipes, running them over a corpus, and curating the corpus by the scores: what the command line calls.
+"""Recipes, running them over a corpus, and curating the corpus by the scores: what the command line calls."""
 
-`curate` itself lives in the module of its name, `assay.engine.curate`.
-"""
-
-from assay.engine.curate import Curated
+from assay.engine.curation import Curated, curate
 from assay.engine.errors import ChangedError, EngineError, RecipeError
 from assay.engine.local import Plan, Report, make_plan, run
 from assay.engine.methods import MethodSpec, register_method
@@ -22,6 +19,7 @@ __all__ = [
     "RecipeError",
     "Report",
     "Scores",
+    "curate",
     "load_recipe",
     "make_plan",
     "open_scores",

@@ -12,7 +12,7 @@ import pytest
 from small_project import make_rows
 
 from assay import select
-from assay.engine.curate import curate
+from assay.engine.curation import curate
 from assay.engine.errors import EngineError
 from assay.engine.local import run
 from assay.engine.recipe import load_recipe
@@ -154,7 +154,7 @@ def test_a_crash_leaves_no_manifest_to_trust(project, monkeypatch):
     def fail(*arguments):
         raise OSError("disk full")
 
-    monkeypatch.setattr("assay.engine.curate.copy_rows", fail)
+    monkeypatch.setattr("assay.engine.curation.copy_rows", fail)
     with pytest.raises(OSError, match="disk full"):
         curate(scores, "mimic", top(0.25), str(out))
     assert not (out / "manifest.json").exists()

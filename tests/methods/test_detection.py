@@ -45,9 +45,10 @@ def test_in_sample_predictions_hide_the_noise() -> None:
     memorised = train(mlp(0), data.x, data.given, epochs=60)
     with torch.no_grad():
         in_sample = memorised(data.x)
-    honest = auroc(data.wrong, ensemble_scores(held_out, data.given)["margin"])
-    fooled = auroc(data.wrong, ensemble_scores([in_sample], data.given)["margin"])
-    assert honest > 0.9 > fooled + 0.1
+    honest = auroc(data.wrong, ensemble_scores(held_out, data.given)["agreement"])
+    fooled = auroc(data.wrong, ensemble_scores([in_sample], data.given)["agreement"])
+    assert honest > 0.85
+    assert fooled < 0.55, "a model that has memorised the wrong labels agrees with all of them"
 
 
 @pytest.mark.parametrize("noise", [0.2, 0.4, 0.6])

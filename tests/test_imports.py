@@ -1,0 +1,86 @@
+"""Imports point one way, and `import assay` stays light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import assay
+
+ROOT = Path(assay.__file__).parent
+
+# room -> rooms it may import from at module level or inside functions (docs/architecture.md)
+MAY_IMPORT = {
+    "_lazy": set(),
+    "_native": set(),
+    "ops": {"_native"},
+    "tasks": set(),
+    "probe": {"ops", "tasks"},
+    "corpus": {"_lazy"},
+    "select": {"_lazy"},
+    "methods": {"ops", "probe", "tasks", "_lazy"},
+    "scoring": {"corpus", "methods"},
+    "engine": {"corpus", "methods", "ops", "probe", "select", "tasks", "_lazy", "scoring", "__init__"},
+    "demo": {"corpus", "engine", "methods", "ops", "probe", "select", "tasks", "_lazy"},
+    "cli": {"engine", "ops", "demo", "corpus", "select", "__init__"},
+    "__main__": {"cli"},
+    "__init__": {"methods", "ops", "probe", "scoring", "select", "tasks"},
+}
+
+
+def room(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def imports_of(path: Path) -> set[str]:
+    """The rooms of assay that a file imports from."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {room(alias.name) for alias in node.names if alias.name.split(".")[0] == "assay"}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "assay":
+            assert node.level == 0
+            if node.module == "assay":  # from assay import ops, __version__
+                rooms = {alias.name for alias in node.names}
+                found |= {name if name in MAY_IMPORT else "__init__" for name in rooms}
+            else:
+                found.add(room(node.module))
+    return found
+
+
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_one_way(path: Path) -> None:
+    here = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    assert here in MAY_IMPORT, f"{here} has no place in docs/architecture.md's table"
+    wrong = imports_of(path) - MAY_IMPORT[here] - {here}
+    assert not wrong, f"{path.relative_to(ROOT)} imports from {sorted(wrong)}"
+
+
+def test_import_is_light() -> None:
+    """Only torch, numpy and pyarrow (and what they bring); everything else where it is first used."""
+    code = "import sys, assay; print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    heavy = {"pydantic", "typer", "rich", "yaml", "fsspec", "sklearn", "scipy", "transformers", "datasets", "ray", "duckdb", "pandas"}
+    before = subprocess.run(
+        [sys.executable, "-c", code.replace(", assay", ", torch, numpy, pyarrow")], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert not (heavy & set(loaded)) - set(before)
+
+
+def test_native_library_is_not_linked_to_torch_or_openmp() -> None:
+    from assay import _native
+
+    libraries = subprocess.run(["ldd", str(_native.__file__)], capture_output=True, text=True, check=False).stdout
+    if not libraries:
+        pytest.skip("ldd says nothing about the extension here")
+    assert "torch" not in libraries
+    assert "gomp" not in libraries
+    assert "cuda" not in libraries

@@ -90,8 +90,6 @@ def score_shard(
     with shard_errors():
         before = shard.fingerprint()
     reader = RowReader(shard, workshop.encoder, workshop.recipe.corpus.id_column)
-    nan: Counter[str] = Counter()
-    rows = 0
     with (
         Scorer(workshop.methods(), verify=verify) as scorer,
         tempfile.TemporaryFile() as scores_spool,
@@ -99,21 +97,61 @@ def score_shard(
     ):
         table = ScoreWriter(scorer.columns, scores_spool)
         quarantine = QuarantineWriter(shard, quarantine_spool)
+        ledger = _Ledger(table, quarantine)
         for window, progress in _windows(shard, reader):
-            _score_window(scorer, workshop, shard, window, table, quarantine, nan)
-            rows += len(window)
+            samples = [row for row in window if isinstance(row, Sample)]
+            try:
+                scores, failed = score_samples(scorer, workshop.encoder, samples, workshop.recipe.batch)
+            except Exception as error:  # whatever a model or a method may raise
+                where = f"{shard.path}, rows {window[0].row} to {window[-1].row}"
+                raise EngineError(f"{where}: scoring failed: {type(error).__name__}: {error}") from error
+            ledger.record(window, samples, scores, failed)
             on_progress(len(window), progress)
         with shard_errors():
             if shard.fingerprint() != before:
                 raise ShardError("changed while it was being scored; run again when nobody writes to it")
-        counts = RowCounts(scored=table.rows, quarantined=quarantine.count)
-        if rows != counts.scored + counts.quarantined:
-            raise EngineError(f"{shard.path}: {rows} rows in, but {counts}; this is a bug in assay")
-        facts = InputFacts(path=shard.path, rows=rows, **vars(before))
-        footer = Footer.make(workshop.identity, version, facts, counts, nan, scorer.metadata())
+        facts = InputFacts(path=shard.path, rows=ledger.rows, **vars(before))
+        footer = Footer.make(
+            workshop.identity, version, facts, ledger.counts(), ledger.nan, scorer.metadata()
+        )
         quarantine.save(output)
         table.save(output, shard.table, footer.to_json())
     return footer
+
+
+class _Ledger:
+    """Where a shard's rows end up: every one of them in the table or in quarantine."""
+
+    def __init__(self, table: ScoreWriter, quarantine: QuarantineWriter) -> None:
+        self.rows = 0
+        self.nan: Counter[str] = Counter()
+        self._table = table
+        self._quarantine = quarantine
+
+    def record(
+        self,
+        window: Sequence[Sample | Rejected],
+        samples: Sequence[Sample],
+        scores: Scores,
+        failed: Mapping[int, str],
+    ) -> None:
+        """Book a window: the scores of its samples, the samples that failed, the rows that never were any."""
+        rejected = [row for row in window if isinstance(row, Rejected)]
+        rejected += [Rejected(samples[i].row, samples[i].id, reason) for i, reason in failed.items()]
+        for bad in sorted(rejected, key=lambda bad: bad.row):
+            self._quarantine.add(bad.row, bad.id, bad.reason)
+        good = [i for i in range(len(samples)) if i not in failed]
+        kept = {name: values[good] for name, values in scores.items()}
+        self._table.add([samples[i].row for i in good], [samples[i].id for i in good], kept)
+        self.nan.update({name: int(np.isnan(values).sum()) for name, values in kept.items()})
+        self.rows += len(window)
+
+    def counts(self) -> RowCounts:
+        """Rows scored and quarantined. They add up to the rows seen, or something is wrong with assay."""
+        counts = RowCounts(scored=self._table.rows, quarantined=self._quarantine.count)
+        if self.rows != counts.scored + counts.quarantined:
+            raise EngineError(f"{self.rows} rows in, but {counts}; please report this as a bug in assay")
+        return counts
 
 
 def _windows(shard: Shard, reader: RowReader) -> Iterator[tuple[list[Sample | Rejected], float]]:
@@ -127,35 +165,6 @@ def _windows(shard: Shard, reader: RowReader) -> Iterator[tuple[list[Sample | Re
             yield window, chunk.progress
             window, held = [], 0
     yield window, 1.0
-
-
-def _score_window(
-    scorer: BatchScorer,
-    workshop: Workshop,
-    shard: Shard,
-    window: Sequence[Sample | Rejected],
-    table: ScoreWriter,
-    quarantine: QuarantineWriter,
-    nan: Counter[str],
-) -> None:
-    samples = [row for row in window if isinstance(row, Sample)]
-    try:
-        scores, failed = score_samples(scorer, workshop.encoder, samples, workshop.recipe.batch)
-    except Exception as error:  # whatever a model or a method may raise
-        where = f"{shard.path}, rows {window[0].row} to {window[-1].row}"
-        raise EngineError(f"{where}: scoring failed: {type(error).__name__}: {error}") from error
-    rejected = [Rejected(samples[i].row, samples[i].id, reason) for i, reason in failed.items()]
-    rejected += [row for row in window if isinstance(row, Rejected)]
-    for bad in sorted(rejected, key=lambda bad: bad.row):
-        quarantine.add(bad.row, bad.id, bad.reason)
-    good = [i for i in range(len(samples)) if i not in failed]
-    table.add(
-        [samples[i].row for i in good],
-        [samples[i].id for i in good],
-        {name: values[good] for name, values in scores.items()},
-    )
-    for name, values in scores.items():
-        nan[name] += int(np.isnan(values[good]).sum())
 
 
 def score_samples(

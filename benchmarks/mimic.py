@@ -47,14 +47,19 @@ def main() -> None:
             p.requires_grad_(False)
         try:
             embeds = trained.transformer.wte(batch["input_ids"]).requires_grad_()
-            trained(inputs_embeds=embeds, attention_mask=batch["attention_mask"], labels=batch["input_ids"]).loss.backward()
+            trained(
+                inputs_embeds=embeds, attention_mask=batch["attention_mask"], labels=batch["input_ids"]
+            ).loss.backward()
         finally:
             for p in trained.parameters():
                 p.requires_grad_(True)
 
     method = GradMimic(model, reference, task)
     direction = {name: method.direction[name] for name in tapped_parameters(model)}
-    with Probe(model, task, reductions={"mimic": Dot(direction)}, logits=False) as probe, Scorer([method]) as scorer:
+    with (
+        Probe(model, task, reductions={"mimic": Dot(direction)}, logits=False) as probe,
+        Scorer([method]) as scorer,
+    ):
         timings = timing.interleave(
             {
                 "training step": train,
@@ -72,7 +77,12 @@ def main() -> None:
     for name, t in timings.items():
         table.add_row(name, f"{t.median:.0f}", f"{t.median / step:.2f}")
     Console().print(table)
-    case: dict[str, Any] = {"model": "GPT-2 6×384, vocabulary 50257", "batch": [8, 256], "coverage": coverage, "timings": timings}
+    case: dict[str, Any] = {
+        "model": "GPT-2 6×384, vocabulary 50257",
+        "batch": [8, 256],
+        "coverage": coverage,
+        "timings": timings,
+    }
     print("written to", timing.write("mimic", [case]).relative_to(timing.RESULTS.parent.parent))
 
 

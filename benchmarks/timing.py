@@ -44,9 +44,7 @@ def interleave(variants: Mapping[str, Callable[[], Any]], *, rounds: int = 15, w
 def _summary(values: list[float]) -> Timing:
     ordered = sorted(values)
     last = len(ordered) - 1
-    return Timing(
-        statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)], len(ordered)
-    )
+    return Timing(statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)], len(ordered))
 
 
 def machine() -> dict[str, Any]:

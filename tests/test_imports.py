@@ -68,9 +68,25 @@ def test_import_is_light() -> None:
     """Only torch, numpy and pyarrow (and what they bring); everything else where it is first used."""
     code = "import sys, assay; print(*sorted({m.split('.')[0] for m in sys.modules}))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    heavy = {"pydantic", "typer", "rich", "yaml", "fsspec", "sklearn", "scipy", "transformers", "datasets", "ray", "duckdb", "pandas"}
+    heavy = {
+        "pydantic",
+        "typer",
+        "rich",
+        "yaml",
+        "fsspec",
+        "sklearn",
+        "scipy",
+        "transformers",
+        "datasets",
+        "ray",
+        "duckdb",
+        "pandas",
+    }
     before = subprocess.run(
-        [sys.executable, "-c", code.replace(", assay", ", torch, numpy, pyarrow")], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code.replace(", assay", ", torch, numpy, pyarrow")],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.split()
     assert not (heavy & set(loaded)) - set(before)
 

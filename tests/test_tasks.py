@@ -193,9 +193,7 @@ def test_causal_lm_reduces_over_predicted_tokens(reduction: Any) -> None:
 
 def test_causal_lm_does_not_copy_the_logits() -> None:
     logits = torch.randn(2, 3, 7)
-    outputs = CausalLM().forward(
-        Fixed(SimpleNamespace(logits=logits)), {"input_ids": torch.zeros(2, 3).long()}
-    )
+    outputs = CausalLM().forward(Fixed(SimpleNamespace(logits=logits)), {"input_ids": torch.zeros(2, 3).long()})
     assert outputs.logits.data_ptr() == logits.data_ptr()
     assert outputs.logits.shape == (6, 7)
 
@@ -285,9 +283,7 @@ def test_contrastive_scale_comes_from_the_model() -> None:
     model.logit_scale = nn.Parameter(torch.tensor(9.0).log())
     torch.testing.assert_close(Contrastive().forward(model, batch).losses.mean(), clip_loss(image, text, 9.0))
     assert set(model.called) == {"pixel_values", "input_ids"}
-    torch.testing.assert_close(
-        Contrastive(2.0).forward(model, batch).losses.mean(), clip_loss(image, text, 2.0)
-    )
+    torch.testing.assert_close(Contrastive(2.0).forward(model, batch).losses.mean(), clip_loss(image, text, 2.0))
 
 
 def test_contrastive_errors_say_what_was_found() -> None:

@@ -16,7 +16,17 @@ OPS = {"ensemble": ensemble.cases, "gradients": gradients.cases}
 
 def show(cases: list[dict[str, Any]]) -> None:
     table = Table(title="median ms of interleaved rounds; ratios are to the op itself")
-    for heading in ("op", "shape", "dtype", "assay", "ceiling", "assay ÷ ceiling", "GB/s or GFLOP/s", "eager ÷ assay", "compile ÷ assay"):
+    for heading in (
+        "op",
+        "shape",
+        "dtype",
+        "assay",
+        "ceiling",
+        "assay ÷ ceiling",
+        "GB/s or GFLOP/s",
+        "eager ÷ assay",
+        "compile ÷ assay",
+    ):
         table.add_column(heading, justify="left" if heading in ("op", "shape", "dtype") else "right")
     for case in cases:
         ms = {name: t.median for name, t in case["timings"].items()}

@@ -24,7 +24,7 @@ SHAPES = [  # (K, N, C): who has such logits
 def formulas(z: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     """All eleven fields as one would write them for torch.compile: one gather, no one-hot, no loop over models."""
     z = z.float()
-    k, n, c = z.shape
+    k, n, _ = z.shape
     log_p = z.log_softmax(-1)
     p = log_p.exp()
     mix = p.mean(0)

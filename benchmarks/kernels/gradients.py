@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from assay.ops import grad_dot, grad_sqnorm
-from assay.ops.grad_sqnorm import gram_is_cheaper
+from assay.ops.sqnorm import gram_is_cheaper
 from benchmarks.timing import interleave
 
 SHAPES = [  # (B, T, I, O)
@@ -36,7 +36,12 @@ def cases() -> list[dict[str, Any]]:
     for b, t, i, o in SHAPES:
         a, g, v = torch.randn(b, t, i), torch.randn(b, t, o), torch.randn(o, i)
         shape = f"B={b} T={t} {i}→{o}"
-        common = {"shape": shape, "dtype": "float32", "bound": "compute", "bytes": 4 * (a.numel() + g.numel())}
+        common = {
+            "shape": shape,
+            "dtype": "float32",
+            "bound": "compute",
+            "bytes": 4 * (a.numel() + g.numel()),
+        }
         timings = interleave(
             {
                 "assay": lambda a=a, g=g, v=v: grad_dot(a, g, v),
@@ -57,6 +62,12 @@ def cases() -> list[dict[str, Any]]:
         )
         flops = 2 * b * t * t * (i + o) if gram else 2 * b * t * i * o
         out.append(
-            {"op": "grad_sqnorm", "ceiling": "Gram GEMMs" if gram else "GᵀA", "flops": flops, "timings": timings, **common}
+            {
+                "op": "grad_sqnorm",
+                "ceiling": "Gram GEMMs" if gram else "GᵀA",
+                "flops": flops,
+                "timings": timings,
+                **common,
+            }
         )
     return out

@@ -13,6 +13,4 @@ def require(module: str, extra: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or not module.startswith(error.name):
             raise  # the module is there; something it imports is not
-        raise ImportError(
-            f"{module} is not installed; it comes with `pip install 'assay[{extra}]'`"
-        ) from error
+        raise ImportError(f"{module} is not installed; it comes with `pip install 'assay[{extra}]'`") from error

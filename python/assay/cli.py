@@ -49,9 +49,7 @@ Overrides = Annotated[
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code. Errors are one line, or a traceback with ASSAY_DEBUG=1."""
     try:
-        code = app(
-            args=None if arguments is None else list(arguments), prog_name="assay", standalone_mode=False
-        )
+        code = app(args=None if arguments is None else list(arguments), prog_name="assay", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except Exception as error:
@@ -82,9 +80,7 @@ def _fail(message: str, code: int) -> int:
 
 def _clean(text: str) -> str:
     """Text that may come from data, on one line and without control characters."""
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split("\n"))
-    )
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split("\n")))
 
 
 class _Formatter(logging.Formatter):
@@ -139,9 +135,7 @@ def score(
         str,
         typer.Option("--shard", metavar="I/N", help="Take every N-th shard from the I-th on, I from 1 to N."),
     ] = "1/1",
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would be done, and the recipe.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and the recipe.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")] = False,
     interval: Annotated[float, typer.Option(help="Seconds between progress lines off a terminal.")] = 10.0,
 ) -> int:
@@ -231,20 +225,14 @@ def select(
         float | None, typer.Option(help="From this quantile of worth on: 0.9 is the best tenth.")
     ] = None,
     gmm: Annotated[bool, typer.Option("--gmm", help="The better of two Gaussians.")] = False,
-    kmeans: Annotated[
-        bool, typer.Option("--kmeans", help="The better of two groups of least squared error.")
-    ] = False,
-    sample: Annotated[
-        str | None, typer.Option(metavar="AMOUNT", help="Draw in proportion to the score.")
-    ] = None,
+    kmeans: Annotated[bool, typer.Option("--kmeans", help="The better of two groups of least squared error.")] = False,
+    sample: Annotated[str | None, typer.Option(metavar="AMOUNT", help="Draw in proportion to the score.")] = None,
     random: Annotated[str | None, typer.Option(metavar="AMOUNT", help="Draw uniformly: the control.")] = None,
     keep: Annotated[
         str | None, typer.Option(metavar="high|low", help="Which end is better, if not as the table says.")
     ] = None,
     seed: Annotated[int, typer.Option(help="For --sample, --random and --gmm.")] = 0,
-    temperature: Annotated[
-        float | None, typer.Option(help="For --sample: softmax(worth / temperature).")
-    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="For --sample: softmax(worth / temperature).")] = None,
     corpus: Annotated[
         str | None, typer.Option(metavar="PATH", help="Where the corpus is now, if it has moved.")
     ] = None,
@@ -270,8 +258,7 @@ def select(
     dropped = curated.rows - curated.kept - curated.quarantined
     print(_clean(curated.selection.summary()))
     print(
-        f"rows in {curated.rows:,} = kept {curated.kept:,} + dropped {dropped:,} "
-        f"+ quarantined {curated.quarantined:,}"
+        f"rows in {curated.rows:,} = kept {curated.kept:,} + dropped {dropped:,} + quarantined {curated.quarantined:,}"
     )
     print(f"corpus: {_clean(out)}")
     if curated.unreadable:

@@ -179,9 +179,7 @@ class CausalLM:
 
     def _ids(self, batch: Any) -> Tensor:
         if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
-            raise TypeError(
-                f"CausalLM: a batch is a mapping with a tensor 'input_ids', got {_describe(batch)}"
-            )
+            raise TypeError(f"CausalLM: a batch is a mapping with a tensor 'input_ids', got {_describe(batch)}")
         ids: Tensor = batch["input_ids"]
         if ids.ndim != 2:
             raise ValueError(f"CausalLM: input_ids of shape {tuple(ids.shape)}; expected (B, T)")
@@ -351,9 +349,7 @@ def _call(model: nn.Module, x: Any) -> Any:
 def _logits(output: Any) -> Tensor:
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
-        raise TypeError(
-            f"the model returned {_describe(output)}; expected a tensor or an object with .logits"
-        )
+        raise TypeError(f"the model returned {_describe(output)}; expected a tensor or an object with .logits")
     return logits
 
 
@@ -375,9 +371,7 @@ def _check_range(labels: Tensor, classes: int, ignore: int | None) -> None:
         wrong &= labels != ignore
     if bool(wrong.any()):
         allowed = f"[0, {classes})" + (f" or {ignore}" if ignore is not None else "")
-        raise ValueError(
-            f"label {int(labels[wrong][0])} lies outside {allowed}, the classes of the model's logits"
-        )
+        raise ValueError(f"label {int(labels[wrong][0])} lies outside {allowed}, the classes of the model's logits")
 
 
 def _to(value: Any, device: torch.device) -> Any:

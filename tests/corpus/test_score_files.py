@@ -41,11 +41,7 @@ def test_round_trip_and_row_groups(tmp_path, monkeypatch):
     table = pq.read_table(tmp_path / "deep/a.parquet")
     assert table.schema.metadata == {b"assay": b'{"rows":{"scored":1000}}'}
     assert table.schema.field("loss").metadata[b"keep"] == b"low"
-    assert (
-        table["id"].to_pylist()
-        == [f"id{i}" for i in range(1000)]
-        == list(stream_ids(store, "deep/a.parquet"))
-    )
+    assert table["id"].to_pylist() == [f"id{i}" for i in range(1000)] == list(stream_ids(store, "deep/a.parquet"))
     rows, mimic = read_score(store, "deep/a.parquet", "mimic")
     assert rows.tolist() == list(range(0, 2000, 2))
     np.testing.assert_array_equal(mimic, np.arange(1000, dtype=np.float32) / 7)

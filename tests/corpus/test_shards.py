@@ -79,9 +79,7 @@ def test_nothing_to_read_is_an_error(tmp_path, url):
 
 
 def saved(folder, names, split="") -> None:
-    touch(
-        folder, *[f"{split}{name}" for name in ("old.arrow", "cache-1.arrow", "data-0.arrow", "data-1.arrow")]
-    )
+    touch(folder, *[f"{split}{name}" for name in ("old.arrow", "cache-1.arrow", "data-0.arrow", "data-1.arrow")])
     (folder / f"{split}dataset_info.json").write_text("{}")
     (folder / f"{split}state.json").write_text(json.dumps({"_data_files": [{"filename": n} for n in names]}))
 

@@ -48,9 +48,7 @@ class Project:
 
     def tables(self) -> dict[str, bytes]:
         """The bytes of every score table."""
-        return {
-            str(p.relative_to(self.scores)): p.read_bytes() for p in sorted(self.scores.rglob("*.parquet"))
-        }
+        return {str(p.relative_to(self.scores)): p.read_bytes() for p in sorted(self.scores.rglob("*.parquet"))}
 
     def quarantine(self) -> list[tuple]:
         """(shard, row, id, reason) of everything that was not scored."""

@@ -164,9 +164,7 @@ def test_a_folder_with_other_files_is_refused(project):
     scores = scored(project)
     (project.root / "out").mkdir()
     (project.root / "out/old.parquet").write_bytes(b"")
-    with pytest.raises(
-        EngineError, match=r"holds 1 files that this selection would not write \(old\.parquet\)"
-    ):
+    with pytest.raises(EngineError, match=r"holds 1 files that this selection would not write \(old\.parquet\)"):
         curate(scores, "mimic", top(0.5), str(project.root / "out"))
 
 

@@ -355,8 +355,6 @@ def test_a_model_that_fails_stops_the_run_and_says_where(project, monkeypatch):
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr(scoring, "score_samples", fail)
-    with pytest.raises(
-        EngineError, match=r"a\.parquet, rows 0 to 49: scoring failed: RuntimeError: no such kernel"
-    ):
+    with pytest.raises(EngineError, match=r"a\.parquet, rows 0 to 49: scoring failed: RuntimeError: no such kernel"):
         score(project)
     assert project.tables() == {}

@@ -59,9 +59,7 @@ class ConvSpec(ModelSpec):
     kind: Literal["conv"]
 
     def build(self):
-        return nn.Sequential(
-            nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(8, CLASSES)
-        )
+        return nn.Sequential(nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(8, CLASSES))
 
 
 @pytest.fixture
@@ -123,9 +121,7 @@ def test_entry_points_are_loaded_by_name_only(project, kinds, monkeypatch):
     assert asked == []
     load_recipe(str(project.write_recipe(methods=[{"method": "doubled", "model": "a"}])))
     assert asked == [("assay.methods", "doubled")]
-    with pytest.raises(
-        RecipeError, match=r"methods\.0\.method: unknown method 'doublet'; did you mean 'doubled'"
-    ):
+    with pytest.raises(RecipeError, match=r"methods\.0\.method: unknown method 'doublet'; did you mean 'doubled'"):
         load_recipe(str(project.write_recipe(methods=[{"method": "doublet", "model": "a"}])))
 
 

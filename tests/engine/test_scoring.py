@@ -76,9 +76,7 @@ def test_a_batch_too_big_is_halved_until_it_fits(lengths, capacity):
     assert failed == {}
 
 
-@pytest.mark.parametrize(
-    "error", [MemoryError(), torch.OutOfMemoryError("CUDA"), RuntimeError("out of memory")]
-)
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA"), RuntimeError("out of memory")])
 def test_a_row_that_never_fits_is_listed_and_the_rest_is_scored(error):
     scorer = Halves(error=error, cursed=(3.0, 7.0))
     scores, failed = score_samples(scorer, scorer, samples_of([5] * 20), BatchSpec(samples=8))

@@ -24,7 +24,11 @@ def auroc(wrong: np.ndarray, score: torch.Tensor | np.ndarray) -> float:
 @pytest.mark.parametrize(("noise", "target"), [(0.2, 0.995), (0.4, 0.99), (0.6, 0.97)])
 def test_out_of_fold_ensemble(noise: float, target: float) -> None:
     data = noisy_digits(noise)
-    members = [LogisticRegression(max_iter=300, C=0.05), RandomForestClassifier(100, random_state=0), KNeighborsClassifier(15)]
+    members = [
+        LogisticRegression(max_iter=300, C=0.05),
+        RandomForestClassifier(100, random_state=0),
+        KNeighborsClassifier(15),
+    ]
     predictions = out_of_fold(members, data.x.numpy(), data.given.numpy())
     scores = ensemble_scores(predictions.logits, data.given)
     found = {name: auroc(data.wrong, value) for name, value in scores.items()}

@@ -22,7 +22,9 @@ def models() -> tuple[nn.Module, nn.Module, torch.Tensor, torch.Tensor]:
     return model, train(model, data.x, data.true, 5), data.x, data.given
 
 
-def autograd_scores(model: nn.Module, reference: nn.Module, x: torch.Tensor, y: torch.Tensor, names: list[str]) -> dict[str, list[float]]:
+def autograd_scores(
+    model: nn.Module, reference: nn.Module, x: torch.Tensor, y: torch.Tensor, names: list[str]
+) -> dict[str, list[float]]:
     """One backward pass per sample."""
     parameters = dict(model.named_parameters())
     v = {n: (dict(reference.named_parameters())[n] - parameters[n]).detach() for n in names}
@@ -39,7 +41,9 @@ def autograd_scores(model: nn.Module, reference: nn.Module, x: torch.Tensor, y: 
     return out
 
 
-@pytest.mark.parametrize(("layers", "names"), [(None, ["0.weight", "0.bias", "2.weight", "2.bias"]), ("2", ["2.weight", "2.bias"])])
+@pytest.mark.parametrize(
+    ("layers", "names"), [(None, ["0.weight", "0.bias", "2.weight", "2.bias"]), ("2", ["2.weight", "2.bias"])]
+)
 def test_equals_autograd_per_sample(layers: str | None, names: list[str]) -> None:
     model, reference, x, y = models()
     want = autograd_scores(model, reference, x[:20], y[:20], names)
@@ -48,8 +52,12 @@ def test_equals_autograd_per_sample(layers: str | None, names: list[str]) -> Non
     for name, values in want.items():
         np.testing.assert_allclose(table[name].to_numpy(), values, rtol=1e-4, atol=1e-6)
     ce = nn.functional.cross_entropy
-    np.testing.assert_allclose(table["loss"].to_numpy(), ce(model(x[:20]), y[:20], reduction="none").detach(), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(table["rho"].to_numpy(), table["loss"].to_numpy() - table["reference_loss"].to_numpy(), atol=1e-6)
+    np.testing.assert_allclose(
+        table["loss"].to_numpy(), ce(model(x[:20]), y[:20], reduction="none").detach(), rtol=1e-5, atol=1e-6
+    )
+    np.testing.assert_allclose(
+        table["rho"].to_numpy(), table["loss"].to_numpy() - table["reference_loss"].to_numpy(), atol=1e-6
+    )
 
 
 def test_scale_and_sign_of_the_direction() -> None:

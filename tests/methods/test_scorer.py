@@ -66,7 +66,7 @@ def test_table_ids_directions_and_metadata() -> None:
 
 def test_name_clash_is_an_error() -> None:
     model = mlp(0)
-    with pytest.raises(ValueError, match="ensemble_nll.*another name="):
+    with pytest.raises(ValueError, match=r"ensemble_nll.*another name="):
         Scorer([Ensemble([model], Classification()), Ensemble([model], Classification())])
 
 

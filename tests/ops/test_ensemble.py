@@ -26,10 +26,8 @@ def reference64(
     return dict(zip(FLOAT_FIELDS, stats, strict=True)), prediction
 
 
-def assert_contract(
-    logits: list[Tensor], labels: Tensor | None, weights: list[float] | None = None, **kwargs: object
-) -> EnsembleStats:
-    """|result − f64| ≤ max(|torch in float32 − f64|, 2e-6 · max(1, |f64|)), element by element, NaN where f64 has NaN."""
+def assert_contract(logits: list[Tensor], labels: Tensor | None, weights: list[float] | None = None) -> EnsembleStats:
+    """|result − f64| ≤ max(|torch in float32 − f64|, 2e-6 · max(1, |f64|)) everywhere, and NaN where f64 has NaN."""
     got = ensemble_stats(logits, labels, weights=weights)
     want, _ = reference64(logits, labels, weights)
     share = ensemble._normalise(None if weights is None else torch.tensor(weights).double(), len(logits))
@@ -40,7 +38,9 @@ def assert_contract(
         assert torch.equal(value.isnan(), exact.isnan()), f"{field}: NaN in other rows than the reference"
         same = (value == exact) | exact.isnan()  # covers infinities
         error = (value - exact).abs().masked_fill(same, 0)
-        allowed = torch.maximum((torch32[field].double() - exact).abs().nan_to_num(0, 0, 0), TOLERANCE * exact.abs().clamp(min=1))
+        allowed = torch.maximum(
+            (torch32[field].double() - exact).abs().nan_to_num(0, 0, 0), TOLERANCE * exact.abs().clamp(min=1)
+        )
         worst = int((error - allowed).argmax()) if len(error) else 0
         assert bool((error <= allowed).all()), (
             f"{field}: row {worst} is {value[worst]}, exact {exact[worst]}, allowed error {allowed[worst]}"
@@ -283,10 +283,14 @@ def test_torch_compile_fullgraph() -> None:
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(z, labels), f(z, labels))
     torch.library.opcheck(
-        torch.ops.assay.ensemble_stats.default, ([z[0], z[1]], labels, None, -100, 3), test_utils="test_schema"
+        torch.ops.assay.ensemble_stats.default,
+        ([z[0], z[1]], labels, None, -100, 3),
+        test_utils="test_schema",
     )
     torch.library.opcheck(
-        torch.ops.assay.ensemble_stats.default, ([z[0], z[1]], labels, None, -100, 3), test_utils="test_faketensor"
+        torch.ops.assay.ensemble_stats.default,
+        ([z[0], z[1]], labels, None, -100, 3),
+        test_utils="test_faketensor",
     )
 
 
@@ -296,11 +300,23 @@ def test_torch_compile_fullgraph() -> None:
         (lambda: ensemble_stats(torch.randn(5)), ValueError, r"logits: expected \(K, N, C\).*\(5,\)"),
         (lambda: ensemble_stats([]), ValueError, "at least one model"),
         (lambda: ensemble_stats(torch.randn(1, 3, 0)), ValueError, "at least one class"),
-        (lambda: ensemble_stats([torch.randn(2, 3), torch.randn(2, 4)]), ValueError, r"logits\[1\].*\(2, 3\).*\(2, 4\)"),
+        (
+            lambda: ensemble_stats([torch.randn(2, 3), torch.randn(2, 4)]),
+            ValueError,
+            r"logits\[1\].*\(2, 3\).*\(2, 4\)",
+        ),
         (lambda: ensemble_stats(torch.zeros(1, 2, 3, dtype=torch.int64)), TypeError, r"logits\[0\].*int64"),
         (lambda: ensemble_stats(torch.randn(1, 2, 3), torch.zeros(2)), TypeError, "labels: expected int64"),
-        (lambda: ensemble_stats(torch.randn(1, 2, 3), torch.zeros(3, dtype=torch.int64)), TypeError, r"shape \(2,\)"),
-        (lambda: ensemble_stats(torch.randn(1, 2, 3), torch.tensor([0, 3])), IndexError, r"\[0, 3\).*got 3 in row 1"),
+        (
+            lambda: ensemble_stats(torch.randn(1, 2, 3), torch.zeros(3, dtype=torch.int64)),
+            TypeError,
+            r"shape \(2,\)",
+        ),
+        (
+            lambda: ensemble_stats(torch.randn(1, 2, 3), torch.tensor([0, 3])),
+            IndexError,
+            r"\[0, 3\).*got 3 in row 1",
+        ),
         (lambda: ensemble_stats(torch.randn(1, 2, 3), torch.tensor([-1, 0])), IndexError, "got -1 in row 0"),
         (lambda: ensemble_stats(torch.randn(2, 2, 3), weights=[1.0]), ValueError, r"weights.*\(2,\)"),
         (lambda: ensemble_stats(torch.randn(2, 2, 3), weights=[1.0, -1.0]), ValueError, "not negative"),
@@ -325,5 +341,5 @@ def test_backend_names() -> None:
 
 def test_unknown_isa(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ASSAY_ISA", "avx1024")
-    with pytest.raises(ValueError, match="avx1024.*scalar"):
+    with pytest.raises(ValueError, match=r"avx1024.*scalar"):
         ensemble_stats(torch.randn(1, 2, 3))

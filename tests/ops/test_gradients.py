@@ -8,7 +8,7 @@ from torch import Tensor
 
 import assay
 from assay.ops import grad_dot, grad_sqnorm
-from assay.ops.grad_sqnorm import gram_is_cheaper
+from assay.ops.sqnorm import gram_is_cheaper
 
 SHAPES = [  # (B, T, I, O)
     (4, 1, 5, 7),  # one position
@@ -117,10 +117,19 @@ def test_torch_compile_fullgraph() -> None:
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: grad_dot(torch.randn(2, 3, 4), torch.randn(2, 3, 5), torch.randn(4, 5)), r"direction.*\(5, 4\).*\(4, 5\)"),
-        (lambda: grad_dot(torch.randn(2, 3, 4), torch.randn(2, 2, 5), torch.randn(5, 4)), r"grads.*\(2, 3\).*\(2, 2\)"),
+        (
+            lambda: grad_dot(torch.randn(2, 3, 4), torch.randn(2, 3, 5), torch.randn(4, 5)),
+            r"direction.*\(5, 4\).*\(4, 5\)",
+        ),
+        (
+            lambda: grad_dot(torch.randn(2, 3, 4), torch.randn(2, 2, 5), torch.randn(5, 4)),
+            r"grads.*\(2, 3\).*\(2, 2\)",
+        ),
         (lambda: grad_sqnorm(torch.randn(4), torch.randn(4)), r"inputs: expected \(B, T, features\)"),
-        (lambda: grad_sqnorm(torch.zeros(2, 2, dtype=torch.int64), torch.randn(2, 2)), "inputs: expected a float"),
+        (
+            lambda: grad_sqnorm(torch.zeros(2, 2, dtype=torch.int64), torch.randn(2, 2)),
+            "inputs: expected a float",
+        ),
     ],
 )
 def test_wrong_arguments_say_what_is_wrong(call: object, words: str) -> None:

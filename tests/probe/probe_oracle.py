@@ -49,9 +49,7 @@ def directional(model: nn.Module, losses: Losses, batch: Any, direction: dict[st
     return tangent.detach()
 
 
-def _functional(
-    model: nn.Module, losses: Losses, batch: Any
-) -> tuple[Callable[..., Tensor], dict[str, Tensor]]:
+def _functional(model: nn.Module, losses: Losses, batch: Any) -> tuple[Callable[..., Tensor], dict[str, Tensor]]:
     trainable = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
     def function(parameters: dict[str, Tensor]) -> Tensor:
@@ -67,8 +65,7 @@ def random_direction(model: nn.Module, names: Collection[str]) -> dict[str, Tens
     parameters = dict(model.named_parameters())
     generator = torch.Generator().manual_seed(7)
     return {
-        name: torch.randn(parameters[name].shape, generator=generator, dtype=parameters[name].dtype)
-        for name in names
+        name: torch.randn(parameters[name].shape, generator=generator, dtype=parameters[name].dtype) for name in names
     }
 
 
@@ -138,9 +135,7 @@ def dots(gradients: Tensor, direction: Tensor) -> Tensor:
 def close(found: Tensor, expected: Tensor | int, tolerance: float, what: str) -> None:
     """Agreement relative to the largest entry."""
     assert isinstance(expected, Tensor)
-    assert found.shape == expected.shape, (
-        f"{what}: shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
-    )
+    assert found.shape == expected.shape, f"{what}: shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
     scale = expected.abs().max().clamp(min=1e-12)
     error = float((found.double() - expected.double()).abs().max() / scale)
     assert error <= tolerance, f"{what}: relative error {error:.2e} above {tolerance:.0e}"
@@ -150,10 +145,6 @@ def state(model: nn.Module) -> list[Any]:
     """All that a probe has to leave as it was."""
     found: list[Any] = [(name, p.requires_grad, p.grad) for name, p in model.named_parameters()]
     for name, module in model.named_modules():
-        hooks = [
-            (attribute, dict(value))
-            for attribute, value in vars(module).items()
-            if "hook" in attribute and value
-        ]
+        hooks = [(attribute, dict(value)) for attribute, value in vars(module).items() if "hook" in attribute and value]
         found.append((name, module.training, hooks))
     return found

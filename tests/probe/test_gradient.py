@@ -33,9 +33,7 @@ def multiplied_out(term: Outer | Scatter | Dense) -> Tensor:
     if isinstance(term, Outer):
         return torch.einsum("btr,btc->brc", term.left.double(), term.right.double())
     if isinstance(term, Scatter):
-        return torch.einsum(
-            "btr,btc->brc", torch.nn.functional.one_hot(term.ids, ROWS).double(), term.grads.double()
-        )
+        return torch.einsum("btr,btc->brc", torch.nn.functional.one_hot(term.ids, ROWS).double(), term.grads.double())
     return term.values.double()
 
 
@@ -67,9 +65,7 @@ def test_mixed_dtypes_accumulate_in_float32(left: torch.dtype, right: torch.dtyp
     gradient = PerSampleGradient(torch.Size((ROWS, COLUMNS)), terms)
     expected = torch.stack([multiplied_out(term) for term in terms]).sum(0)
     assert gradient.sqnorm().dtype == torch.float32
-    torch.testing.assert_close(
-        gradient.sqnorm().double(), expected.square().sum((1, 2)), rtol=1e-5, atol=1e-6
-    )
+    torch.testing.assert_close(gradient.sqnorm().double(), expected.square().sum((1, 2)), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(
         gradient.dot(torch.ones(ROWS, COLUMNS)).double(), expected.sum((1, 2)), rtol=1e-5, atol=1e-5
     )

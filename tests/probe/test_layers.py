@@ -69,9 +69,7 @@ def test_conv1d(mode: str) -> None:
 
 
 def test_conv3d() -> None:
-    check(
-        nn.Conv3d(2, 4, (2, 3, 1), stride=(1, 2, 1), padding=(1, 0, 1), padding_mode="replicate"), 2, 4, 5, 3
-    )
+    check(nn.Conv3d(2, 4, (2, 3, 1), stride=(1, 2, 1), padding=(1, 0, 1), padding_mode="replicate"), 2, 4, 5, 3)
 
 
 # Many positions: the gradient is the smaller form. One position and wide groups: the zero-padded factors are.

@@ -158,9 +158,7 @@ def test_tied_weights_of_one_sample() -> None:
 
 def test_lora_taps_the_adapters_alone() -> None:
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(
-        r=2, target_modules=["q_proj", "down_proj"], lora_dropout=0.5, init_lora_weights=False
-    )
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], lora_dropout=0.5, init_lora_weights=False)
     model = peft.get_peft_model(llama(), config).double()
     names = tapped_parameters(model)
     assert len(names) == 2 * 2 * 2
@@ -181,9 +179,7 @@ def test_vision_transformer() -> None:
         attn_implementation="eager",
     )
     model = randomise(transformers.ViTForImageClassification(config))
-    with pytest.raises(
-        ValueError, match=r"'vit\.embeddings\.cls_token': layer 'vit\.embeddings' \(ViTEmbeddings\)"
-    ):
+    with pytest.raises(ValueError, match=r"'vit\.embeddings\.cls_token': layer 'vit\.embeddings' \(ViTEmbeddings\)"):
         tapped_parameters(model)
     names = tapped_parameters(model, skip_unsupported=True)
     for name, parameter in model.named_parameters():
@@ -246,9 +242,7 @@ class Checkpointed(nn.Module):
 def test_checkpointing_recomputes_the_same_graph(layers: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = randomise(Checkpointed(reentrant=False))
     batch = torch.randn(5, 4).double(), torch.randint(3, (5,))
-    expected = jacobian(
-        model, lambda run, b: F.cross_entropy(run(b[0], plain=True), b[1], reduction="none"), batch
-    )
+    expected = jacobian(model, lambda run, b: F.cross_entropy(run(b[0], plain=True), b[1], reduction="none"), batch)
     names = tapped_parameters(model, layers)
     watched: list[str] = []
     watch = Recorder._watch
@@ -264,9 +258,7 @@ def test_checkpointing_recomputes_the_same_graph(layers: str, monkeypatch: pytes
 def test_reentrant_checkpointing_is_refused() -> None:
     model = randomise(Checkpointed(reentrant=True))
     batch = torch.randn(5, 4).double(), torch.randint(3, (5,))
-    with pytest.raises(
-        RuntimeError, match=r"use_reentrant=False"
-    ):  # torch's own words: the self-check runs first
+    with pytest.raises(RuntimeError, match=r"use_reentrant=False"):  # torch's own words: the self-check runs first
         Probe(model, Classification())(batch)
     with pytest.raises(RuntimeError, match=r"'block\.0' ran without gradients.*use_reentrant=False"):
         Probe(model, Classification(), verify=False)(batch)
@@ -287,9 +279,7 @@ def test_autocast_gradients_are_those_of_the_model_under_autocast() -> None:
         gradients = torch.autograd.grad(loss, list(model.parameters()))
         for name, gradient in zip(names, gradients, strict=True):
             # both round to bfloat16 (8 bits) at every layer, in different places
-            torch.testing.assert_close(
-                signals.reduced[name][b], gradient.square().sum(), rtol=0.05, atol=1e-6
-            )
+            torch.testing.assert_close(signals.reduced[name][b], gradient.square().sum(), rtol=0.05, atol=1e-6)
 
 
 def test_reductions_compute_outside_of_the_callers_autocast() -> None:

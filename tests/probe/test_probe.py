@@ -187,9 +187,7 @@ def test_reductions_run_inside_the_backward_pass_and_free_what_they_used(
 
         def __call__(self, parameter: str, gradient: PerSampleGradient) -> Tensor:
             held = [call.tap.layer for call in calls if call.grads is not None]
-            assert held == [
-                parameter.partition(".")[0]
-            ]  # later layers are folded and free, earlier not yet there
+            assert held == [parameter.partition(".")[0]]  # later layers are folded and free, earlier not yet there
             self.seen += (parameter,)
             return gradient.sqnorm()
 
@@ -215,9 +213,7 @@ def test_a_reduction_of_the_wrong_shape_is_named() -> None:
         def __call__(self, parameter: str, gradient: PerSampleGradient) -> Tensor:
             return gradient.dense()
 
-    with pytest.raises(
-        ValueError, match=r"'whole' gave shape \(5, 6, 4\) for parameter '0\.weight'; expected \(5,\)"
-    ):
+    with pytest.raises(ValueError, match=r"'whole' gave shape \(5, 6, 4\) for parameter '0\.weight'; expected \(5,\)"):
         Probe(mlp(), Classification(), reductions={"whole": Whole()})(batch())
 
 
@@ -250,9 +246,7 @@ class Fails(nn.Module):
 @pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize("when", ["never", "forward", "backward"])
 def test_the_model_is_as_it_was_also_after_an_exception(when: str, verify: bool) -> None:
-    model = nn.Sequential(
-        nn.Linear(4, 6), Fails(when), nn.BatchNorm1d(6), nn.Dropout(), nn.Linear(6, 3)
-    ).double()
+    model = nn.Sequential(nn.Linear(4, 6), Fails(when), nn.BatchNorm1d(6), nn.Dropout(), nn.Linear(6, 3)).double()
     model.train()
     model[2].eval()  # a mixture of modes, gradients, and hooks of somebody else
     model[1].inner.bias.requires_grad_(False)

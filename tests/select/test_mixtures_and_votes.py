@@ -18,9 +18,7 @@ def table(scores, keep="high") -> pa.Table:
     schema = pa.schema([pa.field("row", pa.int64()), pa.field("id", pa.string()), field])
     n = len(scores)
     ids = pa.array([str(i) for i in range(n)])
-    return pa.Table.from_arrays(
-        [pa.array(range(n)), ids, pa.array(np.asarray(scores, np.float32))], schema=schema
-    )
+    return pa.Table.from_arrays([pa.array(range(n)), ids, pa.array(np.asarray(scores, np.float32))], schema=schema)
 
 
 def two_groups(rng, sizes=(700, 300), centers=(0.0, 10.0), spreads=(1.0, 1.0)):

@@ -94,9 +94,7 @@ def test_draws_repeat_with_their_seed(values, seed, amount):
     np.testing.assert_array_equal(first.mask, second.mask)
     valid = sum(not math.isnan(value) for value in values)
     assert first.mask.sum() == min(amount, valid)  # every row can be asked for
-    np.testing.assert_array_equal(
-        select.random(data, amount, seed).mask, select.random(data, amount, seed).mask
-    )
+    np.testing.assert_array_equal(select.random(data, amount, seed).mask, select.random(data, amount, seed).mask)
     assert select.random(data, amount, seed).mask.sum() == min(amount, len(values))
 
 

@@ -120,9 +120,7 @@ def open_arrow(file: BinaryIO) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
     return stream.schema, iter(stream)
 
 
-def _arrow_batches(
-    file: BinaryIO, columns: Sequence[str] | None
-) -> tuple[Iterator[pa.RecordBatch], int | None]:
+def _arrow_batches(file: BinaryIO, columns: Sequence[str] | None) -> tuple[Iterator[pa.RecordBatch], int | None]:
     schema, batches = open_arrow(file)
     _check_columns(columns, schema.names)
     if columns is None:
@@ -168,9 +166,7 @@ def _string(name: str, offset: int, scalar: pa.Scalar, faults: dict[int, str]) -
 def _is_numeric_list(kind: pa.DataType) -> bool:
     lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
     numbers = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean)
-    return any(is_list(kind) for is_list in lists) and any(
-        is_number(kind.value_type) for is_number in numbers
-    )
+    return any(is_list(kind) for is_list in lists) and any(is_number(kind.value_type) for is_number in numbers)
 
 
 def _numeric_lists(array: pa.Array) -> list[np.ndarray[Any, Any] | None]:
@@ -180,10 +176,7 @@ def _numeric_lists(array: pa.Array) -> list[np.ndarray[Any, Any] | None]:
         flat = flat.astype(np.float32)
     sizes = pc.list_value_length(array).to_pylist()
     ends = np.cumsum([size or 0 for size in sizes])
-    return [
-        None if size is None else flat[end - size : end]
-        for size, end in zip(sizes, ends.tolist(), strict=True)
-    ]
+    return [None if size is None else flat[end - size : end] for size, end in zip(sizes, ends.tolist(), strict=True)]
 
 
 def _json_chunks(file: BinaryIO, shard: Shard, columns: Sequence[str]) -> Iterator[Chunk]:

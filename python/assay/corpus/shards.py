@@ -146,9 +146,7 @@ def _saved_data_set(store: Store, folder: str) -> list[Shard]:
     try:
         names = [entry["filename"] for entry in json.loads(store.read_text(state_path))["_data_files"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise CorpusError(
-            f"{store.full(state_path)}: not the state of a saved data set ({error!r})"
-        ) from error
+        raise CorpusError(f"{store.full(state_path)}: not the state of a saved data set ({error!r})") from error
     for name in names:
         if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", ".."):
             raise CorpusError(f"{store.full(state_path)}: lists {name!r}; expected plain file names")
@@ -160,6 +158,4 @@ def _check_tables_differ(shards: Iterable[Shard]) -> None:
     for shard in shards:
         first = owners.setdefault(shard.table, shard)
         if first is not shard:
-            raise CorpusError(
-                f"{first.path} and {shard.path} would share the score table {shard.table}; rename one"
-            )
+            raise CorpusError(f"{first.path} and {shard.path} would share the score table {shard.table}; rename one")

@@ -33,10 +33,7 @@ def score_schema(columns: Sequence[ScoreColumn], metadata: Mapping[str, Any]) ->
         if name in taken:
             raise ValueError(f"score column {name!r} appears twice; each score of a table needs its own name")
         taken.add(name)
-    scores = [
-        pa.field(c.name, pa.float32(), metadata={"keep": c.keep, "description": c.description})
-        for c in columns
-    ]
+    scores = [pa.field(c.name, pa.float32(), metadata={"keep": c.keep, "description": c.description}) for c in columns]
     footer = json.dumps(metadata, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return pa.schema([*ROW_AND_ID, *scores], metadata={METADATA_KEY: footer.encode()})
 
@@ -75,7 +72,5 @@ def read_metadata(schema: pa.Schema) -> dict[str, Any]:
         raise ValueError("not a score table: its schema has no `assay` metadata")
     footer = json.loads(raw)
     if not isinstance(footer, dict):
-        raise ValueError(
-            f"not a score table: its `assay` metadata is a {type(footer).__name__}, not an object"
-        )
+        raise ValueError(f"not a score table: its `assay` metadata is a {type(footer).__name__}, not an object")
     return footer

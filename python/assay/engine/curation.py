@@ -67,9 +67,7 @@ class Curated:
         return sum(shard.quarantined for shard in self.shards)
 
 
-def curate(
-    scores_url: str, by: str | None, rule: Rule, output_url: str, corpus_path: str | None = None
-) -> Curated:
+def curate(scores_url: str, by: str | None, rule: Rule, output_url: str, corpus_path: str | None = None) -> Curated:
     """Choose rows by one score over all shards and write them, in their own format, under ``output_url``.
 
     ``rule`` gets a table with the one score, all shards after one another, and returns a `Selection`. Beside
@@ -97,18 +95,14 @@ def curate(
     copy_sidecars(scores.corpus, output, selection.rule)
     unreadable = {status.shard.path: status.detail for status in scores.of(State.UNREADABLE)}
     curated = Curated(selection, tuple(counts), unreadable)
-    output.write_text(
-        MANIFEST, json.dumps(_manifest(scores, name, curated), indent=2, ensure_ascii=False) + "\n"
-    )
+    output.write_text(MANIFEST, json.dumps(_manifest(scores, name, curated), indent=2, ensure_ascii=False) + "\n")
     return curated
 
 
 def _complete(scores: Scores, name: str) -> list[tuple[Shard, Table]]:
     """The score tables, if they cover every readable shard of the corpus and have the score."""
     if name not in scores.columns:
-        raise EngineError(
-            f"--by {name}: {scores.store.url} has no such score, only {', '.join(scores.columns)}"
-        )
+        raise EngineError(f"--by {name}: {scores.store.url} has no such score, only {', '.join(scores.columns)}")
     for state, advice in (
         (State.MISSING, "have no score table; finish the run with `assay score`"),
         (State.CHANGED, "do not match their score table; score them again with `assay score`"),
@@ -144,9 +138,7 @@ def _read(
         own_rows, own_values = read_score(store, shard.table, name)
         total = table.footer.input.rows
         if (np.diff(np.concatenate([[-1], own_rows, [total]])) <= 0).any():
-            raise EngineError(
-                f"{store.full(shard.table)}: its rows do not ascend below {total}; score it again"
-            )
+            raise EngineError(f"{store.full(shard.table)}: its rows do not ascend below {total}; score it again")
         rows.append(own_rows)
         values.append(own_values)
     return rows, values
@@ -202,9 +194,7 @@ def _write_shard(store: Store, fates: _Fates, name: str, output: Store) -> Shard
             writer.write_table(pa.Table.from_arrays(columns, schema=schema))
     kept = int(fates.kept.sum())
     digest = _sha256(store, shard.table)
-    return ShardCounts(
-        shard.path, shard.table, digest, fates.total, kept, counts.scored - kept, counts.quarantined
-    )
+    return ShardCounts(shard.path, shard.table, digest, fates.total, kept, counts.scored - kept, counts.quarantined)
 
 
 def _selection_path(shard: Shard) -> str:
@@ -249,9 +239,7 @@ def _fate_columns(store: Store, fates: _Fates) -> Iterator[list[pa.Array]]:
         yield arrays
 
 
-def _spread(
-    values: npt.NDArray[Any], places: npt.NDArray[np.int64], scored: npt.NDArray[np.bool_]
-) -> pa.Array:
+def _spread(values: npt.NDArray[Any], places: npt.NDArray[np.int64], scored: npt.NDArray[np.bool_]) -> pa.Array:
     """The scored rows' values at their places, null elsewhere."""
     spread = np.zeros(len(scored), values.dtype)
     spread[places] = values

@@ -117,9 +117,7 @@ def open_table(store: Store, shard: Shard) -> Table | None:
     try:
         footer = Footer.model_validate(file.metadata)
     except ValidationError as error:
-        raise CorpusError(
-            f"{store.full(shard.table)}: its footer is not a score run's; move the file away"
-        ) from error
+        raise CorpusError(f"{store.full(shard.table)}: its footer is not a score run's; move the file away") from error
     counts = footer.rows
     if file.rows != counts.scored or footer.input.rows != counts.scored + counts.quarantined:
         raise CorpusError(

@@ -92,9 +92,7 @@ class MlpSpec(ModelSpec):
         for i in indices:
             weight, bias = tensors[f"{i}.weight"], tensors.get(f"{i}.bias")
             if weight.ndim != 2 or (layers and layers[-2].out_features != weight.shape[1]):
-                raise EngineError(
-                    f"{self.path}: {i}.weight of shape {tuple(weight.shape)} does not fit the one before"
-                )
+                raise EngineError(f"{self.path}: {i}.weight of shape {tuple(weight.shape)} does not fit the one before")
             layers += [nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None), nn.ReLU()]
         model = nn.Sequential(*layers[:-1])
         model.load_state_dict(tensors)
@@ -116,9 +114,7 @@ class TransformersSpec(ModelSpec):
 
     def build(self) -> nn.Module:
         transformers = require("transformers", "text")
-        model: nn.Module = self._load(
-            transformers.AutoModelForCausalLM, dtype=torch.float32, **self._weights()
-        )
+        model: nn.Module = self._load(transformers.AutoModelForCausalLM, dtype=torch.float32, **self._weights())
         return model.eval()
 
     def tokenizer(self) -> Any:
@@ -152,9 +148,7 @@ def shared_tokenizer(specs: Mapping[str, ModelSpec]) -> Any:
     first, tokenizer = found[0]
     for name, other in found[1:]:
         if other.get_vocab() != tokenizer.get_vocab():
-            raise EngineError(
-                f"models.{first} and models.{name} have different vocabularies; score them separately"
-            )
+            raise EngineError(f"models.{first} and models.{name} have different vocabularies; score them separately")
     return tokenizer
 
 

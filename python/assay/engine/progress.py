@@ -101,9 +101,7 @@ class BarProgress(_Counting):
         self._show()
 
     def _show(self) -> None:
-        self._bar.update(
-            self._task, total=max(self._size, 1.0), completed=self._size_done, description=self._text()
-        )
+        self._bar.update(self._task, total=max(self._size, 1.0), completed=self._size_done, description=self._text())
 
 
 def _duration(seconds: float) -> str:

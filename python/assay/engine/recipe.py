@@ -45,9 +45,7 @@ class Recipe(Part):
     corpus: CorpusSpec
     task: Annotated[SerializeAsAny[TaskSpec], BeforeValidator(TASKS.parse)]
     models: dict[str, Annotated[SerializeAsAny[ModelSpec], BeforeValidator(MODELS.parse)]]
-    methods: Annotated[
-        list[Annotated[SerializeAsAny[MethodSpec], BeforeValidator(METHODS.parse)]], Field(min_length=1)
-    ]
+    methods: Annotated[list[Annotated[SerializeAsAny[MethodSpec], BeforeValidator(METHODS.parse)]], Field(min_length=1)]
     output: AnyPath
     batch: BatchSpec = BatchSpec()
     seed: Annotated[int, Field(ge=0)] = 0
@@ -102,9 +100,7 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
     except yaml.YAMLError as error:
         raise RecipeError(path, "", f"not valid YAML ({' '.join(str(error).split())})") from error
     if not isinstance(data, dict):
-        raise RecipeError(
-            path, "", "expected a mapping of keys such as corpus, task, models, methods, output"
-        )
+        raise RecipeError(path, "", "expected a mapping of keys such as corpus, task, models, methods, output")
     for override in overrides:
         _override(path, data, override)
     try:

@@ -30,9 +30,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """A hint that names the closest of the known names, or all of them if none is close."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return (
-        f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(map(repr, known)) or 'none'}"
-    )
+    return f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(map(repr, known)) or 'none'}"
 
 
 class Part(BaseModel):
@@ -47,9 +45,7 @@ class Part(BaseModel):
         if isinstance(data, Mapping):
             for key in data:
                 if key not in cls.model_fields:
-                    raise located(
-                        (str(key),), f"unknown key; {nearest(str(key), cls.model_fields)}", data[key]
-                    )
+                    raise located((str(key),), f"unknown key; {nearest(str(key), cls.model_fields)}", data[key])
         return data
 
 
@@ -85,9 +81,7 @@ class Registry(Generic[P]):
     def register(self, kind: str, spec: type[P]) -> None:
         """Make ``kind`` known. Registering it again with another class is a ValueError."""
         if self._specs.setdefault(kind, spec) is not spec:
-            raise ValueError(
-                f"{self._tag} {kind!r} is already registered as {self._specs[kind].__qualname__}"
-            )
+            raise ValueError(f"{self._tag} {kind!r} is already registered as {self._specs[kind].__qualname__}")
 
     def add(self, kind: str) -> Callable[[type[P]], type[P]]:
         """`register` as a decorator."""

@@ -36,14 +36,10 @@ class RuleOptions:
         """The rule that was asked for. EngineError unless it is one, and complete."""
         kinds = ("top", "threshold", "quantile", "gmm", "kmeans", "sample", "random")
         # By identity: a threshold of 0.0 is a threshold.
-        given = [
-            kind for kind in kinds if getattr(self, kind) is not None and getattr(self, kind) is not False
-        ]
+        given = [kind for kind in kinds if getattr(self, kind) is not None and getattr(self, kind) is not False]
         if len(given) != 1:
             got = ", ".join(f"--{kind}" for kind in given) or "none"
-            raise EngineError(
-                f"expected exactly one of {', '.join(f'--{kind}' for kind in kinds)}; got {got}"
-            )
+            raise EngineError(f"expected exactly one of {', '.join(f'--{kind}' for kind in kinds)}; got {got}")
         if self.keep not in (None, "high", "low"):
             raise EngineError(f"--keep {self.keep}: expected high or low")
         if self.by is None and given != ["random"]:

@@ -108,9 +108,7 @@ class CausalLMSpec(TaskSpec):
     def _check_fits(self, name: str, model: nn.Module, largest_token: int) -> None:
         positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
         if positions is not None and self.max_length > positions:
-            raise EngineError(
-                f"task.max_length is {self.max_length}, but models.{name} has {positions} positions"
-            )
+            raise EngineError(f"task.max_length is {self.max_length}, but models.{name} has {positions} positions")
         embeddings = getattr(model, "get_input_embeddings", lambda: None)()
         rows = getattr(embeddings, "num_embeddings", None)
         if rows is not None and largest_token >= rows:
@@ -142,16 +140,10 @@ class ClassificationSpec(TaskSpec):
         if self.shape is not None:
             known.add(math.prod(self.shape))
         if len(known) != 1:
-            what = (
-                f"they want inputs of {sorted(known)} numbers"
-                if known
-                else "they do not tell their input's size"
-            )
+            what = f"they want inputs of {sorted(known)} numbers" if known else "they do not tell their input's size"
             raise EngineError(f"task.shape: the models leave it open ({what}); give the shape of one input")
         size = known.pop()
-        return FeatureEncoder(
-            self.input_column, self.label_column, self.classes, tuple(self.shape or (size,)), size
-        )
+        return FeatureEncoder(self.input_column, self.label_column, self.classes, tuple(self.shape or (size,)), size)
 
 
 class TextEncoder:
@@ -172,9 +164,7 @@ class TextEncoder:
     def _tokens(self, texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
-        ids: list[list[int]] = self._tokenizer(texts, truncation=True, max_length=self._max_length)[
-            "input_ids"
-        ]
+        ids: list[list[int]] = self._tokenizer(texts, truncation=True, max_length=self._max_length)["input_ids"]
         return ids
 
     def _encoded(self, ids: list[int]) -> Encoded | BadRow:
@@ -209,9 +199,7 @@ class FeatureEncoder:
         features = check_features(inputs, value, self._size)
         return Encoded((features, check_label(labels, label, self._classes)), 1, features.nbytes)
 
-    def collate(
-        self, data: Sequence[tuple[npt.NDArray[np.float32], int]]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def collate(self, data: Sequence[tuple[npt.NDArray[np.float32], int]]) -> tuple[torch.Tensor, torch.Tensor]:
         inputs = np.stack([features for features, _ in data]).reshape(len(data), *self._shape)
         return torch.from_numpy(inputs), torch.tensor([label for _, label in data], dtype=torch.int64)
 

@@ -111,9 +111,7 @@ def score_shard(
             if shard.fingerprint() != before:
                 raise ShardError("changed while it was being scored; run again when nobody writes to it")
         facts = InputFacts(path=shard.path, rows=ledger.rows, **vars(before))
-        footer = Footer.make(
-            workshop.identity, version, facts, ledger.counts(), ledger.nan, scorer.metadata()
-        )
+        footer = Footer.make(workshop.identity, version, facts, ledger.counts(), ledger.nan, scorer.metadata())
         quarantine.save(output)
         table.save(output, shard.table, footer.to_json())
     return footer
@@ -184,9 +182,7 @@ def score_samples(
         if result is not None:
             for name, values in result.items():
                 if values.shape != (len(batch),):
-                    raise ValueError(
-                        f"{name}: {tuple(values.shape)} scores for a batch of {len(batch)} samples"
-                    )
+                    raise ValueError(f"{name}: {tuple(values.shape)} scores for a batch of {len(batch)} samples")
                 scores[name][batch] = values.numpy()
         elif len(batch) == 1:
             failed[batch[0]] = f"ran out of memory on its own, at length {samples[batch[0]].encoded.length}"

@@ -55,7 +55,9 @@ def label_quality(
     scores = {column.name: torch.zeros(len(labels), device=labels.device) for column in COLUMNS}
     for z, share in zip(logits, shares, strict=True):
         stats = ops.ensemble_stats([z], labels, fields=("nll", "margin", "entropy"))
-        assert stats.nll is not None and stats.margin is not None and stats.entropy is not None
+        assert stats.nll is not None
+        assert stats.margin is not None
+        assert stats.entropy is not None
         p = (-stats.nll).exp()
         x = stats.entropy / math.log(max(2, z.shape[1])) / p.clamp(min=FLOOR)
         per_model = (p, (stats.margin + 1) / 2, torch.log1p(x) / x.clamp(min=FLOOR))

@@ -59,9 +59,7 @@ def ensemble(
     return out, prediction
 
 
-def multiply_reduce(
-    x: Tensor, y: Tensor, out: NDArray[np.float64], abs_out: NDArray[np.float64] | None = None
-) -> None:
+def multiply_reduce(x: Tensor, y: Tensor, out: NDArray[np.float64], abs_out: NDArray[np.float64] | None = None) -> None:
     """out[r] = Σ_c x[r,c]·y[r,c], and abs_out[r] = Σ_c |x[r,c]·y[r,c]|, for (R, C) tensors with adjacent columns."""
     _native.multiply_reduce(
         isa(),

@@ -89,9 +89,7 @@ def ensemble_stats(
     if weights is not None:
         weights = torch.as_tensor(weights, dtype=torch.float64, device="cpu").detach()
         if weights.shape != (len(models),):
-            raise ValueError(
-                f"weights: expected one per model, shape ({len(models)},), got {tuple(weights.shape)}"
-            )
+            raise ValueError(f"weights: expected one per model, shape ({len(models)},), got {tuple(weights.shape)}")
     stats, prediction = _ensemble_stats([z.detach() for z in models], labels, weights, ignore_index, mask)
     values = [*stats.unbind(0), prediction]
     return EnsembleStats(**{f: v for i, (f, v) in enumerate(zip(FIELDS, values, strict=True)) if mask >> i & 1})

@@ -54,9 +54,7 @@ class Scatter:
         grads = wide(self.grads)
         rows = grads.new_zeros(len(keys), grads.shape[-1])
         rows.index_put_((place.flatten(),), grads.flatten(0, 1), accumulate=True)
-        return grads.new_zeros(len(grads)).index_put_(
-            (keys // stride,), rows.square().sum(1), accumulate=True
-        )
+        return grads.new_zeros(len(grads)).index_put_((keys // stride,), rows.square().sum(1), accumulate=True)
 
     def dense(self, shape: Sequence[int]) -> Tensor:
         grads = wide(self.grads)
@@ -168,9 +166,7 @@ class PerSampleGradient:
 
     def __post_init__(self) -> None:
         if not self.terms:
-            raise ValueError(
-                "a PerSampleGradient needs at least one term; a parameter without uses has gradient 0"
-            )
+            raise ValueError("a PerSampleGradient needs at least one term; a parameter without uses has gradient 0")
         object.__setattr__(self, "terms", _merge(self.terms, self.shape))
 
     def dot(self, direction: Tensor) -> Tensor:

@@ -86,9 +86,7 @@ def find_rule(module: nn.Module) -> Rule | str:
     rule = _RULES.get(type(module)) or _by_class_name(module)
     if rule is None:
         return f"no exact formula is known for {type(module).__module__}.{type(module).__qualname__}"
-    if extra := sorted(
-        name for name, _ in module.named_parameters(recurse=False) if name not in ("weight", "bias")
-    ):
+    if extra := sorted(name for name, _ in module.named_parameters(recurse=False) if name not in ("weight", "bias")):
         return f"it has parameters that a plain {type(module).__name__} has not: {', '.join(extra)}"
     return rule.refusal(module) or rule
 

@@ -28,9 +28,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     trainable = [p for p in model.parameters() if p.requires_grad]
     try:
         for module, _ in training:
-            module.training = (
-                False  # not eval(): models override it, and it could not be undone module by module
-            )
+            module.training = False  # not eval(): models override it, and it could not be undone module by module
         for parameter in trainable:
             parameter.requires_grad_(False)
         yield
@@ -137,9 +135,7 @@ class Recorder:
                 inputs = inputs.expand(self.size, *inputs.shape[1:])
             return ((inputs,), {}) if args else ((), dict.fromkeys(kwargs, inputs))
 
-        def after(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-        ) -> Tensor | None:
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
             if self._recording:
                 self._check_call(tap, self._the_input(tap, args, kwargs), output)
             tapped = output
@@ -198,9 +194,7 @@ class Recorder:
     def _fold(self, name: str) -> None:
         """Hand the parameter's gradient to the reductions that name it, and free what nobody else needs."""
         calls = self._calls.pop(name)
-        wanting = [
-            (key, reduction) for key, reduction in self.reductions.items() if name in reduction.parameters
-        ]
+        wanting = [(key, reduction) for key, reduction in self.reductions.items() if name in reduction.parameters]
         if wanting:
             terms = [
                 call.tap.rule.term(call.tap.module, local, call.checked_inputs(), call.grads)
@@ -220,9 +214,7 @@ class Recorder:
     def _add(self, key: str, name: str, value: Tensor) -> None:
         if value.shape != (self.size,):
             shape = tuple(value.shape)
-            raise ValueError(
-                f"reduction {key!r} gave shape {shape} for parameter {name!r}; expected ({self.size},)"
-            )
+            raise ValueError(f"reduction {key!r} gave shape {shape} for parameter {name!r}; expected ({self.size},)")
         total = self.reduced[key]
         dtype = torch.promote_types(total.dtype, value.dtype)
         self.reduced[key] = total.to(dtype) + value.to(total.device)

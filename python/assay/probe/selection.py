@@ -156,9 +156,7 @@ def _trainable(model: nn.Module) -> list[_Trainable]:
         for local, parameter in module._parameters.items():  # a parameter may have two names in one module
             if parameter is not None:
                 uses[id(parameter)].append(_Use(tuple(names), module, local))
-    return [
-        _Trainable(name, p, tuple(uses[id(p)])) for name, p in model.named_parameters() if p.requires_grad
-    ]
+    return [_Trainable(name, p, tuple(uses[id(p)])) for name, p in model.named_parameters() if p.requires_grad]
 
 
 def _check_matches(model: nn.Module, trainable: Sequence[_Trainable], glob: str) -> None:

@@ -53,20 +53,13 @@ class Check:
         Raises:
             RuntimeError: a parameter's gradients differ.
         """
-        norms = {
-            name: float(torch.linalg.vector_norm(g, dtype=torch.float64))
-            for name, g in self.gradients.items()
-        }
+        norms = {name: float(torch.linalg.vector_norm(g, dtype=torch.float64)) for name, g in self.gradients.items()}
         if not all(math.isfinite(norm) for norm in norms.values()):
             return False
         largest = max(norms.values(), default=0.0)
         for name, norm in norms.items():
             dots = self.dots.get(name)
-            terms = (
-                torch.zeros_like(self.weights)
-                if dots is None
-                else self.weights * dots.to(self.weights.device)
-            )
+            terms = torch.zeros_like(self.weights) if dots is None else self.weights * dots.to(self.weights.device)
             found, magnitude = float(terms.double().sum()), float(terms.double().abs().sum())
             slack = self.tolerance * (norm**2 + magnitude) + self.tolerance / 25 * norm * largest
             if abs(found - norm**2) > slack:

@@ -71,9 +71,7 @@ def kmeans(table: pa.Table, by: str, keep: Keep | None = None) -> Selection:
 def _two_values(score: Worth) -> Floats:
     finite: Floats = score.values[np.isfinite(score.values)]
     if len(finite) < 2 or finite.min() == finite.max():
-        raise ValueError(
-            f"by={score.name!r} cannot be split in two; of its {len(finite)} finite scores no two differ"
-        )
+        raise ValueError(f"by={score.name!r} cannot be split in two; of its {len(finite)} finite scores no two differ")
     return finite
 
 

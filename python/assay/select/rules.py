@@ -110,9 +110,7 @@ def _rows(amount: Amount, total: int) -> int:
             raise ValueError(f"amount={amount}: expected at least 0 rows")
         return min(amount, total)
     if not 0 <= amount <= 1:
-        raise ValueError(
-            f"amount={amount}: a share lies between 0.0 and 1.0; for a number of rows pass an int"
-        )
+        raise ValueError(f"amount={amount}: a share lies between 0.0 and 1.0; for a number of rows pass an int")
     return math.floor(amount * total + 0.5)
 
 

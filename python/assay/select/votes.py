@@ -22,9 +22,7 @@ def average(tables: Sequence[pa.Table], by: str) -> pa.Table:
     first = tables[0]
     for number, table in enumerate(tables[1:], start=1):
         if not (table["row"].equals(first["row"]) and table["id"].equals(first["id"])):
-            raise ValueError(
-                f"tables[{number}] holds other rows than tables[0]; average the scores of one corpus"
-            )
+            raise ValueError(f"tables[{number}] holds other rows than tables[0]; average the scores of one corpus")
     mean = np.mean([table[by].to_numpy() for table in tables], axis=0, dtype=np.float64).astype(np.float32)
     schema = pa.schema([first.schema.field(name) for name in ("row", "id", by)])
     return pa.Table.from_arrays([first["row"], first["id"], pa.array(mean, from_pandas=False)], schema=schema)
@@ -39,9 +37,7 @@ def vote(selections: Sequence[Selection]) -> Selection:
     accuracies. Voters must err apart: filters of one score at two thresholds are one opinion twice.
     """
     if len(selections) < 3:
-        raise ValueError(
-            f"{len(selections)} votes: the accuracies of fewer than three voters cannot be told apart"
-        )
+        raise ValueError(f"{len(selections)} votes: the accuracies of fewer than three voters cannot be told apart")
     lengths = {len(selection.mask) for selection in selections}
     if len(lengths) > 1:
         raise ValueError(f"the votes cover {sorted(lengths)} rows; they must be about the same table")

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from assay.ops import _backend, _native
-from assay.ops.grad_dot import check_factors, wide_dtype
+from assay.ops.dot import check_factors, wide_dtype
 
 # Intermediate tiles stay this small, so that the reduction finds them in cache.
 TILE_BYTES = 1 << 20

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -150,6 +151,17 @@ def test_version_help_doctor(capsys):
 def run_command(*arguments: str, **options) -> subprocess.Popen:
     command = [sys.executable, "-m", "assay", *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_every_process_writes_the_same_bytes(project):
+    """Nothing may hang on the order of a set, which Python shuffles anew in every process."""
+    written = []
+    for seed in ("0", "1"):
+        process = run_command("score", "recipe.yaml", "--quiet", env=os.environ | {"PYTHONHASHSEED": seed})
+        assert process.communicate(timeout=60) == ("", "")
+        written.append(project.tables())
+        shutil.rmtree(project.scores)
+    assert written[0] == written[1]
 
 
 def test_an_interrupt_leaves_whole_tables_and_says_how_to_go_on(project):

@@ -201,7 +201,8 @@ class FeatureEncoder:
 
     def collate(self, data: Sequence[tuple[npt.NDArray[np.float32], int]]) -> tuple[torch.Tensor, torch.Tensor]:
         inputs = np.stack([features for features, _ in data]).reshape(len(data), *self._shape)
-        return torch.from_numpy(inputs), torch.tensor([label for _, label in data], dtype=torch.int64)
+        # A copy of torch's own making: numpy aligns to 16 bytes, and a matrix product may round by alignment.
+        return torch.from_numpy(inputs).clone(), torch.tensor([label for _, label in data], dtype=torch.int64)
 
 
 def attempt(check: Callable[..., T], *arguments: Any) -> T | BadRow:

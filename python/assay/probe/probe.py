@@ -97,7 +97,7 @@ class Probe:
         if factors is None and self._reductions:
             factors = ()
         kept = tapped_parameters(model, factors, skip_unsupported)
-        wanted = set(_wanted(kept, self._reductions))
+        wanted = dict.fromkeys(_wanted(kept, self._reductions))
         self._taps = make_taps(model, wanted)
         self._keep = [tap.layer for tap in self._taps if not set(kept).isdisjoint(tap.parameters.values())]
         self._pooling = None if embeddings is None else Pooling(model, embeddings)

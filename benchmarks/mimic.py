@@ -56,20 +56,17 @@ def main() -> None:
 
     method = GradMimic(model, reference, task)
     direction = {name: method.direction[name] for name in tapped_parameters(model)}
-    with (
-        Probe(model, task, reductions={"mimic": Dot(direction)}, logits=False) as probe,
-        Scorer([method]) as scorer,
-    ):
-        timings = timing.interleave(
-            {
-                "training step": train,
-                "forward + backward, no weight gradients": forward_backward,
-                "mimic of all layers": lambda: probe(batch),
-                "GradMimic (with the reference's forward)": lambda: scorer(batch),
-            },
-            rounds=9,
-        )
-        coverage = probe.coverage
+    probe, scorer = Probe(model, task, reductions={"mimic": Dot(direction)}, logits=False), Scorer([method])
+    timings = timing.interleave(
+        {
+            "training step": train,
+            "forward + backward, no weight gradients": forward_backward,
+            "mimic of all layers": lambda: probe(batch),
+            "GradMimic (with the reference's forward)": lambda: scorer(batch),
+        },
+        rounds=9,
+    )
+    coverage = probe.coverage
     step = timings["training step"].median
     table = Table(title=f"GPT-2 shape, 6 layers × 384, batch 8 × 256, float32; {coverage:.1%} of the parameters tapped")
     for heading in ("", "median ms", "÷ training step"):

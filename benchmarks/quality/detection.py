@@ -72,9 +72,7 @@ def one(noise: float, seed: int) -> dict[str, float]:
         found[name] = float(roc_auc_score(wrong[:POOL], -table["mimic"].to_numpy()))
         found[f"correlation: {name}"] = correlation
         if name == "mimic":
-            found["reference_loss (control)"] = float(
-                roc_auc_score(wrong[:POOL], table["reference_loss"].to_numpy())
-            )
+            found["reference_loss (control)"] = float(roc_auc_score(wrong[:POOL], table["reference_loss"].to_numpy()))
             found["rho"] = float(roc_auc_score(wrong[:POOL], -table["rho"].to_numpy()))
     return found
 

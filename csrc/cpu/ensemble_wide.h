@@ -15,47 +15,61 @@ constexpr float REACH = 8.f;
 // entropies carries an error of about 2e-7 (1 + entropy), and models that agree would drown in it.
 constexpr double SMALL_INFORMATION = 1e-3;
 
-// One model's columns of one block: sums of e^(z-base) and (z-base) e^(z-base).
+// One model's columns of one block: its maximum m, and sums of e^(z-base) and (z-base) e^(z-base).
 struct Partial {
-  double d, s;
-  float base, m;
+  double d, s, base;
+  float m;
 };
 
 // One model's whole row.
 struct RowModel {
-  double entropy, log_py;
+  double entropy, log_py, rest;  // rest: 1 - p_y
   int64_t top;
   float m, scale;  // w e^(z - m) / sum e^(z - m) = scale e^(z - m)
 };
 
-// The mixture over one block, the label's column left out of `rest`, `squares` and `top_other`.
+// The mixture over one block, the label's column left out of `squares` and `top_other`.
 struct MixturePartial {
-  double entropy, rest, squares, divergence;
+  double entropy, squares, divergence;
   float top_other, top;
 };
 
-// The first sweep's loop over one block, relative to `base`. e: the exponentials, whole vectors; null: not kept.
+// Logits further from 0 than this are not multiplied by log2(e).
+constexpr float LARGE = 1e30f;
+
+// The first sweep's loop over one block. e: the exponentials, whole vectors; null: not kept.
+//
+// FINITE takes one operation for the exponent: t = z log2(e) - shift in one rounding, so that e^(z - base) has exactly
+// base = shift / log2(e), whatever the rounding of `shift`. -inf makes its sum s NaN. Otherwise z - base is formed
+// first and clamped, and only NaN gives NaN.
 template <bool FINITE, bool KEEP, class T>
-ASSAY_INLINE Partial exponentials(const T* z, int64_t n, float base, float* e) {
+ASSAY_INLINE Partial exponentials(const T* z, int64_t n, float about, float* e) {
   constexpr int W = Vec::W;
-  const Vec zero = splat(0.f), vbase = splat(base), low = splat(-INF);
+  constexpr int64_t AHEAD = 8192;  // bytes: two blocks
+  const float shift = about * LOG2E;
+  const Vec zero = splat(0.f), low = splat(-INF), log2e = splat(LOG2E), vshift = splat(shift), vbase = splat(about);
   Vec d[4] = {zero, zero, zero, zero}, s[4] = {zero, zero, zero, zero}, m[4] = {low, low, low, low};
-  auto add = [&](Vec logit, int j, float* to, bool finite) __attribute__((always_inline)) {
-    const Vec x = finite ? logit - vbase : clamp_exponent(logit - vbase), p = exp_finite(x);
+  auto add = [&](Vec logit, int j, float* to) __attribute__((always_inline)) {
+    const Vec t = FINITE ? fms(logit, log2e, vshift) : clamp_exponent(logit - vbase) * log2e, p = exp2(t);
     d[j] = d[j] + p;
-    s[j] = fma(x, p, s[j]);
+    s[j] = fma(t, p, s[j]);
     m[j] = max(logit, m[j]);  // NaN is dropped here and comes back through the sums
     if (KEEP) store(to, p);
   };
   int64_t i = 0;
   for (; i + 4 * W <= n; i += 4 * W) {
     for (int64_t line = 0; line < static_cast<int64_t>(4 * W * sizeof(T)); line += 64)
-      prefetch(reinterpret_cast<const char*>(z + i) + line + 2048);
+      prefetch_l2(reinterpret_cast<const char*>(z + i) + line + AHEAD);
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) add(load(z + i + j * W), j, e + i + j * W, FINITE);
+    for (int j = 0; j < 4; ++j) add(load(z + i + j * W), j, e + i + j * W);
   }
-  for (; i < n; i += W) add(load_first(z + i, n - i, -INF), 0, e + i, false);
-  return {sum((d[0] + d[1]) + (d[2] + d[3])), sum((s[0] + s[1]) + (s[2] + s[3])), base,
+  // Past the last column stands a logit so low that its exponential is 0, but not -inf.
+  for (; i < n; i += W) {
+    const Vec tail = load_first(z + i, n - i, FINITE ? about - 200.f : -INF);
+    add(tail, 0, e + i);
+  }
+  const double log2e_used = static_cast<double>(LOG2E), base = FINITE ? shift / log2e_used : about;
+  return {sum((d[0] + d[1]) + (d[2] + d[3])), sum((s[0] + s[1]) + (s[2] + s[3])) / log2e_used, base,
           maximum(max(max(m[0], m[1]), max(m[2], m[3])))};
 }
 
@@ -65,7 +79,7 @@ Partial partial(const T* z, int64_t n, float* e) {
   Vec first = splat(-INF);
   for (int64_t i = 0; i < 4 * W && i < n; i += W) first = max(load_first(z + i, n - i, -INF), first);
   const float base = maximum(first);
-  if (base > -INF && base < INF) {
+  if (base > -LARGE && base < LARGE) {
     const Partial p = exponentials<true, KEEP>(z, n, base, e);
     if (p.m - base <= REACH && p.s == p.s) return p;  // -inf and NaN make s NaN
   }
@@ -88,11 +102,12 @@ int64_t first_equal(const T* z, int64_t n, float value) {
 struct WideScratch {
   Scratch<Partial> partials;         // (K, blocks)
   Scratch<float> inverse;            // (K, blocks): e * inverse is the model's probability
+  Scratch<float> scale;              // (blocks, K): e * scale is its share of the mixture's
   Scratch<float> e;                  // (K, blocks, BLOCK): e^(z - base), 0 beyond the last column
   Scratch<RowModel> models;          // (K,)
   Scratch<MixturePartial> mixtures;  // (blocks,)
   WideScratch(int64_t K, int64_t blocks)
-      : partials(K * blocks), inverse(K * blocks), e(K * blocks * BLOCK), models(K), mixtures(blocks) {}
+      : partials(K * blocks), inverse(K * blocks), scale(K * blocks), e(K * blocks * BLOCK), models(K), mixtures(blocks) {}
 };
 
 template <class T>
@@ -156,13 +171,16 @@ class WideRow {
     double d = 0, t = 0;
     for (int64_t b = 0; b < blocks; ++b) {
       // A block of nothing but -inf has sums of 0 relative to a base that means nothing.
-      const double shift = p[b].m == -INF ? 0 : static_cast<double>(p[b].base) - m, r = std::exp(shift);
+      const double shift = p[b].m == -INF ? 0 : p[b].base - m, r = std::exp(shift);
       d += r * p[b].d;
       t += r * (p[b].s + shift * p[b].d);
       inverse[b] = static_cast<float>(r);
     }
     if (!(d > 0)) return false;  // NaN
-    for (int64_t b = 0; b < blocks; ++b) inverse[b] = static_cast<float>(inverse[b] / d);
+    for (int64_t b = 0; b < blocks; ++b) {
+      inverse[b] = static_cast<float>(inverse[b] / d);
+      s.scale[b * a.K + k] = static_cast<float>(a.weights[k] * inverse[b]);
+    }
     RowModel& out = s.models[k];
     const double log_d = std::log(d);
     out.entropy = log_d - t / d;
@@ -175,6 +193,7 @@ class WideRow {
     if (label >= 0) {
       const double zy = to_float(row_pointer<T>(a, k, n)[label * a.col_strides[k]]);
       out.log_py = (zy - m) - log_d;
+      out.rest = (d - std::exp(zy - m)) / d;
     }
     return true;
   }
@@ -212,9 +231,9 @@ class WideRow {
   template <int U>
   ASSAY_INLINE void mixture(int64_t b, int64_t i, Vec (&p)[U]) const {
     for (int j = 0; j < U; ++j) p[j] = splat(0.f);
-    for (int64_t k = 0; k < a.K; ++k) {
-      const float* e = s.e.p + (k * blocks + b) * BLOCK + i;
-      const Vec scale = splat(static_cast<float>(a.weights[k]) * s.inverse[k * blocks + b]);
+    const float *e = s.e.p + b * BLOCK + i, *scales = s.scale.p + b * a.K;
+    for (int64_t k = 0; k < a.K; ++k, e += blocks * BLOCK) {
+      const Vec scale = splat(scales[k]);
 #pragma GCC unroll 4
       for (int j = 0; j < U; ++j) p[j] = fma(load(e + j * Vec::W), scale, p[j]);
     }
@@ -242,7 +261,7 @@ class WideRow {
     constexpr int W = Vec::W, U = 4;
     const int64_t y = label - b * BLOCK;
     const Vec zero = splat(0.f);
-    Vec entropy = zero, rest = zero, squares = zero, top_other = zero;
+    Vec entropy = zero, squares = zero, top_other = zero;
     float py = 0;
     for (int64_t i = 0; i < columns(b); i += U * W) {
       const int64_t vectors = (columns(b) - i + W - 1) / W;
@@ -270,23 +289,22 @@ class WideRow {
       }
 #pragma GCC unroll 4
       for (int j = 0; j < U; ++j) {
-        rest = rest + p[j];
         squares = fma(p[j], p[j], squares);
         top_other = max(p[j], top_other);
       }
     }
     if (y >= 0 && y < BLOCK) p_label = py;
     const float other = maximum(top_other);
-    return {sum(entropy), sum(rest), sum(squares), 0, other, other > py ? other : py};
+    return {sum(entropy), sum(squares), 0, other, other > py ? other : py};
   }
 
   void write_mixture_fields() {
     double entropy = 0, rest = 0, squares = 0;
     float top_other = 0, top = 0;
+    for (int64_t k = 0; label >= 0 && k < a.K; ++k) rest += a.weights[k] * s.models[k].rest;
     for (int64_t b = 0; b < blocks; ++b) {
       const MixturePartial& x = s.mixtures[b];
       entropy += x.entropy;
-      rest += x.rest;
       squares += x.squares;
       top_other = x.top_other > top_other ? x.top_other : top_other;
       top = x.top > top ? x.top : top;

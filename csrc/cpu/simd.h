@@ -67,17 +67,21 @@ ASSAY_INLINE Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
 ASSAY_INLINE Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
 ASSAY_INLINE Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
 ASSAY_INLINE Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
-ASSAY_INLINE Vec fms(Vec a, Vec b, Vec c) { return {a.v * b.v - c.v}; }
+ASSAY_INLINE Vec fms(Vec a, Vec b, Vec c) {  // one rounding, as the others: the product is exact in double
+  return {static_cast<float>(static_cast<double>(a.v) * b.v - c.v)};
+}
 ASSAY_INLINE Vec abs(Vec a) { return {std::fabs(a.v)}; }
 ASSAY_INLINE Vec sqrt(Vec a) { return {std::sqrt(a.v)}; }
 ASSAY_INLINE Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }  // b if either is NaN
-ASSAY_INLINE Vec round(Vec a) { return {std::nearbyint(a.v)}; }
 ASSAY_INLINE Mask operator==(Vec a, Vec b) { return {a.v == b.v}; }
 ASSAY_INLINE Mask operator<(Vec a, Vec b) { return {a.v < b.v}; }
 ASSAY_INLINE Vec select(Mask m, Vec yes, Vec no) { return m.m ? yes : no; }
 ASSAY_INLINE uint32_t bits(Mask m) { return m.m; }
-ASSAY_INLINE Vec scale_by_power_of_two(Vec a, Vec n) {  // n is whole or NaN, < 128
-  return {n.v < -126.f ? 0.f : a.v * bits_to_float(static_cast<uint32_t>(static_cast<int32_t>(n.v == n.v ? n.v : 0.f) + 127) << 23)};
+ASSAY_INLINE Vec fraction(Vec t) { return {t.v - std::floor(t.v)}; }
+ASSAY_INLINE Vec scale_by_power_of_two(Vec a, Vec t) {  // a 2^floor(t), 0 if that is below 2^-126
+  if (t.v < -126.f) return {0.f};
+  const int32_t n = t.v == t.v ? static_cast<int32_t>(std::floor(t.v)) : 0;
+  return {a.v * bits_to_float(static_cast<uint32_t>(n + 127) << 23)};
 }
 // a = 2^exponent * mantissa with mantissa in [sqrt(1/2), sqrt(2)), for normal a > 0
 ASSAY_INLINE void split(Vec a, Vec& exponent, Vec& mantissa) {
@@ -130,13 +134,14 @@ ASSAY_INLINE Vec fms(Vec a, Vec b, Vec c) { return {_mm256_fmsub_ps(a.v, b.v, c.
 ASSAY_INLINE Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.f), a.v)}; }
 ASSAY_INLINE Vec sqrt(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
 ASSAY_INLINE Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }  // b if either is NaN
-ASSAY_INLINE Vec round(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 ASSAY_INLINE uint32_t bits(Mask m) { return static_cast<uint32_t>(_mm256_movemask_ps(m.m)); }
-ASSAY_INLINE Vec scale_by_power_of_two(Vec a, Vec n) {  // n is whole or NaN, < 128
-  const __m256i e = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
-  const __m256 tiny = _mm256_cmp_ps(n.v, _mm256_set1_ps(-126.f), _CMP_LT_OQ);
+ASSAY_INLINE Vec fraction(Vec t) { return {_mm256_sub_ps(t.v, _mm256_floor_ps(t.v))}; }
+ASSAY_INLINE Vec scale_by_power_of_two(Vec a, Vec t) {  // a 2^floor(t), 0 if that is below 2^-126
+  const __m256i n = _mm256_cvtps_epi32(_mm256_floor_ps(t.v));
+  const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23);
+  const __m256 tiny = _mm256_cmp_ps(t.v, _mm256_set1_ps(-126.f), _CMP_LT_OQ);
   // NaN converts to INT_MIN, whose power is finite here: NaN in `a` survives the product
-  return {_mm256_andnot_ps(tiny, _mm256_mul_ps(a.v, _mm256_castsi256_ps(e)))};
+  return {_mm256_andnot_ps(tiny, _mm256_mul_ps(a.v, _mm256_castsi256_ps(power)))};
 }
 ASSAY_INLINE void split(Vec a, Vec& exponent, Vec& mantissa) {
   const __m256i u = _mm256_castps_si256(a.v);
@@ -219,14 +224,12 @@ ASSAY_INLINE Vec fms(Vec a, Vec b, Vec c) { return {_mm512_fmsub_ps(a.v, b.v, c.
 ASSAY_INLINE Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
 ASSAY_INLINE Vec sqrt(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
 ASSAY_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }  // b if either is NaN
-ASSAY_INLINE Vec round(Vec a) {
-  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-}
 ASSAY_INLINE Mask operator==(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)}; }
 ASSAY_INLINE Mask operator<(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
 ASSAY_INLINE Vec select(Mask m, Vec yes, Vec no) { return {_mm512_mask_mov_ps(no.v, m.m, yes.v)}; }
 ASSAY_INLINE uint32_t bits(Mask m) { return m.m; }
-ASSAY_INLINE Vec scale_by_power_of_two(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+ASSAY_INLINE Vec fraction(Vec t) { return {_mm512_reduce_ps(t.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}; }
+ASSAY_INLINE Vec scale_by_power_of_two(Vec a, Vec t) { return {_mm512_scalef_ps(a.v, t.v)}; }  // a 2^floor(t)
 ASSAY_INLINE void split(Vec a, Vec& exponent, Vec& mantissa) {
   const __m512i u = _mm512_castps_si512(a.v);
   const __m512i e = _mm512_srai_epi32(_mm512_sub_epi32(u, _mm512_set1_epi32(0x3f3504f3)), 23);
@@ -267,20 +270,23 @@ ASSAY_INLINE float lane(const Vec& a, int i) {
   return f;
 }
 
-// e^x, NaN for NaN, exactly 1 for 0, 0 below about e^-104; x must not be -inf and not exceed 88. With n the whole number
-// next to x log2(e) and f the rest in one rounding, 2^f by a degree-5 minimax polynomial with constant term 1 (relative
-// error 9.2e-8, Lawson iteration) and an exact scaling by 2^n.
-ASSAY_INLINE Vec exp_finite(Vec x) {
-  const Vec t = x * splat(1.44269504f), n = round(t), f = t - n;
-  Vec p = fma(f, splat(1.32646600e-3f), splat(9.67150735e-3f));
-  p = fma(f, p, splat(5.55073418e-2f));
-  p = fma(f, p, splat(2.40222424e-1f));
-  p = fma(f, p, splat(6.93146984e-1f));
+// 2^t for t < 128, 0 below about 2^-150, NaN for NaN. With f in [0, 1) what t exceeds the whole number below it by, 2^f
+// by a degree-5 minimax polynomial with constant term 1, so that 2^0 is exactly 1 (relative error 8.3e-8, Lawson
+// iteration), and an exact scaling.
+ASSAY_INLINE Vec exp2(Vec t) {
+  const Vec f = fraction(t);
+  Vec p = fma(f, splat(1.867128326e-3f), splat(9.017034009e-3f));
+  p = fma(f, p, splat(5.579991048e-2f));
+  p = fma(f, p, splat(2.401644509e-1f));
+  p = fma(f, p, splat(6.931513117e-1f));
   p = fma(f, p, splat(1.f));
-  return scale_by_power_of_two(p, n);
+  return scale_by_power_of_two(p, t);
 }
 
-// With -inf too, whose result is exactly 0. max(a, b) in this order lets NaN through.
+constexpr float LOG2E = 1.44269504f, LN2 = 0.693147181f;
+
+// e^x for finite x < 88; with the clamp, -inf is exactly 0 too. max(a, b) in this order lets NaN through.
+ASSAY_INLINE Vec exp_finite(Vec x) { return exp2(x * splat(LOG2E)); }
 ASSAY_INLINE Vec clamp_exponent(Vec x) { return max(splat(-110.f), x); }
 ASSAY_INLINE Vec exp(Vec x) { return exp_finite(clamp_exponent(x)); }
 
@@ -299,7 +305,7 @@ ASSAY_INLINE Vec log(Vec x) {
   p = fma(f, p, splat(3.333418562e-01f));
   p = fma(f, p, splat(-4.999998796e-01f));
   p = fma(f, p, splat(1.000000000e+00f));
-  return fma(f, p, e * splat(0.693147181f));
+  return fma(f, p, e * splat(LN2));
 }
 
 }  // namespace assay::ASSAY_ISA

@@ -37,16 +37,14 @@ def score(
     Raises:
         ValueError: ids and samples differ in number, or two methods give a column of the same name.
     """
-    parts: list[dict[str, Tensor]] = []
-    with Scorer(methods, verify=verify) as scorer:
-        parts.extend(scorer(batch) for batch in batches)
-        columns, metadata = scorer.columns, scorer.metadata()
-    scores = {c.name: _concatenate([part[c.name] for part in parts]) for c in columns}
+    scorer = Scorer(methods, verify=verify)
+    parts = [scorer(batch) for batch in batches]
+    scores = {c.name: _concatenate([part[c.name] for part in parts]) for c in scorer.columns}
     count = len(next(iter(scores.values()))) if scores else 0
     names = [str(i) for i in (ids if ids is not None else range(count))]
     if len(names) != count:
         raise ValueError(f"ids: expected one per sample, {count}, got {len(names)}")
-    return make_table(np.arange(count), names, scores, columns, {"methods": metadata})
+    return make_table(np.arange(count), names, scores, scorer.columns, {"methods": scorer.metadata()})
 
 
 def _concatenate(parts: list[Tensor]) -> np.ndarray[Any, Any]:

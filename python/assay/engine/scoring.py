@@ -59,8 +59,7 @@ class Workshop:
     def columns(self) -> list[Column]:
         """The columns of every table. An EngineError if the methods refuse the models, or one another."""
         try:
-            with Scorer(self.methods()) as scorer:  # entering it taps the models, which may be refused too
-                return scorer.columns
+            return Scorer(self.methods()).columns  # it taps the models, which may be refused too
         except (ValueError, TypeError) as error:
             raise EngineError(f"methods: {error}") from error
 
@@ -90,8 +89,8 @@ def score_shard(
     with shard_errors():
         before = shard.fingerprint()
     reader = RowReader(shard, workshop.encoder, workshop.recipe.corpus.id_column)
+    scorer = Scorer(workshop.methods(), verify=verify)
     with (
-        Scorer(workshop.methods(), verify=verify) as scorer,
         tempfile.TemporaryFile() as scores_spool,
         tempfile.TemporaryFile() as quarantine_spool,
     ):

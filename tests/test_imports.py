@@ -100,3 +100,10 @@ def test_native_library_is_not_linked_to_torch_or_openmp() -> None:
     assert "torch" not in libraries
     assert "gomp" not in libraries
     assert "cuda" not in libraries
+
+
+def test_command_without_its_extra_says_what_to_install() -> None:
+    code = "import sys; sys.modules['typer'] = None; from assay.__main__ import main; sys.exit(main())"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert run.stderr == "assay: the command needs typer; it comes with `pip install 'assay[cli]'`\n"

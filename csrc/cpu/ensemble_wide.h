@@ -13,7 +13,7 @@ constexpr float REACH = 8.f;
 
 // Mutual information below this, relative to 1 + entropy, is recomputed as a KL divergence: the difference of
 // entropies carries an error of about 2e-7 (1 + entropy), and models that agree would drown in it.
-constexpr double SMALL_INFORMATION = 1e-3;
+constexpr double SMALL_INFORMATION = 1e-4;
 
 // One model's columns of one block: its maximum m, and sums of e^(z-base) and (z-base) e^(z-base).
 struct Partial {

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "_lazy": set(),
     "_native": set(),
     "ops": {"_native"},
-    "tasks": set(),
+    "tasks": {"ops"},
     "probe": {"ops", "tasks"},
     "corpus": {"_lazy"},
     "select": {"_lazy"},

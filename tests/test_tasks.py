@@ -292,3 +292,24 @@ def test_contrastive_errors_say_what_was_found() -> None:
         Contrastive().forward(Fixed(torch.zeros(2, 3)), batch)
     with pytest.raises(ValueError, match=r"\(2, 3\) and text_embeds of shape \(3, 3\)"):
         Contrastive().forward(Fixed((torch.zeros(2, 3), torch.zeros(3, 3), 1.0)), batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_row_losses_and_their_gradient_are_cross_entropys(dtype: torch.dtype) -> None:
+    """Offsets, impossible labels and ignored rows among them."""
+    logits = (5 * torch.randn(40, 300)).to(dtype)
+    logits[3] += 1000
+    labels = torch.randint(300, (40,))
+    logits[5, labels[5]] = -torch.inf
+    logits[6, (labels[6] + 1) % 300] = -torch.inf
+    labels[7] = tasks.IGNORE
+    ours, theirs = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    weights = torch.rand(40, dtype=torch.float64)
+    losses = row_losses(ours, labels)
+    (losses * weights.to(losses.dtype)).sum().backward()
+    want = F.cross_entropy(theirs, labels, reduction="none", ignore_index=tasks.IGNORE)
+    (want * weights).sum().backward()
+    torch.testing.assert_close(losses.double(), want.detach(), rtol=2e-6, atol=2e-6)
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 2e-6
+    assert ours.grad is not None
+    torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=tolerance, atol=tolerance)

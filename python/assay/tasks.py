@@ -15,10 +15,12 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from assay import ops
+
 IGNORE = -100
 """The label of a row at which nothing is predicted."""
 
-_CHUNK = 1 << 24  # logits held in float32 at a time: 64 MiB
+_CHUNK = 1 << 19  # logits worked on at a time: 2 MiB of float32 stay in cache from one operation to the next
 
 
 @dataclass(frozen=True)
@@ -288,22 +290,23 @@ class Contrastive:
 
 
 class _RowLosses(torch.autograd.Function):
-    """Cross entropy of rows in float32 or wider that keeps the logits as they are and one normaliser per row.
+    """Cross entropy of rows in float32 or wider that keeps the logits as they are and two numbers per row.
 
-    ``F.cross_entropy(logits.float())`` would keep two more tensors of the logits' size.
+    ``F.cross_entropy(logits.float())`` would keep two more tensors of the logits' size; here the gradient is the only
+    one, written in place.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
-        peak = logits.new_empty(len(logits), dtype=torch.promote_types(logits.dtype, torch.float32))
-        spread, losses = torch.empty_like(peak), torch.empty_like(peak)
-        for part in _row_parts(logits):
-            z = _wide(logits[part])
-            peak[part] = z.amax(1)
-            centred = z - peak[part, None]
-            spread[part] = centred.exp().sum(1).log()
-            target = labels[part].clamp(min=0)[:, None]
-            losses[part] = spread[part] - centred.gather(1, target)[:, 0]
+        losses = ops.ensemble_stats([logits], labels, ignore_index=IGNORE, fields=("nll",)).nll
+        assert losses is not None
+        peak = _wide(logits.amax(1) if logits.numel() else logits.new_zeros(len(logits)))
+        target = logits.gather(1, labels.clamp(min=0)[:, None])[:, 0]
+        # log Σ e^z as (maximum, log of the rest): under a large common offset their sum would lose digits
+        spread = losses + (_wide(target) - peak)
+        impossible = target == -torch.inf  # ∞ − ∞: an infinite loss has a gradient all the same
+        if bool(impossible.any()):
+            spread[impossible] = (_wide(logits[impossible]) - peak[impossible, None]).exp().sum(1).log()
         ctx.save_for_backward(logits, labels, peak, spread)
         return losses.masked_fill(labels == IGNORE, 0)
 
@@ -313,10 +316,14 @@ class _RowLosses(torch.autograd.Function):
         (outer,) = outputs
         grads = torch.empty_like(logits)
         for part in _row_parts(logits):
-            probability = (_wide(logits[part]) - peak[part, None] - spread[part, None]).exp()
+            wide = grads[part] if grads.dtype == peak.dtype else torch.empty_like(grads[part], dtype=peak.dtype)
+            torch.sub(logits[part], peak[part, None], out=wide)
+            wide.sub_(spread[part, None]).exp_()
             target = labels[part].clamp(min=0)[:, None]
-            probability.scatter_add_(1, target, probability.new_full((1, 1), -1).expand_as(target))
-            grads[part] = (probability * outer[part, None]).masked_fill(labels[part, None] == IGNORE, 0)
+            wide.scatter_add_(1, target, wide.new_full((1, 1), -1).expand_as(target))
+            wide.mul_(outer[part, None]).masked_fill_(labels[part, None] == IGNORE, 0)
+            if wide.dtype != grads.dtype:
+                grads[part] = wide
         return grads, None
 
 

@@ -33,6 +33,9 @@ def interleave(variants: Mapping[str, Callable[[], Any]], *, rounds: int = 15, w
     samples: dict[str, list[float]] = {name: [] for name in variants}
     for i in range(warmup + rounds):
         for name, run in variants.items():
+            # torch.compile's kernels bring an OpenMP runtime of their own, whose threads spin for a while after each
+            # call; whoever comes next would pay for that.
+            time.sleep(0.01)
             start = time.perf_counter()
             run()
             elapsed = time.perf_counter() - start

@@ -16,7 +16,7 @@ namespace {
 constexpr float INF = std::numeric_limits<float>::infinity();
 constexpr float NaN = std::numeric_limits<float>::quiet_NaN();
 
-// Up to here a tile of lanes x K x C floats (8 models: 128 KB with AVX-512) stays in L2.
+// Up to here a tile of 2 x lanes x K x C floats (8 models: 256 KB with AVX-512) stays in L2.
 constexpr int64_t NARROW_MAX_C = 256;
 
 // Uninitialised scratch. Not std::vector: its functions would be shared with units compiled for other processors.

@@ -52,10 +52,10 @@ struct NarrowModels {
   Vec bad;  // NaN where a model's distribution is undefined, else 0
 };
 
-// Per-model sweep: turns the logits in z (K x C) into e^(z - max) in place; inverse[k] = 1 / sum.
+// Per-model sweep: turns the logits in z (K x C) into x = z - max in place, with e^x in e; inverse[k] = 1 / sum e^x.
 template <class T>
-NarrowModels narrow_models(const EnsembleArgs& a, int64_t n0, int64_t rows, const int64_t* y, Vec* z, Vec* inverse,
-                           Vec* log_py, Vec* top) {
+NarrowModels narrow_models(const EnsembleArgs& a, int64_t n0, int64_t rows, const int64_t* y, Vec* z, Vec* e,
+                           Vec* inverse, Vec* log_d, Vec* log_py, Vec* top) {
   constexpr int W = Vec::W;
   const Vec zero = splat(0.f);
   NarrowModels r{zero, zero, zero, zero, zero, zero};
@@ -63,7 +63,7 @@ NarrowModels narrow_models(const EnsembleArgs& a, int64_t n0, int64_t rows, cons
   for (int i = 0; i < W; ++i) label[i] = static_cast<float>(y[i]);
   const Vec vlabel = load(label);
 
-  for (int64_t k = 0; k < a.K; ++k, z += a.C) {
+  for (int64_t k = 0; k < a.K; ++k, z += a.C, e += a.C) {
     load_tile<T>(a, k, n0, rows, z);
     const char* ahead = next_tile<T>(a, k, n0);
     for (int i = 0; i < W; ++i) zy[i] = y[i] >= 0 ? lane(z[y[i]], i) : 0.f;
@@ -77,21 +77,22 @@ NarrowModels narrow_models(const EnsembleArgs& a, int64_t n0, int64_t rows, cons
       for (int64_t c = end; c-- > (end > RUN ? end - RUN : 0);) {  // downwards: the first of equal maxima comes last
         prefetch_l2(ahead + c * static_cast<int64_t>(W * sizeof(T)));
         arg = select(z[c] == m, splat(static_cast<float>(c)), arg);
-        const Vec x = clamp_exponent(z[c] - base), e = exp_finite(x);
-        run_d = run_d + e;
-        run_s = fma(x, e, run_s);
-        z[c] = e;
+        const Vec x = clamp_exponent(z[c] - base), p = exp_finite(x);
+        run_d = run_d + p;
+        run_s = fma(x, p, run_s);
+        z[c] = x;
+        e[c] = p;
       }
       d = d + run_d;
       s = s + run_s;
     }
     r.bad = select(empty, splat(NaN), fma(zero, d, r.bad));  // 0 * NaN and 0 * inf are NaN
-    const Vec log_d = log(d);
+    log_d[k] = log(d);
     const float w = static_cast<float>(a.weights[k]);
     inverse[k] = splat(1.f) / d;
-    log_py[k] = (load(zy) - base) - log_d;
+    log_py[k] = (load(zy) - base) - log_d[k];
     top[k] = arg;
-    r.expected_entropy = fma(splat(w), log_d - s * inverse[k], r.expected_entropy);
+    r.expected_entropy = fma(splat(w), log_d[k] - s * inverse[k], r.expected_entropy);
     if (w > 0.f) r.mean_nll = r.mean_nll - splat(w) * log_py[k];
     r.agreement = r.agreement + select(arg == vlabel, splat(w), zero);
   }
@@ -121,10 +122,11 @@ struct NarrowMixture {
   Vec entropy, information, confidence, prediction, p_label, rest, squares, top_other;
 };
 
-// The mixture's statistics from e^(z - max): one pass over the columns, all models of a column at hand.
-NarrowMixture narrow_mixture(const EnsembleArgs& a, const int64_t* y, const Vec* e, const Vec* inverse, Vec* scale) {
+// The mixture's statistics from x = z - max and e^x: one pass over the columns, all models of a column at hand.
+NarrowMixture narrow_mixture(const EnsembleArgs& a, const int64_t* y, const Vec* x, const Vec* e, const Vec* inverse,
+                             const Vec* log_d, Vec* scale) {
   constexpr int W = Vec::W;
-  const Vec zero = splat(0.f), one = splat(1.f);
+  const Vec zero = splat(0.f);
   float label[W];
   for (int i = 0; i < W; ++i) label[i] = static_cast<float>(y[i]);
   const Vec vlabel = load(label);
@@ -143,16 +145,17 @@ NarrowMixture narrow_mixture(const EnsembleArgs& a, const int64_t* y, const Vec*
     }
     Vec p = zero;
     for (int64_t k = 0; k < a.K; ++k) p = fma(e[k * a.C + c], scale[k], p);
-    run_entropy = run_entropy - p * log(p);
+    const Vec log_p = log(p);
+    run_entropy = run_entropy - p * log_p;
     if (information) {
-      // sum_k w_k p_k log(p_k / p), term by term never negative: w_k p (q log q - q + 1) with q = p_k / p
-      const Vec reciprocal = select(p < splat(1e-37f), zero, one / p);
+      // sum_k w_k p_k log(p_k / p): log p_k = x_k - log d_k is at hand, no logarithm needed. Never negative in a column
+      // by Jensen's inequality; what rounding leaves below 0 is cut.
       Vec sum = zero;
       for (int64_t k = 0; k < a.K; ++k) {
-        const Vec q = e[k * a.C + c] * inverse[k] * reciprocal;
-        sum = fma(splat(static_cast<float>(a.weights[k])), fma(q, log(q), one - q), sum);
+        const int64_t i = k * a.C + c;
+        sum = fma(e[i] * scale[k], (x[i] - log_d[k]) - log_p, sum);
       }
-      run_information = fma(p, max(sum, zero), run_information);
+      run_information = run_information + max(sum, zero);
     }
     const Vec index = splat(static_cast<float>(c));
     const Mask higher = r.confidence < p, is_label = vlabel == index;
@@ -174,7 +177,8 @@ NarrowMixture narrow_mixture(const EnsembleArgs& a, const int64_t* y, const Vec*
 template <class T>
 void narrow_tile(const EnsembleArgs& a, int64_t n0, int64_t rows, Vec* scratch) {
   constexpr int W = Vec::W;
-  Vec *z = scratch, *inverse = z + a.K * a.C, *log_py = inverse + a.K, *top = log_py + a.K, *scale = top + a.K;
+  Vec *z = scratch, *e = z + a.K * a.C, *inverse = e + a.K * a.C, *log_d = inverse + a.K, *log_py = log_d + a.K,
+      *top = log_py + a.K, *scale = top + a.K;
   int64_t y[W];
   bool ignored[W] = {};
   for (int64_t i = 0; i < W; ++i) {
@@ -182,8 +186,8 @@ void narrow_tile(const EnsembleArgs& a, int64_t n0, int64_t rows, Vec* scratch) 
     ignored[i] = a.labels && i < rows && label == a.ignore_index;
     y[i] = ignored[i] ? -1 : label;
   }
-  const NarrowModels models = narrow_models<T>(a, n0, rows, y, z, inverse, log_py, top);
-  const NarrowMixture mix = narrow_mixture(a, y, z, inverse, scale);
+  const NarrowModels models = narrow_models<T>(a, n0, rows, y, z, e, inverse, log_d, log_py, top);
+  const NarrowMixture mix = narrow_mixture(a, y, z, e, inverse, log_d, scale);
 
   const Vec bad = models.bad;
   float labelled[W];
@@ -225,7 +229,7 @@ void narrow(const EnsembleArgs& a) {
   // A piece of work is about 64 KB of logits: small enough to share out, large enough to be worth handing over.
   const int64_t grain = 1 + 65536 / (W * a.K * a.C * 4);
   parallel(tiles, grain, a.threads, [&](Pieces& pieces) {
-    Scratch<Vec> scratch(a.K * (a.C + 4));
+    Scratch<Vec> scratch(a.K * (2 * a.C + 5));
     for (int64_t begin, end; pieces.next(begin, end);) {
       for (int64_t t = begin; t < end; ++t) {
         const int64_t n0 = t * W;

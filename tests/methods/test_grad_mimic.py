@@ -76,7 +76,7 @@ def test_scale_and_sign_of_the_direction() -> None:
 
 
 def test_is_the_first_order_term_of_the_excess_loss() -> None:
-    """‖v‖·m → loss − reference loss as v → 0 (methods.md, section 2)."""
+    """‖v‖·m → loss − reference loss as v → 0."""
     model, reference, x, y = models()
     near = copy.deepcopy(model)
     with torch.no_grad():

@@ -15,7 +15,7 @@ from assay.ops import ensemble
 from assay.ops.ensemble import FIELDS, LABEL_FIELDS, EnsembleStats, ensemble_stats
 
 FLOAT_FIELDS = FIELDS[:-1]
-TOLERANCE = 2e-6  # of DESIGN's numeric contract, times max(1, |value|)
+TOLERANCE = 2e-6  # of the numeric contract in docs/architecture.md, times max(1, |value|)
 
 
 def reference64(

@@ -17,7 +17,7 @@ ROOT = Path(assay.__file__).parent
 MAY_IMPORT = {
     "_lazy": set(),
     "_native": set(),
-    "ops": {"_native"},
+    "ops": {"_native", "kernels"},
     "tasks": {"ops"},
     "probe": {"ops", "tasks"},
     "corpus": {"_lazy"},

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from assay.ops import _cuda
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 
@@ -38,22 +42,53 @@ def _check(name: str, where: str) -> str:
     return name
 
 
-def choose(op: str, tensor: Tensor) -> str:
-    """The backend for one call: ``"cpu"`` or ``"reference"``. ``tensor`` stands for the op's inputs."""
+def choose(op: str, tensor: Tensor, gpu: Literal["triton", "cuda"]) -> str:
+    """The backend for one call: ``"cpu"``, ``"reference"``, or ``gpu``, the kind of GPU kernel that the op has.
+
+    ``tensor`` stands for the op's inputs. float64 has no kernels: it runs the reference.
+    """
     name = _chosen.get()
     if name is None:
         name = _check(os.environ.get("ASSAY_BACKEND", "auto"), "ASSAY_BACKEND")
-    native = tensor.device.type == "cpu" and tensor.dtype != torch.float64
+    if name == "reference":
+        return name
+    device, double = tensor.device.type, tensor.dtype == torch.float64
     if name == "auto":
-        if tensor.device.type != "cpu" and op not in _told:
-            _told.add(op)
-            _log.warning("%s has no kernel for %s tensors in this version: using plain torch", op, tensor.device.type)
-        return "cpu" if native else "reference"
-    if name == "cpu" and not native:
-        raise ValueError(
-            f"{op}: the cpu backend takes float32, bfloat16 and float16 CPU tensors, "
-            f"got {tensor.dtype} on {tensor.device}; use backend 'auto' or 'reference'"
-        )
-    if name in ("triton", "cuda"):
-        raise ValueError(f"{op}: there is no {name} kernel in this version; use backend 'auto', 'cpu' or 'reference'")
+        return "reference" if double else "cpu" if device == "cpu" else _on_gpu(op, device, gpu)
+    if name == "cpu":
+        if double or device != "cpu":
+            raise _unfit(op, name, "CPU", tensor)
+        return name
+    if name != gpu:
+        raise ValueError(f"{op}: its GPU kernel is {gpu}, there is none in {name}; use backend 'auto' or {gpu!r}")
+    interpreted = name == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if double or (device != "cuda" and not interpreted):
+        raise _unfit(op, name, "CUDA", tensor)
+    if reason := _missing(gpu):
+        raise RuntimeError(f"{op}: backend {name!r} cannot run: {reason}")
     return name
+
+
+def _unfit(op: str, name: str, device: str, tensor: Tensor) -> ValueError:
+    return ValueError(
+        f"{op}: the {name} backend takes float32, bfloat16 and float16 {device} tensors, "
+        f"got {tensor.dtype} on {tensor.device}; use backend 'auto' or 'reference'"
+    )
+
+
+def _on_gpu(op: str, device: str, gpu: str) -> str:
+    """``gpu``, or ``"reference"`` with one logged line that says why and what to do."""
+    reason = _missing(gpu) if device == "cuda" else f"there are no kernels for {device} tensors"
+    if reason is None:
+        return gpu
+    if op not in _told:
+        _told.add(op)
+        _log.warning("%s runs in plain torch: %s", op, reason)
+    return "reference"
+
+
+def _missing(gpu: str) -> str | None:
+    """Why this kind of GPU kernel cannot run here, and what to do; None if it can."""
+    if gpu == "cuda":
+        return _cuda.missing()
+    return None if importlib.util.find_spec("triton") else "triton is not installed; pip install 'assay[gpu]'"

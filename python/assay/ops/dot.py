@@ -73,7 +73,7 @@ def wide_dtype(*tensors: Tensor) -> torch.dtype:
 @torch.library.custom_op("assay::grad_dot", mutates_args=())
 def _grad_dot(inputs: Tensor, grads: Tensor, direction: Tensor) -> Tensor:
     wide = wide_dtype(inputs, grads, direction)
-    if _backend.choose("grad_dot", inputs.new_empty(0, dtype=wide)) == "reference":
+    if _backend.choose("grad_dot", inputs.new_empty(0, dtype=wide), "triton") == "reference":
         return reference(inputs, grads, direction)
     return _cpu(inputs, grads, direction)
 

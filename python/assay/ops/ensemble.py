@@ -156,7 +156,7 @@ def _ensemble_stats(
                     f"got {int(labels[row])} in row {row}"
                 )
     share = _normalise(weights, len(logits))
-    if _backend.choose("ensemble_stats", logits[0]) == "cpu":
+    if _backend.choose("ensemble_stats", logits[0], "cuda") == "cpu":
         return _native.ensemble(logits, None if labels is None else labels.contiguous(), share, ignore_index, fields)
     stats, prediction = reference(logits, labels, share, ignore_index)
     return stats.to(torch.float64 if logits[0].dtype == torch.float64 else torch.float32), prediction

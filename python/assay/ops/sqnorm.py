@@ -45,7 +45,7 @@ def grad_sqnorm(inputs: Tensor, grads: Tensor) -> Tensor:
 @torch.library.custom_op("assay::grad_sqnorm", mutates_args=())
 def _grad_sqnorm(inputs: Tensor, grads: Tensor) -> Tensor:
     wide = wide_dtype(inputs, grads)
-    if _backend.choose("grad_sqnorm", inputs.new_empty(0, dtype=wide)) == "reference":
+    if _backend.choose("grad_sqnorm", inputs.new_empty(0, dtype=wide), "triton") == "reference":
         return reference(inputs, grads)
     return _cpu(inputs, grads)
 

@@ -40,6 +40,29 @@ struct EnsembleArgs {
   bool wants(Field f) const { return fields >> f & 1; }
 };
 
+// out = hidden weightᵀ + bias, for rows few beside C
+struct LinearArgs {
+  const float* hidden_t;      // (D, padded_rows): the rows transposed, zeros past the last
+  int64_t rows, padded_rows;  // padded to a multiple of 16
+  const void* weight;         // (C, D)
+  DType weight_dtype;
+  int64_t C, D, weight_stride;  // between rows, in elements; columns are adjacent
+  const float* bias;            // (C,) or null
+  float* out;                   // (rows, C)
+  int64_t out_stride;
+  int32_t threads;
+};
+
+// logits -> softmax - onehot(label) in place, zeros in ignored rows
+struct ResidualArgs {
+  float* logits;  // (rows, C)
+  int64_t rows, C, stride;
+  const int64_t* labels;  // (rows,): each is in [0, C) or equals ignore_index
+  int64_t ignore_index;
+  double* sqnorm;  // (rows,)
+  int32_t threads;
+};
+
 // out[r] = sum_c x[r, c] * y[r, c], abs_out[r] = sum_c |x[r, c] * y[r, c]|
 struct MultiplyReduceArgs {
   const void* x;
@@ -56,7 +79,9 @@ struct MultiplyReduceArgs {
 struct Kernels {
   const char* isa;
   void (*ensemble)(const EnsembleArgs&);
+  void (*linear)(const LinearArgs&);
   void (*multiply_reduce)(const MultiplyReduceArgs&);
+  void (*residual)(const ResidualArgs&);
 };
 
 // Instruction sets compiled into this build, best last; `supported` says whether this processor runs it.

@@ -62,6 +62,41 @@ void multiply_reduce(const std::string& isa, Address x, int x_dtype, int64_t x_s
   k.multiply_reduce(args);
 }
 
+void linear(const std::string& isa, Address hidden_t, int64_t rows, int64_t padded_rows, Address weight,
+            int weight_dtype, int64_t C, int64_t D, int64_t weight_stride, Address bias, Address out,
+            int64_t out_stride, int threads) {
+  const assay::Kernels& k = kernels(isa);
+  const assay::LinearArgs args{reinterpret_cast<const float*>(hidden_t),
+                               rows,
+                               padded_rows,
+                               reinterpret_cast<const void*>(weight),
+                               static_cast<DType>(weight_dtype),
+                               C,
+                               D,
+                               weight_stride,
+                               reinterpret_cast<const float*>(bias),
+                               reinterpret_cast<float*>(out),
+                               out_stride,
+                               threads};
+  py::gil_scoped_release release;
+  k.linear(args);
+}
+
+void residual(const std::string& isa, Address logits, int64_t rows, int64_t C, int64_t stride, Address labels,
+              int64_t ignore_index, Address sqnorm, int threads) {
+  const assay::Kernels& k = kernels(isa);
+  const assay::ResidualArgs args{reinterpret_cast<float*>(logits),
+                                 rows,
+                                 C,
+                                 stride,
+                                 reinterpret_cast<const int64_t*>(labels),
+                                 ignore_index,
+                                 reinterpret_cast<double*>(sqnorm),
+                                 threads};
+  py::gil_scoped_release release;
+  k.residual(args);
+}
+
 std::vector<std::pair<std::string, bool>> instruction_sets() {
   assay::Isa list[4];
   const int n = assay::isa_list(list);
@@ -75,6 +110,8 @@ std::vector<std::pair<std::string, bool>> instruction_sets() {
 PYBIND11_MODULE(_native, m) {
   m.doc() = "assay's CPU kernels. Use assay.ops, which checks what these take on trust.";
   m.def("ensemble", &ensemble);
+  m.def("linear", &linear);
   m.def("multiply_reduce", &multiply_reduce);
+  m.def("residual", &residual);
   m.def("instruction_sets", &instruction_sets, "(name, supported by this processor), best last");
 }

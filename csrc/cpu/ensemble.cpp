@@ -3,11 +3,11 @@
 // Two shapes of the same computation. Narrow rows (C <= NARROW_MAX_C): one row per SIMD lane, so that ten classes fill
 // the vectors as well as a hundred thousand do. Wide rows: one row at a time in blocks of columns.
 #include <cmath>
-#include <cstdlib>
 #include <limits>
 
 #include "kernels.h"
 #include "parallel.h"
+#include "scratch.h"
 #include "simd.h"
 
 namespace assay::ASSAY_ISA {
@@ -18,21 +18,6 @@ constexpr float NaN = std::numeric_limits<float>::quiet_NaN();
 
 // Up to here a tile of 2 x lanes x K x C floats (8 models: 256 KB with AVX-512) stays in L2.
 constexpr int64_t NARROW_MAX_C = 256;
-
-// Uninitialised scratch. Not std::vector: its functions would be shared with units compiled for other processors.
-template <class T>
-struct Scratch {
-  T* p;
-  explicit Scratch(int64_t n) {
-    const size_t bytes = (static_cast<size_t>(n) * sizeof(T) + 63) / 64 * 64;
-    p = static_cast<T*>(std::aligned_alloc(64, bytes ? bytes : 64));
-    if (!p) std::abort();  // a few hundred KB
-  }
-  ~Scratch() { std::free(p); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  T& operator[](int64_t i) const { return p[i]; }
-};
 
 void write_nan(const EnsembleArgs& a, int64_t n) {
   for (int f = 0; f < NUM_FLOAT_FIELDS; ++f)

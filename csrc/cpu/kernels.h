@@ -5,5 +5,7 @@
 
 namespace assay::ASSAY_ISA {
 void ensemble(const EnsembleArgs&);
+void linear(const LinearArgs&);
 void multiply_reduce(const MultiplyReduceArgs&);
+void residual(const ResidualArgs&);
 }  // namespace assay::ASSAY_ISA

@@ -29,3 +29,29 @@ def multiply_reduce(
     threads: int,
 ) -> None: ...
 def instruction_sets() -> list[tuple[str, bool]]: ...
+def linear(
+    isa: str,
+    hidden_t: int,
+    rows: int,
+    padded_rows: int,
+    weight: int,
+    weight_dtype: int,
+    C: int,
+    D: int,
+    weight_stride: int,
+    bias: int,
+    out: int,
+    out_stride: int,
+    threads: int,
+) -> None: ...
+def residual(
+    isa: str,
+    logits: int,
+    rows: int,
+    C: int,
+    stride: int,
+    labels: int,
+    ignore_index: int,
+    sqnorm: int,
+    threads: int,
+) -> None: ...

@@ -21,7 +21,7 @@ TOLERANCE = 2e-6  # of the numeric contract in docs/architecture.md, times max(1
 def reference64(
     logits: list[Tensor], labels: Tensor | None, weights: list[float] | None = None
 ) -> tuple[dict[str, Tensor], Tensor]:
-    share = ensemble._normalise(None if weights is None else torch.tensor(weights).double(), len(logits))
+    share = ensemble.normalise(None if weights is None else torch.tensor(weights).double(), len(logits))
     stats, prediction = ensemble.reference([z.double() for z in logits], labels, share)
     return dict(zip(FLOAT_FIELDS, stats, strict=True)), prediction
 
@@ -30,7 +30,7 @@ def assert_contract(logits: list[Tensor], labels: Tensor | None, weights: list[f
     """|result − f64| ≤ max(|torch in float32 − f64|, 2e-6 · max(1, |f64|)) everywhere, and NaN where f64 has NaN."""
     got = ensemble_stats(logits, labels, weights=weights)
     want, _ = reference64(logits, labels, weights)
-    share = ensemble._normalise(None if weights is None else torch.tensor(weights).double(), len(logits))
+    share = ensemble.normalise(None if weights is None else torch.tensor(weights).double(), len(logits))
     torch32 = dict(zip(FLOAT_FIELDS, ensemble.reference([z.float() for z in logits], labels, share)[0], strict=True))
     for field in FLOAT_FIELDS:
         value, exact = getattr(got, field).double(), want[field]

@@ -6,6 +6,19 @@ float32, bfloat16 or float16 in (float64 runs the reference), any strides; float
 from assay.ops._native import build_info
 from assay.ops.dot import grad_dot
 from assay.ops.ensemble import EnsembleStats, ensemble_stats
+from assay.ops.head import HeadScores, head_scores, linear_cross_entropy, linear_ensemble_stats
+from assay.ops.sketch import Kronecker
 from assay.ops.sqnorm import grad_sqnorm
 
-__all__ = ["EnsembleStats", "build_info", "ensemble_stats", "grad_dot", "grad_sqnorm"]
+__all__ = [
+    "EnsembleStats",
+    "HeadScores",
+    "Kronecker",
+    "build_info",
+    "ensemble_stats",
+    "grad_dot",
+    "grad_sqnorm",
+    "head_scores",
+    "linear_cross_entropy",
+    "linear_ensemble_stats",
+]

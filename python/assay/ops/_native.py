@@ -77,6 +77,54 @@ def multiply_reduce(x: Tensor, y: Tensor, out: NDArray[np.float64], abs_out: NDA
     )
 
 
+# Lanes of the widest instruction set: `linear` wants its rows padded to a multiple.
+LANES = 16
+
+
+def pack_rows(hidden: Tensor) -> Tensor:
+    """(rows, D) of any dtype and strides -> (D, padded rows) float32, as ``linear`` reads it."""
+    rows, features = hidden.shape
+    packed = torch.zeros(features, -(-rows // LANES) * LANES)
+    packed[:, :rows] = hidden.T
+    return packed
+
+
+def linear(packed: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out = hidden weightᵀ + bias: ``pack_rows(hidden)``, (C, D) with adjacent columns, (C,) float32, (rows, C)."""
+    _native.linear(
+        isa(),
+        packed.data_ptr(),
+        out.shape[0],
+        packed.shape[1],
+        weight.data_ptr(),
+        _DTYPES[weight.dtype],
+        weight.shape[0],
+        weight.shape[1],
+        weight.stride(0),
+        0 if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        out.stride(0),
+        threads(),
+    )
+
+
+def residual(logits: Tensor, labels: Tensor, ignore_index: int) -> NDArray[np.float64]:
+    """Logits (R, C) float32 become softmax − onehot(label) in place, 0 in ignored rows; returns squared norms (R,)."""
+    sqnorm = np.zeros(logits.shape[0])
+    _native.residual(
+        isa(),
+        logits.data_ptr(),
+        logits.shape[0],
+        logits.shape[1],
+        logits.stride(0),
+        labels.data_ptr(),
+        ignore_index,
+        sqnorm.ctypes.data,
+        threads(),
+    )
+    return sqnorm
+
+
 def build_info() -> dict[str, Any]:
     """What this build holds and what this processor runs: the facts that ``assay doctor`` prints."""
     sets = _native.instruction_sets()

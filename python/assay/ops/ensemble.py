@@ -77,22 +77,40 @@ def ensemble_stats(
     """
     models = _check_logits(logits)
     n, _ = models[0].shape
-    mask = _check_fields(fields)
+    mask = check_fields(fields)
     device = models[0].device
-    if labels is not None:
-        if labels.dtype != torch.int64 or labels.shape != (n,) or labels.device != device:
-            raise TypeError(
-                f"labels: expected int64 of shape ({n},) on {device}, "
-                f"got {labels.dtype} of shape {tuple(labels.shape)} on {labels.device}"
-            )
-        labels = labels.detach()
-    if weights is not None:
-        weights = torch.as_tensor(weights, dtype=torch.float64, device="cpu").detach()
-        if weights.shape != (len(models),):
-            raise ValueError(f"weights: expected one per model, shape ({len(models)},), got {tuple(weights.shape)}")
+    labels = check_labels(labels, n, device)
+    weights = check_weights(weights, len(models))
     stats, prediction = _ensemble_stats([z.detach() for z in models], labels, weights, ignore_index, mask)
+    return pack_stats(stats, prediction, mask)
+
+
+def pack_stats(stats: Tensor, prediction: Tensor, mask: int) -> EnsembleStats:
+    """(10, N) statistics and (N,) predictions -> the fields of ``mask``, by name."""
     values = [*stats.unbind(0), prediction]
     return EnsembleStats(**{f: v for i, (f, v) in enumerate(zip(FIELDS, values, strict=True)) if mask >> i & 1})
+
+
+def check_labels(labels: Tensor | None, n: int, device: torch.device) -> Tensor | None:
+    """The labels detached, or an error; their values are checked by ``check_range``."""
+    if labels is None:
+        return None
+    if labels.dtype != torch.int64 or labels.shape != (n,) or labels.device != device:
+        raise TypeError(
+            f"labels: expected int64 of shape ({n},) on {device}, "
+            f"got {labels.dtype} of shape {tuple(labels.shape)} on {labels.device}"
+        )
+    return labels.detach()
+
+
+def check_weights(weights: Tensor | Sequence[float] | None, models: int) -> Tensor | None:
+    """(K,) float64 on the CPU."""
+    if weights is None:
+        return None
+    weights = torch.as_tensor(weights, dtype=torch.float64, device="cpu").detach()
+    if weights.shape != (models,):
+        raise ValueError(f"weights: expected one per model, shape ({models},), got {tuple(weights.shape)}")
+    return weights
 
 
 def _check_logits(logits: Tensor | Sequence[Tensor]) -> list[Tensor]:
@@ -126,7 +144,7 @@ def _check_logits(logits: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return models
 
 
-def _check_fields(fields: Iterable[str] | None) -> int:
+def check_fields(fields: Iterable[str] | None) -> int:
     if fields is None:
         return (1 << len(FIELDS)) - 1
     if isinstance(fields, str):
@@ -144,18 +162,9 @@ def _ensemble_stats(
     logits: Sequence[Tensor], labels: Tensor | None, weights: Tensor | None, ignore_index: int, fields: int
 ) -> tuple[Tensor, Tensor]:
     """The op proper: (10, N) statistics and (N,) predictions. Values are checked here, where they are known."""
-    n, c = logits[0].shape
-    if labels is not None and n:
-        low, high = (int(x) for x in torch.aminmax(labels))
-        if low < 0 or high >= c:
-            wrong = ((labels < 0) | (labels >= c)) & (labels != ignore_index)
-            if wrong.any():
-                row = int(wrong.nonzero()[0])
-                raise IndexError(
-                    f"labels: expected values in [0, {c}) or ignore_index={ignore_index}, "
-                    f"got {int(labels[row])} in row {row}"
-                )
-    share = _normalise(weights, len(logits))
+    c = logits[0].shape[1]
+    check_range(labels, c, ignore_index)
+    share = normalise(weights, len(logits))
     if _backend.choose("ensemble_stats", logits[0], "cuda") == "cpu":
         return _native.ensemble(logits, None if labels is None else labels.contiguous(), share, ignore_index, fields)
     stats, prediction = reference(logits, labels, share, ignore_index)
@@ -171,7 +180,22 @@ def _(
     return z.new_empty(len(FIELDS) - 1, z.shape[0], dtype=dtype), z.new_empty(z.shape[0], dtype=torch.int64)
 
 
-def _normalise(weights: Tensor | None, k: int) -> list[float]:
+def check_range(labels: Tensor | None, c: int, ignore_index: int) -> None:
+    """Raise IndexError for a label that is neither in [0, c) nor ``ignore_index``."""
+    if labels is None or not labels.numel():
+        return
+    low, high = (int(x) for x in torch.aminmax(labels))
+    if low < 0 or high >= c:
+        wrong = ((labels < 0) | (labels >= c)) & (labels != ignore_index)
+        if wrong.any():
+            row = int(wrong.nonzero()[0])
+            raise IndexError(
+                f"labels: expected values in [0, {c}) or ignore_index={ignore_index}, "
+                f"got {int(labels[row])} in row {row}"
+            )
+
+
+def normalise(weights: Tensor | None, k: int) -> list[float]:
     if weights is None:
         return [1.0 / k] * k
     values: list[float] = weights.tolist()

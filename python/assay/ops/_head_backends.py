@@ -1,0 +1,190 @@
+"""How ``ops.head`` runs: in blocks of rows on the CPU, in blocks of vocabulary on a GPU, or in plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from assay.ops import _native, ensemble
+from assay.ops.ensemble import FIELDS
+from assay.ops.sketch import OUTPUT_SIDE, signs
+
+# The logits of as many rows as fit are held at a time, all models' together: with all else the op stays under 64 MB.
+SCRATCH_BYTES = 48 << 20
+# ... but no more rows than let their hidden states stay in the L2 cache.
+MAX_ROWS = 256
+# Columns of a 16-bit weight that are widened at a time.
+WIDEN_COLUMNS = 4096
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One model's output layer and what goes into it: (N, D), (C, D), (C,)."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is computed beside each other: the mask of statistics, and which functions of p − y."""
+
+    fields: int
+    directions: list[Tensor]
+    key: tuple[int, int]  # of the sketch
+    rows: int  # of the sketch; 0: none
+    sqnorm: bool
+    gradient: bool
+
+    @property
+    def residual(self) -> bool:
+        return self.sqnorm or self.gradient
+
+    def outputs(self, layers: Sequence[Layer], wide: torch.dtype) -> Outputs:
+        """What ignored rows get; an output that nobody wants is empty."""
+        k, (n, d) = len(layers), layers[0].hidden.shape
+        first = layers[0].hidden
+
+        def zeros(*shape: int, wanted: bool = True) -> Tensor:
+            return first.new_zeros(shape if wanted else (0,), dtype=wide)
+
+        return (
+            zeros(len(FIELDS) - 1, n).fill_(torch.nan),
+            first.new_full((n,), -1, dtype=torch.int64),
+            zeros(k, n, wanted=self.sqnorm),
+            zeros(k, n, wanted=len(self.directions) > 0),
+            zeros(k, n, self.rows, wanted=self.rows > 0),
+            zeros(n, d, wanted=self.gradient),
+        )
+
+
+def cpu(
+    layers: Sequence[Layer], labels: Tensor | None, share: Sequence[float], ignore_index: int, wanted: Wanted
+) -> Outputs:
+    """A block of rows at a time: its logits over the whole vocabulary, then everything that is made of them."""
+    outputs = wanted.outputs(layers, torch.float32)
+    stats, prediction, sqnorm, dot, left, gradient = outputs
+    layers = [_adjacent(layer) for layer in layers]
+    directions = [v if v.stride(1) == 1 else v.contiguous() for v in wanted.directions]
+    classes = len(layers[0].weight)
+    projection = signs(wanted.rows, classes, OUTPUT_SIDE, wanted.key).T if wanted.rows else None
+    blocks = _row_blocks(labels, len(prediction), classes * (len(layers) + bool(directions)), ignore_index)
+    scratch = torch.empty(len(layers) + bool(directions), max(map(len, blocks), default=0), classes)
+    for rows in blocks:
+        logits = scratch[:, : len(rows)]
+        packed = [_native.pack_rows(layer.hidden[rows]) for layer in layers]
+        for layer, hidden, out in zip(layers, packed, logits, strict=False):
+            _native.linear(hidden, layer.weight, layer.bias, out)
+        target = None if labels is None else labels[rows]
+        if wanted.fields:
+            models = list(logits[: len(layers)])
+            stats[:, rows], prediction[rows] = _native.ensemble(models, target, share, ignore_index, wanted.fields)
+        if not wanted.residual:
+            continue
+        assert target is not None
+        for k, layer in enumerate(layers):
+            residual = logits[k]
+            squares = torch.from_numpy(_native.residual(residual, target, ignore_index))
+            if wanted.sqnorm:
+                sqnorm[k, rows] = (squares * layer.hidden[rows].double().square().sum(1)).float()
+            if directions:
+                product = logits[-1]
+                _native.linear(packed[k], directions[k], None, product)
+                sums = torch.zeros(len(rows), dtype=torch.float64)
+                _native.multiply_reduce(residual, product, sums.numpy())
+                dot[k, rows] = sums.float()
+            if projection is not None:
+                left[k, rows] = residual @ projection
+        if wanted.gradient:
+            gradient[rows] = _times(logits[0], layers[0].weight)
+    return outputs
+
+
+def _adjacent(layer: Layer) -> Layer:
+    weight = layer.weight if layer.weight.stride(1) == 1 else layer.weight.contiguous()
+    return Layer(layer.hidden, weight, None if layer.bias is None else layer.bias.float().contiguous())
+
+
+def _row_blocks(labels: Tensor | None, n: int, floats_per_row: int, ignore_index: int) -> list[Tensor]:
+    """Indices of the rows to compute, all but the ignored ones, as many at a time as the scratch holds."""
+    rows = torch.arange(n) if labels is None else torch.nonzero(labels != ignore_index)[:, 0]
+    step = max(1, min(MAX_ROWS, SCRATCH_BYTES // (4 * floats_per_row)))
+    if step > _native.LANES:
+        step -= step % _native.LANES
+    return [rows[i : i + step] for i in range(0, len(rows), step)]
+
+
+def _times(residual: Tensor, weight: Tensor) -> Tensor:
+    """(R, C) float32 @ (C, D) in float32."""
+    if weight.dtype == torch.float32:
+        return residual @ weight
+    product = residual.new_zeros(len(residual), weight.shape[1])
+    for c in range(0, len(weight), WIDEN_COLUMNS):
+        product.addmm_(residual[:, c : c + WIDEN_COLUMNS], weight[c : c + WIDEN_COLUMNS].float())
+    return product
+
+
+def residual_blocks(layer: Layer, labels: Tensor, ignore_index: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(row indices, their p − y) for all rows that are not ignored; the block is the caller's until the next one."""
+    layer = _adjacent(layer)
+    wide = torch.promote_types(torch.promote_types(layer.hidden.dtype, layer.weight.dtype), torch.float32)
+    native = labels.device.type == "cpu" and wide == torch.float32
+    for rows in _row_blocks(labels, len(labels), len(layer.weight), ignore_index):
+        hidden, target = layer.hidden[rows], labels[rows]
+        if native:
+            residual = torch.empty(len(rows), len(layer.weight))
+            _native.linear(_native.pack_rows(hidden), layer.weight, layer.bias, residual)
+            _native.residual(residual, target, ignore_index)
+        else:
+            residual = _logits(Layer(hidden, layer.weight, layer.bias), wide).softmax(1)
+            residual[torch.arange(len(rows), device=residual.device), target] -= 1
+        yield rows, residual
+
+
+def reference(
+    layers: Sequence[Layer], labels: Tensor | None, share: Sequence[float], ignore_index: int, wanted: Wanted
+) -> Outputs:
+    """The same formulas in plain torch, with the logits; in float64 if an argument is and in float32 otherwise."""
+    tensors = [t for layer in layers for t in (layer.hidden, layer.weight)]
+    wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    outputs = wanted.outputs(layers, wide)
+    stats, prediction, sqnorm, dot, left, gradient = outputs
+    logits = [_logits(layer, wide) for layer in layers]
+    columns, predicted = ensemble.reference(logits, labels, share, ignore_index)
+    stats.copy_(columns)
+    prediction.copy_(predicted)
+    if not wanted.residual:
+        return outputs
+    assert labels is not None
+    target, ignored = labels.clamp(0, logits[0].shape[1] - 1), (labels == ignore_index)[:, None]
+    for k, (layer, z) in enumerate(zip(layers, logits, strict=True)):
+        residual = z.softmax(1) - torch.nn.functional.one_hot(target, z.shape[1])
+        residual = residual.masked_fill(ignored, 0)
+        if wanted.sqnorm:
+            sqnorm[k] = residual.square().sum(1) * layer.hidden.to(wide).square().sum(1)
+        if wanted.directions:
+            dot[k] = (residual * (layer.hidden.to(wide) @ wanted.directions[k].to(wide).T)).sum(1)
+        if wanted.rows:
+            matrix = signs(wanted.rows, z.shape[1], OUTPUT_SIDE, wanted.key, z.device)
+            left[k] = residual @ matrix.to(wide).T
+        if wanted.gradient:
+            gradient.copy_(residual @ layer.weight.to(wide))
+    return outputs
+
+
+def _logits(layer: Layer, wide: torch.dtype) -> Tensor:
+    product = layer.hidden.to(wide) @ layer.weight.to(wide).T
+    return product if layer.bias is None else product + layer.bias.to(wide)
+
+
+def triton(
+    layers: Sequence[Layer], labels: Tensor | None, share: Sequence[float], ignore_index: int, wanted: Wanted
+) -> Outputs:
+    """The fused kernels: no row of logits is ever stored."""
+    raise NotImplementedError

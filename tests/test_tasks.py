@@ -59,7 +59,7 @@ def test_nothing_here_imports_transformers() -> None:
 def test_row_losses_and_their_gradient(
     scale: float, offset: float, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tasks, "_CHUNK", chunk)
+    monkeypatch.setattr(tasks.losses, "_CHUNK", chunk)
     torch.manual_seed(0)
     logits = (torch.randn(6, 4) * scale + offset).requires_grad_()
     labels, weights = torch.tensor([0, 3, -100, 1, 1, 2]), torch.rand(6)

@@ -73,17 +73,36 @@ class Ensemble:
 
     def score(self, signals: Mapping[str, Signals]) -> dict[str, Tensor]:
         members = [signals[f"model{k}"] for k in range(len(self.models))]
+        first = members[0]
+        scores = self._fused_scores(members) or self._scores(members)
+        assert first.labels is not None
+        if first.rows is not None:
+            scores = {f: sample_means(v, first.labels, first.rows, len(first.losses)) for f, v in scores.items()}
+        return {f"{self.name}_{field}": value for field, value in scores.items()}
+
+    def _scores(self, members: Sequence[Signals]) -> dict[str, Tensor]:
         logits = []
         for k, member in enumerate(members):
             if member.logits is None or member.labels is None:
                 raise ValueError(f"Ensemble: model {k} gives no logits and labels under {type(self.task).__name__}")
             logits.append(member.logits)
-        first = members[0]
-        assert first.labels is not None
-        scores = ensemble_scores(logits, first.labels, self.weights, classes=self._per_sample)
-        if first.rows is not None:
-            scores = {f: sample_means(v, first.labels, first.rows, len(first.losses)) for f, v in scores.items()}
-        return {f"{self.name}_{field}": value for field, value in scores.items()}
+        labels = members[0].labels
+        assert labels is not None
+        return ensemble_scores(logits, labels, self.weights, classes=self._per_sample)
+
+    def _fused_scores(self, members: Sequence[Signals]) -> dict[str, Tensor] | None:
+        """The same where every model is a fused language model, whose logits are never made."""
+        layers = [member.output_layer for member in members if member.output_layer is not None]
+        if len(layers) < len(members):
+            return None
+        stats = ops.linear_ensemble_stats(
+            [layer.hidden for layer in layers],
+            [layer.weight for layer in layers],
+            members[0].labels,
+            bias=[layer.bias for layer in layers],
+            weights=self.weights,
+        )
+        return {column.name: getattr(stats, column.name) for column in STATISTICS}
 
     def metadata(self) -> dict[str, str]:
         return {"models": str(len(self.models)), "weights": str(self.weights or "equal")}

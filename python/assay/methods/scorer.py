@@ -55,7 +55,7 @@ class Scorer:
         scores: dict[str, Tensor] = {}
         for method, roles in zip(self.methods, self._roles, strict=True):
             mine: Mapping[str, Signals] = {
-                role: replace(signals[key], reduced={n: signals[key].reduced[k] for n, k in keys.items()})
+                role: signals[key].with_reduced({n: signals[key].reduced[k] for n, k in keys.items()})
                 for role, (key, keys) in roles.items()
             }
             with torch.no_grad():

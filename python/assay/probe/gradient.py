@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from assay.ops import grad_dot, grad_sqnorm
+from assay.probe.head import Head
 
 # Terms that cancel below this share of their own squared norms are multiplied out, one sample at a time.
 _CANCELLED = 1e-2
@@ -146,7 +148,7 @@ def _grouped(left: Tensor, right: Tensor) -> Outer:
     return Outer(placed, right.flatten(1, 2))
 
 
-Term = Outer | Scatter | Dense | Convolution
+Term = Outer | Scatter | Dense | Convolution | Head
 
 
 @dataclass(frozen=True)
@@ -181,11 +183,13 @@ class PerSampleGradient:
 
     def sqnorm(self) -> Tensor:
         """‖gradient of sample b‖² -> (B,), with every cross term between uses and positions."""
+        if isinstance(self.terms[0], Head) and isinstance(self.terms[-1], Scatter):
+            return self.terms[0].sqnorm(self.terms[-1].grads, self.terms[-1].ids)
         own = _total([term.sqnorm() for term in self.terms])
         if len(self.terms) == 1:
             return own
-        outer, scatter = self.terms  # the only two kinds that are not merged
-        assert isinstance(outer, Outer)
+        outer, scatter = self.terms
+        assert isinstance(outer, Outer)  # the two kinds that are not merged, beside Head and Scatter above
         assert isinstance(scatter, Scatter)
         total = own + 2 * _outer_scatter(outer, scatter)
         for b in torch.nonzero(total < _CANCELLED * own).flatten().tolist():
@@ -209,6 +213,11 @@ def _merge(terms: Sequence[Term], shape: Sequence[int]) -> tuple[Term, ...]:
         return (Dense(_total([term.dense(shape) for term in terms])),)
     merged: list[Term] = []
     terms = [term.outer() if isinstance(term, Convolution) else term for term in terms]
+    heads = [term for term in terms if isinstance(term, Head)]
+    if heads and any(isinstance(term, Outer) for term in terms):  # a weight that other layers use as well
+        terms = [Outer(term.residual(), term.hidden) if isinstance(term, Head) else term for term in terms]
+    elif heads:
+        merged.append(reduce(Head.join, heads))
     if outers := [term for term in terms if isinstance(term, Outer)]:
         merged.append(Outer(_join([o.left for o in outers]), _join([o.right for o in outers])))
     if scatters := [term for term in terms if isinstance(term, Scatter)]:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from assay.probe.gradient import Convolution, Dense, Outer, Scatter, Term, wide
+from assay.tasks.base import Lazy
 
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -34,11 +35,12 @@ class Factors:
     - ``"elementwise"``: Σ_t grads[b,t] · inputs[b,t]; ``inputs`` (B, T, D) normalised, ``grads`` (B, T, D).
       Norms.
 
-    A layer called twice in a forward pass has both calls end to end along T.
+    A layer called twice in a forward pass has both calls end to end along T. The ``grads`` of a fused output layer,
+    (B, T, vocabulary), are made when they are first read.
     """
 
     inputs: Tensor
-    grads: Tensor
+    grads: Tensor = Lazy()  # type: ignore[assignment]
     kind: Literal["outer", "scatter", "elementwise"] = "outer"
 
 

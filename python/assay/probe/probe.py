@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -16,7 +17,8 @@ from assay.probe.recording import Recorder, undisturbed
 from assay.probe.reductions import Reduction
 from assay.probe.selection import coverage, make_taps, tapped_parameters
 from assay.probe.verify import prepare_check
-from assay.tasks import Task
+from assay.tasks import OutputLayer, Outputs, Task
+from assay.tasks.base import Lazy
 
 _CHECK = "\0check"  # the key of the probe's own reduction: no user's key
 
@@ -27,21 +29,30 @@ class Signals:
 
     Attributes:
         losses: (B,) float32.
-        logits: (N, C), one row per position; None if the task has none or they were not asked for.
+        logits: (N, C), one row per position; None if the task has none or they were not asked for. With an
+            ``output_layer`` they have not been made: reading them makes them.
         labels: (N,) int64, -100 where nothing is predicted; None if the task has none.
         rows: (N,) int64, the sample that owns each row; None when row i is sample i.
         factors: by layer name. A layer that the losses do not depend on has no entry: its gradient is zero.
         embeddings: (B, D) float32, pooled inputs of the layer that was named.
         reduced: by reduction, (B,) float32 (float64 from a float64 model).
+        output_layer: what the logits of a fused language model are the product of, if they were asked for.
     """
 
     losses: Tensor
-    logits: Tensor | None = None
+    logits: Tensor | None = Lazy()  # type: ignore[assignment]
     labels: Tensor | None = None
     rows: Tensor | None = None
     factors: Mapping[str, Factors] = field(default_factory=dict)
     embeddings: Tensor | None = None
     reduced: Mapping[str, Tensor] = field(default_factory=dict)
+    output_layer: OutputLayer | None = None
+
+    def with_reduced(self, reduced: Mapping[str, Tensor]) -> Signals:
+        """The same signals with other reductions; logits that have not been made stay so."""
+        other = copy.copy(self)
+        object.__setattr__(other, "reduced", reduced)
+        return other
 
 
 class Probe:
@@ -151,13 +162,21 @@ class Probe:
             recorder.backward(outputs.losses)
         return Signals(
             losses=outputs.losses.detach(),
-            logits=outputs.logits.detach() if self._logits and outputs.logits is not None else None,
+            logits=self._kept_logits(outputs),
             labels=outputs.labels,
             rows=outputs.rows,
             factors=recorder.factors,
             embeddings=embeddings,
             reduced={key: value for key, value in recorder.reduced.items() if key != _CHECK},
+            output_layer=outputs.output_layer if self._logits else None,
         )
+
+    def _kept_logits(self, outputs: Outputs) -> Any:
+        if not self._logits:
+            return None
+        if outputs.output_layer is not None:
+            return outputs.output_layer.logits  # made when read
+        return None if outputs.logits is None else outputs.logits.detach()
 
 
 def _wanted(kept: Sequence[str], reductions: Mapping[str, Reduction]) -> list[str]:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from assay.probe.gradient import PerSampleGradient
+from assay.probe.gradient import Dense, PerSampleGradient, Term
+from assay.probe.head import Head
 from assay.probe.layers import Factors
 from assay.probe.reductions import Reduction
 from assay.probe.selection import Tap
@@ -41,13 +42,44 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 @dataclass
 class _Call:
-    """One call of a tapped layer. ``open`` counts the layer's parameters that still need it."""
+    """One call of a tapped layer. ``open`` counts the layer's parameters that still need it.
+
+    A fused output layer's ``grads`` (B, T) are those of its row losses, and ``labels`` (B, T) say of which.
+    """
 
     tap: Tap
     inputs: Tensor
     version: int
     open: int
+    labels: Tensor | None
     grads: Tensor | None = None
+
+    def factors(self) -> Factors:
+        assert self.grads is not None
+        if self.labels is None:
+            return self.tap.rule.factors(self.tap.module, self.checked_inputs(), self.grads)
+        residual: Any = self._head().residual
+        return Factors(self.checked_inputs(), residual)
+
+    def term(self, local: str) -> Term:
+        """The gradient of the layer's parameter ``local``."""
+        assert self.grads is not None
+        if self.labels is None:
+            return self.tap.rule.term(self.tap.module, local, self.checked_inputs(), self.grads)
+        head = self._head()
+        return head if local == "weight" else Dense(head.bias_gradient())
+
+    def _head(self) -> Head:
+        assert self.labels is not None
+        assert self.grads is not None
+        weight, bias = self.tap.module.weight, self.tap.module.bias
+        return Head(
+            self.checked_inputs(),
+            weight.detach(),  # type: ignore[operator]
+            None if bias is None else bias.detach(),  # type: ignore[operator]
+            self.labels,
+            self.grads,
+        )
 
     def checked_inputs(self) -> Tensor:
         if self.inputs._version != self.version:
@@ -113,11 +145,7 @@ class Recorder:
         """The kept factors; a layer that the losses do not depend on has gradient zero and no entry."""
         kept = {}
         for layer, calls in self._kept.items():
-            parts = [
-                call.tap.rule.factors(call.tap.module, call.checked_inputs(), call.grads)
-                for call in calls
-                if call.grads is not None
-            ]
+            parts = [call.factors() for call in calls if call.grads is not None]
             if len(parts) == 1:
                 kept[layer] = parts[0]
             elif parts:
@@ -175,7 +203,8 @@ class Recorder:
             )
 
     def _watch(self, tap: Tap, inputs: Tensor, output: Tensor) -> None:
-        call = _Call(tap, inputs.detach(), inputs._version, open=len(tap.parameters))
+        labels = getattr(tap.module.forward, "labels", None)  # a fused output layer's
+        call = _Call(tap, inputs.detach(), inputs._version, len(tap.parameters), labels)
         if tap.layer in self.keep:
             self._kept[tap.layer].append(call)
         for local, name in tap.parameters.items():
@@ -196,11 +225,7 @@ class Recorder:
         calls = self._calls.pop(name)
         wanting = [(key, reduction) for key, reduction in self.reductions.items() if name in reduction.parameters]
         if wanting:
-            terms = [
-                call.tap.rule.term(call.tap.module, local, call.checked_inputs(), call.grads)
-                for call, local in calls
-                if call.grads is not None
-            ]
+            terms = [call.term(local) for call, local in calls if call.grads is not None]
             if terms:
                 owner, local = calls[0][0].tap.module, calls[0][1]
                 gradient = PerSampleGradient(owner.get_parameter(local).shape, terms)

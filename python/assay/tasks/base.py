@@ -1,0 +1,131 @@
+"""What every task is made of: its outputs, its protocol, and small helpers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from assay.tasks.output_layer import OutputLayer
+
+IGNORE = -100
+"""The label of a row at which nothing is predicted."""
+
+
+class Lazy:
+    """A data class' field that may be given as a function without arguments: it is called when first read."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        if instance is None:
+            return None  # the field's default
+        value = instance.__dict__[self.name]
+        if callable(value) and not isinstance(value, Tensor):
+            value = instance.__dict__[self.name] = value()
+        return value
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        instance.__dict__[self.name] = value
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What one forward pass gives.
+
+    ``losses`` (B,) float32, with their autograd graph; ``logits`` (N, C) and ``labels`` (N,) int64, one row
+    per position, ``labels`` being -100 where nothing is predicted; ``rows`` (N,) int64, the sample that owns
+    each row, or None when row i is sample i. With an ``output_layer`` the logits have not been made: reading
+    them makes them.
+    """
+
+    losses: Tensor
+    logits: Tensor | None = Lazy()  # type: ignore[assignment]
+    labels: Tensor | None = None
+    rows: Tensor | None = None
+    output_layer: OutputLayer | None = None
+
+
+@runtime_checkable
+class Task(Protocol):
+    """Runs a model on a batch and gives per-sample losses."""
+
+    def size(self, batch: Any) -> int:
+        """The number of samples, B."""
+        ...
+
+    def to(self, batch: Any, device: torch.device) -> Any:
+        """The batch on ``device``, its tensors detached: nobody differentiates with respect to the data."""
+        ...
+
+    def forward(self, model: nn.Module, batch: Any) -> Outputs:
+        """Run ``model`` once."""
+        ...
+
+    def mask(self, batch: Any) -> Tensor | None:
+        """(B, T) bool, True at positions that hold data; None when every position does."""
+        ...
+
+
+def wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def as_bool(mask: Tensor) -> Tensor:
+    return mask != 0
+
+
+def call(model: nn.Module, x: Any) -> Any:
+    return model(**x) if isinstance(x, Mapping) else model(x)
+
+
+def logits_of(output: Any) -> Tensor:
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"the model returned {describe(output)}; expected a tensor or an object with .logits")
+    return logits
+
+
+def pair(batch: Any, task: str, form: str) -> tuple[Any, Any]:
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise TypeError(f"{task}: a batch is a pair {form}, got {describe(batch)}")
+    return batch[0], batch[1]
+
+
+def class_indices(labels: Tensor) -> Tensor:
+    if labels.is_floating_point() or labels.is_complex():
+        raise TypeError(f"labels of dtype {labels.dtype}; expected integer class indices")
+    return labels.long()
+
+
+def check_range(labels: Tensor, classes: int, ignore: int | None) -> None:
+    wrong = (labels < 0) | (labels >= classes)
+    if ignore is not None:
+        wrong &= labels != ignore
+    if bool(wrong.any()):
+        allowed = f"[0, {classes})" + (f" or {ignore}" if ignore is not None else "")
+        raise ValueError(f"label {int(labels[wrong][0])} lies outside {allowed}, the classes of the model's logits")
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        # Autograd cannot save a tensor that was made in inference mode; a copy it can.
+        return (value.clone() if value.is_inference() else value.detach()).to(device)
+    if isinstance(value, Mapping):
+        return {name: to_device(item, device) for name, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return tuple(to_device(item, device) for item in value)
+    return value
+
+
+def describe(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} with keys {sorted(map(str, value))}"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"a {type(value).__name__}"

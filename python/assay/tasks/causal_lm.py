@@ -1,0 +1,138 @@
+"""Next-token prediction."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from assay.tasks.base import IGNORE, Outputs, as_bool, check_range, describe, logits_of, to_device
+from assay.tasks.losses import row_losses
+from assay.tasks.output_layer import OutputLayer, find_output_layer, fused, remember_changed
+
+
+@dataclass(frozen=True)
+class CausalLM:
+    """Next-token prediction. Batches are mappings: ``input_ids`` (B, T), and optionally ``attention_mask``
+    (B, T), ``labels`` (B, T; default ``input_ids``) and further arguments of the model such as
+    ``position_ids``.
+
+    A sample's loss is the mean (``reduction="sum"``: the sum) over its predicted tokens: those whose label is
+    not -100 and that, with the position before them, are not padding. A sample without any has loss NaN and
+    gradient 0.
+
+    Logits keep all T positions, so that they are a view of the model's own: the label of position t is token
+    t + 1, and -100 at the last. The mask must be ones, then zeros (padding on the right): with any other the
+    model counts positions from the padding, unless the batch has ``position_ids``.
+
+    ``fused``: losses and gradients come from ``ops.linear_cross_entropy`` in place of the output layer, so that
+    no tensor of N × vocabulary is made; reading ``logits`` makes it all the same. True fuses models of
+    transformers whose output layer is a plain ``nn.Linear`` with nothing after it (a soft cap, say), and runs
+    others as they are; a name says which layer of another model is that ``nn.Linear``; False never fuses.
+    """
+
+    reduction: Literal["mean", "sum"] = "mean"
+    fused: bool | str = True
+
+    def __post_init__(self) -> None:
+        if self.reduction not in ("mean", "sum"):
+            raise ValueError(f"CausalLM: reduction {self.reduction!r}; expected 'mean' or 'sum'")
+
+    def size(self, batch: Any) -> int:
+        return self._ids(batch).shape[0]
+
+    def to(self, batch: Any, device: torch.device) -> Any:
+        return to_device(batch, device)
+
+    def forward(self, model: nn.Module, batch: Any) -> Outputs:
+        labels = self._next_tokens(batch)
+        name = self.fused if isinstance(self.fused, str) else None
+        layer = find_output_layer(model, name) if self.fused else None
+        if layer is not None:
+            check_range(labels, layer.out_features, ignore=IGNORE)
+            with fused(layer, labels) as stand_in:
+                output = logits_of(model(**self._arguments(model, batch)))
+            if stand_in.is_output(output):
+                return self._outputs(output, labels, stand_in.output_layer())
+            if name is not None:
+                raise ValueError(
+                    f"CausalLM: the model's logits are not the output of its layer {name!r}, so that it cannot be "
+                    "fused; pass fused=False"
+                )
+            remember_changed(model)
+        logits = logits_of(model(**self._arguments(model, batch)))
+        if logits.ndim != 3 or logits.shape[:2] != labels.shape:
+            raise ValueError(
+                f"CausalLM: logits of shape {tuple(logits.shape)} for input_ids of shape {tuple(labels.shape)}; "
+                "expected (B, T, vocabulary)"
+            )
+        check_range(labels, logits.shape[2], ignore=IGNORE)
+        flat = logits.flatten(0, 1)
+        return self._outputs(row_losses(flat, labels.flatten()).view(labels.shape), labels, flat)
+
+    def _outputs(self, row_losses: Tensor, labels: Tensor, logits: Tensor | OutputLayer) -> Outputs:
+        """Losses by position (B, T), 0 where nothing is predicted -> by sample."""
+        totals = row_losses.sum(1)
+        predicted = (labels != IGNORE).sum(1)
+        losses = totals / predicted.clamp(min=1) if self.reduction == "mean" else totals
+        # where() sends no gradient to what it did not choose: a NaN here harms nobody's gradient.
+        losses = torch.where(predicted > 0, losses, torch.nan).float()
+        rows = torch.arange(len(labels), device=labels.device).repeat_interleave(labels.shape[1])
+        if isinstance(logits, OutputLayer):
+            unmade: Any = logits.logits
+            return Outputs(losses, unmade, labels.flatten(), rows, logits)
+        return Outputs(losses, logits, labels.flatten(), rows)
+
+    def mask(self, batch: Any) -> Tensor:
+        ids = self._ids(batch)
+        given = batch.get("attention_mask")
+        if given is None:
+            return torch.ones_like(ids, dtype=torch.bool)
+        if given.shape != ids.shape:
+            raise ValueError(
+                f"CausalLM: attention_mask of shape {tuple(given.shape)} for input_ids of shape "
+                f"{tuple(ids.shape)}; expected the same shape, one value per token"
+            )
+        return as_bool(given)
+
+    def _ids(self, batch: Any) -> Tensor:
+        if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
+            raise TypeError(f"CausalLM: a batch is a mapping with a tensor 'input_ids', got {describe(batch)}")
+        ids: Tensor = batch["input_ids"]
+        if ids.ndim != 2:
+            raise ValueError(f"CausalLM: input_ids of shape {tuple(ids.shape)}; expected (B, T)")
+        return ids
+
+    def _next_tokens(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """(B, T): the token that each position has to predict, -100 where none."""
+        ids, mask = self._ids(batch), self.mask(batch)
+        given = batch.get("labels", ids)
+        if given.shape != ids.shape:
+            raise ValueError(
+                f"CausalLM: labels of shape {tuple(given.shape)} for input_ids of shape {tuple(ids.shape)}; "
+                "expected the same shape (they are shifted here, not by the caller)"
+            )
+        labels = torch.full_like(ids, IGNORE, dtype=torch.int64)
+        labels[:, :-1] = given[:, 1:].masked_fill(~(mask[:, 1:] & mask[:, :-1]), IGNORE)
+        return labels
+
+    def _arguments(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+        mask = self.mask(batch)
+        if "position_ids" not in batch and bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+            raise ValueError(
+                "CausalLM: a sample has padding before its tokens, so that the model would count positions "
+                "from the padding; pad on the right, or put position_ids into the batch"
+            )
+        arguments = {name: value for name, value in batch.items() if name != "labels"}
+        arguments["use_cache"] = False
+        parameters = inspect.signature(model.forward).parameters
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            # A plain module may know neither: padding on the right cannot reach a causal model's real
+            # positions.
+            for name in {"use_cache", "attention_mask"} - parameters.keys():
+                arguments.pop(name, None)
+        return arguments

@@ -1,0 +1,65 @@
+"""Cross entropy of rows of logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from assay import ops
+from assay.tasks.base import IGNORE, wide
+
+_CHUNK = 1 << 19  # logits worked on at a time: 2 MiB of float32 stay in cache from one operation to the next
+
+
+class _RowLosses(torch.autograd.Function):
+    """Cross entropy of rows in float32 or wider that keeps the logits as they are and two numbers per row.
+
+    ``F.cross_entropy(logits.float())`` would keep two more tensors of the logits' size; here the gradient is the only
+    one, written in place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        losses = ops.ensemble_stats([logits], labels, ignore_index=IGNORE, fields=("nll",)).nll
+        assert losses is not None
+        peak = wide(logits.amax(1) if logits.numel() else logits.new_zeros(len(logits)))
+        target = logits.gather(1, labels.clamp(min=0)[:, None])[:, 0]
+        # log Σ e^z as (maximum, log of the rest): under a large common offset their sum would lose digits
+        spread = losses + (wide(target) - peak)
+        impossible = target == -torch.inf  # ∞ − ∞: an infinite loss has a gradient all the same
+        if bool(impossible.any()):
+            spread[impossible] = (wide(logits[impossible]) - peak[impossible, None]).exp().sum(1).log()
+        ctx.save_for_backward(logits, labels, peak, spread)
+        return losses.masked_fill(labels == IGNORE, 0)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None]:
+        logits, labels, peak, spread = ctx.saved_tensors
+        (outer,) = outputs
+        grads = torch.empty_like(logits)
+        for part in _row_parts(logits):
+            wide = grads[part] if grads.dtype == peak.dtype else torch.empty_like(grads[part], dtype=peak.dtype)
+            torch.sub(logits[part], peak[part, None], out=wide)
+            wide.sub_(spread[part, None]).exp_()
+            target = labels[part].clamp(min=0)[:, None]
+            wide.scatter_add_(1, target, wide.new_full((1, 1), -1).expand_as(target))
+            wide.mul_(outer[part, None]).masked_fill_(labels[part, None] == IGNORE, 0)
+            if wide.dtype != grads.dtype:
+                grads[part] = wide
+        return grads, None
+
+
+def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """(N, C), (N,) int64 -> (N,): each row's cross entropy in float32 (float64 if the logits are), 0 at -100.
+
+    Labels must lie in [0, C) or be -100. One row's NaN stays in its row; an ignored row has gradient 0.
+    """
+    losses: Tensor = _RowLosses.apply(logits, labels)  # type: ignore[no-untyped-call]
+    return losses
+
+
+def _row_parts(logits: Tensor) -> list[slice]:
+    step = max(1, _CHUNK // max(1, logits.shape[1]))
+    return [slice(start, start + step) for start in range(0, len(logits), step)]

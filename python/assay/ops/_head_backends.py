@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -71,7 +72,7 @@ def cpu(
     outputs = wanted.outputs(layers, torch.float32)
     stats, prediction, sqnorm, dot, left, gradient = outputs
     layers = [_adjacent(layer) for layer in layers]
-    directions = [v if v.stride(1) == 1 else v.contiguous() for v in wanted.directions]
+    directions = [_adjacent_columns(v) for v in wanted.directions]
     classes = len(layers[0].weight)
     projection = signs(wanted.rows, classes, OUTPUT_SIDE, wanted.key).T if wanted.rows else None
     blocks = _row_blocks(labels, len(prediction), classes * (len(layers) + bool(directions)), ignore_index)
@@ -107,8 +108,8 @@ def cpu(
 
 
 def _adjacent(layer: Layer) -> Layer:
-    weight = layer.weight if layer.weight.stride(1) == 1 else layer.weight.contiguous()
-    return Layer(layer.hidden, weight, None if layer.bias is None else layer.bias.float().contiguous())
+    bias = None if layer.bias is None else layer.bias.float().contiguous()
+    return Layer(layer.hidden, _adjacent_columns(layer.weight), bias)
 
 
 def _row_blocks(labels: Tensor | None, n: int, floats_per_row: int, ignore_index: int) -> list[Tensor]:
@@ -186,5 +187,39 @@ def _logits(layer: Layer, wide: torch.dtype) -> Tensor:
 def triton(
     layers: Sequence[Layer], labels: Tensor | None, share: Sequence[float], ignore_index: int, wanted: Wanted
 ) -> Outputs:
-    """The fused kernels: no row of logits is ever stored."""
-    raise NotImplementedError
+    """The fused kernels, in the models' widest dtype, to which directions are rounded; no row of logits is stored."""
+    from assay.kernels import head
+
+    outputs = wanted.outputs(layers, torch.float32)
+    if 0 in outputs[1].shape:
+        return outputs
+    dtype = reduce(torch.promote_types, [t.dtype for layer in layers for t in (layer.hidden, layer.weight)])
+    hidden = [_adjacent_columns(layer.hidden.to(dtype)) for layer in layers]
+    weight = [_adjacent_columns(layer.weight.to(dtype)) for layer in layers]
+    bias = [layer.bias for layer in layers]
+    if not wanted.residual:
+        stats, prediction = head.statistics(hidden, weight, bias, labels, share, ignore_index, wanted.fields)
+        return stats, prediction, *outputs[2:]
+    assert labels is not None
+    if wanted.gradient:
+        nll, gradient = head.losses(hidden[0], weight[0], bias[0], labels, ignore_index, True)
+        outputs[0][0] = nll
+        return *outputs[:5], gradient
+    directions = [_adjacent_columns(v.to(dtype)) for v in wanted.directions] or None
+    keys, rows = [wanted.key] * len(layers), wanted.rows or None
+    stats, prediction, dot, squares, left = head.scores(
+        hidden, weight, bias, labels, share, ignore_index, wanted.fields, directions, keys, rows
+    )
+    sqnorm = squares * torch.stack([h.float().square().sum(1) for h in hidden])
+    return (
+        stats,
+        prediction,
+        sqnorm,
+        outputs[3] if dot is None else dot,
+        outputs[4] if left is None else left,
+        outputs[5],
+    )
+
+
+def _adjacent_columns(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()

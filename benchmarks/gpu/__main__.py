@@ -20,6 +20,7 @@ from benchmarks.kernels import ensemble, gradients, head
 from benchmarks.timing import RESULTS
 
 SECONDS_PER_CASE = 0.5  # of rounds; compiling and filling buffers come on top
+MEMORY_SHARE = 0.01  # of the logits' bytes: the contract of the ops that do not store them
 LEAST_SECONDS = 3.0  # a case is not begun with less time than this left
 
 Result = dict[str, Any]
@@ -55,6 +56,7 @@ def measure(case: Case, ceiling: ceilings.Ceilings) -> Result:
         result["peak_bytes"], result["logits_bytes"] = peak_bytes(lambda: case.run(*inputs[0])), case.logits_bytes
     if case.target:
         result["target"], result["met"] = case.target.verdict(result["fraction"], result["ratios"])
+        result["met"] &= (result.get("peak_bytes") or 0) <= MEMORY_SHARE * case.logits_bytes
     return result
 
 

@@ -37,6 +37,7 @@ class Replay:
             self.launches, self.run = len(calls), lambda: [call() for call in calls]
             return
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # a graph's pool cannot take what the allocator keeps from these calls
         self.launches = _enough_launches(calls)
         sequence = [calls[i % len(calls)] for i in range(self.launches)]
         try:

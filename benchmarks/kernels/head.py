@@ -15,11 +15,15 @@ from assay.ops import head_scores, linear_ensemble_stats
 from benchmarks.gpu import peers
 from benchmarks.gpu.case import DEVICE, Case, Target, here
 from benchmarks.kernels.ensemble import formulas
+from benchmarks.timing import interleave
 
 ONE_SWEEP = ("nll", "mean_nll", "agreement", "expected_entropy", "vote_entropy")  # the mixture's take a second one
 SKETCH = assay.Kronecker(16, 16)
 
 Tensors = Sequence[Tensor]
+
+
+CPU_ROWS, CPU_LAYER = 2048, (576, 49_152)  # SmolLM2-135M's output layer
 
 
 def logits(hidden: Tensors, weight: Tensors) -> Tensor:
@@ -51,6 +55,41 @@ def scores_eager(hidden: Tensors, weight: Tensors, y: Tensor, directions: Tensor
     dots = [((h @ v.T) * r).sum(1) for h, v, r in zip(hidden, directions, residual, strict=True)]
     norms = [r.square().sum(1) * h.float().square().sum(1) for h, r in zip(hidden, residual, strict=True)]
     return formulas(z, y), dots, norms, residual @ projection.T
+
+
+def cases() -> list[dict[str, Any]]:
+    """Two models on the CPU, against their GEMMs alone; eager's tensors of the logits' size would not all fit."""
+    torch.manual_seed(0)
+    (d, c), k = CPU_LAYER, 2
+    hidden, weight = torch.randn(k, CPU_ROWS, d), torch.randn(k, c, d) * 3 / d**0.5
+    directions, y = torch.randn(k, c, d), torch.randint(c, (CPU_ROWS,))
+    product = torch.empty(CPU_ROWS, c)
+
+    def gemms(*matrices: Tensor) -> None:
+        for matrix in matrices:
+            for h, w in zip(hidden, matrix, strict=True):
+                torch.mm(h, w.T, out=product)
+
+    runs = {
+        "linear_ensemble_stats": (lambda: linear_ensemble_stats(hidden, weight, y), lambda: gemms(weight)),
+        "head_scores": (
+            lambda: head_scores(hidden, weight, y, directions=directions, sketch=SKETCH),
+            lambda: gemms(weight, directions),
+        ),
+    }
+    return [
+        {
+            "op": op,
+            "shape": f"K={k} N={CPU_ROWS} D={d} C={c}",
+            "dtype": "float32",
+            "bound": "compute",
+            "ceiling": "its GEMMs",
+            "bytes": 4 * k * d * (CPU_ROWS + c),
+            "flops": 2 * k * CPU_ROWS * d * c * (2 if op == "head_scores" else 1),
+            "timings": interleave({"assay": run, "ceiling": ceiling}, rounds=5, warmup=1),
+        }
+        for op, (run, ceiling) in runs.items()
+    ]
 
 
 # ---- on a GPU -------------------------------------------------------------------------------------------------------

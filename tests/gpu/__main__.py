@@ -145,7 +145,7 @@ def sanitize(deadline: float) -> str:
     codes = {name: finish(process, deadline) for name, process in started.items()}
     for name, code in codes.items():
         print(f"{name}: {'out of time' if code is None else f'status {code}'}, log in {logs[name].relative_to(ROOT)}")
-    if codes["control"] != 86:
+    if "Invalid __global__ read" not in logs["control"].read_text(errors="replace"):
         tail(logs["control"])
         return "skipped: compute-sanitizer does not work here (it missed an out-of-bounds read made on purpose)"
     wrong = [name for name in TOOLS if codes[name] != 0]

@@ -7,6 +7,7 @@ variables, described in docs/gpu.md.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import shutil
 import signal
@@ -21,7 +22,7 @@ SITE = ROOT / "build" / "gpu-site"  # where the package is installed: nothing is
 REHEARSAL = os.environ.get("ASSAY_GPU_TESTS_ON") == "cpu"
 SECONDS = float(os.environ.get("GPU_SECONDS", "470"))
 SHARES = {"build": 0.27, "test": 0.30, "sanitize": 0.13, "bench": 0.30}  # of SECONDS; what is not used goes on
-GRACE = 5.0  # seconds between asking a process to finish and killing it
+GRACE = 10.0  # seconds between asking a process to finish and killing it
 TOOLS = ("memcheck", "racecheck", "initcheck")
 
 
@@ -116,7 +117,10 @@ def build_with(cuda: str, deadline: float) -> bool:
 
 
 def test(deadline: float) -> str:
-    code = call([sys.executable, "-m", "pytest", "tests/gpu", "-o", "addopts=-ra --tb=short", "-q"], deadline)
+    # Triton compiles most of this time, on one core per process. Without --strict-config, pytest-timeout may be absent.
+    parallel = ["-n", os.environ.get("GPU_TEST_PROCESSES", "4")] if importlib.util.find_spec("xdist") else []
+    command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-o", "addopts=-ra --tb=short", *parallel]
+    code = call(command, deadline)
     return "ok" if code == 0 else "FAILED: out of time" if code is None else f"FAILED: pytest's status is {code}"
 
 
@@ -181,7 +185,7 @@ def finish(process: subprocess.Popen[bytes], deadline: float) -> int | None:
     try:
         return process.wait(max(0.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGINT)
+        process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE)
         return None

@@ -4,12 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp) CMakeLists.txt
 
-.PHONY: help setup demo demo-text test pytest lint native-sanitize bench docs clean
+.PHONY: help setup demo demo-text test pytest lint native-sanitize bench gpu gpu-test gpu-bench docs clean
 help:
 	@echo "make demo        score, select and train on digits with wrong labels (under 90 s after set-up)"
 	@echo "make demo-text   find planted junk in text with SmolLM2-135M"
 	@echo "make test        lint, types, native tests under sanitizers, test suite"
 	@echo "make bench       roofline table of the kernels"
+	@echo "make gpu         on an NVIDIA GPU: build, GPU tests, sanitizers and kernel benchmark (8 minutes; docs/gpu.md)"
+	@echo "                 gpu-test and gpu-bench are its halves"
 	@echo "make docs        check that the documentation's code runs"
 
 setup: $(VENV)/.built
@@ -56,6 +58,16 @@ native-sanitize: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.kernels
+
+# With $(PYTHON)'s own torch, without a virtual environment or a network; one line where there is no GPU.
+gpu:
+	@$(PYTHON) -m tests.gpu build test sanitize bench
+
+gpu-test:
+	@$(PYTHON) -m tests.gpu build test sanitize
+
+gpu-bench:
+	@$(PYTHON) -m tests.gpu build bench
 
 docs: setup
 	$(BIN)/python -m pytest tests/test_docs.py

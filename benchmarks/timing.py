@@ -41,10 +41,11 @@ def interleave(variants: Mapping[str, Callable[[], Any]], *, rounds: int = 15, w
             elapsed = time.perf_counter() - start
             if i >= warmup:
                 samples[name].append(1e3 * elapsed)
-    return {name: _summary(values) for name, values in samples.items()}
+    return {name: summary(values) for name, values in samples.items()}
 
 
-def _summary(values: list[float]) -> Timing:
+def summary(values: list[float]) -> Timing:
+    """Median and quantiles of some milliseconds."""
     ordered = sorted(values)
     last = len(ordered) - 1
     return Timing(statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)], len(ordered))

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from assay.ops import ensemble_stats
+from benchmarks.gpu import peers
+from benchmarks.gpu.case import DEVICE, Case, Target, dtype_name, here
 from benchmarks.timing import interleave
 
 SHAPES = [  # (K, N, C): who has such logits
@@ -76,7 +78,7 @@ def cases() -> list[dict[str, Any]]:
                 {
                     "op": "ensemble_stats",
                     "shape": f"K={k} N={n} C={c}",
-                    "dtype": str(dtype).removeprefix("torch."),
+                    "dtype": dtype_name(dtype),
                     "bound": "memory",
                     "ceiling": "float32 sum",
                     "bytes": z.numel() * z.element_size(),
@@ -85,3 +87,66 @@ def cases() -> list[dict[str, Any]]:
                 }
             )
     return out
+
+
+# ---- on a GPU -------------------------------------------------------------------------------------------------------
+
+LOGITS = here(1 << 29, 1 << 14)  # per case: about 0.3 ms of a fast card's memory, several times its L2
+VOCABULARIES = here((32_000, 128_256, 151_936, 262_144), (999,))  # Llama 2, Llama 3, Qwen, Gemma
+CLASSES = here((10, 100, 1000), (10,))
+COMPILED = {(5, 128_256), (8, 100)}  # compiling costs seconds per shape
+# Per logit: maximum, difference, exponential, three sums of which two weighted, the mixture and its logarithm's share.
+# Nominal: it places these kernels on the roofline, and no ceiling is derived from it.
+OPERATIONS = 10
+
+
+def gpu_cases() -> list[Case]:
+    both = (torch.bfloat16, torch.float32)
+    wide = [_all_fields(k, c, dtype, 0.90) for dtype in both for c in VOCABULARIES for k in (1, 5, 8)]
+    narrow = [_all_fields(5, c, dtype, 0.80 if c <= 100 else 0.90) for dtype in both for c in CLASSES]
+    return wide + narrow + [_loss_alone(c) for c in VOCABULARIES]
+
+
+def _inputs(k: int, n: int, c: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Logits as language models have them: standard deviation 3, the label raised in most rows."""
+    y = torch.randint(c, (n,), device=DEVICE)
+    z = torch.empty(k, n, c, dtype=dtype, device=DEVICE).normal_(std=3)
+    raised = (9 + 3 * torch.randn(k, n, 1, device=DEVICE)).to(dtype)
+    return z.scatter_(2, y[None, :, None].expand(k, n, 1), raised), y
+
+
+def _all_fields(k: int, c: int, dtype: torch.dtype, share_of_read: float) -> Case:
+    n = max(8, LOGITS // (k * c))
+    return Case(
+        op="ensemble_stats",
+        shape=f"K={k} N={n} C={c}",
+        dtype=dtype,
+        bytes=n * (k * c * dtype.itemsize + 8 + 10 * 4 + 8),  # logits, label, ten fields and the prediction
+        flops=OPERATIONS * k * n * c,
+        bound="read",
+        make=lambda: _inputs(k, n, c, dtype),
+        run=ensemble_stats,
+        rivals={"eager": formulas},
+        to_compile=formulas if (k, c) in COMPILED and dtype == torch.bfloat16 else None,
+        target=Target("read", share_of_read),
+    )
+
+
+def _loss_alone(c: int) -> Case:
+    """One model's loss, which is what other projects have kernels for."""
+    n, dtype = max(8, LOGITS // c), torch.bfloat16
+    return Case(
+        op="ensemble_stats, nll alone",
+        shape=f"K=1 N={n} C={c}",
+        dtype=dtype,
+        bytes=n * (c * dtype.itemsize + 8 + 4),
+        flops=4 * n * c,  # maximum, difference, exponential, sum; nominal
+        bound="read",
+        make=lambda: _inputs(1, n, c, dtype),
+        run=lambda z, y: ensemble_stats(z, y, fields=["nll"]),
+        rivals={
+            "eager": lambda z, y: torch.nn.functional.cross_entropy(z[0], y, reduction="none"),
+            **peers.cross_entropy(),
+        },
+        target=Target("read", 0.90),
+    )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from assay.ops import grad_dot, grad_sqnorm
 from assay.ops.sqnorm import gram_is_cheaper
+from benchmarks.gpu.case import DEVICE, Case, Target, here
 from benchmarks.timing import interleave
 
 SHAPES = [  # (B, T, I, O)
@@ -71,3 +72,55 @@ def cases() -> list[dict[str, Any]]:
             }
         )
     return out
+
+
+# ---- on a GPU -------------------------------------------------------------------------------------------------------
+
+LAYERS = here([(8, 1024, 768, 3072), (8, 1024, 4096, 14_336)], [(2, 16, 24, 32)])  # GPT-2's and an 8B Llama's MLP, up
+# ... where samples are long and layers narrow, the norm's product plan is the cheaper one.
+LONG = here([(4, 8192, 768, 768), (2, 16_384, 768, 3072)], [(2, 64, 16, 16)])
+COMPILED = LAYERS[:1]
+
+
+def gpu_cases() -> list[Case]:
+    both = (torch.bfloat16, torch.float32)
+    dots = [_dot(*shape, dtype) for dtype in both for shape in LAYERS]
+    return dots + [_sqnorm(*shape, dtype) for dtype in both for shape in LAYERS + LONG]
+
+
+def _inputs(b: int, t: int, i: int, o: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(torch.randn(shape, device=DEVICE).to(dtype) for shape in ((b, t, i), (b, t, o), (o, i)))
+
+
+def _dot(b: int, t: int, i: int, o: int, dtype: torch.dtype) -> Case:
+    return Case(
+        op="grad_dot",
+        shape=f"B={b} T={t} {i}→{o}",
+        dtype=dtype,
+        bytes=dtype.itemsize * (b * t * (i + o) + o * i) + 4 * b,
+        flops=2 * b * t * i * o,
+        bound="gemm",
+        make=lambda: _inputs(b, t, i, o, dtype),
+        run=grad_dot,
+        rivals={"gemm": lambda a, g, v: a @ v.T, "eager": dot_eager},
+        to_compile=dot_eager if (b, t, i, o) in COMPILED else None,
+        target=Target("gemm", 1.10),
+    )
+
+
+def _sqnorm(b: int, t: int, i: int, o: int, dtype: torch.dtype) -> Case:
+    """The contract sets no time: that the cheaper plan is taken shows against both plans' GEMMs."""
+    gram, product = t * t * (i + o), 2 * t * i * o  # Gram matrices are symmetric: half of 2T²(I + O)
+    plans = {"Gram GEMMs": lambda a, g: (a @ a.mT, g @ g.mT), "product GEMM": lambda a, g: g.mT @ a}
+    return Case(
+        op="grad_sqnorm",
+        shape=f"B={b} T={t} {i}→{o}",
+        dtype=dtype,
+        bytes=dtype.itemsize * b * t * (i + o) + 4 * b,
+        flops=b * min(gram, product),
+        bound="gemm",
+        make=lambda: _inputs(b, t, i, o, dtype)[:2],
+        run=grad_sqnorm,
+        rivals={**plans, "eager": sqnorm_eager},
+        to_compile=sqnorm_eager if (b, t, i, o) in COMPILED else None,
+    )

@@ -26,4 +26,9 @@ ASSAY_INLINE Words philox_at(int64_t first, uint32_t c2, uint32_t c3, uint32_t k
   return philox4x32({{c, shift_right<32>(c), wide(c2), wide(c3)}}, k0, k1);
 }
 
+// Lane by lane: the four words of the first counter, of the second, ...; 4 L words whose high halves are clean.
+ASSAY_INLINE void store_words(uint32_t* p, const Words& c) {
+  store_by_lane(p, c.w[0] ^ shift_left_32(c.w[1]), c.w[2] ^ shift_left_32(c.w[3]));
+}
+
 }  // namespace assay::ASSAY_ISA

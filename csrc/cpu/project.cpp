@@ -5,12 +5,13 @@
 // other in float32 within a slice, slices in double within a piece, pieces in double. Signs and float32 additions are
 // exact or rounded once everywhere, so that all instruction sets give the same bits. Slices and pieces follow from the
 // number of coordinates and the size of the sketch.
+#include <type_traits>
+
+#include "kernels.h"
 #include "parallel.h"
 #include "philox.h"
 #include "scratch.h"
 #include "simd.h"
-
-#include "kernels.h"
 
 namespace assay::ASSAY_ISA {
 namespace {
@@ -86,46 +87,53 @@ void hash(const ProjectArgs& a, int64_t u0, int64_t n, uint32_t* codes) {
   const Wide dim = wide(static_cast<uint64_t>(a.dim)), one = wide(1), low = wide(0xffffffffu);
   const int64_t blocks = (u0 % 4 + n + 3) / 4;
   for (int64_t b = 0; b < blocks; b += L) {
-    const Words words = philox_at(u0 / 4 + b, 0, SPARSE, a.key0, a.key1);
-    uint32_t planes[4][L];
+    Words words = philox_at(u0 / 4 + b, 0, SPARSE, a.key0, a.key1);
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      const Wide w = words.w[i] & low;
-      const Wide bucket = shift_right<31>(multiply_low_halves(shift_right<1>(w), dim));
-      store_low_halves(planes[i], (bucket + bucket) ^ (w & one));
+    for (Wide& w : words.w) {
+      const Wide bucket = shift_right<31>(multiply_low_halves(shift_right<1>(w & low), dim));
+      w = (bucket + bucket) ^ (w & one);
     }
-    for (int j = 0; j < L; ++j)
-      for (int i = 0; i < 4; ++i) codes[4 * (b + j) + i] = planes[i][j];
+    store_words(codes + 4 * b, words);
   }
 }
 
-// sums[bucket][lane] += sign x[lane][c] for n coordinates of at most W rows.
+// sums[bucket][lane] += sign x[lane][c] for n coordinates of at most W rows: W x W blocks are transposed, so that a
+// coordinate's numbers are one vector.
 template <class T>
 void add_lanes(const T* x, int64_t stride, int64_t rows, int64_t n, const uint32_t* codes, int64_t nonzeros,
                float* sums) {
-  for (int64_t c = 0; c < n; c += W) {
-    Vec t[W];
-    if (n - c >= W && rows == W) {
-#pragma GCC unroll 16
-      for (int r = 0; r < W; ++r) t[r] = load(x + r * stride + c);
-    } else {
-      for (int r = 0; r < W; ++r) t[r] = r < rows ? load_first(x + r * stride + c, n - c, 0.f) : splat(0.f);
+  const auto add = [&](Vec v, int64_t c) __attribute__((always_inline)) {
+    for (int64_t k = 0; k < nonzeros; ++k) {
+      const uint32_t code = codes[c * nonzeros + k];
+      float* p = sums + static_cast<int64_t>(code >> 1) * W;
+      store(p, fma(splat(SIGN[code & 1]), v, load(p)));
     }
-    transpose(t);
-    const int64_t columns = least(W, n - c);
-    const auto add = [&](Vec v, int64_t j) __attribute__((always_inline)) {
-      for (int64_t k = 0; k < nonzeros; ++k) {
-        const uint32_t code = codes[(c + j) * nonzeros + k];
-        float* p = sums + static_cast<int64_t>(code >> 1) * W;
-        store(p, fma(splat(SIGN[code & 1]), v, load(p)));
+  };
+  Vec t[W];
+  int64_t c = 0;
+  if constexpr (std::is_same<T, bf16>::value) {  // two numbers go through the transposition as one
+    for (; rows == W && c + 2 * W <= n; c += 2 * W) {
+#pragma GCC unroll 16
+      for (int r = 0; r < W; ++r) t[r] = load_pairs(x + r * stride + c);
+      transpose(t);
+#pragma GCC unroll 16
+      for (int j = 0; j < W; ++j) {
+        add(first_of_pairs(t[j]), c + 2 * j);
+        add(second_of_pairs(t[j]), c + 2 * j + 1);
       }
-    };
-    if (columns == W) {
-#pragma GCC unroll 16
-      for (int j = 0; j < W; ++j) add(t[j], j);
-    } else {
-      for (int64_t j = 0; j < columns; ++j) add(t[j], j);
     }
+  }
+  for (; rows == W && c + W <= n; c += W) {
+#pragma GCC unroll 16
+    for (int r = 0; r < W; ++r) t[r] = load(x + r * stride + c);
+    transpose(t);
+#pragma GCC unroll 16
+    for (int j = 0; j < W; ++j) add(t[j], c + j);
+  }
+  for (; c < n; c += W) {
+    for (int r = 0; r < W; ++r) t[r] = r < rows ? load_first(x + r * stride + c, n - c, 0.f) : splat(0.f);
+    transpose(t);
+    for (int64_t j = 0; j < least(W, n - c); ++j) add(t[j], c + j);
   }
 }
 
@@ -277,11 +285,11 @@ void philox(const PhiloxArgs& a) {
   parallel(a.n, HASHES, a.threads, [&](Pieces& pieces) {
     for (int64_t begin, end; pieces.next(begin, end);)
       for (int64_t c = begin; c < end; c += L) {
-        const Words words = philox_at(a.first + c, a.c2, a.c3, a.key0, a.key1);
-        uint32_t planes[4][L];
-        for (int i = 0; i < 4; ++i) store_low_halves(planes[i], words.w[i]);
-        for (int64_t j = 0; j < L && c + j < end; ++j)
-          for (int i = 0; i < 4; ++i) a.out[4 * (c + j) + i] = planes[i][j];
+        Words words = philox_at(a.first + c, a.c2, a.c3, a.key0, a.key1);
+        for (Wide& w : words.w) w = w & wide(0xffffffffu);
+        uint32_t buffer[4 * L];
+        store_words(buffer, words);
+        for (int64_t i = 0; i < 4 * least(L, end - c); ++i) a.out[4 * c + i] = buffer[i];
       }
   });
 }

@@ -44,9 +44,7 @@ def linear(
     out_stride: int,
     threads: int,
 ) -> None: ...
-def philox(
-    isa: str, key0: int, key1: int, first: int, n: int, c2: int, c3: int, out: int, threads: int
-) -> None: ...
+def philox(isa: str, key0: int, key1: int, first: int, n: int, c2: int, c3: int, out: int, threads: int) -> None: ...
 def project(
     isa: str,
     vectors: int,

@@ -75,12 +75,35 @@ struct MultiplyReduceArgs {
   int32_t threads;
 };
 
+// The 128 random bits of counters (first mod 2^32, first / 2^32, c2, c3), (first + 1 ...)
+struct PhiloxArgs {
+  uint32_t key0, key1;
+  int64_t first, n;
+  uint32_t c2, c3;
+  uint32_t* out;  // (n, 4)
+  int32_t threads;
+};
+
+// out += a random projection of the coordinates first, first + 1, ..., without its scale
+struct ProjectArgs {
+  const void* vectors;  // (rows, cols)
+  DType dtype;
+  int64_t rows, cols, stride;  // between rows, in elements; columns are adjacent
+  int64_t first;
+  uint32_t key0, key1;
+  int64_t dim, nonzeros;  // of each coordinate in a sparse projection; 0: a dense one
+  double* out;            // (rows, dim)
+  int32_t threads;
+};
+
 // The kernels of one instruction set.
 struct Kernels {
   const char* isa;
   void (*ensemble)(const EnsembleArgs&);
   void (*linear)(const LinearArgs&);
   void (*multiply_reduce)(const MultiplyReduceArgs&);
+  void (*philox)(const PhiloxArgs&);
+  void (*project)(const ProjectArgs&);
   void (*residual)(const ResidualArgs&);
 };
 

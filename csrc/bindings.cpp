@@ -97,6 +97,33 @@ void residual(const std::string& isa, Address logits, int64_t rows, int64_t C, i
   k.residual(args);
 }
 
+void philox(const std::string& isa, uint32_t key0, uint32_t key1, int64_t first, int64_t n, uint32_t c2, uint32_t c3,
+            Address out, int threads) {
+  const assay::Kernels& k = kernels(isa);
+  const assay::PhiloxArgs args{key0, key1, first, n, c2, c3, reinterpret_cast<uint32_t*>(out), threads};
+  py::gil_scoped_release release;
+  k.philox(args);
+}
+
+void project(const std::string& isa, Address vectors, int dtype, int64_t rows, int64_t cols, int64_t stride,
+             int64_t first, uint32_t key0, uint32_t key1, int64_t dim, int64_t nonzeros, Address out, int threads) {
+  const assay::Kernels& k = kernels(isa);
+  const assay::ProjectArgs args{reinterpret_cast<const void*>(vectors),
+                                static_cast<DType>(dtype),
+                                rows,
+                                cols,
+                                stride,
+                                first,
+                                key0,
+                                key1,
+                                dim,
+                                nonzeros,
+                                reinterpret_cast<double*>(out),
+                                threads};
+  py::gil_scoped_release release;
+  k.project(args);
+}
+
 std::vector<std::pair<std::string, bool>> instruction_sets() {
   assay::Isa list[4];
   const int n = assay::isa_list(list);
@@ -112,6 +139,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("ensemble", &ensemble);
   m.def("linear", &linear);
   m.def("multiply_reduce", &multiply_reduce);
+  m.def("philox", &philox);
+  m.def("project", &project);
   m.def("residual", &residual);
   m.def("instruction_sets", &instruction_sets, "(name, supported by this processor), best last");
 }

@@ -7,5 +7,7 @@ namespace assay::ASSAY_ISA {
 void ensemble(const EnsembleArgs&);
 void linear(const LinearArgs&);
 void multiply_reduce(const MultiplyReduceArgs&);
+void philox(const PhiloxArgs&);
+void project(const ProjectArgs&);
 void residual(const ResidualArgs&);
 }  // namespace assay::ASSAY_ISA

@@ -1,5 +1,6 @@
 // The only file with intrinsics. `Vec` is a vector of W floats with the operations the kernels need; the scalar version
-// (W = 1) is the one to read first. Selected by ASSAY_SIMD: 0 scalar, 1 AVX2 + FMA + F16C, 2 AVX-512 F/BW/DQ/VL.
+// (W = 1) is the one to read first. `Wide` is a vector of L 64-bit integers, for counters and hashes; `plus_minus` turns the
+// low W bits of a number into signs, a 1 being -1. Selected by ASSAY_SIMD: 0 scalar, 1 AVX2 + FMA + F16C, 2 AVX-512 F/BW/DQ/VL.
 //
 // Everything lives in the instruction set's own namespace (see kernels.h).
 #pragma once
@@ -95,6 +96,38 @@ ASSAY_INLINE float maximum(Vec a) { return a.v; }
 ASSAY_INLINE void transpose(Vec (&)[1]) {}
 ASSAY_INLINE void prefetch(const void*) {}
 ASSAY_INLINE void prefetch_l2(const void*) {}
+ASSAY_INLINE Vec plus_minus(uint32_t bits) { return {bits & 1 ? -1.f : 1.f}; }
+ASSAY_INLINE void add_to(double* p, Vec a) { *p += static_cast<double>(a.v); }
+ASSAY_INLINE Vec load_pairs(const bf16* p) {  // 2 W numbers as they are, two to a lane
+  uint32_t u;
+  std::memcpy(&u, p, 4);
+  return {bits_to_float(u)};
+}
+ASSAY_INLINE Vec first_of_pairs(Vec a) { return {bits_to_float(float_to_bits(a.v) << 16)}; }
+ASSAY_INLINE Vec second_of_pairs(Vec a) { return {bits_to_float(float_to_bits(a.v) & 0xffff0000u)}; }
+
+struct Wide {
+  static constexpr int L = 1;
+  uint64_t v;
+};
+ASSAY_INLINE Wide wide(uint64_t x) { return {x}; }
+ASSAY_INLINE Wide wide_index() { return {0}; }
+ASSAY_INLINE Wide operator+(Wide a, Wide b) { return {a.v + b.v}; }
+ASSAY_INLINE Wide operator^(Wide a, Wide b) { return {a.v ^ b.v}; }
+ASSAY_INLINE Wide operator&(Wide a, Wide b) { return {a.v & b.v}; }
+template <int N>
+ASSAY_INLINE Wide shift_right(Wide a) {
+  return {a.v >> N};
+}
+ASSAY_INLINE Wide multiply_low_halves(Wide a, Wide b) { return {(a.v & 0xffffffffu) * (b.v & 0xffffffffu)}; }
+ASSAY_INLINE void store_low_halves(uint32_t* p, Wide a) { *p = static_cast<uint32_t>(a.v); }
+ASSAY_INLINE void store_by_lane(uint32_t* p, Wide a, Wide b) {  // a0 b0 a1 b1 ...
+  store_low_halves(p, a);
+  store_low_halves(p + 1, {a.v >> 32});
+  store_low_halves(p + 2, b);
+  store_low_halves(p + 3, {b.v >> 32});
+}
+ASSAY_INLINE Wide shift_left_32(Wide a) { return {a.v << 32}; }
 
 #elif ASSAY_SIMD == 1
 
@@ -178,6 +211,48 @@ ASSAY_INLINE void transpose(Vec (&r)[8]) {
 }
 ASSAY_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 ASSAY_INLINE void prefetch_l2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+ASSAY_INLINE Vec plus_minus(uint32_t bits) {
+  const __m256i shifts = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
+  const __m256i moved = _mm256_sllv_epi32(_mm256_set1_epi32(static_cast<int32_t>(bits)), shifts);
+  return {_mm256_or_ps(_mm256_and_ps(_mm256_castsi256_ps(moved), _mm256_set1_ps(-0.f)), _mm256_set1_ps(1.f))};
+}
+ASSAY_INLINE void add_to(double* p, Vec a) {
+  const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(a.v)), high = _mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1));
+  _mm256_storeu_pd(p, _mm256_add_pd(_mm256_loadu_pd(p), low));
+  _mm256_storeu_pd(p + 4, _mm256_add_pd(_mm256_loadu_pd(p + 4), high));
+}
+ASSAY_INLINE Vec load_pairs(const bf16* p) {
+  return {_mm256_castsi256_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+ASSAY_INLINE Vec first_of_pairs(Vec a) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.v), 16))}; }
+ASSAY_INLINE Vec second_of_pairs(Vec a) {
+  return {_mm256_and_ps(a.v, _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int32_t>(0xffff0000u))))};
+}
+
+struct Wide {
+  static constexpr int L = 4;
+  __m256i v;
+};
+ASSAY_INLINE Wide wide(uint64_t x) { return {_mm256_set1_epi64x(static_cast<int64_t>(x))}; }
+ASSAY_INLINE Wide wide_index() { return {_mm256_setr_epi64x(0, 1, 2, 3)}; }
+ASSAY_INLINE Wide operator+(Wide a, Wide b) { return {_mm256_add_epi64(a.v, b.v)}; }
+ASSAY_INLINE Wide operator^(Wide a, Wide b) { return {_mm256_xor_si256(a.v, b.v)}; }
+ASSAY_INLINE Wide operator&(Wide a, Wide b) { return {_mm256_and_si256(a.v, b.v)}; }
+template <int N>
+ASSAY_INLINE Wide shift_right(Wide a) {
+  return {_mm256_srli_epi64(a.v, N)};
+}
+ASSAY_INLINE Wide multiply_low_halves(Wide a, Wide b) { return {_mm256_mul_epu32(a.v, b.v)}; }
+ASSAY_INLINE void store_low_halves(uint32_t* p, Wide a) {
+  const __m256i packed = _mm256_permutevar8x32_epi32(a.v, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+ASSAY_INLINE void store_by_lane(uint32_t* p, Wide a, Wide b) {
+  const __m256i even = _mm256_unpacklo_epi64(a.v, b.v), odd = _mm256_unpackhi_epi64(a.v, b.v);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute2x128_si256(even, odd, 0x20));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), _mm256_permute2x128_si256(even, odd, 0x31));
+}
+ASSAY_INLINE Wide shift_left_32(Wide a) { return {_mm256_slli_epi64(a.v, 32)}; }
 
 #elif ASSAY_SIMD == 2
 
@@ -261,6 +336,43 @@ ASSAY_INLINE void transpose(Vec (&r)[16]) {
 }
 ASSAY_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 ASSAY_INLINE void prefetch_l2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+ASSAY_INLINE Vec plus_minus(uint32_t bits) {
+  return {_mm512_mask_mov_ps(_mm512_set1_ps(1.f), static_cast<__mmask16>(bits), _mm512_set1_ps(-1.f))};
+}
+ASSAY_INLINE void add_to(double* p, Vec a) {
+  const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(a.v)), high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1));
+  _mm512_storeu_pd(p, _mm512_add_pd(_mm512_loadu_pd(p), low));
+  _mm512_storeu_pd(p + 8, _mm512_add_pd(_mm512_loadu_pd(p + 8), high));
+}
+ASSAY_INLINE Vec load_pairs(const bf16* p) { return {_mm512_castsi512_ps(_mm512_loadu_si512(p))}; }
+ASSAY_INLINE Vec first_of_pairs(Vec a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), 16))}; }
+ASSAY_INLINE Vec second_of_pairs(Vec a) {
+  return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(static_cast<int32_t>(0xffff0000u))))};
+}
+
+struct Wide {
+  static constexpr int L = 8;
+  __m512i v;
+};
+ASSAY_INLINE Wide wide(uint64_t x) { return {_mm512_set1_epi64(static_cast<int64_t>(x))}; }
+ASSAY_INLINE Wide wide_index() { return {_mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7)}; }
+ASSAY_INLINE Wide operator+(Wide a, Wide b) { return {_mm512_add_epi64(a.v, b.v)}; }
+ASSAY_INLINE Wide operator^(Wide a, Wide b) { return {_mm512_xor_si512(a.v, b.v)}; }
+ASSAY_INLINE Wide operator&(Wide a, Wide b) { return {_mm512_and_si512(a.v, b.v)}; }
+template <int N>
+ASSAY_INLINE Wide shift_right(Wide a) {
+  return {_mm512_srli_epi64(a.v, N)};
+}
+ASSAY_INLINE Wide multiply_low_halves(Wide a, Wide b) { return {_mm512_mul_epu32(a.v, b.v)}; }
+ASSAY_INLINE void store_low_halves(uint32_t* p, Wide a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi64_epi32(a.v));
+}
+ASSAY_INLINE void store_by_lane(uint32_t* p, Wide a, Wide b) {
+  const __m512i first = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), second = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
+  _mm512_storeu_si512(p, _mm512_permutex2var_epi64(a.v, first, b.v));
+  _mm512_storeu_si512(p + 16, _mm512_permutex2var_epi64(a.v, second, b.v));
+}
+ASSAY_INLINE Wide shift_left_32(Wide a) { return {_mm512_slli_epi64(a.v, 32)}; }
 
 #endif
 

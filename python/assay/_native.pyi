@@ -44,6 +44,22 @@ def linear(
     out_stride: int,
     threads: int,
 ) -> None: ...
+def philox(isa: str, key0: int, key1: int, first: int, n: int, c2: int, c3: int, out: int, threads: int) -> None: ...
+def project(
+    isa: str,
+    vectors: int,
+    dtype: int,
+    rows: int,
+    cols: int,
+    stride: int,
+    first: int,
+    key0: int,
+    key1: int,
+    dim: int,
+    nonzeros: int,
+    out: int,
+    threads: int,
+) -> None: ...
 def residual(
     isa: str,
     logits: int,

@@ -7,18 +7,25 @@ from assay.ops._native import build_info
 from assay.ops.dot import grad_dot
 from assay.ops.ensemble import EnsembleStats, ensemble_stats
 from assay.ops.head import HeadScores, head_scores, linear_cross_entropy, linear_ensemble_stats
-from assay.ops.sketch import Kronecker
+from assay.ops.layer_sketch import grad_sketch
+from assay.ops.projection import project
+from assay.ops.sketch import Kronecker, Mask, Rademacher, Sparse
 from assay.ops.sqnorm import grad_sqnorm
 
 __all__ = [
     "EnsembleStats",
     "HeadScores",
     "Kronecker",
+    "Mask",
+    "Rademacher",
+    "Sparse",
     "build_info",
     "ensemble_stats",
     "grad_dot",
+    "grad_sketch",
     "grad_sqnorm",
     "head_scores",
     "linear_cross_entropy",
     "linear_ensemble_stats",
+    "project",
 ]

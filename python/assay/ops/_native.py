@@ -125,6 +125,34 @@ def residual(logits: Tensor, labels: Tensor, ignore_index: int) -> NDArray[np.fl
     return sqnorm
 
 
+def philox(key: tuple[int, int], first: int, n: int, c2: int, c3: int) -> Tensor:
+    """Words (n, 4), int32 with their unsigned bits, at counters (c mod 2³², ⌊c/2³²⌋, c2, c3), c from ``first`` on."""
+    out = torch.empty(n, 4, dtype=torch.int32)
+    _native.philox(isa(), *key, first, n, c2, c3, out.data_ptr(), threads())
+    return out
+
+
+def project(vectors: Tensor, first: int, key: tuple[int, int], dim: int, nonzeros: int, out: Tensor) -> None:
+    """out (B, dim) float64 += the unscaled projection of (B, n) with adjacent columns, coordinates from ``first`` on.
+
+    ``nonzeros`` entries per coordinate; 0: a dense projection.
+    """
+    _native.project(
+        isa(),
+        vectors.data_ptr(),
+        _DTYPES[vectors.dtype],
+        vectors.shape[0],
+        vectors.shape[1],
+        vectors.stride(0),
+        first,
+        *key,
+        dim,
+        nonzeros,
+        out.data_ptr(),
+        threads(),
+    )
+
+
 def build_info() -> dict[str, Any]:
     """What this build holds and what this processor runs: the facts that ``assay doctor`` prints."""
     sets = _native.instruction_sets()

@@ -1,21 +1,68 @@
-"""Sketches: random projections that keep inner products, generated where they are needed and never stored whole."""
+"""Sketches: random projections that keep inner products, E⟨s(x), s(y)⟩ = ⟨x, y⟩, generated where they are needed.
+
+A sketch is data: which projection, not its numbers. Every random bit is a pure function of (seed, layer name,
+coordinate) through Philox4x32-10 (``ops/philox.py``), so that a projection is the same on every backend, for every
+batch, device and number of threads, and nothing of size D × k is ever stored. Stored sketches stay readable only as
+long as no definition below changes; tests pin their bits.
+
+The fourth word of a counter says what its bits are for: 0, 1 a Kronecker's output and input side, 2 Sparse,
+3 Rademacher, 4, 5 a Mask's output and input side, 6 a Mask of flat vectors.
+"""
 
 from __future__ import annotations
 
 import math
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from assay.ops.philox import make_key, philox4x32
 
-OUTPUT_SIDE, INPUT_SIDE = 0, 1
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+OUTPUT_SIDE, INPUT_SIDE, SPARSE, RADEMACHER, MASK_OUTPUT, MASK_INPUT, MASK_FLAT = range(7)
 _BITS = 128  # of one Philox block
+
+# The matrix that projects one side of a gradient is held whole: rows × features of the layer, float32.
+FACTOR_BYTES = 1 << 30
+# Such matrices are kept from batch to batch; making them anew would cost more than the products they serve.
+CACHE_BYTES = 256 << 20
+
+
+class _Keyed:
+    """What all sketches have: a key that follows from ``seed`` and ``name``."""
+
+    seed: int
+    name: str
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """The Philox key of (seed, name)."""
+        return make_key(self.seed, self.name)
+
+    def named(self, name: str) -> Self:
+        """The same sketch for the layer called ``name``."""
+        return replace(self, name=name)  # type: ignore[type-var]
+
+    def _check(self, **limits: tuple[int, int]) -> None:
+        """ValueError unless each field lies in [low, high)."""
+        for field, (low, high) in limits.items():
+            value = getattr(self, field)
+            if value < low:
+                raise ValueError(f"{type(self).__name__}: {field} must be at least {low}, got {value}")
+            if value >= high:
+                raise ValueError(f"{type(self).__name__}: {field} must be below {high}, got {value}")
+        make_key(self.seed, self.name)
 
 
 @dataclass(frozen=True)
-class Kronecker:
+class Kronecker(_Keyed):
     """Projects a gradient matrix Σ_t G_tᵀ A_t (O, I) from both sides: P_out (Σ_t G_tᵀ A_t) P_inᵀ, (rows, cols).
 
     P_out is (rows, O) with entries ±1/√rows, P_in is (cols, I) with entries ±1/√cols, so that
@@ -37,24 +84,12 @@ class Kronecker:
     name: str = ""
 
     def __post_init__(self) -> None:
-        for field in ("rows", "cols"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"Kronecker: {field} must be at least 1, got {getattr(self, field)}")
-        make_key(self.seed, self.name)
+        self._check(rows=(1, 1 << 31), cols=(1, 1 << 31))
 
     @property
     def dim(self) -> int:
         """Numbers per sample and layer: rows · cols."""
         return self.rows * self.cols
-
-    @property
-    def key(self) -> tuple[int, int]:
-        """The Philox key of (seed, name)."""
-        return make_key(self.seed, self.name)
-
-    def named(self, name: str) -> Kronecker:
-        """The same sketch for the layer called ``name``."""
-        return replace(self, name=name)
 
     def output_side(self, features: int, device: torch.device | None = None) -> Tensor:
         """P_out, (rows, features) float32."""
@@ -65,9 +100,97 @@ class Kronecker:
         return signs(self.cols, features, INPUT_SIDE, self.key, device)
 
 
-def signs(size: int, features: int, side: int, key: tuple[int, int], device: torch.device | None = None) -> Tensor:
-    """One side of a Kronecker sketch under its key: (size, features) float32 with entries ±1/√size."""
-    c = torch.arange(features, device=device)
+@dataclass(frozen=True)
+class Sparse(_Keyed):
+    """Adds every coordinate, with a random sign, to ``nonzeros`` random ones of ``dim`` buckets, over √nonzeros.
+
+    A count sketch for nonzeros = 1, a sparse Johnson-Lindenstrauss transform beyond (1012.1577): the cost of a
+    projection does not grow with ``dim``, and little beyond reading the vectors once.
+
+    Entry j of coordinate c: u = c · nonzeros + j, w = word u mod 4 of the Philox4x32-10 block at counter
+    (⌊u/4⌋ mod 2³², ⌊u/4⌋ / 2³², 0, 2); bucket ⌊⌊w/2⌋ · dim / 2³¹⌋, sign −1 where w is odd.
+
+    Args:
+        dim: numbers per sample, below 2³¹.
+        nonzeros: buckets per coordinate, drawn with replacement.
+        seed, name: as in ``Kronecker``.
+    """
+
+    dim: int
+    nonzeros: int = 1
+    seed: int = 0
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        self._check(dim=(1, 1 << 31), nonzeros=(1, 1 << 16))
+
+
+@dataclass(frozen=True)
+class Rademacher(_Keyed):
+    """A dense projection with entries ±1/√dim: the least variance for its size, at a cost that grows with it.
+
+    The sign of entry (r, c), as in ``Kronecker``: bit r mod 32 of word ⌊r/32⌋ mod 4 of the Philox4x32-10 block at
+    counter (c mod 2³², ⌊c/2³²⌋, ⌊r/128⌋, 3); a 1 is −1.
+
+    Args:
+        dim: numbers per sample.
+        seed, name: as in ``Kronecker``.
+    """
+
+    dim: int
+    seed: int = 0
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        self._check(dim=(1, 1 << 31))
+
+
+@dataclass(frozen=True)
+class Mask(_Keyed):
+    """Keeps ``rows`` output and ``cols`` input features of each layer, then sketches what is left (GraSS, 2505.18976).
+
+    Features are drawn without replacement: kept are those with the smallest word 0 of the Philox4x32-10 block at
+    counter (c mod 2³², ⌊c/2³²⌋, 0, 4) for output and (…, 5) for input features, ties to the lower index, in the order
+    of their indices. The gradient that is left is scaled by √(O/rows · I/cols). Of a layer with fewer features all are
+    kept; without ``then`` their places are filled up with zeros. A flat vector keeps rows · cols of its D coordinates
+    (counter (…, 6)), scaled by √(D/(rows · cols)).
+
+    Args:
+        rows, cols: features kept.
+        then: a sketch of the masked gradient, whose coordinates are row by row those of a layer with the kept
+            features; None: the masked gradient itself.
+        seed, name: as in ``Kronecker``; ``named`` names ``then`` too.
+    """
+
+    rows: int
+    cols: int
+    then: Kronecker | Sparse | Rademacher | None = None
+    seed: int = 0
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        self._check(rows=(1, 1 << 31), cols=(1, 1 << 31))
+        if not isinstance(self.then, Kronecker | Sparse | Rademacher | None):
+            raise TypeError(f"Mask: then must be Kronecker, Sparse, Rademacher or None, got {type(self.then).__name__}")
+
+    @property
+    def dim(self) -> int:
+        """Numbers per sample and layer: those of ``then``, or rows · cols."""
+        return self.then.dim if self.then is not None else self.rows * self.cols
+
+    def named(self, name: str) -> Self:
+        """The same sketch for the layer called ``name``."""
+        return replace(self, name=name, then=None if self.then is None else self.then.named(name))
+
+
+Sketch = Kronecker | Sparse | Rademacher | Mask
+
+
+def signs(
+    size: int, features: int, side: int, key: tuple[int, int], device: torch.device | None = None, first: int = 0
+) -> Tensor:
+    """A matrix of signs under its key: (size, features) float32 with entries ±1/√size, columns from ``first`` on."""
+    c = torch.arange(first, first + features, device=device)
     low, high, sides = c & 0xFFFFFFFF, c >> 32, torch.full_like(c, side)
     out = torch.empty(size, features, device=device)
     for row in range(size):
@@ -75,3 +198,49 @@ def signs(size: int, features: int, side: int, key: tuple[int, int], device: tor
             words = philox4x32((low, high, torch.full_like(c, row // _BITS), sides), key).unbind(-1)
         out[row] = 1 - 2 * (words[row % _BITS // 32] >> row % 32 & 1)
     return out.div_(math.sqrt(size))
+
+
+def buckets(
+    coordinates: int, dim: int, nonzeros: int, key: tuple[int, int], device: torch.device | None = None, first: int = 0
+) -> tuple[Tensor, Tensor]:
+    """A ``Sparse`` sketch's entries for the coordinates from ``first`` on: buckets and signs, (coordinates, nonzeros)."""
+    u = torch.arange(first * nonzeros, (first + coordinates) * nonzeros, device=device)
+    block, zero = u >> 2, torch.zeros_like(u)
+    words = philox4x32((block & 0xFFFFFFFF, block >> 32, zero, torch.full_like(u, SPARSE)), key)
+    w = words.gather(-1, (u & 3)[:, None])[:, 0]
+    return ((w >> 1) * dim >> 31).view(-1, nonzeros), (1 - 2 * (w & 1)).view(-1, nonzeros)
+
+
+def factor(
+    size: int,
+    features: int,
+    side: int,
+    key: tuple[int, int],
+    device: torch.device,
+    layout: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """``signs``, kept for the next batch, in a layout of the backend's liking. Not to be written to."""
+
+    def make() -> Tensor:
+        matrix = signs(size, features, side, key, device)
+        return matrix if layout is None else layout(matrix)
+
+    return cached(("factor", key, side, size, features, device, layout), make)
+
+
+_held: OrderedDict[object, Tensor] = OrderedDict()
+_lock = threading.Lock()
+
+
+def cached(key: object, make: Callable[[], Tensor]) -> Tensor:
+    """A tensor out of the ones used last, or made: entries of a sketch that serve every batch."""
+    with _lock:
+        if key in _held:
+            _held.move_to_end(key)
+            return _held[key]
+    made = make()
+    with _lock:
+        _held[key] = made
+        while sum(t.nbytes for t in _held.values()) > CACHE_BYTES:
+            _held.popitem(last=False)
+    return made

@@ -1,0 +1,136 @@
+"""Sketches of per-sample gradients, without the gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from assay.ops import _backend, _native
+from assay.ops.dot import check_factors, wide_dtype
+from assay.ops.masking import keep, mask_scale
+from assay.ops.projection import adder, entries, scaled
+from assay.ops.sketch import (
+    FACTOR_BYTES,
+    INPUT_SIDE,
+    MASK_INPUT,
+    MASK_OUTPUT,
+    OUTPUT_SIDE,
+    Kronecker,
+    Mask,
+    Sketch,
+    factor,
+)
+
+# Coordinates of a per-sample gradient that are multiplied out at a time, in whole rows. Not a matter of the batch: the
+# projection's sums are cut where the tiles are.
+TILE = 1 << 18
+# ... for as many samples as keep the tile in cache.
+TILE_BYTES = 16 << 20
+
+
+def grad_sketch(inputs: Tensor, grads: Tensor, sketch: Sketch) -> Tensor:
+    """The sketch of every sample's gradient Σ_t grads[b,t]ᵀ inputs[b,t] (O, I), which is never held.
+
+    Kronecker: row by row, (P_out Σ_t G_tᵀ)(P_in A_tᵀ)ᵀ, (B, rows · cols): both factors are read once. Sparse and
+    Rademacher: the projection of the flattened gradient, coordinate o · I + i, which is multiplied out in tiles that
+    stay in cache. Mask: of the features that are left.
+
+    Args:
+        inputs: A, (B, T, I), or (B, I) for T = 1.
+        grads: G, (B, T, O), or (B, O): gradients of the *sum* of the samples' losses. float32, bfloat16 or float16
+            (mixed is fine; float64 runs the reference), any strides. Not differentiated.
+        sketch: named after the layer (``sketch.named(layer)``): layers that share a name share a projection.
+
+    Returns:
+        (B, sketch.dim) float32 (float64 if an argument is).
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices that do not fit together, or a sketch too large for memory.
+    """
+    inputs, grads = check_factors(inputs, grads)
+    inputs, grads = inputs.detach(), grads.detach()
+    out: Tensor
+    if isinstance(sketch, Mask):
+        return _masked(inputs, grads, sketch)
+    if isinstance(sketch, Kronecker):
+        _check_sides(sketch, inputs.shape[2], grads.shape[2])
+        out = _kronecker(inputs, grads, sketch.key, sketch.rows, sketch.cols)
+    else:
+        key, dim, nonzeros = entries(sketch, len(inputs))
+        out = _flat(inputs, grads, key, dim, nonzeros)
+    return out
+
+
+def _masked(inputs: Tensor, grads: Tensor, sketch: Mask) -> Tensor:
+    scale = mask_scale(grads.shape[2], sketch.rows) * mask_scale(inputs.shape[2], sketch.cols)
+    inputs = keep(inputs, sketch.cols, MASK_INPUT, sketch.key)
+    grads = keep(grads, sketch.rows, MASK_OUTPUT, sketch.key)
+    if sketch.then is not None:
+        return grad_sketch(inputs, grads, sketch.then) * scale
+    wide = wide_dtype(inputs, grads)
+    gradient = torch.bmm(grads.to(wide).mT, inputs.to(wide)) * scale
+    missing = (0, sketch.cols - inputs.shape[2], 0, sketch.rows - grads.shape[2])
+    return torch.nn.functional.pad(gradient, missing).flatten(1)
+
+
+def _check_sides(sketch: Kronecker, inputs: int, outputs: int) -> None:
+    for size, features in ((sketch.rows, outputs), (sketch.cols, inputs)):
+        if 4 * size * features > FACTOR_BYTES:
+            raise ValueError(
+                f"{sketch}: the {size} × {features} signs of one side take {size * features / 2**28:.1f} GiB, more "
+                f"than {FACTOR_BYTES / 2**30:g} GiB; take fewer rows and cols, or a Sparse sketch"
+            )
+
+
+@torch.library.custom_op("assay::grad_sketch_kronecker", mutates_args=())
+def _kronecker(inputs: Tensor, grads: Tensor, key: Sequence[int], rows: int, cols: int) -> Tensor:
+    wide, device, keys = wide_dtype(inputs, grads), inputs.device, (key[0], key[1])
+    o, i = grads.shape[2], inputs.shape[2]
+    if _backend.choose("grad_sketch", inputs.new_empty(0, dtype=wide), "triton") == "cpu":
+        left = _project_rows(grads, factor(rows, o, OUTPUT_SIDE, keys, device, _native.pack_rows), rows)
+        right = _project_rows(inputs, factor(cols, i, INPUT_SIDE, keys, device, _native.pack_rows), cols)
+    else:
+        left = (grads.to(wide) @ factor(rows, o, OUTPUT_SIDE, keys, device).to(wide).T).permute(2, 0, 1)
+        right = (inputs.to(wide) @ factor(cols, i, INPUT_SIDE, keys, device).to(wide).T).permute(2, 0, 1)
+    if inputs.shape[1] == 1:  # a product of 1 term each is slower as a GEMM per sample
+        return (left[:, :, 0].T[:, :, None] * right[:, :, 0].T[:, None]).flatten(1)
+    return torch.bmm(left.transpose(0, 1), right.permute(1, 2, 0)).flatten(1)
+
+
+@_kronecker.register_fake
+def _(inputs: Tensor, grads: Tensor, key: Sequence[int], rows: int, cols: int) -> Tensor:
+    return inputs.new_empty(len(inputs), rows * cols, dtype=wide_dtype(inputs, grads))
+
+
+def _project_rows(x: Tensor, packed: Tensor, size: int) -> Tensor:
+    """P xᵀ, (size, B, T): x (B, T, features) is read once as it is, in its own dtype; the signs are the few rows."""
+    b, t, features = x.shape
+    flat = x.reshape(b * t, features)
+    if flat.stride(1) != 1:
+        flat = flat.contiguous()
+    out = torch.empty(size, b * t)
+    _native.linear(packed, flat, None, out)
+    return out.view(size, b, t)
+
+
+@torch.library.custom_op("assay::grad_sketch", mutates_args=())
+def _flat(inputs: Tensor, grads: Tensor, key: Sequence[int], dim: int, nonzeros: int) -> Tensor:
+    wide = wide_dtype(inputs, grads)
+    add = adder(inputs.new_empty(0, dtype=wide), "grad_sketch")
+    (b, _, i), o = inputs.shape, grads.shape[2]
+    sums = inputs.new_zeros(b, dim, dtype=torch.float64)
+    columns = max(1, min(o, TILE // max(1, i)))
+    samples = max(1, TILE_BYTES // (4 * columns * max(1, i)))
+    for s in range(0, b, samples):
+        a, g = inputs[s : s + samples].to(wide), grads[s : s + samples].to(wide)
+        for c in range(0, o, columns):
+            tile = torch.bmm(g[:, :, c : c + columns].mT, a).flatten(1)
+            add(tile, c * i, (key[0], key[1]), dim, nonzeros, sums[s : s + samples])
+    return scaled(sums, dim, nonzeros, wide)
+
+
+@_flat.register_fake
+def _(inputs: Tensor, grads: Tensor, key: Sequence[int], dim: int, nonzeros: int) -> Tensor:
+    return inputs.new_empty(len(inputs), dim, dtype=wide_dtype(inputs, grads))

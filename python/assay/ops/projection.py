@@ -1,0 +1,123 @@
+"""Vectors -> their sketch, with entries of the projection generated where they are needed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from assay.ops import _backend, _native
+from assay.ops.dot import wide_dtype
+from assay.ops.masking import keep, mask_scale
+from assay.ops.sketch import MASK_FLAT, RADEMACHER, Kronecker, Mask, Rademacher, Sketch, Sparse, buckets, signs
+
+# Sums are held in double: this much of them at most.
+SUM_BYTES = 8 << 30
+# The reference holds this many entries of a projection at a time.
+REFERENCE_ENTRIES = 1 << 22
+
+
+def project(vectors: Tensor, sketch: Sketch) -> Tensor:
+    """The sketch of every row of ``vectors``.
+
+    Coordinate c of a row is coordinate c of the sketch's definition (``assay.Sparse``, ``assay.Rademacher``); 64-bit,
+    so that D may exceed 2³². On the CPU the vectors are read once, nothing of size D × dim exists, and a row's result
+    has the same bits whatever the other rows, the instruction set and the number of threads: float32 sums over
+    slices that follow from D and dim, added up in double in a fixed order.
+
+    Args:
+        vectors: (B, D) float32, bfloat16 or float16 (float64 runs the reference), any strides; adjacent columns are
+            read as they are, others are copied first. Not differentiated.
+        sketch: Sparse, Rademacher, or a Mask (with either ``then`` or none).
+
+    Returns:
+        (B, sketch.dim) float32 (float64 if ``vectors`` is).
+
+    Raises:
+        TypeError, ValueError: vectors that are no float matrix, a sketch that does not project vectors, or one so wide
+            that its sums would not fit in memory.
+    """
+    if not isinstance(vectors, Tensor) or not vectors.is_floating_point():
+        raise TypeError(f"vectors: expected a float tensor, got {getattr(vectors, 'dtype', type(vectors).__name__)}")
+    if vectors.dim() != 2:
+        raise ValueError(f"vectors: expected two dimensions, (B, D), got shape {tuple(vectors.shape)}")
+    vectors = vectors.detach()
+    if isinstance(sketch, Mask):
+        kept = keep(vectors, sketch.rows * sketch.cols, MASK_FLAT, sketch.key)
+        scale = mask_scale(vectors.shape[1], sketch.rows * sketch.cols)
+        if sketch.then is not None:
+            return project(kept, sketch.then) * scale
+        kept = kept.to(wide_dtype(vectors)) * scale
+        return torch.nn.functional.pad(kept, (0, sketch.dim - kept.shape[1]))
+    key, dim, nonzeros = entries(sketch, len(vectors))
+    out: Tensor = _project(vectors, key, dim, nonzeros)
+    return out
+
+
+def entries(sketch: Sketch, rows: int) -> tuple[tuple[int, int], int, int]:
+    """The key, dim and nonzeros (0: dense) of a sketch that projects coordinates, or an error."""
+    if isinstance(sketch, Kronecker):
+        raise TypeError(
+            f"{sketch}: projects the two factors of a layer's gradient, not vectors; "
+            "use ops.grad_sketch, or a Sparse or Rademacher sketch"
+        )
+    if not isinstance(sketch, Sparse | Rademacher):
+        raise TypeError(f"sketch: expected Kronecker, Sparse, Rademacher or Mask, got {type(sketch).__name__}")
+    if 8 * rows * sketch.dim > SUM_BYTES:
+        raise ValueError(
+            f"{sketch}: the sums of {rows} rows take {rows * sketch.dim / 2**27:.1f} GiB, more than "
+            f"{SUM_BYTES / 2**30:g} GiB; take a smaller dim or fewer rows at a time"
+        )
+    return sketch.key, sketch.dim, sketch.nonzeros if isinstance(sketch, Sparse) else 0
+
+
+@torch.library.custom_op("assay::project", mutates_args=())
+def _project(vectors: Tensor, key: Sequence[int], dim: int, nonzeros: int) -> Tensor:
+    sums = vectors.new_zeros(len(vectors), dim, dtype=torch.float64)
+    add = adder(vectors, "project")
+    add(vectors, 0, (key[0], key[1]), dim, nonzeros, sums)
+    return scaled(sums, dim, nonzeros, wide_dtype(vectors))
+
+
+@_project.register_fake
+def _(vectors: Tensor, key: Sequence[int], dim: int, nonzeros: int) -> Tensor:
+    return vectors.new_empty(len(vectors), dim, dtype=wide_dtype(vectors))
+
+
+def adder(tensor: Tensor, op: str) -> Callable[[Tensor, int, tuple[int, int], int, int, Tensor], None]:
+    """add(vectors, first, key, dim, nonzeros, sums): sums (B, dim) float64 += the unscaled projection of vectors (B, n),
+    whose coordinates begin at ``first``."""
+    # GPU tensors run the reference until this op has a Triton kernel.
+    return add_native if _backend.choose(op, tensor, "triton") == "cpu" else add_reference
+
+
+def add_native(vectors: Tensor, first: int, key: tuple[int, int], dim: int, nonzeros: int, sums: Tensor) -> None:
+    if vectors.stride(1) != 1:
+        vectors = vectors.contiguous()
+    _native.project(vectors, first, key, dim, nonzeros, sums)
+
+
+def add_reference(vectors: Tensor, first: int, key: tuple[int, int], dim: int, nonzeros: int, sums: Tensor) -> None:
+    """The definition in plain torch: chunks of coordinates in the vectors' own precision, or float32, then double."""
+    wide, device = wide_dtype(vectors), vectors.device
+    step = max(1, REFERENCE_ENTRIES // (nonzeros or dim))
+    for c in range(0, vectors.shape[1], step):
+        x = vectors[:, c : c + step].to(wide)
+        n = x.shape[1]
+        if nonzeros == 0:
+            matrix = signs(dim, n, RADEMACHER, key, device, first + c).sign_()
+            sums += x @ matrix.to(wide).T
+            continue
+        at, sign = buckets(n, dim, nonzeros, key, device, first + c)
+        # index_put_ adds in a fixed order on GPUs too; index_add_ does not
+        part = x.new_zeros(dim, len(x))
+        for j in range(nonzeros):
+            part.index_put_((at[:, j],), x.T * sign[:, j, None], accumulate=True)
+        sums += part.T
+
+
+def scaled(sums: Tensor, dim: int, nonzeros: int, dtype: torch.dtype) -> Tensor:
+    """The entries are ±1/√nonzeros, or ±1/√dim in a dense projection."""
+    return sums.mul_(1 / math.sqrt(nonzeros or dim)).to(dtype)

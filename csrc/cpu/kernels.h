@@ -8,4 +8,5 @@ void ensemble(const EnsembleArgs&);
 void linear(const LinearArgs&);
 void multiply_reduce(const MultiplyReduceArgs&);
 void residual(const ResidualArgs&);
+void scan(const ScanArgs&);
 }  // namespace assay::ASSAY_ISA

@@ -7,6 +7,7 @@ from assay.ops._native import build_info
 from assay.ops.dot import grad_dot
 from assay.ops.ensemble import EnsembleStats, ensemble_stats
 from assay.ops.head import HeadScores, head_scores, linear_cross_entropy, linear_ensemble_stats
+from assay.ops.scan import scan_scores, topk_scan
 from assay.ops.sketch import Kronecker
 from assay.ops.sqnorm import grad_sqnorm
 
@@ -21,4 +22,6 @@ __all__ = [
     "head_scores",
     "linear_cross_entropy",
     "linear_ensemble_stats",
+    "scan_scores",
+    "topk_scan",
 ]

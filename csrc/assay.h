@@ -96,6 +96,22 @@ struct ProjectArgs {
   int32_t threads;
 };
 
+// scores[m, i] = <features[i], queries[m]> (times scales[i]), or per m the k largest of them and their rows i
+struct ScanArgs {
+  const void* features;  // (N, D)
+  DType dtype;
+  const float* scales;  // (N,): the features are int8, whatever `dtype` says; or null
+  int64_t N, D, stride;  // between rows, in elements; columns are adjacent
+  const float* queries;  // (M, D)
+  int64_t M;
+  bool maximum;      // of a row's M scores only the largest (NaN if one is NaN): 1 column below instead of M
+  float* scores;     // (columns, N); or null for the k best
+  int64_t k;         // at most N
+  float* values;     // (threads, columns, k), all NaN; the first thread's part becomes the result, best first
+  int64_t* indices;  // likewise, all INT64_MAX
+  int32_t threads;
+};
+
 // The kernels of one instruction set.
 struct Kernels {
   const char* isa;
@@ -105,6 +121,7 @@ struct Kernels {
   void (*philox)(const PhiloxArgs&);
   void (*project)(const ProjectArgs&);
   void (*residual)(const ResidualArgs&);
+  void (*scan)(const ScanArgs&);
 };
 
 // Instruction sets compiled into this build, best last; `supported` says whether this processor runs it.

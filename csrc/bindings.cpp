@@ -124,6 +124,28 @@ void project(const std::string& isa, Address vectors, int dtype, int64_t rows, i
   k.project(args);
 }
 
+void scan(const std::string& isa, Address features, int dtype, Address scales, int64_t N, int64_t D, int64_t stride,
+          Address queries, int64_t M, bool maximum, Address scores, int64_t k, Address values, Address indices,
+          int threads) {
+  const assay::Kernels& kernel = kernels(isa);
+  const assay::ScanArgs args{reinterpret_cast<const void*>(features),
+                             static_cast<DType>(dtype),
+                             reinterpret_cast<const float*>(scales),
+                             N,
+                             D,
+                             stride,
+                             reinterpret_cast<const float*>(queries),
+                             M,
+                             maximum,
+                             reinterpret_cast<float*>(scores),
+                             k,
+                             reinterpret_cast<float*>(values),
+                             reinterpret_cast<int64_t*>(indices),
+                             threads};
+  py::gil_scoped_release release;
+  kernel.scan(args);
+}
+
 std::vector<std::pair<std::string, bool>> instruction_sets() {
   assay::Isa list[4];
   const int n = assay::isa_list(list);
@@ -142,5 +164,6 @@ PYBIND11_MODULE(_native, m) {
   m.def("philox", &philox);
   m.def("project", &project);
   m.def("residual", &residual);
+  m.def("scan", &scan);
   m.def("instruction_sets", &instruction_sets, "(name, supported by this processor), best last");
 }

@@ -6,5 +6,5 @@
 
 namespace assay::ASSAY_ISA {
 extern const Kernels kernels;
-const Kernels kernels = {ASSAY_STRING(ASSAY_ISA), ensemble, linear, multiply_reduce, philox, project, residual};
+const Kernels kernels = {ASSAY_STRING(ASSAY_ISA), ensemble, linear, multiply_reduce, philox, project, residual, scan};
 }  // namespace assay::ASSAY_ISA

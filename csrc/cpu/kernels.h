@@ -10,4 +10,5 @@ void multiply_reduce(const MultiplyReduceArgs&);
 void philox(const PhiloxArgs&);
 void project(const ProjectArgs&);
 void residual(const ResidualArgs&);
+void scan(const ScanArgs&);
 }  // namespace assay::ASSAY_ISA

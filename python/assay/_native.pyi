@@ -71,3 +71,20 @@ def residual(
     sqnorm: int,
     threads: int,
 ) -> None: ...
+def scan(
+    isa: str,
+    features: int,
+    dtype: int,
+    scales: int,
+    N: int,
+    D: int,
+    stride: int,
+    queries: int,
+    M: int,
+    maximum: bool,
+    scores: int,
+    k: int,
+    values: int,
+    indices: int,
+    threads: int,
+) -> None: ...

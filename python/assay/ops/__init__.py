@@ -10,6 +10,7 @@ from assay.ops.head import HeadScores, head_scores, linear_cross_entropy, linear
 from assay.ops.layer_sketch import grad_sketch
 from assay.ops.projection import project
 from assay.ops.sketch import Kronecker, Mask, Rademacher, Sparse
+from assay.ops.scan import scan_scores, topk_scan
 from assay.ops.sqnorm import grad_sqnorm
 
 __all__ = [
@@ -28,4 +29,6 @@ __all__ = [
     "linear_cross_entropy",
     "linear_ensemble_stats",
     "project",
+    "scan_scores",
+    "topk_scan",
 ]

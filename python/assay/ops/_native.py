@@ -153,6 +153,51 @@ def project(vectors: Tensor, first: int, key: tuple[int, int], dim: int, nonzero
     )
 
 
+def scan(features: Tensor, scales: Tensor | None, queries: Tensor, maximum: bool) -> Tensor:
+    """Scores (M, N), or (1, N) with ``maximum``: (N, D) with adjacent columns, (N,) and (M, D) float32, contiguous."""
+    scores = torch.empty(1 if maximum else len(queries), len(features))
+    _scan(features, scales, queries, maximum, scores, 0, None, None)
+    return scores
+
+
+def topk_scan(features: Tensor, scales: Tensor | None, queries: Tensor, maximum: bool, k: int) -> tuple[Tensor, Tensor]:
+    """Of such scores the ``k`` best and their columns, (M, k) or (1, k), best first. Every thread gathers its own k."""
+    shape = (threads(), 1 if maximum else len(queries), k)
+    values = torch.full(shape, torch.nan)
+    indices = torch.full(shape, torch.iinfo(torch.int64).max)
+    _scan(features, scales, queries, maximum, None, k, values, indices)
+    return values[0].clone(), indices[0].clone()
+
+
+def _scan(
+    features: Tensor,
+    scales: Tensor | None,
+    queries: Tensor,
+    maximum: bool,
+    scores: Tensor | None,
+    k: int,
+    values: Tensor | None,
+    indices: Tensor | None,
+) -> None:
+    _native.scan(
+        isa(),
+        features.data_ptr(),
+        0 if scales is not None else _DTYPES[features.dtype],
+        0 if scales is None else scales.data_ptr(),
+        features.shape[0],
+        features.shape[1],
+        features.stride(0),
+        queries.data_ptr(),
+        queries.shape[0],
+        maximum,
+        0 if scores is None else scores.data_ptr(),
+        k,
+        0 if values is None else values.data_ptr(),
+        0 if indices is None else indices.data_ptr(),
+        threads() if values is None else values.shape[0],
+    )
+
+
 def build_info() -> dict[str, Any]:
     """What this build holds and what this processor runs: the facts that ``assay doctor`` prints."""
     sets = _native.instruction_sets()

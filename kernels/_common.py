@@ -13,11 +13,17 @@ from torch import Tensor
 # Fused multiply-add: one rounding less, and what float32 products are made of. Triton's default for it is about to
 # change, and every bit of a result with it.
 FP_FUSION = True
+# Registers a thread may have, all of them with up to 8 warps a block. Left to itself, ptxas takes fewer to fit more
+# blocks on a processor, and spills a few bytes for it.
+MAX_REGISTERS = 255
 # Enough programs to fill any card several times over. Work is cut by the shape and this constant alone, never by the
 # card's own size: two cards give the same partial sums.
 PROGRAMS = 512
 
 HALF = (torch.bfloat16, torch.float16)
+# A float32 FLOP in half-precision ones: it runs outside the tensor cores, at about a fifteenth of their rate by the
+# makers' figures (A100 19.5 of 312 TFLOP/s, H100 67 of 989).
+FLOAT_COST = 15
 
 
 @dataclass(frozen=True)
@@ -33,9 +39,15 @@ class Launch:
     def run(self, tensor: Tensor) -> None:
         """Launch on the device of ``tensor``, whichever device is current."""
         with torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext():
-            self.kernel[self.grid](
-                **self.arguments, num_warps=self.num_warps, num_stages=self.num_stages, enable_fp_fusion=FP_FUSION
-            )
+            self.kernel[self.grid](**self.arguments, **self.options())
+
+    def options(self) -> dict[str, Any]:
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": FP_FUSION,
+            "maxnreg": MAX_REGISTERS,
+        }
 
 
 def generation(tensor: Tensor) -> int:

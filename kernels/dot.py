@@ -14,7 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from assay.kernels._common import HALF, PROGRAMS, Launch, aligned, ceil_div, generation, round_up, unit_stride
+from assay.kernels._common import (
+    FLOAT_COST,
+    HALF,
+    PROGRAMS,
+    Launch,
+    aligned,
+    ceil_div,
+    generation,
+    round_up,
+    unit_stride,
+)
 
 
 @dataclass(frozen=True)
@@ -34,7 +44,7 @@ class Tiles:
 
     few_rows: Tile  # up to FEW_ROWS rows: bound by reading the matrix, so a thin tile with many loads in flight
     narrow: Tile  # up to NARROW columns: a classifier's head
-    ragged: Tile  # addresses that are not multiples of 16 bytes: the registers go to them
+    small: Tile  # addresses that are no multiples of 16 bytes, or types mixed: the registers go to them
     large: Tile
 
 
@@ -55,9 +65,8 @@ FLOAT_TILES = {
 GROUP_M = 8
 # A slice of K is worth a program of its own from this length: shorter ones spend their time in the epilogue.
 MIN_K_SLICE = 512
-# FLOPs of one product, in units of the half-precision one: bfloat16 factors times a float32 direction run three times
-# over, float32 runs outside the tensor cores at about a fifteenth of their rate.
-SPLIT_COST, FLOAT_COST = 3, 15
+# bfloat16 factors times a float32 direction run three times over.
+SPLIT_COST = 3
 
 
 # Not specialised: the sizes that change from batch to batch and help no load.
@@ -163,13 +172,15 @@ def plan(
         "matrix_k": matrix.stride(1),
         "matrix_n": matrix.stride(2),
     }
-    tiles = (HALF_TILES if half else FLOAT_TILES).get(generation, (HALF_TILES if half else FLOAT_TILES)[8])
+    table = HALF_TILES if half else FLOAT_TILES
+    tiles = table[8] if right.dtype.itemsize > left.dtype.itemsize else table.get(generation, table[8])
     if rows <= FEW_ROWS:
         tile = tiles.few_rows
     elif n <= NARROW:
         tile = tiles.narrow
     else:
-        tile = tiles.large if aligned([left, right, matrix, k, n, *strides.values()]) else tiles.ragged
+        easy = aligned([left, right, matrix, k, n, *strides.values()]) and left.dtype == matrix.dtype
+        tile = tiles.large if easy else tiles.small
     m_tiles, n_tiles = ceil_div(rows, tile.m), ceil_div(n, tile.n)
     splits = max(1, min(PROGRAMS // (m_tiles * n_tiles), k // MIN_K_SLICE))
     k_slice = round_up(ceil_div(k, splits), tile.k)

@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from assay.kernels._common import FP_FUSION, Launch
+from assay.kernels._common import FP_FUSION, MAX_REGISTERS, Launch
 from tests.kernels.table import Row
 
 CAPABILITIES = (80, 90, 100)
@@ -48,6 +48,7 @@ class Case:
     num_stages: int = 3
     hot: bool = True
     capabilities: Sequence[int] = CAPABILITIES  # where the launcher would take it
+    maxnreg: int | None = None
 
 
 def case_of(
@@ -78,14 +79,28 @@ def case_of(
         elif divisible and not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment):
             attrs[(index,)] = [["tt.divisibility", 16]]
     return Case(
-        name, launch.kernel, signature, constexprs, attrs, launch.num_warps, launch.num_stages, hot, capabilities
+        name,
+        launch.kernel,
+        signature,
+        constexprs,
+        attrs,
+        launch.num_warps,
+        launch.num_stages,
+        hot,
+        capabilities,
+        MAX_REGISTERS,
     )
 
 
 def compile_case(case: Case, cc: int) -> Row:
     """Compile for compute capability ``cc`` and read what the machine code takes."""
     source = ASTSource(case.fn, dict(case.signature), dict(case.constexprs), dict(case.attrs))
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": FP_FUSION}
+    options = {
+        "num_warps": case.num_warps,
+        "num_stages": case.num_stages,
+        "enable_fp_fusion": FP_FUSION,
+        "maxnreg": case.maxnreg,
+    }
     compiled = triton.compile(source, target=GPUTarget("cuda", cc, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])

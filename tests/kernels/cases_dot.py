@@ -9,12 +9,14 @@ from assay.kernels._common import Launch
 from tests.kernels.aot import CAPABILITIES, Case, case_of
 
 BF16, FP16, F32 = torch.bfloat16, torch.float16, torch.float32
-TYPES = [  # of the factors and of the direction
-    (BF16, BF16),
-    (FP16, FP16),
-    (BF16, F32),  # three terms
-    (F32, F32),
-    (FP16, F32),  # widened on load
+TYPES = [  # of inputs, grads and direction
+    (BF16, BF16, BF16),
+    (FP16, FP16, FP16),
+    (BF16, BF16, F32),  # three terms
+    (F32, F32, F32),
+    (FP16, FP16, F32),  # widened on load, as the next
+    (F32, F32, BF16),
+    (BF16, F32, BF16),  # on tensor cores, with a float32 epilogue
 ]
 SHAPES = {  # (B, T, I, O); what takes them there
     "large": (8, 512, 1024, 2048),
@@ -28,21 +30,23 @@ SHAPES = {  # (B, T, I, O); what takes them there
 }
 
 
-def launch(shape: tuple[int, int, int, int], kinds: tuple[torch.dtype, torch.dtype], generation: int) -> Launch:
+def launch(
+    shape: tuple[int, int, int, int], types: tuple[torch.dtype, torch.dtype, torch.dtype], generation: int
+) -> Launch:
     b, t, i, o = shape
-    inputs = torch.empty(b, t, i, dtype=kinds[0], device="meta")
-    grads = torch.empty(b, t, o, dtype=kinds[0], device="meta")
-    return dot.plan(inputs, grads, torch.empty(o, i, dtype=kinds[1], device="meta"), generation)[0]
+    inputs = torch.empty(b, t, i, dtype=types[0], device="meta")
+    grads = torch.empty(b, t, o, dtype=types[1], device="meta")
+    return dot.plan(inputs, grads, torch.empty(o, i, dtype=types[2], device="meta"), generation)[0]
 
 
 def cases() -> list[Case]:
     found = []
     for cc in CAPABILITIES:
-        for kinds in TYPES:
-            names = [str(k).removeprefix("torch.").replace("loat", "") for k in kinds]
+        for types in TYPES:
+            names = [str(x).removeprefix("torch.").replace("loat", "") for x in types]
             for what, shape in SHAPES.items():
-                if kinds in ((FP16, FP16), (FP16, F32)) and what not in ("large", "few_rows_ragged"):
-                    continue  # the same code as for bfloat16 but for the instruction's name
+                if types not in ((BF16,) * 3, (F32,) * 3) and what not in ("large", "ragged", "narrow", "few_rows"):
+                    continue  # the same tables again
                 name = f"grad_dot {'*'.join(names)} {what}"
-                found.append(case_of(name, launch(shape, kinds, cc // 10), capabilities=(cc,)))
+                found.append(case_of(name, launch(shape, types, cc // 10), capabilities=(cc,)))
     return found

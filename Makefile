@@ -4,11 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp) CMakeLists.txt
 
-.PHONY: help setup demo demo-text test pytest lint native-sanitize bench gpu gpu-test gpu-bench docs clean
+.PHONY: help setup demo demo-text test pytest lint native-sanitize compile-table bench gpu gpu-test gpu-bench docs clean
 help:
 	@echo "make demo        score, select and train on digits with wrong labels (under 90 s after set-up)"
 	@echo "make demo-text   find planted junk in text with SmolLM2-135M"
 	@echo "make test        lint, types, native tests under sanitizers, test suite"
+	@echo "make compile-table  compile every GPU kernel for sm_80, 90 and 100; registers, spills, shared memory (no GPU)"
 	@echo "make bench       roofline table of the kernels"
 	@echo "make gpu         on an NVIDIA GPU: build, GPU tests, sanitizers and kernel benchmark (8 minutes; docs/gpu.md)"
 	@echo "                 gpu-test and gpu-bench are its halves"
@@ -40,7 +41,7 @@ demo: setup
 demo-text: $(VENV)/.smollm2
 	$(BIN)/assay demo text --out demo/text
 
-test: lint native-sanitize pytest
+test: lint native-sanitize pytest compile-table
 
 pytest: setup
 	$(BIN)/python -m pytest
@@ -68,6 +69,9 @@ gpu-test:
 
 gpu-bench:
 	@$(PYTHON) -m tests.gpu build bench
+
+compile-table: setup
+	$(BIN)/python -m tests.kernels.compile_table
 
 docs: setup
 	$(BIN)/python -m pytest tests/test_docs.py

@@ -73,9 +73,17 @@ def wide_dtype(*tensors: Tensor) -> torch.dtype:
 @torch.library.custom_op("assay::grad_dot", mutates_args=())
 def _grad_dot(inputs: Tensor, grads: Tensor, direction: Tensor) -> Tensor:
     wide = wide_dtype(inputs, grads, direction)
-    if _backend.choose("grad_dot", inputs.new_empty(0, dtype=wide), "triton") == "reference":
+    backend = _backend.choose("grad_dot", inputs.new_empty(0, dtype=wide), "triton")
+    if backend == "reference":
         return reference(inputs, grads, direction)
-    return _cpu(inputs, grads, direction)
+    if 0 in (*inputs.shape, grads.shape[2]):
+        return inputs.new_zeros(inputs.shape[0], dtype=wide)
+    if backend == "cpu":
+        return _cpu(inputs, grads, direction)
+    from assay.kernels import dot as kernel
+
+    out: Tensor = kernel.grad_dot(inputs, grads, direction)
+    return out
 
 
 @_grad_dot.register_fake
@@ -92,8 +100,6 @@ def reference(inputs: Tensor, grads: Tensor, direction: Tensor) -> Tensor:
 def _cpu(inputs: Tensor, grads: Tensor, direction: Tensor) -> Tensor:
     b, t, i = inputs.shape
     o = grads.shape[2]
-    if 0 in (b, t, i, o):
-        return torch.zeros(b)
     # A Vᵀ (rows × O) and G V (rows × I) cost the same FLOPs: take the narrower, it is what gets written and read again.
     if i <= o:
         left, right, matrix = grads, inputs, direction

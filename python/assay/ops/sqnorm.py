@@ -45,9 +45,17 @@ def grad_sqnorm(inputs: Tensor, grads: Tensor) -> Tensor:
 @torch.library.custom_op("assay::grad_sqnorm", mutates_args=())
 def _grad_sqnorm(inputs: Tensor, grads: Tensor) -> Tensor:
     wide = wide_dtype(inputs, grads)
-    if _backend.choose("grad_sqnorm", inputs.new_empty(0, dtype=wide), "triton") == "reference":
+    backend = _backend.choose("grad_sqnorm", inputs.new_empty(0, dtype=wide), "triton")
+    if backend == "reference":
         return reference(inputs, grads)
-    return _cpu(inputs, grads)
+    if 0 in (*inputs.shape, grads.shape[2]):
+        return inputs.new_zeros(inputs.shape[0], dtype=wide)
+    if backend == "cpu":
+        return _cpu(inputs, grads)
+    from assay.kernels import sqnorm as kernel
+
+    out: Tensor = kernel.grad_sqnorm(inputs, grads, CANCELLED)
+    return out
 
 
 @_grad_sqnorm.register_fake
@@ -71,10 +79,7 @@ def gram_is_cheaper(t: int, i: int, o: int) -> bool:
 
 
 def _cpu(inputs: Tensor, grads: Tensor) -> Tensor:
-    b, t, i = inputs.shape
-    o = grads.shape[2]
-    if 0 in (b, t, i, o):
-        return torch.zeros(b)
+    t, i, o = *inputs.shape[1:], grads.shape[2]
     if t == 1:
         norms = _row_sqnorms(inputs[:, 0]) * _row_sqnorms(grads[:, 0])
     elif gram_is_cheaper(t, i, o):

@@ -1,0 +1,29 @@
+"""Tensors fenced by NaN, on the device that runs the kernels here: the GPU, or the CPU under Triton's interpreter."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MARGIN = 4096
+
+
+def fenced(x: Tensor, gap: int) -> Tensor:
+    """A copy of ``x`` with NaN before, after, and ``gap`` elements of it behind every row.
+
+    A gap that is a multiple of 16 keeps rows aligned. Under the interpreter an out-of-bounds read is silent garbage;
+    here it shows.
+    """
+    shape = (*x.shape[:-1], x.shape[-1] + gap)
+    size = torch.Size(shape).numel()
+    buffer = torch.full((MARGIN + size + MARGIN,), torch.nan, dtype=x.dtype, device=DEVICE)
+    view = buffer[MARGIN : MARGIN + size].view(shape)[..., : x.shape[-1]]
+    view.copy_(x)
+    return view
+
+
+def fence_intact(view: Tensor) -> bool:
+    """Whether a dense tensor from ``fenced(x, 0)`` still has its NaN around it."""
+    buffer = torch.empty(0, dtype=view.dtype, device=view.device).set_(view.untyped_storage())
+    return bool(buffer[:MARGIN].isnan().all() and buffer[-MARGIN:].isnan().all())

@@ -1,20 +1,37 @@
 """Methods: one file each, named as its paper names it. Signals in, named scores out."""
 
+from assay.methods.adam import AdamState
 from assay.methods.base import Column, Method, Need
+from assay.methods.dsdm import DsDm
+from assay.methods.ekfac import EKFAC
 from assay.methods.ensemble import Ensemble, ensemble_scores
 from assay.methods.grad_mimic import GradMimic
+from assay.methods.influence import Influence, Kernel
 from assay.methods.label_quality import label_quality, model_weights
+from assay.methods.less import LESS
+from assay.methods.logra import LoGra
 from assay.methods.out_of_fold import OutOfFold, out_of_fold
 from assay.methods.scorer import Scorer
+from assay.methods.trackstar import TrackStar
+from assay.methods.trak import TRAK
 
 __all__ = [
+    "EKFAC",
+    "LESS",
+    "TRAK",
+    "AdamState",
     "Column",
+    "DsDm",
     "Ensemble",
     "GradMimic",
+    "Influence",
+    "Kernel",
+    "LoGra",
     "Method",
     "Need",
     "OutOfFold",
     "Scorer",
+    "TrackStar",
     "ensemble_scores",
     "label_quality",
     "model_weights",

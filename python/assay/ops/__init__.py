@@ -9,8 +9,8 @@ from assay.ops.ensemble import EnsembleStats, ensemble_stats
 from assay.ops.head import HeadScores, head_scores, linear_cross_entropy, linear_ensemble_stats
 from assay.ops.layer_sketch import grad_sketch
 from assay.ops.projection import project
-from assay.ops.sketch import Kronecker, Mask, Rademacher, Sparse
 from assay.ops.scan import scan_scores, topk_scan
+from assay.ops.sketch import Kronecker, Mask, Rademacher, Sketch, Sparse
 from assay.ops.sqnorm import grad_sqnorm
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Kronecker",
     "Mask",
     "Rademacher",
+    "Sketch",
     "Sparse",
     "build_info",
     "ensemble_stats",

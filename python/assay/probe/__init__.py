@@ -3,7 +3,7 @@
 from assay.probe.gradient import Convolution, Dense, Outer, PerSampleGradient, Scatter
 from assay.probe.layers import Factors
 from assay.probe.probe import Probe, Signals
-from assay.probe.reductions import Dot, Reduction, SqNorm
+from assay.probe.reductions import Dot, Feature, Reduction, Sketched, SqNorm
 from assay.probe.selection import tapped_parameters
 
 __all__ = [
@@ -11,12 +11,14 @@ __all__ = [
     "Dense",
     "Dot",
     "Factors",
+    "Feature",
     "Outer",
     "PerSampleGradient",
     "Probe",
     "Reduction",
     "Scatter",
     "Signals",
+    "Sketched",
     "SqNorm",
     "tapped_parameters",
 ]

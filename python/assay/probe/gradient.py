@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from assay.ops import grad_dot, grad_sqnorm
+from assay.ops import Kronecker, Rademacher, Sketch, grad_dot, grad_sketch, grad_sqnorm, project
 from assay.probe.head import Head
 
 # Terms that cancel below this share of their own squared norms are multiplied out, one sample at a time.
@@ -31,11 +31,18 @@ class Outer:
     def sqnorm(self) -> Tensor:
         return grad_sqnorm(self.right, self.left)
 
+    def sketch(self, sketch: Sketch, shape: Sequence[int]) -> Tensor:
+        return grad_sketch(self.right, self.left, sketch)
+
     def dense(self, shape: Sequence[int]) -> Tensor:
         return (wide(self.left).mT @ wide(self.right)).reshape(-1, *shape)
 
-    def sample(self, b: int) -> Outer:
-        return Outer(self.left[b : b + 1], self.right[b : b + 1])
+    @property
+    def samples(self) -> int:
+        return len(self.left)
+
+    def part(self, samples: slice) -> Outer:
+        return Outer(self.left[samples], self.right[samples])
 
 
 @dataclass(frozen=True)
@@ -58,13 +65,27 @@ class Scatter:
         rows.index_put_((place.flatten(),), grads.flatten(0, 1), accumulate=True)
         return grads.new_zeros(len(grads)).index_put_((keys // stride,), rows.square().sum(1), accumulate=True)
 
+    def sketch(self, sketch: Sketch, shape: Sequence[int]) -> Tensor:
+        if isinstance(sketch, Kronecker):  # a row's signs are the projection of its unit vector
+            signs = sketch.output_side(shape[0], self.grads.device)
+            left = signs.T[self.ids].to(wide(self.grads).dtype)  # (B, T, rows)
+            right = wide(self.grads) @ sketch.input_side(shape[1], self.grads.device).T.to(left.dtype)
+            return (left.mT @ right).flatten(1)
+        # One sample at a time: its gradient is as large as the weight.
+        one = [self.part(slice(b, b + 1)) for b in range(len(self.ids))]
+        return torch.cat([project(sample.dense(shape).flatten(1), sketch) for sample in one])
+
     def dense(self, shape: Sequence[int]) -> Tensor:
         grads = wide(self.grads)
         sample = torch.arange(len(grads), device=grads.device)[:, None].expand_as(self.ids)
         return grads.new_zeros(len(grads), *shape).index_put_((sample, self.ids), grads, accumulate=True)
 
-    def sample(self, b: int) -> Scatter:
-        return Scatter(self.ids[b : b + 1], self.grads[b : b + 1])
+    @property
+    def samples(self) -> int:
+        return len(self.ids)
+
+    def part(self, samples: slice) -> Scatter:
+        return Scatter(self.ids[samples], self.grads[samples])
 
 
 @dataclass(frozen=True)
@@ -78,6 +99,23 @@ class Dense:
 
     def sqnorm(self) -> Tensor:
         return wide(self.values).square().flatten(1).sum(1)
+
+    def sketch(self, sketch: Sketch, shape: Sequence[int]) -> Tensor:
+        if isinstance(sketch, Kronecker) and len(shape) != 2:  # a vector has one side
+            return project(wide(self.values).flatten(1), Rademacher(sketch.dim, seed=sketch.seed, name=sketch.name))
+        if isinstance(sketch, Kronecker):
+            # The gradient as factors: its rows against unit vectors.
+            values = wide(self.values).reshape(-1, *shape)
+            unit = torch.eye(shape[0], dtype=values.dtype, device=values.device)
+            return grad_sketch(values, unit.expand(len(values), -1, -1), sketch)
+        return project(wide(self.values).flatten(1), sketch)
+
+    @property
+    def samples(self) -> int:
+        return len(self.values)
+
+    def part(self, samples: slice) -> Dense:
+        return Dense(self.values[samples])
 
     def dense(self, shape: Sequence[int]) -> Tensor:
         return wide(self.values).reshape(-1, *shape)
@@ -109,6 +147,16 @@ class Convolution:
 
     def sqnorm(self) -> Tensor:
         return self.outer().sqnorm()
+
+    def sketch(self, sketch: Sketch, shape: Sequence[int]) -> Tensor:
+        return self.outer().sketch(sketch, shape)
+
+    @property
+    def samples(self) -> int:
+        return len(self.grads)
+
+    def part(self, samples: slice) -> Convolution:
+        return replace(self, inputs=self.inputs[samples], grads=self.grads[samples])
 
     def dense(self, shape: Sequence[int]) -> Tensor:
         return self.outer().dense(shape)
@@ -193,8 +241,23 @@ class PerSampleGradient:
         assert isinstance(scatter, Scatter)
         total = own + 2 * _outer_scatter(outer, scatter)
         for b in torch.nonzero(total < _CANCELLED * own).flatten().tolist():
-            total[b] = _total([term.sample(b).dense(self.shape) for term in (outer, scatter)]).square().sum()
+            one = slice(b, b + 1)
+            total[b] = _total([term.part(one).dense(self.shape) for term in (outer, scatter)]).square().sum()
         return total
+
+    @property
+    def samples(self) -> int:
+        """B."""
+        return self.terms[0].samples
+
+    def split(self, samples: int) -> Iterator[PerSampleGradient]:
+        """The same for so many samples at a time."""
+        for start in range(0, self.samples, samples):
+            yield PerSampleGradient(self.shape, [term.part(slice(start, start + samples)) for term in self.terms])
+
+    def sketch(self, sketch: Sketch) -> Tensor:
+        """A projection of the gradient -> (B, sketch.dim): the uses' sketches, summed, for sketching is linear."""
+        return _total([term.sketch(sketch, self.shape) for term in self.terms])
 
     def dense(self) -> Tensor:
         """The gradient multiplied out, (B, *shape): for small parameters and for tests."""

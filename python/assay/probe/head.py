@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from assay.ops import head_scores, linear_ensemble_stats
+from assay.ops import Kronecker, Sketch, grad_sketch, head_scores, linear_ensemble_stats
 
 # Rows of the weight whose gradient is multiplied out at a time.
 _ROWS = 4096
@@ -77,6 +77,23 @@ class Head:
             residual[here, labels[here] - start] = torch.expm1(-nll[here])  # p_y - 1
             yield start, residual.mul_(scale).T @ hidden
 
+    def sketch(self, sketch: Sketch, shape: Sequence[int]) -> Tensor:
+        """Σ_t scale[b,t] left[b,t] right[b,t]ᵀ (B, rows · cols); sketches of other kinds need the residual."""
+        if not isinstance(sketch, Kronecker):
+            return torch.cat([grad_sketch(one.hidden, one.residual(), sketch) for one in self._one_by_one()])
+        scores = head_scores(
+            self.hidden.flatten(0, 1),
+            self.weight,
+            self.labels.flatten(),
+            bias=self.bias,
+            sketch=sketch,
+            fields=(),
+        )
+        assert scores.left is not None
+        assert scores.right is not None
+        left = scores.left[0].view(*self.labels.shape, -1) * self.scale[..., None]
+        return (left.mT @ scores.right[0].view(*self.labels.shape, -1)).flatten(1)
+
     def dense(self, shape: Sequence[int]) -> Tensor:
         """Multiplied out, (B, C, D)."""
         return (self.residual().mT @ self.hidden.to(self._wide)).reshape(-1, *shape)
@@ -91,11 +108,17 @@ class Head:
 
     def bias_gradient(self) -> Tensor:
         """(B, C)."""
-        return torch.stack([self.sample(b).residual()[0].sum(0) for b in range(len(self.hidden))])
+        return torch.cat([one.residual().sum(1) for one in self._one_by_one()])
 
-    def sample(self, b: int) -> Head:
-        one = slice(b, b + 1)
-        return Head(self.hidden[one], self.weight, self.bias, self.labels[one], self.scale[one])
+    @property
+    def samples(self) -> int:
+        return len(self.hidden)
+
+    def part(self, samples: slice) -> Head:
+        return Head(self.hidden[samples], self.weight, self.bias, self.labels[samples], self.scale[samples])
+
+    def _one_by_one(self) -> list[Head]:
+        return [self.part(slice(b, b + 1)) for b in range(self.samples)]
 
     def join(self, other: Head) -> Head:
         """Both uses of one weight, end to end along T."""

@@ -35,8 +35,10 @@ class Signals:
         rows: (N,) int64, the sample that owns each row; None when row i is sample i.
         factors: by layer name. A layer that the losses do not depend on has no entry: its gradient is zero.
         embeddings: (B, D) float32, pooled inputs of the layer that was named.
-        reduced: by reduction, (B,) float32 (float64 from a float64 model).
+        reduced: by reduction, (B,) or (B, width) float32 (float64 from a float64 model).
         output_layer: what the logits of a fused language model are the product of, if they were asked for.
+        row_losses: (B,) or (B, T): the cross entropies that the losses are made of, 0 where nothing is predicted; None
+            if the task has none.
     """
 
     losses: Tensor
@@ -47,6 +49,7 @@ class Signals:
     embeddings: Tensor | None = None
     reduced: Mapping[str, Tensor] = field(default_factory=dict)
     output_layer: OutputLayer | None = None
+    row_losses: Tensor | None = None
 
     def with_reduced(self, reduced: Mapping[str, Tensor]) -> Signals:
         """The same signals with other reductions; logits that have not been made stay so."""
@@ -169,6 +172,7 @@ class Probe:
             embeddings=embeddings,
             reduced={key: value for key, value in recorder.reduced.items() if key != _CHECK},
             output_layer=outputs.output_layer if self._logits else None,
+            row_losses=None if outputs.row_losses is None else outputs.row_losses.detach(),
         )
 
     def _kept_logits(self, outputs: Outputs) -> Any:

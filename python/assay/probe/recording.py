@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from assay.probe.gradient import Dense, PerSampleGradient, Term
 from assay.probe.head import Head
 from assay.probe.layers import Factors
-from assay.probe.reductions import Reduction
+from assay.probe.reductions import Feature, Reduction
 from assay.probe.selection import Tap
 
 
@@ -131,7 +131,7 @@ class Recorder:
     def backward(self, losses: Tensor) -> None:
         """Backpropagate the sum of the losses: fills ``reduced`` on the way and ``factors`` at the end."""
         self._recording = False  # from here on a layer that runs is a checkpoint being recomputed
-        self.reduced = {key: torch.zeros_like(losses.detach()) for key in self.reductions}
+        self.reduced = {key: self._nothing(reduction, losses.detach()) for key, reduction in self.reductions.items()}
         # A forward pass under autocast is differentiated outside of it; its casts are in the graph.
         with torch.autocast(losses.device.type, enabled=False):
             if self._leaves and losses.requires_grad:
@@ -236,10 +236,19 @@ class Recorder:
             if call.open == 0 and call.tap.layer not in self.keep:
                 call.release()
 
+    def _nothing(self, reduction: Reduction, losses: Tensor) -> Tensor:
+        return (
+            losses.new_zeros(self.size, reduction.size)
+            if isinstance(reduction, Feature)
+            else losses.new_zeros(self.size)
+        )
+
     def _add(self, key: str, name: str, value: Tensor) -> None:
-        if value.shape != (self.size,):
-            shape = tuple(value.shape)
-            raise ValueError(f"reduction {key!r} gave shape {shape} for parameter {name!r}; expected ({self.size},)")
-        total = self.reduced[key]
-        dtype = torch.promote_types(total.dtype, value.dtype)
-        self.reduced[key] = total.to(dtype) + value.to(total.device)
+        reduction, total = self.reductions[key], self.reduced[key]
+        total = total.to(torch.promote_types(total.dtype, value.dtype))
+        mine = total[:, reduction.place(name)] if isinstance(reduction, Feature) else total
+        if value.shape != mine.shape:
+            found, expected = tuple(value.shape), tuple(mine.shape)
+            raise ValueError(f"reduction {key!r} gave shape {found} for parameter {name!r}; expected {expected}")
+        mine += value.to(total.device)
+        self.reduced[key] = total

@@ -1,13 +1,16 @@
-"""Folds of a parameter's per-sample gradient to one number per sample, while the backward pass runs."""
+"""Folds of a parameter's per-sample gradient to a few numbers per sample, while the backward pass runs."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import itertools
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from assay.ops import Sketch
 from assay.probe.gradient import PerSampleGradient
 
 
@@ -25,6 +28,18 @@ class Reduction(Protocol):
 
     def __call__(self, parameter: str, gradient: PerSampleGradient) -> Tensor:
         """This parameter's share, (B,)."""
+        ...
+
+
+@runtime_checkable
+class Feature(Reduction, Protocol):
+    """A reduction to ``size`` numbers per sample, (B, size); each parameter's are added up in its ``place``."""
+
+    @property
+    def size(self) -> int: ...
+
+    def place(self, parameter: str) -> slice:
+        """Where this parameter's numbers go: places of its own, or the same for several, which are then summed."""
         ...
 
 
@@ -53,3 +68,46 @@ class SqNorm:
 
     def __call__(self, parameter: str, gradient: PerSampleGradient) -> Tensor:
         return gradient.sqnorm()
+
+
+@dataclass(frozen=True)
+class Sketched:
+    """A random projection of the per-sample gradient: inner products of features are unbiased for those of gradients.
+
+    Each parameter has a projection of its own, keyed by its name; none is scaled, so that the features' inner product
+    stands for the whole gradient's, whatever the layers' shapes.
+
+    Attributes:
+        shapes: by parameter.
+        sketch: the projection, under any name.
+        together: every parameter's projection is summed into the same ``sketch.dim`` numbers (the projection of the
+            whole gradient, as in TRAK). Otherwise they are laid end to end, and a parameter with no more than
+            ``sketch.dim`` elements is kept as it is.
+    """
+
+    shapes: Mapping[str, Sequence[int]]
+    sketch: Sketch
+    together: bool = False
+
+    @property
+    def parameters(self) -> Collection[str]:
+        return self.shapes.keys()
+
+    @property
+    def size(self) -> int:
+        return self.sketch.dim if self.together else sum(map(self._width, self.shapes))
+
+    def place(self, parameter: str) -> slice:
+        if self.together:
+            return slice(0, self.sketch.dim)
+        before = itertools.takewhile(lambda name: name != parameter, self.shapes)
+        start = sum(map(self._width, before))
+        return slice(start, start + self._width(parameter))
+
+    def _width(self, parameter: str) -> int:
+        return min(math.prod(self.shapes[parameter]), self.sketch.dim)
+
+    def __call__(self, parameter: str, gradient: PerSampleGradient) -> Tensor:
+        if not self.together and math.prod(self.shapes[parameter]) <= self.sketch.dim:
+            return gradient.dense().flatten(1)
+        return gradient.sketch(self.sketch.named(parameter))

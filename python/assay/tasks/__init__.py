@@ -9,7 +9,9 @@ from assay.tasks.base import IGNORE, Outputs, Task
 from assay.tasks.causal_lm import CausalLM
 from assay.tasks.contrastive import Contrastive
 from assay.tasks.losses import row_losses
+from assay.tasks.margin import Margin
 from assay.tasks.output_layer import OutputLayer
+from assay.tasks.sampled import Sampled
 from assay.tasks.supervised import Classification, Regression
 
 __all__ = [
@@ -17,9 +19,11 @@ __all__ = [
     "CausalLM",
     "Classification",
     "Contrastive",
+    "Margin",
     "OutputLayer",
     "Outputs",
     "Regression",
+    "Sampled",
     "Task",
     "row_losses",
 ]

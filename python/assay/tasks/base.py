@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -41,7 +42,8 @@ class Outputs:
     ``losses`` (B,) float32, with their autograd graph; ``logits`` (N, C) and ``labels`` (N,) int64, one row
     per position, ``labels`` being -100 where nothing is predicted; ``rows`` (N,) int64, the sample that owns
     each row, or None when row i is sample i. With an ``output_layer`` the logits have not been made: reading
-    them makes them.
+    them makes them. ``row_losses``, (B,) or (B, T) with their graph, are the cross entropies that the losses are made
+    of, 0 where nothing is predicted.
     """
 
     losses: Tensor
@@ -49,6 +51,13 @@ class Outputs:
     labels: Tensor | None = None
     rows: Tensor | None = None
     output_layer: OutputLayer | None = None
+    row_losses: Tensor | None = None
+
+    def with_losses(self, losses: Tensor) -> Outputs:
+        """The same outputs with other losses; logits that have not been made stay so."""
+        other = copy.copy(self)
+        object.__setattr__(other, "losses", losses)
+        return other
 
 
 @runtime_checkable

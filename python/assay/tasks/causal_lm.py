@@ -84,8 +84,8 @@ class CausalLM:
         rows = torch.arange(len(labels), device=labels.device).repeat_interleave(labels.shape[1])
         if isinstance(logits, OutputLayer):
             unmade: Any = logits.logits
-            return Outputs(losses, unmade, labels.flatten(), rows, logits)
-        return Outputs(losses, logits, labels.flatten(), rows)
+            return Outputs(losses, unmade, labels.flatten(), rows, logits, row_losses)
+        return Outputs(losses, logits, labels.flatten(), rows, row_losses=row_losses)
 
     def mask(self, batch: Any) -> Tensor:
         ids = self._ids(batch)

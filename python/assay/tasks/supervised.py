@@ -36,7 +36,8 @@ class Classification:
             )
         labels = class_indices(y)
         check_range(labels, logits.shape[1], ignore=None)
-        return Outputs(row_losses(logits, labels).float(), logits, labels)
+        losses = row_losses(logits, labels)
+        return Outputs(losses.float(), logits, labels, row_losses=losses)
 
     def mask(self, batch: Any) -> Tensor | None:
         x, _ = pair(batch, "Classification", "(x, y)")

@@ -1,0 +1,264 @@
+"""Influence functions with the eigenvalue-corrected Kronecker factorisation, 2308.03296."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from assay.methods.base import Column, Need
+from assay.methods.influence import Targets
+from assay.probe import Dot, Outer, PerSampleGradient, Probe, Reduction, Signals, tapped_parameters
+from assay.tasks import Sampled, Task
+
+# Per-sample gradients are rotated at most this many numbers at a time.
+_ELEMENTS = 1 << 24
+
+
+class EKFAC:
+    """⟨∇ℓ_target, H⁻¹ ∇ℓ_i⟩, what training on sample i takes off the target's loss: keep high; and self-influence.
+
+    H is approximated layer by layer as Q_G Q_A diag(Λ) (Q_G Q_A)ᵀ + λI: Q_A and Q_G are the eigenvectors of the second
+    moments of a layer's inputs and output gradients, Λ = E[(Q_Gᵀ g Q_A)²] (equation 20 of the paper). A parameter that
+    is no matrix, or whose gradient is no sum of outer products, has the diagonal E[g²].
+
+    ``fit`` must run first, over samples of the pool, twice. The target's gradient is preconditioned once, so that the
+    pool costs one ``grad_dot`` per layer.
+
+    Columns: ``ekfac`` (and one per target if there are several) with targets; ``ekfac_self`` = ∇ℓ_iᵀ H⁻¹ ∇ℓ_i on
+    request: high marks samples that only they themselves can explain, wrong labels first of all.
+
+    Args:
+        model: trained, θ.
+        task: its loss is differentiated.
+        targets: batches by name; None: self-influence only.
+        self_influence: give ``ekfac_self`` too.
+        damping: λ in units of each layer's mean Λ; 0.1 in the paper.
+        true_fisher: take the second moments with labels drawn from the model (the Gauss-Newton matrix), as the paper
+            does; False: with the data's own labels.
+        layers, name, skip_unsupported: as in ``Influence``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        targets: Targets | None = None,
+        *,
+        self_influence: bool = False,
+        damping: float = 0.1,
+        true_fisher: bool = True,
+        layers: str | Sequence[str] | None = None,
+        name: str = "ekfac",
+        skip_unsupported: bool = False,
+    ) -> None:
+        if not targets and not self_influence:
+            raise ValueError(f"{name}: nothing to compute; give targets, or self_influence=True")
+        self.name, self.model, self.task = name, model, task
+        self.targets, self.self_influence = dict(targets or {}), self_influence
+        self.damping, self.true_fisher = damping, true_fisher
+        self.parameters = tapped_parameters(model, layers, skip_unsupported=skip_unsupported)
+        self._bases: dict[str, _Basis] = {}
+        self._directions: dict[str, Mapping[str, Tensor]] = {}
+
+    @property
+    def columns(self) -> Sequence[Column]:
+        columns = []
+        if self.targets:
+            columns.append(Column(self.name, "high", "EK-FAC influence, the mean over the targets"))
+        if len(self.targets) > 1:
+            columns += [Column(f"{self.name}_{t}", "high", f"EK-FAC influence on target {t}") for t in self.targets]
+        if self.self_influence:
+            columns.append(Column(f"{self.name}_self", "low", "EK-FAC self-influence; high marks wrong labels"))
+        return columns
+
+    def needs(self) -> Mapping[str, Need]:
+        if not self._bases:
+            raise RuntimeError(f"{self.name}: call fit() before scoring")
+        reductions: dict[str, Reduction] = {t: Dot(direction) for t, direction in self._directions.items()}
+        if self.self_influence:
+            reductions["\0self"] = _SelfInfluence(self._bases)
+        return {"model": Need(self.model, self.task, reductions=reductions)}
+
+    def fit(self, batches: Iterable[Any]) -> EKFAC:
+        """Take the curvature from samples of the pool (gone through twice), then the targets' gradients.
+
+        Raises:
+            ValueError: an empty pool, or a target without samples.
+        """
+        batches = list(batches)
+        task = Sampled(self.task) if self.true_fisher else self.task
+        moments = _Moments(self.parameters)
+        count = self._run(task, moments, batches)
+        if not count:
+            raise ValueError(f"{self.name}: fit() needs samples of the pool, got none")
+        self._bases = moments.bases()
+        self._run(task, _Eigenvalues(self._bases), batches)
+        for basis in self._bases.values():
+            basis.finish(count, self.damping)
+        for target, of_target in self.targets.items():
+            sums = _Sum(self.parameters)
+            count = self._run(self.task, sums, of_target)
+            if not count:
+                raise ValueError(f"{self.name}: target {target!r} has no samples")
+            self._directions[target] = {
+                name: self._bases[name].precondition(total / count) for name, total in sums.totals.items()
+            }
+        return self
+
+    def _run(self, task: Task, reduction: Reduction, batches: Iterable[Any]) -> int:
+        probe = Probe(self.model, task, reductions={"x": reduction}, logits=False, verify=False)
+        return sum(len(probe(batch).losses) for batch in batches)
+
+    def score(self, signals: Mapping[str, Signals]) -> dict[str, Tensor]:
+        reduced = signals["model"].reduced
+        scores = {}
+        if self.targets:
+            each = [reduced[t] for t in self.targets]
+            scores[self.name] = torch.stack(each).mean(0)
+            if len(each) > 1:
+                scores |= {f"{self.name}_{t}": value for t, value in zip(self.targets, each, strict=True)}
+        if self.self_influence:
+            scores[f"{self.name}_self"] = reduced["\0self"]
+        return scores
+
+    def metadata(self) -> dict[str, str]:
+        kronecker = sum(basis.left is not None for basis in self._bases.values())
+        return {
+            "targets": ", ".join(self.targets),
+            "damping": str(self.damping),
+            "fisher": "labels drawn from the model" if self.true_fisher else "the data's labels",
+            "factored_parameters": f"{kronecker} of {len(self._bases)}",
+        }
+
+
+@dataclass
+class _Basis:
+    """The eigenbasis of one parameter's curvature; identity where ``left`` and ``right`` are None."""
+
+    left: Tensor | None
+    right: Tensor | None
+    values: Tensor | None = None  # sums of squares, then Λ + λ
+
+    def rotate(self, gradient: Tensor) -> Tensor:
+        """(B, *shape) or *shape -> the same in the eigenbasis."""
+        if self.left is None or self.right is None:
+            return gradient
+        return self.left.T @ gradient @ self.right
+
+    def rotated(self, gradient: PerSampleGradient) -> Iterable[Tensor]:
+        """Per-sample gradients in the eigenbasis, some samples at a time."""
+        samples = max(1, _ELEMENTS // gradient.shape.numel())
+        for part in gradient.split(samples):
+            term = part.terms[0]
+            if self.left is not None and self.right is not None and isinstance(term, Outer) and len(part.terms) == 1:
+                yield (term.left.to(self.left) @ self.left).mT @ (term.right.to(self.right) @ self.right)
+            else:
+                yield self.rotate(part.dense())
+
+    def finish(self, count: int, damping: float) -> None:
+        if self.values is None:  # never used
+            return
+        mean = self.values / count
+        scale = float(mean.mean())
+        self.values = mean + damping * (scale if scale > 0 else 1.0)
+
+    def precondition(self, gradient: Tensor) -> Tensor:
+        """H⁻¹ gradient."""
+        if self.values is None:
+            return torch.zeros_like(gradient)
+        rotated = self.rotate(gradient.to(self.values)) / self.values
+        if self.left is None or self.right is None:
+            return rotated.to(gradient)
+        return (self.left @ rotated @ self.right.T).to(gradient)
+
+
+@dataclass
+class _Moments:
+    """A reduction that adds up the second moments of both factors, over positions that have a gradient."""
+
+    parameters: Collection[str]
+    left: dict[str, Tensor] = field(default_factory=dict)
+    right: dict[str, Tensor] = field(default_factory=dict)
+    other: set[str] = field(default_factory=set)
+
+    def __call__(self, parameter: str, gradient: PerSampleGradient) -> Tensor:
+        term = gradient.terms[0]
+        if isinstance(term, Outer) and len(gradient.terms) == 1 and len(gradient.shape) == 2:
+            left, right = term.left.flatten(0, 1).float(), term.right.flatten(0, 1).float()
+            has_gradient = left.abs().amax(1) > 0 if left.numel() else torch.zeros(len(left), dtype=torch.bool)
+            for sums, rows in ((self.left, left[has_gradient]), (self.right, right[has_gradient])):
+                moment = (rows.T @ rows).double()
+                sums[parameter] = sums[parameter] + moment if parameter in sums else moment
+        else:
+            self.other.add(parameter)
+        return torch.zeros(gradient.samples)
+
+    def bases(self) -> dict[str, _Basis]:
+        bases = {name: _Basis(None, None) for name in self.parameters}
+        for name in self.left.keys() - self.other:
+            bases[name] = _Basis(_eigenvectors(self.left[name]), _eigenvectors(self.right[name]))
+        return bases
+
+
+@dataclass
+class _Eigenvalues:
+    """A reduction that adds up Λ, in place in the bases."""
+
+    bases: Mapping[str, _Basis]
+
+    @property
+    def parameters(self) -> Collection[str]:
+        return self.bases.keys()
+
+    def __call__(self, parameter: str, gradient: PerSampleGradient) -> Tensor:
+        basis = self.bases[parameter]
+        for rotated in basis.rotated(gradient):
+            squares = rotated.square().sum(0)
+            basis.values = squares if basis.values is None else basis.values + squares
+        return torch.zeros(gradient.samples)
+
+
+@dataclass
+class _Sum:
+    """A reduction that adds up the gradient over samples."""
+
+    parameters: Collection[str]
+    totals: dict[str, Tensor] = field(default_factory=dict)
+
+    def __call__(self, parameter: str, gradient: PerSampleGradient) -> Tensor:
+        samples = max(1, _ELEMENTS // gradient.shape.numel())
+        for part in gradient.split(samples):
+            term = part.terms[0]
+            if isinstance(term, Outer) and len(part.terms) == 1:  # one product for all samples
+                total = (term.left.flatten(0, 1).float().T @ term.right.flatten(0, 1).float()).reshape(gradient.shape)
+            else:
+                total = part.dense().sum(0)
+            self.totals[parameter] = self.totals[parameter] + total if parameter in self.totals else total
+        return torch.zeros(gradient.samples)
+
+
+@dataclass(frozen=True)
+class _SelfInfluence:
+    """gᵀ H⁻¹ g (B,)."""
+
+    bases: Mapping[str, _Basis]
+
+    @property
+    def parameters(self) -> Collection[str]:
+        return self.bases.keys()
+
+    def __call__(self, parameter: str, gradient: PerSampleGradient) -> Tensor:
+        basis = self.bases[parameter]
+        if basis.values is None:
+            return torch.zeros(gradient.samples)
+        values = basis.values
+        return torch.cat([(rotated.square() / values).flatten(1).sum(1) for rotated in basis.rotated(gradient)])
+
+
+def _eigenvectors(moment: Tensor) -> Tensor:
+    vectors: Tensor = torch.linalg.eigh(moment).eigenvectors
+    return vectors.float()

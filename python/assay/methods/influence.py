@@ -1,0 +1,287 @@
+"""What the target-aware methods share: features of samples, features of targets, and a kernel between them.
+
+Each of them is ⟨φ_i, M φ_target⟩ with φ a projected per-sample gradient. They differ in the output function that is
+differentiated, in M (the identity, or the damped inverse of the pool's second moment), in whether features are scaled
+to length 1, in how checkpoints and targets are averaged. ``Influence`` has these as options; ``TRAK``, ``DsDm``,
+``LESS``, ``LoGra`` and ``TrackStar`` are the settings that their papers describe.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from assay.methods.base import Column, Need
+from assay.ops import Sketch
+from assay.probe import Feature, Probe, Signals, Sketched, tapped_parameters
+from assay.tasks import Task
+
+Targets = Mapping[str, Iterable[Any]]
+"""Batches of the task, by the target's name; gone through once per checkpoint."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """How features become scores.
+
+    Attributes:
+        damping: λ of R = ΦᵀΦ/n + λI, in units of the mean diagonal of ΦᵀΦ/n; None: no second moment, M = I.
+        blocks: R by parameter instead of over the whole feature; each block is damped by its own diagonal.
+        whiten: features are multiplied by R^(−1/2) before they are normalised; otherwise M = R⁻¹.
+        target_share: R also holds this share of the targets' second moment (whiten only).
+        normalize: features of length 1.
+        doubt: multiply by Q_i, the checkpoints' mean of 1 − p of the sample's own labels.
+        across: how several targets make the aggregated column.
+    """
+
+    damping: float | None = None
+    blocks: bool = False
+    whiten: bool = False
+    target_share: float = 0.0
+    normalize: bool = False
+    doubt: bool = False
+    across: Literal["mean", "max"] = "mean"
+
+
+class Influence:
+    """score_i = Q_i Σ_k α_k ⟨φ_k(i), M_k mean_t φ_k(t)⟩: keep high.
+
+    ``fit`` must run first: it takes the targets' features and, with damping, the pool's second moment.
+
+    Args:
+        models: K checkpoints of one architecture.
+        task: what a sample is, and its output function: a loss, or ``tasks.Margin`` of one.
+        targets: batches by name. One column each, and ``name`` for all of them.
+        kernel: see ``Kernel``.
+        sketch: the projection of each parameter's gradient.
+        together: sum the parameters' projections instead of laying them end to end (see ``probe.Sketched``).
+        layers: globs of the layers to take gradients of; None: every supported layer.
+        weights: α, (K,), scaled to sum to 1; None: equal.
+        name: of the aggregated column, and prefix of the targets'.
+        skip_unsupported: leave out layers that cannot be tapped exactly, instead of raising.
+
+    Raises:
+        ValueError: no model, no target, models of different parameters.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[nn.Module],
+        task: Task,
+        targets: Targets,
+        *,
+        kernel: Kernel,
+        sketch: Sketch,
+        together: bool = False,
+        layers: str | Sequence[str] | None = None,
+        weights: Sequence[float] | None = None,
+        name: str = "influence",
+        skip_unsupported: bool = False,
+    ) -> None:
+        self.name, self.kernel, self.task, self.sketch, self.together = name, kernel, task, sketch, together
+        self.models, self.targets = list(models), dict(targets)
+        if not self.models:
+            raise ValueError(f"{name}: expected at least one checkpoint, got none")
+        if not self.targets:
+            raise ValueError(f"{name}: expected at least one target, got none")
+        given = [1.0] * len(self.models) if weights is None else [float(w) for w in weights]
+        if len(given) != len(self.models) or min(given) < 0 or not sum(given) > 0:
+            raise ValueError(f"{name}: expected {len(self.models)} weights, not negative, got {given}")
+        self.weights = [w / math.fsum(given) for w in given]
+        self.parameters = tapped_parameters(self.models[0], layers, skip_unsupported=skip_unsupported)
+        self.shapes = _shapes(self.models[0], self.parameters)
+        for k, model in enumerate(self.models[1:], 1):
+            found = _shapes(model, self.parameters)
+            if different := [n for n in self.parameters if found.get(n) != self.shapes[n]]:
+                raise ValueError(f"{name}: checkpoint {k} differs from checkpoint 0 in parameter {different[0]!r}")
+        self._roots: list[list[Tensor]] | None = None  # per checkpoint and block: R^(−1/2)
+        self._queries: list[Tensor] | None = None  # per checkpoint: (targets, size) with M applied
+        self._samples = 0
+
+    @property
+    def columns(self) -> Sequence[Column]:
+        kind = type(self).__name__
+        if len(self.targets) == 1:
+            return [Column(self.name, "high", f"{kind} influence on target {next(iter(self.targets))}")]
+        each = [Column(f"{self.name}_{t}", "high", f"{kind} influence on target {t}") for t in self.targets]
+        return [Column(self.name, "high", f"{kind} influence, {self.kernel.across} over the targets"), *each]
+
+    def feature(self, k: int, *, target: bool) -> Feature:
+        """What is folded from checkpoint k's backward pass, for the pool's samples or for the targets'."""
+        return Sketched(self.shapes, self.sketch, self.together)
+
+    def needs(self) -> Mapping[str, Need]:
+        return {
+            f"model{k}": Need(model, self.task, reductions={"feature": self.feature(k, target=False)})
+            for k, model in enumerate(self.models)
+        }
+
+    def fit(self, batches: Iterable[Any] = ()) -> Influence:
+        """Take the targets' features and, if the kernel is damped, the second moment of the pool's.
+
+        Args:
+            batches: the pool or a random sample of it, several times as many samples as a feature has numbers; not
+                looked at without damping.
+
+        Raises:
+            ValueError: a target without samples, or no pool where one is needed.
+        """
+        if self.kernel.damping is None:
+            self._queries = [self._target_means(k) for k in range(len(self.models))]
+            return self
+        moments, self._samples = self._pool_moments(batches)
+        if self.kernel.whiten:
+            share = self.kernel.target_share
+            for k, blocks in enumerate(moments if share else []):
+                moments[k] = [(1 - share) * r + share * t for r, t in zip(blocks, self._target_moments(k), strict=True)]
+            self._roots = [[_inverse_root(r, self.kernel.damping) for r in blocks] for blocks in moments]
+            self._queries = [self._target_means(k) for k in range(len(self.models))]
+        else:
+            self._queries = [self._solve(self._target_means(k), blocks) for k, blocks in enumerate(moments)]
+        return self
+
+    def _target_means(self, k: int) -> Tensor:
+        """(targets, size) float64: the mean feature of each target's samples."""
+        probe = self._probe(k, target=True)
+        means = []
+        for name, batches in self.targets.items():
+            features = [self._features(k, probe(batch)).double() for batch in batches]
+            if not features:
+                raise ValueError(f"{self.name}: target {name!r} has no samples")
+            means.append(torch.cat(features).mean(0))
+        return torch.stack(means)
+
+    def _pool_moments(self, batches: Iterable[Any]) -> tuple[list[list[Tensor]], int]:
+        """Per checkpoint and block ΦᵀΦ/n in float64, and n."""
+        probes = [self._probe(k, target=False) for k in range(len(self.models))]
+        sums = [_Moments(self._blocks()) for _ in probes]
+        for batch in batches:
+            for probe, moments in zip(probes, sums, strict=True):
+                moments.add(probe(batch).reduced["feature"])
+        if not sums[0].count:
+            raise ValueError(f"{self.name}: fit() needs samples of the pool for their second moment, got none")
+        return [moments.mean() for moments in sums], sums[0].count
+
+    def _target_moments(self, k: int) -> list[Tensor]:
+        probe, moments = self._probe(k, target=True), _Moments(self._blocks())
+        for batches in self.targets.values():
+            for batch in batches:
+                moments.add(probe(batch).reduced["feature"])
+        return moments.mean()
+
+    def _blocks(self) -> list[slice]:
+        feature = self.feature(0, target=False)
+        if self.kernel.blocks and not self.together:
+            return [feature.place(name) for name in self.parameters]
+        return [slice(0, feature.size)]
+
+    def _solve(self, queries: Tensor, blocks: list[Tensor]) -> Tensor:
+        assert self.kernel.damping is not None
+        parts = [
+            _solve(r, queries[:, place], self.kernel.damping) for place, r in zip(self._blocks(), blocks, strict=True)
+        ]
+        return torch.cat(parts, 1)
+
+    def _probe(self, k: int, *, target: bool) -> Probe:
+        return Probe(self.models[k], self.task, reductions={"feature": self.feature(k, target=target)}, logits=False)
+
+    def _features(self, k: int, signals: Signals) -> Tensor:
+        features = signals.reduced["feature"]
+        if self._roots is not None:
+            roots = zip(self._blocks(), self._roots[k], strict=True)
+            features = torch.cat([features[:, place] @ root.to(features) for place, root in roots], 1)
+        if self.kernel.normalize:  # a sample without a gradient has no direction: it stays 0
+            features = torch.nn.functional.normalize(features, dim=1)
+        return features
+
+    def score(self, signals: Mapping[str, Signals]) -> dict[str, Tensor]:
+        if self._queries is None:
+            raise RuntimeError(f"{self.name}: call fit() before scoring")
+        total, doubts = torch.zeros(()), torch.zeros(())
+        for k, (queries, weight) in enumerate(zip(self._queries, self.weights, strict=True)):
+            mine = signals[f"model{k}"]
+            features = self._features(k, mine)
+            total = total.to(features.device) + weight * (features @ queries.to(features).T)  # (B, targets)
+            if self.kernel.doubt:
+                doubts = doubts.to(features.device) + doubt(mine) / len(self.models)
+        if self.kernel.doubt:
+            total = total * doubts[:, None]
+        together = total.amax(1) if self.kernel.across == "max" else total.mean(1)
+        each = {f"{self.name}_{t}": total[:, i] for i, t in enumerate(self.targets)}
+        return {self.name: together, **(each if len(each) > 1 else {})}
+
+    def metadata(self) -> dict[str, str]:
+        facts = {
+            "checkpoints": str(len(self.models)),
+            "targets": ", ".join(self.targets),
+            "sketch": str(self.sketch),
+            "kernel": str(self.kernel),
+        }
+        if self.kernel.damping is not None:
+            facts["second_moment_samples"] = str(self._samples)
+        return facts
+
+
+class _Moments:
+    """Σ φ φᵀ by block, in float64; samples without a finite gradient are left out."""
+
+    def __init__(self, blocks: list[slice]) -> None:
+        self.blocks, self.count = blocks, 0
+        self.sums: list[Tensor] = []
+
+    def add(self, features: Tensor) -> None:
+        features = features[features.isfinite().all(1)].double()
+        parts = [features[:, place] for place in self.blocks]
+        if not self.sums:
+            self.sums = [features.new_zeros(p.shape[1], p.shape[1]) for p in parts]
+        for total, part in zip(self.sums, parts, strict=True):
+            total.addmm_(part.T, part)
+        self.count += len(features)
+
+    def mean(self) -> list[Tensor]:
+        return [total / max(self.count, 1) for total in self.sums]
+
+
+def doubt(signals: Signals) -> Tensor:
+    """Q = 1 − p of the sample's labels, averaged over its predicted positions -> (B,)."""
+    losses, labels = signals.row_losses, signals.labels
+    if losses is None or labels is None:
+        raise ValueError("Q = 1 − p needs a task with labels: Classification or CausalLM")
+    wrong = -torch.expm1(-losses)
+    if losses.ndim == 1:
+        return wrong
+    predicted = labels.view(losses.shape) >= 0
+    return (wrong * predicted).sum(1) / predicted.sum(1)
+
+
+def _shapes(model: nn.Module, parameters: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    known = dict(model.named_parameters())
+    return {name: tuple(known[name].shape) for name in parameters if name in known}
+
+
+def _damped(moment: Tensor, damping: float) -> Tensor:
+    """moment + λI, λ in units of the mean diagonal; a layer whose gradient is 0 throughout gets I."""
+    scale = float(moment.diagonal().mean())
+    identity = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    return moment + damping * scale * identity if scale > 0 else identity
+
+
+def _solve(moment: Tensor, queries: Tensor, damping: float) -> Tensor:
+    factor, failed = torch.linalg.cholesky_ex(_damped(moment, damping))
+    if int(failed):
+        raise ValueError(
+            f"the second moment of {len(moment)} numbers is singular with damping {damping}: give a larger damping, a "
+            "smaller sketch, or more samples of the pool"
+        )
+    solved: Tensor = torch.cholesky_solve(queries.T, factor)
+    return solved.mT
+
+
+def _inverse_root(moment: Tensor, damping: float) -> Tensor:
+    values, vectors = torch.linalg.eigh(_damped(moment, damping))
+    return (vectors * values.clamp(min=1e-12).rsqrt()) @ vectors.T

@@ -1,0 +1,51 @@
+"""The correct-class margin as output function, in place of the loss: what TRAK and DsDm attribute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from assay.tasks.base import IGNORE, Outputs, Task
+
+# 1 − p below this is taken for this: log p is exact only to float32, and a row the model is sure of has no margin left
+# to move.
+_LEAST = 1e-6
+
+
+@dataclass(frozen=True)
+class Margin:
+    """A task whose "losses" are the *negative* margins −f of another task's rows, f = Σ_t log(p_t / (1 − p_t)).
+
+    With p the probability of the label (2303.14186, equation 9, and 2401.12926 for the tokens of a language model,
+    summed). Its gradient is that of the row's loss divided by 1 − p. Losses, because lower is better in all of assay.
+
+    Args:
+        task: Classification or CausalLM; each row's loss must be −log p.
+    """
+
+    task: Task
+
+    def size(self, batch: Any) -> int:
+        return self.task.size(batch)
+
+    def to(self, batch: Any, device: torch.device) -> Any:
+        return self.task.to(batch, device)
+
+    def mask(self, batch: Any) -> Tensor | None:
+        return self.task.mask(batch)
+
+    def forward(self, model: nn.Module, batch: Any) -> Outputs:
+        outputs = self.task.forward(model, batch)
+        nll, labels = outputs.row_losses, outputs.labels
+        if nll is None or labels is None:
+            raise ValueError(
+                f"Margin: {type(self.task).__name__} has no probability of a label; use Classification or CausalLM"
+            )
+        # log p − log(1 − p), from nll = −log p
+        other = -torch.expm1(-nll.clamp(min=_LEAST))
+        negative = torch.where(labels.view(nll.shape) == IGNORE, 0.0, nll + other.log())
+        losses = negative.sum(1) if negative.ndim > 1 else negative
+        return outputs.with_losses(losses)

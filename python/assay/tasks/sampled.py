@@ -1,0 +1,50 @@
+"""Labels drawn from the model itself: what the Fisher information is an expectation over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from assay.tasks.base import IGNORE, Outputs, Task
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Another task with every label replaced by a draw from the model's own prediction.
+
+    The second moment of its gradients is the Fisher information, which for cross entropy is the Gauss-Newton matrix;
+    with the data's labels it is only the "empirical" Fisher.
+
+    Args:
+        task: Classification or CausalLM; the model runs once more, for its predictions.
+        seed: of the draws. They depend on the batch's contents and on how samples are batched.
+    """
+
+    task: Task
+    seed: int = 0
+
+    def size(self, batch: Any) -> int:
+        return self.task.size(batch)
+
+    def to(self, batch: Any, device: torch.device) -> Any:
+        return self.task.to(batch, device)
+
+    def mask(self, batch: Any) -> Tensor | None:
+        return self.task.mask(batch)
+
+    def forward(self, model: nn.Module, batch: Any) -> Outputs:
+        predicted = self.task.forward(model, batch)  # with gradients: a probe's taps refuse to run without
+        if predicted.logits is None or predicted.labels is None:
+            raise ValueError(f"Sampled: {type(self.task).__name__} has no distribution of labels to draw from")
+        generator = torch.Generator(predicted.logits.device).manual_seed(self.seed)
+        drawn = torch.multinomial(predicted.logits.detach().float().softmax(1), 1, generator=generator)[:, 0]
+        drawn = torch.where(predicted.labels == IGNORE, IGNORE, drawn)
+        if isinstance(batch, Mapping):  # the label of position t is the token at t + 1
+            labels = torch.full_like(batch["input_ids"], IGNORE)
+            labels[:, 1:] = drawn.view(labels.shape)[:, :-1]
+            return self.task.forward(model, {**batch, "labels": labels})
+        return self.task.forward(model, (batch[0], drawn))

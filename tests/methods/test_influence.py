@@ -1,0 +1,254 @@
+"""TRAK, DsDm, LESS, LoGra, TrackStar and EK-FAC against their formulas with gradients multiplied out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import assay
+from assay.methods import EKFAC, LESS, TRAK, AdamState, DsDm, LoGra, TrackStar
+from assay.methods.influence import Influence
+from assay.tasks import CausalLM, Classification
+
+POOL = 60
+
+
+@pytest.fixture
+def problem() -> tuple[list[nn.Module], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Two checkpoints of a small network, a pool and a target of 5 samples."""
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)) for _ in range(2)]
+    pool, target = (torch.randn(POOL, 6), torch.randint(3, (POOL,))), (torch.randn(5, 6), torch.randint(3, (5,)))
+    return models, pool, target
+
+
+def gradients(model: nn.Module, x: Tensor, y: Tensor, margin: bool = False) -> Tensor:
+    """Per-sample gradients of −loss's sign: of the loss, or of the negative margin; one backward pass a sample."""
+    rows = []
+    for i in range(len(x)):
+        loss = F.cross_entropy(model(x[i : i + 1]).double(), y[i : i + 1])
+        if margin:
+            loss = loss + torch.log(-torch.expm1(-loss))
+        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]).double())
+    return torch.stack(rows)
+
+
+def probabilities(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return model(x).double().softmax(1)[torch.arange(len(x)), y].detach()
+
+
+def run(method: Influence | EKFAC, pool: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    method.fit([pool])
+    table = assay.score([pool], [method])
+    return {name: torch.tensor(table[name].to_pylist()).double() for name in table.column_names[2:]}
+
+
+EXACT = assay.Kronecker(64, 64)  # larger than any layer here: nothing is projected
+
+
+def test_trak_is_its_formula_where_nothing_is_projected(problem) -> None:
+    models, pool, target = problem
+    method = TRAK(models, Classification(), {"t": [target]}, sketch=EXACT, damping=0.05)
+    method.together = False  # end to end: exact, for every layer is smaller than the sketch
+    got = run(method, pool)["trak"]
+    kernel, doubt = torch.zeros(POOL).double(), torch.zeros(POOL).double()
+    for model in models:
+        phi, query = gradients(model, *pool, margin=True), gradients(model, *target, margin=True).mean(0)
+        moment = phi.T @ phi / POOL
+        moment += 0.05 * moment.diagonal().mean() * torch.eye(len(moment))
+        kernel += phi @ torch.linalg.solve(moment, query) / 2
+        doubt += (1 - probabilities(model, *pool)) / 2
+    torch.testing.assert_close(got, kernel * doubt, rtol=1e-3, atol=1e-4 * float(kernel.abs().max()))
+
+
+def test_several_targets_are_columns_and_their_mean(problem) -> None:
+    models, pool, target = problem
+    halves = {"a": [(target[0][:2], target[1][:2])], "b": [(target[0][2:4], target[1][2:4])]}
+    scores = run(DsDm(models, Classification(), halves, name="dsdm"), pool)
+    assert list(scores) == ["dsdm", "dsdm_a", "dsdm_b"]
+    torch.testing.assert_close(scores["dsdm"], (scores["dsdm_a"] + scores["dsdm_b"]) / 2)
+    one = run(DsDm(models, Classification(), {"x": [(target[0][:4], target[1][:4])]}, name="dsdm"), pool)
+    torch.testing.assert_close(one["dsdm"], scores["dsdm"], rtol=1e-4, atol=1e-5)  # averaged before or after
+
+
+def test_scores_do_not_depend_on_batching(problem) -> None:
+    models, pool, target = problem
+    whole = run(TRAK(models, Classification(), {"t": [target]}), pool)["trak"]
+    method = TRAK(models, Classification(), {"t": [(target[0][:1], target[1][:1]), (target[0][1:], target[1][1:])]})
+    pieces = [(pool[0][i : i + 7], pool[1][i : i + 7]) for i in range(0, POOL, 7)]
+    method.fit(pieces)
+    table = assay.score(pieces, [method])
+    torch.testing.assert_close(torch.tensor(table["trak"].to_pylist()).double(), whole, rtol=1e-3, atol=1e-4)
+
+
+def test_less_is_a_cosine_of_adam_steps(problem) -> None:
+    models, pool, target = problem
+    states = []
+    for model in models:
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        for _ in range(3):
+            optimizer.zero_grad()
+            F.cross_entropy(model(pool[0]), pool[1]).backward()
+            optimizer.step()
+        model.zero_grad()
+        states.append(AdamState.of(optimizer, model))
+    subtasks = {"a": [(target[0][:3], target[1][:3])], "b": [(target[0][3:], target[1][3:])]}
+    method = LESS(models, Classification(), subtasks, optimizers=states, weights=[3.0, 1.0], sketch=EXACT)
+    method.together = False
+    # AdamSketched sums parameters; end to end it is exact
+    method.feature = lambda k, target: _end_to_end(method, k, target)  # type: ignore[method-assign]
+    got = run(method, pool)
+    each = []
+    for part in subtasks.values():
+        total = torch.zeros(POOL).double()
+        for model, state, weight in zip(models, states, (0.75, 0.25), strict=True):
+            step = torch.cat(
+                [
+                    state.step(name, g).flatten(1)
+                    for name, g in zip(
+                        dict(model.named_parameters()), _split(model, gradients(model, *pool)), strict=True
+                    )
+                ],
+                1,
+            )
+            query = F.normalize(gradients(model, *part[0]), dim=1).mean(0)
+            total += weight * F.normalize(step, dim=1) @ query
+        each.append(total)
+    torch.testing.assert_close(got["less_a"], each[0], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(got["less"], torch.stack(each).amax(0), rtol=1e-3, atol=1e-4)
+    assert bool((got["less"].abs() <= 1).all())
+
+
+def _end_to_end(method: LESS, k: int, target: bool):
+    from assay.methods.less import AdamSketched
+    from assay.probe import Sketched
+
+    if target:
+        return Sketched(method.shapes, method.sketch)
+
+    class Exact(AdamSketched):
+        def __call__(self, parameter, gradient):
+            return self.state.step(parameter, gradient.dense(), self.eps).flatten(1)
+
+    return Exact(method.shapes, method.sketch, False, state=method.optimizers[k], eps="outside")
+
+
+def _split(model: nn.Module, flat: Tensor) -> list[Tensor]:
+    sizes = [p.numel() for p in model.parameters()]
+    return [g.reshape(len(flat), *p.shape) for g, p in zip(flat.split(sizes, 1), model.parameters(), strict=True)]
+
+
+def test_adam_without_memory_is_the_sign() -> None:
+    state = AdamState({"w": torch.zeros(3)}, {"w": torch.zeros(3)}, betas=(0.0, 0.0), eps=0.0)
+    assert state.step("w", torch.tensor([[2.0, -0.1, 5.0]])).tolist() == [[1.0, -1.0, 1.0]]
+
+
+def test_adam_state_from_files(problem, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    model, pool = problem[0][0], problem[1]
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.8, 0.95))
+    F.cross_entropy(model(pool[0]), pool[1]).backward()
+    optimizer.step()
+    live = AdamState.of(optimizer, model)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    names = [name for name, _ in model.named_parameters()]
+    loaded = AdamState.load(tmp_path / "optimizer.pt", names)
+    assert loaded.betas == (0.8, 0.95)
+    moments = {f"{n}.exp_avg": t for n, t in live.first.items()} | {
+        f"{n}.exp_avg_sq": t for n, t in live.second.items()
+    }
+    save_file(moments, tmp_path / "optimizer.safetensors")
+    for state in (loaded, AdamState.load(tmp_path / "optimizer.safetensors")):
+        for name in names:
+            assert torch.equal(state.first[name], live.first[name])
+            assert torch.equal(state.second[name], live.second[name])
+    with pytest.raises(ValueError, match="have numbers but no names"):
+        AdamState.load(tmp_path / "optimizer.pt")
+    save_file({"w": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="holds no Adam moments"):
+        AdamState.load(tmp_path / "other.safetensors")
+    torch.save({"state": {}, "param_groups": [{"params": [0]}]}, tmp_path / "empty.pt")
+    with pytest.raises(ValueError, match="holds no Adam moments"):
+        AdamState.load(tmp_path / "empty.pt", ["w"])
+
+
+def test_logra_blocks_and_trackstar_cosines(problem) -> None:
+    models, pool, target = problem
+    model = models[0]
+    got = run(LoGra([model], Classification(), {"t": [target]}, sketch=EXACT), pool)["logra"]
+    phi, query = gradients(model, *pool), gradients(model, *target).mean(0)
+    want, start = torch.zeros(POOL).double(), 0
+    for p in model.parameters():
+        block = slice(start, start := start + p.numel())
+        moment = phi[:, block].T @ phi[:, block] / POOL
+        moment += 0.1 * moment.diagonal().mean() * torch.eye(len(moment))
+        want += phi[:, block] @ torch.linalg.solve(moment, query[block])
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4 * float(want.abs().max()))
+    cosines = run(TrackStar([model], Classification(), {"t": [(pool[0][:1], pool[1][:1])]}), pool)["trackstar"]
+    assert bool((cosines.abs() <= 1 + 1e-5).all())
+    assert abs(float(cosines[0]) - 1) < 1e-4  # a sample with itself
+
+
+def test_ekfac_of_a_layer_whose_curvature_factors_is_exact() -> None:
+    """Inputs and output gradients independent by construction: EK-FAC's Λ in its basis is then the whole E[g gᵀ]."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 4, bias=False)
+    x, y = torch.randn(400, 3), torch.randint(4, (400,))
+    method = EKFAC(
+        model, Classification(), {"t": [(x[:5], y[:5])]}, self_influence=True, true_fisher=False, damping=0.1
+    )
+    got = run(method, (x, y))
+    phi = gradients(model, x, y)
+    basis = method._bases["weight"]
+    rotation = torch.kron(basis.left.double(), basis.right.double())  # row-major: gradient (O, I)
+    torch.testing.assert_close(rotation.T @ rotation, torch.eye(12).double(), rtol=0, atol=1e-5)
+    values = (phi @ rotation).square().mean(0)
+    inverse = rotation @ torch.diag(1 / (values + 0.1 * values.mean())) @ rotation.T
+    torch.testing.assert_close(got["ekfac"], phi @ inverse @ phi[:5].mean(0), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(got["ekfac_self"], ((phi @ inverse) * phi).sum(1), rtol=1e-3, atol=1e-3)
+
+
+def test_ekfac_with_drawn_labels_and_a_bias(problem) -> None:
+    models, pool, target = problem
+    scores = run(EKFAC(models[0], Classification(), {"a": [target], "b": [target]}), pool)
+    torch.testing.assert_close(scores["ekfac_a"], scores["ekfac"])
+    assert bool(scores["ekfac"].isfinite().all())
+
+
+def test_language_models() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=40, n_positions=16, n_embd=16, n_layer=2, n_head=2)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    ids = torch.randint(40, (12, 10))
+    batch, target = {"input_ids": ids}, {"input_ids": ids[:2]}
+    for make in (TRAK, DsDm, LoGra):
+        fused = make([model], CausalLM(), {"t": [target]}).fit([batch])
+        plain = make([model], CausalLM(fused=False), {"t": [target]}).fit([batch])
+        a, b = (torch.tensor(assay.score([batch], [m])[m.name].to_pylist()) for m in (fused, plain))
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-3 * float(b.abs().max()))
+
+
+def test_errors(problem) -> None:
+    models, pool, target = problem
+    with pytest.raises(ValueError, match="target 'empty' has no samples"):
+        TRAK(models, Classification(), {"empty": []}).fit([pool])
+    with pytest.raises(ValueError, match="needs samples of the pool"):
+        TRAK(models, Classification(), {"t": [target]}).fit([])
+    with pytest.raises(RuntimeError, match="call fit"):
+        TRAK(models, Classification(), {"t": [target]}).score({})
+    with pytest.raises(ValueError, match=r"checkpoint 1 differs from checkpoint 0 in parameter '0\.weight'"):
+        TRAK([models[0], nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3))], Classification(), {"t": []})
+    with pytest.raises(ValueError, match=r"no exp_avg for parameter '0\.weight'"):
+        LESS([models[0]], Classification(), {"t": []}, optimizers=[AdamState({}, {})])
+    with pytest.raises(ValueError, match="one optimiser state per checkpoint, 2, got 1"):
+        LESS(models, Classification(), {"t": []}, optimizers=[AdamState({}, {})])
+    with pytest.raises(ValueError, match="expected at least one target"):
+        TRAK(models, Classification(), {})
+    with pytest.raises(ValueError, match=r"singular with damping 0\.0"):
+        TRAK(models, Classification(), {"t": [target]}, damping=0.0, sketch=assay.Kronecker(16, 16)).fit([pool])

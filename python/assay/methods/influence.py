@@ -279,7 +279,7 @@ def _solve(moment: Tensor, queries: Tensor, damping: float) -> Tensor:
             "smaller sketch, or more samples of the pool"
         )
     solved: Tensor = torch.cholesky_solve(queries.T, factor)
-    return solved.mT
+    return solved.transpose(0, 1)
 
 
 def _inverse_root(moment: Tensor, damping: float) -> Tensor:

@@ -73,7 +73,7 @@ def ensemble_stats(
 
     Raises:
         TypeError, ValueError: a shape, dtype, device, weight or field is wrong.
-        IndexError: a label outside [0, C).
+        IndexError: a label outside [0, C); not while a CUDA graph is captured, where such a row becomes NaN.
     """
     models = _check_logits(logits)
     n, _ = models[0].shape
@@ -181,8 +181,13 @@ def _(
 
 
 def check_range(labels: Tensor | None, c: int, ignore_index: int) -> None:
-    """Raise IndexError for a label that is neither in [0, c) nor ``ignore_index``."""
+    """Raise IndexError for a label that is neither in [0, c) nor ``ignore_index``.
+
+    Not while a CUDA graph is captured, which must not wait for the device: kernels then make such a row NaN.
+    """
     if labels is None or not labels.numel():
+        return
+    if labels.is_cuda and torch.cuda.is_current_stream_capturing():
         return
     low, high = (int(x) for x in torch.aminmax(labels))
     if low < 0 or high >= c:

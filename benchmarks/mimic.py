@@ -1,4 +1,4 @@
-"""Mimic scores of a whole GPT-2-shaped model against a plain training step: ``python -m benchmarks.mimic``."""
+"""Mimic scores and sketches of a whole GPT-2-shaped model against a training step: ``python -m benchmarks.mimic``."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from assay import Kronecker
 from assay.methods import GradMimic, Scorer
-from assay.probe import Dot, Probe, tapped_parameters
+from assay.probe import Dot, Probe, Sketched, tapped_parameters
 from assay.tasks import CausalLM
 from benchmarks import timing
 
@@ -57,22 +58,25 @@ def main() -> None:
     method = GradMimic(model, reference, task)
     direction = {name: method.direction[name] for name in tapped_parameters(model)}
     probe, scorer = Probe(model, task, reductions={"mimic": Dot(direction)}, logits=False), Scorer([method])
+    shapes = {name: tuple(d.shape) for name, d in direction.items()}
+    sketcher = Probe(model, task, reductions={"sketch": Sketched(shapes, Kronecker(16, 16))}, logits=False)
     timings = timing.interleave(
         {
             "training step": train,
             "forward + backward, no weight gradients": forward_backward,
             "mimic of all layers": lambda: probe(batch),
+            "Kronecker 16 × 16 sketch of all layers": lambda: sketcher(batch),
             "GradMimic (with the reference's forward)": lambda: scorer(batch),
         },
         rounds=9,
     )
     coverage = probe.coverage
-    step = timings["training step"].median
+    step, bare = (timings[n].median for n in ("training step", "forward + backward, no weight gradients"))
     table = Table(title=f"GPT-2 shape, 6 layers × 384, batch 8 × 256, float32; {coverage:.1%} of the parameters tapped")
-    for heading in ("", "median ms", "÷ training step"):
+    for heading in ("", "median ms", "÷ training step", "÷ forward + backward"):
         table.add_column(heading)
     for name, t in timings.items():
-        table.add_row(name, f"{t.median:.0f}", f"{t.median / step:.2f}")
+        table.add_row(name, f"{t.median:.0f}", f"{t.median / step:.2f}", f"{t.median / bare:.2f}")
     Console().print(table)
     case: dict[str, Any] = {
         "model": "GPT-2 6×384, vocabulary 50257",

@@ -140,12 +140,21 @@ def test_other_samples_infinities_stay_theirs() -> None:
     assert not result[1:].isfinite().any()
 
 
-def test_offsets_beyond_two_to_the_31() -> None:
-    """Two samples, and two rows of the direction, 2³⁰ elements apart: 32-bit offsets would wrap on the third."""
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy, under the interpreter
+def test_an_infinite_gradient_is_infinite() -> None:
+    """Not NaN, which infinity times a padded column's zero would be."""
+    a, g, v = (torch.ones(s, device=DEVICE) for s in ((2, 3, 5), (2, 3, 7), (7, 5)))
+    g[1] = torch.inf
+    assert triton_dot(a, g, v).tolist() == [105.0, torch.inf]
+
+
+@pytest.mark.parametrize(("i", "o"), [(8, 3), (2, 3)])  # the direction's rows are columns of the product, or its K
+def test_offsets_beyond_two_to_the_31(i: int, o: int) -> None:
+    """Samples, and rows of the direction, 2³⁰ elements apart: 32-bit offsets would wrap on the third."""
     far = torch.empty(2**31 + 2**12, dtype=FP16, device=DEVICE)  # pages that nothing touches take no memory
-    a, g, v = draw(3, 2, 8, 3, (FP16, FP16, FP16))
-    far_a = far.as_strided((3, 2, 8), (2**30, 8, 1))
-    far_v = far.as_strided((3, 8), (2**30, 1), 2**11)
+    a, g, v = draw(3, 2, i, o, (FP16, FP16, FP16))
+    far_a = far.as_strided((3, 2, i), (2**30, i, 1))
+    far_v = far.as_strided((o, i), (2**30, 1), 2**11)
     far_a.copy_(a)
     far_v.copy_(v)
     assert torch.equal(triton_dot(far_a, g, far_v), check(a, g, v))

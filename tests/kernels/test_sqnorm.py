@@ -20,8 +20,8 @@ SHAPES = [  # (B, T, I, O); what it is there for
     (2, 16, 65, 64),  # exactly a tile; a feature past a block, exactly a block
     (2, 17, 64, 65),
     (2, 64, 70, 90),  # a tile of 64
-    (2, 65, 100, 90),  # two tiles
-    (1, 129, 200, 190),  # three tiles
+    (1, 65, 330, 320),  # two tiles
+    (1, 190, 270, 260),  # three tiles, the last not full
     (2, 300, 8, 6),  # product plan
     (2, 201, 40, 33),  # product plan, positions past a block
     (1, 400, 130, 129),  # product plan, several tiles on both sides
@@ -71,8 +71,9 @@ def test_mixed_types(shape: tuple[int, int, int, int], types: tuple[torch.dtype,
 
 
 def test_the_shapes_above_reach_every_plan() -> None:
-    names = {plan_name(torch.empty(b, t, i), torch.empty(b, t, o)) for b, t, i, o in SHAPES}
-    assert names == {"_single", "_gram", "_product"}
+    plans = [sqnorm.plan(torch.empty(b, t, i), torch.empty(b, t, o), CANCELLED, 8)[0] for b, t, i, o in SHAPES]
+    assert {plan[0].kernel.__name__ for plan in plans} == {"_single", "_gram", "_product"}
+    assert {plan[0].arguments["partial"].shape[2] for plan in plans if plan[0].kernel is sqnorm._gram} == {1, 3, 6}
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU runs its own generation's tiles")
@@ -83,7 +84,7 @@ def test_every_generation_s_tiles(
 ) -> None:
     monkeypatch.setattr(sqnorm, "generation", lambda tensor: generation)
     monkeypatch.setattr(sqnorm, "PROGRAMS", 2)  # the largest Gram tile
-    for shape in ((1, 144, 400, 400), (1, 528, 144, 272), (1, 400, 80, 16)):
+    for shape in ((1, 144, 400, 400), (1, 400, 80, 144), (1, 400, 80, 16)):
         check(*draw(*shape, types, gap=16))
 
 
@@ -175,13 +176,14 @@ def test_other_samples_infinities_stay_theirs(shape: tuple[int, int, int, int]) 
     assert not result[1:].isfinite().any()
 
 
-@pytest.mark.parametrize("t", [1, 3, 40])
-def test_offsets_beyond_two_to_the_31(t: int) -> None:
-    """Samples 2³⁰ elements apart: a 32-bit offset would wrap on the third. T = 40 takes the product plan."""
+@pytest.mark.parametrize(("t", "plan"), [(1, "_single"), (3, "_gram"), (200, "_product")])
+def test_offsets_beyond_two_to_the_31(t: int, plan: str) -> None:
+    """Samples 2³⁰ elements apart: a 32-bit offset would wrap on the third."""
     far = torch.empty(2**31 + 2**12, dtype=FP16, device=DEVICE)  # pages that nothing touches take no memory
     a, g = draw(3, t, 8, 3, (FP16, FP16))
     far_a = far.as_strided((3, t, 8), (2**30, 8, 1))
     far_g = far.as_strided((3, t, 3), (2**30, 3, 1), 2**11)
+    assert plan_name(far_a, far_g) == plan
     far_a.copy_(a)
     far_g.copy_(g)
     assert torch.equal(triton_sqnorm(far_a, far_g), check(a, g))

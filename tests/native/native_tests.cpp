@@ -175,7 +175,7 @@ void project_case(const Kernels& kernels, int64_t rows, int64_t cols, int64_t di
   std::vector<uint16_t> narrow;
   for (float& v : x) narrow.push_back(to_bf16(v = from_bf16(to_bf16(normal(rng)))));
   std::vector<double> out(static_cast<size_t>(rows * dim), 1.0), expected(out);
-  const uint32_t key[2] = {rng(), rng()};
+  const uint32_t key[2] = {static_cast<uint32_t>(rng()), static_cast<uint32_t>(rng())};
   for (int64_t c = 0; c < cols; ++c) {
     const auto add = [&](int64_t d, bool minus) {
       for (int64_t r = 0; r < rows; ++r) {

@@ -9,9 +9,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import timing
-from benchmarks.kernels import ensemble, gradients, head
+from benchmarks.kernels import ensemble, gradients, head, sketch
 
-OPS = {"ensemble": ensemble.cases, "head": head.cases, "gradients": gradients.cases}
+OPS = {"ensemble": ensemble.cases, "head": head.cases, "gradients": gradients.cases, "sketch": sketch.cases}
+
+PEERS = ("traker", "dattri", "bergson")
 
 
 def show(cases: list[dict[str, Any]]) -> None:
@@ -26,6 +28,7 @@ def show(cases: list[dict[str, Any]]) -> None:
         "GB/s or GFLOP/s",
         "eager ÷ assay",
         "compile ÷ assay",
+        "peers ÷ assay",
     ):
         table.add_column(heading, justify="left" if heading in ("op", "shape", "dtype") else "right")
     for case in cases:
@@ -45,7 +48,10 @@ def show(cases: list[dict[str, Any]]) -> None:
             f"{rate / ms['assay'] / 1e6:.1f}",
             ratio("eager"),
             ratio("compile"),
+            ", ".join(f"{name} {ratio(name)}" for name in PEERS if name in ms) or "–",
         )
+        for name, reason in case.get("absent", {}).items():
+            print(f"{name}: {reason}")
     Console(width=170).print(table)
 
 

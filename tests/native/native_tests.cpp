@@ -156,6 +156,55 @@ void multiply_reduce_case(const Kernels& kernels, int64_t rows, int64_t cols, st
   }
 }
 
+void philox(uint32_t (&c)[4], uint32_t k0, uint32_t k1) {
+  for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+    const uint64_t p0 = uint64_t{0xD2511F53u} * c[0], p1 = uint64_t{0xCD9E8D57u} * c[2];
+    const uint32_t next[4] = {static_cast<uint32_t>(p1 >> 32) ^ c[1] ^ k0, static_cast<uint32_t>(p1),
+                              static_cast<uint32_t>(p0 >> 32) ^ c[3] ^ k1, static_cast<uint32_t>(p0)};
+    std::copy(next, next + 4, c);
+  }
+}
+
+// nonzeros = 0: a dense projection
+void project_case(const Kernels& kernels, int64_t rows, int64_t cols, int64_t dim, int64_t nonzeros, bool bf16,
+                  std::mt19937& rng) {
+  std::normal_distribution<float> normal;
+  const int64_t stride = cols + 3, first = (int64_t{1} << 33) + 5;
+  const size_t size = static_cast<size_t>((rows - 1) * stride + cols);
+  std::vector<float> x(size);
+  std::vector<uint16_t> narrow;
+  for (float& v : x) narrow.push_back(to_bf16(v = from_bf16(to_bf16(normal(rng)))));
+  std::vector<double> out(static_cast<size_t>(rows * dim), 1.0), expected(out);
+  const uint32_t key[2] = {static_cast<uint32_t>(rng()), static_cast<uint32_t>(rng())};
+  for (int64_t c = 0; c < cols; ++c) {
+    const auto add = [&](int64_t d, bool minus) {
+      for (int64_t r = 0; r < rows; ++r) {
+        const double v = static_cast<double>(x[static_cast<size_t>(r * stride + c)]);
+        expected[static_cast<size_t>(r * dim + d)] += minus ? -v : v;
+      }
+    };
+    for (int64_t i = 0; i < (nonzeros ? nonzeros : dim); ++i) {
+      const int64_t u = (first + c) * nonzeros + i, at = nonzeros ? u / 4 : first + c;
+      uint32_t words[4] = {static_cast<uint32_t>(at), static_cast<uint32_t>(at >> 32),
+                           nonzeros ? 0 : static_cast<uint32_t>(i / 128), nonzeros ? 2u : 3u};
+      philox(words, key[0], key[1]);
+      if (nonzeros) {
+        const uint32_t w = words[u % 4];
+        add(static_cast<int64_t>(uint64_t{w >> 1} * static_cast<uint64_t>(dim) >> 31), w & 1);
+      } else {
+        add(i, words[i % 128 / 32] >> (i % 32) & 1);
+      }
+    }
+  }
+  const ProjectArgs args{bf16 ? static_cast<const void*>(narrow.data()) : x.data(),
+                         bf16 ? DType::bf16 : DType::f32,
+                         rows, cols, stride, first, key[0], key[1], dim, nonzeros, out.data(), 2};
+  kernels.project(args);
+  for (size_t i = 0; i < out.size(); ++i)
+    check(std::fabs(out[i] - expected[i]) < 1e-4, nonzeros ? "sparse projection" : "dense projection", kernels.isa,
+          rows, cols, dim);
+}
+
 }  // namespace
 
 int main() {
@@ -178,6 +227,13 @@ int main() {
               ++ran;
             }
     for (int64_t cols : {1, 7, 16, 33, 127, 1024, 1100}) multiply_reduce_case(kernels, 5, cols, rng);
+    for (int64_t rows : {1, 5, 16, 17, 40})
+      for (int64_t cols : {1, 15, 33, 1100})
+        for (bool bf16 : {false, true}) {
+          project_case(kernels, rows, cols, 37, 1, bf16, rng);
+          project_case(kernels, rows, cols, 5, 3, bf16, rng);
+          project_case(kernels, rows, cols, 131, 0, bf16, rng);
+        }
   }
   check(select_kernels("no such set") == nullptr, "unknown instruction set", "-", 0, 0, 0);
   check(select_kernels(nullptr) != nullptr, "default instruction set", "-", 0, 0, 0);

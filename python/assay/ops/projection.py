@@ -87,8 +87,8 @@ def _(vectors: Tensor, key: Sequence[int], dim: int, nonzeros: int) -> Tensor:
 
 
 def adder(tensor: Tensor, op: str) -> Callable[[Tensor, int, tuple[int, int], int, int, Tensor], None]:
-    """add(vectors, first, key, dim, nonzeros, sums): sums (B, dim) float64 += the unscaled projection of vectors (B, n),
-    whose coordinates begin at ``first``."""
+    """What runs here as add(vectors, first, key, dim, nonzeros, sums): sums (B, dim) float64 += the unscaled projection
+    of vectors (B, n), whose coordinates begin at ``first``."""
     # GPU tensors run the reference until this op has a Triton kernel.
     return add_native if _backend.choose(op, tensor, "triton") == "cpu" else add_reference
 

@@ -40,11 +40,12 @@ class _Keyed:
 
     seed: int
     name: str
+    _key: tuple[int, int]  # set when constructed: torch.compile cannot trace the hash
 
     @property
     def key(self) -> tuple[int, int]:
         """The Philox key of (seed, name)."""
-        return make_key(self.seed, self.name)
+        return self._key
 
     def named(self, name: str) -> Self:
         """The same sketch for the layer called ``name``."""
@@ -58,7 +59,7 @@ class _Keyed:
                 raise ValueError(f"{type(self).__name__}: {field} must be at least {low}, got {value}")
             if value >= high:
                 raise ValueError(f"{type(self).__name__}: {field} must be below {high}, got {value}")
-        make_key(self.seed, self.name)
+        object.__setattr__(self, "_key", make_key(self.seed, self.name))
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ def signs(
 def buckets(
     coordinates: int, dim: int, nonzeros: int, key: tuple[int, int], device: torch.device | None = None, first: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """A ``Sparse`` sketch's entries for the coordinates from ``first`` on: buckets and signs, (coordinates, nonzeros)."""
+    """A ``Sparse`` sketch's entries, coordinates from ``first`` on: buckets and signs, (coordinates, nonzeros)."""
     u = torch.arange(first * nonzeros, (first + coordinates) * nonzeros, device=device)
     block, zero = u >> 2, torch.zeros_like(u)
     words = philox4x32((block & 0xFFFFFFFF, block >> 32, zero, torch.full_like(u, SPARSE)), key)

@@ -39,7 +39,7 @@ constexpr int W = Vec::W;
 constexpr float INF = std::numeric_limits<float>::infinity();
 constexpr int ROWS = W > 1 ? 4 : 1, QUERIES = W > 1 ? W / ROWS : 1;
 
-// No float32 accumulator takes more than 64 terms; blocks are added up one by one.
+// No float32 accumulator takes more than 64 terms; blocks are added up in double.
 constexpr int64_t BLOCK = 64 * W;
 
 // A block of rows, converted, is at most this large, and so stays in L2.
@@ -53,7 +53,7 @@ constexpr int64_t BYTES_PER_PIECE = 1 << 20;
 // a row after the other: the four accumulators of a product are four parts of the row.
 template <int C, class T>
 ASSAY_INLINE void dot(const T* x, const float* q, int64_t n, float* out) {
-  for (int c = 0; c < C; ++c) out[c] = 0.f;
+  double total[C] = {};
   for (int64_t begin = 0; begin < n; begin += BLOCK) {
     const int64_t end = n - begin < BLOCK ? n : begin + BLOCK;
     Vec s[C][4];
@@ -75,13 +75,14 @@ ASSAY_INLINE void dot(const T* x, const float* q, int64_t n, float* out) {
       for (int c = 0; c < C; ++c) s[c][0] = fma(a, load_first(q + c * n + d, end - d, 0.f), s[c][0]);
     }
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) out[c] += sum((s[c][0] + s[c][1]) + (s[c][2] + s[c][3]));
+    for (int c = 0; c < C; ++c) total[c] += sum((s[c][0] + s[c][1]) + (s[c][2] + s[c][3]));
   }
+  for (int c = 0; c < C; ++c) out[c] = static_cast<float>(total[c]);
 }
 
 // out[c * ROWS + r] = <x[r], q[c]> for full tiles, from rows that are in cache.
 ASSAY_INLINE void tile(const float* const (&x)[ROWS], const float* const (&q)[QUERIES], int64_t n, float (&out)[W]) {
-  for (float& o : out) o = 0.f;
+  double total[W] = {};
   for (int64_t begin = 0; begin < n; begin += BLOCK) {
     const int64_t end = n - begin < BLOCK ? n : begin + BLOCK;
     Vec s[W];
@@ -117,8 +118,9 @@ ASSAY_INLINE void tile(const float* const (&x)[ROWS], const float* const (&q)[QU
       for (int i = 0; i < half; ++i) s[i] = s[i] + s[i + half];
     float sums[W];
     store(sums, s[0]);
-    for (int i = 0; i < W; ++i) out[i] += sums[i];
+    for (int i = 0; i < W; ++i) total[i] += sums[i];
   }
+  for (int i = 0; i < W; ++i) out[i] = static_cast<float>(total[i]);
 }
 
 // ---- the k best -----------------------------------------------------------------------------------------------------

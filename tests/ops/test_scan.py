@@ -263,7 +263,7 @@ def test_backends_differ() -> None:
         plain = scan_scores(features, queries, reduce="none")
     assert not torch.equal(native, plain), "both ran the same code"
     torch.testing.assert_close(native, plain, rtol=1e-5, atol=1e-4)
-    with assay.backend("triton"), pytest.raises(ValueError, match="topk_scan: .*triton"):
+    with assay.backend("triton"), pytest.raises(ValueError, match=r"topk_scan: .*triton"):
         topk_scan(features, queries, 3)
     with assay.backend("cpu"), pytest.raises(ValueError, match="float64"):
         topk_scan(features.double(), queries, 3)

@@ -1,8 +1,8 @@
 """A corpus's features on disk: one Arrow file per shard, written in one piece, mapped back into memory without a copy.
 
 A file holds `row` (int64), `id` (string) and `feature` (a fixed-size list of float32, float16, bfloat16 as uint16, or
-int8 with a `scale` per row), in record batches of a fixed number of rows. Its footer is a score table's, and says besides
-under `features` what made them.
+int8 with a `scale` per row), in record batches of a fixed number of rows. Its footer is a score table's, and under
+`features` says what made them.
 """
 
 from __future__ import annotations
@@ -161,7 +161,9 @@ class FeatureWriter:
         size = self._spec.batch_rows
         whole = table.num_rows if last else table.num_rows // size * size
         for batch in table.slice(0, whole).to_batches(max_chunksize=size):
-            self._stream.write_batch(batch)
+            # Arrow writes a slice of strings with the bytes that follow it, up to its padding; a copy has none.
+            ids = batch.column("id").take(pa.array(np.arange(batch.num_rows)))
+            self._stream.write_batch(batch.set_column(1, self._schema.field("id"), ids))
         self._held = table.slice(whole).to_batches()
 
 

@@ -1,8 +1,11 @@
 // Inner products of every row of a matrix with a few queries, and the k best rows of each query from the same read.
 //
-// Lanes run along a row. A tile is as many (row, query) pairs as a vector has lanes, so that one transposition adds up
-// all of its sums. Where there are more queries than one tile takes, 16-bit and int8 rows are converted once, into a
-// buffer that fits the cache.
+// Lanes run along a row. A few queries are multiplied with the rows where these are, at the speed of the memory. For more,
+// a block of rows is converted into a buffer that fits the cache and multiplied in tiles: as many (row, query) pairs as a
+// vector has lanes, so that one transposition adds up all of a tile's sums.
+#include <cstring>
+#include <limits>
+
 #include "kernels.h"
 #include "parallel.h"
 #include "scratch.h"
@@ -10,23 +13,33 @@
 
 namespace assay::ASSAY_ISA {
 
+// int8 as floats. The compiler makes one conversion per element of the plain loop.
+#if ASSAY_SIMD == 0
+ASSAY_INLINE Vec load(const int8_t* p) { return {static_cast<float>(*p)}; }
+#elif ASSAY_SIMD == 1
 ASSAY_INLINE Vec load(const int8_t* p) {
-  float wide[Vec::W];  // the compiler makes two instructions of this
-  for (int i = 0; i < Vec::W; ++i) wide[i] = static_cast<float>(p[i]);
-  return load(wide);
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes))};
 }
-ASSAY_INLINE Vec load_first(const int8_t* p, int64_t n, float fill) {
+#else
+ASSAY_INLINE Vec load(const int8_t* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))};
+}
+#endif
+ASSAY_INLINE Vec load_first(const int8_t* p, int64_t n, float fill) {  // rare, so through memory
   float wide[Vec::W];
-  for (int i = 0; i < Vec::W; ++i) wide[i] = i < n ? static_cast<float>(p[i]) : fill;
+  for (int64_t i = 0; i < Vec::W; ++i) wide[i] = i < n ? static_cast<float>(p[i]) : fill;
   return load(wide);
 }
 
 namespace {
 
 constexpr int W = Vec::W;
+constexpr float INF = std::numeric_limits<float>::infinity();
 constexpr int ROWS = W > 1 ? 4 : 1, QUERIES = W > 1 ? W / ROWS : 1;
 
-// No float32 accumulator takes more than 64 terms; blocks are added up one by one.
+// No float32 accumulator takes more than 64 terms; blocks are added up in double.
 constexpr int64_t BLOCK = 64 * W;
 
 // A block of rows, converted, is at most this large, and so stays in L2.
@@ -36,62 +49,78 @@ constexpr int64_t MAX_BLOCK_ROWS = 64;
 // A piece of work is about 1 MB.
 constexpr int64_t BYTES_PER_PIECE = 1 << 20;
 
-// out[c * ROWS + r] = <x[r], q[c]>. Every sum is made in the same order whatever C is: lane by lane, then `sum`'s halves.
+// out[c] = <x, q[c]> for C queries, n apart. For few queries the memory is what counts, and it is fastest read in order,
+// a row after the other: the four accumulators of a product are four parts of the row.
 template <int C, class T>
-ASSAY_INLINE void tile(const T* const (&x)[ROWS], const float* q, int64_t n, float (&out)[ROWS * QUERIES]) {
-  for (float& o : out) o = 0.f;
+ASSAY_INLINE void dot(const T* x, const float* q, int64_t n, float* out) {
+  double total[C] = {};
+  for (int64_t begin = 0; begin < n; begin += BLOCK) {
+    const int64_t end = n - begin < BLOCK ? n : begin + BLOCK;
+    Vec s[C][4];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c)
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) s[c][j] = splat(0.f);
+    int64_t d = begin;
+    for (; d + 4 * W <= end; d += 4 * W)
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        const Vec a = load(x + d + j * W);
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) s[c][j] = fma(a, load(q + c * n + d + j * W), s[c][j]);
+      }
+    for (; d < end; d += W) {
+      const Vec a = load_first(x + d, end - d, 0.f);
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) s[c][0] = fma(a, load_first(q + c * n + d, end - d, 0.f), s[c][0]);
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) total[c] += sum((s[c][0] + s[c][1]) + (s[c][2] + s[c][3]));
+  }
+  for (int c = 0; c < C; ++c) out[c] = static_cast<float>(total[c]);
+}
+
+// out[c * ROWS + r] = <x[r], q[c]> for full tiles, from rows that are in cache.
+ASSAY_INLINE void tile(const float* const (&x)[ROWS], const float* const (&q)[QUERIES], int64_t n, float (&out)[W]) {
+  double total[W] = {};
   for (int64_t begin = 0; begin < n; begin += BLOCK) {
     const int64_t end = n - begin < BLOCK ? n : begin + BLOCK;
     Vec s[W];
 #pragma GCC unroll 16
     for (int i = 0; i < W; ++i) s[i] = splat(0.f);
-    auto add = [&](const Vec (&a)[ROWS], Vec b, int c) __attribute__((always_inline)) {
-#pragma GCC unroll 4
-      for (int r = 0; r < ROWS; ++r) s[c * ROWS + r] = fma(a[r], b, s[c * ROWS + r]);
-    };
     int64_t d = begin;
     for (; d + W <= end; d += W) {
       Vec a[ROWS];
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; ++r) a[r] = load(x[r] + d);
 #pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) add(a, load(q + c * n + d), c);
+      for (int c = 0; c < QUERIES; ++c) {
+        const Vec b = load(q[c] + d);
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r) s[c * ROWS + r] = fma(a[r], b, s[c * ROWS + r]);
+      }
     }
     if (d < end) {
       Vec a[ROWS];
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; ++r) a[r] = load_first(x[r] + d, end - d, 0.f);
 #pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) add(a, load_first(q + c * n + d, end - d, 0.f), c);
-    }
-    if constexpr (C == QUERIES) {
-      transpose(s);
+      for (int c = 0; c < QUERIES; ++c) {
+        const Vec b = load_first(q[c] + d, end - d, 0.f);
 #pragma GCC unroll 4
-      for (int half = W / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-        for (int i = 0; i < half; ++i) s[i] = s[i] + s[i + half];
-      float sums[W];
-      store(sums, s[0]);
-      for (int i = 0; i < W; ++i) out[i] += sums[i];
-    } else {
-#pragma GCC unroll 12
-      for (int i = 0; i < C * ROWS; ++i) out[i] += sum(s[i]);
+        for (int r = 0; r < ROWS; ++r) s[c * ROWS + r] = fma(a[r], b, s[c * ROWS + r]);
+      }
     }
+    transpose(s);
+#pragma GCC unroll 4
+    for (int half = W / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+      for (int i = 0; i < half; ++i) s[i] = s[i] + s[i + half];
+    float sums[W];
+    store(sums, s[0]);
+    for (int i = 0; i < W; ++i) total[i] += sums[i];
   }
-}
-
-template <class T>
-void multiply(const T* const (&x)[ROWS], const float* q, int64_t queries, int64_t n, float (&out)[ROWS * QUERIES]) {
-  switch (queries) {
-    case 1:
-      return tile<1>(x, q, n, out);
-    case 2:
-      return tile<QUERIES < 2 ? QUERIES : 2>(x, q, n, out);
-    case 3:
-      return tile<QUERIES < 3 ? QUERIES : 3>(x, q, n, out);
-    default:
-      return tile<QUERIES>(x, q, n, out);
-  }
+  for (int i = 0; i < W; ++i) out[i] = static_cast<float>(total[i]);
 }
 
 // ---- the k best -----------------------------------------------------------------------------------------------------
@@ -160,9 +189,9 @@ void merge(const ScanArgs& a, int64_t slots) {
   });
 }
 
-// ---- blocks of rows -------------------------------------------------------------------------------------------------
+// ---- rows against queries -------------------------------------------------------------------------------------------
 
-void take(const ScanArgs& a, int64_t slot, int64_t column, int64_t row, float score) {
+ASSAY_INLINE void take(const ScanArgs& a, int64_t slot, int64_t column, int64_t row, float score) {
   if (a.scores) {
     a.scores[column * a.N + row] = score;
   } else {
@@ -170,27 +199,59 @@ void take(const ScanArgs& a, int64_t slot, int64_t column, int64_t row, float sc
   }
 }
 
-// Rows row0.. (at most MAX_BLOCK_ROWS) against all queries. `x` is the first of them.
+ASSAY_INLINE float scaled(const ScanArgs& a, int64_t row, float product) {
+  return a.scales ? product * a.scales[row] : product;
+}
+
+ASSAY_INLINE float larger(float a, float b) { return b > a || b != b ? b : a; }  // NaN if either is
+
+// Rows begin..end against at most QUERIES queries, where they are.
 template <class T>
-void scan_block(const ScanArgs& a, int64_t slot, const T* x, int64_t stride, int64_t row0, int64_t rows) {
+void scan_few(const ScanArgs& a, int64_t slot, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    const T* x = static_cast<const T*>(a.features) + row * a.stride;
+    float out[QUERIES];
+    switch (a.M) {
+      case 1:
+        dot<1>(x, a.queries, a.D, out);
+        break;
+      case 2:
+        dot<QUERIES < 2 ? QUERIES : 2>(x, a.queries, a.D, out);
+        break;
+      case 3:
+        dot<QUERIES < 3 ? QUERIES : 3>(x, a.queries, a.D, out);
+        break;
+      default:
+        dot<QUERIES>(x, a.queries, a.D, out);
+    }
+    float best = -INF;
+    for (int64_t m = 0; m < a.M; ++m) {
+      const float score = scaled(a, row, out[m]);
+      best = larger(best, score);
+      if (!a.maximum) take(a, slot, m, row, score);
+    }
+    if (a.maximum) take(a, slot, 0, row, best);
+  }
+}
+
+// A block of converted rows, of which x holds the first, row0, to the last, against all queries. A tile that reaches past
+// the last row or query has the last one several times.
+void scan_block(const ScanArgs& a, int64_t slot, const float* x, int64_t row0, int64_t rows) {
   float best[MAX_BLOCK_ROWS];
+  for (float& b : best) b = -INF;
   for (int64_t m = 0; m < a.M; m += QUERIES) {
-    const int64_t queries = a.M - m < QUERIES ? a.M - m : QUERIES;
+    const float* q[QUERIES];
+    for (int64_t c = 0; c < QUERIES; ++c) q[c] = a.queries + (m + c < a.M ? m + c : a.M - 1) * a.D;
     for (int64_t r0 = 0; r0 < rows; r0 += ROWS) {
-      const T* tile_rows[ROWS];  // past the last row, the last row again
-      for (int64_t r = 0; r < ROWS; ++r) tile_rows[r] = x + (r0 + r < rows ? r0 + r : rows - 1) * stride;
-      float out[ROWS * QUERIES];
-      multiply(tile_rows, a.queries + m * a.D, queries, a.D, out);
-      for (int64_t c = 0; c < queries; ++c)
+      const float* p[ROWS];
+      for (int64_t r = 0; r < ROWS; ++r) p[r] = x + (r0 + r < rows ? r0 + r : rows - 1) * a.D;
+      float out[W];
+      tile(p, q, a.D, out);
+      for (int64_t c = 0; c < QUERIES && m + c < a.M; ++c)
         for (int64_t r = 0; r < ROWS && r0 + r < rows; ++r) {
-          const int64_t row = row0 + r0 + r;
-          const float score = a.scales ? out[c * ROWS + r] * a.scales[row] : out[c * ROWS + r];
-          float& high = best[r0 + r];
-          if (!a.maximum) {
-            take(a, slot, m + c, row, score);
-          } else if (m + c == 0 || score > high || score != score) {  // NaN, once there, is not displaced
-            high = score;
-          }
+          const float score = scaled(a, row0 + r0 + r, out[c * ROWS + r]);
+          best[r0 + r] = larger(best[r0 + r], score);
+          if (!a.maximum) take(a, slot, m + c, row0 + r0 + r, score);
         }
     }
   }
@@ -209,27 +270,34 @@ ASSAY_INLINE void convert(const T* from, int64_t n, float* to) {
   }
 }
 
+// Rows begin..end against any number of queries, by blocks.
+template <class T>
+void scan_many(const ScanArgs& a, int64_t slot, int64_t begin, int64_t end, int64_t block, float* buffer) {
+  for (int64_t row0 = begin; row0 < end; row0 += block) {
+    const int64_t rows = end - row0 < block ? end - row0 : block;
+    for (int64_t r = 0; r < rows; ++r)
+      convert(static_cast<const T*>(a.features) + (row0 + r) * a.stride, a.D, buffer + r * a.D);
+    scan_block(a, slot, buffer, row0, rows);
+  }
+}
+
 template <class T>
 void run(const ScanArgs& a) {
-  const bool in_place = sizeof(T) == sizeof(float) || a.M <= QUERIES;
+  const bool few = a.M <= QUERIES;
   const int64_t width = a.D > 0 ? a.D : 1, fitting = ELEMENTS_PER_BLOCK / width;
   const int64_t block = fitting < ROWS ? ROWS : fitting < MAX_BLOCK_ROWS ? fitting : MAX_BLOCK_ROWS;
   const int64_t grain = 1 + BYTES_PER_PIECE / (width * static_cast<int64_t>(sizeof(T)));
   int64_t slots = 0;
   parallel(a.N, grain, a.threads, [&](Pieces& pieces) {
     const int64_t slot = __atomic_fetch_add(&slots, 1, __ATOMIC_RELAXED);
-    Scratch<float> buffer(in_place ? 0 : block * a.D);
-    for (int64_t begin, end; pieces.next(begin, end);)
-      for (int64_t row0 = begin; row0 < end; row0 += block) {
-        const int64_t rows = end - row0 < block ? end - row0 : block;
-        const T* x = static_cast<const T*>(a.features) + row0 * a.stride;
-        if (in_place) {
-          scan_block(a, slot, x, a.stride, row0, rows);
-          continue;
-        }
-        for (int64_t r = 0; r < rows; ++r) convert(x + r * a.stride, a.D, buffer.p + r * a.D);
-        scan_block(a, slot, static_cast<const float*>(buffer.p), a.D, row0, rows);
+    Scratch<float> buffer(few ? 0 : block * a.D);
+    for (int64_t begin, end; pieces.next(begin, end);) {
+      if (few) {
+        scan_few<T>(a, slot, begin, end);
+      } else {
+        scan_many<T>(a, slot, begin, end, block, buffer.p);
       }
+    }
   });
   if (!a.scores) merge(a, slots);
 }

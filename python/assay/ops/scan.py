@@ -1,4 +1,4 @@
-"""Inner products of a corpus's features with a few queries, and the rows that have the largest: one read of the features.
+"""Inner products of a corpus's features with a few queries, and the rows with the largest: one read of the features.
 
 Rows are ranked by score, the larger first; equal scores by index, the lower first; NaN after everything else.
 """

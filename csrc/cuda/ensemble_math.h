@@ -1,0 +1,156 @@
+// From sums to fields: the arithmetic of ensemble_stats that neither loads nor synchronises.
+//
+// fma where it is meant: nvcc runs with -fmad=false, so that every instantiation of a kernel rounds alike and a field
+// has the same bits whichever others are asked for.
+#pragma once
+#include "../assay.h"
+#include "portable.h"
+
+namespace assay::cuda {
+
+// The difference of entropies carries an error of a few 1e-7 (1 + entropy): below this share of it, mutual information
+// is summed as a KL divergence instead.
+constexpr float SMALL_INFORMATION = 1e-4f;
+
+// Exponentials kept relative to different maxima agree to about 2e-6. The columns that come this close to the highest
+// are compared again relative to the row's maxima, where equal logits give equal bits and the lowest index wins.
+constexpr float NEARLY = 1 - 0x1p-17f;
+
+// Logits this far below the maximum count as this far: e^-200 is 0, and (z - m) e^(z - m) stays 0 for z = -inf.
+constexpr float FAR = -200.f;
+
+constexpr float TINY = std::numeric_limits<float>::min();
+
+// A model's softmax over some columns, relative to their maximum m: d = sum e^(z-m), s = sum (z-m) e^(z-m).
+// No columns, or nothing but -inf: m = -inf, d = s = 0. A NaN or +inf logit shows in m.
+struct State {
+  float m;
+  double d, s;
+};
+constexpr State EMPTY_STATE{-INF, 0, 0};
+
+// The same sums relative to m >= a.m.
+ASSAY_HD State rescaled(const State& a, float m) {
+  if (a.m == m || a.m == -INF) return {m, a.d, a.s};
+  const float shift = a.m - m;
+  const double r = static_cast<double>(exp2_approx(shift * LOG2E));
+  return {m, r * a.d, r * fma(static_cast<double>(shift), a.d, a.s)};
+}
+
+ASSAY_HD State merge(const State& a, const State& b) {
+  const float m = max_nan(a.m, b.m);
+  const State x = rescaled(a, m), y = rescaled(b, m);
+  return {m, x.d + y.d, x.s + y.s};
+}
+
+// One model's whole row. (m, log d) stay two words: their sum would lose digits under a large common offset.
+struct Model {
+  float m, inverse;  // e^(z - m) inverse is the probability
+  float entropy, log_py;
+};
+
+ASSAY_HD bool is_defined(float m) { return m > -INF && m < INF; }
+
+ASSAY_HD Model finish_model(const State& a, float zy) {
+  const float d = static_cast<float>(a.d), log_d = std::log(d);
+  return {a.m, 1.f / d, log_d - static_cast<float>(a.s) / d, (zy - a.m) - log_d};
+}
+
+// The mixture over some columns, the label's left out of rest, squares and top_other.
+struct Mixture {
+  double entropy;          // bits
+  double rest, squares;    // sums of p and p^2
+  float top_other, p_label;
+};
+constexpr Mixture EMPTY_MIXTURE{0, 0, 0, 0, 0};
+
+ASSAY_HD Mixture merge(const Mixture& a, const Mixture& b) {
+  return {a.entropy + b.entropy, a.rest + b.rest, a.squares + b.squares,
+          a.top_other > b.top_other ? a.top_other : b.top_other, a.p_label > b.p_label ? a.p_label : b.p_label};
+}
+
+// What a second look gives: the KL sum, and the highest column as (probability, lowest index), which compares as a number.
+struct Refined {
+  double information;
+  uint64_t best;
+};
+constexpr Refined EMPTY_REFINED{0, 0};
+
+ASSAY_HD uint64_t make_best(float p, int column) {  // p >= 0: its bits ascend with it
+  return static_cast<uint64_t>(float_to_bits(p)) << 32 | (0xffffffffu - static_cast<uint32_t>(column));
+}
+ASSAY_HD int best_column(uint64_t best) { return static_cast<int>(0xffffffffu - static_cast<uint32_t>(best)); }
+ASSAY_HD Refined merge(const Refined& a, const Refined& b) {
+  return {a.information + b.information, a.best > b.best ? a.best : b.best};
+}
+
+// One column's w p log(p_k / p) terms, q = p_k / p: never negative, and 0 where the models agree.
+ASSAY_HD float divergence_term(float weight, float q) {
+  return q > 0.f ? weight * fmaf(q, std::log(q), 1.f - q) : weight;
+}
+
+// The fields that each model's own softmax gives.
+struct ModelFields {
+  bool defined;
+  float nll, mean_nll, agreement, expected_entropy, vote_entropy;
+};
+
+// s_models, s_tops: (K,) states and argmaxes; weight(k). Sums are double: any K.
+template <class Weight>
+ASSAY_HD ModelFields combine_models(const Model* s_models, const int* s_tops, int K, const Weight& weight, int label,
+                                    bool votes) {
+  ModelFields r{true, 0, 0, 0, 0, 0};
+  double mean_nll = 0, agreement = 0, expected_entropy = 0, vote_entropy = 0, sum = 0;
+  float highest = -INF;
+  for (int k = 0; k < K; ++k) {
+    const Model& model = s_models[k];
+    const float w = weight(k);
+    r.defined = r.defined && is_defined(model.m);
+    expected_entropy = fma(static_cast<double>(w), static_cast<double>(model.entropy), expected_entropy);
+    if (!(w > 0.f)) continue;  // 0 * inf must not be NaN
+    mean_nll -= static_cast<double>(w) * static_cast<double>(model.log_py);
+    highest = model.log_py > highest ? model.log_py : highest;
+    if (!votes) continue;
+    if (s_tops[k] == label) agreement += static_cast<double>(w);
+    // A class's share of the vote, seen from each of its voters: H = -sum_k w_k log(share of k's choice)
+    double share = 0;
+    for (int j = 0; j < K; ++j) share += s_tops[j] == s_tops[k] ? static_cast<double>(weight(j)) : 0;
+    const float clipped = share < 1 ? static_cast<float>(share) : 1.f;
+    vote_entropy -= static_cast<double>(w * std::log(clipped));
+  }
+  for (int k = 0; highest > -INF && k < K; ++k)
+    if (weight(k) > 0.f) sum += static_cast<double>(weight(k) * std::exp(s_models[k].log_py - highest));
+  r.nll = highest == -INF ? INF : -(highest + std::log(static_cast<float>(sum)));
+  r.mean_nll = static_cast<float>(mean_nll);
+  r.agreement = static_cast<float>(agreement);
+  r.expected_entropy = static_cast<float>(expected_entropy);
+  r.vote_entropy = static_cast<float>(vote_entropy);
+  return r;
+}
+
+// 1 - p_y is the sum of the other columns, never a difference: confident rows keep their digits.
+ASSAY_HD float el2n(const Mixture& x) {
+  return static_cast<float>(std::sqrt(fma(x.rest, x.rest, x.squares)));
+}
+
+ASSAY_HD constexpr uint32_t bit(Field f) { return 1u << f; }
+constexpr uint32_t LABEL_FIELDS = 1u << NLL | 1u << MEAN_NLL | 1u << MARGIN | 1u << AGREEMENT | 1u << EL2N;
+
+// Which work a mask of fields asks for. One model's mixture is that model: only the label's rivals need a second look.
+struct Wants {
+  bool mixture, logs, tops, information, prediction;
+};
+ASSAY_HD constexpr Wants wants(uint32_t fields, bool labelled, int64_t K) {
+  const uint32_t f = labelled ? fields : fields & ~LABEL_FIELDS;
+  const bool several = K > 1;
+  return {
+      (f & (bit(MARGIN) | bit(EL2N))) != 0 ||
+          (several && (f & (bit(ENTROPY) | bit(MUTUAL_INFORMATION) | bit(CONFIDENCE) | bit(PREDICTION))) != 0),
+      several && (f & (bit(ENTROPY) | bit(MUTUAL_INFORMATION))) != 0,
+      (f & (bit(AGREEMENT) | bit(VOTE_ENTROPY))) != 0 || (!several && (f & bit(PREDICTION)) != 0),
+      several && (f & bit(MUTUAL_INFORMATION)) != 0,
+      several && (f & bit(PREDICTION)) != 0,
+  };
+}
+
+}  // namespace assay::cuda

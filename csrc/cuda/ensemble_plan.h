@@ -1,0 +1,115 @@
+// How a problem is cut up: decided from K, C and the dtype's size (and what the device can do), never from N, the fields
+// or the number of SMs, so that a row's bits depend on nothing but the row.
+#pragma once
+#include "portable.h"
+
+namespace assay::cuda {
+
+// ---- dispatch: every limit and its reason ---------------------------------------------------------------------------
+
+// Narrow rows: many rows per block, 1 to 32 lanes each, a column in eight to a lane: 32 lanes x 8 columns is the end.
+constexpr int NARROW_MAX_C = 256;
+constexpr int NARROW_COLUMNS_PER_LANE = 8;
+// Four warps: enough rows for coalesced results, small enough that five blocks and more share an SM.
+constexpr int NARROW_THREADS = 128;
+
+// Wide rows: a warp takes chunks of 512 (float32) or 1024 columns; eight warps hide each other's loads, and three such
+// blocks fit an SM's registers.
+constexpr int WIDE_MAX_WARPS = 8;
+
+// The exponentials of a K x C row stay in shared memory, as float32 whatever the dtype: the second sweep then costs one
+// multiply-add per logit, where a second exponential per 16-bit logit would saturate the special function units before
+// the memory. A row is shared by as few blocks as keep a block's part within 72 KB, so that three blocks are on an SM
+// (227 KB) and one loads while others mix; with the most blocks a part may grow to 110 KB, two blocks on an SM.
+// Beyond, blocks would wait for each other with the memory idle: reading twice through L2 is the better half.
+constexpr int64_t KEPT_BYTES = 72 << 10, KEPT_BYTES_LAST = 110 << 10;
+// Blocks per row: a power of two up to the cluster size. 8 is portable; 16 needs the device's consent.
+constexpr int CLUSTER_SIZES[] = {1, 2, 4, 8, 16};
+
+// Rows that are read twice: 16 blocks each (8 where clusters end there), so that few rows are in flight and their logits
+// still lie in L2 when the second sweep comes. Rows in flight hold at most this share of L2; the rest is for what
+// streams through besides.
+constexpr int TWICE_SLICES = 16;
+constexpr double TWICE_L2_SHARE = 0.6;
+
+// Models whose addresses and weights travel as kernel arguments; more are written to the workspace first.
+constexpr int INLINE_MODELS = 32;
+
+// Columns are 32-bit inside the kernels; a margin for rounding up to whole chunks.
+constexpr int64_t MAX_C = (int64_t{1} << 31) - (int64_t{1} << 20);
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+struct Device {
+  int64_t shared_bytes;  // that a block may have, opt-in
+  int max_cluster;       // 1 before Hopper
+};
+
+enum class Path : int32_t {
+  NARROW,        // rows of a few columns, packed into blocks; exponentials in shared memory
+  KEPT,          // a block or cluster per row; exponentials in shared memory
+  TWICE,         // a cluster per row, which it reads twice
+  TWICE_GLOBAL,  // the same before Hopper or for very many models: blocks meet in global memory, state in the workspace
+};
+
+struct Plan {
+  Path path;
+  int lanes;       // threads of a warp that share a row's chunk: a group
+  int groups;      // groups in a block
+  int row_groups;  // groups of a block that share a row: 1 if narrow, else all
+  int slices;      // blocks that share a row
+  int chunks;      // chunks per group and model
+  int quads;       // of four slots that a chunk uses
+
+  ASSAY_HD int threads() const { return lanes * groups; }
+  ASSAY_HD int rows() const { return groups / row_groups; }  // per block
+  ASSAY_HD bool keeps() const { return path == Path::NARROW || path == Path::KEPT; }
+  // The row's chunk that is a group's j-th: a slice's chunks are neighbours.
+  ASSAY_HD int chunk(int slice, int j, int row_group) const { return (slice * chunks + j) * row_groups + row_group; }
+};
+
+constexpr int power_of_two_from(int64_t n) {
+  int p = 1;
+  while (p < n) p *= 2;
+  return p;
+}
+
+inline int64_t kept_bytes(const Plan& p, int64_t K) { return K * p.chunks * p.quads * p.threads() * 16; }
+
+inline Plan narrow_plan(int64_t C, int threads) {
+  const int lanes = power_of_two_from(ceil_div(C, NARROW_COLUMNS_PER_LANE));
+  const int quads = static_cast<int>(ceil_div(ceil_div(C, lanes), 4));
+  return {Path::NARROW, lanes, threads / lanes, 1, 1, 1, quads};
+}
+
+// slot_count: a lane's columns in a chunk
+inline Plan wide_plan(Path path, int64_t C, int slot_count, int slices, int warp, int max_warps) {
+  const int64_t per_slice = ceil_div(ceil_div(C, warp * slot_count), slices);
+  const int64_t chunks = ceil_div(per_slice, max_warps), warps = ceil_div(per_slice, chunks);
+  return {path, warp, static_cast<int>(warps), static_cast<int>(warps), slices, static_cast<int>(chunks), slot_count / 4};
+}
+
+inline Plan make_plan(int64_t K, int64_t C, int itemsize, const Device& device) {
+  const auto fits = [&](const Plan& p, int64_t limit) {
+    return kept_bytes(p, K) <= (limit < device.shared_bytes - 8192 ? limit : device.shared_bytes - 8192);  // 8 KB: states
+  };
+  const int slot_count = 64 / itemsize;  // four loads of 16 bytes
+  if (K <= INLINE_MODELS) {
+    const Plan narrow = narrow_plan(C, NARROW_THREADS);
+    if (C <= NARROW_MAX_C && fits(narrow, KEPT_BYTES_LAST)) return narrow;
+    for (int slices : CLUSTER_SIZES) {
+      if (slices > device.max_cluster) break;
+      const Plan p = wide_plan(Path::KEPT, C, slot_count, slices, 32, WIDE_MAX_WARPS);
+      const bool last = slices == 16 || 2 * slices > device.max_cluster;
+      if (fits(p, last ? KEPT_BYTES_LAST : KEPT_BYTES)) return p;
+    }
+  }
+  const bool cluster = K <= INLINE_MODELS && device.max_cluster > 1;
+  const int most = cluster && device.max_cluster < TWICE_SLICES ? device.max_cluster : TWICE_SLICES;
+  // No more slices than chunks: an empty block would only wait.
+  int slices = power_of_two_from(ceil_div(C, 32 * slot_count));
+  slices = slices < most ? slices : most;
+  return wide_plan(cluster ? Path::TWICE : Path::TWICE_GLOBAL, C, slot_count, slices, 32, WIDE_MAX_WARPS);
+}
+
+}  // namespace assay::cuda

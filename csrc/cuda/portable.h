@@ -1,0 +1,90 @@
+// What lets the same source run on a GPU and, in the native tests, on the host: qualifiers, and the few operations that
+// are one instruction there and a library call here.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#ifdef __CUDACC__
+#define ASSAY_HD __host__ __device__ __forceinline__
+#define ASSAY_UNROLL _Pragma("unroll")
+#define ASSAY_NO_UNROLL _Pragma("unroll 1")
+#else
+#define ASSAY_HD inline
+#define ASSAY_UNROLL
+#define ASSAY_NO_UNROLL
+#endif
+
+namespace assay::cuda {
+
+constexpr float INF = std::numeric_limits<float>::infinity();
+constexpr float NaN = std::numeric_limits<float>::quiet_NaN();
+constexpr float LOG2E = 1.44269504088896340736f;
+constexpr float LN2 = 0.693147180559945309417f;
+
+ASSAY_HD float bits_to_float(uint32_t u) {
+#ifdef __CUDA_ARCH__
+  return __uint_as_float(u);
+#else
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+#endif
+}
+
+ASSAY_HD uint32_t float_to_bits(float f) {
+#ifdef __CUDA_ARCH__
+  return __float_as_uint(f);
+#else
+  uint32_t u;
+  std::memcpy(&u, &f, 4);
+  return u;
+#endif
+}
+
+// 2^x, relative error up to 2^-22; below 2^-126 it is 0.
+ASSAY_HD float exp2_approx(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return std::exp2(x);
+#endif
+}
+
+// log2(x), error up to 2^-22, absolute for x in (1/2, 2) and relative elsewhere.
+ASSAY_HD float log2_approx(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return std::log2(x);
+#endif
+}
+
+// The larger one, or NaN if either is NaN: fmaxf drops NaN, and then a poisoned row would look healthy.
+ASSAY_HD float max_nan(float a, float b) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+#else
+  return a != a || b != b ? NaN : a > b ? a : b;
+#endif
+}
+
+// 32 bits of the 64-bit word high:low, from bit `shift` (0..31) on.
+ASSAY_HD uint32_t funnel_shift_right(uint32_t low, uint32_t high, uint32_t shift) {
+#ifdef __CUDA_ARCH__
+  return __funnelshift_r(low, high, shift);
+#else
+  return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> shift);
+#endif
+}
+
+ASSAY_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace assay::cuda

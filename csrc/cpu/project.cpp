@@ -22,7 +22,7 @@ constexpr int W = Vec::W, L = Wide::L;
 constexpr int64_t TERMS = 32;
 
 // Pieces are what threads share out; each keeps sums of its own, at most a few per cent of the vectors' bytes.
-constexpr int64_t MAX_PIECES = 64;
+constexpr int64_t MAX_PIECES = 32, MERGED = 4096;  // sums that are merged at a time
 
 // Words that are hashed at a time, for all rows at hand.
 constexpr int64_t HASHES = 1024;
@@ -57,6 +57,7 @@ template <class Add, class At>
 void for_all_pieces(const ProjectArgs& a, const Cut& cut, int64_t block_rows, int64_t sums_per_block, const Add& add,
                     const At& at) {
   const int64_t blocks = (a.rows + block_rows - 1) / block_rows;
+  if (cut.pieces == 0) return;
   Scratch<double> sums(blocks * cut.pieces * sums_per_block);
   const auto rows_of = [&](int64_t block) { return least(block_rows, a.rows - block * block_rows); };
   parallel(blocks * cut.pieces, 1, a.threads, [&](Pieces& pieces) {
@@ -67,13 +68,22 @@ void for_all_pieces(const ProjectArgs& a, const Cut& cut, int64_t block_rows, in
       add(task % cut.pieces, block * block_rows, rows_of(block), mine);
     }
   });
+  parallel(blocks * sums_per_block, MERGED, a.threads, [&](Pieces& pieces) {  // into the first piece of each block
+    for (int64_t begin, end; pieces.next(begin, end);)
+      while (begin < end) {
+        const int64_t block = begin / sums_per_block, i = begin % sums_per_block;
+        const int64_t n = least(end - begin, sums_per_block - i);
+        double* to = sums.p + block * cut.pieces * sums_per_block + i;
+        for (int64_t piece = 1; piece < cut.pieces; ++piece)
+          for (int64_t j = 0; j < n; ++j) to[j] += to[piece * sums_per_block + j];
+        begin += n;
+      }
+  });
   parallel(a.rows, 1, a.threads, [&](Pieces& pieces) {
     for (int64_t r, end; pieces.next(r, end);) {
       const int64_t block = r / block_rows;
-      for (int64_t piece = 0; piece < cut.pieces; ++piece) {
-        const double* from = sums.p + (block * cut.pieces + piece) * sums_per_block;
-        for (int64_t d = 0; d < a.dim; ++d) a.out[r * a.dim + d] += from[at(rows_of(block), r % block_rows, d)];
-      }
+      const double* from = sums.p + block * cut.pieces * sums_per_block;
+      for (int64_t d = 0; d < a.dim; ++d) a.out[r * a.dim + d] += from[at(rows_of(block), r % block_rows, d)];
     }
   });
 }

@@ -22,7 +22,7 @@ constexpr int W = Vec::W, L = Wide::L;
 constexpr int64_t TERMS = 32;
 
 // Pieces are what threads share out; each keeps sums of its own, at most a few per cent of the vectors' bytes.
-constexpr int64_t MAX_PIECES = 64;
+constexpr int64_t MAX_PIECES = 32, MERGED = 4096;  // sums that are merged at a time
 
 // Words that are hashed at a time, for all rows at hand.
 constexpr int64_t HASHES = 1024;
@@ -57,6 +57,7 @@ template <class Add, class At>
 void for_all_pieces(const ProjectArgs& a, const Cut& cut, int64_t block_rows, int64_t sums_per_block, const Add& add,
                     const At& at) {
   const int64_t blocks = (a.rows + block_rows - 1) / block_rows;
+  if (cut.pieces == 0) return;
   Scratch<double> sums(blocks * cut.pieces * sums_per_block);
   const auto rows_of = [&](int64_t block) { return least(block_rows, a.rows - block * block_rows); };
   parallel(blocks * cut.pieces, 1, a.threads, [&](Pieces& pieces) {
@@ -67,18 +68,30 @@ void for_all_pieces(const ProjectArgs& a, const Cut& cut, int64_t block_rows, in
       add(task % cut.pieces, block * block_rows, rows_of(block), mine);
     }
   });
+  parallel(blocks * sums_per_block, MERGED, a.threads, [&](Pieces& pieces) {  // into the first piece of each block
+    for (int64_t begin, end; pieces.next(begin, end);)
+      while (begin < end) {
+        const int64_t block = begin / sums_per_block, i = begin % sums_per_block;
+        const int64_t n = least(end - begin, sums_per_block - i);
+        double* to = sums.p + block * cut.pieces * sums_per_block + i;
+        for (int64_t piece = 1; piece < cut.pieces; ++piece)
+          for (int64_t j = 0; j < n; ++j) to[j] += to[piece * sums_per_block + j];
+        begin += n;
+      }
+  });
   parallel(a.rows, 1, a.threads, [&](Pieces& pieces) {
     for (int64_t r, end; pieces.next(r, end);) {
       const int64_t block = r / block_rows;
-      for (int64_t piece = 0; piece < cut.pieces; ++piece) {
-        const double* from = sums.p + (block * cut.pieces + piece) * sums_per_block;
-        for (int64_t d = 0; d < a.dim; ++d) a.out[r * a.dim + d] += from[at(rows_of(block), r % block_rows, d)];
-      }
+      const double* from = sums.p + block * cut.pieces * sums_per_block;
+      for (int64_t d = 0; d < a.dim; ++d) a.out[r * a.dim + d] += from[at(rows_of(block), r % block_rows, d)];
     }
   });
 }
 
 // ---- Sparse ---------------------------------------------------------------------------------------------------------
+
+// Bytes of each row that are fetched ahead: more rows are read side by side than the processor follows by itself.
+constexpr int64_t AHEAD = 512;
 
 constexpr float SIGN[2] = {1.f, -1.f};
 
@@ -114,7 +127,10 @@ void add_lanes(const T* x, int64_t stride, int64_t rows, int64_t n, const uint32
   if constexpr (std::is_same<T, bf16>::value) {  // two numbers go through the transposition as one
     for (; rows == W && c + 2 * W <= n; c += 2 * W) {
 #pragma GCC unroll 16
-      for (int r = 0; r < W; ++r) t[r] = load_pairs(x + r * stride + c);
+      for (int r = 0; r < W; ++r) {
+        prefetch(x + r * stride + c + AHEAD / sizeof(T));
+        t[r] = load_pairs(x + r * stride + c);
+      }
       transpose(t);
 #pragma GCC unroll 16
       for (int j = 0; j < W; ++j) {
@@ -125,7 +141,10 @@ void add_lanes(const T* x, int64_t stride, int64_t rows, int64_t n, const uint32
   }
   for (; rows == W && c + W <= n; c += W) {
 #pragma GCC unroll 16
-    for (int r = 0; r < W; ++r) t[r] = load(x + r * stride + c);
+    for (int r = 0; r < W; ++r) {
+      prefetch(x + r * stride + c + AHEAD / sizeof(T));
+      t[r] = load(x + r * stride + c);
+    }
     transpose(t);
 #pragma GCC unroll 16
     for (int j = 0; j < W; ++j) add(t[j], c + j);

@@ -1,6 +1,7 @@
 // The only file with intrinsics. `Vec` is a vector of W floats with the operations the kernels need; the scalar version
-// (W = 1) is the one to read first. `Wide` is a vector of L 64-bit integers, for counters and hashes; `plus_minus` turns the
-// low W bits of a number into signs, a 1 being -1. Selected by ASSAY_SIMD: 0 scalar, 1 AVX2 + FMA + F16C, 2 AVX-512 F/BW/DQ/VL.
+// (W = 1) is the one to read first. `Wide` is a vector of L 64-bit integers, for counters and hashes; `plus_minus` turns
+// the low W bits of a number into signs, a 1 being -1. Selected by ASSAY_SIMD: 0 scalar, 1 AVX2 + FMA + F16C, 2 AVX-512
+// F/BW/DQ/VL.
 //
 // Everything lives in the instruction set's own namespace (see kernels.h).
 #pragma once

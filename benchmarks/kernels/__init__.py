@@ -1,1 +1,1 @@
-"""Kernel benchmarks: ``python -m benchmarks.kernels [ensemble] [gradients]``. One file per op."""
+"""Kernel benchmarks: ``python -m benchmarks.kernels [ensemble] [gradients] [scan]``. One file per op."""

@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import timing
-from benchmarks.kernels import ensemble, gradients
+from benchmarks.kernels import ensemble, gradients, scan
 
-OPS = {"ensemble": ensemble.cases, "gradients": gradients.cases}
+OPS = {"ensemble": ensemble.cases, "gradients": gradients.cases, "scan": scan.cases}
 
 
 def show(cases: list[dict[str, Any]]) -> None:

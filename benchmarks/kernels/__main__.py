@@ -9,9 +9,15 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import timing
-from benchmarks.kernels import ensemble, gradients, head, sketch
+from benchmarks.kernels import ensemble, gradients, head, scan, sketch
 
-OPS = {"ensemble": ensemble.cases, "head": head.cases, "gradients": gradients.cases, "sketch": sketch.cases}
+OPS = {
+    "ensemble": ensemble.cases,
+    "head": head.cases,
+    "gradients": gradients.cases,
+    "sketch": sketch.cases,
+    "scan": scan.cases,
+}
 
 PEERS = ("traker", "dattri", "bergson")
 

@@ -205,6 +205,72 @@ void project_case(const Kernels& kernels, int64_t rows, int64_t cols, int64_t di
           rows, cols, dim);
 }
 
+// Scores of every row, and all N of them ranked; `form`: 0 float32, 1 bf16, 2 int8 with scales.
+void scan_case(const Kernels& kernels, int64_t N, int64_t D, int64_t M, int form, bool maximum, std::mt19937& rng) {
+  std::normal_distribution<float> normal;
+  const int64_t stride = D + 3, size = N ? (N - 1) * stride + D : 0;  // not an element beyond
+  std::vector<float> wide(static_cast<size_t>(size)), queries(static_cast<size_t>(M * D)), scales;
+  std::vector<uint16_t> narrow;
+  std::vector<int8_t> bytes;
+  for (float& v : wide) {
+    bytes.push_back(static_cast<int8_t>(rng() % 256));
+    v = form == 2 ? static_cast<float>(bytes.back()) : from_bf16(to_bf16(normal(rng)));
+    narrow.push_back(to_bf16(v));
+  }
+  for (float& v : queries) v = normal(rng);
+  for (int64_t i = 0; i < N; ++i) scales.push_back(form == 2 ? static_cast<float>(i % 3) : 1.f);  // 0: ties
+  const int64_t columns = maximum ? 1 : M;
+  constexpr int32_t threads = 3;
+  std::vector<float> scores(static_cast<size_t>(columns * N));
+  std::vector<float> values(static_cast<size_t>(threads * columns * N), std::numeric_limits<float>::quiet_NaN());
+  std::vector<int64_t> indices(values.size(), std::numeric_limits<int64_t>::max());
+  ScanArgs args{};
+  args.features = form == 0 ? static_cast<const void*>(wide.data())
+                            : form == 1 ? static_cast<const void*>(narrow.data()) : bytes.data();
+  args.dtype = form == 1 ? DType::bf16 : DType::f32;
+  args.scales = form == 2 ? scales.data() : nullptr;
+  args.N = N;
+  args.D = D;
+  args.stride = stride;
+  args.queries = queries.data();
+  args.M = M;
+  args.maximum = maximum;
+  args.threads = threads;
+  args.scores = scores.data();
+  kernels.scan(args);
+  args.scores = nullptr;
+  args.k = N;
+  args.values = values.data();
+  args.indices = indices.data();
+  kernels.scan(args);
+
+  for (int64_t m = 0; m < columns; ++m) {
+    const float* row = scores.data() + m * N;
+    for (int64_t i = 0; i < N; ++i) {
+      double best = -std::numeric_limits<double>::infinity(), magnitude = 0;
+      for (int64_t q = m; q < (maximum ? M : m + 1); ++q) {
+        double sum = 0;
+        for (int64_t d = 0; d < D; ++d) {
+          const double product = static_cast<double>(wide[static_cast<size_t>(i * stride + d)]) *
+                                 static_cast<double>(queries[static_cast<size_t>(q * D + d)]);
+          sum += product;
+          magnitude += std::fabs(product);
+        }
+        best = std::max(best, sum * static_cast<double>(scales[static_cast<size_t>(i)]));
+      }
+      check(std::fabs(row[i] - best) <= 2e-6 * magnitude, "scan", kernels.isa, N, D, M);
+    }
+    std::vector<int64_t> order(static_cast<size_t>(N));
+    for (int64_t i = 0; i < N; ++i) order[static_cast<size_t>(i)] = i;
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return row[a] > row[b]; });
+    for (int64_t i = 0; i < N; ++i) {
+      const int64_t want = order[static_cast<size_t>(i)], at = m * N + i;
+      const bool same = indices[static_cast<size_t>(at)] == want && values[static_cast<size_t>(at)] == row[want];
+      check(same, "ranking", kernels.isa, N, D, M);
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -234,6 +300,14 @@ int main() {
           project_case(kernels, rows, cols, 5, 3, bf16, rng);
           project_case(kernels, rows, cols, 131, 0, bf16, rng);
         }
+    for (int64_t N : {0, 1, 66})
+      for (int64_t D : {0, 1, 7, 16, 33, 64, 1100})
+        for (int64_t M : {1, 2, 3, 4, 5, 11})
+          for (int form = 0; form < 3; ++form)
+            for (bool maximum : {false, true}) {
+              scan_case(kernels, N, D, M, form, maximum, rng);
+              ++ran;
+            }
   }
   check(select_kernels("no such set") == nullptr, "unknown instruction set", "-", 0, 0, 0);
   check(select_kernels(nullptr) != nullptr, "default instruction set", "-", 0, 0, 0);

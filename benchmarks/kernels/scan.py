@@ -1,0 +1,110 @@
+"""``ops.topk_scan``: bound by reading the features once, or by the GEMM where there are many queries."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from assay.corpus.features import FeatureSpec, FeatureStore, FeatureWriter, quantize
+from assay.corpus.storage import Store
+from assay.ops import topk_scan
+from benchmarks.timing import interleave
+
+D, K = 512, 100
+STREAMED_ROWS = 2_000_000  # 2 GB of float16: far beyond any cache
+TILED_ROWS = 200_000
+STORED_SHARDS = 4
+
+
+def eager(features: Tensor, queries: Tensor, reduce: str) -> tuple[Tensor, Tensor]:
+    """As one would write it, the features converted by chunks and the scores of all rows kept."""
+    parts = features.split(1 << 16)
+    if reduce == "mean":
+        return torch.cat([part.float() @ queries.mean(0) for part in parts]).topk(K)
+    scores = torch.cat([part.float() @ queries.T for part in parts])
+    return (scores.amax(1) if reduce == "max" else scores.T).topk(K)
+
+
+def case(shape: str, features: Tensor, queries: Tensor, reduce: str, variants: dict[str, Any], bound: str) -> dict:
+    return {
+        "op": "topk_scan",
+        "shape": shape,
+        "dtype": str(features.dtype).removeprefix("torch."),
+        "bound": bound,
+        "ceiling": "read-only sum" if bound == "memory" else "float32 GEMM",
+        "bytes": features.numel() * features.element_size(),
+        "flops": 2 * features.numel() * (1 if reduce == "mean" else len(queries)),
+        "timings": interleave(variants, rounds=5, warmup=1),
+    }
+
+
+def streamed() -> list[dict[str, Any]]:
+    """The mean over queries: the time of reading the features, beside adding up the same bytes as integers."""
+    queries = torch.randn(64, D)
+    features = torch.empty(STREAMED_ROWS, D, dtype=torch.float16)
+    for part in features.split(1 << 16):
+        part.copy_(torch.randn(part.shape))
+    words = features.view(torch.int64)
+    out = [
+        case(
+            f"N={STREAMED_ROWS} d={D} M=64 mean",
+            features,
+            queries,
+            "mean",
+            {
+                "assay": lambda: topk_scan(features, queries, K),
+                "ceiling": lambda: words.sum(),
+                "eager": lambda: eager(features, queries, "mean"),
+            },
+            "memory",
+        )
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        for i, part in enumerate(features.chunk(STORED_SHARDS)):
+            with tempfile.TemporaryFile() as spool:
+                writer = FeatureWriter(FeatureSpec("benchmark", D), spool)
+                for start in range(0, len(part), 1 << 16):
+                    piece = part[start : start + (1 << 16)]
+                    rows = np.arange(start, start + len(piece))
+                    writer.add(rows, [f"{i}-{row}" for row in rows], piece)
+                writer.save(Store.at(folder), f"{i}.arrow", {})
+        store = FeatureStore(folder)
+        out.append(
+            case(
+                f"N={STREAMED_ROWS} d={D} M=64 mean, a store in page cache",
+                features,
+                queries,
+                "mean",
+                {"assay": lambda: store.topk(queries, K), "ceiling": lambda: words.sum()},
+                "memory",
+            )
+        )
+    return out
+
+
+def tiled() -> list[dict[str, Any]]:
+    """Several queries, each dtype, beside the GEMM of float32 features with the same queries."""
+    wide = torch.randn(TILED_ROWS, D)
+    out = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int8):
+        features, scales = quantize(wide) if dtype == torch.int8 else (wide.to(dtype), None)
+        for m, reduce in ((1, "mean"), (4, "max"), (16, "max"), (64, "max"), (64, "none")):
+            queries = torch.randn(m, D)
+            variants = {
+                "assay": lambda x=features, s=scales, q=queries, r=reduce: topk_scan(x, q, K, reduce=r, scales=s),
+                "ceiling": lambda q=queries: wide @ q.T,
+                "sum": lambda x=features: x.view(torch.int64).sum(),
+            }
+            if scales is None:
+                variants["eager"] = lambda x=features, q=queries, r=reduce: eager(x, q, r)
+            out.append(case(f"N={TILED_ROWS} d={D} M={m} {reduce}", features, queries, reduce, variants, "compute"))
+    return out
+
+
+def cases() -> list[dict[str, Any]]:
+    torch.manual_seed(0)
+    return streamed() + tiled()

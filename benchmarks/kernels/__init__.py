@@ -1,1 +1,1 @@
-"""Kernel benchmarks: ``python -m benchmarks.kernels [ensemble] [head] [gradients] [sketch] [scan]``. One file per op."""
+"""Kernel benchmarks: ``python -m benchmarks.kernels [ensemble] [head] [gradients] [sketch] [scan]``: a file per op."""

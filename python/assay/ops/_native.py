@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from assay import _native
+from assay.ops import _cuda
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -207,5 +208,6 @@ def build_info() -> dict[str, Any]:
         "isa": isa() or [name for name, supported in sets if supported][-1],
         "threads": threads(),
         "torch": torch.__version__,
+        "cuda_library": _cuda.build_info(),
         "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }

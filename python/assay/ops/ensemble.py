@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from assay.ops import _backend, _native
+from assay.ops import _backend, _cuda, _native
 
 FIELDS = (
     "nll",
@@ -165,8 +165,9 @@ def _ensemble_stats(
     c = logits[0].shape[1]
     check_range(labels, c, ignore_index)
     share = normalise(weights, len(logits))
-    if _backend.choose("ensemble_stats", logits[0], "cuda") == "cpu":
-        return _native.ensemble(logits, None if labels is None else labels.contiguous(), share, ignore_index, fields)
+    run = {"cpu": _native.ensemble, "cuda": _cuda.ensemble}.get(_backend.choose("ensemble_stats", logits[0], "cuda"))
+    if run is not None:
+        return run(logits, None if labels is None else labels.contiguous(), share, ignore_index, fields)
     stats, prediction = reference(logits, labels, share, ignore_index)
     return stats.to(torch.float64 if logits[0].dtype == torch.float64 else torch.float32), prediction
 

@@ -51,14 +51,15 @@ class Tiles:
 FEW_ROWS = 32
 NARROW = 32
 # Half-precision tiles run on tensor cores. Ampere's stay under 99 KB of shared memory, which Ada and consumer Blackwell
-# also have; they are what an unlisted generation gets. Hopper and data-centre Blackwell take twice the columns, which
-# halves the reads of `left`, in their 227 KB.
+# also have; they are what an unlisted generation gets. Hopper has registers for twice the columns, which halves the
+# reads of `left`; on data-centre Blackwell the epilogue of such a tile spills. Chosen by registers and shared memory
+# (make compile-table), not by a clock yet.
 HALF_TILES = {
     8: Tiles(Tile(32, 64, 64, 8, 4), Tile(128, 32, 64, 8, 4), Tile(64, 64, 32, 4, 3), Tile(128, 128, 64, 8, 3)),
     9: Tiles(Tile(32, 64, 64, 8, 6), Tile(128, 32, 64, 8, 4), Tile(64, 64, 32, 4, 3), Tile(128, 256, 64, 8, 3)),
     10: Tiles(Tile(32, 64, 64, 8, 6), Tile(128, 32, 64, 8, 4), Tile(64, 64, 32, 4, 3), Tile(128, 128, 64, 8, 4)),
 }
-# float32 runs on the ordinary units, a register per operand: small tiles everywhere.
+# float32 runs on the ordinary units of every generation, a register per operand: short steps of K.
 FLOAT_TILES = {
     8: Tiles(Tile(32, 32, 32, 4, 3), Tile(64, 32, 16, 4, 3), Tile(64, 64, 16, 4, 3), Tile(128, 128, 16, 8, 3)),
 }
@@ -173,6 +174,7 @@ def plan(
         "matrix_n": matrix.stride(2),
     }
     table = HALF_TILES if half else FLOAT_TILES
+    # A float32 factor in a half-precision epilogue takes twice the registers: Ampere's tile everywhere.
     tiles = table[8] if right.dtype.itemsize > left.dtype.itemsize else table.get(generation, table[8])
     if rows <= FEW_ROWS:
         tile = tiles.few_rows

@@ -210,16 +210,18 @@ class Products:
 
 
 NARROW = 32
-# Gram tiles by size, two float32 accumulators of it in registers at once: 128 × 128 takes 8 warps of Hopper or later.
-# Ampere and unlisted generations stay under 99 KB of shared memory. float32 and ragged factors: see kernels/dot.py.
+# Up to this many positions, one Gram tile holds them all.
+MIDDLE_GRAM = 64
+# Gram tiles by size. Two accumulators are live at once, so 128 × 128 is for Hopper and later, whose accumulators leave
+# registers free. Ampere and unlisted generations stay under 99 KB of shared memory. float32 and ragged rows take short
+# steps, for registers. Chosen by registers and shared memory (make compile-table), not by a clock yet.
 HALF_GRAMS = {
     8: (Gram(16, 64, 1, 4), Gram(32, 64, 4, 4), Gram(64, 64, 8, 3)),
     9: (Gram(16, 64, 1, 4), Gram(32, 64, 4, 4), Gram(64, 64, 4, 4), Gram(128, 64, 8, 4)),
     10: (Gram(16, 64, 1, 4), Gram(32, 64, 4, 4), Gram(64, 64, 8, 4), Gram(128, 64, 8, 4)),
 }
-MIDDLE_GRAM = 64
-FLOAT_GRAMS = {8: (Gram(16, 32, 2, 3), Gram(32, 32, 4, 3), Gram(64, 16, 8, 3))}
-RAGGED_GRAMS = {8: (Gram(16, 32, 2, 3), Gram(32, 32, 4, 3), Gram(64, 16, 8, 3))}
+FLOAT_GRAMS = RAGGED_GRAMS = {8: (Gram(16, 32, 2, 3), Gram(32, 32, 4, 3), Gram(64, 16, 8, 3))}
+# Tiles of the gradient: as in kernels/dot.py.
 HALF_PRODUCTS = {
     8: Products(Product(128, 32, 32, 8, 5), Product(64, 32, 32, 4, 3), Product(128, 128, 64, 8, 3)),
     9: Products(Product(128, 32, 32, 8, 5), Product(64, 32, 32, 4, 3), Product(128, 128, 64, 8, 4)),

@@ -58,7 +58,6 @@ def streamed() -> list[dict[str, Any]]:
             {
                 "assay": lambda: topk_scan(features, queries, K),
                 "ceiling": lambda: words.sum(),
-                "eager": lambda: eager(features, queries, "mean"),
             },
             "memory",
         )

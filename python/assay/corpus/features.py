@@ -297,6 +297,8 @@ class FeatureStore:
         if k > self.rows:
             raise ValueError(f"k: expected at most the store's rows, {self.rows}, got k = {k}")
         values, indices = topk_scan(torch.empty(0, self.dim), queries, 0, reduce=reduce)
+        if reduce == "mean":  # once, not for every batch
+            queries = queries.double().mean(0, keepdim=True).to(values.dtype)
         start = 0
         for batch in self.batches():
             count = len(batch.rows)

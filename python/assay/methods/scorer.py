@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from assay.methods.base import Column, Method, Need
-from assay.probe import Probe, Reduction, Signals
+from assay.probe import Jvp, Probe, Reduction, Signals
 
 _Key = tuple[int, Any]  # a model's identity and its task: what one probe runs
 
@@ -37,7 +37,7 @@ class Scorer:
             for role, need in method.needs().items():
                 key = (id(need.model), need.task)
                 names = {name: f"{i}.{role}.{name}" for name in need.reductions}
-                mine: dict[str, Reduction] = {names[name]: r for name, r in need.reductions.items()}
+                mine: dict[str, Reduction | Jvp] = {names[name]: r for name, r in need.reductions.items()}
                 known = wanted.get(key, replace(need, logits=False, reductions={}))
                 wanted[key] = replace(
                     known, logits=known.logits or need.logits, reductions={**known.reductions, **mine}

@@ -21,6 +21,8 @@ class SmallModelDatamodel:
     """f_t(S) ≈ b_t + Σ_{i∈S} θ_ti, fitted to retrainings of a small model on random subsets S: the ground truth that
     the gradient methods approximate. Equation 2 of the paper.
 
+    Subsets of one size cannot tell a constant in θ from one in b: what is determined is how samples differ.
+
     Attributes:
         scores: θ, (N, T): what a sample adds to each target's output. Keep high.
         intercepts: b, (T,).

@@ -16,6 +16,9 @@ from assay.ops import Kronecker, Rademacher, Sketch
 from assay.probe import Feature, Jvp, Probe, Signals, tapped_parameters
 from assay.tasks import Task
 
+# Below, not a hundredth of the variance of p is explained.
+_LEAST_CORRELATION = 0.1
+
 
 class InfluenceDistillation(Influence):
     """p = K(E, E_L) (K_LL + δI)⁻¹ p_L with p_L = cos(∇ℓ_L, ∇ℓ_target), section 4 of the paper: keep high.
@@ -175,13 +178,19 @@ class InfluenceDistillation(Influence):
         return self._columns(kernel @ self._coefficients.to(kernel.device))
 
     def metadata(self) -> dict[str, str]:
-        return {
+        facts = {
             "targets": ", ".join(self.targets),
             "sketch": str(self.sketch),
             "landmarks": str(self._samples),
             "landmark_correlation": ", ".join(f"{x:.4f}" for x in self._correlation),
             "kernel": f"{self.spread}, damping {self.damping}",
         }
+        if self._correlation and not min(self._correlation) >= _LEAST_CORRELATION:
+            facts["warning"] = (
+                f"landmarks' scores are hardly predicted from one another's (correlation {facts['landmark_correlation']}"
+                f", expected at least {_LEAST_CORRELATION}): take more landmarks or tangents, or other embed_layers"
+            )
+        return facts
 
     def _columns(self, scores: Tensor) -> dict[str, Tensor]:
         each = {f"{self.name}_{t}": scores[:, i] for i, t in enumerate(self.targets)}

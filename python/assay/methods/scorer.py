@@ -28,7 +28,7 @@ class Scorer:
 
     def __init__(self, methods: Sequence[Method], *, verify: bool = True) -> None:
         self.methods = list(methods)
-        self.columns = _all_columns(self.methods)
+        self.columns = all_columns(self.methods)
         wanted: dict[_Key, Need] = {}
         # Per method: role -> which probe serves it, and its reductions' names -> their keys in that probe.
         self._roles: list[dict[str, tuple[_Key, dict[str, str]]]] = []
@@ -67,7 +67,8 @@ class Scorer:
         return {f"{m.name}.{fact}": value for m in self.methods for fact, value in m.metadata().items()}
 
 
-def _all_columns(methods: Sequence[Method]) -> list[Column]:
+def all_columns(methods: Sequence[Method]) -> list[Column]:
+    """Every method's columns. ValueError if two have the same name."""
     owner: dict[str, str] = {}
     columns = []
     for method in methods:

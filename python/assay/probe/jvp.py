@@ -70,7 +70,7 @@ class _Forward(nn.Module):
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             try:
                 with forward_ad.dual_level():
-                    duals = {name: forward_ad.make_dual(p, steps[name]) for name, p in points.items()}
+                    duals = {name: forward_ad.make_dual(p, steps[name]) for name, p in points.items()}  # type: ignore[no-untyped-call]
                     moved = forward_ad.unpack_dual(self._at(duals, batch))  # type: ignore[no-untyped-call]
                     return (torch.zeros_like(moved.primal) if moved.tangent is None else moved.tangent).float()
             except NotImplementedError:

@@ -40,11 +40,11 @@ METHODS = [
 def targeted(project):
     project.write_shard("../targets/x.jsonl", make_rows(5, 8))
     project.write_shard("../targets/y.parquet", make_rows(6, 9))
-    project.recipe |= {
-        "methods": METHODS,
-        "targets": {"x": {"path": "targets/x.jsonl"}, "y": {"path": "targets/*.parquet"}},
-        "fit": {"samples": 60},
-    }
+    project.recipe.update(
+        methods=METHODS,
+        targets={"x": {"path": "targets/x.jsonl"}, "y": {"path": "targets/*.parquet"}},
+        fit={"samples": 60},
+    )
     project.write_recipe()
     return project
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
@@ -33,25 +34,18 @@ class FitSpec(Part):
     path: CorpusPath | None = None
 
 
+@dataclass(frozen=True)
 class Batches:
-    """Samples as batches of the task, collated anew each time they are gone through, and read when first wanted."""
+    """Samples as batches of the task, collated anew each time they are gone through."""
 
-    def __init__(
-        self, load: Callable[[], list[Encoded]], encoder: Encoder, split: Callable[[Sequence[int]], list[list[int]]]
-    ) -> None:
-        self._load, self._encoder, self._split = load, encoder, split
-        self._samples: list[Encoded] | None = None
-
-    @property
-    def samples(self) -> list[Encoded]:
-        if self._samples is None:
-            self._samples = self._load()
-        return self._samples
+    samples: Sequence[Encoded]
+    encoder: Encoder
+    split: Callable[[Sequence[int]], list[list[int]]]
+    """Lengths -> which samples go together."""
 
     def __iter__(self) -> Iterator[Any]:
-        samples = self.samples
-        for batch in self._split([sample.length for sample in samples]):
-            yield self._encoder.collate([samples[i].data for i in batch])
+        for batch in self.split([sample.length for sample in self.samples]):
+            yield self.encoder.collate([self.samples[i].data for i in batch])
 
 
 def corpus_fingerprint(corpus: Corpus) -> str:

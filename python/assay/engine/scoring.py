@@ -101,8 +101,7 @@ def _prepare(recipe: Recipe, models: Mapping[str, nn.Module], task: Task, encode
     split = partial(make_batches, limits=recipe.batch)
     targets: dict[str, Batches] = {}
     for name, target in recipe.targets_used.items():
-        samples = read_target(name, find_shards(target.path), encoder)
-        targets[name] = Batches(lambda samples=samples: samples, encoder, split)  # type: ignore[misc]
+        targets[name] = Batches(read_target(name, find_shards(target.path), encoder), encoder, split)
     methods = {}
     for i, spec in enumerate(recipe.methods):
         if isinstance(spec, TargetedSpec):
@@ -113,11 +112,11 @@ def _prepare(recipe: Recipe, models: Mapping[str, nn.Module], task: Task, encode
 
 
 def _fit(recipe: Recipe, methods: Mapping[int, FittedMethod], encoder: Encoder) -> None:
-    def draw() -> list[Encoded]:
+    drawn: list[Encoded] = []
+    if recipe.uses_pool:
         corpus = find_shards(recipe.fit.path or recipe.corpus.path)
-        return draw_samples(corpus, encoder, recipe.fit.samples, recipe.seed)
-
-    pool = Batches(draw, encoder, partial(make_batches, limits=recipe.batch))
+        drawn = draw_samples(corpus, encoder, recipe.fit.samples, recipe.seed)
+    pool = Batches(drawn, encoder, partial(make_batches, limits=recipe.batch))
     for i, method in methods.items():
         torch.manual_seed(recipe.seed)  # labels may be drawn from the model
         with _refusals(i, recipe.methods[i].method):

@@ -187,8 +187,9 @@ class InfluenceDistillation(Influence):
         }
         if self._correlation and not min(self._correlation) >= _LEAST_CORRELATION:
             facts["warning"] = (
-                f"landmarks' scores are hardly predicted from one another's (correlation {facts['landmark_correlation']}"
-                f", expected at least {_LEAST_CORRELATION}): take more landmarks or tangents, or other embed_layers"
+                f"landmarks' scores are hardly predicted from one another's (correlation "
+                f"{facts['landmark_correlation']}, expected at least {_LEAST_CORRELATION}): take more landmarks or "
+                "tangents, or other embed_layers"
             )
         return facts
 

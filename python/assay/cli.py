@@ -204,7 +204,7 @@ def validate(recipe: RecipeFile, overrides: Overrides = None) -> int:
 
     loaded = _load(recipe, overrides)
     plan = make_plan(loaded, rescore=True)
-    workshop = open_workshop(loaded, plan.identity)
+    workshop = open_workshop(loaded, plan.identity, fit=False)
     print(f"{_clean(recipe)}: fine; {len(plan.corpus.shards)} shards, {len(plan.done)} of them done")
     for column in workshop.columns():
         print(f"  {column.name} (keep {column.keep}): {column.description}")

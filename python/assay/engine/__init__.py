@@ -7,6 +7,7 @@ from assay.engine.methods import MethodSpec, register_method
 from assay.engine.models import ModelSpec, register_model
 from assay.engine.recipe import Recipe, load_recipe
 from assay.engine.status import Scores, open_scores
+from assay.engine.targeted import TargetedSpec
 
 __all__ = [
     "ChangedError",
@@ -19,6 +20,7 @@ __all__ = [
     "RecipeError",
     "Report",
     "Scores",
+    "TargetedSpec",
     "curate",
     "load_recipe",
     "make_plan",

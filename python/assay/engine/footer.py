@@ -42,10 +42,12 @@ class RowCounts(_Record):
 
 
 class Identity(_Record):
-    """What decides the scores of a given input: the recipe's scoring part, and the models' contents."""
+    """What decides the scores of a given input: the recipe's scoring part, the models' contents, and the fingerprints
+    of the corpora that methods are fitted to (``targets.<name>`` and ``fit``)."""
 
     recipe: dict[str, Any]
     models: dict[str, str]
+    corpora: dict[str, str] | None = None
 
 
 class Footer(_Record):
@@ -57,6 +59,7 @@ class Footer(_Record):
     recipe: dict[str, Any]
     recipe_hash: str
     models: dict[str, str]
+    corpora: dict[str, str] | None = None
     seed: int
     rows: RowCounts
     nan: dict[str, int]
@@ -79,6 +82,7 @@ class Footer(_Record):
             recipe=identity.recipe,
             recipe_hash=canonical_hash(identity.recipe),
             models=identity.models,
+            corpora=identity.corpora,
             seed=identity.recipe["seed"],
             rows=rows,
             nan=dict(nan),
@@ -106,6 +110,7 @@ class Table:
         return [
             *_differences(self.footer.recipe, identity.recipe),
             *_differences(self.footer.models, identity.models, "weights of models"),
+            *(f"files of {found}" for found in _differences(self.footer.corpora or {}, identity.corpora or {})),
         ]
 
 

@@ -16,6 +16,7 @@ from assay.corpus.quarantine import QuarantineWriter
 from assay.corpus.shards import MANIFEST, Corpus, Shard, find_shards
 from assay.corpus.storage import Store
 from assay.engine.errors import ChangedError, EngineError
+from assay.engine.fitting import corpus_fingerprint
 from assay.engine.footer import Footer, Identity, open_table
 from assay.engine.progress import Progress
 from assay.engine.recipe import Recipe, canonical_hash
@@ -89,8 +90,15 @@ def make_plan(recipe: Recipe, part: tuple[int, int] = (1, 1), rescore: bool = Fa
     corpus = find_shards(recipe.corpus.path)
     refuse_inside(output, corpus, recipe.corpus.path)
     fingerprints = {name: spec.fingerprint() for name, spec in recipe.models_used.items()}
+    corpora = {f"targets.{name}": spec.path for name, spec in recipe.targets_used.items()}
+    if recipe.uses_pool:
+        corpora["fit"] = recipe.fit.path or recipe.corpus.path
     # Through JSON, because that is how the recipe comes back from a footer.
-    identity = Identity(recipe=json.loads(json.dumps(recipe.identity())), models=fingerprints)
+    identity = Identity(
+        recipe=json.loads(json.dumps(recipe.identity())),
+        models=fingerprints,
+        corpora={name: corpus_fingerprint(find_shards(path)) for name, path in corpora.items()} or None,
+    )
     index, count = part
     done: dict[Shard, Footer] = {}
     todo, stale, changed = [], [], []
@@ -109,7 +117,7 @@ def make_plan(recipe: Recipe, part: tuple[int, int] = (1, 1), rescore: bool = Fa
         shard, differences = changed[0]
         shown = "; ".join(differences[:3]) + (f" and {len(differences) - 3} more" if differences[3:] else "")
         raise ChangedError(
-            f"{len(changed)} score tables in {output.url} come from another recipe or model ({shard.table}: "
+            f"{len(changed)} score tables in {output.url} come from another recipe, model or target ({shard.table}: "
             f"{shown}); score them again with --rescore, or choose another output"
         )
     return Plan(recipe, identity, corpus, output, done, tuple(todo), tuple(stale))
@@ -203,6 +211,7 @@ def _write_manifest(plan: Plan, columns: Sequence[Column]) -> None:
         "recipe": plan.identity.recipe,
         "recipe_hash": canonical_hash(plan.identity.recipe),
         "models": plan.identity.models,
+        **({"corpora": plan.identity.corpora} if plan.identity.corpora else {}),
         "seed": plan.recipe.seed,
         "columns": [vars(column) for column in columns],
         "shards": [{"path": shard.path, "table": shard.table} for shard in plan.corpus.shards],

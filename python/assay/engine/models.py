@@ -53,12 +53,12 @@ class ModelSpec(Part):
     def fingerprint(self) -> str:
         """SHA-256 of the contents of the model's files."""
         if os.path.isfile(self.path):
-            return f"sha256:{_file_sha256(self.path)}"
+            return f"sha256:{file_sha256(self.path)}"
         digest = hashlib.sha256()
         for name in sorted(os.listdir(self.path)):
             full = os.path.join(self.path, name)
             if name.endswith(_MODEL_FILES) and os.path.isfile(full):
-                digest.update(f"{name}\0{_file_sha256(full)}\n".encode())
+                digest.update(f"{name}\0{file_sha256(full)}\n".encode())
         return f"sha256:{digest.hexdigest()}"
 
 
@@ -152,7 +152,7 @@ def shared_tokenizer(specs: Mapping[str, ModelSpec]) -> Any:
     return tokenizer
 
 
-def _file_sha256(path: str) -> str:
+def file_sha256(path: str) -> str:
     status = os.stat(path)
     return _cached_sha256(path, status.st_size, status.st_mtime_ns)
 

@@ -5,29 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import reprlib
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
 from assay.engine.errors import RecipeError
+from assay.engine.fitting import FitSpec, TargetSpec
 from assay.engine.methods import METHODS, MethodSpec
 from assay.engine.models import MODELS, ModelSpec
-from assay.engine.registry import AnyPath, Part, existing, located, nearest
+from assay.engine.registry import AnyPath, CorpusPath, Part, located, nearest
 from assay.engine.samples import TASKS, TaskSpec
-
-
-def _existing_unless_pattern(path: str) -> str:
-    return path if "://" in path or re.search(r"[*?[]", path) else existing(path)
+from assay.engine.targeted import TargetedSpec
 
 
 class CorpusSpec(Part):
     """Where the shards are. Without an ``id_column`` a sample's id is ``<shard>:<row>``."""
 
-    path: Annotated[AnyPath, AfterValidator(_existing_unless_pattern)]
+    path: CorpusPath
     id_column: str | None = None
 
 
@@ -47,6 +44,8 @@ class Recipe(Part):
     models: dict[str, Annotated[SerializeAsAny[ModelSpec], BeforeValidator(MODELS.parse)]]
     methods: Annotated[list[Annotated[SerializeAsAny[MethodSpec], BeforeValidator(METHODS.parse)]], Field(min_length=1)]
     output: AnyPath
+    targets: dict[str, TargetSpec] = {}
+    fit: FitSpec = FitSpec()
     batch: BatchSpec = BatchSpec()
     seed: Annotated[int, Field(ge=0)] = 0
 
@@ -62,6 +61,34 @@ class Recipe(Part):
                     )
         return self
 
+    @model_validator(mode="after")
+    def _targets_are_defined(self) -> Recipe:
+        for i, method in enumerate(self.methods):
+            if not isinstance(method, TargetedSpec):
+                continue
+            for k, name in enumerate(method.targets or ()):
+                if name not in self.targets:
+                    hint = nearest(name, self.targets)
+                    raise located(("methods", i, "targets", k), f"no target is called {name!r}; {hint}", name)
+            if not method.targets_of(self.targets) and not method.without_targets():
+                raise located(("methods", i, "targets"), "needs a target; define one under targets", method.targets)
+        return self
+
+    @property
+    def targets_used(self) -> dict[str, TargetSpec]:
+        """The targets that some method is fitted to, in the recipe's order."""
+        wanted = {name for method in self._fitted for name in method.targets_of(self.targets)}
+        return {name: spec for name, spec in self.targets.items() if name in wanted}
+
+    @property
+    def uses_pool(self) -> bool:
+        """Whether some method's scores depend on the sample that ``fit`` draws."""
+        return any(method.wants_pool for method in self._fitted)
+
+    @property
+    def _fitted(self) -> list[TargetedSpec]:
+        return [method for method in self.methods if isinstance(method, TargetedSpec)]
+
     @property
     def models_used(self) -> dict[str, ModelSpec]:
         """The models that some method wants, in the recipe's order."""
@@ -70,13 +97,20 @@ class Recipe(Part):
 
     def identity(self) -> dict[str, Any]:
         """The part that decides scores. Where files lie and how much is batched are not in it."""
-        return {
+        methods = [
+            method.identity() | {"targets": method.targets_of(self.targets)}
+            if isinstance(method, TargetedSpec)
+            else method.identity()
+            for method in self.methods
+        ]
+        identity = {
             "task": self.task.model_dump(),
             "id_column": self.corpus.id_column,
             "models": {name: spec.identity() for name, spec in self.models_used.items()},
-            "methods": [method.identity() for method in self.methods],
+            "methods": methods,
             "seed": self.seed,
         }
+        return identity | ({"fit": {"samples": self.fit.samples}} if self.uses_pool else {})
 
     def to_yaml(self) -> str:
         """The resolved recipe, which loads as the same one."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import entry_points
 from typing import Annotated, Any, Generic, TypeVar
@@ -61,11 +62,18 @@ def existing(path: str) -> str:
     return path
 
 
+def _existing_unless_pattern(path: str) -> str:
+    return path if "://" in path or re.search(r"[*?[]", path) else existing(path)
+
+
 AnyPath = Annotated[str, AfterValidator(_absolute)]
 """A local path, relative to the recipe's folder, or an fsspec URL."""
 
 ExistingPath = Annotated[str, AfterValidator(_absolute), AfterValidator(existing)]
 """A local path that must exist."""
+
+CorpusPath = Annotated[AnyPath, AfterValidator(_existing_unless_pattern)]
+"""A file, a folder, a glob or a URL that `assay.corpus.shards.find_shards` looks through."""
 
 P = TypeVar("P", bound=Part)
 

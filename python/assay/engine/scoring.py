@@ -6,7 +6,9 @@ import gc
 import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,13 +20,16 @@ from assay.corpus.errors import ShardError
 from assay.corpus.quarantine import QuarantineWriter
 from assay.corpus.readers import read, shard_errors
 from assay.corpus.score_files import ScoreWriter
-from assay.corpus.shards import Shard
+from assay.corpus.shards import Shard, find_shards
 from assay.corpus.storage import Store
 from assay.engine.errors import EngineError
+from assay.engine.fitting import Batches, draw_samples, read_target
 from assay.engine.footer import Footer, Identity, InputFacts, RowCounts
 from assay.engine.recipe import BatchSpec, Recipe
-from assay.engine.samples import Encoder, Rejected, RowReader, Sample
+from assay.engine.samples import Encoded, Encoder, Rejected, RowReader, Sample
+from assay.engine.targeted import FittedMethod, TargetedSpec
 from assay.methods import Column, Method, Scorer
+from assay.methods.scorer import all_columns
 from assay.tasks import Task
 
 WINDOW_ROWS = 4096
@@ -50,28 +55,87 @@ class Workshop:
     task: Task
     models: Mapping[str, nn.Module]
     encoder: Encoder
+    fitted: Mapping[int, Method]
+    """The methods that are fitted before they score, by their place in the recipe: one fit serves all shards."""
+    ready: bool = True
+    """Whether they have been fitted."""
 
     def methods(self) -> list[Method]:
         """The recipe's methods, fresh: what they gather (a correlation, a warning) is about one shard."""
         torch.manual_seed(self.recipe.seed)
-        return [spec.build(self.models, self.task, self.recipe.seed) for spec in self.recipe.methods]
+        return [
+            self.fitted[i] if i in self.fitted else spec.build(self.models, self.task, self.recipe.seed)
+            for i, spec in enumerate(self.recipe.methods)
+        ]
 
     def columns(self) -> list[Column]:
         """The columns of every table. An EngineError if the methods refuse the models, or one another."""
         try:
-            return Scorer(self.methods()).columns  # it taps the models, which may be refused too
+            methods = self.methods()
+            # It taps the models, which may be refused too.
+            Scorer([method for i, method in enumerate(methods) if self.ready or i not in self.fitted])
+            return all_columns(methods)
         except (ValueError, TypeError) as error:
             raise EngineError(f"methods: {error}") from error
 
 
-def open_workshop(recipe: Recipe, identity: Identity) -> Workshop:
-    """Load a recipe's models and check that they, the task and the methods fit together."""
+def open_workshop(recipe: Recipe, identity: Identity, fit: bool = True) -> Workshop:
+    """Load a recipe's models, check that they, the task and the methods fit together, and ``fit`` the methods that
+    look at targets or at the pool."""
     task = recipe.task.task()
     loaded = {name: (spec, spec.build()) for name, spec in recipe.models_used.items()}
     encoder = recipe.task.encoder(loaded)
-    workshop = Workshop(recipe, identity, task, {name: model for name, (_, model) in loaded.items()}, encoder)
+    models = {name: model for name, (_, model) in loaded.items()}
+    fitted = _prepare(recipe, models, task, encoder)
+    workshop = Workshop(recipe, identity, task, models, encoder, fitted, ready=False)
+    workshop.columns()  # what can be refused before the work of fitting, is
+    if fit and fitted:
+        _fit(recipe, fitted, encoder)
+    workshop = replace(workshop, ready=fit)
     workshop.columns()
     return workshop
+
+
+def _prepare(recipe: Recipe, models: Mapping[str, nn.Module], task: Task, encoder: Encoder) -> dict[int, FittedMethod]:
+    """The methods to be fitted, with their targets; each target is read once, whoever wants it."""
+    split = partial(make_batches, limits=recipe.batch)
+    targets: dict[str, Batches] = {}
+    for name, target in recipe.targets_used.items():
+        targets[name] = Batches(read_target(name, find_shards(target.path), encoder), encoder, split)
+    methods = {}
+    for i, spec in enumerate(recipe.methods):
+        if isinstance(spec, TargetedSpec):
+            own = {name: targets[name] for name in spec.targets_of(recipe.targets)}
+            with _refusals(i, spec.method):
+                methods[i] = spec.build_fitted(models, task, recipe.seed, own)
+    return methods
+
+
+def _fit(recipe: Recipe, methods: Mapping[int, FittedMethod], encoder: Encoder) -> None:
+    drawn: list[Encoded] = []
+    if recipe.uses_pool:
+        corpus = find_shards(recipe.fit.path or recipe.corpus.path)
+        drawn = draw_samples(corpus, encoder, recipe.fit.samples, recipe.seed)
+    pool = Batches(drawn, encoder, partial(make_batches, limits=recipe.batch))
+    for i, method in methods.items():
+        torch.manual_seed(recipe.seed)  # labels may be drawn from the model
+        with _refusals(i, recipe.methods[i].method):
+            method.fit(pool)
+
+
+@contextmanager
+def _refusals(i: int, method: str) -> Iterator[None]:
+    try:
+        yield
+    except EngineError:
+        raise
+    except Exception as error:  # whatever a model or a method may raise
+        if is_out_of_memory(error):
+            raise EngineError(
+                f"methods.{i} ({method}): ran out of memory; take a smaller sketch or batch ({error})"
+            ) from error
+        what = str(error) if isinstance(error, ValueError | TypeError) else f"{type(error).__name__}: {error}"
+        raise EngineError(f"methods.{i} ({method}): {what}") from error
 
 
 def score_shard(

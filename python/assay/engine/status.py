@@ -55,7 +55,7 @@ def open_scores(url: str, corpus_path: str | None = None) -> Scores:
     store = Store.at(url)
     try:
         manifest: dict[str, Any] = json.loads(store.read_text(MANIFEST))
-        identity = Identity(recipe=manifest["recipe"], models=manifest["models"])
+        identity = Identity(recipe=manifest["recipe"], models=manifest["models"], corpora=manifest.get("corpora"))
         columns = tuple(column["name"] for column in manifest["columns"])
         corpus_path = corpus_path or str(manifest["corpus"])
     except FileNotFoundError as error:

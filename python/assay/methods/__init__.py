@@ -2,11 +2,13 @@
 
 from assay.methods.adam import AdamState
 from assay.methods.base import Column, Method, Need
+from assay.methods.datamodel import SmallModelDatamodel
 from assay.methods.dsdm import DsDm
 from assay.methods.ekfac import EKFAC
 from assay.methods.ensemble import Ensemble, ensemble_scores
 from assay.methods.grad_mimic import GradMimic
 from assay.methods.influence import Influence, Kernel
+from assay.methods.influence_distillation import InfluenceDistillation
 from assay.methods.label_quality import label_quality, model_weights
 from assay.methods.less import LESS
 from assay.methods.logra import LoGra
@@ -25,12 +27,14 @@ __all__ = [
     "Ensemble",
     "GradMimic",
     "Influence",
+    "InfluenceDistillation",
     "Kernel",
     "LoGra",
     "Method",
     "Need",
     "OutOfFold",
     "Scorer",
+    "SmallModelDatamodel",
     "TrackStar",
     "ensemble_scores",
     "label_quality",

@@ -8,7 +8,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from assay.probe import Reduction, Signals
+from assay.probe import Jvp, Reduction, Signals
 from assay.tasks import Task
 
 Keep = Literal["high", "low", "none"]
@@ -31,13 +31,14 @@ class Column:
 class Need:
     """What a method wants to know about one model on every batch. Losses always come.
 
-    ``reductions`` are folded while the backward pass runs; without any, there is no backward pass.
+    ``reductions`` are folded while the backward pass runs; without any, there is no backward pass. Those of the kind
+    ``Jvp`` come from the forward pass alone.
     """
 
     model: nn.Module
     task: Task
     logits: bool = False
-    reductions: Mapping[str, Reduction] = field(default_factory=dict)
+    reductions: Mapping[str, Reduction | Jvp] = field(default_factory=dict)
 
 
 @runtime_checkable

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from assay.methods.base import Column, Method, Need
-from assay.probe import Probe, Reduction, Signals
+from assay.probe import Jvp, Probe, Reduction, Signals
 
 _Key = tuple[int, Any]  # a model's identity and its task: what one probe runs
 
@@ -28,7 +28,7 @@ class Scorer:
 
     def __init__(self, methods: Sequence[Method], *, verify: bool = True) -> None:
         self.methods = list(methods)
-        self.columns = _all_columns(self.methods)
+        self.columns = all_columns(self.methods)
         wanted: dict[_Key, Need] = {}
         # Per method: role -> which probe serves it, and its reductions' names -> their keys in that probe.
         self._roles: list[dict[str, tuple[_Key, dict[str, str]]]] = []
@@ -37,7 +37,7 @@ class Scorer:
             for role, need in method.needs().items():
                 key = (id(need.model), need.task)
                 names = {name: f"{i}.{role}.{name}" for name in need.reductions}
-                mine: dict[str, Reduction] = {names[name]: r for name, r in need.reductions.items()}
+                mine: dict[str, Reduction | Jvp] = {names[name]: r for name, r in need.reductions.items()}
                 known = wanted.get(key, replace(need, logits=False, reductions={}))
                 wanted[key] = replace(
                     known, logits=known.logits or need.logits, reductions={**known.reductions, **mine}
@@ -67,7 +67,8 @@ class Scorer:
         return {f"{m.name}.{fact}": value for m in self.methods for fact, value in m.metadata().items()}
 
 
-def _all_columns(methods: Sequence[Method]) -> list[Column]:
+def all_columns(methods: Sequence[Method]) -> list[Column]:
+    """Every method's columns. ValueError if two have the same name."""
     owner: dict[str, str] = {}
     columns = []
     for method in methods:

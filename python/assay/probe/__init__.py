@@ -1,6 +1,7 @@
 """The probe: runs a model on a batch and returns its signals. The only home of hooks in assay."""
 
 from assay.probe.gradient import Convolution, Dense, Outer, PerSampleGradient, Scatter
+from assay.probe.jvp import Jvp
 from assay.probe.layers import Factors
 from assay.probe.probe import Probe, Signals
 from assay.probe.reductions import Dot, Feature, Reduction, Sketched, SqNorm
@@ -12,6 +13,7 @@ __all__ = [
     "Dot",
     "Factors",
     "Feature",
+    "Jvp",
     "Outer",
     "PerSampleGradient",
     "Probe",

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from assay.probe.jvp import Jvp
 from assay.probe.layers import Factors
 from assay.probe.pooling import Pooling
 from assay.probe.recording import Recorder, undisturbed
@@ -76,7 +77,8 @@ class Probe:
         factors: layers whose factors the signals keep, selected as ``tapped_parameters`` says. None means
             every layer with trainable parameters, or no layer when there are reductions; ``()`` means no
             layer.
-        reductions: by key; folded while the backward pass runs, their factors freed on the way.
+        reductions: by key; folded while the backward pass runs, their factors freed on the way. A ``Jvp`` runs the
+            model forward a few times more and taps nothing.
         embeddings: name or glob of the one layer whose input is pooled: the mean over the positions in the
             task's mask.
         logits: whether the signals keep the logits.
@@ -100,15 +102,16 @@ class Probe:
         task: Task,
         *,
         factors: str | Sequence[str] | None = None,
-        reductions: Mapping[str, Reduction] | None = None,
+        reductions: Mapping[str, Reduction | Jvp] | None = None,
         embeddings: str | None = None,
         logits: bool = True,
         skip_unsupported: bool = False,
         verify: bool = True,
     ) -> None:
         self._model, self._task, self._logits = model, task, logits
-        self._reductions = dict(reductions or {})
-        if factors is None and self._reductions:
+        self._reductions = {k: r for k, r in (reductions or {}).items() if not isinstance(r, Jvp)}
+        self._jvps = {k: r for k, r in (reductions or {}).items() if isinstance(r, Jvp)}
+        if factors is None and reductions:
             factors = ()
         kept = tapped_parameters(model, factors, skip_unsupported)
         wanted = dict.fromkeys(_wanted(kept, self._reductions))
@@ -163,6 +166,7 @@ class Probe:
                 shape = tuple(outputs.losses.shape)
                 raise ValueError(f"{type(self._task).__name__}: losses of shape {shape}; expected ({size},)")
             recorder.backward(outputs.losses)
+        moved = {key: jvp(self._model, self._task, batch) for key, jvp in self._jvps.items()}
         return Signals(
             losses=outputs.losses.detach(),
             logits=self._kept_logits(outputs),
@@ -170,7 +174,7 @@ class Probe:
             rows=outputs.rows,
             factors=recorder.factors,
             embeddings=embeddings,
-            reduced={key: value for key, value in recorder.reduced.items() if key != _CHECK},
+            reduced={key: value for key, value in (recorder.reduced | moved).items() if key != _CHECK},
             output_layer=outputs.output_layer if self._logits else None,
             row_losses=None if outputs.row_losses is None else outputs.row_losses.detach(),
         )

@@ -8,6 +8,7 @@ never kept, ties go to the earlier row, and every draw takes a seed: the same in
 from assay.select.mixtures import gmm, kmeans
 from assay.select.rules import quantile, random, sample, threshold, top
 from assay.select.selection import Selection
+from assay.select.targets import robust, round_robin
 from assay.select.votes import Quality, average, quality, vote
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "quality",
     "quantile",
     "random",
+    "robust",
+    "round_robin",
     "sample",
     "threshold",
     "top",

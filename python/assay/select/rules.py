@@ -22,10 +22,10 @@ def top(table: pa.Table, by: str, amount: Amount, keep: Keep | None = None) -> S
     Rows that have no score count towards the share but are never kept.
     """
     score = worth(table, by, keep)
-    wanted = _rows(amount, table.num_rows)
+    wanted = amount_rows(amount, table.num_rows)
     candidates = np.flatnonzero(score.valid)
     best_first = candidates[np.argsort(-score.values[candidates], kind="stable")]
-    mask = _mask(table.num_rows, best_first[:wanted])
+    mask = indices_mask(table.num_rows, best_first[:wanted])
     limit = score.sign * float(score.values[mask].min()) if mask.any() else None
     place = f"among the {wanted:,} {score.end} of {by}"
     return score.select(mask, f"{by}, {score.end} {amount}", place, f"not {place}", threshold=limit)
@@ -64,7 +64,7 @@ def sample(
     Efraimidis and Spirakis's scheme in logarithms.)
     """
     score = worth(table, by, keep)
-    wanted = _rows(amount, table.num_rows)
+    wanted = amount_rows(amount, table.num_rows)
     logits = np.full(table.num_rows, -np.inf)
     valid = score.values[score.valid]
     if temperature is not None:
@@ -83,7 +83,7 @@ def sample(
     drawn = drawable[np.argsort(-keys[drawable], kind="stable")][:wanted]
     how = "in proportion to" if temperature is None else f"by softmax at temperature {temperature:g} of"
     return score.select(
-        _mask(table.num_rows, drawn),
+        indices_mask(table.num_rows, drawn),
         f"{amount} drawn {how} {by}, seed {seed}",
         f"drawn {how} {by}",
         "not drawn",
@@ -93,7 +93,7 @@ def sample(
 def random(table: pa.Table, amount: Amount, seed: int) -> Selection:
     """Draw ``amount`` rows (as in `top`) uniformly: the control by which every other rule is judged."""
     keys = _uniform(table.num_rows, seed)
-    mask = _mask(table.num_rows, np.argsort(keys, kind="stable")[: _rows(amount, table.num_rows)])
+    mask = indices_mask(table.num_rows, np.argsort(keys, kind="stable")[: amount_rows(amount, table.num_rows)])
     return Selection(
         f"{amount} drawn at random, seed {seed}",
         mask,
@@ -102,7 +102,7 @@ def random(table: pa.Table, amount: Amount, seed: int) -> Selection:
     )
 
 
-def _rows(amount: Amount, total: int) -> int:
+def amount_rows(amount: Amount, total: int) -> int:
     if isinstance(amount, bool) or not isinstance(amount, int | float):
         raise ValueError(f"amount={amount!r}: expected a number of rows (int) or a share (float)")
     if isinstance(amount, int):
@@ -114,7 +114,7 @@ def _rows(amount: Amount, total: int) -> int:
     return math.floor(amount * total + 0.5)
 
 
-def _mask(rows: int, indices: npt.NDArray[np.int64]) -> Mask:
+def indices_mask(rows: int, indices: npt.NDArray[np.int64]) -> Mask:
     mask = np.zeros(rows, bool)
     mask[indices] = True
     return mask

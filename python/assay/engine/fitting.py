@@ -1,0 +1,115 @@
+"""What methods look at before they score: the targets' samples, and a random sample of the pool."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import Field
+
+from assay.corpus.errors import BadRow, ShardError
+from assay.corpus.readers import Chunk, read
+from assay.corpus.shards import Corpus, Shard
+from assay.engine.errors import EngineError
+from assay.engine.registry import CorpusPath, Part
+from assay.engine.samples import Encoded, Encoder
+
+log = logging.getLogger("assay")
+
+
+class TargetSpec(Part):
+    """Samples of what the model is to become better at, of the recipe's own task."""
+
+    path: CorpusPath
+
+
+class FitSpec(Part):
+    """The random sample that second moments and landmarks are taken from; without a path it is the corpus's."""
+
+    samples: Annotated[int, Field(ge=2)] = 4096
+    path: CorpusPath | None = None
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Samples as batches of the task, collated anew each time they are gone through."""
+
+    samples: Sequence[Encoded]
+    encoder: Encoder
+    split: Callable[[Sequence[int]], list[list[int]]]
+    """Lengths -> which samples go together."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.split([sample.length for sample in self.samples]):
+            yield self.encoder.collate([self.samples[i].data for i in batch])
+
+
+def corpus_fingerprint(corpus: Corpus) -> str:
+    """Changes with any shard's name, size, modification time or etag, as a score table's input does."""
+    digest = hashlib.sha256()
+    for shard in corpus.shards:
+        digest.update(f"{shard.path}\0{sorted(shard.fingerprint().to_json().items())}\n".encode())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def read_target(name: str, corpus: Corpus, encoder: Encoder) -> list[Encoded]:
+    """A target's samples. Rows that cannot be one are left out with a warning.
+
+    Raises:
+        EngineError: a shard that cannot be read, or no sample at all.
+    """
+    samples, faults = [], []
+    for shard in corpus.shards:
+        try:
+            for chunk in read(shard, list(dict.fromkeys(encoder.columns))):
+                for row, result in _encoded(chunk, range(chunk.length), encoder):
+                    if isinstance(result, Encoded):
+                        samples.append(result)
+                    else:
+                        faults.append(f"{shard.path}, row {row}: {result}")
+        except (ShardError, OSError) as error:
+            raise EngineError(f"targets.{name}: {shard.path}: {error}") from error
+    first = f"; {len(faults)} rows are none, the first: {faults[0]}" if faults else ""
+    if not samples:
+        raise EngineError(f"targets.{name}: no samples in {corpus.store.url}{first}")
+    if faults:
+        log.warning("targets.%s: %d samples%s", name, len(samples), first)
+    return samples
+
+
+def draw_samples(corpus: Corpus, encoder: Encoder, count: int, seed: int) -> list[Encoded]:
+    """``count`` random rows of a corpus, or all it has: which ones follows from the seed, the shards' relative paths
+    and the rows' positions. One pass; only rows that may be drawn are encoded."""
+    drawn: list[tuple[float, str, int, Encoded]] = []
+    bound = 1.0
+    for shard in corpus.shards:
+        rng = np.random.Generator(np.random.Philox(key=_key(seed, shard)))
+        try:
+            for chunk in read(shard, list(dict.fromkeys(encoder.columns))):
+                keys = rng.random(chunk.length)
+                for row, result in _encoded(chunk, np.flatnonzero(keys < bound).tolist(), encoder):
+                    if isinstance(result, Encoded):
+                        drawn.append((float(keys[row - chunk.first]), shard.path, row, result))
+                if len(drawn) >= 2 * count:
+                    drawn = sorted(drawn, key=lambda sample: sample[:3])[:count]
+                    bound = drawn[-1][0]
+        except ShardError as error:  # scoring will list it; what was read of it is as good as any sample
+            log.warning("fit: %s: %s", shard.path, error)
+    return [sample for *_, sample in sorted(drawn, key=lambda sample: sample[:3])[:count]]
+
+
+def _key(seed: int, shard: Shard) -> int:
+    return int.from_bytes(hashlib.sha256(f"fit\0{seed}\0{shard.path}".encode()).digest()[:16], "little")
+
+
+def _encoded(chunk: Chunk, offsets: Sequence[int], encoder: Encoder) -> Iterator[tuple[int, Encoded | BadRow]]:
+    """The chunk's rows at these offsets, with their number in the shard."""
+    good = [i for i in offsets if i not in chunk.faults]
+    values = [tuple(chunk.columns[name][i] for name in encoder.columns) for i in good]
+    encoded: Mapping[int, Encoded | BadRow] = dict(zip(good, encoder.encode(values), strict=True))
+    for i in offsets:
+        yield chunk.first + i, encoded[i] if i in encoded else BadRow(chunk.faults[i])

@@ -1,0 +1,207 @@
+"""Influence Distillation: gradients of a few landmarks, spread over the pool by cheap embeddings, 2505.19051."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from assay.methods.adam import AdamState
+from assay.methods.base import Need
+from assay.methods.influence import Influence, Kernel, Targets
+from assay.methods.less import AdamSketched
+from assay.ops import Kronecker, Rademacher, Sketch
+from assay.probe import Feature, Jvp, Probe, Signals, tapped_parameters
+from assay.tasks import Task
+
+# Below, not a hundredth of the variance of p is explained.
+_LEAST_CORRELATION = 0.1
+
+
+class InfluenceDistillation(Influence):
+    """p = K(E, E_L) (K_LL + δI)⁻¹ p_L with p_L = cos(∇ℓ_L, ∇ℓ_target), section 4 of the paper: keep high.
+
+    Every sample is embedded by directional derivatives of the model's first blocks, a fraction of a forward pass; only
+    the L landmarks and the targets have their gradients taken, which are projected and scaled to length 1. Ridge
+    regression with a kernel over the embeddings carries the landmarks' p to the pool: one column per target, and their
+    mean. The paper picks samples with ``select.round_robin`` over the targets' columns, and weighs them by
+    ``select.robust``.
+
+    ``fit`` must run first. The metadata's ``landmark_correlation`` says how well a landmark's p is predicted from the
+    others' (exactly, without refitting): near 0 the embeddings tell nothing about gradients, and neither do the scores.
+
+    Args:
+        model: one checkpoint, warmed up.
+        task: its loss is differentiated.
+        targets: batches by name.
+        landmarks: L at most, drawn from the pool by position; 4,096 in the paper.
+        tangents: how many random directions the parameters are moved in.
+        embed_layers: globs of the layers that are moved, the first blocks of a large model; None: all. Layers
+            behind ``at`` have no effect.
+        at: the layer whose input is differentiated, at the last position: the block behind ``embed_layers``. None: the
+            last hidden state, or the logits.
+        embed_sketch: of the embeddings, where they are longer than its ``dim``.
+        kernel: ``"rbf"``, exp(−‖x − y‖² / 2σ²) with σ the landmarks' median distance, as in the paper's code, or
+            ``"linear"``, as in its text.
+        damping: δ in units of the mean diagonal of K_LL.
+        sketch: of the landmarks' and targets' gradients.
+        optimizer: Adam's state; the landmarks' gradients then become Adam's steps, the targets' stay plain.
+        seed: of landmarks and tangents.
+        layers, name, skip_unsupported: as in ``Influence``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        targets: Targets,
+        *,
+        landmarks: int = 4096,
+        tangents: int = 2,
+        embed_layers: str | Sequence[str] | None = None,
+        at: str | None = None,
+        embed_sketch: Sketch | None = None,
+        kernel: Literal["rbf", "linear"] = "rbf",
+        damping: float = 0.01,
+        sketch: Sketch | None = None,
+        optimizer: AdamState | None = None,
+        seed: int = 0,
+        layers: str | Sequence[str] | None = None,
+        name: str = "influence_distillation",
+        skip_unsupported: bool = False,
+    ) -> None:
+        super().__init__(
+            [model],
+            task,
+            targets,
+            kernel=Kernel(),  # of the exact scores; the regression's is below
+            sketch=sketch if sketch is not None else Kronecker(64, 64),
+            together=True,
+            layers=layers,
+            name=name,
+            skip_unsupported=skip_unsupported,
+        )
+        if landmarks < 2 or tangents < 1:
+            raise ValueError(f"{name}: expected 2 landmarks and 1 tangent at least, got {landmarks} and {tangents}")
+        if kernel not in ("rbf", "linear"):
+            raise ValueError(f"{name}: kernel {kernel!r}; expected 'rbf' or 'linear'")
+        self.optimizer, self.landmarks, self.spread, self.damping, self.seed = (
+            optimizer, landmarks, kernel, damping, seed,
+        )  # fmt: skip
+        if optimizer is not None:
+            optimizer.check(self.shapes)
+        moved = tapped_parameters(model, embed_layers, skip_unsupported=True)
+        self.embedding = Jvp(
+            _random_tangents(model, moved, tangents, seed),
+            at,
+            embed_sketch if embed_sketch is not None else Rademacher(4096, seed, "embedding"),
+        )
+        self._anchors = torch.empty(0)  # (L, D), the landmarks' embeddings
+        self._bandwidth = 1.0
+        self._coefficients: Tensor | None = None  # (L, targets)
+        self._correlation: list[float] = []
+
+    def feature(self, k: int, *, target: bool) -> Feature:
+        if target or self.optimizer is None:
+            return super().feature(k, target=target)
+        return AdamSketched(self.shapes, self.sketch, True, state=self.optimizer, eps="outside")
+
+    def needs(self) -> Mapping[str, Need]:
+        return {"model": Need(self.models[0], self.task, reductions={"embedding": self.embedding})}
+
+    def fit(self, batches: Iterable[Any] = ()) -> InfluenceDistillation:
+        """Draw the landmarks, take their gradients and the targets', and solve for the regression.
+
+        Args:
+            batches: the pool or a random sample of it. Only batches that hold a landmark are run.
+
+        Raises:
+            ValueError: a target without samples, fewer than two landmarks, a singular kernel.
+        """
+        queries = torch.nn.functional.normalize(self._target_means(0), dim=1)
+        embeddings, features = self._landmarks(list(batches))
+        p = torch.nn.functional.normalize(features, dim=1) @ queries.to(features).T
+        self._anchors = embeddings
+        distances = torch.pdist(embeddings)
+        self._bandwidth = float(distances[distances > 0].median()) if bool((distances > 0).any()) else 1.0
+        gram = self._kernel(embeddings)
+        gram.diagonal().add_(self.damping * gram.diagonal().mean())
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        if int(failed):
+            raise ValueError(
+                f"{self.name}: the kernel of {len(gram)} landmarks is singular with damping {self.damping}; give a "
+                "larger damping"
+            )
+        coefficients = torch.cholesky_solve(p, factor)
+        # Each landmark as the regression on all others predicts it: p_i − α_i / (K⁻¹)_ii.
+        left_out = p - coefficients / torch.cholesky_inverse(factor).diagonal()[:, None]
+        self._coefficients, self._samples = coefficients, len(p)
+        self._correlation = [float(torch.corrcoef(torch.stack(x))[0, 1]) for x in zip(left_out.T, p.T, strict=True)]
+        return self
+
+    def _landmarks(self, batches: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """Embeddings and features of the landmarks, in the pool's order, float64."""
+        sizes = [self.task.size(batch) for batch in batches]
+        generator = torch.Generator().manual_seed(self.seed)
+        drawn = torch.zeros(sum(sizes), dtype=torch.bool)
+        drawn[torch.randperm(sum(sizes), generator=generator)[: self.landmarks]] = True
+        reductions: dict[str, Feature | Jvp] = {"embedding": self.embedding, "feature": self.feature(0, target=False)}
+        probe = Probe(self.models[0], self.task, reductions=reductions, logits=False)
+        found: list[tuple[Tensor, Tensor]] = []
+        for batch, chosen in zip(batches, torch.split(drawn, sizes), strict=True):
+            if not bool(chosen.any()):
+                continue
+            reduced = probe(batch).reduced
+            embedding, feature = (reduced[key][chosen.to(reduced[key].device)].double() for key in reductions)
+            fine = embedding.isfinite().all(1) & feature.isfinite().all(1)
+            found.append((embedding[fine], feature[fine]))
+        if sum(len(embedding) for embedding, _ in found) < 2:
+            raise ValueError(f"{self.name}: fit() needs at least 2 samples of the pool for landmarks")
+        embeddings, features = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return embeddings, features
+
+    def _kernel(self, embeddings: Tensor) -> Tensor:
+        """K(embeddings, landmarks) in float64: the ridge's small damping leaves no room for float32's rounding."""
+        embeddings, anchors = embeddings.double(), self._anchors.to(embeddings.device)
+        if self.spread == "linear":
+            return embeddings @ anchors.T
+        # Distances from differences: from products, close neighbours would cancel.
+        distances = torch.cdist(embeddings, anchors, compute_mode="donot_use_mm_for_euclid_dist")
+        return torch.exp(-0.5 * (distances / self._bandwidth).square())
+
+    def score(self, signals: Mapping[str, Signals]) -> dict[str, Tensor]:
+        if self._coefficients is None:
+            raise RuntimeError(f"{self.name}: call fit() before scoring")
+        kernel = self._kernel(signals["model"].reduced["embedding"])
+        return self._columns(kernel @ self._coefficients.to(kernel.device))
+
+    def metadata(self) -> dict[str, str]:
+        facts = {
+            "targets": ", ".join(self.targets),
+            "sketch": str(self.sketch),
+            "landmarks": str(self._samples),
+            "landmark_correlation": ", ".join(f"{x:.4f}" for x in self._correlation),
+            "kernel": f"{self.spread}, damping {self.damping}",
+        }
+        if self._correlation and not min(self._correlation) >= _LEAST_CORRELATION:
+            facts["warning"] = (
+                f"landmarks' scores are hardly predicted from one another's (correlation "
+                f"{facts['landmark_correlation']}, expected at least {_LEAST_CORRELATION}): take more landmarks or "
+                "tangents, or other embed_layers"
+            )
+        return facts
+
+    def _columns(self, scores: Tensor) -> dict[str, Tensor]:
+        each = {f"{self.name}_{t}": scores[:, i] for i, t in enumerate(self.targets)}
+        return {self.name: scores.mean(1), **(each if len(each) > 1 else {})}
+
+
+def _random_tangents(model: nn.Module, names: Sequence[str], count: int, seed: int) -> tuple[Mapping[str, Tensor], ...]:
+    """Standard normal directions, made on the CPU so that they are the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    known = dict(model.named_parameters())
+    return tuple(
+        {n: torch.randn(known[n].shape, generator=generator).to(known[n].device) for n in names} for _ in range(count)
+    )

@@ -1,0 +1,89 @@
+"""Rules for choosing towards targets: in turns over several, and with the weights of a robust objective."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from assay.select.rules import Amount, Keep, amount_rows, indices_mask
+from assay.select.selection import KEPT, UNSCORED, Selection, worth
+
+
+def round_robin(table: pa.Table, by: Sequence[str], amount: Amount, seed: int, keep: Keep | None = None) -> Selection:
+    """Targets take turns: each takes the best row by its own score that no other has taken (2505.19051).
+
+    Every round goes through the targets in a new random order, so that none always chooses first; the last round may
+    end early. No target's scale matters. A row is a candidate for the targets that scored it.
+
+    Args:
+        table: with the columns ``by``.
+        by: the targets' scores, each to be kept at its own end unless ``keep`` says which.
+        amount: as in `top`.
+        seed: of the orders.
+    """
+    if not by:
+        raise ValueError("by: expected the names of the targets' scores, got none")
+    scores = [worth(table, name, keep) for name in by]
+    wanted = amount_rows(amount, table.num_rows)
+    queues = []
+    for score in scores:
+        candidates = np.flatnonzero(score.valid)
+        queues.append(iter(candidates[np.argsort(-score.values[candidates], kind="stable")].tolist()))
+    rng = np.random.Generator(np.random.Philox(seed))
+    codes = np.where(np.any([score.valid for score in scores], 0), 0, UNSCORED).astype(np.int64)
+    left = min(wanted, int((codes != UNSCORED).sum()))
+    while left:
+        for target in rng.permutation(len(by))[:left]:
+            row = next((row for row in queues[target] if codes[row] == 0), None)
+            if row is not None:
+                codes[row] = UNSCORED + 1 + target
+                left -= 1
+    mask = codes > UNSCORED
+    if len(by) > 250:  # the reasons are bytes
+        codes[mask] = KEPT
+    legend = (
+        "dropped: taken by no target",
+        "kept: taken by some target",
+        "dropped: every score is NaN",
+        *(f"kept: taken by {name}" for name in by[:250]),
+    )
+    rule = f"{', '.join(by)} in turns, {amount}, seed {seed}"
+    return Selection(rule, mask, codes.astype(np.uint8), legend)
+
+
+def robust(table: pa.Table, by: str, amount: Amount, keep: Keep | None = None) -> Selection:
+    """The best ``amount`` rows as in `top`, with weights w_i = [(p_i − μ)/λ]₊ that sum to their number (2505.19051).
+
+    They maximise Σ w_i p_i − (λ/2)‖w‖² over w ≥ 0, Σ w_i = k, whose support is the k best rows for a range of λ. Taken
+    is its largest, the most even weights that leave the other rows out: then μ is the score of the best row left out.
+    Rows that tie with that one have weight 0 and are not kept.
+
+    ``weights`` are not confined to [0, 1]. Where every scored row is kept, λ is infinite and all weights are 1.
+    """
+    score = worth(table, by, keep)
+    wanted = amount_rows(amount, table.num_rows)
+    candidates = np.flatnonzero(score.valid)
+    best_first = candidates[np.argsort(-score.values[candidates], kind="stable")]
+    weights = np.zeros(table.num_rows)
+    kept = best_first[:wanted]
+    left_out = best_first[wanted : wanted + 1]
+    if not len(left_out):
+        weights[kept] = 1.0
+    elif len(kept):
+        excess = score.values[kept] - score.values[left_out]
+        kept, excess = kept[excess > 0], excess[excess > 0]
+        if len(kept) and not np.isfinite(excess).all():
+            raise ValueError(f"by={by!r}: among the best {wanted} are infinite scores, which have no finite weights")
+        weights[kept] = excess / excess.sum() * len(kept) if len(kept) else 0.0
+    limit = score.sign * float(score.values[kept].min()) if len(kept) else None
+    place = f"among the {wanted:,} {score.end} of {by}"
+    return score.select(
+        indices_mask(table.num_rows, kept),
+        f"{by}, {score.end} {amount} with robust weights",
+        place,
+        f"not {place}",
+        threshold=limit,
+        weights=weights,
+    )

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "ops": {"_native", "kernels"},
     "tasks": {"ops"},
     "probe": {"ops", "tasks"},
-    "corpus": {"_lazy"},
+    "corpus": {"_lazy", "ops"},
     "select": {"_lazy"},
     "methods": {"ops", "probe", "tasks", "_lazy"},
     "scoring": {"corpus", "methods"},

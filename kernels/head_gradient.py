@@ -43,15 +43,17 @@ def residual(
     inside = tl.minimum(first + local, row_end - 1)
     y = tl.load(labels + inside)
     known = y != ignore_index
-    if tl.max(known.to(tl.int32), 0) == 0:
-        return  # accumulate does not read it
     c_tile = c_begin + tile * BLOCK_N
+    at = out + (first - row_begin) * out_row + (c_tile - c_begin)  # of the tile: what is within it fits int32
+    at = at + local[:, None] * out_row + tl.arange(0, BLOCK_N)[None, :]
+    mask = (first + local < row_end)[:, None]
+    if tl.max(known.to(tl.int32), 0) == 0:
+        tl.store(at, tl.zeros((BLOCK_M, BLOCK_N), out.dtype.element_ty), mask=mask)
+        return
     c = c_tile + tl.arange(0, BLOCK_N)
     column = tl.minimum(c, c_end - 1).to(tl.int64)
     x_row = hidden + inside * hidden_row
-    z, _ = product(
-        x_row, weight + column * weight_row, None, size, BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, WIDEN
-    )
+    z, _ = product(x_row, weight + column * weight_row, None, size, BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, WIDEN)
     z += shift(bias, c, c_end)[None, :]
     stride = rows.to(tl.int64)
     z = (z - tl.load(model + TOP * stride + inside)[:, None]) - tl.load(model + LOG_SUM * stride + inside)[:, None]
@@ -60,9 +62,7 @@ def residual(
     y = tl.where(known, y, -1).to(tl.int32)
     p = tl.where(c[None, :] == y[:, None], -not_y[:, None], p)
     p = tl.where(known[:, None], p * SCALE, 0.0)
-    at = out + (first - row_begin) * out_row + (c_tile - c_begin)  # of the tile: what is within it fits int32
-    at = at + local[:, None] * out_row + tl.arange(0, BLOCK_N)[None, :]
-    tl.store(at, p.to(out.dtype.element_ty), mask=(first + local < row_end)[:, None])
+    tl.store(at, p.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["row_begin", "row_end", "c_begin", "c_end", "d_tiles", "ignore_index"])

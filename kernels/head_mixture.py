@@ -5,8 +5,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from assay.kernels.head_sweep import CONFIDENCE, ENTROPY, ERROR2, FLOOR, LOG2E, LOG_PY, LOG_SUM, MARGIN, MODEL, TOP
-from assay.kernels.head_sweep import place, product, shift
+from assay.kernels.head_sweep import (
+    CONFIDENCE,
+    ENTROPY,
+    ERROR2,
+    FLOOR,
+    LOG2E,
+    LOG_PY,
+    LOG_SUM,
+    MARGIN,
+    MODEL,
+    TOP,
+    place,
+    product,
+    shift,
+)
 
 LN2 = tl.constexpr(0.6931471805599453)
 TINY = tl.constexpr(1.1754943508222875e-38)  # the smallest normal float32: 0 · log TINY is 0 where 0 · log 0 is NaN

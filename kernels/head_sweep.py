@@ -158,10 +158,7 @@ def sweep(
         c = c0 + tl.arange(0, BLOCK_N)
         column = tl.minimum(c, classes - 1).to(tl.int64)
         w_row = weight + column * weight_row
-        if direction is not None:
-            v_row = direction + column * direction_row
-        else:
-            v_row = None
+        v_row = direction + column * direction_row if direction is not None else None
         z, u = product(x_row, w_row, v_row, size, BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, WIDEN)
         z += shift(bias, c, classes)[None, :]
         if labels is not None:
@@ -174,8 +171,8 @@ def sweep(
 
         peak = tl.max(z, 1)
         if WANT_TOP:
-            first = tl.min(tl.where(z == peak[:, None], c[None, :], classes), 1)
-            best = tl.where(peak > m, first, best)
+            first = tl.min(tl.where(z == peak[:, None], tl.arange(0, BLOCK_N)[None, :], BLOCK_N), 1)
+            best = tl.where(peak > m, c0 + first, best)
         m_new = tl.maximum(m, peak)
         gap = tl.maximum(m - m_new, FLOOR)
         r = tl.exp2(gap * LOG2E)

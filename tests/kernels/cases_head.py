@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 
-from assay.kernels import head
+from assay.kernels import head, head_tiles
 from assay.kernels._common import Launch
 from tests.kernels.aot import CAPABILITIES, Case, case_of
 
@@ -22,7 +22,7 @@ def record(generation: int, run: Callable[[], object]) -> list[Launch]:
     """The launches that ``run`` makes of meta tensors, instead of making them."""
     found: list[Launch] = []
     with (
-        mock.patch.object(head, "generation", lambda tensor: generation),
+        mock.patch.object(head_tiles, "generation", return_value=generation),
         mock.patch.object(Launch, "run", lambda launch, tensor: found.append(launch)),
     ):
         run()
@@ -53,7 +53,8 @@ def element(value: object) -> tuple[str, bool]:
         return {BF16: "*bf16", FP16: "*fp16", F32: "*fp32"}[value.dtype], True
     if isinstance(value, float):
         return "fp32", False
-    assert type(value) is int and value != 1  # 1 would be a constant
+    if type(value) is not int or value == 1:
+        raise TypeError(f"expected a tensor, a float or an int other than 1, which would be a constant, got {value!r}")
     return "i32", value % 16 == 0
 
 
@@ -74,9 +75,7 @@ def runs(dtype: torch.dtype, size: int) -> Iterator[tuple[str, Callable[[], obje
 
     def scores(direction: bool, rows: int | None) -> Callable[[], object]:
         along = directions[one] if direction else None
-        return lambda: head.scores(
-            hidden[one], weight[one], bias[one], labels, [1.0], -100, ALL, along, [(1, 2)], rows
-        )
+        return lambda: head.scores(hidden[one], weight[one], bias[one], labels, [1.0], -100, ALL, along, [(1, 2)], rows)
 
     yield "statistics", statistics(one)
     yield "nll", statistics(one, 1)
@@ -92,11 +91,9 @@ def cases() -> list[Case]:
     found = {}
     for cc in CAPABILITIES:
         for dtype in (BF16, FP16, F32):
-            for size in (1024, 576 + 8):  # the second: a last step that is not full
-                if dtype == FP16 and size != 1024:
-                    continue  # the same code as for bfloat16 but for the instruction's name
-                if dtype == F32 and cc != 80 and size != 1024:
-                    continue
+            for size in (1024, 1040, 1023):  # whole steps; a last step that is not; rows that start at any address
+                if size != 1024 and (dtype == FP16 or (dtype == F32 and cc != 80)):
+                    continue  # the same code as for bfloat16, or as for sm_80
                 for what, run in runs(dtype, size):
                     for launch in record(cc // 10, run):
                         kernel = launch.kernel.fn.__name__

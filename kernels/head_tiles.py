@@ -43,7 +43,7 @@ HALF_TILES = {
 FLOAT_TILES = Tiles(Tile(128, 64, 16, 8, 3), Tile(64, 64, 16, 8, 3), Tile(16, 32, 16, 4, 3), Tile(64, 64, 16, 4, 3))
 # Rows that start at any address are loaded element by element, which takes more registers.
 RAGGED_HALF_TILES = Tiles(
-    Tile(64, 64, 32, 8, 3), Tile(64, 64, 32, 8, 3), Tile(64, 32, 32, 8, 3), Tile(64, 64, 32, 4, 3)
+    Tile(64, 64, 32, 8, 3), Tile(64, 32, 32, 8, 3), Tile(32, 32, 32, 8, 3), Tile(64, 64, 32, 4, 3)
 )
 RAGGED_FLOAT_TILES = Tiles(
     Tile(32, 64, 16, 4, 3), Tile(64, 64, 16, 8, 3), Tile(16, 32, 16, 4, 3), Tile(32, 64, 16, 4, 3)

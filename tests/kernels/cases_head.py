@@ -62,7 +62,8 @@ def runs(dtype: torch.dtype, size: int) -> Iterator[tuple[str, Callable[[], obje
     """One call per tile and combination of flags that a tile must hold without spilling."""
 
     def tensors(count: int, rows: int, width: int) -> list[torch.Tensor]:
-        return [torch.empty(rows, width + 16 * k, dtype=dtype, device="meta") for k in range(count)]
+        more = 64 if width % 64 == 0 else 16
+        return [torch.empty(rows, width + more * k, dtype=dtype, device="meta") for k in range(count)]
 
     labels = torch.empty(N, dtype=torch.int64, device="meta")
     hidden, weight, directions = tensors(2, N, size), tensors(2, C, size), tensors(2, C, size)

@@ -1,0 +1,385 @@
+"""The launches of the fused output layer: buffers, grids and the order of kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from assay.kernels import head_gradient, head_mixture, head_sweep, philox
+from assay.kernels._common import Launch, ceil_div, round_up
+from assay.kernels.head_tiles import GROUP_M, Tile, slices, tiles_for
+from assay.kernels.philox import ROWS_PER_COUNTER
+
+MIN_SKETCH = 16  # what tl.dot takes
+PANEL_BLOCKS = 8  # the gradient's residuals: at least so many row blocks ...
+MAX_PANELS = 8  # ... and at most so many panels of rows
+MERGE_ROWS = 128
+MERGE_SKETCH_ROWS = 32
+SIGN_BLOCK = 512
+
+FIELDS = (  # assay.ops.ensemble.FIELDS
+    "nll",
+    "mean_nll",
+    "margin",
+    "agreement",
+    "el2n",
+    "entropy",
+    "expected_entropy",
+    "mutual_information",
+    "confidence",
+    "vote_entropy",
+    "prediction",
+)
+MIXTURE_FIELDS = ("margin", "el2n", "entropy", "mutual_information", "confidence", "prediction")
+
+
+@dataclass(frozen=True)
+class Models:
+    """K output layers and their inputs: ``hidden[k]`` (N, D_k), ``weight[k]`` (C, D_k), ``bias[k]`` (C,) or None."""
+
+    hidden: Sequence[Tensor]
+    weight: Sequence[Tensor]
+    bias: Sequence[Tensor | None]
+    labels: Tensor | None
+    ignore_index: int
+
+    @classmethod
+    def of(
+        cls,
+        hidden: Sequence[Tensor],
+        weight: Sequence[Tensor],
+        bias: Sequence[Tensor | None] | None,
+        labels: Tensor | None,
+        ignore_index: int,
+    ) -> Models:
+        bias = [None if b is None else b.contiguous() for b in bias or [None] * len(hidden)]
+        return cls(hidden, weight, bias, None if labels is None else labels.contiguous(), ignore_index)
+
+    @property
+    def rows(self) -> int:
+        return self.hidden[0].shape[0]
+
+    @property
+    def classes(self) -> int:
+        return self.weight[0].shape[0]
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.hidden[0].new_empty(shape, dtype=dtype)
+
+    def known(self) -> Known:
+        count = len(self.hidden)
+        model = self.empty(count, head_sweep.MODEL.value, self.rows)
+        return Known(model, self.empty(count, self.rows, dtype=torch.int32))
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the first sweep leaves of each model: ``model`` (K, MODEL, N) float32 and ``vote`` (K, N) int32."""
+
+    model: Tensor
+    vote: Tensor
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a first sweep keeps beside the log-sums and the label's logit."""
+
+    moment: bool = False  # for the entropy
+    top: bool = False  # the largest logit's index
+    squares: bool = False  # Σ p²
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """Where up to 128 rows of a sketch go: ``left`` (N, rows), which are number ``block`` of such, times ``scale``."""
+
+    left: Tensor
+    block: int
+    scale: float
+    key: tuple[int, int]
+
+    @classmethod
+    def of(cls, left: Tensor, key: tuple[int, int]) -> list[Sketch]:
+        """What fills ``left`` (N, rows), at most 128 of its columns at a time."""
+        scale = left.shape[1] ** -0.5
+        return [cls(part, i, scale, key) for i, part in enumerate(left.split(ROWS_PER_COUNTER, dim=1))]
+
+    @property
+    def padded(self) -> int:
+        return max(MIN_SKETCH, triton.next_power_of_2(self.left.shape[1]))
+
+    def words(self, models: Models) -> Tensor:
+        """The signs, packed: (padded / 32, C) int32."""
+        out = models.empty(ceil_div(self.padded, 32), models.classes, dtype=torch.int32)
+        key0, key1 = (word - (1 << 32) if word >> 31 else word for word in self.key)  # int32: one type for every key
+        launch(
+            philox.sign_words,
+            ceil_div(models.classes, SIGN_BLOCK),
+            out=out,
+            count=models.classes,
+            block=self.block,
+            side=philox.OUTPUT_SIDE,
+            key0=key0,
+            key1=key1,
+            WORDS=len(out),
+            BLOCK=SIGN_BLOCK,
+        )
+        return out
+
+
+def sweep(
+    models: Models,
+    k: int,
+    known: Known,
+    wanted: Wanted,
+    direction: tuple[Tensor, Tensor] | None = None,
+    sqnorm: Tensor | None = None,
+    sketch: Sketch | None = None,
+) -> None:
+    """Sweep model ``k`` and merge its slices into ``known``, ``direction[1]``, ``sqnorm`` and ``sketch.left``."""
+    hidden, weight, bias = models.hidden[k], models.weight[k], models.bias[k]
+    n, size = hidden.shape
+    padded = sketch.padded if sketch else 0
+    vector, along = direction or (None, None)
+    operands = [hidden, weight] if vector is None else [hidden, weight, vector]
+    tiles, widen = tiles_for(operands)
+    tile = tiles.wide if padded > 32 else tiles.more if padded or direction else tiles.logits
+    count, per_slice = slices(models.classes, tile, words=6 + (direction is not None) + padded)
+
+    state = models.empty(count, head_sweep.STATE.value, n)
+    top = models.empty(count, n, dtype=torch.int32)
+    at_label = models.empty(2, n)
+    folded = models.empty(count, n, padded) if sketch else None
+    flags = {"WANT_MOMENT": wanted.moment, "WANT_TOP": wanted.top, "WANT_SQUARES": wanted.squares}
+    words = sketch.words(models) if sketch else None
+    launch(
+        head_sweep.sweep,
+        ceil_div(n, tile.m) * count,
+        tile,
+        hidden=hidden,
+        weight=weight,
+        bias=bias,
+        direction=vector,
+        labels=models.labels,
+        state=state,
+        top=top,
+        at_label=at_label,
+        words=words,
+        sketch=folded,
+        rows=n,
+        classes=models.classes,
+        size=size,
+        hidden_row=hidden.stride(0),
+        weight_row=weight.stride(0),
+        direction_row=0 if vector is None else vector.stride(0),
+        tiles=per_slice,
+        slices=count,
+        ignore_index=models.ignore_index,
+        **blocks(tile),
+        SKETCH=padded,
+        **flags,
+        EVEN_D=size % tile.k == 0,
+        WIDEN=widen,
+    )
+    launch(
+        head_sweep.merge,
+        ceil_div(n, MERGE_ROWS),
+        state=state,
+        top=top,
+        at_label=at_label,
+        labels=models.labels,
+        model=known.model[k],
+        vote=known.vote[k],
+        dot=along,
+        sqnorm=sqnorm,
+        rows=n,
+        slices=count,
+        ignore_index=models.ignore_index,
+        BLOCK=MERGE_ROWS,
+        **flags,
+    )
+    if sketch:
+        launch(
+            head_sweep.merge_sketch,
+            ceil_div(n, MERGE_SKETCH_ROWS),
+            state=state,
+            words=words,
+            sketch=folded,
+            model=known.model[k],
+            labels=models.labels,
+            left=sketch.left,
+            rows=n,
+            classes=models.classes,
+            left_row=sketch.left.stride(0),
+            slices=count,
+            ignore_index=models.ignore_index,
+            sketch_rows=sketch.left.shape[1],
+            scale=sketch.scale,
+            BLOCK=MERGE_SKETCH_ROWS,
+            SKETCH=padded,
+        )
+
+
+def finish(models: Models, known: Known, share: Sequence[float], fields: int) -> tuple[Tensor, Tensor]:
+    """From what is known of each model, and a second sweep if the mixture is asked for, to the statistics."""
+    n, count = models.rows, len(models.hidden)
+    share = tuple(float(w) for w in share)
+    mixed, parts = None, 1
+    if count > 1 and any(has(fields, f) for f in MIXTURE_FIELDS):
+        mixed, parts = mix(models, known, share, fields)
+    state, top, at_label = mixed or (None, None, None)
+    stats = models.empty(len(FIELDS) - 1, n)
+    prediction = models.empty(n, dtype=torch.int64)
+    launch(
+        head_mixture.finish,
+        ceil_div(n, MERGE_ROWS),
+        model=known.model,
+        vote=known.vote,
+        state=state,
+        top=top,
+        at_label=at_label,
+        labels=models.labels,
+        share=share,
+        stats=stats,
+        prediction=prediction,
+        models=count,
+        rows=n,
+        slices=parts,
+        ignore_index=models.ignore_index,
+        fields=fields,
+        BLOCK=MERGE_ROWS,
+    )
+    return stats, prediction
+
+
+def mix(
+    models: Models, known: Known, share: tuple[float, ...], fields: int
+) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
+    """The second sweep: (state, top, at_label) of the mixture, and its number of slices."""
+    n = models.rows
+    tiles, widen = tiles_for([*models.hidden, *models.weight])
+    tile = tiles.more
+    count, per_slice = slices(models.classes, tile, words=6)
+    state = models.empty(count, head_mixture.MIX.value, n)
+    top = models.empty(count, n, dtype=torch.int32)
+    at_label = models.empty(n)
+    bias = None
+    if any(b is not None for b in models.bias):  # in one dtype, and zeros where a model has none
+        bias = tuple(models.empty(models.classes).zero_() if b is None else b.float() for b in models.bias)
+    launch(
+        head_mixture.mix,
+        ceil_div(n, tile.m) * count,
+        tile,
+        hidden=tuple(models.hidden),
+        weight=tuple(models.weight),
+        bias=bias,
+        labels=models.labels,
+        model=known.model,
+        state=state,
+        top=top,
+        at_label=at_label,
+        size=tuple(h.shape[1] for h in models.hidden),
+        hidden_row=tuple(h.stride(0) for h in models.hidden),
+        weight_row=tuple(w.stride(0) for w in models.weight),
+        share=share,
+        models=len(models.hidden),
+        rows=n,
+        classes=models.classes,
+        tiles=per_slice,
+        slices=count,
+        ignore_index=models.ignore_index,
+        **blocks(tile),
+        WANT_TOP=any(has(fields, f) for f in ("margin", "confidence", "prediction")),
+        WANT_SQUARES=has(fields, "el2n"),
+        WANT_ENTROPY=has(fields, "entropy"),
+        WANT_KL=has(fields, "mutual_information"),
+        EVEN_D=all(h.shape[1] % tile.k == 0 for h in models.hidden),
+        WIDEN=widen,
+    )
+    return (state, top, at_label), count
+
+
+def into_network(models: Models, known: Known) -> Tensor:
+    """Wᵀ(p − onehot(y)) (N, D) of the one model, its residuals made and used up in pieces of 1 % of the logits.
+
+    The pieces are panels of rows times chunks of the vocabulary: the more rows to a panel, the less often the weight is
+    read; the wider the chunk, the less often the sum is.
+    """
+    (hidden,), (weight,), (bias,) = models.hidden, models.weight, models.bias
+    n, size = hidden.shape
+    tiles, widen = tiles_for([hidden, weight])
+    first, second = tiles.logits, tiles.gradient
+    panels = max(1, min(MAX_PANELS, n // (PANEL_BLOCKS * first.m)))
+    panel = round_up(ceil_div(n, panels), first.m)
+    chunk = min(round_up(models.classes, first.n), max(1, models.classes * panels // 100 // first.n) * first.n)
+    pieces = models.empty(min(panel, n), chunk, dtype=torch.float32 if widen else hidden.dtype)
+    total = hidden.new_zeros((n, size), dtype=torch.float32)
+    for row in range(0, n, panel):
+        row_end = min(row + panel, n)
+        for c in range(0, models.classes, chunk):
+            c_end = min(c + chunk, models.classes)
+            piece = {"row_begin": row, "row_end": row_end, "c_begin": c, "c_end": c_end}
+            n_tiles, d_tiles = ceil_div(c_end - c, first.n), ceil_div(size, second.n)
+            launch(
+                head_gradient.residual,
+                ceil_div(row_end - row, first.m) * n_tiles,
+                first,
+                hidden=hidden,
+                weight=weight,
+                bias=bias,
+                labels=models.labels,
+                model=known.model[0],
+                out=pieces,
+                rows=n,
+                size=size,
+                hidden_row=hidden.stride(0),
+                weight_row=weight.stride(0),
+                out_row=chunk,
+                **piece,
+                n_tiles=n_tiles,
+                ignore_index=models.ignore_index,
+                **blocks(first),
+                EVEN_D=size % first.k == 0,
+                WIDEN=widen,
+            )
+            launch(
+                head_gradient.accumulate,
+                ceil_div(row_end - row, second.m) * d_tiles,
+                second,
+                residual=pieces,
+                weight=weight,
+                labels=models.labels,
+                total=total,
+                size=size,
+                residual_row=chunk,
+                weight_row=weight.stride(0),
+                **piece,
+                d_tiles=d_tiles,
+                ignore_index=models.ignore_index,
+                BLOCK_M=second.m,
+                BLOCK_N=second.n,
+                BLOCK_K=second.k,
+                GROUP_M=GROUP_M,
+                WIDEN=widen,
+            )
+    return total
+
+
+def launch(kernel: triton.JITFunction, programs: int, tile: Tile | None = None, **arguments: object) -> None:
+    """Launch beside the first tensor among the arguments; nothing to do for no programs."""
+    tensor = next(a for a in arguments.values() if isinstance(a, Tensor))
+    if programs:
+        warps, stages = (tile.warps, tile.stages) if tile else (4, 1)
+        Launch(kernel, (programs,), arguments, warps, stages).run(tensor)
+
+
+def blocks(tile: Tile) -> dict[str, int]:
+    return {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_D": tile.k, "GROUP_M": GROUP_M}
+
+
+def has(fields: int, name: str) -> bool:
+    return bool(fields >> FIELDS.index(name) & 1)

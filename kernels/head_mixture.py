@@ -1,0 +1,269 @@
+"""The output layer's second sweep, for the statistics of p̄ = Σ_k w_k p_k, and the last step from sums to statistics."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from assay.kernels.head_sweep import (
+    CONFIDENCE,
+    ENTROPY,
+    ERROR2,
+    FLOOR,
+    LOG2E,
+    LOG_PY,
+    LOG_SUM,
+    MARGIN,
+    MODEL,
+    TOP,
+    place,
+    product,
+    shift,
+)
+
+LN2 = tl.constexpr(0.6931471805599453)
+TINY = tl.constexpr(1.1754943508222875e-38)  # the smallest normal float32: 0 · log TINY is 0 where 0 · log 0 is NaN
+
+# Words of a slice's state, (slices, MIX, rows): over the columns other than the label's but for the two logarithms'.
+PEAK, OTHERS, MIX_SQUARES, P_LOG_P, KL = (tl.constexpr(i) for i in range(5))
+MIX = tl.constexpr(5)
+
+# assay.ops.ensemble.FIELDS, by position
+FIELD_NLL, FIELD_MEAN_NLL, FIELD_MARGIN, FIELD_AGREEMENT, FIELD_EL2N = (tl.constexpr(i) for i in range(5))
+FIELD_ENTROPY, FIELD_EXPECTED_ENTROPY, FIELD_MUTUAL_INFORMATION = (tl.constexpr(i) for i in range(5, 8))
+FIELD_CONFIDENCE, FIELD_VOTE_ENTROPY, FIELD_PREDICTION = (tl.constexpr(i) for i in range(8, 11))
+
+
+@triton.jit
+def pick(values, k):
+    """values[k] of a tuple, for a k known only at run time: selects, where unrolling the models would repeat a GEMM."""
+    value = values[0]
+    for i in tl.static_range(1, len(values)):
+        value = tl.where(k == i, values[i], value)
+    return value
+
+
+@triton.jit(do_not_specialize=["models", "rows", "tiles", "slices", "ignore_index"])
+def mix(
+    hidden,  # per model (rows, size)
+    weight,  # per model (classes, size)
+    bias,  # per model (classes,); or None
+    labels,  # (rows,) int64 or None
+    model,  # (models, MODEL, rows) float32
+    state,  # (slices, MIX, rows) float32
+    top,  # (slices, rows) int32
+    at_label,  # (rows,) float32, p̄_y
+    size,  # per model, as are ...
+    hidden_row,
+    weight_row,
+    share,  # ... and the mixture's weights
+    models,
+    rows,
+    classes,
+    tiles,  # per slice
+    slices,
+    ignore_index,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    WANT_TOP: tl.constexpr,
+    WANT_SQUARES: tl.constexpr,
+    WANT_ENTROPY: tl.constexpr,
+    WANT_KL: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    block, part = place(rows, slices, BLOCK_M, GROUP_M)
+    row = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = tl.minimum(row, rows - 1)
+    stride = rows.to(tl.int64)
+    begin = part * tiles * BLOCK_N
+    end = tl.minimum(begin + tiles * BLOCK_N, classes)
+    if labels is not None:
+        y = tl.load(labels + inside)
+        if tl.max((y != ignore_index).to(tl.int32), 0) == 0:
+            return
+        y = tl.where((row < rows) & (y >= begin) & (y < end), y, -1).to(tl.int32)
+
+    peak = tl.full((BLOCK_M,), -1.0, tl.float32)
+    best = tl.zeros((BLOCK_M,), tl.int32)
+    others = tl.zeros((BLOCK_M,), tl.float32)
+    squares = tl.zeros((BLOCK_M,), tl.float32)
+    p_log_p = tl.zeros((BLOCK_M,), tl.float32)
+    kl = tl.zeros((BLOCK_M,), tl.float32)
+
+    for c0 in range(begin, end, BLOCK_N):
+        c = c0 + tl.arange(0, BLOCK_N)
+        column = tl.minimum(c, classes - 1).to(tl.int64)
+        p = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)  # p̄
+        own = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)  # Σ_k w_k p_k log₂ p_k
+        for k in range(models):
+            x_row = pick(hidden, k) + inside * pick(hidden_row, k)
+            w_row = pick(weight, k) + column * pick(weight_row, k)
+            z, _ = product(x_row, w_row, None, pick(size, k), BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, WIDEN)
+            z += shift(pick(bias, k) if bias is not None else None, c, classes)[None, :]
+            known = model + k * MODEL * stride + inside
+            z = (z - tl.load(known + TOP * stride)[:, None]) - tl.load(known + LOG_SUM * stride)[:, None]
+            z *= LOG2E
+            weighted = pick(share, k) * tl.exp2(z)
+            p += weighted
+            if WANT_KL:
+                own += weighted * tl.maximum(z, FLOOR)
+
+        if WANT_ENTROPY or WANT_KL:
+            plogp = p * tl.log2(tl.maximum(p, TINY))
+            if WANT_ENTROPY:
+                p_log_p += tl.sum(plogp, 1)
+            if WANT_KL:
+                kl += tl.sum(own - plogp, 1)  # element by element: where the models agree, nothing is left to cancel
+        if labels is not None:
+            is_y = c[None, :] == y[:, None]
+            tl.store(at_label + row, tl.sum(tl.where(is_y, p, 0.0), 1), mask=(y >= c0) & (y < c0 + BLOCK_N))
+            p = tl.where(is_y, 0.0, p)
+        if WANT_TOP:
+            high = tl.max(p, 1)
+            first = tl.min(tl.where(p == high[:, None], c[None, :], classes), 1)
+            best = tl.where(high > peak, first, best)
+            peak = tl.maximum(peak, high)
+        if WANT_SQUARES:
+            others += tl.sum(p, 1)
+            squares += tl.sum(p * p, 1)
+
+    mask = row < rows
+    out = state + part.to(tl.int64) * MIX * stride + row
+    if WANT_TOP:
+        tl.store(out + PEAK * stride, peak, mask=mask)
+        tl.store(top + part.to(tl.int64) * stride + row, best, mask=mask)
+    if WANT_SQUARES:
+        tl.store(out + OTHERS * stride, others, mask=mask)
+        tl.store(out + MIX_SQUARES * stride, squares, mask=mask)
+    if WANT_ENTROPY:
+        tl.store(out + P_LOG_P * stride, p_log_p, mask=mask)
+    if WANT_KL:
+        tl.store(out + KL * stride, kl, mask=mask)
+
+
+@triton.jit(do_not_specialize=["models", "rows", "slices", "ignore_index", "fields"])
+def finish(
+    model,  # (models, MODEL, rows)
+    vote,  # (models, rows)
+    state,  # (slices, MIX, rows); None if there was no second sweep
+    top,
+    at_label,
+    labels,
+    share,
+    stats,  # (10, rows) float32
+    prediction,  # (rows,) int64
+    models,
+    rows,
+    slices,
+    ignore_index,
+    fields,  # bit f: field f is wanted; the others become NaN, an unwanted prediction −1
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = row < rows
+    stride = rows.to(tl.int64)
+    nan = float("nan")
+    undefined = row < 0
+    if labels is not None:
+        y = tl.load(labels + row, mask=mask, other=ignore_index)
+        undefined = y == ignore_index
+
+    # The models one by one.
+    high = tl.full((BLOCK,), float("-inf"), tl.float32)
+    mean_nll = tl.zeros((BLOCK,), tl.float32)
+    expected = tl.zeros((BLOCK,), tl.float32)
+    agreement = tl.zeros((BLOCK,), tl.float32)
+    vote_entropy = tl.zeros((BLOCK,), tl.float32)
+    for k in range(models):
+        w = pick(share, k)
+        word = model + k * MODEL * stride + row
+        log_sum = tl.load(word + LOG_SUM * stride, mask=mask, other=0.0)
+        undefined = undefined | (log_sum != log_sum)
+        expected += w * tl.load(word + ENTROPY * stride, mask=mask, other=0.0)
+        choice = tl.load(vote + k * stride + row, mask=mask, other=0)
+        support = tl.zeros((BLOCK,), tl.float32)
+        for j in range(models):
+            other = tl.load(vote + j * stride + row, mask=mask, other=0)
+            support += tl.where(other == choice, pick(share, j), 0.0)
+        if w > 0:
+            vote_entropy -= w * tl.log(tl.minimum(support, 1.0))
+        if labels is not None:
+            log_py = tl.load(word + LOG_PY * stride, mask=mask, other=0.0)
+            agreement += tl.where(choice == y, w, 0.0)
+            if w > 0:  # 0 · −inf is not 0
+                mean_nll -= w * log_py
+                high = tl.maximum(high, log_py)
+
+    # −log Σ_k w_k p_k,y, relative to the largest p_k,y.
+    if labels is not None:
+        total = tl.zeros((BLOCK,), tl.float32)
+        for k in range(models):
+            log_py = tl.load(model + (k * MODEL + LOG_PY) * stride + row, mask=mask, other=0.0)
+            w = pick(share, k)
+            if w > 0:
+                total += w * tl.exp2((log_py - high) * LOG2E)
+        nll = tl.where(high == float("-inf"), float("inf"), -(high + tl.log(total)))
+    else:
+        nll = tl.full((BLOCK,), nan, tl.float32)
+        mean_nll = nll
+        agreement = nll
+
+    # The mixture: from the second sweep; of one model it is the model itself.
+    margin = tl.full((BLOCK,), nan, tl.float32)
+    error2 = tl.full((BLOCK,), nan, tl.float32)
+    if state is not None:
+        peak = tl.full((BLOCK,), -1.0, tl.float32)
+        best = tl.zeros((BLOCK,), tl.int32)
+        others = tl.zeros((BLOCK,), tl.float32)
+        squares = tl.zeros((BLOCK,), tl.float32)
+        p_log_p = tl.zeros((BLOCK,), tl.float32)
+        kl = tl.zeros((BLOCK,), tl.float32)
+        for part in range(slices):
+            word = state + part * MIX * stride + row
+            high = tl.load(word + PEAK * stride, mask=mask, other=0.0)
+            best = tl.where(high > peak, tl.load(top + part * stride + row, mask=mask, other=0), best)
+            peak = tl.maximum(peak, high)
+            others += tl.load(word + OTHERS * stride, mask=mask, other=0.0)
+            squares += tl.load(word + MIX_SQUARES * stride, mask=mask, other=0.0)
+            p_log_p += tl.load(word + P_LOG_P * stride, mask=mask, other=0.0)
+            kl += tl.load(word + KL * stride, mask=mask, other=0.0)
+        confidence = peak
+        if labels is not None:
+            mix_y = tl.load(at_label + row, mask=mask, other=0.0)
+            margin = mix_y - peak
+            error2 = others * others + squares
+            confidence = tl.maximum(peak, mix_y)
+            best = tl.where((mix_y > peak) | ((mix_y == peak) & (y < best)), y.to(tl.int32), best)
+        entropy = -p_log_p * LN2
+        information = tl.maximum(kl * LN2, 0.0)
+    else:
+        word = model + row
+        if labels is not None:
+            margin = tl.load(word + MARGIN * stride, mask=mask, other=0.0)
+            error2 = tl.load(word + ERROR2 * stride, mask=mask, other=0.0)
+        confidence = tl.load(word + CONFIDENCE * stride, mask=mask, other=0.0)
+        entropy = expected
+        information = tl.zeros((BLOCK,), tl.float32)
+        best = tl.load(vote + row, mask=mask, other=0)
+
+    wanted = (fields >> FIELD_PREDICTION) & 1
+    tl.store(prediction + row, tl.where(undefined | (wanted == 0), -1, best).to(tl.int64), mask=mask)
+    values = (
+        (FIELD_NLL, nll),
+        (FIELD_MEAN_NLL, mean_nll),
+        (FIELD_MARGIN, margin),
+        (FIELD_AGREEMENT, agreement),
+        (FIELD_EL2N, tl.sqrt(error2)),
+        (FIELD_ENTROPY, entropy),
+        (FIELD_EXPECTED_ENTROPY, expected),
+        (FIELD_MUTUAL_INFORMATION, information),
+        (FIELD_CONFIDENCE, confidence),
+        (FIELD_VOTE_ENTROPY, vote_entropy),
+    )
+    for i in tl.static_range(len(values)):
+        wanted = (fields >> values[i][0]) & 1
+        value = tl.where(undefined | (wanted == 0), nan, values[i][1])
+        tl.store(stats + values[i][0] * stride + row, value, mask=mask)

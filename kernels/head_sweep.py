@@ -1,0 +1,342 @@
+"""The output layer's first sweep: one model's logits in tiles that are never stored, reduced as they are made.
+
+A program takes a block of rows through one slice of the vocabulary. What it keeps per row is the state of a softmax
+over the columns other than the label's: m = max z, d = Σ e^(z−m), s = Σ (z−m)e^(z−m), q = Σ e^(2(z−m)) and Σ e^(z−m)
+times whatever else is wanted. The label's own logit is kept beside it, so that 1 − p_y is a sum and never a
+difference. `merge` puts the slices together in their order, and the label last.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from assay.kernels.philox import signs
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # an empty maximum: unlike −inf, it can be subtracted from itself
+FLOOR = tl.constexpr(-200.0)  # e^FLOOR is 0 in float32; x·e^x with x no lower is never −inf · 0
+
+# Words of a slice's state, (slices, STATE, rows). The maximum's index is an int32 and lies beside them.
+MAX, SUM, MOMENT, SQUARES, DOT = (tl.constexpr(i) for i in range(5))
+STATE = tl.constexpr(5)
+
+# What is known of a model once its slices are merged, (models, MODEL, rows). Maximum and log-sum stay two words:
+# under a large common offset their sum has no digits left for the log-sum. NaN where the row is not defined.
+TOP, LOG_SUM, LOG_PY, NOT_Y, MARGIN, ERROR2, ENTROPY, CONFIDENCE = (tl.constexpr(i) for i in range(8))
+MODEL = tl.constexpr(8)
+
+
+@triton.jit
+def place(rows, slices, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr):
+    """Row block and slice of this program. Those that run together are few row blocks and all slices: their hidden
+    states stay in L2, and a weight tile is read from memory once for GROUP_M row blocks."""
+    pid = tl.program_id(0)
+    group = pid // (GROUP_M * slices)
+    size = tl.minimum(tl.cdiv(rows, BLOCK_M) - group * GROUP_M, GROUP_M)
+    within = pid % (GROUP_M * slices)
+    return group * GROUP_M + within % size, within // size
+
+
+@triton.jit
+def product(
+    x_row,  # (M,) addresses of the rows of x, ...
+    w_row,  # ... (N,) of w ...
+    v_row,  # ... and of v, if there is one
+    size,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    WIDEN: tl.constexpr,  # multiply in float32: mixed types, and the interpreter, whose bfloat16 arithmetic is wrong
+):
+    """x wᵀ and x vᵀ, (M, N) float32, from one trip through x. Rows have unit stride."""
+    z = tl.zeros((M, N), tl.float32)
+    u = tl.zeros((M, N), tl.float32)
+    for d0 in range(0, size, BLOCK_D):
+        d = d0 + tl.arange(0, BLOCK_D)
+        # Both sides are masked: what lies beyond a row's end may be NaN, and 0 · NaN is not 0.
+        if EVEN_D:
+            x = tl.load(x_row[:, None] + d[None, :])
+            w = tl.load(w_row[:, None] + d[None, :])
+        else:
+            x = tl.load(x_row[:, None] + d[None, :], mask=(d < size)[None, :], other=0.0)
+            w = tl.load(w_row[:, None] + d[None, :], mask=(d < size)[None, :], other=0.0)
+        if WIDEN:
+            x = x.to(tl.float32)
+            w = w.to(tl.float32)
+        z = tl.dot(x, tl.trans(w), z, input_precision="ieee")
+        if v_row is not None:
+            if EVEN_D:
+                v = tl.load(v_row[:, None] + d[None, :])
+            else:
+                v = tl.load(v_row[:, None] + d[None, :], mask=(d < size)[None, :], other=0.0)
+            if WIDEN:
+                v = v.to(tl.float32)
+            u = tl.dot(x, tl.trans(v), u, input_precision="ieee")
+    return z, u
+
+
+@triton.jit
+def shift(bias, c, classes):
+    """What to add to columns ``c`` of the logits: the bias, and −inf past the end, where nothing may count.
+
+    A column past the end is a copy of the last one, so where it is NaN or +inf, the row is not defined anyway.
+    """
+    inside = c < classes
+    if bias is None:
+        return tl.where(inside, 0.0, float("-inf"))
+    return tl.load(bias + c, mask=inside, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def times_signs(sketch, e, sign, WIDEN: tl.constexpr):
+    """sketch + e·sign, (M, R). Two bfloat16 words hold 17 bits of e; its signs they hold exactly."""
+    if WIDEN:
+        return tl.dot(e, sign, sketch, input_precision="ieee")
+    high = e.to(tl.bfloat16)
+    low = (e - high.to(tl.float32)).to(tl.bfloat16)
+    sketch = tl.dot(high, sign.to(tl.bfloat16), sketch)
+    return tl.dot(low, sign.to(tl.bfloat16), sketch)
+
+
+# Not specialised: what changes from batch to batch and helps no load.
+@triton.jit(do_not_specialize=["rows", "tiles", "slices", "ignore_index"])
+def sweep(
+    hidden,  # (rows, size)
+    weight,  # (classes, size)
+    bias,  # (classes,) or None
+    direction,  # (classes, size) or None
+    labels,  # (rows,) int64 or None
+    state,  # (slices, STATE, rows) float32
+    top,  # (slices, rows) int32, the maximum's lowest index
+    at_label,  # (2, rows) float32: the label's logit and its dot with the direction
+    words,  # (.., classes) int32, the sketch's signs, or None
+    sketch,  # (slices, rows, SKETCH) float32 or None: Σ e^(z−m) times the signs
+    rows,
+    classes,
+    size,
+    hidden_row,
+    weight_row,
+    direction_row,
+    tiles,  # per slice
+    slices,
+    ignore_index,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    SKETCH: tl.constexpr,  # the sketch's rows, padded to what tl.dot takes
+    WANT_MOMENT: tl.constexpr,
+    WANT_TOP: tl.constexpr,
+    WANT_SQUARES: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    block, part = place(rows, slices, BLOCK_M, GROUP_M)
+    row = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = tl.minimum(row, rows - 1)  # rows and columns past the end read the last one again: no masks in the loop
+    x_row = hidden + inside * hidden_row
+    begin = part * tiles * BLOCK_N
+    end = tl.minimum(begin + tiles * BLOCK_N, classes)
+    if labels is not None:
+        y = tl.load(labels + inside)
+        if tl.max((y != ignore_index).to(tl.int32), 0) == 0:
+            return  # nothing is predicted here: merge reads none of it
+        y = tl.where((row < rows) & (y >= begin) & (y < end), y, -1).to(tl.int32)  # −1: in another slice, or in none
+
+    m = tl.full((BLOCK_M,), LOWEST, tl.float32)
+    d = tl.zeros((BLOCK_M,), tl.float32)
+    s = tl.zeros((BLOCK_M,), tl.float32)
+    q = tl.zeros((BLOCK_M,), tl.float32)
+    t = tl.zeros((BLOCK_M,), tl.float32)
+    best = tl.zeros((BLOCK_M,), tl.int32)
+    if sketch is not None:
+        folded = tl.zeros((BLOCK_M, SKETCH), tl.float32)
+
+    for c0 in range(begin, end, BLOCK_N):
+        c = c0 + tl.arange(0, BLOCK_N)
+        column = tl.minimum(c, classes - 1).to(tl.int64)
+        w_row = weight + column * weight_row
+        v_row = direction + column * direction_row if direction is not None else None
+        z, u = product(x_row, w_row, v_row, size, BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, WIDEN)
+        z += shift(bias, c, classes)[None, :]
+        if labels is not None:
+            is_y = c[None, :] == y[:, None]  # never a padded column: y < end ≤ classes
+            here = (y >= c0) & (y < c0 + BLOCK_N)
+            tl.store(at_label + row, tl.sum(tl.where(is_y, z, 0.0), 1), mask=here)
+            if direction is not None:
+                tl.store(at_label + rows + row, tl.sum(tl.where(is_y, u, 0.0), 1), mask=here)
+            z = tl.where(is_y, float("-inf"), z)
+
+        peak = tl.max(z, 1)
+        if WANT_TOP:
+            first = tl.min(tl.where(z == peak[:, None], tl.arange(0, BLOCK_N)[None, :], BLOCK_N), 1)
+            best = tl.where(peak > m, c0 + first, best)
+        m_new = tl.maximum(m, peak)
+        gap = tl.maximum(m - m_new, FLOOR)
+        r = tl.exp2(gap * LOG2E)
+        x = z - m_new[:, None]
+        e = tl.exp2(x * LOG2E)  # NaN from a NaN or +inf logit: d carries it on, where max would drop it
+        if WANT_MOMENT:
+            s = r * (s + gap * d) + tl.sum(tl.maximum(x, FLOOR) * e, 1)
+        d = d * r + tl.sum(e, 1)
+        if WANT_SQUARES:
+            q = q * (r * r) + tl.sum(e * e, 1)
+        if direction is not None:
+            t = t * r + tl.sum(e * u, 1)
+        if sketch is not None:
+            sign = signs(words, classes, tl.minimum(c, classes - 1), SKETCH)
+            folded = times_signs(folded * r[:, None], e, sign, WIDEN)
+        m = m_new
+
+    mask = row < rows
+    out = state + part.to(tl.int64) * STATE * rows + row
+    tl.store(out + MAX * rows.to(tl.int64), m, mask=mask)
+    tl.store(out + SUM * rows.to(tl.int64), d, mask=mask)
+    if WANT_MOMENT:
+        tl.store(out + MOMENT * rows.to(tl.int64), s, mask=mask)
+    if WANT_SQUARES:
+        tl.store(out + SQUARES * rows.to(tl.int64), q, mask=mask)
+    if WANT_TOP:
+        tl.store(top + part.to(tl.int64) * rows + row, best, mask=mask)
+    if direction is not None:
+        tl.store(out + DOT * rows.to(tl.int64), t, mask=mask)
+    if sketch is not None:
+        cell = (part.to(tl.int64) * rows + row)[:, None] * SKETCH + tl.arange(0, SKETCH)[None, :]
+        tl.store(sketch + cell, folded, mask=mask[:, None])
+
+
+@triton.jit(do_not_specialize=["rows", "slices", "ignore_index"])
+def merge(
+    state,
+    top,
+    at_label,
+    labels,
+    model,  # (MODEL, rows) float32
+    vote,  # (rows,) int32: the lowest index of the largest logit, −1 where the row is not defined
+    dot,  # (rows,) float32 or None
+    sqnorm,  # (rows,) float32 or None
+    rows,
+    slices,
+    ignore_index,
+    BLOCK: tl.constexpr,
+    WANT_MOMENT: tl.constexpr,
+    WANT_TOP: tl.constexpr,
+    WANT_SQUARES: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = row < rows
+    stride = rows.to(tl.int64)
+    known = mask
+    if labels is not None:
+        y = tl.load(labels + row, mask=mask, other=ignore_index)
+        known = mask & (y != ignore_index)
+
+    m = tl.full((BLOCK,), LOWEST, tl.float32)
+    best = tl.zeros((BLOCK,), tl.int32)
+    for part in range(slices):
+        peak = tl.load(state + (part * STATE + MAX) * stride + row, mask=known, other=0.0)
+        if WANT_TOP:
+            best = tl.where(peak > m, tl.load(top + part * stride + row, mask=known, other=0), best)
+        m = tl.maximum(m, peak)
+    others = m
+    if labels is not None:
+        z_y = tl.load(at_label + row, mask=known, other=0.0)
+        if WANT_TOP:
+            is_best = (z_y > m) | ((z_y == m) & (y < best))
+            best = tl.where(is_best, y.to(tl.int32), best)
+        m = tl.maximum(m, z_y)
+
+    d = tl.zeros((BLOCK,), tl.float32)
+    s = tl.zeros((BLOCK,), tl.float32)
+    q = tl.zeros((BLOCK,), tl.float32)
+    t = tl.zeros((BLOCK,), tl.float32)
+    for part in range(slices):
+        word = state + part * STATE * stride + row
+        gap = tl.maximum(tl.load(word + MAX * stride, mask=known, other=0.0) - m, FLOOR)
+        r = tl.exp2(gap * LOG2E)
+        d_part = tl.load(word + SUM * stride, mask=known, other=0.0)
+        if WANT_MOMENT:
+            s += r * (tl.load(word + MOMENT * stride, mask=known, other=0.0) + gap * d_part)
+        d += r * d_part
+        if WANT_SQUARES:
+            q += r * r * tl.load(word + SQUARES * stride, mask=known, other=0.0)
+        if dot is not None:
+            t += r * tl.load(word + DOT * stride, mask=known, other=0.0)
+    total = d
+    if labels is not None:
+        x_y = z_y - m
+        e_y = tl.exp2(x_y * LOG2E)
+        total += e_y
+        s += tl.maximum(x_y, FLOOR) * e_y
+
+    defined = known & (total > 0.0)  # not where the sum is NaN, nor where every logit is −inf
+    nan = float("nan")
+    log_sum = tl.where(defined, tl.log(total), nan)
+    inverse = tl.where(defined, 1.0 / total, nan)
+    out = model + row
+    tl.store(out + TOP * stride, m, mask=mask)
+    tl.store(out + LOG_SUM * stride, log_sum, mask=mask)
+    tl.store(out + CONFIDENCE * stride, inverse, mask=mask)
+    if WANT_MOMENT:
+        tl.store(out + ENTROPY * stride, log_sum - s * inverse, mask=mask)
+    if WANT_TOP:
+        tl.store(vote + row, tl.where(defined, best, -1), mask=mask)
+    if labels is not None:
+        not_y = d * inverse
+        tl.store(out + LOG_PY * stride, x_y - log_sum, mask=mask)
+        tl.store(out + NOT_Y * stride, not_y, mask=mask)
+        other = tl.exp2(tl.maximum(others - m, FLOOR) * LOG2E)
+        tl.store(out + MARGIN * stride, (e_y - other) * inverse, mask=mask)
+        if WANT_SQUARES:
+            error2 = not_y * not_y + q * inverse * inverse
+            tl.store(out + ERROR2 * stride, error2, mask=mask)
+            if sqnorm is not None:
+                tl.store(sqnorm + row, tl.where(known, error2, 0.0), mask=mask)
+        if dot is not None:
+            u_y = tl.load(at_label + stride + row, mask=known, other=0.0)
+            # Σ_{c≠y} p_c u_c − (1 − p_y) u_y
+            tl.store(dot + row, tl.where(known, t * inverse - not_y * u_y, 0.0), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows", "classes", "slices", "ignore_index", "sketch_rows"])
+def merge_sketch(
+    state,
+    words,
+    sketch,
+    model,
+    labels,
+    left,  # (rows, ...) float32, this block's first column
+    rows,
+    classes,
+    left_row,
+    slices,
+    ignore_index,
+    sketch_rows,  # of this block
+    scale,
+    BLOCK: tl.constexpr,
+    SKETCH: tl.constexpr,
+):
+    """scale · (Σ_{c≠y} p_c P_c − (1 − p_y) P_y)."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = row < rows
+    stride = rows.to(tl.int64)
+    y = tl.load(labels + row, mask=mask, other=ignore_index)
+    known = mask & (y != ignore_index)
+    m = tl.load(model + TOP * stride + row, mask=known, other=0.0)
+    log_sum = tl.load(model + LOG_SUM * stride + row, mask=known, other=0.0)
+    not_y = tl.load(model + NOT_Y * stride + row, mask=known, other=0.0)
+
+    r = tl.arange(0, SKETCH)
+    total = tl.zeros((BLOCK, SKETCH), tl.float32)
+    for part in range(slices):
+        peak = tl.load(state + (part * STATE + MAX) * stride + row, mask=known, other=0.0)
+        share = tl.exp2((tl.maximum(peak - m, FLOOR) - log_sum) * LOG2E)
+        cell = (part * stride + row)[:, None] * SKETCH + r[None, :]
+        total += share[:, None] * tl.load(sketch + cell, mask=known[:, None], other=0.0)
+    y = tl.where(known, y, 0).to(tl.int32)
+    total -= not_y[:, None] * signs(words, classes, y, SKETCH)
+    total = tl.where(known[:, None], total * scale, 0.0)
+    cell = row[:, None] * left_row + r[None, :]
+    tl.store(left + cell, total, mask=mask[:, None] & (r < sketch_rows)[None, :])

@@ -1,0 +1,48 @@
+"""Philox4x32-10 (Salmon et al., SC 2011): random words from a counter and a key, the same on every backend."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+OUTPUT_SIDE, INPUT_SIDE = 0, 1  # the counter's last word: rows of a Kronecker sketch, or its columns
+ROWS_PER_COUNTER = 128  # one counter gives 4 words of 32 signs
+
+
+@triton.jit
+def philox4x32(c0, c1, c2, c3, k0, k1):
+    """Four words for each counter (c0, c1, c2, c3) under the key (k0, k1); all uint32, blocks or scalars."""
+    for _ in tl.static_range(10):
+        high0, low0 = tl.umulhi(c0, 0xD2511F53), c0 * 0xD2511F53
+        high1, low1 = tl.umulhi(c2, 0xCD9E8D57), c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit(do_not_specialize=["block", "key0", "key1"])
+def sign_words(out, count, block, side, key0, key1, WORDS: tl.constexpr, BLOCK: tl.constexpr):
+    """out (WORDS, count) int32: bit r % 32 of word r // 32 is set where row r of ``block`` has −1 at that coordinate.
+
+    Packed and made once: in a kernel that needs them tile by tile, every thread that holds a sign of a coordinate
+    would run the generator again, and every row block again. ``key0`` and ``key1`` are the key's words as int32.
+    """
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    c0 = index.to(tl.uint32)
+    zero = tl.zeros_like(c0)
+    k0, k1 = zero + key0.to(tl.uint32, bitcast=True), zero + key1.to(tl.uint32, bitcast=True)
+    words = philox4x32(c0, zero, zero + block.to(tl.uint32), zero + side, k0, k1)
+    for i in tl.static_range(WORDS):
+        at = out + tl.full((), i, tl.int64) * count + index
+        tl.store(at, words[i].to(tl.int32, bitcast=True), mask=index < count)
+
+
+@triton.jit
+def signs(words, count, index, ROWS: tl.constexpr):
+    """(len(index), ROWS) float32: the signs at ``index``, less than ``count``, from what ``sign_words`` made."""
+    row = tl.arange(0, ROWS)[None, :]
+    word = tl.load(words + index)[:, None]
+    for i in tl.static_range(1, (ROWS + 31) // 32):
+        word = tl.where(row < 32 * i, word, tl.load(words + tl.full((), i, tl.int64) * count + index)[:, None])
+    return 1.0 - 2.0 * ((word >> (row % 32)) & 1).to(tl.float32)

@@ -1,0 +1,105 @@
+"""The fused output layer's launches, recorded from the launchers themselves: every tile of every table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import torch
+
+from assay.kernels import head, head_tiles
+from assay.kernels._common import Launch
+from tests.kernels.aot import CAPABILITIES, Case, case_of
+
+BF16, FP16, F32 = torch.bfloat16, torch.float16, torch.float32
+ALL = (1 << len(head.FIELDS)) - 1
+N, C = 2048, 32000
+
+
+def record(generation: int, run: Callable[[], object]) -> list[Launch]:
+    """The launches that ``run`` makes of meta tensors, instead of making them."""
+    found: list[Launch] = []
+    with (
+        mock.patch.object(head_tiles, "generation", return_value=generation),
+        mock.patch.object(Launch, "run", lambda launch, tensor: found.append(launch)),
+    ):
+        run()
+    return found
+
+
+def compiled(name: str, launch: Launch, cc: int) -> Case:
+    """``case_of`` for a launch with tuples among its arguments: their elements are specialised one by one."""
+    tuples = {name: value for name, value in launch.arguments.items() if isinstance(value, tuple)}
+    hot = launch.kernel.fn.__name__ in ("sweep", "mix", "residual", "accumulate")
+    plain = replace(launch, arguments={**launch.arguments, **dict.fromkeys(tuples)})
+    case = case_of(name, plain, hot=hot, capabilities=(cc,))
+    signature: dict[str, Any] = dict(case.signature)
+    constexprs: dict[Any, Any] = {k: v for k, v in case.constexprs.items() if k not in tuples}
+    attrs = dict(case.attrs)
+    for index, parameter in enumerate(launch.kernel.params):
+        values = tuples.get(parameter.name, ())
+        elements = [element(value) for value in values]
+        if elements:
+            signature[parameter.name] = tuple(kind for kind, _ in elements)
+            attrs |= {(index, i): [["tt.divisibility", 16]] for i, (_, even) in enumerate(elements) if even}
+    return replace(case, signature=signature, constexprs=constexprs, attrs=attrs)
+
+
+def element(value: object) -> tuple[str, bool]:
+    """Type and divisibility by 16 of a tuple's element."""
+    if isinstance(value, torch.Tensor):
+        return {BF16: "*bf16", FP16: "*fp16", F32: "*fp32"}[value.dtype], True
+    if isinstance(value, float):
+        return "fp32", False
+    if type(value) is not int or value == 1:
+        raise TypeError(f"expected a tensor, a float or an int other than 1, which would be a constant, got {value!r}")
+    return "i32", value % 16 == 0
+
+
+def runs(dtype: torch.dtype, size: int) -> Iterator[tuple[str, Callable[[], object]]]:
+    """One call per tile and combination of flags that a tile must hold without spilling."""
+
+    def tensors(count: int, rows: int, width: int) -> list[torch.Tensor]:
+        more = 64 if width % 64 == 0 else 16
+        return [torch.empty(rows, width + more * k, dtype=dtype, device="meta") for k in range(count)]
+
+    labels = torch.empty(N, dtype=torch.int64, device="meta")
+    hidden, weight, directions = tensors(2, N, size), tensors(2, C, size), tensors(2, C, size)
+    bias: list[torch.Tensor | None] = [torch.empty(C, dtype=dtype, device="meta") for _ in hidden]
+    one, two = slice(0, 1), slice(0, 2)
+
+    def statistics(models: slice, fields: int = ALL) -> Callable[[], object]:
+        share = [0.5] * len(hidden[models])
+        return lambda: head.statistics(hidden[models], weight[models], bias[models], labels, share, -100, fields)
+
+    def scores(direction: bool, rows: int | None) -> Callable[[], object]:
+        along = directions[one] if direction else None
+        return lambda: head.scores(hidden[one], weight[one], bias[one], labels, [1.0], -100, ALL, along, [(1, 2)], rows)
+
+    yield "statistics", statistics(one)
+    yield "nll", statistics(one, 1)
+    yield "mixture", statistics(two)
+    yield "direction", scores(True, None)
+    for rows in (16, 32, 64, 128):
+        yield f"sketch{rows}", scores(False, rows)
+        yield f"direction+sketch{rows}", scores(True, rows)
+    yield "losses", lambda: head.losses(hidden[0], weight[0], bias[0], labels, -100, True)
+
+
+def cases() -> list[Case]:
+    found = {}
+    for cc in CAPABILITIES:
+        for dtype in (BF16, FP16, F32):
+            for size in (1024, 1040, 1023):  # whole steps; a last step that is not; rows that start at any address
+                if size != 1024 and (dtype == FP16 or (dtype == F32 and cc != 80)):
+                    continue  # the same code as for bfloat16, or as for sm_80
+                for what, run in runs(dtype, size):
+                    for launch in record(cc // 10, run):
+                        kernel = launch.kernel.fn.__name__
+                        name = f"head.{kernel} {str(dtype).removeprefix('torch.')} D={size} {what}"
+                        case = compiled(name, launch, cc)
+                        same = (kernel, cc, *(repr(x) for x in (case.signature, case.constexprs, case.attrs)))
+                        found.setdefault(same, case)
+    return list(found.values())

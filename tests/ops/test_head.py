@@ -207,6 +207,32 @@ def test_rows_do_not_depend_on_their_neighbours(isa: str, monkeypatch: pytest.Mo
     assert torch.equal(whole.grad_dot, small.grad_dot)
 
 
+def test_the_triton_backend_agrees() -> None:
+    """Through the op, under the interpreter where there is no GPU; tests/kernels looks closer."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    hidden, weight = models(2, 9, 150)
+    hidden, weight = [h.to(device) for h in hidden], [w.to(device) for w in weight]
+    labels, bias = torch.randint(150, (9,), device=device), [None, torch.randn(150, device=device)]
+    labels[5] = -100
+    options = {"bias": bias, "directions": [torch.randn_like(w) for w in weight], "sketch": SKETCH}
+
+    def everything() -> dict[str, Tensor]:
+        scores = head_scores(hidden, weight, labels, **options)
+        stats = linear_ensemble_stats(hidden, weight, labels, bias=bias)
+        leaf = hidden[0].clone().requires_grad_()
+        losses = linear_cross_entropy(leaf, weight[0], labels)
+        losses.sum().backward()
+        found = {"loss": losses.detach(), "gradient": leaf.grad, **vars(stats)}
+        return found | {f: getattr(scores, f) for f in ("grad_dot", "grad_sqnorm", "left", "right")}
+
+    with assay.backend("triton"):
+        kernels = everything()
+    with assay.backend("reference"):
+        plain = everything()
+    for name, value in plain.items():
+        torch.testing.assert_close(kernels[name], value, rtol=1e-5, atol=1e-5, equal_nan=True, msg=name)
+
+
 def test_strides_stacks_and_mixed_dtypes() -> None:
     hidden, weight = torch.randn(2, 64, 30), torch.randn(2, 64, 90)
     labels = torch.randint(90, (30,))

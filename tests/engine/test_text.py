@@ -124,3 +124,25 @@ def test_a_checkpoints_own_code_never_runs(text_recipe):
     assert not (path.parent / "ran").exists()
     with pytest.raises(RecipeError, match="trust_remote_code: unknown key"):
         load_recipe(str(path), ["models.small.trust_remote_code=true"])
+
+
+def test_texts_are_scored_towards_targets(text_recipe):
+    path, texts = text_recipe
+    (path.parent / "target").mkdir()
+    (path.parent / "target/t.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts[20:24]))
+    recipe = yaml.safe_load(path.read_text())
+    recipe["targets"] = {"gold": {"path": "target"}}
+    recipe["fit"] = {"samples": 30}
+    sketch = {"kind": "sparse", "dim": 16}
+    recipe["methods"] = [
+        {"method": "dsdm", "models": ["small", "ref"], "sketch": sketch},
+        {"method": "influence_distillation", "model": "small", "landmarks": 20, "embed_layers": "*.h.0.*"},
+        {"method": "influence_distillation", "model": "small", "name": "whole", "at": "transformer.h.1"},
+    ]
+    path.write_text(yaml.safe_dump(recipe))
+    report = run(load_recipe(str(path)))
+    assert (report.rows_scored, report.nan.total()) == (37, 0)
+    table = pq.read_table(path.parent / "scores/a.parquet")
+    assert table.column_names == ["row", "id", "dsdm", "influence_distillation", "whole"]
+    for name in table.column_names[2:]:
+        assert np.std(table[name].to_numpy()) > 0

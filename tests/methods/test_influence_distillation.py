@@ -168,7 +168,7 @@ def test_jvp_without_forward_mode_is_a_central_difference(problem) -> None:
     exact = Jvp([tangent])(model, Classification(), pool)
     differenced = Jvp([tangent])(opaque, Classification(), pool)
     assert not torch.equal(differenced, exact)  # it did take the other way
-    torch.testing.assert_close(differenced, exact, rtol=0, atol=2e-3 * float(exact.abs().max()))
+    torch.testing.assert_close(differenced, exact, rtol=0, atol=2e-4 * float(exact.abs().max()))
 
 
 def test_jvp_of_a_language_model_ignores_padding_and_stops_at_its_layer() -> None:
@@ -181,7 +181,7 @@ def test_jvp_of_a_language_model_ignores_padding_and_stops_at_its_layer() -> Non
     ids = torch.randint(40, (3, 10))
     mask = torch.ones_like(ids)
     mask[0, 6:] = 0
-    tangent = {n: torch.randn_like(p) for n, p in model.named_parameters() if ".h.0." in n}
+    tangent = {n: torch.randn_like(p) for n, p in model.named_parameters() if ".h.0." in n or "wte" in n}
     batch = {"input_ids": ids, "attention_mask": mask}
     ran: list[int] = []
     handle = model.transformer.h[1].register_forward_hook(lambda *_: ran.append(1))
@@ -206,6 +206,23 @@ def test_jvp_of_a_language_model_ignores_padding_and_stops_at_its_layer() -> Non
     )
     scores = run(method, [{"input_ids": ids}], [batch])["influence_distillation"]
     assert bool(scores.isfinite().all())
+
+
+def test_jvp_leaves_shared_modules_and_tied_weights_as_they_were() -> None:
+    torch.manual_seed(0)
+    shared, last = nn.Linear(5, 5), nn.Linear(5, 5, bias=False)
+    last.weight = shared.weight
+    model = nn.Sequential(shared, nn.Tanh(), shared, nn.Tanh(), last)
+    pool = (torch.randn(7, 5), torch.randint(5, (7,)))
+    tangent = {n: torch.randn_like(p) for n, p in model.named_parameters()}
+    before = {(m, n): p for m in model.modules() for n, p in m._parameters.items()}
+    got = Jvp([tangent])(model, Classification(), pool)
+    Jvp([tangent], at="4")(model, Classification(), pool)
+    assert all(m._parameters[n] is p for (m, n), p in before.items())
+    torch.testing.assert_close(got, by_autograd(model, tangent, lambda: model(pool[0])), rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        Jvp([tangent])(model, Classification(), (pool[0][:, :3], pool[1]))
+    assert all(m._parameters[n] is p for (m, n), p in before.items())
 
 
 def test_the_embedding_is_projected_where_it_is_long(problem) -> None:

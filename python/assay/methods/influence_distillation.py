@@ -87,9 +87,8 @@ class InfluenceDistillation(Influence):
             raise ValueError(f"{name}: expected 2 landmarks and 1 tangent at least, got {landmarks} and {tangents}")
         if kernel not in ("rbf", "linear"):
             raise ValueError(f"{name}: kernel {kernel!r}; expected 'rbf' or 'linear'")
-        self.optimizer, self.landmarks, self.spread, self.damping, self.seed = (
-            optimizer, landmarks, kernel, damping, seed,
-        )  # fmt: skip
+        self.landmarks, self.spread, self.damping = landmarks, kernel, damping
+        self.optimizer, self.seed = optimizer, seed
         if optimizer is not None:
             optimizer.check(self.shapes)
         moved = tapped_parameters(model, embed_layers, skip_unsupported=True)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from assay.ops import Sketch, project
@@ -28,7 +28,8 @@ class Jvp:
 
     h_b is what sample b gives at its last position. Derivatives are exact, by forward-mode differentiation (attention
     runs in its plain formula, for the fused ones have no forward mode). A model with an operation that has none is
-    differenced centrally instead: two forward passes a tangent, with an error of about 1e-4 in float32.
+    differenced centrally instead: two forward passes a tangent, within 4e-5 of the largest derivative on small networks
+    in float32.
 
     Attributes:
         tangents: directions by parameter name; parameters that one does not name stay as they are in it.
@@ -54,13 +55,14 @@ class _Reached(Exception):
     """The layer has its input: nothing behind it needs to run."""
 
 
-class _Forward(nn.Module):
-    """Model and task as one module, whose parameters ``functional_call`` can exchange."""
+class _Forward:
+    """Model and task up to one layer, as a function of some parameters."""
 
     def __init__(self, model: nn.Module, task: Task, at: str | None) -> None:
-        super().__init__()
         self.model, self._task = model, task
-        self._layer = find_output_layer(model, None) if at is None else find_module(model, at)[1]
+        fused = getattr(task, "fused", None)  # the name of a layer whose output the task replaces, if it is one
+        name = fused if isinstance(fused, str) else None
+        self._layer = find_output_layer(model, name) if at is None else find_module(model, at)[1]
 
     def derivative(self, batch: Any, tangent: Mapping[str, Tensor]) -> Tensor:
         """(B, D) float32."""
@@ -99,7 +101,8 @@ class _Forward(nn.Module):
             else self._layer.register_forward_pre_hook(before, with_kwargs=True)
         )
         try:
-            functional_call(self, {f"model.{name}": p for name, p in parameters.items()}, (batch,))
+            with _exchanged(self.model, parameters):
+                self._task.forward(self.model, batch)
         except _Reached:
             pass
         finally:
@@ -108,9 +111,6 @@ class _Forward(nn.Module):
             raise RuntimeError("jvp: the layer was not run in the forward pass; choose another with at=")
         return self._last(caught[0], batch)
 
-    def forward(self, batch: Any) -> Any:
-        return self._task.forward(self.model, batch)
-
     def _last(self, hidden: Tensor, batch: Any) -> Tensor:
         """(B, …) -> (B, D): the last position that holds data, where there are positions."""
         mask = self._task.mask(batch)
@@ -118,6 +118,25 @@ class _Forward(nn.Module):
             return hidden.flatten(1)
         last = mask.long().cumsum(1).argmax(1)
         return hidden[torch.arange(len(hidden), device=hidden.device), last].flatten(1)
+
+
+@contextmanager
+def _exchanged(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+    """Run with other tensors in the parameters' places, wherever a parameter is used.
+
+    ``torch.func.functional_call`` does not put back the parameters of a module that has two names.
+    """
+    known = dict(model.named_parameters())
+    others = {id(known[name]): tensor for name, tensor in parameters.items()}
+    owners = [module._parameters for module in model.modules()]
+    found = [(own, name, p) for own in owners for name, p in own.items() if id(p) in others]
+    try:
+        for own, name, p in found:
+            own[name] = others[id(p)]  # type: ignore[assignment]
+        yield
+    finally:
+        for own, name, p in found:
+            own[name] = p
 
 
 def _norm(tensors: Mapping[str, Tensor]) -> float:

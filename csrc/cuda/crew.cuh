@@ -11,15 +11,16 @@ struct BlockCrew {
   static constexpr int WARP = 32;
   const int thread, threads;
   const int slice, slices;
-  const int64_t first_tile, tile_step;
 
   __device__ explicit BlockCrew(int slices_ = 1)
       : thread(static_cast<int>(threadIdx.x)),
         threads(static_cast<int>(blockDim.x)),
         slice(static_cast<int>(blockIdx.x) % slices_),
-        slices(slices_),
-        first_tile(static_cast<int>(blockIdx.x) / slices_),
-        tile_step(static_cast<int>(gridDim.x) / slices_) {}
+        slices(slices_) {}
+
+  // This crew's place among the grid's, and their number.
+  __device__ int first_tile() const { return static_cast<int>(blockIdx.x) / slices; }
+  __device__ int tile_step() const { return static_cast<int>(gridDim.x) / slices; }
 
   // Called by whole warps only.
   template <class T>
@@ -62,7 +63,7 @@ struct GlobalCrew : BlockCrew {
   mutable unsigned expected = 0;
 
   __device__ GlobalCrew(int slices_, unsigned* g_counters, int64_t stride)
-      : BlockCrew(slices_), g_arrivals(g_counters + first_tile), scratch_stride(stride) {}
+      : BlockCrew(slices_), g_arrivals(g_counters + first_tile()), scratch_stride(stride) {}
 
   // As cooperative groups' grid.sync(): the block's writes, a fence, one arrival; then the others' arrivals, a fence.
   __device__ void sync() const {

@@ -130,7 +130,7 @@ cudaError_t current_device(DeviceFacts* facts) {
 struct Setup {
   Plan plan;
   Layout layout;
-  bool mixture;
+  Wants todo;
   const void* kernel;
   cudaLaunchConfig_t config;
   cudaLaunchAttribute attributes[1];
@@ -144,16 +144,15 @@ cudaError_t set_up(const EnsembleArgs& a, Setup* s) {
   ASSAY_RETURN_ON_ERROR(current_device(&facts));
   const int itemsize = a.dtype == DType::f32 ? 4 : 2;
   const Plan plan = make_plan(a.K, a.C, itemsize, facts.device);
-  const Wants todo = wants(a.fields, a.labels != nullptr, a.K);
   const int64_t tiles = ceil_div(a.N, plan.rows());
   const bool global = plan.path == Path::TWICE_GLOBAL;
 
   *s = Setup{};
   s->plan = plan;
-  s->mixture = todo.mixture;
-  s->kernel = kernel(a.dtype, plan.path, todo.mixture);
+  s->todo = wants(a.fields, a.labels != nullptr, a.K);
+  s->kernel = kernel(a.dtype, plan.path, s->todo.mixture);
   if (!s->kernel) return cudaErrorInvalidValue;
-  s->layout = make_layout(plan, a.K, todo.mixture && plan.keeps());
+  s->layout = make_layout(plan, a.K, s->todo.mixture && plan.keeps());
   s->config.blockDim = dim3(static_cast<unsigned>(plan.threads()));
   s->config.dynamicSmemBytes = global ? 0 : static_cast<size_t>(s->layout.bytes);
   s->config.attrs = s->attributes;
@@ -176,7 +175,7 @@ cudaError_t set_up(const EnsembleArgs& a, Setup* s) {
   s->crews = tiles < 1 << 20 ? tiles : 1 << 20;
   if (!plan.keeps()) {
     int resident = 0;
-    if (global) {
+    if (global || plan.slices == 1) {
       ASSAY_RETURN_ON_ERROR(
           cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, s->kernel, plan.threads(), s->config.dynamicSmemBytes));
       resident = resident * facts.multiprocessors / plan.slices;
@@ -186,7 +185,7 @@ cudaError_t set_up(const EnsembleArgs& a, Setup* s) {
     }
     if (resident < 1) return cudaErrorCooperativeLaunchTooLarge;
     int64_t crews = resident;
-    if (todo.mixture) {
+    if (s->todo.mixture) {
       const auto in_l2 = static_cast<int64_t>(TWICE_L2_SHARE * facts.l2_bytes / (static_cast<double>(a.K) * a.C * itemsize));
       crews = in_l2 < 1 ? 1 : in_l2 < crews ? in_l2 : crews;
     }
@@ -246,6 +245,7 @@ cudaError_t run(const EnsembleArgs& a, void* g_workspace, size_t bytes, cudaStre
   p.g_labels = a.labels;
   p.ignore_index = a.ignore_index;
   p.fields = a.fields;
+  p.todo = s.todo;
   p.g_out = a.out;
   p.g_prediction = a.prediction;
   p.plan = s.plan;

@@ -31,8 +31,9 @@ constexpr State EMPTY_STATE{-INF, 0, 0};
 
 // The same sums relative to m >= a.m.
 ASSAY_HD State rescaled(const State& a, float m) {
-  if (a.m == m || a.m == -INF) return {m, a.d, a.s};
+  if (a.m == m) return a;
   const float shift = a.m - m;
+  if (shift < FAR) return {m, 0, 0};  // nothing is left, nor is there of -inf: 0 * inf must not be NaN
   const double r = static_cast<double>(exp2_approx(shift * LOG2E));
   return {m, r * a.d, r * fma(static_cast<double>(shift), a.d, a.s)};
 }

@@ -1,7 +1,7 @@
 // How a problem is cut up: decided from K, C and the dtype's size (and what the device can do), never from N, the fields
 // or the number of SMs, so that a row's bits depend on nothing but the row.
 #pragma once
-#include "portable.h"
+#include "ensemble_math.h"
 
 namespace assay::cuda {
 
@@ -74,8 +74,6 @@ constexpr int power_of_two_from(int64_t n) {
   return p;
 }
 
-inline int64_t kept_bytes(const Plan& p, int64_t K) { return K * p.chunks * p.quads * p.threads() * 16; }
-
 inline Plan narrow_plan(int64_t C, int threads) {
   const int lanes = power_of_two_from(ceil_div(C, NARROW_COLUMNS_PER_LANE));
   const int quads = static_cast<int>(ceil_div(ceil_div(C, lanes), 4));
@@ -89,27 +87,77 @@ inline Plan wide_plan(Path path, int64_t C, int slot_count, int slices, int warp
   return {path, warp, static_cast<int>(warps), static_cast<int>(warps), slices, static_cast<int>(chunks), slot_count / 4};
 }
 
-inline Plan make_plan(int64_t K, int64_t C, int itemsize, const Device& device) {
-  const auto fits = [&](const Plan& p, int64_t limit) {
-    return kept_bytes(p, K) <= (limit < device.shared_bytes - 8192 ? limit : device.shared_bytes - 8192);  // 8 KB: states
+// What the first two meetings say about a row.
+struct RowVerdict {
+  float nearly;  // columns from here on may be the highest
+  bool divergence, defined;
+};
+
+struct alignas(16) Quad {
+  float v[4];
+};
+
+// Where things are in a block's memory: shared, or its part of the workspace. Offsets in bytes, made on the host, so that
+// they are constants to the kernel and take no registers.
+struct Layout {
+  int64_t e;         // Quad (K, chunks, quads, threads): exponentials relative to `base`; empty if they are not kept
+  int64_t states;    // State (rows, K, row_groups)
+  int64_t mixtures;  // Mixture (rows, row_groups)
+  int64_t refined;   // Refined (rows, row_groups)
+  int64_t models;    // Model (rows, K)
+  int64_t base;      // float (K, chunks, groups): the group's maximum up to and with this chunk
+  int64_t tops;      // int (rows, K): lowest column of this block's slice with the model's maximum
+  int64_t votes;     // int (K,): the same of a whole wide row
+  int64_t verdicts;  // RowVerdict (rows,)
+  int64_t bytes;
+};
+
+inline Layout make_layout(const Plan& p, int64_t K, bool keep) {
+  int64_t end = 0;
+  const auto take = [&](int64_t count, size_t size) {
+    const int64_t at = end;
+    end += ceil_div(count * static_cast<int64_t>(size), 16) * 16;
+    return at;
   };
+  Layout l{};
+  l.e = take(keep ? K * p.chunks * p.quads * p.threads() : 0, sizeof(Quad));
+  l.states = take(p.groups * K, sizeof(State));
+  l.mixtures = take(p.groups, sizeof(Mixture));
+  l.refined = take(p.groups, sizeof(Refined));
+  l.models = take(p.rows() * K, sizeof(Model));
+  l.base = take(K * p.chunks * p.groups, sizeof(float));
+  l.tops = take(p.rows() * K, sizeof(int));
+  l.votes = take(p.path == Path::NARROW ? 0 : K, sizeof(int));
+  l.verdicts = take(p.rows(), sizeof(RowVerdict));
+  l.bytes = end;
+  return l;
+}
+
+// The same for every N and every mask of fields.
+inline Plan make_plan(int64_t K, int64_t C, int itemsize, const Device& device) {
   const int slot_count = 64 / itemsize;  // four loads of 16 bytes
+  const auto wide = [&](Path path, int slices) { return wide_plan(path, C, slot_count, slices, 32, WIDE_MAX_WARPS); };
+  const auto twice = [&](Path path, int most) {  // no more slices than chunks: an empty block would only wait
+    const int slices = power_of_two_from(ceil_div(C, 32 * slot_count));
+    return wide(path, slices < most ? slices : most);
+  };
+  const auto fits = [&](const Plan& p, int64_t limit) {
+    return make_layout(p, K, p.keeps()).bytes <= (limit < device.shared_bytes ? limit : device.shared_bytes);
+  };
   if (K <= INLINE_MODELS) {
-    const Plan narrow = narrow_plan(C, NARROW_THREADS);
-    if (C <= NARROW_MAX_C && fits(narrow, KEPT_BYTES_LAST)) return narrow;
+    if (C <= NARROW_MAX_C)
+      if (const Plan p = narrow_plan(C, NARROW_THREADS); fits(p, KEPT_BYTES_LAST)) return p;
     for (int slices : CLUSTER_SIZES) {
       if (slices > device.max_cluster) break;
-      const Plan p = wide_plan(Path::KEPT, C, slot_count, slices, 32, WIDE_MAX_WARPS);
       const bool last = slices == 16 || 2 * slices > device.max_cluster;
-      if (fits(p, last ? KEPT_BYTES_LAST : KEPT_BYTES)) return p;
+      if (const Plan p = wide(Path::KEPT, slices); fits(p, last ? KEPT_BYTES_LAST : KEPT_BYTES)) return p;
     }
+    if (device.max_cluster > 1)
+      if (const Plan p = twice(Path::TWICE, device.max_cluster < TWICE_SLICES ? device.max_cluster : TWICE_SLICES);
+          fits(p, KEPT_BYTES))
+        return p;
   }
-  const bool cluster = K <= INLINE_MODELS && device.max_cluster > 1;
-  const int most = cluster && device.max_cluster < TWICE_SLICES ? device.max_cluster : TWICE_SLICES;
-  // No more slices than chunks: an empty block would only wait.
-  int slices = power_of_two_from(ceil_div(C, 32 * slot_count));
-  slices = slices < most ? slices : most;
-  return wide_plan(cluster ? Path::TWICE : Path::TWICE_GLOBAL, C, slot_count, slices, 32, WIDE_MAX_WARPS);
+  return twice(Path::TWICE_GLOBAL, TWICE_SLICES);
 }
 
 }  // namespace assay::cuda

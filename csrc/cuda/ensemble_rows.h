@@ -7,9 +7,6 @@
 //   3. only if asked for: the highest column compared exactly, a small mutual information summed as a divergence
 // Every merge follows an order given by the plan: the same bits on every run.
 #pragma once
-#include <type_traits>
-
-#include "ensemble_math.h"
 #include "ensemble_plan.h"
 #include "logits.h"
 
@@ -21,52 +18,6 @@ struct ModelLogits {
   float weight;
 };
 
-// What the first two meetings say about a row.
-struct RowVerdict {
-  float nearly;  // columns from here on may be the highest
-  bool divergence, defined;
-};
-
-struct alignas(16) Quad {
-  float v[4];
-};
-
-// Where things are in a block's memory: shared, or its part of the workspace. Offsets in bytes, made on the host, so that
-// they are constants to the kernel and take no registers.
-struct Layout {
-  int64_t e;         // Quad (K, chunks, quads, threads): exponentials relative to `base`; empty if they are not kept
-  int64_t states;    // State (rows, K, row_groups)
-  int64_t mixtures;  // Mixture (rows, row_groups)
-  int64_t refined;   // Refined (rows, row_groups)
-  int64_t models;    // Model (rows, K)
-  int64_t base;      // float (K, chunks, groups): the group's maximum up to and with this chunk
-  int64_t tops;      // int (rows, K): lowest column of this block's slice with the model's maximum
-  int64_t votes;     // int (K,): the same of a whole wide row
-  int64_t verdicts;  // RowVerdict (rows,)
-  int64_t bytes;
-};
-
-inline Layout make_layout(const Plan& p, int64_t K, bool keep) {
-  int64_t end = 0;
-  const auto take = [&](int64_t count, size_t size) {
-    const int64_t at = end;
-    end += ceil_div(count * static_cast<int64_t>(size), 16) * 16;
-    return at;
-  };
-  Layout l{};
-  l.e = take(keep ? K * p.chunks * p.quads * p.threads() : 0, sizeof(Quad));
-  l.states = take(p.groups * K, sizeof(State));
-  l.mixtures = take(p.groups, sizeof(Mixture));
-  l.refined = take(p.groups, sizeof(Refined));
-  l.models = take(p.rows() * K, sizeof(Model));
-  l.base = take(K * p.chunks * p.groups, sizeof(float));
-  l.tops = take(p.rows() * K, sizeof(int));
-  l.votes = take(p.path == Path::NARROW ? 0 : K, sizeof(int));
-  l.verdicts = take(p.rows(), sizeof(RowVerdict));
-  l.bytes = end;
-  return l;
-}
-
 struct Problem {
   ModelLogits inline_models[INLINE_MODELS];
   const ModelLogits* g_models;  // null: inline
@@ -75,6 +26,7 @@ struct Problem {
   const int64_t* g_labels;
   int64_t ignore_index;
   uint32_t fields;
+  Wants todo;             // of fields
   float* g_out;           // (NUM_FLOAT_FIELDS, N)
   int64_t* g_prediction;  // (N,)
   Plan plan;
@@ -95,7 +47,6 @@ class EnsembleRows {
         plan(problem.plan),
         crew(its_crew),
         memory(its_memory),
-        todo(wants(problem.fields, problem.g_labels != nullptr, problem.K)),
         lanes(NARROW ? plan.lanes : Crew::WARP),
         lane(crew.thread % lanes),
         group(crew.thread / lanes),
@@ -104,16 +55,17 @@ class EnsembleRows {
         item_lanes(NARROW ? 1 : Crew::WARP) {}
 
   ASSAY_HD void run() {
-    const int64_t tiles = ceil_div(p.N, plan.rows());
-    for (int64_t tile = crew.first_tile; tile < tiles; tile += crew.tile_step) run_tile(tile * plan.rows());
+    n = static_cast<int64_t>(crew.first_tile()) * plan.rows() + row;
+    for (; first_row() < p.N; n += static_cast<int64_t>(crew.tile_step()) * plan.rows()) run_tile();
     crew.sync();  // nobody leaves while others read its shared memory
   }
 
  private:
-  // ---- one tile: rows n0 .. n0 + rows() - 1 -------------------------------------------------------------------------
+  // ---- one tile: rows first_row() .. first_row() + plan.rows() - 1 ----------------------------------------------------
 
-  ASSAY_HD void run_tile(int64_t n0) {
-    n = n0 + row;
+  ASSAY_HD int64_t first_row() const { return n - row; }
+
+  ASSAY_HD void run_tile() {
     label = NO_LABEL;
     live = n < p.N && read_label(n, label);
     if (!NARROW && !live) {  // the same for the whole crew
@@ -122,18 +74,18 @@ class EnsembleRows {
     }
     sweep_models();
     crew.sync();
-    each_item(plan.rows() * p.K, [&](int i) { finish_model_of(i, n0); });
+    each_item(plan.rows() * p.K, [&](int i) { finish_model_of(i); });
     crew.sync_block();
-    if (!NARROW && todo.tops) find_tops();
+    if (!NARROW && p.todo.tops) find_tops();
     if constexpr (MIXTURE) sweep_mixture();
     crew.sync();
-    each_item(plan.rows(), [&](int r) { finish_row(r, n0 + r); });
+    each_item(plan.rows(), [&](int r) { finish_row(r, first_row() + r); });
     crew.sync_block();
     if constexpr (MIXTURE) {
-      if (todo.information || todo.prediction) {
+      if (p.todo.information || p.todo.prediction) {
         look_again();
         crew.sync();
-        each_item(plan.rows(), [&](int r) { finish_refined(r, n0 + r); });
+        each_item(plan.rows(), [&](int r) { finish_refined(r, first_row() + r); });
       }
     }
   }
@@ -184,7 +136,7 @@ class EnsembleRows {
   // ---- the logits -----------------------------------------------------------------------------------------------------
 
   ASSAY_HD const T* row_logits(const ModelLogits& model) const {
-    return static_cast<const T*>(model.g_logits) + (live ? n : 0) * model.row_stride;
+    return static_cast<const T*>(model.g_logits) + (!NARROW || live ? n : 0) * model.row_stride;
   }
   ASSAY_HD int first_column(int j) const { return plan.chunk(crew.slice, j, row_group) * S::columns(lanes); }
   ASSAY_HD int column(int j, int slot) const { return first_column(j) + S::column(lane, lanes, slot); }
@@ -192,7 +144,7 @@ class EnsembleRows {
   template <int COUNT>
   ASSAY_HD void load(int k, int j, int u, float (&r_z)[V * COUNT]) const {
     const ModelLogits& model = p.model(k);
-    load_chunk<T, V, COUNT>(row_logits(model), model.col_stride, live ? p.C : 0,
+    load_chunk<T, V, COUNT>(row_logits(model), model.col_stride, !NARROW || live ? p.C : 0,
                             first_column(j) + u * lanes * V, lane, lanes, r_z);
   }
   // Quads of the j-th chunk that hold columns; 0 beyond the row's end. The same for a group's lanes.
@@ -261,29 +213,30 @@ class EnsembleRows {
     });
     ASSAY_NO_UNROLL
     for (int offset = lanes / 2; offset > 0; offset /= 2) m = max_nan(m, crew.shuffle_xor(m, offset));
-    if (NARROW && todo.tops) find_top(k, m, r_z);
+    if (NARROW && p.todo.tops) find_top(k, m, r_z);
     r_state = rescaled(r_state, m);
     if (lane == 0) base(k, j) = m;
 
     const float origin = m > -INF ? m : 0.f;  // nothing but -inf so far: -inf - 0 gives e = 0
-    float r_d[4] = {0, 0, 0, 0}, r_s[4] = {0, 0, 0, 0};
+    float r_d[2] = {0, 0}, r_s[2] = {0, 0};
     each_quad(quads, [&](int q) {
       Quad r_e;
       ASSAY_UNROLL
       for (int i = 0; i < 4; ++i) {
         const float x = fmaxf(r_z[4 * q + i] - origin, FAR);
         r_e.v[i] = exp2_approx(x * LOG2E);
-        r_d[i] += r_e.v[i];
-        r_s[i] = fmaf(x, r_e.v[i], r_s[i]);
+        r_d[i % 2] += r_e.v[i];
+        r_s[i % 2] = fmaf(x, r_e.v[i], r_s[i % 2]);
       }
       if constexpr (KEEP) kept(k, j, q) = r_e;
     });
-    r_state.d += static_cast<double>((r_d[0] + r_d[1]) + (r_d[2] + r_d[3]));
-    r_state.s += static_cast<double>((r_s[0] + r_s[1]) + (r_s[2] + r_s[3]));
+    r_state.d += static_cast<double>(r_d[0] + r_d[1]);
+    r_state.s += static_cast<double>(r_s[0] + r_s[1]);
   }
 
-  ASSAY_HD void finish_model_of(int item, int64_t n0) const {
+  ASSAY_HD void finish_model_of(int item) const {
     const int r = item / p.K, k = item % p.K;
+    const int64_t row_index = first_row() + r;
     const int parts = plan.row_groups;
     const State sum = gather(parts * plan.slices, EMPTY_STATE,
                              [&](int i) { return crew.peer(states(), i / parts)[item * parts + i % parts]; });
@@ -291,8 +244,8 @@ class EnsembleRows {
       int y = NO_LABEL;
       float zy = NaN;
       const ModelLogits& model = p.model(k);
-      if (n0 + r < p.N && read_label(n0 + r, y) && y >= 0)
-        zy = to_float(static_cast<const T*>(model.g_logits)[(n0 + r) * model.row_stride + y * model.col_stride]);
+      if (row_index < p.N && read_label(row_index, y) && y >= 0)
+        zy = to_float(static_cast<const T*>(model.g_logits)[row_index * model.row_stride + y * model.col_stride]);
       models()[item] = finish_model(sum, zy);
       if (!NARROW) tops()[item] = NO_TOP;
     }
@@ -300,12 +253,18 @@ class EnsembleRows {
 
   // ---- argmax per model -----------------------------------------------------------------------------------------------
 
-  // A narrow row's maximum m, while its logits are at hand.
-  ASSAY_HD void find_top(int k, float m, const float (&r_z)[SLOTS]) const {
-    int top = NO_TOP;
+  // The first slot that holds m; SLOTS if none does.
+  ASSAY_HD static int first_slot(const float (&r_z)[SLOTS], float m) {
+    int slot = SLOTS;
     ASSAY_UNROLL
-    for (int i = SLOTS - 1; i >= 0; --i)  // downwards: the first of equals comes last
-      if (r_z[i] == m) top = S::column(lane, lanes, i);
+    for (int i = SLOTS - 1; i >= 0; --i) slot = r_z[i] == m ? i : slot;
+    return slot;
+  }
+
+  // Of a narrow row, while its logits are at hand: m is the row's maximum.
+  ASSAY_HD void find_top(int k, float m, const float (&r_z)[SLOTS]) const {
+    const int slot = first_slot(r_z, m);
+    int top = slot < SLOTS ? S::column(lane, lanes, slot) : NO_TOP;
     ASSAY_NO_UNROLL
     for (int offset = lanes / 2; offset > 0; offset /= 2) {
       const int other = crew.shuffle_xor(top, offset);
@@ -314,32 +273,25 @@ class EnsembleRows {
     if (lane == 0) tops()[row * p.K + k] = top;
   }
 
-  // The groups that met a model's maximum look for its column in the first chunk where they did.
+  // Of a wide row: the groups that met a model's maximum look for it again in the first chunk where they did.
   ASSAY_HD void find_tops() const {
     ASSAY_NO_UNROLL
     for (int k = 0; k < p.K; ++k) {
-      ASSAY_NO_UNROLL
-      for (int j = 0; j < plan.chunks && quads_of(j) > 0; ++j) {
-        if (base(k, j) != models()[k].m) continue;
-        const ModelLogits& model = p.model(k);
-        const T* g_row = row_logits(model);
-        ASSAY_NO_UNROLL
-        for (int i = 0; i < SLOTS; ++i) {
-          const int c = column(j, i);
-          if (c < p.C && to_float(g_row[c * model.col_stride]) == models()[k].m) {
-            crew.atomic_min(&tops()[k], c);
-            break;
-          }
-        }
-        break;
-      }
+      const float m = models()[k].m;
+      int j = 0;
+      while (j < plan.chunks && quads_of(j) > 0 && base(k, j) != m) ++j;
+      if (j == plan.chunks || quads_of(j) == 0) continue;
+      float r_z[SLOTS];
+      load<U>(k, j, 0, r_z);
+      const int slot = first_slot(r_z, m);
+      if (slot < SLOTS) crew.atomic_min(&tops()[k], column(j, slot));
     }
   }
 
   // The lowest column of all slices, per model; called by one warp.
   ASSAY_HD const int* gather_tops() const {
     ASSAY_NO_UNROLL
-    for (int k = lane; todo.tops && k < p.K; k += lanes) {
+    for (int k = lane; p.todo.tops && k < p.K; k += lanes) {
       int top = NO_TOP;
       ASSAY_NO_UNROLL
       for (int slice = 0; slice < plan.slices; ++slice) {
@@ -383,6 +335,14 @@ class EnsembleRows {
     }
   }
 
+  // r_p: the mixture's probabilities of the j-th chunk
+  ASSAY_HD void mix_chunk(int j, int quads, float (&r_p)[SLOTS]) const {
+    ASSAY_UNROLL
+    for (int i = 0; i < SLOTS; ++i) r_p[i] = 0.f;
+    ASSAY_NO_UNROLL
+    for (int k = 0; k < p.K; ++k) mix_model(k, j, quads, r_p);
+  }
+
   ASSAY_HD void sweep_mixture() {
     Mixture r_mix = EMPTY_MIXTURE;
     ASSAY_NO_UNROLL
@@ -390,10 +350,7 @@ class EnsembleRows {
       const int quads = quads_of(j);
       if (quads == 0) break;
       float r_p[SLOTS];
-      ASSAY_UNROLL
-      for (int i = 0; i < SLOTS; ++i) r_p[i] = 0.f;
-      ASSAY_NO_UNROLL
-      for (int k = 0; k < p.K; ++k) mix_model(k, j, quads, r_p);
+      mix_chunk(j, quads, r_p);
       add_mixture(j, quads, r_p, r_mix);
     }
     highest = r_mix.top_other > r_mix.p_label ? r_mix.top_other : r_mix.p_label;
@@ -402,7 +359,7 @@ class EnsembleRows {
   }
 
   ASSAY_HD void add_mixture(int j, int quads, float (&r_p)[SLOTS], Mixture& r_mix) const {
-    if (todo.logs) {  // 0 log 0 = 0
+    if (p.todo.logs) {  // 0 log 0 = 0
       float r_h[4] = {0, 0, 0, 0};
       each_quad(quads, [&](int q) {
         ASSAY_UNROLL
@@ -448,7 +405,7 @@ class EnsembleRows {
     const bool alive = read_label(row_index, y);
     const Model* s_models = models() + r * p.K;
     const ModelFields own = combine_models(s_models, s_tops, p.K, [&](int k) { return p.model(k).weight; }, y,
-                                           todo.tops);
+                                           p.todo.tops);
     const bool defined = alive && own.defined;
     float entropy = own.expected_entropy, information = 0.f, confidence = s_models[0].inverse;
     if (MIXTURE && p.K > 1) {
@@ -456,7 +413,7 @@ class EnsembleRows {
       information = entropy - own.expected_entropy;
       confidence = fmaxf(mix.top_other, mix.p_label);
     }
-    const bool divergence = defined && todo.information && information < SMALL_INFORMATION * (1.f + entropy);
+    const bool divergence = defined && p.todo.information && information < SMALL_INFORMATION * (1.f + entropy);
     verdicts()[r] = RowVerdict{confidence * NEARLY, divergence, defined};
     if (crew.slice != 0) return;
     if (!defined) return write_undefined(row_index);
@@ -492,28 +449,44 @@ class EnsembleRows {
   ASSAY_HD void look_again() const {
     const RowVerdict verdict = verdicts()[row];
     Refined r_sum = EMPTY_REFINED;
-    if (live && verdict.defined) {
-      const bool rivals = todo.prediction && highest >= verdict.nearly;
+    if (verdict.defined) {
+      const bool rivals = p.todo.prediction && highest >= verdict.nearly;
       ASSAY_NO_UNROLL
-      for (int j = 0; (rivals || verdict.divergence) && j < plan.chunks; ++j) {
-        ASSAY_NO_UNROLL
-        for (int q = 0; q < quads_of(j); ++q) look_at(j, q, verdict, rivals, r_sum);
+      for (int j = 0; j < plan.chunks; ++j) {
+        if (rivals) add_rivals(j, verdict.nearly, r_sum);
+        if (verdict.divergence) add_divergence(j, r_sum);
       }
     }
     r_sum = reduce(r_sum);
     if (lane == 0) refined()[row * plan.row_groups + row_group] = r_sum;
   }
 
-  ASSAY_HD void look_at(int j, int q, const RowVerdict& verdict, bool rivals, Refined& r_sum) const {
-    float r_p[4] = {0, 0, 0, 0}, r_terms[4] = {0, 0, 0, 0};
+  ASSAY_HD void add_rivals(int j, float nearly, Refined& r_sum) const {
+    float r_p[SLOTS];
+    mix_chunk(j, quads_of(j), r_p);
+    uint32_t near = 0;
+    ASSAY_UNROLL
+    for (int i = 0; i < SLOTS; ++i) near |= r_p[i] >= nearly ? 1u << i : 0u;
     ASSAY_NO_UNROLL
-    for (int k = 0; k < p.K; ++k) {
-      const Quad r_e = quad(k, j, q);
-      const float scale = p.model(k).weight * inverse(k, j);
-      ASSAY_UNROLL
-      for (int i = 0; i < 4; ++i) r_p[i] = fmaf(r_e.v[i], scale, r_p[i]);
+    for (int i = 0; i < SLOTS && near >> i; ++i) {
+      if (!(near >> i & 1)) continue;
+      const int c = column(j, i);
+      const uint64_t best = make_best(exact_probability(c), c);
+      r_sum.best = best > r_sum.best ? best : r_sum.best;
     }
-    if (verdict.divergence) {
+  }
+
+  ASSAY_HD void add_divergence(int j, Refined& r_sum) const {
+    ASSAY_NO_UNROLL
+    for (int q = 0; q < quads_of(j); ++q) {
+      float r_p[4] = {0, 0, 0, 0}, r_terms[4] = {0, 0, 0, 0};
+      ASSAY_NO_UNROLL
+      for (int k = 0; k < p.K; ++k) {
+        const Quad r_e = quad(k, j, q);
+        const float scale = p.model(k).weight * inverse(k, j);
+        ASSAY_UNROLL
+        for (int i = 0; i < 4; ++i) r_p[i] = fmaf(r_e.v[i], scale, r_p[i]);
+      }
       ASSAY_NO_UNROLL
       for (int k = 0; k < p.K; ++k) {
         const Quad r_e = quad(k, j, q);
@@ -524,16 +497,6 @@ class EnsembleRows {
       }
       ASSAY_UNROLL
       for (int i = 0; i < 4; ++i) r_sum.information += static_cast<double>(r_p[i] * fmaxf(r_terms[i], 0.f));
-    }
-    if (!rivals) return;
-    ASSAY_NO_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const int c = column(j, 4 * q + i);
-      const float near = i < 2 ? (i == 0 ? r_p[0] : r_p[1]) : (i == 2 ? r_p[2] : r_p[3]);
-      if (c < p.C && near >= verdict.nearly) {
-        const uint64_t best = make_best(exact_probability(c), c);
-        r_sum.best = best > r_sum.best ? best : r_sum.best;
-      }
     }
   }
 
@@ -570,7 +533,7 @@ class EnsembleRows {
                                [&](int i) { return crew.peer(refined(), i / parts)[r * parts + i % parts]; });
     if (!(NARROW || lane == 0) || crew.slice != 0 || row_index >= p.N || !verdicts()[r].defined) return;
     if (verdicts()[r].divergence) write(MUTUAL_INFORMATION, row_index, static_cast<float>(sum.information));
-    if (todo.prediction) write_prediction(row_index, best_column(sum.best));
+    if (p.todo.prediction) write_prediction(row_index, best_column(sum.best));
   }
 
   static constexpr int NO_LABEL = -1;
@@ -580,7 +543,6 @@ class EnsembleRows {
   const Plan& plan;
   const Crew crew;
   char* const memory;
-  const Wants todo;
   const int lanes, lane, group, row, row_group, item_lanes;
   int64_t n = 0;  // this thread's row
   int label = NO_LABEL;

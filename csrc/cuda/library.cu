@@ -1,6 +1,7 @@
 // What the library says about itself.
 #include <cuda_runtime_api.h>
 
+#include <cstddef>
 #include <cstdio>
 
 #include "assay_cuda.h"
@@ -32,3 +33,6 @@ int32_t assay_cuda_compute_capability(int32_t* capability) {
   *capability = 10 * major + minor;
   return e;
 }
+
+// python/assay/ops/_cuda.py writes this struct field by field.
+static_assert(sizeof(assay::EnsembleArgs) == 112 && offsetof(assay::EnsembleArgs, threads) == 104);

@@ -8,10 +8,13 @@
 
 #ifdef __CUDACC__
 #define ASSAY_HD __host__ __device__ __forceinline__
+#else
+#define ASSAY_HD inline
+#endif
+#ifdef __CUDA_ARCH__
 #define ASSAY_UNROLL _Pragma("unroll")
 #define ASSAY_NO_UNROLL _Pragma("unroll 1")
 #else
-#define ASSAY_HD inline
 #define ASSAY_UNROLL
 #define ASSAY_NO_UNROLL
 #endif

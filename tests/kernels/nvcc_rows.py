@@ -16,6 +16,9 @@ TARGETS = ("sm_80", "sm_90", "sm_100")
 # Copies a few kilobytes once per call, where there are more models than fit the kernel's arguments.
 COLD = {"upload_models"}
 
+# `Path` in csrc/cuda/ensemble_plan.h: c++filt prints an enumerator as a cast of its number.
+PATHS = ("narrow", "kept", "twice", "twice_global")
+
 _ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\w+)'.*?\n"
     r"(?:.*?Function properties for .*?\n)?"
@@ -43,7 +46,7 @@ def rows() -> list[Row]:
 def _compile(source: Path, target: str) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         command = [nvcc() or "nvcc", "-std=c++17", f"-arch={target}", "-cubin", "-Xptxas", "-v", "-O3"]
-        command += ["-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Wno-unknown-pragmas,-Werror"]
+        command += ["-fmad=false", "-Werror", "all-warnings"]  # as CMakeLists.txt
         command += ["-o", f"{folder}/kernel.cubin", str(source)]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
@@ -72,4 +75,6 @@ def _readable(mangled: str) -> str:
         return mangled
     text = subprocess.run([filt, mangled], capture_output=True, text=True, check=True).stdout.strip()
     text = re.sub(r"\(anonymous namespace\)::|assay::cuda::|_GLOBAL__N__\w+::|^void ", "", text)
+    text = re.sub(r"\(Path\)(\d)", lambda path: PATHS[int(path[1])], text)
+    text = text.replace(", true>", ", mixture>").replace(", false>", ", one sweep>")
     return text.partition("(assay")[0].partition("(Launch")[0].partition("(ModelBatch")[0]

@@ -1,0 +1,118 @@
+// A crew of threads on the host that runs the GPU's row computation (csrc/cuda/ensemble_rows.h): one std::thread per
+// CUDA thread, barriers where CUDA has them, shuffles through memory. A barrier that not all of its threads reach hangs
+// here as it does there; a missing one is a race that ThreadSanitizer sees.
+#pragma once
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "cuda/ensemble_rows.h"
+
+namespace emulated {
+
+class Barrier {
+ public:
+  explicit Barrier(int threads) : count_(threads) {}
+  void wait() {
+    if (count_ == 1) return;
+    const unsigned phase = phase_.load(std::memory_order_acquire);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count_) {
+      arrived_.store(0, std::memory_order_relaxed);
+      phase_.store(phase + 1, std::memory_order_release);
+    } else {
+      while (phase_.load(std::memory_order_acquire) == phase) std::this_thread::yield();
+    }
+  }
+
+ private:
+  const int count_;
+  std::atomic<int> arrived_{0};
+  std::atomic<unsigned> phase_{0};
+};
+
+// What the blocks that share a row have in common.
+struct Hardware {
+  Hardware(int warp_, int threads_, int slices_, int64_t bytes)
+      : warp(warp_), threads(threads_), slices(slices_), all(threads_ * slices_), exchange(static_cast<size_t>(threads_ * slices_)) {
+    for (int s = 0; s < slices; ++s) {
+      blocks.push_back(std::make_unique<Barrier>(threads));
+      memory.push_back(static_cast<char*>(std::aligned_alloc(16, static_cast<size_t>(bytes))));  // not a byte more
+      std::memset(memory.back(), 0xff, static_cast<size_t>(bytes));                             // NaN, as good as garbage
+      for (int w = 0; w < threads / warp; ++w) warps.push_back(std::make_unique<Barrier>(warp));
+    }
+  }
+  ~Hardware() {
+    for (char* m : memory) std::free(m);
+  }
+  Hardware(const Hardware&) = delete;
+  Hardware& operator=(const Hardware&) = delete;
+
+  const int warp, threads, slices;
+  Barrier all;
+  std::vector<std::unique_ptr<Barrier>> blocks, warps;
+  std::vector<char*> memory;
+  std::vector<uint64_t> exchange;
+};
+
+template <int WARP_>
+struct Crew {
+  static constexpr int WARP = WARP_;
+  Hardware* hardware;
+  int thread, threads, slice, slices, crew, crews;
+
+  int first_tile() const { return crew; }
+  int tile_step() const { return crews; }
+
+  template <class T>
+  T shuffle_xor(T x, int offset) const {
+    static_assert(sizeof(T) <= 8);
+    Barrier& warp = *hardware->warps[static_cast<size_t>((slice * threads + thread) / WARP)];
+    uint64_t* mine = &hardware->exchange[static_cast<size_t>(slice * threads + thread)];
+    std::memcpy(mine, &x, sizeof x);
+    warp.wait();
+    T other;
+    std::memcpy(&other, &hardware->exchange[static_cast<size_t>(slice * threads + (thread ^ offset))], sizeof other);
+    warp.wait();
+    return other;
+  }
+  void atomic_min(int* p, int value) const {
+    int old = __atomic_load_n(p, __ATOMIC_RELAXED);
+    while (value < old && !__atomic_compare_exchange_n(p, &old, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    }
+  }
+  void sync_warp() const { hardware->warps[static_cast<size_t>((slice * threads + thread) / WARP)]->wait(); }
+  void sync_block() const { hardware->blocks[static_cast<size_t>(slice)]->wait(); }
+  void sync() const { hardware->all.wait(); }
+  template <class T>
+  const T* peer(const T* mine, int of) const {
+    const char* address = reinterpret_cast<const char*>(mine) - hardware->memory[static_cast<size_t>(slice)] +
+                          hardware->memory[static_cast<size_t>(of)];
+    return reinterpret_cast<const T*>(address);
+  }
+};
+
+// Every row of the problem, by `crews` crews in turn, as the kernels of csrc/cuda/ensemble.cu do.
+template <class T, bool NARROW, bool MIXTURE, bool KEEP, int WARP>
+void run(assay::cuda::Problem p, int crews) {
+  p.layout = assay::cuda::make_layout(p.plan, p.K, KEEP);
+  for (int crew = 0; crew < crews; ++crew) {
+    Hardware hardware(WARP, p.plan.threads(), p.plan.slices, p.layout.bytes);
+    const auto body = [&](int slice, int thread) {
+      const Crew<WARP> c{&hardware, thread, p.plan.threads(), slice, p.plan.slices, crew, crews};
+      assay::cuda::EnsembleRows<T, NARROW, MIXTURE, KEEP, Crew<WARP>>(p, c, hardware.memory[static_cast<size_t>(slice)]).run();
+    };
+    if (p.plan.threads() * p.plan.slices == 1) {
+      body(0, 0);
+      continue;
+    }
+    std::vector<std::thread> threads;
+    for (int s = 0; s < p.plan.slices; ++s)
+      for (int t = 0; t < p.plan.threads(); ++t) threads.emplace_back(body, s, t);
+    for (std::thread& t : threads) t.join();
+  }
+}
+
+}  // namespace emulated

@@ -44,7 +44,7 @@ class Recipe(Part):
     models: dict[str, Annotated[SerializeAsAny[ModelSpec], BeforeValidator(MODELS.parse)]]
     methods: Annotated[list[Annotated[SerializeAsAny[MethodSpec], BeforeValidator(METHODS.parse)]], Field(min_length=1)]
     output: AnyPath
-    targets: dict[str, TargetSpec] = {}
+    targets: dict[str, TargetSpec] = Field(default_factory=dict)
     fit: FitSpec = FitSpec()
     batch: BatchSpec = BatchSpec()
     seed: Annotated[int, Field(ge=0)] = 0

@@ -71,7 +71,7 @@ def read_target(name: str, corpus: Corpus, encoder: Encoder) -> list[Encoded]:
                         samples.append(result)
                     else:
                         faults.append(f"{shard.path}, row {row}: {result}")
-        except (ShardError, OSError) as error:  # noqa: PERF203: the message names the shard
+        except (ShardError, OSError) as error:  # noqa: PERF203
             raise EngineError(f"targets.{name}: {shard.path}: {error}") from error
     first = f"; {len(faults)} rows are none, the first: {faults[0]}" if faults else ""
     if not samples:

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from assay.methods.base import Column, Need
-from assay.ops import Sketch
+from assay.ops import Mask, Sketch
 from assay.probe import Feature, Probe, Signals, Sketched, tapped_parameters
 from assay.tasks import Task
 
@@ -58,7 +58,7 @@ class Influence:
         task: what a sample is, and its output function: a loss, or ``tasks.Margin`` of one.
         targets: batches by name. One column each, and ``name`` for all of them.
         kernel: see ``Kernel``.
-        sketch: the projection of each parameter's gradient.
+        sketch: the projection of each parameter's gradient; checkpoint k's has seed + k.
         together: sum the parameters' projections instead of laying them end to end (see ``probe.Sketched``).
         layers: globs of the layers to take gradients of; None: every supported layer.
         weights: α, (K,), scaled to sum to 1; None: equal.
@@ -113,7 +113,11 @@ class Influence:
 
     def feature(self, k: int, *, target: bool) -> Feature:
         """What is folded from checkpoint k's backward pass, for the pool's samples or for the targets'."""
-        return Sketched(self.shapes, self.sketch, self.together)
+        return Sketched(self.shapes, self.sketch_of(k), self.together)
+
+    def sketch_of(self, k: int) -> Sketch:
+        """Checkpoint k's projection, independent of the others': their mean averages the projections' errors too."""
+        return _reseeded(self.sketch, k)
 
     def needs(self) -> Mapping[str, Need]:
         return {
@@ -257,6 +261,13 @@ def doubt(signals: Signals) -> Tensor:
         return wrong
     predicted = labels.view(losses.shape) >= 0
     return (wrong * predicted).sum(1) / predicted.sum(1)
+
+
+def _reseeded(sketch: Sketch, k: int) -> Sketch:
+    seed = (sketch.seed + k) % 2**64
+    if isinstance(sketch, Mask) and sketch.then is not None:
+        return replace(sketch, seed=seed, then=replace(sketch.then, seed=(sketch.then.seed + k) % 2**64))
+    return replace(sketch, seed=seed)
 
 
 def _shapes(model: nn.Module, parameters: Sequence[str]) -> dict[str, tuple[int, ...]]:

@@ -78,7 +78,7 @@ class LESS(Influence):
     def feature(self, k: int, *, target: bool) -> Feature:
         if target or self.optimizers is None:
             return super().feature(k, target=target)
-        return AdamSketched(self.shapes, self.sketch, True, state=self.optimizers[k], eps=self.eps)
+        return AdamSketched(self.shapes, self.sketch_of(k), True, state=self.optimizers[k], eps=self.eps)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,14 +43,13 @@ def residual(
     inside = tl.minimum(first + local, row_end - 1)
     y = tl.load(labels + inside)
     known = y != ignore_index
-    c_tile = c_begin + tile * BLOCK_N
-    at = out + (first - row_begin) * out_row + (c_tile - c_begin)  # of the tile: what is within it fits int32
+    at = out + (first - row_begin) * out_row + tile * BLOCK_N  # of the tile: what is within it fits int32
     at = at + local[:, None] * out_row + tl.arange(0, BLOCK_N)[None, :]
     mask = (first + local < row_end)[:, None]
     if tl.max(known.to(tl.int32), 0) == 0:
         tl.store(at, tl.zeros((BLOCK_M, BLOCK_N), out.dtype.element_ty), mask=mask)
         return
-    c = c_tile + tl.arange(0, BLOCK_N)
+    c = c_begin + tile * BLOCK_N + tl.arange(0, BLOCK_N)
     column = tl.minimum(c, c_end - 1).to(tl.int64)
     x_row = hidden + inside * hidden_row
     z, _ = product(x_row, weight + column * weight_row, None, size, BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, WIDEN)
@@ -97,9 +96,10 @@ def accumulate(
     d = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     r_row = residual + (inside - row_begin) * residual_row
     added = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for c0 in range(c_begin, c_end, BLOCK_K):
-        c = c0 + tl.arange(0, BLOCK_K)
-        r = tl.load(r_row[:, None] + (c - c_begin)[None, :])
+    for k0 in range(0, c_end - c_begin, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        c = c_begin + k
+        r = tl.load(r_row[:, None] + k[None, :])
         w_row = weight + c.to(tl.int64) * weight_row
         w = tl.load(w_row[:, None] + d[None, :], mask=(c < c_end)[:, None] & (d < size)[None, :], other=0.0)
         if WIDEN:

@@ -85,19 +85,23 @@ def shift(bias, c, classes):
     """
     inside = c < classes
     if bias is None:
-        return tl.where(inside, 0.0, float("-inf"))
-    return tl.load(bias + c, mask=inside, other=float("-inf")).to(tl.float32)
+        added = tl.where(inside, 0.0, float("-inf"))
+    else:
+        added = tl.load(bias + c, mask=inside, other=float("-inf")).to(tl.float32)
+    return added
 
 
 @triton.jit
 def times_signs(sketch, e, sign, WIDEN: tl.constexpr):
     """sketch + e·sign, (M, R). Two bfloat16 words hold 17 bits of e; its signs they hold exactly."""
     if WIDEN:
-        return tl.dot(e, sign, sketch, input_precision="ieee")
-    high = e.to(tl.bfloat16)
-    low = (e - high.to(tl.float32)).to(tl.bfloat16)
-    sketch = tl.dot(high, sign.to(tl.bfloat16), sketch)
-    return tl.dot(low, sign.to(tl.bfloat16), sketch)
+        sketch = tl.dot(e, sign, sketch, input_precision="ieee")
+    else:
+        high = e.to(tl.bfloat16)
+        low = (e - high.to(tl.float32)).to(tl.bfloat16)
+        sketch = tl.dot(high, sign.to(tl.bfloat16), sketch)
+        sketch = tl.dot(low, sign.to(tl.bfloat16), sketch)
+    return sketch
 
 
 # Not specialised: what changes from batch to batch and helps no load.

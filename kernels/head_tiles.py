@@ -36,17 +36,17 @@ class Tiles:
 # the 99 KB of shared memory that Ada has.
 HALF_TILES = {
     8: Tiles(Tile(128, 128, 32, 8, 4), Tile(128, 64, 32, 8, 4), Tile(64, 32, 32, 8, 4), Tile(128, 128, 32, 8, 4)),
-    9: Tiles(Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(64, 32, 64, 4, 3), Tile(128, 128, 64, 8, 3)),
-    10: Tiles(Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(64, 32, 64, 4, 3), Tile(128, 128, 64, 8, 3)),
+    9: Tiles(Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 8, 3), Tile(128, 128, 64, 8, 3)),
+    10: Tiles(Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 8, 3), Tile(128, 128, 64, 8, 3)),
 }
 # float32 runs on the ordinary units, a register per operand.
-FLOAT_TILES = Tiles(Tile(128, 64, 16, 8, 3), Tile(64, 64, 16, 8, 3), Tile(16, 32, 16, 4, 3), Tile(64, 64, 16, 4, 3))
+FLOAT_TILES = Tiles(Tile(128, 64, 16, 8, 3), Tile(64, 64, 16, 8, 3), Tile(32, 32, 16, 8, 3), Tile(64, 64, 16, 4, 3))
 # Rows that start at any address are loaded element by element, which takes more registers.
 RAGGED_HALF_TILES = Tiles(
     Tile(64, 64, 32, 8, 3), Tile(64, 32, 32, 8, 3), Tile(32, 32, 32, 8, 3), Tile(64, 64, 32, 4, 3)
 )
 RAGGED_FLOAT_TILES = Tiles(
-    Tile(32, 64, 16, 4, 3), Tile(64, 64, 16, 8, 3), Tile(16, 32, 16, 4, 3), Tile(32, 64, 16, 4, 3)
+    Tile(32, 64, 16, 4, 3), Tile(64, 64, 16, 8, 3), Tile(32, 32, 16, 8, 3), Tile(32, 64, 16, 4, 3)
 )
 # Under the interpreter: small, so that small tests cross every edge.
 INTERPRETED = Tiles(*[Tile(16, 32, 16, 4, 1)] * 4)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -43,6 +43,7 @@ def compiled(name: str, launch: Launch, cc: int) -> Case:
         elements = [element(value) for value in values]
         if elements:
             signature[parameter.name] = tuple(kind for kind, _ in elements)
+            constexprs |= {(index, i): v for i, v in enumerate(values) if elements[i][0] == "constexpr"}
             attrs |= {(index, i): [["tt.divisibility", 16]] for i, (_, even) in enumerate(elements) if even}
     return replace(case, signature=signature, constexprs=constexprs, attrs=attrs)
 
@@ -53,9 +54,9 @@ def element(value: object) -> tuple[str, bool]:
         return {BF16: "*bf16", FP16: "*fp16", F32: "*fp32"}[value.dtype], True
     if isinstance(value, float):
         return "fp32", False
-    if type(value) is not int or value == 1:
-        raise TypeError(f"expected a tensor, a float or an int other than 1, which would be a constant, got {value!r}")
-    return "i32", value % 16 == 0
+    if type(value) is not int:
+        raise TypeError(f"expected a tensor, a float or an int, got {value!r}")
+    return ("constexpr", False) if value == 1 else ("i32", value % 16 == 0)
 
 
 def runs(dtype: torch.dtype, size: int) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -86,20 +87,42 @@ def runs(dtype: torch.dtype, size: int) -> Iterator[tuple[str, Callable[[], obje
         yield f"sketch{rows}", scores(False, rows)
         yield f"direction+sketch{rows}", scores(True, rows)
     yield "losses", lambda: head.losses(hidden[0], weight[0], bias[0], labels, -100, True)
+    nothing: list[torch.Tensor | None] = [None, None]
+    yield "bare mixture", lambda: head.statistics(hidden, weight, nothing, None, [0.5, 0.5], -100, ALL)
+    yield "bare losses", lambda: head.losses(hidden[0], weight[0], None, labels, -100, True)
+    if size == 1023:  # sizes of 1 are constants to the compiler
+        single = [[x[:1, :1] for x in xs] for xs in (hidden, weight, directions)]
+        yield (
+            "single",
+            lambda: head.scores(
+                single[0], single[1], nothing, labels[:1], [0.5, 0.5], -100, ALL, single[2], [(1, 2)] * 2, 5
+            ),
+        )
+
+
+# Which runs, for which type and width: whole steps; a last step that is not; rows that start at any address.
+HEAVY = ("statistics", "mixture", "direction+sketch32", "direction+sketch128", "losses")
+CHOSEN: dict[tuple[torch.dtype, int], Sequence[str] | None] = {  # None: all of them
+    (BF16, 1024): None,
+    (BF16, 1040): ("statistics", "direction+sketch128"),
+    (BF16, 1023): (*HEAVY, "single"),
+    (FP16, 1024): ("statistics", "direction+sketch16"),  # bfloat16's code but for the instruction's name
+    (F32, 1024): HEAVY,
+    (F32, 1023): HEAVY,
+}
 
 
 def cases() -> list[Case]:
     found = {}
     for cc in CAPABILITIES:
-        for dtype in (BF16, FP16, F32):
-            for size in (1024, 1040, 1023):  # whole steps; a last step that is not; rows that start at any address
-                if size != 1024 and (dtype == FP16 or (dtype == F32 and cc != 80)):
-                    continue  # the same code as for bfloat16, or as for sm_80
-                for what, run in runs(dtype, size):
-                    for launch in record(cc // 10, run):
-                        kernel = launch.kernel.fn.__name__
-                        name = f"head.{kernel} {str(dtype).removeprefix('torch.')} D={size} {what}"
-                        case = compiled(name, launch, cc)
-                        same = (kernel, cc, *(repr(x) for x in (case.signature, case.constexprs, case.attrs)))
-                        found.setdefault(same, case)
+        for (dtype, size), chosen in CHOSEN.items():
+            for what, run in runs(dtype, size):
+                if chosen is not None and what not in chosen:
+                    continue
+                for launch in record(cc // 10, run):
+                    kernel = launch.kernel.fn.__name__
+                    name = f"head.{kernel} {str(dtype).removeprefix('torch.')} D={size} {what}"
+                    case = compiled(name, launch, cc)
+                    same = (kernel, cc, *(repr(x) for x in (case.signature, case.constexprs, case.attrs)))
+                    found.setdefault(same, case)
     return list(found.values())

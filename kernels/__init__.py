@@ -1,1 +1,1 @@
-"""Triton kernels, one file per op, installed as ``assay.kernels``. None has landed yet: every op runs on the CPU."""
+"""Triton kernels, one file per op (the output layer takes several), installed as ``assay.kernels``."""

@@ -208,12 +208,19 @@ def test_padded_columns_do_not_count() -> None:
 
 
 def test_many_slices() -> None:
-    """The vocabulary in two slices at least, the largest logit and the labels in either."""
-    given = layer(2, 2, 2 * 6 * head_tiles.COLUMNS_PER_WORD + 50, d=4)
-    assert head_tiles.slices(len(given.weight[0]), head_tiles.INTERPRETED.more, 6)[0] >= 2
+    """The vocabulary in two slices at least, the labels in either, and a tie for the largest logit across both."""
+    c = 2 * 6 * head_tiles.COLUMNS_PER_WORD + 50
+    given = layer(2, 2, c, d=4)
+    assert head_tiles.slices(c, head_tiles.INTERPRETED.more, 6)[0] >= 2
     assert given.labels is not None
-    given.labels.copy_(torch.tensor([len(given.weight[0]) - 1, 0]))
+    given.labels.copy_(torch.tensor([c - 1, 0]))
+    for w, b in zip(given.weight, given.bias, strict=True):
+        assert b is not None
+        w[[7, c - 3]], b[[7, c - 3]] = w[7].clone(), 12.0
     assert_contract(given)
+    assert given.statistics(["prediction"])[1].tolist() == [7, 7]
+    alone = Layer(given.hidden[:1], given.weight[:1], given.bias[:1], given.labels)
+    assert alone.statistics(["prediction"])[1].tolist() == [7, 7]
 
 
 @pytest.mark.parametrize("offset", [1e4, -1e4])

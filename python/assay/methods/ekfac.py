@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from assay.methods.base import Column, Need
 from assay.methods.influence import Targets
-from assay.probe import Dot, Outer, PerSampleGradient, Probe, Reduction, Signals, tapped_parameters
+from assay.probe import Convolution, Dot, Outer, PerSampleGradient, Probe, Reduction, Signals, tapped_parameters
 from assay.tasks import Sampled, Task
 
 # Per-sample gradients are rotated at most this many numbers at a time.
@@ -22,8 +22,9 @@ class EKFAC:
     """⟨∇ℓ_target, H⁻¹ ∇ℓ_i⟩, what training on sample i takes off the target's loss: keep high; and self-influence.
 
     H is approximated layer by layer as Q_G Q_A diag(Λ) (Q_G Q_A)ᵀ + λI: Q_A and Q_G are the eigenvectors of the second
-    moments of a layer's inputs and output gradients, Λ = E[(Q_Gᵀ g Q_A)²] (equation 20 of the paper). A parameter that
-    is no matrix, or whose gradient is no sum of outer products, has the diagonal E[g²].
+    moments of a layer's inputs and output gradients, Λ = E[(Q_Gᵀ g Q_A)²] (equation 20 of the paper). A convolution is a
+    matrix over its unfolded windows. Biases, grouped convolutions and whatever else is no sum of outer products have the
+    diagonal E[g²].
 
     ``fit`` must run first, over samples of the pool, twice. The target's gradient is preconditioned once, so that the
     pool costs one ``grad_dot`` per layer.
@@ -153,11 +154,12 @@ class _Basis:
         """Per-sample gradients in the eigenbasis, some samples at a time."""
         samples = max(1, _ELEMENTS // gradient.shape.numel())
         for part in gradient.split(samples):
-            term = part.terms[0]
-            if self.left is not None and self.right is not None and isinstance(term, Outer) and len(part.terms) == 1:
-                yield (term.left.to(self.left) @ self.left).mT @ (term.right.to(self.right) @ self.right)
+            if self.left is None or self.right is None:
+                yield part.dense()
+            elif (factors := _factors(part)) is not None:
+                yield (factors.left.to(self.left) @ self.left).mT @ (factors.right.to(self.right) @ self.right)
             else:
-                yield self.rotate(part.dense())
+                yield self.rotate(part.dense().reshape(-1, len(self.left), len(self.right)))
 
     def finish(self, count: int, damping: float) -> None:
         if self.values is None:  # never used
@@ -170,10 +172,10 @@ class _Basis:
         """H⁻¹ gradient."""
         if self.values is None:
             return torch.zeros_like(gradient)
-        rotated = self.rotate(gradient.to(self.values)) / self.values
-        if self.left is None or self.right is None:
-            return rotated.to(gradient)
-        return (self.left @ rotated @ self.right.T).to(gradient)
+        rotated = self.rotate(gradient.to(self.values).reshape(self.values.shape)) / self.values
+        if self.left is not None and self.right is not None:
+            rotated = self.left @ rotated @ self.right.T
+        return rotated.reshape(gradient.shape).to(gradient)
 
 
 @dataclass
@@ -186,9 +188,8 @@ class _Moments:
     other: set[str] = field(default_factory=set)
 
     def __call__(self, parameter: str, gradient: PerSampleGradient) -> Tensor:
-        term = gradient.terms[0]
-        if isinstance(term, Outer) and len(gradient.terms) == 1 and len(gradient.shape) == 2:
-            left, right = term.left.flatten(0, 1).float(), term.right.flatten(0, 1).float()
+        if (factors := _factors(gradient)) is not None:
+            left, right = factors.left.flatten(0, 1).float(), factors.right.flatten(0, 1).float()
             has_gradient = left.abs().amax(1) > 0 if left.numel() else torch.zeros(len(left), dtype=torch.bool)
             for sums, rows in ((self.left, left[has_gradient]), (self.right, right[has_gradient])):
                 moment = (rows.T @ rows).double()
@@ -257,6 +258,16 @@ class _SelfInfluence:
             return torch.zeros(gradient.samples)
         values = basis.values
         return torch.cat([(rotated.square() / values).flatten(1).sum(1) for rotated in basis.rotated(gradient)])
+
+
+def _factors(gradient: PerSampleGradient) -> Outer | None:
+    """The outer products of which a matrix' or an ungrouped convolution's gradient is the sum; None: it is none."""
+    term = gradient.terms[0]
+    if len(gradient.terms) > 1:
+        return None
+    if isinstance(term, Convolution):  # a convolution's weight is a matrix over unfolded windows (1602.01407)
+        return term.outer() if term.groups == 1 else None
+    return term if isinstance(term, Outer) and len(gradient.shape) == 2 else None
 
 
 def _eigenvectors(moment: Tensor) -> Tensor:

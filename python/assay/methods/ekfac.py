@@ -22,9 +22,9 @@ class EKFAC:
     """⟨∇ℓ_target, H⁻¹ ∇ℓ_i⟩, what training on sample i takes off the target's loss: keep high; and self-influence.
 
     H is approximated layer by layer as Q_G Q_A diag(Λ) (Q_G Q_A)ᵀ + λI: Q_A and Q_G are the eigenvectors of the second
-    moments of a layer's inputs and output gradients, Λ = E[(Q_Gᵀ g Q_A)²] (equation 20 of the paper). A convolution is a
-    matrix over its unfolded windows. Biases, grouped convolutions and whatever else is no sum of outer products have the
-    diagonal E[g²].
+    moments of a layer's inputs and output gradients, Λ = E[(Q_Gᵀ g Q_A)²] (equation 20 of the paper). A convolution is
+    a matrix over its unfolded windows. Biases, grouped convolutions and whatever else is no sum of outer products have
+    the diagonal E[g²].
 
     ``fit`` must run first, over samples of the pool, twice. The target's gradient is preconditioned once, so that the
     pool costs one ``grad_dot`` per layer.

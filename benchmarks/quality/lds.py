@@ -244,7 +244,9 @@ def ours(name: str, data: Data, whole: nn.Module, halves: list[nn.Module]) -> di
 def dsdm(data: Data, halves: list[nn.Module]) -> Array:
     """One column per class of targets."""
     of_class = {f"c{c}": [(data.target_x[data.target_y == c], data.target_y[data.target_y == c])] for c in range(10)}
-    return scores(DsDm(halves, Classification(), of_class, sketch=assay.Kronecker(SIDE, SIDE), name="d"), data, list(of_class))
+    return scores(
+        DsDm(halves, Classification(), of_class, sketch=assay.Kronecker(SIDE, SIDE), name="d"), data, list(of_class)
+    )
 
 
 # ---- Peers
@@ -354,7 +356,9 @@ def halves_of(size: int, count: int, seed: int) -> Tensor:
 def truth_of(name: str, data: Data, subsets: Tensor, seeds: int) -> Array:
     """Margins of models retrained on each subset, the mean over seeds. A converged convex model has no seed."""
     seeds = 1 if name == "logistic regression" else seeds
-    runs = [margins(name, fit(name, data.x, data.y, subsets, 100 + s), data.target_x, data.target_y) for s in range(seeds)]
+    runs = [
+        margins(name, fit(name, data.x, data.y, subsets, 100 + s), data.target_x, data.target_y) for s in range(seeds)
+    ]
     return np.mean(runs, 0)
 
 

@@ -1,4 +1,4 @@
-"""Does self-influence find wrong labels? 10 % of digits' flipped: ``python -m benchmarks.quality.self_influence``.
+"""Does self-influence find wrong labels? Digits, 10 % flipped: ``python -m benchmarks.quality.self_influence``.
 
 A network is trained on the flipped labels; EK-FAC's self-influence ∇ℓ_iᵀ H⁻¹ ∇ℓ_i, with labels drawn from the model
 (true Fisher) and with the data's own (empirical), ranks the samples beside loss, gradient norm, the loss of a reference

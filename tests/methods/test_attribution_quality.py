@@ -26,7 +26,7 @@ from benchmarks.quality import lds, self_influence  # noqa: E402
 
 @pytest.fixture(scope="module")
 def logistic() -> dict[str, dict[str, float]]:
-    table: dict[str, dict[str, float]] = lds.one("logistic regression", subsets=64, with_peers=False)["lds"]
+    table: dict[str, dict[str, float]] = lds.one("logistic regression", subsets=32, with_peers=False)["lds"]
     return table
 
 

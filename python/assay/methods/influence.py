@@ -295,4 +295,5 @@ def _solve(moment: Tensor, queries: Tensor, damping: float) -> Tensor:
 
 def _inverse_root(moment: Tensor, damping: float) -> Tensor:
     values, vectors = torch.linalg.eigh(_damped(moment, damping))
-    return (vectors * values.clamp(min=1e-12).rsqrt()) @ vectors.T
+    root: Tensor = (vectors * values.clamp(min=1e-12).rsqrt()) @ vectors.T
+    return root

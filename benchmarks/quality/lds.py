@@ -2,8 +2,8 @@
 
 The linear datamodeling score: models are retrained on random halves S_j of the pool; for each held-out target, the
 Spearman correlation over j of Σ_{i∈S_j} score_i(target) with the retrained margin, averaged over targets. The interval
-is a bootstrap over subsets × targets. Every setting is a default of the library or the peer, or fixed here before
-anything was measured; nothing is chosen by these targets.
+is a bootstrap over subsets × targets. Settings are defaults of the library or the peer; k = 64 and TRAK's damping go
+back to an earlier study on the same split of digits, so these targets are not untouched by that choice.
 
 The peers (traker, dattri) are measured where they are installed, on the same checkpoints at the same k; the table
 names those that are not.

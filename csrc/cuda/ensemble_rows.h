@@ -400,7 +400,11 @@ class EnsembleRows {
       mix = gather(parts * plan.slices, EMPTY_MIXTURE,
                    [&](int i) { return crew.peer(mixtures(), i / parts)[r * parts + i % parts]; });
     const int* s_tops = NARROW ? tops() + r * p.K : gather_tops();
-    if (!(NARROW || lane == 0) || row_index >= p.N) return;
+    if (!(NARROW || lane == 0)) return;
+    if (row_index >= p.N) {  // the last rows of a narrow tile
+      verdicts()[r] = RowVerdict{0, false, false};
+      return;
+    }
     int y = NO_LABEL;
     const bool alive = read_label(row_index, y);
     const Model* s_models = models() + r * p.K;

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp) CMakeLists.txt
+NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*) CMakeLists.txt
 
 .PHONY: help setup demo demo-text test pytest lint native-sanitize compile-table bench gpu gpu-test gpu-bench docs clean
 help:

@@ -21,12 +21,12 @@ MODEL, PROXY = Shape(layers=3, width=128), Shape(layers=2, width=96)  # 0.64 and
 class Sizes:
     """Of one experiment; pieces are of ``corpus.LENGTH`` bytes."""
 
-    pool: int = 12_000
+    pool: int = 8000
     target: int = 384
     validation: int = 128
     test: int = 256
     fraction: float = 0.2  # of the pool that is selected
-    steps: int = 500
+    steps: int = 400
     every: int = 10  # steps between two looks at the test set
     model: Shape = MODEL
     proxy: Shape = PROXY
@@ -38,7 +38,17 @@ class Sizes:
 
 
 # What the test suite runs: the same code, a tenth of the work.
-QUICK = Sizes(pool=3000, target=128, validation=64, test=128, steps=150, every=5, model=PROXY, warm_up=100)
+QUICK = Sizes(
+    pool=1600,
+    target=128,
+    validation=64,
+    test=128,
+    steps=120,
+    every=5,
+    model=PROXY,
+    proxy=Shape(layers=2, width=64),
+    warm_up=100,
+)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ class Schedule:
 
     steps: int
     batch: int = 16
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
 
 
 def language_model(shape: Shape, seed: int) -> nn.Module:

@@ -28,6 +28,7 @@ from benchmarks.quality.multiplier.corpus import Corpus
 
 Scores = NDArray[np.float64]
 BATCH = 64
+SAMPLES_PER_NUMBER = 8  # for the second moment: pieces of the pool for each number of a feature
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,6 @@ def _texts(pieces: torch.Tensor) -> list[str]:
 def _run(method: Method, data: Corpus, column: str) -> Scores:
     stream = [{"input_ids": x} for x in data.pool.split(BATCH)]
     if isinstance(method, Influence):
-        # The pool is in random order; a fifth of it is several times as many samples as a feature has numbers.
-        method.fit(stream[::5])
+        # The pool is in random order. Fewer samples would overfit the second moment.
+        method.fit(stream[: -(-SAMPLES_PER_NUMBER * method.sketch.dim // BATCH)])
     return assay.score(stream, [method])[column].to_numpy().astype(np.float64)

@@ -1,0 +1,1 @@
+"""How many training steps does a selection save? ``python -m benchmarks.quality.multiplier``."""

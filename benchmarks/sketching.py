@@ -125,6 +125,16 @@ def dattri_sketch(model: nn.Module, ids: Tensor) -> Run:
     return run
 
 
+PEERS = {"bergson": bergson_sketch, "dattri": dattri_sketch}
+
+
+def _if_present(make: Callable[[nn.Module, Tensor], Run], model: nn.Module, ids: Tensor) -> Run | str:
+    try:
+        return make(model, ids)
+    except ImportError as error:
+        return f"absent: {error}"
+
+
 def main() -> None:
     model, ids = language_model(), torch.randint(50257, (BATCH, LENGTH))
     linear = {f"{name}.weight" for name in linear_layers(model)}
@@ -136,12 +146,9 @@ def main() -> None:
         "assay, all parameters": assay_sketch(model, ids),
         "assay, the Linear layers": assay_sketch(model, ids, same),
     }
-    absent = {}
-    for name, make in {"bergson": bergson_sketch, "dattri": dattri_sketch}.items():
-        try:
-            variants[name] = make(model, ids)
-        except ImportError as error:
-            absent[name] = str(error)
+    made = {name: _if_present(make, model, ids) for name, make in PEERS.items()}
+    variants |= {name: run for name, run in made.items() if not isinstance(run, str)}
+    absent = {name: reason for name, reason in made.items() if isinstance(reason, str)}
     timings = timing.interleave(variants, rounds=9)
     bare = next(iter(timings.values())).median
     table = Table(title=f"{SIDE} × {SIDE} per layer; GPT-2 shape, 6 layers × 384, batch {BATCH} × {LENGTH}, float32")
@@ -151,7 +158,7 @@ def main() -> None:
         table.add_row(name, f"{t.median:.0f}", f"{t.median / bare:.2f}")
     Console().print(table)
     for name, reason in absent.items():
-        print(f"{name}: absent: {reason}")
+        print(f"{name}: {reason}")
     case = {"model": "GPT-2 6×384, vocabulary 50257", "batch": [BATCH, LENGTH], "timings": timings, "absent": absent}
     print("written to", timing.write("sketching", [case]).relative_to(timing.RESULTS.parent.parent))
 

@@ -281,11 +281,17 @@ class FeatureStore:
         self.rows = sum(file.rows for file in files)
         self.dim = self.spec.dim
         self.dtype = self.spec.torch_dtype
+        self._mapped: dict[str, tuple[FeatureBatch, ...]] = {}
 
     def batches(self) -> Iterator[FeatureBatch]:
-        """All rows, as they are stored."""
+        """All rows, as they are stored. Local files stay mapped, so that only the first read pays for it."""
         for file in self.files:
-            yield from file.batches()
+            if not file.store.is_local:
+                yield from file.batches()
+                continue
+            if file.path not in self._mapped:
+                self._mapped[file.path] = tuple(file.batches())
+            yield from self._mapped[file.path]
 
     def __iter__(self) -> Iterator[tuple[Tensor, npt.NDArray[np.int64], pa.StringArray]]:
         """(B, d) floats, rows in the source and ids, batch after batch."""

@@ -14,19 +14,19 @@ from benchmarks.quality.multiplier import corpus, model, selections
 from benchmarks.quality.multiplier.model import Shape
 from benchmarks.quality.multiplier.selections import Scored
 
-MODEL, PROXY = Shape(layers=3, width=128), Shape(layers=2, width=96)  # 0.64 and 0.26 million parameters
+MODEL, PROXY = Shape(layers=4, width=160), Shape(layers=2, width=96)  # 1.3 and 0.26 million parameters
 
 
 @dataclass(frozen=True)
 class Sizes:
     """Of one experiment; pieces are of ``corpus.LENGTH`` bytes."""
 
-    pool: int = 8000
+    pool: int = 6000
     target: int = 384
     validation: int = 128
     test: int = 256
     fraction: float = 0.2  # of the pool that is selected
-    steps: int = 400
+    steps: int = 300
     every: int = 10  # steps between two looks at the test set
     model: Shape = MODEL
     proxy: Shape = PROXY

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import os
 import tempfile
 import time
@@ -263,7 +264,7 @@ def traker(data: Data, halves: list[nn.Module]) -> Array:
 
         def peer() -> Any:
             return TRAKer(
-                model=halves[0],
+                model=copy.deepcopy(halves[0]),  # it loads every checkpoint into it
                 task="image_classification",
                 train_set_size=POOL,
                 save_dir=folder,
@@ -289,7 +290,7 @@ def dattri(data: Data, halves: list[nn.Module]) -> Array:
     from dattri.task import AttributionTask
     from torch.utils.data import DataLoader, TensorDataset
 
-    model = halves[0]
+    model = copy.deepcopy(halves[0])  # every checkpoint is loaded into it
 
     def log_p(weights: Any, pair: tuple[Tensor, Tensor]) -> Tensor:
         x, y = pair
@@ -299,7 +300,7 @@ def dattri(data: Data, halves: list[nn.Module]) -> Array:
         own = log_p(weights, pair)
         return own - torch.log(-torch.expm1(own))
 
-    task = AttributionTask(loss_func=margin, model=model, checkpoints=[m.state_dict() for m in halves])
+    task = AttributionTask(loss_func=margin, model=model, checkpoints=[copy.deepcopy(m.state_dict()) for m in halves])
     peer = TRAKAttributor(
         task=task,
         correct_probability_func=lambda weights, pair: log_p(weights, pair).exp(),

@@ -31,13 +31,13 @@ class AdamState:
 
     @classmethod
     def of(cls, optimizer: torch.optim.Optimizer, model: nn.Module) -> AdamState:
-        """From a live optimiser over ``model``'s parameters."""
+        """A copy of what a live optimiser over ``model``'s parameters has."""
         names = {id(p): name for name, p in model.named_parameters()}
         states = {names[id(p)]: s for p, s in optimizer.state.items() if id(p) in names and _FIRST in s}
         group = optimizer.param_groups[0]
         return cls(
-            {n: s[_FIRST].detach() for n, s in states.items()},
-            {n: s[_SECOND].detach() for n, s in states.items()},
+            {n: s[_FIRST].detach().clone() for n, s in states.items()},
+            {n: s[_SECOND].detach().clone() for n, s in states.items()},
             tuple(group["betas"]),
             group["eps"],
         )

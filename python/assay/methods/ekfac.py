@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,10 +13,13 @@ from torch import Tensor, nn
 from assay.methods.base import Column, Need
 from assay.methods.influence import Targets
 from assay.probe import Convolution, Dot, Outer, PerSampleGradient, Probe, Reduction, Signals, tapped_parameters
+from assay.probe.head import Head
 from assay.tasks import Sampled, Task
 
 # Per-sample gradients are rotated at most this many numbers at a time.
 _ELEMENTS = 1 << 24
+# A longer side than this is not factored: its eigenvectors take a gigabyte and minutes.
+_SIDE = 1 << 14
 
 
 class EKFAC:
@@ -23,8 +27,9 @@ class EKFAC:
 
     H is approximated layer by layer as Q_G Q_A diag(Λ) (Q_G Q_A)ᵀ + λI: Q_A and Q_G are the eigenvectors of the second
     moments of a layer's inputs and output gradients, Λ = E[(Q_Gᵀ g Q_A)²] (equation 20 of the paper). A convolution is
-    a matrix over its unfolded windows. Biases, grouped convolutions and whatever else is no sum of outer products have
-    the diagonal E[g²].
+    a matrix over its unfolded windows. Biases, grouped convolutions, whatever else is no sum of outer products, and
+    matrices with a side beyond 16,384 (vocabularies) have the diagonal E[g²]. Samples whose gradient is not finite are
+    left out of every mean.
 
     ``fit`` must run first, over samples of the pool, twice. The target's gradient is preconditioned once, so that the
     pool costs one ``grad_dot`` per layer.
@@ -88,34 +93,41 @@ class EKFAC:
         """Take the curvature from samples of the pool (gone through twice), then the targets' gradients.
 
         Raises:
-            ValueError: an empty pool, or a target without samples.
+            ValueError: an empty pool, a target without samples, or none of them with a finite gradient.
         """
         batches = list(batches)
-        task = Sampled(self.task) if self.true_fisher else self.task
         moments = _Moments(self.parameters)
-        count = self._run(task, moments, batches)
-        if not count:
-            raise ValueError(f"{self.name}: fit() needs samples of the pool, got none")
+        if not self._run(moments, batches, drawn=self.true_fisher):
+            raise ValueError(f"{self.name}: fit() needs samples of the pool, got none with a loss")
         self._bases = moments.bases()
-        self._run(task, _Eigenvalues(self._bases), batches)
-        for basis in self._bases.values():
-            basis.finish(count, self.damping)
+        eigenvalues = _Eigenvalues(self._bases)
+        count = self._run(eigenvalues, batches, drawn=self.true_fisher)
+        for name, basis in self._bases.items():
+            basis.finish(count - eigenvalues.left_out[name], self.damping)
         for target, of_target in self.targets.items():
             sums = _Sum(self.parameters)
-            count = self._run(self.task, sums, of_target)
-            if not count:
-                raise ValueError(f"{self.name}: target {target!r} has no samples")
+            count = self._run(sums, of_target)
+            if not count or any(left_out >= count for left_out in sums.left_out.values()):
+                why = "has no samples with a finite gradient" if count else "has no samples"
+                raise ValueError(f"{self.name}: target {target!r} {why}")
             self._directions[target] = {
-                name: self._bases[name].precondition(total / count) for name, total in sums.totals.items()
+                name: self._bases[name].precondition(total / (count - sums.left_out[name]))
+                for name, total in sums.totals.items()
             }
         return self
 
-    def _run(self, task: Task, reduction: Reduction, batches: Iterable[Any]) -> int:
-        probe = Probe(self.model, task, reductions={"x": reduction}, logits=False, verify=False)
-        return sum(len(probe(batch).losses) for batch in batches)
+    def _run(self, reduction: Reduction, batches: Iterable[Any], drawn: bool = False) -> int:
+        """Fold every batch's gradients -> the number of samples with something to predict."""
+        count = 0
+        for i, batch in enumerate(batches):
+            task = Sampled(self.task, seed=i) if drawn else self.task  # the same draws whenever this batch comes
+            probe = Probe(self.model, task, reductions={"x": reduction}, logits=False, verify=False)
+            count += len(probe(batch).losses)
+        return count
 
     def score(self, signals: Mapping[str, Signals]) -> dict[str, Tensor]:
         reduced = signals["model"].reduced
+        nothing = signals["model"].losses.isnan()  # nothing to predict, or nothing that can be
         scores = {}
         if self.targets:
             each = [reduced[t] for t in self.targets]
@@ -124,7 +136,7 @@ class EKFAC:
                 scores |= {f"{self.name}_{t}": value for t, value in zip(self.targets, each, strict=True)}
         if self.self_influence:
             scores[f"{self.name}_self"] = reduced["\0self"]
-        return scores
+        return {column: score.masked_fill(nothing, torch.nan) for column, score in scores.items()}
 
     def metadata(self) -> dict[str, str]:
         kronecker = sum(basis.left is not None for basis in self._bases.values())
@@ -164,9 +176,11 @@ class _Basis:
     def finish(self, count: int, damping: float) -> None:
         if self.values is None:  # never used
             return
-        mean = self.values / count
+        mean = self.values / max(count, 1)
         scale = float(mean.mean())
-        self.values = mean + damping * (scale if scale > 0 else 1.0)
+        self.values = mean + damping * scale
+        # Without damping, where no sample has a gradient: such a coordinate has no influence either.
+        self.values[self.values == 0] = torch.inf
 
     def precondition(self, gradient: Tensor) -> Tensor:
         """H⁻¹ gradient."""
@@ -189,8 +203,8 @@ class _Moments:
 
     def __call__(self, parameter: str, gradient: PerSampleGradient) -> Tensor:
         if (factors := _factors(gradient)) is not None:
-            left, right = factors.left.flatten(0, 1).float(), factors.right.flatten(0, 1).float()
-            has_gradient = left.abs().amax(1) > 0 if left.numel() else torch.zeros(len(left), dtype=torch.bool)
+            left, right = (side[_finite(gradient)].flatten(0, 1).float() for side in (factors.left, factors.right))
+            has_gradient = (left != 0).any(1) & (right != 0).any(1)
             for sums, rows in ((self.left, left[has_gradient]), (self.right, right[has_gradient])):
                 moment = (rows.T @ rows).double()
                 sums[parameter] = sums[parameter] + moment if parameter in sums else moment
@@ -210,6 +224,7 @@ class _Eigenvalues:
     """A reduction that adds up Λ, in place in the bases."""
 
     bases: Mapping[str, _Basis]
+    left_out: Counter[str] = field(default_factory=Counter)  # samples without a finite gradient
 
     @property
     def parameters(self) -> Collection[str]:
@@ -218,8 +233,11 @@ class _Eigenvalues:
     def __call__(self, parameter: str, gradient: PerSampleGradient) -> Tensor:
         basis = self.bases[parameter]
         for rotated in basis.rotated(gradient):
-            squares = rotated.square().sum(0)
-            basis.values = squares if basis.values is None else basis.values + squares
+            squares = rotated.square()
+            finite = squares.flatten(1).isfinite().all(1)
+            self.left_out[parameter] += int((~finite).sum())
+            total = squares[finite].sum(0)
+            basis.values = total if basis.values is None else basis.values + total
         return torch.zeros(gradient.samples)
 
 
@@ -229,15 +247,18 @@ class _Sum:
 
     parameters: Collection[str]
     totals: dict[str, Tensor] = field(default_factory=dict)
+    left_out: Counter[str] = field(default_factory=Counter)  # samples without a finite gradient
 
     def __call__(self, parameter: str, gradient: PerSampleGradient) -> Tensor:
         samples = max(1, _ELEMENTS // gradient.shape.numel())
         for part in gradient.split(samples):
-            term = part.terms[0]
+            term, finite = part.terms[0], _finite(part)
+            self.left_out[parameter] += int((~finite).sum())
             if isinstance(term, Outer) and len(part.terms) == 1:  # one product for all samples
-                total = (term.left.flatten(0, 1).float().T @ term.right.flatten(0, 1).float()).reshape(gradient.shape)
+                left, right = (side[finite].flatten(0, 1).float() for side in (term.left, term.right))
+                total = (left.T @ right).reshape(gradient.shape)
             else:
-                total = part.dense().sum(0)
+                total = part.dense()[finite].sum(0)
             self.totals[parameter] = self.totals[parameter] + total if parameter in self.totals else total
         return torch.zeros(gradient.samples)
 
@@ -262,12 +283,19 @@ class _SelfInfluence:
 
 def _factors(gradient: PerSampleGradient) -> Outer | None:
     """The outer products of which a matrix' or an ungrouped convolution's gradient is the sum; None: it is none."""
-    term = gradient.terms[0]
-    if len(gradient.terms) > 1:
+    term, shape = gradient.terms[0], gradient.shape
+    if len(gradient.terms) > 1 or len(shape) < 2 or max(shape[0], shape.numel() // shape[0]) > _SIDE:
         return None
     if isinstance(term, Convolution):  # a convolution's weight is a matrix over unfolded windows (1602.01407)
         return term.outer() if term.groups == 1 else None
-    return term if isinstance(term, Outer) and len(gradient.shape) == 2 else None
+    if isinstance(term, Head):
+        return Outer(term.residual(), term.hidden)
+    return term if isinstance(term, Outer) and len(shape) == 2 else None
+
+
+def _finite(gradient: PerSampleGradient) -> Tensor:
+    """(B,) bool: the samples whose gradient is finite."""
+    return gradient.sqnorm().isfinite()
 
 
 def _eigenvectors(moment: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from assay.ops import Kronecker, Rademacher, Sketch, grad_dot, grad_sketch, grad_sqnorm, project
+from assay.ops import Kronecker, Mask, Rademacher, Sketch, grad_dot, grad_sketch, grad_sqnorm, project
 from assay.probe.head import Head
 
 # Terms that cancel below this share of their own squared norms are multiplied out, one sample at a time.
@@ -73,7 +74,7 @@ class Scatter:
             return (left.mT @ right).flatten(1)
         # One sample at a time: its gradient is as large as the weight.
         one = [self.part(slice(b, b + 1)) for b in range(len(self.ids))]
-        return torch.cat([project(sample.dense(shape).flatten(1), sketch) for sample in one])
+        return torch.cat([Dense(sample.dense(shape)).sketch(sketch, shape) for sample in one])
 
     def dense(self, shape: Sequence[int]) -> Tensor:
         grads = wide(self.grads)
@@ -101,14 +102,15 @@ class Dense:
         return wide(self.values).square().flatten(1).sum(1)
 
     def sketch(self, sketch: Sketch, shape: Sequence[int]) -> Tensor:
-        if isinstance(sketch, Kronecker) and len(shape) != 2:  # a vector has one side
-            return project(wide(self.values).flatten(1), Rademacher(sketch.dim, seed=sketch.seed, name=sketch.name))
-        if isinstance(sketch, Kronecker):
-            # The gradient as factors: its rows against unit vectors.
-            values = wide(self.values).reshape(-1, *shape)
-            unit = torch.eye(shape[0], dtype=values.dtype, device=values.device)
-            return grad_sketch(values, unit.expand(len(values), -1, -1), sketch)
-        return project(wide(self.values).flatten(1), sketch)
+        values = wide(self.values).reshape(-1, shape[0], math.prod(shape[1:]))
+        if not isinstance(sketch, Kronecker | Mask):
+            return project(values.flatten(1), sketch)
+        if len(shape) > 1:  # these look at both sides of a matrix, as they do where it comes as factors
+            outer = _against_units(values)
+            return grad_sketch(outer.right, outer.left, sketch)
+        if isinstance(sketch, Kronecker):  # a vector has one side
+            sketch = Rademacher(sketch.dim, seed=sketch.seed, name=sketch.name)
+        return project(values.flatten(1), sketch)
 
     @property
     def samples(self) -> int:
@@ -175,6 +177,13 @@ class Convolution:
             return Outer(grads, windows.reshape(*positions, -1))
         by_group = (*positions, self.groups, -1)
         return _grouped(grads.reshape(by_group), windows.reshape(by_group))
+
+
+def _against_units(values: Tensor) -> Outer:
+    """Matrices (B, R, C) as factors: along the shorter side, against unit vectors."""
+    _, rows, columns = values.shape
+    unit = torch.eye(min(rows, columns), dtype=values.dtype, device=values.device).expand(len(values), -1, -1)
+    return Outer(unit, values) if rows <= columns else Outer(values.mT, unit)
 
 
 def _grouped(left: Tensor, right: Tensor) -> Outer:

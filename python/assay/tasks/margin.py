@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from assay.tasks.base import IGNORE, Outputs, Task
+from assay.tasks.base import IGNORE, Outputs, Task, wide
 
-# 1 − p below this is taken for this: log p is exact only to float32, and a row the model is sure of has no margin left
-# to move.
+# Of a language model's tokens, 1 − p below this is taken for this: it comes from log p, which is exact only to float32.
+# Such a token has no gradient.
 _LEAST = 1e-6
 
 
@@ -44,8 +44,16 @@ class Margin:
             raise ValueError(
                 f"Margin: {type(self.task).__name__} has no probability of a label; use Classification or CausalLM"
             )
-        # log p − log(1 − p), from nll = −log p
+        if nll.ndim == 1 and outputs.logits is not None:
+            return outputs.with_losses(_from_logits(outputs.logits, labels))
+        # log p − log(1 − p), from nll = −log p: the logits have not been made
         other = -torch.expm1(-nll.clamp(min=_LEAST))
         negative = torch.where(labels.view(nll.shape) == IGNORE, 0.0, nll + other.log())
-        losses = negative.sum(1) if negative.ndim > 1 else negative
-        return outputs.with_losses(losses)
+        return outputs.with_losses(negative.sum(1) if negative.ndim > 1 else negative)
+
+
+def _from_logits(logits: Tensor, labels: Tensor) -> Tensor:
+    """log Σ_{c≠y} e^{z_c} − z_y: exact at any confidence."""
+    logits, own = wide(logits), labels[:, None]
+    rest = logits.scatter(1, own, -torch.inf).logsumexp(1)
+    return rest - logits.gather(1, own)[:, 0]

@@ -21,7 +21,7 @@ class Sampled:
 
     Args:
         task: Classification or CausalLM; the model runs once more, for its predictions.
-        seed: of the draws. They depend on the batch's contents and on how samples are batched.
+        seed: of the draws. Row i of every batch has the same random numbers: give every batch a seed of its own.
     """
 
     task: Task
@@ -41,7 +41,9 @@ class Sampled:
         if predicted.logits is None or predicted.labels is None:
             raise ValueError(f"Sampled: {type(self.task).__name__} has no distribution of labels to draw from")
         generator = torch.Generator(predicted.logits.device).manual_seed(self.seed)
-        drawn = torch.multinomial(predicted.logits.detach().float().softmax(1), 1, generator=generator)[:, 0]
+        p = predicted.logits.detach().float().softmax(1)
+        p = p.where(p.isfinite().all(1, keepdim=True), 1.0)  # multinomial refuses NaN; its loss is NaN under any label
+        drawn = torch.multinomial(p, 1, generator=generator)[:, 0]
         drawn = torch.where(predicted.labels == IGNORE, IGNORE, drawn)
         if isinstance(batch, Mapping):  # the label of position t is the token at t + 1
             labels = torch.full_like(batch["input_ids"], IGNORE)

@@ -43,14 +43,11 @@ class Tile:
 
 
 # The first that holds all queries, else several passes of the last; the later ones find a block's rows in L2. One query
-# is multiplied lane by lane, at the speed of the memory: 128 bytes of every row in each step, several steps in flight.
-# More are matrix products, float32's on the ordinary units with a register per operand: short steps.
-# Chosen by registers and shared memory (make compile-table), not by a clock yet.
-HALF_TILES = (Tile(1, 64, 8, 4), Tile(16, 32, 8, 4), Tile(32, 32, 8, 4), Tile(64, 32, 8, 3))
-FLOAT_TILES = (Tile(1, 32, 8, 4), Tile(16, 32, 8, 3), Tile(32, 32, 8, 3), Tile(64, 16, 8, 3))
-# Every query's own best take a pair of registers for each row of a block, so these tiles only; where nothing is ranked
-# too, for equal bits of a score.
-OWN_TILES = 3
+# is multiplied lane by lane, at the speed of the memory: several steps in flight, and under 128 registers, so that one
+# program reads while another sorts. More are matrix products, float32's on the ordinary units with a register per
+# operand: short steps. Chosen by registers and shared memory (make compile-table), not by a clock yet.
+HALF_TILES = (Tile(1, 32, 8, 6), Tile(16, 32, 8, 4), Tile(32, 32, 8, 4))
+FLOAT_TILES = (Tile(1, 32, 8, 4), Tile(16, 16, 8, 3))
 
 
 @triton.jit
@@ -254,7 +251,7 @@ def plan(
     features, (n, d), m = unit_stride(features), features.shape, len(queries)
     maximum = maximum or m == 1
     split = m > 1 and features.dtype != torch.float32
-    tile = tile_for(m, features.dtype, maximum)
+    tile = tile_for(m, features.dtype)
     block_d = min(tile.d, max(16, triton.next_power_of_2(d)))
     passes, blocks = ceil_div(m, tile.queries), ceil_div(n, BLOCK_ROWS)
     programs = 1 if maximum else passes  # of a chunk
@@ -289,14 +286,13 @@ def plan(
     return Launch(_scan, (chunks * programs,), arguments, tile.warps, tile.stages), out
 
 
-def tile_for(queries: int, dtype: torch.dtype, maximum: bool) -> Tile:
+def tile_for(queries: int, dtype: torch.dtype) -> Tile:
     tiles = FLOAT_TILES if dtype == torch.float32 else HALF_TILES
-    tiles = tiles if maximum else tiles[:OWN_TILES]
     return next((tile for tile in tiles if tile.queries >= queries), tiles[-1])
 
 
 def terms(queries: Tensor) -> Tensor:
-    """Two terms of TF32's 11 bits, (2, M, d) float32, that add up to ``queries`` within 2⁻²³ of each number.
+    """Two terms of TF32's 11 bits, (2, M, d) float32, that add up to ``queries`` within 2⁻²² of each number.
 
     float16, bfloat16 and int8 features are TF32 as they are: such products are as good as float32's, on tensor cores.
     """

@@ -9,11 +9,10 @@ from assay.kernels._common import Launch
 from tests.kernels.aot import CAPABILITIES, Case, case_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
-QUERIES = {  # M, maximum; what takes them there
+QUERIES = {  # M, maximum; what takes them there. float32 has no tile of 32
     "one": (1, True),
     "max 16": (16, True),
-    "max 32": (32, True),
-    "max 64": (200, True),
+    "max 32": (200, True),
     "own 16": (16, False),
     "own 32": (200, False),
 }
@@ -31,6 +30,8 @@ def cases() -> list[Case]:
     for dtype in DTYPES:
         kind = str(dtype).removeprefix("torch.").replace("loat", "")
         for what, (m, maximum) in QUERIES.items():
+            if dtype == torch.float32 and m > 16:
+                continue
             for k in (100, 0):
                 name = f"topk_scan {kind} {what}" if k else f"scan_scores {kind} {what}"
                 found.append(case_of(name, launch(dtype, m, maximum, k), capabilities=CAPABILITIES))

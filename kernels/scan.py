@@ -1,8 +1,8 @@
 """topk_scan: inner products of every row with a few queries, and each query's best rows from the same read.
 
-A program takes a chunk of rows, block by block, and keeps the best of them in registers: sorted, as integers that hold a
-row's whole rank, its score above its index. Every rank is another number, so the best are the same whatever the chunks,
-and adding up the chunks' candidates needs no care about ties.
+A program takes a chunk of rows, block by block, and keeps the best of them in registers: sorted, as integers that hold
+a row's whole rank, its score above its index. No two are equal, so the best are the same whatever the chunks, and the
+merge of the chunks' candidates has no ties to settle.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MOST_KEPT = BLOCK_ROWS
 RANKING_PROGRAMS = 2048
 # Scores that are there at a time where torch ranks them; their ranks take twice the memory.
 PIECE_SCORES = 1 << 25
-# A row's index is the low half of its rank.
+# A row's index is the low half of its rank, the lower one the larger.
 MOST_ROWS = 2**32 - 1
 
 NOTHING = tl.constexpr(-(2**63))  # behind the rank of every row
@@ -221,13 +221,13 @@ def scan_scores(features: Tensor, scales: Tensor | None, queries: Tensor, maximu
     return scores
 
 
-def topk_scan(
-    features: Tensor, scales: Tensor | None, queries: Tensor, k: int, maximum: bool
-) -> tuple[Tensor, Tensor]:
+def topk_scan(features: Tensor, scales: Tensor | None, queries: Tensor, k: int, maximum: bool) -> tuple[Tensor, Tensor]:
     """The same -> values float32 and indices int64, (M, k), or (1, k) with ``maximum``; 0 < k ≤ N."""
     n = len(features)
     if n > MOST_ROWS:
-        raise ValueError(f"features: expected at most {MOST_ROWS} rows in one scan on a GPU, got {n}; scan them in parts")
+        raise ValueError(
+            f"features: expected at most {MOST_ROWS} rows in one scan on a GPU, got {n}; scan them in parts"
+        )
     features = unit_stride(features)
     if k <= MOST_KEPT:
         launch, ranks = plan(features, scales, queries, maximum, k)
@@ -244,9 +244,7 @@ def topk_scan(
     return rows_of(best)
 
 
-def plan(
-    features: Tensor, scales: Tensor | None, queries: Tensor, maximum: bool, k: int = 0
-) -> tuple[Launch, Tensor]:
+def plan(features: Tensor, scales: Tensor | None, queries: Tensor, maximum: bool, k: int = 0) -> tuple[Launch, Tensor]:
     """The launch and what it fills: scores (columns, N), or with ``k`` ranks (columns, chunks, k). Meta tensors do."""
     features, (n, d), m = unit_stride(features), features.shape, len(queries)
     maximum = maximum or m == 1

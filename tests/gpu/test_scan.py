@@ -110,7 +110,11 @@ def test_any_strides(dtype: torch.dtype, device: torch.device) -> None:
     wide = torch.empty(600, 200, dtype=dtype, device=device)
     for m in (1, 5):
         want = scan_scores(features, queries[:m], reduce="none", scales=scales)
-        for view in (wide[::2, :96], wide[::2, ::2][:, :96], torch.empty(96, 310, dtype=dtype, device=device)[:, :300].T):
+        for view in (
+            wide[::2, :96],
+            wide[::2, ::2][:, :96],
+            torch.empty(96, 310, dtype=dtype, device=device)[:, :300].T,
+        ):
             view.copy_(features)
             got = scan_scores(view, queries[:m], reduce="none", scales=scales)
             assert_same(got, want, f"strides {view.stride()}")

@@ -164,8 +164,8 @@ def test_nan_ranks_last_and_infinities_at_the_ends(m: int, dtype: torch.dtype, k
         assert_ranked((values, indices), scores, k)
 
 
-def test_a_bits_worth_of_ranks() -> None:
-    """Ranks order as rows do, and give value and index back, in torch as in the kernel."""
+def test_ranks_order_as_rows_do() -> None:
+    """... and give value and index back, in torch as in the kernel."""
     scores = torch.tensor([[math.nan, -math.inf, -1e30, -1e-45, -0.0, 0.0, 1e-45, 1.0, math.inf]], device=DEVICE)
     ranks = scan.ranks_of(scores, 5)
     assert ranks.argsort(descending=True)[0].tolist() == [8, 7, 6, 4, 5, 3, 2, 1, 0]
@@ -297,7 +297,7 @@ def test_candidates_stay_few() -> None:
 
 def test_too_many_rows_is_an_error() -> None:
     features, queries = torch.empty(2**32, 1, dtype=INT8, device="meta"), torch.empty(1, 1, device="meta")
-    with pytest.raises(ValueError, match="at most 4294967295 rows.*got 4294967296; scan them in parts"):
+    with pytest.raises(ValueError, match=r"at most 4294967295 rows.*got 4294967296; scan them in parts"):
         scan.topk_scan(features, None, queries, 1, True)
 
 

@@ -43,7 +43,7 @@ class Tile:
 
 
 # The first that holds all queries, else several passes of the last; the later ones find a block's rows in L2. One query
-# is multiplied lane by lane, at the speed of the memory: several steps in flight, and under 128 registers, so that one
+# is multiplied lane by lane, at the speed of the memory: several steps in flight, at most 128 registers, so that one
 # program reads while another sorts. More are matrix products, float32's on the ordinary units with a register per
 # operand: short steps. Chosen by registers and shared memory (make compile-table), not by a clock yet.
 HALF_TILES = (Tile(1, 32, 8, 6), Tile(16, 32, 8, 4), Tile(32, 32, 8, 4))

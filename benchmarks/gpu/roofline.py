@@ -20,8 +20,9 @@ COLOURS = {
     "head_scores": "tab:purple",
     "grad_dot": "tab:green",
     "grad_sqnorm": "tab:olive",
+    "topk_scan": "tab:orange",
 }
-MARKERS = {"bfloat16": "o", "float16": "^", "float32": "s"}
+MARKERS = {"bfloat16": "o", "float16": "^", "float32": "s", "int8": "D"}
 
 Case = Mapping[str, Any]
 
@@ -58,7 +59,7 @@ def _roofline(axes: Axes, ceilings: Ceilings, cases: Sequence[Case]) -> None:
 
 def _ceilings(axes: Axes, ceilings: Ceilings, cases: Sequence[Case], low: float, high: float) -> None:
     """Bandwidth lines end at the highest GEMM line; of these, the ones of dtypes that the cases have."""
-    gemm = {case["dtype"]: ceilings.gemm[case["dtype"]] for case in cases}
+    gemm = {case["dtype"]: ceilings.gemm[case["dtype"]] for case in cases if case["dtype"] in ceilings.gemm}
     top = max(gemm.values())
     for name, rate, style, share in (("read", ceilings.read, "-", 0.2), ("copy", ceilings.copy, ":", 0.08)):
         axes.plot([low, 1e3 * top / rate], [low * rate / 1e3, top], style, color="black", linewidth=1)

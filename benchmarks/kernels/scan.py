@@ -12,6 +12,7 @@ from torch import Tensor
 from assay.corpus.features import FeatureSpec, FeatureStore, FeatureWriter, quantize
 from assay.corpus.storage import Store
 from assay.ops import topk_scan
+from benchmarks.gpu.case import DEVICE, Case, Target, here
 from benchmarks.timing import interleave
 
 D, K = 512, 100
@@ -110,3 +111,59 @@ def tiled() -> list[dict[str, Any]]:
 def cases() -> list[dict[str, Any]]:
     torch.manual_seed(0)
     return streamed() + tiled()
+
+
+# ---- on a GPU -------------------------------------------------------------------------------------------------------
+
+GPU_ROWS = here(4_000_000, 2000)  # 4 GB of float16
+MANY_ROWS = here(1_000_000, 1000)
+SHORT = here((20_000_000, 64), (2000, 16))  # short rows: more of them to rank in the time of a read
+LARGE_K = here(100_000, 500)  # ranked by torch
+GPU_D = here(D, 24)
+
+
+def gpu_cases() -> list[Case]:
+    """The contract is for the mean, one query; what more queries cost stands beside their GEMM."""
+    k, mean = here(K, 10), ("mean", 64)
+    out = [_scan(GPU_ROWS, GPU_D, dtype, k, *mean) for dtype in (torch.float16, torch.bfloat16, torch.float32)]
+    out += [_scan(GPU_ROWS, GPU_D, torch.int8, k, *mean), _scan(GPU_ROWS, GPU_D, torch.float16, LARGE_K, *mean)]
+    out.append(_scan(*SHORT, torch.float16, k, *mean))
+    for m in (16, 64):
+        out += [_scan(MANY_ROWS, GPU_D, torch.float16, k, reduce, m) for reduce in ("max", "none")]
+    return [*out, _scan(MANY_ROWS, GPU_D, torch.float32, k, "max", 16)]
+
+
+def _scan(n: int, d: int, dtype: torch.dtype, k: int, reduce: str, m: int) -> Case:
+    columns, multiplied = (m if reduce == "none" else 1), (1 if reduce == "mean" else m)
+    scaled = dtype == torch.int8
+    memory_bound = reduce == "mean"
+
+    def make() -> tuple[Tensor, Tensor, Tensor | None]:
+        queries = torch.randn(m, d, device=DEVICE)
+        if scaled:
+            features = torch.randint(-127, 128, (n, d), dtype=dtype, device=DEVICE)
+            return features, queries, torch.rand(n, device=DEVICE)
+        return torch.randn(n, d, dtype=dtype, device=DEVICE), queries, None
+
+    def run(features: Tensor, queries: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor]:
+        return topk_scan(features, queries, k, reduce=reduce, scales=scales)
+
+    def gpu_eager(features: Tensor, queries: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Queries rounded to the features' type: the product that needs no copy of the features."""
+        queries = (queries.mean(0, keepdim=True) if reduce == "mean" else queries).to(features.dtype)
+        scores = queries @ features.T
+        return (scores.amax(0, keepdim=True) if reduce == "max" else scores).topk(k)
+
+    rivals = {} if scaled else {"gemm": lambda x, q, s: q.to(x.dtype) @ x.T, "eager": gpu_eager}
+    return Case(
+        op="topk_scan",
+        shape=f"N={n} d={d} M={m} {reduce} k={k}",
+        dtype=dtype,
+        bytes=n * (d * dtype.itemsize + 4 * scaled) + 4 * m * d + 12 * columns * k,
+        flops=2 * n * d * multiplied,
+        bound="read" if memory_bound else "gemm",
+        make=make,
+        run=run,
+        rivals=rivals,
+        target=Target("read", 0.9) if memory_bound and k == here(K, 10) else None,
+    )

@@ -13,26 +13,6 @@
 
 namespace assay::ASSAY_ISA {
 
-// int8 as floats. The compiler makes one conversion per element of the plain loop.
-#if ASSAY_SIMD == 0
-ASSAY_INLINE Vec load(const int8_t* p) { return {static_cast<float>(*p)}; }
-#elif ASSAY_SIMD == 1
-ASSAY_INLINE Vec load(const int8_t* p) {
-  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes))};
-}
-#else
-ASSAY_INLINE Vec load(const int8_t* p) {
-  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))};
-}
-#endif
-ASSAY_INLINE Vec load_first(const int8_t* p, int64_t n, float fill) {  // rare, so through memory
-  float wide[Vec::W];
-  for (int64_t i = 0; i < Vec::W; ++i) wide[i] = i < n ? static_cast<float>(p[i]) : fill;
-  return load(wide);
-}
-
 namespace {
 
 constexpr int W = Vec::W;

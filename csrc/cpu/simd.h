@@ -35,6 +35,7 @@ ASSAY_INLINE uint32_t float_to_bits(float f) {
   return u;
 }
 ASSAY_INLINE float to_float(float x) { return x; }
+ASSAY_INLINE float to_float(int8_t x) { return static_cast<float>(x); }
 ASSAY_INLINE float to_float(bf16 x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
 ASSAY_INLINE float to_float(f16 x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
@@ -149,12 +150,16 @@ ASSAY_INLINE Vec load(const bf16* p) {
 ASSAY_INLINE Vec load(const f16* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
+ASSAY_INLINE Vec load(const int8_t* p) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes))};
+}
 ASSAY_INLINE Vec select(Mask m, Vec yes, Vec no) { return {_mm256_blendv_ps(no.v, yes.v, m.m)}; }
 ASSAY_INLINE Mask operator==(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)}; }
 ASSAY_INLINE Mask operator<(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
 template <class T>
 ASSAY_INLINE Vec load_first(const T* p, int64_t n, float fill) {
-  T buffer[8] = {};  // AVX2 has no masked 16-bit loads, and a tail is rare: go through memory
+  T buffer[8] = {};  // AVX2 has no masked 8- and 16-bit loads, and a tail is rare: go through memory
   std::memcpy(buffer, p, static_cast<size_t>(n < 0 ? 0 : n > 8 ? 8 : n) * sizeof(T));
   return select(lane_index() < splat(static_cast<float>(n)), load(buffer), splat(fill));
 }
@@ -276,6 +281,8 @@ ASSAY_INLINE Vec load(const bf16* p) { return {widen_bf16(_mm256_loadu_si256(rei
 ASSAY_INLINE Vec load(const f16* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
+ASSAY_INLINE __m512 widen_int8(__m128i bytes) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)); }
+ASSAY_INLINE Vec load(const int8_t* p) { return {widen_int8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
 ASSAY_INLINE __mmask16 first(int64_t n) {
   return static_cast<__mmask16>(n >= 16 ? 0xffffu : n <= 0 ? 0u : (1u << n) - 1u);
 }
@@ -289,6 +296,10 @@ ASSAY_INLINE Vec load_first(const bf16* p, int64_t n, float fill) {
 ASSAY_INLINE Vec load_first(const f16* p, int64_t n, float fill) {
   const __mmask16 k = first(n);
   return {_mm512_mask_mov_ps(_mm512_set1_ps(fill), k, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(k, p)))};
+}
+ASSAY_INLINE Vec load_first(const int8_t* p, int64_t n, float fill) {
+  const __mmask16 k = first(n);
+  return {_mm512_mask_mov_ps(_mm512_set1_ps(fill), k, widen_int8(_mm_maskz_loadu_epi8(k, p)))};
 }
 ASSAY_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 ASSAY_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }

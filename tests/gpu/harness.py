@@ -29,6 +29,8 @@ KERNELS = {
     "head_scores": "triton",
     "grad_dot": "triton",
     "grad_sqnorm": "triton",
+    "topk_scan": "triton",
+    "scan_scores": "triton",
 }
 
 T = TypeVar("T")

@@ -45,6 +45,12 @@ def everything() -> Iterator[tuple[str, Any]]:
             a, g, v = (random(*s, dtype=dtype) for s in ((2, t, i), (2, t, o), (o, i)))
             yield f"grad_dot {dtype} T={t}", kernel("grad_dot")(a, g, v)
             yield f"grad_sqnorm {dtype} T={t}", kernel("grad_sqnorm")(a, g)
+    features, scales = torch.randint(-127, 128, (300, 77), dtype=torch.int8).to(DEVICE), random(300)
+    for m, k in ((1, 10), (3, 10), (40, 10), (3, 200)):  # one query; a tile of them; two passes; ranked by torch
+        for reduce in ("max", "none"):
+            scan = kernel("topk_scan")
+            yield f"topk_scan M={m} k={k} {reduce}", scan(random(300, 77), random(m, 77), k, reduce=reduce)[0]
+            yield f"topk_scan int8 M={m}", scan(features, random(m, 77), k, reduce=reduce, scales=scales)[0]
 
 
 def tensors(result: Any) -> Iterator[Tensor]:

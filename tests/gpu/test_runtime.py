@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -17,6 +18,14 @@ from tests.gpu.harness import KERNELS, assert_same, backend, capture
 Call = Callable[..., Any]
 
 
+@dataclass
+class Best:
+    """What topk_scan returns, as ``assert_same`` takes it."""
+
+    values: Tensor
+    indices: Tensor
+
+
 def calls(device: torch.device) -> dict[str, tuple[Call, list[Tensor]]]:
     """Every op, looked up when it is called, and the float tensors that it takes."""
     labels = torch.randint(1000, (16,), device=device)
@@ -24,6 +33,7 @@ def calls(device: torch.device) -> dict[str, tuple[Call, list[Tensor]]]:
     z = torch.randn(3, 16, 1000, device=device)
     h, w, d = (torch.randn(s, device=device) for s in ((2, 16, 64), (2, 1000, 64), (2, 1000, 64)))
     sketch = assay.Kronecker(4, 4)
+    x, q = torch.randn(700, 48, device=device), torch.randn(3, 48, device=device)
     return {
         "ensemble_stats": (lambda z: assay.ops.ensemble_stats(z, labels), [z]),
         "linear_ensemble_stats": (lambda h, w: assay.ops.linear_ensemble_stats(h, w, labels), [h, w]),
@@ -33,6 +43,8 @@ def calls(device: torch.device) -> dict[str, tuple[Call, list[Tensor]]]:
         ),
         "grad_dot": (lambda a, g, v: assay.ops.grad_dot(a, g, v), [a, g, v]),
         "grad_sqnorm": (lambda a, g: assay.ops.grad_sqnorm(a, g), [a, g]),
+        "topk_scan": (lambda x, q: Best(*assay.ops.topk_scan(x, q, 20, reduce="none")), [x, q]),
+        "scan_scores": (lambda x, q: assay.ops.scan_scores(x, q, reduce="max"), [x, q]),
     }
 
 

@@ -114,9 +114,17 @@ def _check(features: Tensor, queries: Tensor, reduce: str, scales: Tensor | None
 def _topk_scan(
     features: Tensor, scales: Tensor | None, queries: Tensor, k: int, maximum: bool
 ) -> tuple[Tensor, Tensor]:
-    if _runs_reference("topk_scan", queries):
+    backend = _backend.choose("topk_scan", queries, "triton")
+    if backend == "reference":
         return reference(features, scales, queries, k, maximum)
-    return _native.topk_scan(_adjacent(features), _contiguous(scales), queries, maximum, k)
+    if backend == "cpu":
+        return _native.topk_scan(_adjacent(features), _contiguous(scales), queries, maximum, k)
+    if k == 0:
+        return _nothing(queries, maximum)
+    from assay.kernels import scan as kernel
+
+    best: tuple[Tensor, Tensor] = kernel.topk_scan(features, _contiguous(scales), queries, k, maximum)
+    return best
 
 
 @_topk_scan.register_fake
@@ -127,13 +135,16 @@ def _(features: Tensor, scales: Tensor | None, queries: Tensor, k: int, maximum:
 
 @torch.library.custom_op("assay::scan_scores", mutates_args=())
 def _scan_scores(features: Tensor, scales: Tensor | None, queries: Tensor, maximum: bool) -> Tensor:
-    if _runs_reference("scan_scores", queries):
-        return torch.cat(
-            [queries.new_empty(1 if maximum else len(queries), 0)]
-            + [scores for _, scores in _chunks(features, scales, queries, maximum)],
-            1,
-        )
-    return _native.scan(_adjacent(features), _contiguous(scales), queries, maximum)
+    backend = _backend.choose("scan_scores", queries, "triton")
+    if backend == "reference" or len(features) == 0:
+        parts = [scores for _, scores in _chunks(features, scales, queries, maximum)]
+        return torch.cat([_nothing(queries, maximum)[0], *parts], 1)
+    if backend == "cpu":
+        return _native.scan(_adjacent(features), _contiguous(scales), queries, maximum)
+    from assay.kernels import scan as kernel
+
+    scores: Tensor = kernel.scan_scores(features, _contiguous(scales), queries, maximum)
+    return scores
 
 
 @_scan_scores.register_fake
@@ -141,12 +152,10 @@ def _(features: Tensor, scales: Tensor | None, queries: Tensor, maximum: bool) -
     return queries.new_empty(1 if maximum else len(queries), len(features))
 
 
-def _runs_reference(op: str, queries: Tensor) -> bool:
-    """There is no GPU kernel yet: GPU tensors run the reference too. ``queries`` have the dtype of the result."""
-    name = _backend.choose(op, queries, "triton")
-    if name == "triton" and queries.device.type == "cpu":
-        raise ValueError(f"{op}: has no triton kernel; use backend 'auto', 'cpu' or 'reference'")
-    return name != "cpu"
+def _nothing(queries: Tensor, maximum: bool) -> tuple[Tensor, Tensor]:
+    """Values and indices of no rows."""
+    shape = (1 if maximum else len(queries), 0)
+    return queries.new_empty(shape), queries.new_empty(shape, dtype=torch.int64)
 
 
 def _adjacent(features: Tensor) -> Tensor:
@@ -159,8 +168,7 @@ def _contiguous(scales: Tensor | None) -> Tensor | None:
 
 def reference(features: Tensor, scales: Tensor | None, queries: Tensor, k: int, maximum: bool) -> tuple[Tensor, Tensor]:
     """The same in plain torch and in the dtype of the queries, by chunks of rows."""
-    columns = 1 if maximum else len(queries)
-    values, indices = queries.new_empty(columns, 0), queries.new_empty(columns, 0, dtype=torch.int64)
+    values, indices = _nothing(queries, maximum)
     for start, scores in _chunks(features, scales, queries, maximum):
         rows = torch.arange(start, start + scores.shape[1], device=scores.device).expand_as(scores)
         values, indices = merge_topk(torch.cat([values, scores], 1), torch.cat([indices, rows], 1), k)

@@ -1,0 +1,317 @@
+"""topk_scan: inner products of every row with a few queries, and each query's best rows from the same read.
+
+A program takes a chunk of rows, block by block, and keeps the best of them in registers: sorted, as integers that hold
+a row's whole rank, its score above its index. No two are equal, so the best are the same whatever the chunks, and the
+merge of the chunks' candidates has no ties to settle.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from assay.kernels._common import Launch, ceil_div, unit_stride
+
+# Rows of a block, and how many of the best a program can keep: a sorted block's worth. Beyond that the scores are
+# written, 4 bytes for a row that took d times 1, 2 or 4 to read, and ranked by torch.
+BLOCK_ROWS = 128
+MOST_KEPT = BLOCK_ROWS
+# Programs of a launch that ranks: several waves on any card, long enough chunks that most blocks hold no better row
+# (they are not sorted), and few candidates to merge.
+RANKING_PROGRAMS = 2048
+# Scores that are there at a time where torch ranks them; their ranks take twice the memory.
+PIECE_SCORES = 1 << 25
+# A row's index is the low half of its rank, the lower one the larger.
+MOST_ROWS = 2**32 - 1
+
+NOTHING = tl.constexpr(-(2**63))  # behind the rank of every row
+NAN_SCORE = tl.constexpr(-(2**31))  # behind the high half of −inf's
+
+
+@dataclass(frozen=True)
+class Tile:
+    """BLOCK_ROWS rows against ``queries`` queries, from ``d`` columns at a time."""
+
+    queries: int
+    d: int
+    warps: int
+    stages: int
+
+
+# The first that holds all queries, else several passes of the last; the later ones find a block's rows in L2. One query
+# is multiplied lane by lane, at the speed of the memory: several steps in flight, at most 128 registers, so that one
+# program reads while another sorts. More are matrix products, float32's on the ordinary units with a register per
+# operand: short steps. Chosen by registers and shared memory (make compile-table), not by a clock yet.
+HALF_TILES = (Tile(1, 32, 8, 6), Tile(16, 32, 8, 4), Tile(32, 32, 8, 4))
+FLOAT_TILES = (Tile(1, 32, 8, 4), Tile(16, 16, 8, 3))
+
+
+@triton.jit
+def _ranks(score, row, inside):
+    """int64 that compare as rows rank: by score, NaN last, then by index, the lower first; NOTHING where not inside."""
+    bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)  # -0 ties with 0
+    high = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    high = tl.where(score == score, high, NAN_SCORE)
+    return tl.where(inside, (high.to(tl.int64) << 32) | (0xFFFFFFFF - row), NOTHING)
+
+
+@triton.jit
+def _keep(best, last, ranks, k):
+    """The best of ``best``, which falls along a row, and ``ranks``, in any order; and the k-th of each row."""
+    if tl.max(tl.max((ranks > last[:, None]).to(tl.int32), 1), 0) > 0:
+        # Of a falling and a rising sequence the larger of each pair are the upper half of both, and bitonic.
+        best = tl.bitonic_merge(tl.maximum(best, tl.sort(ranks, 1)), 1, descending=True)
+        place = tl.arange(0, best.shape[1])
+        last = tl.max(tl.where(place[None, :] == k - 1, best, NOTHING), 1)
+    return best, last
+
+
+@triton.jit
+def _dot(
+    x_row,
+    query,
+    d_size,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    LOG_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """(BLOCK_N,) inner products of the rows at ``x_row`` with one query, in an order of additions no layout changes."""
+    total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for d0 in tl.range(0, d_size, BLOCK_D, num_stages=STAGES):  # named here: else only loads of a tl.dot run ahead
+        d = d0 + tl.arange(0, BLOCK_D)
+        if EVEN_D:
+            x = tl.load(x_row[:, None] + d[None, :])
+            q = tl.load(query + d)
+        else:
+            x = tl.load(x_row[:, None] + d[None, :], mask=(d < d_size)[None, :], other=0)
+            q = tl.load(query + d, mask=d < d_size, other=0.0)
+        total += x.to(tl.float32) * q[None, :]
+    # tl.sum's order follows from where the compiler puts the columns, and so from the rows' alignment.
+    for halving in tl.static_range(LOG_D):
+        left, right = tl.split(tl.reshape(total, (BLOCK_N, BLOCK_D >> (halving + 1), 2)))
+        total = left + right
+    return tl.reshape(total, (BLOCK_N,))
+
+
+@triton.jit
+def _products(
+    x_row,
+    group,  # of BLOCK_M queries
+    queries,
+    queries_size,
+    d_size,
+    scale,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """(BLOCK_N, BLOCK_M) inner products of the rows at ``x_row`` with several queries, times the rows' scales."""
+    # A query past the last is the last again: of a maximum it takes nothing away.
+    query = tl.minimum(group * BLOCK_M + tl.arange(0, BLOCK_M), queries_size - 1)
+    query = queries + query.to(tl.int64) * d_size
+    low_query = query + queries_size.to(tl.int64) * d_size
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    rest = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for d0 in range(0, d_size, BLOCK_D):
+        d = d0 + tl.arange(0, BLOCK_D)
+        if EVEN_D:
+            x = tl.load(x_row[:, None] + d[None, :]).to(tl.float32)
+            q = tl.load(query[None, :] + d[:, None])
+        else:
+            x = tl.load(x_row[:, None] + d[None, :], mask=(d < d_size)[None, :], other=0).to(tl.float32)
+            q = tl.load(query[None, :] + d[:, None], mask=(d < d_size)[:, None], other=0.0)
+        if SPLIT:
+            if EVEN_D:
+                low = tl.load(low_query[None, :] + d[:, None])
+            else:
+                low = tl.load(low_query[None, :] + d[:, None], mask=(d < d_size)[:, None], other=0.0)
+            total = tl.dot(x, q, total, input_precision="tf32")
+            rest = tl.dot(x, low, rest, input_precision="tf32")
+        else:
+            total = tl.dot(x, q, total, input_precision="ieee")
+    if SPLIT:  # of an infinite product the second term may have another sign, or be NaN
+        total = tl.where(tl.abs(total) < float("inf"), total + rest, total)
+    return total if scale is None else total * scale[:, None]
+
+
+# Not specialised: what changes from corpus to corpus and helps no load.
+@triton.jit(do_not_specialize=["rows", "queries_size", "passes", "blocks", "k"])
+def _scan(
+    features,  # (rows, d_size), last stride 1
+    scales,  # (rows,) float32 or None
+    queries,  # (terms, queries_size, d_size) float32, dense
+    out,  # scores (columns, rows) float32, or ranks (columns, chunks, k) int64
+    rows,
+    d_size,
+    queries_size,
+    stride,
+    passes,  # of BLOCK_M queries
+    blocks,  # of a chunk
+    k,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    LOG_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    STAGES: tl.constexpr,
+    SPLIT: tl.constexpr,  # queries in two terms of TF32, which the features are as they lie
+    MAXIMUM: tl.constexpr,  # over all queries; a program makes every pass. Else one, and neighbours share the rows
+    RANK: tl.constexpr,
+):
+    COLUMNS: tl.constexpr = 1 if MAXIMUM else BLOCK_M
+    groups = 1 if MAXIMUM else passes  # programs of a chunk
+    chunk, group_of_program = tl.program_id(0) // groups, tl.program_id(0) % groups
+    column = group_of_program * COLUMNS + tl.arange(0, COLUMNS)
+    column_inside = column < (1 if MAXIMUM else queries_size)
+    if RANK:
+        best = tl.full((COLUMNS, BLOCK_N), NOTHING, tl.int64)
+        last = tl.full((COLUMNS,), NOTHING, tl.int64)
+
+    for block in range(blocks):
+        row = (chunk.to(tl.int64) * blocks + block) * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = row < rows
+        # Rows past the end read the last one and are dropped below: no masks in the loop over d.
+        at = tl.minimum(row, rows - 1)
+        x_row = features + at * stride
+        scale = None if scales is None else tl.load(scales + at)
+        if BLOCK_M == 1:
+            score = _dot(x_row, queries, d_size, BLOCK_N, BLOCK_D, LOG_D, EVEN_D, STAGES)
+            score = (score if scale is None else score * scale)[None, :]
+        elif MAXIMUM:
+            largest = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+            nans = tl.zeros((BLOCK_N,), tl.int32)
+            for group in range(passes):
+                product = _products(
+                    x_row, group, queries, queries_size, d_size, scale, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D, SPLIT
+                )
+                nan = product != product  # tl.max drops it
+                largest = tl.maximum(largest, tl.max(tl.where(nan, float("-inf"), product), 1))
+                nans = tl.maximum(nans, tl.max(nan.to(tl.int32), 1))
+            score = tl.where(nans > 0, float("nan"), largest)[None, :]
+        else:
+            product = _products(
+                x_row, group_of_program, queries, queries_size, d_size, scale, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D, SPLIT
+            )
+            score = tl.trans(product)
+        kept = column_inside[:, None] & inside[None, :]
+        if RANK:
+            best, last = _keep(best, last, _ranks(score, row[None, :], kept), k)
+        else:
+            tl.store(out + column.to(tl.int64)[:, None] * rows + row[None, :], score, mask=kept)
+
+    if RANK:
+        place = tl.arange(0, BLOCK_N)
+        chunks = tl.num_programs(0) // groups
+        out_ptr = out + (column.to(tl.int64) * chunks + chunk)[:, None] * k + place[None, :]
+        tl.store(out_ptr, best, mask=column_inside[:, None] & (place < k)[None, :])
+
+
+def scan_scores(features: Tensor, scales: Tensor | None, queries: Tensor, maximum: bool) -> Tensor:
+    """(N, d), (N,), (M, d) float32 -> (M, N) float32, or (1, N) with ``maximum``; checked by ops.scan_scores, N > 0."""
+    launch, scores = plan(features, scales, queries, maximum)
+    launch.run(features)
+    return scores
+
+
+def topk_scan(features: Tensor, scales: Tensor | None, queries: Tensor, k: int, maximum: bool) -> tuple[Tensor, Tensor]:
+    """The same -> values float32 and indices int64, (M, k), or (1, k) with ``maximum``; 0 < k ≤ N."""
+    n = len(features)
+    if n > MOST_ROWS:
+        raise ValueError(
+            f"features: expected at most {MOST_ROWS} rows in one scan on a GPU, got {n}; scan them in parts"
+        )
+    features = unit_stride(features)
+    if k <= MOST_KEPT:
+        launch, ranks = plan(features, scales, queries, maximum, k)
+        launch.run(features)
+        return rows_of(ranks.flatten(1).topk(k).values)
+    columns = 1 if maximum else len(queries)
+    piece = max(1, PIECE_SCORES // columns)
+    best = torch.empty(columns, 0, dtype=torch.int64, device=features.device)
+    for start in range(0, n, piece):
+        some = slice(start, start + piece)
+        scores = scan_scores(features[some], None if scales is None else scales[some], queries, maximum)
+        best = torch.cat([best, ranks_of(scores, start)], 1)
+        best = best.topk(min(k, best.shape[1])).values
+    return rows_of(best)
+
+
+def plan(features: Tensor, scales: Tensor | None, queries: Tensor, maximum: bool, k: int = 0) -> tuple[Launch, Tensor]:
+    """The launch and what it fills: scores (columns, N), or with ``k`` ranks (columns, chunks, k). Meta tensors do."""
+    features, (n, d), m = unit_stride(features), features.shape, len(queries)
+    maximum = maximum or m == 1
+    split = m > 1 and features.dtype != torch.float32
+    tile = tile_for(m, features.dtype)
+    block_d = min(tile.d, max(16, triton.next_power_of_2(d)))
+    passes, blocks = ceil_div(m, tile.queries), ceil_div(n, BLOCK_ROWS)
+    programs = 1 if maximum else passes  # of a chunk
+    chunk = ceil_div(blocks, max(1, RANKING_PROGRAMS // programs)) if k else 1
+    chunks, columns = ceil_div(blocks, chunk), 1 if maximum else m
+    if k:
+        out = features.new_empty((columns, chunks, k), dtype=torch.int64)
+    else:
+        out = features.new_empty((columns, n), dtype=torch.float32)
+    arguments = {
+        "features": features,
+        "scales": scales,
+        "queries": terms(queries) if split else queries[None],
+        "out": out,
+        "rows": n,
+        "d_size": d,
+        "queries_size": m,
+        "stride": features.stride(0),
+        "passes": passes,
+        "blocks": chunk,
+        "k": k,
+        "BLOCK_N": BLOCK_ROWS,
+        "BLOCK_M": tile.queries,
+        "BLOCK_D": block_d,
+        "LOG_D": block_d.bit_length() - 1,
+        "EVEN_D": d % block_d == 0,
+        "STAGES": tile.stages,
+        "SPLIT": split,
+        "MAXIMUM": maximum,
+        "RANK": k > 0,
+    }
+    return Launch(_scan, (chunks * programs,), arguments, tile.warps, tile.stages), out
+
+
+def tile_for(queries: int, dtype: torch.dtype) -> Tile:
+    tiles = FLOAT_TILES if dtype == torch.float32 else HALF_TILES
+    return next((tile for tile in tiles if tile.queries >= queries), tiles[-1])
+
+
+def terms(queries: Tensor) -> Tensor:
+    """Two terms of TF32's 11 bits, (2, M, d) float32, that add up to ``queries`` within 2⁻²² of each number.
+
+    float16, bfloat16 and int8 features are TF32 as they are: such products are as good as float32's, on tensor cores.
+    """
+    bits = queries.view(torch.int32)
+    high = (bits & ~0x1FFF).view(torch.float32)  # towards zero: what is finite stays so
+    high = torch.where(queries.isnan(), torch.nan, high)  # of any payload
+    low = torch.where(queries.isfinite(), queries - high, 0.0)
+    low = ((low.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)  # to the nearest
+    return torch.stack([high, low])
+
+
+def ranks_of(scores: Tensor, start: int) -> Tensor:
+    """``_ranks`` of (columns, rows) scores whose first row is ``start``."""
+    bits = torch.where(scores == 0, 0.0, scores).view(torch.int32)
+    high = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).masked_fill(scores.isnan(), NAN_SCORE.value)
+    row = torch.arange(start, start + scores.shape[1], device=scores.device)
+    return (high.long() << 32) | (MOST_ROWS - row)
+
+
+def rows_of(ranks: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores and row indices."""
+    high = (ranks >> 32).int()
+    values = torch.where(high < 0, high ^ 0x7FFFFFFF, high).view(torch.float32)  # NAN_SCORE becomes a NaN
+    return values, MOST_ROWS - (ranks & MOST_ROWS)

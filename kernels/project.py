@@ -1,15 +1,16 @@
 """project, Sparse: every coordinate is added to random buckets, by a matrix product.
 
-Triton can neither scatter into shared memory nor sort cheaply, and atomics add in the order of arrival. But a bucket has
-two digits, bucket = high · LOW + low, and so one row's signed sums are a small matrix
+Triton can neither scatter into shared memory nor sort cheaply, and atomics add in the order of arrival. But a bucket
+has two digits, bucket = high · LOW + low, and so one row's signed sums are a small matrix
 
     sums[high, low] = Σ_u (x_u if high_u = high else 0) · (sign_u if low_u = low else 0)
 
 over the entries u: two thin one-hot matrices made in registers and multiplied on tensor cores. The products are exact,
-since a factor is ±1 or 0, and the order of the sums is fixed. It costs 2·dim FLOPs per entry and row, which hide behind
-the read of the vectors for some hundred buckets and grow from there; beyond MAX_DIM, sorting (the reference) is expected
-to win. What a coordinate that is not finite spoils is its own row, but 0 · ∞ makes it all buckets of the same high digit.
+since a factor is ±1 or 0, and the order of the sums is fixed: float32 in slices that follow from D and dim, float64
+beyond. It costs 2·dim FLOPs per entry and row, which hide behind the read of the vectors for some hundred buckets and
+grow from there; beyond MAX_DIM, sorting (the reference) is expected to win.
 
+A coordinate that is not finite spoils its own row only, but there 0 · ∞ makes NaN of all buckets of its high digit.
 Buckets and signs are hashed once for all rows, a chunk of entries at a time, into four bytes each.
 """
 

@@ -1,8 +1,8 @@
 """grad_sketch, Kronecker: both factors projected and multiplied out in one launch.
 
 (P_out Σ_t G_tᵀ)(P_in A_tᵀ)ᵀ: a program holds a few positions of one sample, L = G P_outᵀ (t, rows) and R = A P_inᵀ
-(t, cols), and adds up Lᵀ R. The factors are read once. Signs are exact in every type, so that half-precision factors are
-projected on tensor cores without a rounding; L, R and their product are float32.
+(t, cols), and adds up Lᵀ R. Up to the largest tile, the factors are read once. Signs are exact in every type: half-
+precision factors are projected on tensor cores without a rounding. L, R and their product are float32.
 
 The slices of T follow from one sample's shape, never from the batch: a sample's bits do not depend on its neighbours.
 """
@@ -128,9 +128,7 @@ def _kronecker(
     tl.store(at, product * scale, mask=(r < rows)[:, None] & (c < cols)[None, :])
 
 
-def kronecker(
-    inputs: Tensor, grads: Tensor, in_words: Tensor, out_words: Tensor, rows: int, cols: int
-) -> Tensor:
+def kronecker(inputs: Tensor, grads: Tensor, in_words: Tensor, out_words: Tensor, rows: int, cols: int) -> Tensor:
     """(B, T, I), (B, T, O) -> (B, rows · cols) float32; checked by ops.grad_sketch, none of the sizes 0.
 
     ``in_words``, ``out_words``: the signs of both sides, from ``pack_signs``.

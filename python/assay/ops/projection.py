@@ -101,7 +101,7 @@ def add_native(vectors: Tensor, first: int, key: tuple[int, int], dim: int, nonz
 
 
 def add_triton(vectors: Tensor, first: int, key: tuple[int, int], dim: int, nonzeros: int, sums: Tensor) -> None:
-    """Sparse sketches up to the kernel's size; wider ones should be cheaper to sort, and a dense projection is a product,
+    """Sparse sketches up to the kernel's size. Wider ones should be cheaper to sort, and a dense projection is a GEMM,
     which torch does well."""
     from assay.kernels import project
 

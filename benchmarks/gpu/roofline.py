@@ -20,6 +20,8 @@ COLOURS = {
     "head_scores": "tab:purple",
     "grad_dot": "tab:green",
     "grad_sqnorm": "tab:olive",
+    "grad_sketch": "tab:orange",
+    "project": "tab:cyan",
 }
 MARKERS = {"bfloat16": "o", "float16": "^", "float32": "s"}
 

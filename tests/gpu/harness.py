@@ -29,6 +29,8 @@ KERNELS = {
     "head_scores": "triton",
     "grad_dot": "triton",
     "grad_sqnorm": "triton",
+    "grad_sketch": "triton",
+    "project": "triton",
 }
 
 T = TypeVar("T")

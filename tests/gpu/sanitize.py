@@ -45,6 +45,10 @@ def everything() -> Iterator[tuple[str, Any]]:
             a, g, v = (random(*s, dtype=dtype) for s in ((2, t, i), (2, t, o), (o, i)))
             yield f"grad_dot {dtype} T={t}", kernel("grad_dot")(a, g, v)
             yield f"grad_sqnorm {dtype} T={t}", kernel("grad_sqnorm")(a, g)
+            for side in (16, 70):
+                yield f"grad_sketch {dtype} T={t} {side}", kernel("grad_sketch")(a, g, assay.Kronecker(side, 20))
+        for sketch in (assay.Sparse(7), assay.Sparse(300, 3), assay.Sparse(8000)):
+            yield f"project {dtype} {sketch}", kernel("project")(random(18, 1001, dtype=dtype), sketch)
 
 
 def tensors(result: Any) -> Iterator[Tensor]:

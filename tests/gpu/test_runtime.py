@@ -23,7 +23,7 @@ def calls(device: torch.device) -> dict[str, tuple[Call, list[Tensor]]]:
     a, g, v = (torch.randn(s, device=device) for s in ((4, 33, 48), (4, 33, 40), (40, 48)))
     z = torch.randn(3, 16, 1000, device=device)
     h, w, d = (torch.randn(s, device=device) for s in ((2, 16, 64), (2, 1000, 64), (2, 1000, 64)))
-    sketch = assay.Kronecker(4, 4)
+    sketch, sparse = assay.Kronecker(4, 4), assay.Sparse(100, 2)
     return {
         "ensemble_stats": (lambda z: assay.ops.ensemble_stats(z, labels), [z]),
         "linear_ensemble_stats": (lambda h, w: assay.ops.linear_ensemble_stats(h, w, labels), [h, w]),
@@ -33,6 +33,8 @@ def calls(device: torch.device) -> dict[str, tuple[Call, list[Tensor]]]:
         ),
         "grad_dot": (lambda a, g, v: assay.ops.grad_dot(a, g, v), [a, g, v]),
         "grad_sqnorm": (lambda a, g: assay.ops.grad_sqnorm(a, g), [a, g]),
+        "grad_sketch": (lambda a, g: assay.ops.grad_sketch(a, g, sketch), [a, g]),
+        "project": (lambda z: assay.ops.project(z[0], sparse), [z]),
     }
 
 

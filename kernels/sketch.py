@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from assay.kernels._common import Launch, ceil_div, round_up, unit_stride
+from assay.kernels._common import Launch, aligned, ceil_div, round_up, unit_stride
 from assay.kernels.philox import ROWS_PER_COUNTER, int32_key, sign_words, signs
 from assay.kernels.slices import plan_sum
 
@@ -41,6 +41,7 @@ class Tile:
 # registers and shared memory (make compile-table), not by a clock yet.
 FEW = 16
 HALF_TILES = (Tile(32, 32, 128, 4, 5), Tile(64, 32, 64, 4, 5), Tile(128, 32, 64, 8, 5))
+RAGGED_TILES = HALF_TILES[:-1]  # half-precision rows at addresses that are no multiples of 16 bytes take more registers
 FLOAT_TILES = (Tile(32, 32, 32, 4, 5), Tile(64, 32, 16, 8, 5))
 
 
@@ -194,7 +195,11 @@ def plan(
 
 
 def tile_for(inputs: Tensor, grads: Tensor, side: int) -> Tile:
-    tiles = FLOAT_TILES if torch.float32 in (inputs.dtype, grads.dtype) else HALF_TILES
+    if torch.float32 in (inputs.dtype, grads.dtype):
+        tiles = FLOAT_TILES
+    else:
+        easy = all(aligned([x, x.shape[2], *x.stride()]) for x in (inputs, grads))
+        tiles = HALF_TILES if easy else RAGGED_TILES
     return next((tile for tile in tiles if tile.side >= side), tiles[-1])
 
 

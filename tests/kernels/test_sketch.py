@@ -66,7 +66,8 @@ def test_against_float64(shape: tuple[int, int, int, int], types: tuple[torch.dt
 @pytest.mark.parametrize("sides", [*SIDES[4:], (130, 20), (20, 260)])  # the last two: beyond the largest tile
 @pytest.mark.parametrize("types", TYPES)
 def test_large_sketches(sides: tuple[int, int], types: tuple[torch.dtype, torch.dtype]) -> None:
-    check(*draw(2, 35, 70, 33, types), assay.Kronecker(*sides, seed=1))
+    for i, o in ((80, 48), (70, 33)):  # aligned rows, and ragged ones, which have smaller tiles
+        check(*draw(2, 35, i, o, types), assay.Kronecker(*sides, seed=1))
 
 
 @pytest.mark.parametrize("types", MIXED)
@@ -176,8 +177,8 @@ def meta(b: int, t: int, i: int, o: int, dtype: torch.dtype = BF16) -> tuple[Ten
 
 
 def test_dispatch_on_both_sides_of_each_limit() -> None:
-    def tile_of(sides: tuple[int, int], dtype: torch.dtype = BF16, t: int = 512) -> tuple[int, ...]:
-        arguments = kernel.plan(*meta(8, t, 768, 3072, dtype), *sides)[0].arguments
+    def tile_of(sides: tuple[int, int], dtype: torch.dtype = BF16, t: int = 512, i: int = 768) -> tuple[int, ...]:
+        arguments = kernel.plan(*meta(8, t, i, 3072, dtype), *sides)[0].arguments
         return tuple(arguments[name] for name in ("ROWS", "COLS", "BLOCK_K", "BLOCK_T"))
 
     small, middle, large = kernel.HALF_TILES
@@ -185,6 +186,7 @@ def test_dispatch_on_both_sides_of_each_limit() -> None:
     assert tile_of((33, 5)) == (64, 16, middle.k, middle.t)
     assert tile_of((5, 65)) == (16, 128, large.k, large.t)
     assert tile_of((129, 500)) == (128, 128, large.k, large.t)
+    assert tile_of((128, 128), i=767) == (64, 64, middle.k, middle.t)
     assert tile_of((64, 64), F32) == (64, 64, kernel.FLOAT_TILES[-1].k, kernel.FLOAT_TILES[-1].t)
     assert tile_of((65, 64), F32)[:2] == (64, 64)
     assert tile_of((16, 16), t=kernel.FEW)[3] == kernel.FEW

@@ -41,8 +41,9 @@ class Tile:
 # registers and shared memory (make compile-table), not by a clock yet.
 FEW = 16
 HALF_TILES = (Tile(32, 32, 128, 4, 5), Tile(64, 32, 64, 4, 5), Tile(128, 32, 64, 8, 5))
-RAGGED_TILES = HALF_TILES[:-1]  # half-precision rows at addresses that are no multiples of 16 bytes take more registers
 FLOAT_TILES = (Tile(32, 32, 32, 4, 5), Tile(64, 32, 16, 8, 5))
+# Rows at addresses that are no multiples of 16 bytes: the registers go to them.
+RAGGED_TILES = (Tile(64, 16, 16, 8, 2),)
 
 
 @triton.jit
@@ -195,11 +196,10 @@ def plan(
 
 
 def tile_for(inputs: Tensor, grads: Tensor, side: int) -> Tile:
-    if torch.float32 in (inputs.dtype, grads.dtype):
-        tiles = FLOAT_TILES
+    if not all(aligned([x, x.shape[2], *x.stride()]) for x in (inputs, grads)):
+        tiles: tuple[Tile, ...] = RAGGED_TILES
     else:
-        easy = all(aligned([x, x.shape[2], *x.stride()]) for x in (inputs, grads))
-        tiles = HALF_TILES if easy else RAGGED_TILES
+        tiles = FLOAT_TILES if torch.float32 in (inputs.dtype, grads.dtype) else HALF_TILES
     return next((tile for tile in tiles if tile.side >= side), tiles[-1])
 
 

@@ -5,8 +5,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-OUTPUT_SIDE, INPUT_SIDE = 0, 1  # the counter's last word: rows of a Kronecker sketch, or its columns
+# The counter's last word says what its bits are for: rows of a Kronecker sketch, its columns, entries of a Sparse one.
+OUTPUT_SIDE, INPUT_SIDE, SPARSE = 0, 1, 2
 ROWS_PER_COUNTER = 128  # one counter gives 4 words of 32 signs
+
+
+def int32_key(key: tuple[int, int]) -> tuple[int, int]:
+    """The key's words as kernels take them: int32, one type for every key."""
+    key0, key1 = (word - (1 << 32) if word >> 31 else word for word in key)
+    return key0, key1
 
 
 @triton.jit

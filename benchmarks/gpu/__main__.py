@@ -16,7 +16,7 @@ import torch
 from benchmarks.gpu import ceilings, peers, report
 from benchmarks.gpu.case import DEVICE, REHEARSAL, Case, dtype_name
 from benchmarks.gpu.stopwatch import Replay, buffers, interleave, peak_bytes
-from benchmarks.kernels import ensemble, gradients, head, scan
+from benchmarks.kernels import ensemble, gradients, head, scan, sketch
 from benchmarks.timing import RESULTS
 
 SECONDS_PER_CASE = 0.5  # of rounds; compiling and filling buffers come on top
@@ -96,7 +96,8 @@ def add_compiled(result: Result, case: Case) -> None:
 
 def run(deadline: float, results: list[Result], problems: list[str], ceiling: ceilings.Ceilings) -> None:
     """All cases into ``results``; first everything without torch.compile, which takes what time is left."""
-    cases = [*ensemble.gpu_cases(), *head.gpu_cases(), *gradients.gpu_cases(), *scan.gpu_cases()]
+    ops = (ensemble, head, gradients, sketch, scan)
+    cases = [case for op in ops for case in op.gpu_cases()]
     measured: list[tuple[Result, Case]] = []
 
     def attempt(case: Case, step: Callable[[], None]) -> None:

@@ -20,7 +20,9 @@ COLOURS = {
     "head_scores": "tab:purple",
     "grad_dot": "tab:green",
     "grad_sqnorm": "tab:olive",
-    "topk_scan": "tab:orange",
+    "topk_scan": "tab:pink",
+    "grad_sketch": "tab:orange",
+    "project": "tab:cyan",
 }
 MARKERS = {"bfloat16": "o", "float16": "^", "float32": "s", "int8": "D"}
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import assay
 from assay.ops import grad_sketch, project
+from benchmarks.gpu.case import DEVICE, Case, here
 from benchmarks.timing import interleave
 
 LAYERS = [  # (B, T, I, O)
@@ -138,3 +139,64 @@ def _case(
         "flops": 0,
         "timings": timings,
     }
+
+
+# ---- on a GPU -------------------------------------------------------------------------------------------------------
+
+# GPT-2's MLP, up; an 8B Llama's; a convolution's patches; a classifier's layer.
+GPU_LAYERS = here(
+    [(8, 1024, 768, 3072), (8, 1024, 4096, 14_336), (512, 196, 27, 64), (4096, 1, 512, 512)], [(2, 16, 24, 32)]
+)
+GPU_VECTORS = here([(16, 1 << 24, 512), (16, 1 << 24, 4096), (1, 1 << 26, 512)], [(3, 1000, 64)])  # (B, D, dim)
+
+
+def gpu_cases() -> list[Case]:
+    """The contract sets no target: the ceiling is the read of the vectors, or of the factors."""
+    half, full = torch.bfloat16, torch.float32
+    return [
+        *(_gpu_sparse(*vectors, half) for vectors in GPU_VECTORS),
+        _gpu_sparse(*GPU_VECTORS[0], full),
+        *(_gpu_layer(*layer, 16, half) for layer in GPU_LAYERS),
+        *(_gpu_layer(*GPU_LAYERS[0], side, half) for side in (64, 128)),
+        _gpu_layer(*GPU_LAYERS[0], 16, full),
+    ]
+
+
+def _gpu_sparse(b: int, d: int, dim: int, dtype: torch.dtype) -> Case:
+    sketch = assay.Sparse(dim)
+
+    def reference(x: Tensor) -> Tensor:
+        with assay.backend("reference"):
+            return project(x, sketch)
+
+    return Case(
+        op="project",
+        shape=f"Sparse({dim}) B={b} D={d}",
+        dtype=dtype,
+        bytes=dtype.itemsize * b * d + 4 * b * dim,
+        flops=b * d,
+        bound="read",
+        make=lambda: (torch.empty(b, d, device=DEVICE, dtype=dtype).normal_(),),
+        run=lambda x: project(x, sketch),
+        rivals={"sum": torch.sum, "eager": reference},
+    )
+
+
+def _gpu_layer(b: int, t: int, i: int, o: int, side: int, dtype: torch.dtype) -> Case:
+    sketch = assay.Kronecker(side, side)
+    p_in, p_out = (p.to(dtype).T for p in (sketch.input_side(i, DEVICE), sketch.output_side(o, DEVICE)))
+
+    def eager(a: Tensor, g: Tensor) -> Tensor:
+        return torch.bmm((g.float() @ p_out.float()).mT, a.float() @ p_in.float()).flatten(1)
+
+    return Case(
+        op="grad_sketch",
+        shape=f"Kronecker({side}, {side}) B={b} T={t} {i}→{o}",
+        dtype=dtype,
+        bytes=dtype.itemsize * b * t * (i + o) + 4 * b * side * side,
+        flops=2 * b * t * side * (i + o + side),
+        bound="read",
+        make=lambda: tuple(torch.randn(b, t, n, device=DEVICE).to(dtype) for n in (i, o)),
+        run=lambda a, g: grad_sketch(a, g, sketch),
+        rivals={"gemm": lambda a, g: (a @ p_in, g @ p_out), "eager": eager},
+    )

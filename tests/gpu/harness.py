@@ -31,6 +31,8 @@ KERNELS = {
     "grad_sqnorm": "triton",
     "topk_scan": "triton",
     "scan_scores": "triton",
+    "grad_sketch": "triton",
+    "project": "triton",
 }
 
 T = TypeVar("T")

@@ -51,6 +51,10 @@ def everything() -> Iterator[tuple[str, Any]]:
             scan = kernel("topk_scan")
             yield f"topk_scan M={m} k={k} {reduce}", scan(random(300, 77), random(m, 77), k, reduce=reduce)[0]
             yield f"topk_scan int8 M={m}", scan(features, random(m, 77), k, reduce=reduce, scales=scales)[0]
+            for side in (16, 70):
+                yield f"grad_sketch {dtype} T={t} {side}", kernel("grad_sketch")(a, g, assay.Kronecker(side, 20))
+        for sketch in (assay.Sparse(7), assay.Sparse(300, 3), assay.Sparse(8000)):
+            yield f"project {dtype} {sketch}", kernel("project")(random(18, 1001, dtype=dtype), sketch)
 
 
 def tensors(result: Any) -> Iterator[Tensor]:

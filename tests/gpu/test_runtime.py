@@ -32,7 +32,7 @@ def calls(device: torch.device) -> dict[str, tuple[Call, list[Tensor]]]:
     a, g, v = (torch.randn(s, device=device) for s in ((4, 33, 48), (4, 33, 40), (40, 48)))
     z = torch.randn(3, 16, 1000, device=device)
     h, w, d = (torch.randn(s, device=device) for s in ((2, 16, 64), (2, 1000, 64), (2, 1000, 64)))
-    sketch = assay.Kronecker(4, 4)
+    sketch, sparse = assay.Kronecker(4, 4), assay.Sparse(100, 2)
     x, q = torch.randn(700, 48, device=device), torch.randn(3, 48, device=device)
     return {
         "ensemble_stats": (lambda z: assay.ops.ensemble_stats(z, labels), [z]),
@@ -45,6 +45,8 @@ def calls(device: torch.device) -> dict[str, tuple[Call, list[Tensor]]]:
         "grad_sqnorm": (lambda a, g: assay.ops.grad_sqnorm(a, g), [a, g]),
         "topk_scan": (lambda x, q: Best(*assay.ops.topk_scan(x, q, 20, reduce="none")), [x, q]),
         "scan_scores": (lambda x, q: assay.ops.scan_scores(x, q, reduce="max"), [x, q]),
+        "grad_sketch": (lambda a, g: assay.ops.grad_sketch(a, g, sketch), [a, g]),
+        "project": (lambda z: assay.ops.project(z[0], sparse), [z]),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,22 +21,25 @@ from assay.ops.sketch import (
     Kronecker,
     Mask,
     Sketch,
+    cached,
     factor,
 )
 
 # Coordinates of a per-sample gradient that are multiplied out at a time, in whole rows. Not a matter of the batch: the
 # projection's sums are cut where the tiles are.
 TILE = 1 << 18
-# ... for as many samples as keep the tile in cache.
+# ... for as many samples as keep the tile in cache; on a GPU, as give every processor something to do.
 TILE_BYTES = 16 << 20
+GPU_TILE_BYTES = 256 << 20
 
 
 def grad_sketch(inputs: Tensor, grads: Tensor, sketch: Sketch) -> Tensor:
     """The sketch of every sample's gradient Σ_t grads[b,t]ᵀ inputs[b,t] (O, I), which is never held.
 
-    Kronecker: row by row, (P_out Σ_t G_tᵀ)(P_in A_tᵀ)ᵀ, (B, rows · cols): both factors are read once. Sparse and
-    Rademacher: the projection of the flattened gradient, coordinate o · I + i, which is multiplied out in tiles that
-    stay in cache. Mask: of the features that are left.
+    Kronecker: row by row, (P_out Σ_t G_tᵀ)(P_in A_tᵀ)ᵀ, (B, rows · cols): both factors are read once; on a GPU (up to
+    128 × 128) by one kernel, which gives a sample the same bits whatever its neighbours. Sparse and Rademacher: the
+    projection of the flattened gradient, coordinate o · I + i, which is multiplied out in tiles that stay in cache.
+    Mask: of the features that are left.
 
     Args:
         inputs: A, (B, T, I), or (B, I) for T = 1.
@@ -88,7 +92,10 @@ def _check_sides(sketch: Kronecker, inputs: int, outputs: int) -> None:
 def _kronecker(inputs: Tensor, grads: Tensor, key: Sequence[int], rows: int, cols: int) -> Tensor:
     wide, device, keys = wide_dtype(inputs, grads), inputs.device, (key[0], key[1])
     o, i = grads.shape[2], inputs.shape[2]
-    if _backend.choose("grad_sketch", inputs.new_empty(0, dtype=wide), "triton") == "cpu":
+    backend = _backend.choose("grad_sketch", inputs.new_empty(0, dtype=wide), "triton")
+    if backend == "triton" and inputs.numel() and grads.numel():
+        return _launch(inputs, grads, keys, rows, cols)
+    if backend == "cpu":
         left = _project_rows(grads, factor(rows, o, OUTPUT_SIDE, keys, device, _native.pack_rows), rows)
         right = _project_rows(inputs, factor(cols, i, INPUT_SIDE, keys, device, _native.pack_rows), cols)
     else:
@@ -102,6 +109,19 @@ def _kronecker(inputs: Tensor, grads: Tensor, key: Sequence[int], rows: int, col
 @_kronecker.register_fake
 def _(inputs: Tensor, grads: Tensor, key: Sequence[int], rows: int, cols: int) -> Tensor:
     return inputs.new_empty(len(inputs), rows * cols, dtype=wide_dtype(inputs, grads))
+
+
+def _launch(inputs: Tensor, grads: Tensor, key: tuple[int, int], rows: int, cols: int) -> Tensor:
+    from assay.kernels import sketch
+
+    def words(size: int, features: int, side: int) -> Tensor:
+        """The signs at a bit each, kept for the next batch."""
+        make = partial(sketch.pack_signs, size, features, side, key, inputs.device)
+        return cached(("words", key, side, size, features, inputs.device), make)
+
+    in_words, out_words = words(cols, inputs.shape[2], INPUT_SIDE), words(rows, grads.shape[2], OUTPUT_SIDE)
+    out: Tensor = sketch.kronecker(inputs, grads, in_words, out_words, rows, cols)
+    return out
 
 
 def _project_rows(x: Tensor, packed: Tensor, size: int) -> Tensor:
@@ -122,7 +142,7 @@ def _flat(inputs: Tensor, grads: Tensor, key: Sequence[int], dim: int, nonzeros:
     (b, _, i), o = inputs.shape, grads.shape[2]
     sums = inputs.new_zeros(b, dim, dtype=torch.float64)
     columns = max(1, min(o, TILE // max(1, i)))
-    samples = max(1, TILE_BYTES // (4 * columns * max(1, i)))
+    samples = max(1, (TILE_BYTES if inputs.device.type == "cpu" else GPU_TILE_BYTES) // (4 * columns * max(1, i)))
     for s in range(0, b, samples):
         a, g = inputs[s : s + samples].to(wide), grads[s : s + samples].to(wide)
         for c in range(0, o, columns):

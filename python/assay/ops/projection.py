@@ -25,7 +25,9 @@ def project(vectors: Tensor, sketch: Sketch) -> Tensor:
     Coordinate c of a row is coordinate c of the sketch's definition (``assay.Sparse``, ``assay.Rademacher``); 64-bit,
     so that D may exceed 2³². On the CPU the vectors are read once, nothing of size D × dim exists, and a row's result
     has the same bits whatever the other rows, the instruction set and the number of threads: float32 sums over
-    slices that follow from D and dim, added up in double in a fixed order.
+    slices that follow from D and dim, added up in double in a fixed order. The same holds on a GPU for Sparse sketches
+    of up to 8,192 numbers (``kernels/project.py``); there a coordinate that is not finite makes NaN of several of its
+    row's numbers, not of ``nonzeros`` alone. Wider ones and Rademacher run in plain torch there.
 
     Args:
         vectors: (B, D) float32, bfloat16 or float16 (float64 runs the reference), any strides; adjacent columns are
@@ -89,14 +91,24 @@ def _(vectors: Tensor, key: Sequence[int], dim: int, nonzeros: int) -> Tensor:
 def adder(tensor: Tensor, op: str) -> Callable[[Tensor, int, tuple[int, int], int, int, Tensor], None]:
     """What runs here as add(vectors, first, key, dim, nonzeros, sums): sums (B, dim) float64 += the unscaled projection
     of vectors (B, n), whose coordinates begin at ``first``."""
-    # GPU tensors run the reference until this op has a Triton kernel.
-    return add_native if _backend.choose(op, tensor, "triton") == "cpu" else add_reference
+    return {"cpu": add_native, "triton": add_triton, "reference": add_reference}[_backend.choose(op, tensor, "triton")]
 
 
 def add_native(vectors: Tensor, first: int, key: tuple[int, int], dim: int, nonzeros: int, sums: Tensor) -> None:
     if vectors.stride(1) != 1:
         vectors = vectors.contiguous()
     _native.project(vectors, first, key, dim, nonzeros, sums)
+
+
+def add_triton(vectors: Tensor, first: int, key: tuple[int, int], dim: int, nonzeros: int, sums: Tensor) -> None:
+    """Sparse sketches up to the kernel's size. Wider ones should be cheaper to sort, and a dense projection is a GEMM,
+    which torch does well."""
+    from assay.kernels import project
+
+    if nonzeros == 0 or dim > project.MAX_DIM:
+        add_reference(vectors, first, key, dim, nonzeros, sums)
+    elif vectors.numel():
+        project.add_sparse(vectors, first, key, dim, nonzeros, sums)
 
 
 def add_reference(vectors: Tensor, first: int, key: tuple[int, int], dim: int, nonzeros: int, sums: Tensor) -> None:

@@ -1,0 +1,38 @@
+"""Partial sums of slices, added up: in float64, and in one order whatever else is in the batch."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from assay.kernels._common import Launch, ceil_div
+
+BLOCK, STEP = 128, 32  # sums of a program, and slices that it reads at a time
+WARPS = 4
+
+
+@triton.jit(do_not_specialize=["slices"])
+def _add_slices(partial, sums, count, slices, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    """sums (count,) float64 += Σ_s partial (slices, count) float32."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float64)
+    for s0 in range(0, slices, STEP):
+        s = s0 + tl.arange(0, STEP).to(tl.int64)
+        mask = (s < slices)[:, None] & (i < count)[None, :]
+        total += tl.sum(tl.load(partial + s[:, None] * count + i[None, :], mask=mask, other=0.0).to(tl.float64), axis=0)
+    tl.store(sums + i, tl.load(sums + i, mask=i < count, other=0.0) + total, mask=i < count)
+
+
+def plan_sum(partial: Tensor, sums: Tensor) -> Launch:
+    """sums (...) float64, contiguous, += the sum of partial (slices, ...) float32 over its slices."""
+    count = sums.numel()
+    arguments = {
+        "partial": partial,
+        "sums": sums,
+        "count": count,
+        "slices": len(partial),
+        "BLOCK": BLOCK,
+        "STEP": STEP,
+    }
+    return Launch(_add_slices, (ceil_div(count, BLOCK),), arguments, WARPS, 1)

@@ -1,0 +1,212 @@
+"""The Sparse kernel of project against float64: on a GPU where there is one, under the interpreter elsewhere."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import assay
+from assay.kernels import project as kernel
+from assay.ops import grad_sketch, project
+from assay.ops.philox import make_key
+from assay.ops.sketch import buckets
+from tests.kernels.guarded import DEVICE, fence_intact, fenced
+
+F32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+DTYPES = [F32, BF16, FP16]
+FAR = 2**33 + 5  # a coordinate whose counter needs its second word, for several entries each too
+SHAPES = [  # (B, D); what it is there for
+    (1, 1),
+    (3, 63),  # one short of a block
+    (16, 64),  # as many rows as a program has, one block
+    (17, 65),  # one more of both
+    (2, 5000),
+]
+SKETCHES = [
+    assay.Sparse(1, seed=1),
+    assay.Sparse(7, seed=2, name="a"),  # many short slices
+    assay.Sparse(17, 2, seed=3),  # two high digits, of which one bucket has the second
+    assay.Sparse(512, seed=4),
+    assay.Sparse(300, 3, seed=5),
+    assay.Sparse(kernel.MAX_DIM, seed=6),
+]
+
+
+def triton_project(vectors: Tensor, sketch: assay.Sparse) -> Tensor:
+    with assay.backend("triton"):
+        return project(vectors, sketch)
+
+
+def expected(x: Tensor, sketch: assay.Sparse, first: int = 0) -> Tensor:
+    """Unscaled, by the definition in ops/sketch.py."""
+    x = x.cpu().double()
+    at, sign = buckets(x.shape[1], sketch.dim, sketch.nonzeros, sketch.key, first=first)
+    out = x.new_zeros(len(x), sketch.dim)
+    for j in range(sketch.nonzeros):
+        out.index_add_(1, at[:, j], x * sign[:, j])
+    return out
+
+
+def added(x: Tensor, first: int, sketch: assay.Sparse) -> Tensor:
+    sums = torch.zeros(len(x), sketch.dim, dtype=torch.float64, device=x.device)
+    kernel.add_sparse(x, first, sketch.key, sketch.dim, sketch.nonzeros, sums)
+    return sums
+
+
+@pytest.mark.parametrize("gap", [3, 16])  # ragged rows, aligned rows
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sketch", SKETCHES, ids=str)
+def test_against_float64(sketch: assay.Sparse, dtype: torch.dtype, gap: int) -> None:
+    for b, d in SHAPES if gap == 3 else SHAPES[-1:]:
+        if sketch.dim == kernel.MAX_DIM and d == 5000:
+            d = 500  # a row per program: slow under the interpreter
+        x = fenced(torch.randn(b, d).to(dtype), gap)
+        found = triton_project(x, sketch)
+        assert found.shape == (b, sketch.dim)
+        assert found.dtype == F32
+        assert found.device.type == DEVICE
+        error = (found.cpu() - expected(x, sketch) / sketch.nonzeros**0.5).abs()
+        assert bool((error <= 2e-6 * x.double().norm(dim=1, keepdim=True).cpu()).all()), (b, d, float(error.max()))
+
+
+@pytest.mark.parametrize("first", [0, 2**32 - 31, FAR, 2**60])
+@pytest.mark.parametrize("sketch", [SKETCHES[1], SKETCHES[4], assay.Sparse(40, 5, seed=-1, name="b")], ids=str)
+def test_every_entry_is_the_definition_s(sketch: assay.Sparse, first: int) -> None:
+    """Signs and buckets to the last bit, beyond 2³² and across it; exact sums of ones."""
+    eye = torch.eye(67, device=DEVICE)
+    assert torch.equal(added(eye, first, sketch).cpu(), expected(eye, sketch, first))
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3, 1000, 4097, kernel.MAX_DIM])
+@pytest.mark.parametrize(("seed", "name"), [(0, ""), (-1, "a"), (2**63 - 1, "lm_head")])
+def test_codes_are_the_definition_s(dim: int, seed: int, name: str) -> None:
+    key = make_key(seed, name)
+    for first in (0, 1, 2, 3, 2**34 - 70, FAR):
+        codes = torch.full((300,), -1, dtype=torch.int32, device=DEVICE)
+        kernel.plan_codes(codes, first, key, dim).run(codes)
+        at, sign = buckets(300, dim, 1, key, first=first)
+        assert torch.equal(codes.cpu().long(), (2 * at + (sign < 0))[:, 0]), first
+
+
+def test_float32_loses_nothing_to_three_words() -> None:
+    """All 24 bits, at every exponent: rounded words would overflow at the top."""
+    sketch = assay.Sparse(1)
+    x = (torch.rand(200, 1) + 1) * 2.0 ** torch.arange(-100, 100)[:, None]
+    x = torch.cat([x, torch.tensor([[torch.finfo(F32).max], [-torch.finfo(F32).max], [0.0]])]).to(DEVICE)
+    assert torch.equal(added(x, 0, sketch).abs(), x.double().abs())
+
+
+def test_strides() -> None:
+    x = torch.randn(20, 700, device=DEVICE)
+    sketch = SKETCHES[3]
+    want = triton_project(x, sketch)
+    assert torch.equal(triton_project(x.T.contiguous().T, sketch), want)  # copied
+    assert torch.equal(triton_project(torch.stack([x, x], 1)[:, 0], sketch), want)
+    assert torch.equal(triton_project(x[:1].expand(3, -1), sketch), want[:1].expand(3, -1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sketch", SKETCHES[1:5], ids=str)
+def test_a_row_s_bits_are_its_own(sketch: assay.Sparse, dtype: torch.dtype) -> None:
+    """Whatever the batch, over several slices; and the same every time."""
+    x = torch.randn(19, kernel.TERMS * sketch.dim // sketch.nonzeros + 500, device=DEVICE).to(dtype)
+    found = triton_project(x, sketch)
+    for rows in (slice(0, 19), slice(0, 1), slice(16, 18)):
+        assert torch.equal(triton_project(x[rows], sketch), found[rows])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy, under the interpreter
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_other_rows_infinities_stay_theirs(dtype: torch.dtype) -> None:
+    """A program holds 16 rows at a time. Entries past the end read other columns, which must not count."""
+    x = torch.randn(18, 101).to(dtype).to(DEVICE)
+    want = triton_project(x, SKETCHES[3])
+    bad = x.clone()
+    bad[3, 50], bad[17, 0] = torch.nan, torch.inf
+    found = triton_project(bad, SKETCHES[3])
+    at = buckets(101, 512, 1, SKETCHES[3].key)[0][:, 0]
+    for row, column in ((3, 50), (17, 0)):
+        assert not found[row, at[column]].isfinite()
+        same_digit = torch.arange(512, device=DEVICE) // 64 == at[column].item() // 64
+        assert torch.equal(found[row, ~same_digit], want[row, ~same_digit])
+    good = [r for r in range(18) if r not in (3, 17)]
+    assert torch.equal(found[good], want[good])
+
+
+def test_every_partial_sum_is_written_and_nothing_else() -> None:
+    for dim, b, d in ((300, 17, 20_003), (7, 3, 700), (5000, 2, 100)):
+        x, sums = torch.randn(b, d, device=DEVICE), torch.zeros(b, dim, dtype=torch.float64, device=DEVICE)
+        for hash_entries, launch, _ in kernel.plan(x, 0, (1, 2), dim, 1, sums, interpret=DEVICE == "cpu"):
+            hash_entries.run(x)
+            found = fenced(torch.full(launch.arguments["partial"].shape, torch.nan), 0)
+            launch.arguments["partial"] = found
+            launch.run(x)
+            assert not found.isnan().any()
+            assert fence_intact(found)
+
+
+@pytest.mark.parametrize("nonzeros", [1, 3])
+def test_chunks_go_on_where_they_left_off(nonzeros: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(3, 1000, device=DEVICE)
+    sketch = assay.Sparse(50, nonzeros, seed=9)
+    monkeypatch.setattr(kernel, "CHUNK", 301)
+    assert len(list(kernel.plan(x, 0, (1, 2), 50, nonzeros, torch.zeros(3, 50)))) == -(-1000 // (301 // nonzeros))
+    torch.testing.assert_close(added(x, FAR, sketch).cpu(), expected(x, sketch, FAR), rtol=1e-6, atol=1e-5)
+
+
+def test_offsets_beyond_two_to_the_31() -> None:
+    """Rows 2³⁰ elements apart: 32-bit offsets would wrap on the third."""
+    far = torch.empty(2**31 + 2**12, dtype=FP16, device=DEVICE)  # pages that nothing touches take no memory
+    x = torch.randn(3, 70, device=DEVICE).to(FP16)
+    far_x = far.as_strided((3, 70), (2**30, 1))
+    far_x.copy_(x)
+    assert torch.equal(triton_project(far_x, SKETCHES[3]), triton_project(x, SKETCHES[3]))
+
+
+def test_gradients_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """grad_sketch projects a gradient a few of its rows at a time, with the coordinates where they are."""
+    monkeypatch.setattr("assay.ops.layer_sketch.TILE", 100)
+    a, g = torch.randn(3, 5, 40, device=DEVICE), torch.randn(3, 5, 9, device=DEVICE)
+    for sketch in (assay.Sparse(30, seed=1), assay.Sparse(70, 2, seed=1)):
+        with assay.backend("triton"):
+            found = grad_sketch(a, g, sketch)
+        want = expected((g.mT @ a).flatten(1), sketch) / sketch.nonzeros**0.5
+        torch.testing.assert_close(found.cpu().double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, 50), (3, 0)])
+def test_empty(shape: tuple[int, int]) -> None:
+    assert triton_project(torch.ones(shape, device=DEVICE), assay.Sparse(4)).tolist() == [[0.0] * 4] * shape[0]
+
+
+def test_what_the_kernel_does_not_take_runs_the_reference() -> None:
+    x = torch.randn(2, 100, device=DEVICE)
+    for sketch in (assay.Sparse(kernel.MAX_DIM + 1), assay.Rademacher(8)):
+        found = triton_project(x, sketch)  # type: ignore[arg-type]
+        with assay.backend("reference"):
+            assert torch.equal(found, project(x, sketch))
+    with pytest.raises(ValueError, match="the kernel takes dim from 1 to 8192, got 8193"):
+        added(x, 0, assay.Sparse(kernel.MAX_DIM + 1))
+
+
+def test_digits_hold_every_bucket() -> None:
+    for dim in [*range(1, 70), 128, 129, 512, 513, 4096, 4097, kernel.MAX_DIM]:
+        rows, high, low = kernel.digits(dim)
+        assert dim <= high * low < max(33, 2 * dim)
+        assert 1 <= rows <= kernel.MAX_ROWS
+        assert 16 <= rows * high <= kernel.PRODUCT_ROWS
+        assert 16 <= low <= 64
+
+
+def test_slices_follow_from_the_shape_and_are_worth_their_sums() -> None:
+    def sums_of(b: int, d: int, dim: int) -> int:
+        x, sums = (torch.empty(b, n, device="meta") for n in (d, dim))
+        return len(next(kernel.plan(x, 0, (1, 2), dim, 1, sums))[1].arguments["partial"])
+
+    for b in (1, 64):
+        assert sums_of(b, 1000, 512) == 1
+        assert sums_of(b, kernel.TERMS * 512, 512) == 1
+        assert sums_of(b, kernel.TERMS * 512 + 1, 512) == 2
+        assert sums_of(b, 1 << 22, 16) == 512
+        assert sums_of(b, 1 << 22, 8192) == (1 << 22) // (kernel.TERMS * 8192)

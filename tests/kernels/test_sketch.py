@@ -1,0 +1,219 @@
+"""The Kronecker kernel of grad_sketch against float64: on a GPU where there is one, under the interpreter elsewhere."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import assay
+from assay.kernels import sketch as kernel
+from assay.kernels.philox import INPUT_SIDE, OUTPUT_SIDE
+from assay.kernels.slices import plan_sum
+from assay.ops import grad_sketch
+from assay.ops.sketch import signs
+from tests.kernels.guarded import DEVICE, fence_intact, fenced
+
+F32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+SHAPES = [  # (B, T, I, O); what it is there for
+    (1, 1, 1, 1),
+    (4, 1, 5, 7),  # one position, fewer features than a sketch has rows
+    (2, 16, 128, 64),  # the last of few positions; whole blocks of features
+    (2, 17, 129, 127),  # one more, one less
+    (3, 32, 33, 65),  # exactly a tile of positions
+    (2, 100, 40, 24),  # several tiles in a slice
+    (2, 130, 1030, 70),  # several slices, the last one ragged
+]
+SIDES = [(16, 16), (1, 1), (17, 3), (33, 64), (65, 16), (128, 30)]
+TYPES = [(F32, F32), (BF16, BF16), (FP16, FP16)]  # of inputs and grads
+MIXED = [(BF16, F32), (F32, BF16), (FP16, BF16)]
+
+
+def triton_sketch(inputs: Tensor, grads: Tensor, sketch: assay.Kronecker) -> Tensor:
+    with assay.backend("triton"):
+        return grad_sketch(inputs, grads, sketch)
+
+
+def check(inputs: Tensor, grads: Tensor, sketch: assay.Kronecker) -> Tensor:
+    """The kernel's result, after it has been held against float64 as tests/ops/test_project.py does."""
+    result = triton_sketch(inputs, grads, sketch)
+    gradient = (grads.double().mT @ inputs.double()).cpu()
+    o, i = gradient.shape[1:]
+    want = (sketch.output_side(o).double() @ gradient @ sketch.input_side(i).double().T).flatten(1)
+    scale = want.norm(dim=1, keepdim=True) + gradient.flatten(1).norm(dim=1, keepdim=True)
+    assert result.dtype == F32
+    assert result.device.type == DEVICE
+    error = (result.cpu() - want).abs() / scale
+    assert bool((error <= 2e-6).all()), float(error.max())
+    return result
+
+
+def draw(
+    b: int, t: int, i: int, o: int, types: tuple[torch.dtype, torch.dtype] = (F32, F32), gap: int = 0
+) -> tuple[Tensor, Tensor]:
+    return fenced(torch.randn(b, t, i).to(types[0]), gap), fenced(torch.randn(b, t, o).to(types[1]), gap)
+
+
+@pytest.mark.parametrize("gap", [3, 16])  # ragged rows, aligned rows
+@pytest.mark.parametrize("types", TYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_against_float64(shape: tuple[int, int, int, int], types: tuple[torch.dtype, torch.dtype], gap: int) -> None:
+    a, g = draw(*shape, types, gap)
+    for rows, cols in SIDES[:1] if gap == 16 else SIDES[1:4]:
+        check(a, g, assay.Kronecker(rows, cols, seed=rows, name="layer"))
+
+
+@pytest.mark.parametrize("sides", [*SIDES[4:], (130, 20), (20, 260)])  # the last two: beyond the largest tile
+@pytest.mark.parametrize("types", TYPES)
+def test_large_sketches(sides: tuple[int, int], types: tuple[torch.dtype, torch.dtype]) -> None:
+    for i, o in ((80, 48), (70, 33)):  # aligned rows, and ragged ones, which have smaller tiles
+        check(*draw(2, 35, i, o, types), assay.Kronecker(*sides, seed=1))
+
+
+@pytest.mark.parametrize("types", MIXED)
+def test_mixed_types(types: tuple[torch.dtype, torch.dtype]) -> None:
+    for sides in ((16, 16), (70, 16)):
+        check(*draw(3, 43, 129, 48, types), assay.Kronecker(*sides))
+
+
+@pytest.mark.parametrize(("seed", "name"), [(0, ""), (-1, "a"), (2**63 - 1, "lm_head")])
+@pytest.mark.parametrize("side", [OUTPUT_SIDE, INPUT_SIDE])
+def test_signs_are_those_of_the_definition(side: int, seed: int, name: str) -> None:
+    """To the last bit, for all sizes of the packed words, across blocks of 128 rows."""
+    key = assay.Kronecker(1, 1, seed, name).key
+    for size in (1, 16, 33, 128, 129, 300):
+        words = kernel.pack_signs(size, 70, side, key, torch.device(DEVICE)).cpu()
+        bits = words[:, None] >> torch.arange(32)[:, None] & 1  # (words, 32, features)
+        assert torch.equal(1 - 2 * bits.flatten(0, 1)[:size].float(), signs(size, 70, side, key).sign())
+
+
+def test_one_hot_factors_find_every_sign() -> None:
+    """Gradient (o, i) alone is 1: its sketch is the product of a column of either side, exactly."""
+    o, i = 37, 21
+    sketch = assay.Kronecker(64, 16, seed=3, name="x")
+    left, right = sketch.output_side(o).sign(), sketch.input_side(i).sign()
+    g = torch.eye(o, device=DEVICE)[:, None].expand(o, 1, o)
+    for c in range(0, i, 5):
+        a = torch.eye(i, device=DEVICE)[c].expand(o, 1, i)
+        found = triton_sketch(a, g, sketch).view(o, 64, 16).cpu() * 32
+        assert torch.equal(found, left.T[:, :, None] * right[:, c])
+
+
+def test_strides() -> None:
+    a, g = draw(4, 36, 20, 24)
+    sketch = assay.Kronecker(16, 8, seed=5)
+    plain = check(a, g, sketch)
+    assert torch.equal(triton_sketch(a.transpose(0, 1).contiguous().transpose(0, 1), g, sketch), plain)
+    assert torch.equal(triton_sketch(a, g.mT.contiguous().mT, sketch), plain)  # features outermost: copied
+    check(a, g[:, :, :1].expand(4, 36, 24), sketch)  # stride 0
+    check(a[:, ::2], g[:, 1::2], sketch)
+    flat = triton_sketch(a[:, 0], g[:, 0], sketch)
+    assert torch.equal(flat, triton_sketch(a[:, :1], g[:, :1], sketch))
+
+
+@pytest.mark.parametrize("types", TYPES)
+def test_a_sample_s_bits_are_its_own(types: tuple[torch.dtype, torch.dtype]) -> None:
+    """Whatever the batch, in several slices and in one; and the same every time."""
+    for t in (1, 20, 130):
+        a, g = draw(5, t, 530, 70, types)
+        sketch = assay.Kronecker(16, 16, seed=2)
+        found = triton_sketch(a, g, sketch)
+        assert torch.equal(triton_sketch(a, g, sketch), found)
+        assert torch.equal(triton_sketch(a[3:4], g[3:4], sketch), found[3:4])
+        assert torch.equal(triton_sketch(a[1:4], g[1:4], sketch), found[1:4])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy, under the interpreter
+def test_other_samples_infinities_stay_theirs() -> None:
+    a, g = draw(3, 43, 129, 48)
+    a[1, 42, 128] = torch.inf
+    g[2, 5, 47] = torch.nan
+    sketch = assay.Kronecker(16, 16)
+    result = triton_sketch(a, g, sketch)
+    assert torch.equal(result[0], triton_sketch(a[:1], g[:1], sketch)[0])
+    assert not result[1:].isfinite().any()
+
+
+@pytest.mark.parametrize(
+    ("shape", "sides"), [((3, 43, 129, 48), (16, 16)), ((2, 300, 530, 70), (3, 5)), ((2, 1, 30, 20), (130, 20))]
+)
+def test_every_partial_sum_is_written_and_nothing_else(
+    shape: tuple[int, int, int, int], sides: tuple[int, int]
+) -> None:
+    a, g = draw(*shape)
+    key = (1, 2)
+    words = [
+        kernel.pack_signs(size, x.shape[2], side, key, a.device)
+        for size, x, side in ((sides[1], a, INPUT_SIDE), (sides[0], g, OUTPUT_SIDE))
+    ]
+    launch, partial = kernel.plan(a, g, *words, *sides, interpret=DEVICE == "cpu")
+    found = fenced(torch.full(partial.shape, torch.nan), 0)
+    launch.arguments["partial"] = found
+    launch.run(a)
+    assert not found.isnan().any()
+    assert fence_intact(found)
+
+
+def test_offsets_beyond_two_to_the_31() -> None:
+    """Samples 2³⁰ elements apart: 32-bit offsets would wrap on the third."""
+    far = torch.empty(2**31 + 2**12, dtype=FP16, device=DEVICE)  # pages that nothing touches take no memory
+    a, g = draw(3, 2, 8, 5, (FP16, FP16))
+    far_a = far.as_strided((3, 2, 8), (2**30, 8, 1))
+    far_a.copy_(a)
+    sketch = assay.Kronecker(4, 4)
+    assert torch.equal(triton_sketch(far_a, g, sketch), check(a, g, sketch))
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5), (2, 3, 4, 0)])
+def test_empty(shape: tuple[int, int, int, int]) -> None:
+    b, t, i, o = shape
+    a, g = (torch.ones(s, device=DEVICE) for s in ((b, t, i), (b, t, o)))
+    assert triton_sketch(a, g, assay.Kronecker(2, 3)).tolist() == [[0.0] * 6] * b
+
+
+def meta(b: int, t: int, i: int, o: int, dtype: torch.dtype = BF16) -> tuple[Tensor, ...]:
+    words = (torch.empty(8, n, dtype=torch.int32, device="meta") for n in (i, o))
+    return *(torch.empty(b, t, n, dtype=dtype, device="meta") for n in (i, o)), *words
+
+
+def test_dispatch_on_both_sides_of_each_limit() -> None:
+    def tile_of(sides: tuple[int, int], dtype: torch.dtype = BF16, t: int = 512, i: int = 768) -> tuple[int, ...]:
+        arguments = kernel.plan(*meta(8, t, i, 3072, dtype), *sides)[0].arguments
+        return tuple(arguments[name] for name in ("ROWS", "COLS", "BLOCK_K", "BLOCK_T"))
+
+    small, middle, large = kernel.HALF_TILES
+    assert tile_of((32, 5)) == (32, 16, small.k, small.t)
+    assert tile_of((33, 5)) == (64, 16, middle.k, middle.t)
+    assert tile_of((5, 65)) == (16, 128, large.k, large.t)
+    assert tile_of((129, 500)) == (128, 128, large.k, large.t)
+    (ragged,) = kernel.RAGGED_TILES
+    assert tile_of((128, 16), i=767) == (64, 16, ragged.k, ragged.t)
+    assert tile_of((64, 64), F32) == (64, 64, kernel.FLOAT_TILES[-1].k, kernel.FLOAT_TILES[-1].t)
+    assert tile_of((65, 64), F32)[:2] == (64, 64)
+    assert tile_of((16, 16), t=kernel.FEW)[3] == kernel.FEW
+    assert tile_of((16, 16), t=kernel.FEW + 1)[3] == small.t
+    # One launch, up to the largest tile; more tiles read the factors again.
+    assert kernel.plan(*meta(8, 512, 768, 3072), 128, 128)[0].grid[1] == 1
+    assert kernel.plan(*meta(8, 512, 768, 3072), 129, 128)[0].grid[1] == 2
+
+
+def test_slices_read_more_than_they_write_and_ignore_the_batch() -> None:
+    for shape in ((768, 3072), (27, 64), (4096, 4096)):
+        for side in (16, 64, 128):
+            launch, partial = kernel.plan(*meta(8, 4096, *shape), side, side)
+            read = launch.arguments["t_slice"] * sum(shape) * 2
+            assert len(partial) == 1 or read >= kernel.READ_PER_WRITTEN * 2 * 4 * side * side
+            assert len(kernel.plan(*meta(1, 4096, *shape), side, side)[1]) == len(partial)
+
+
+def test_sums_of_slices_are_double_and_keep_their_order() -> None:
+    """And added to what is there; an element's bits do not depend on how many there are."""
+    partial = torch.randn(70, 3, 50, device=DEVICE)
+    sums = torch.randn(3, 50, dtype=torch.float64, device=DEVICE)
+    want = sums + partial.double().sum(0)
+    found = sums.clone()
+    plan_sum(partial, found).run(partial)
+    torch.testing.assert_close(found, want, rtol=1e-14, atol=1e-14)
+    one = sums[1:2].clone()
+    plan_sum(partial[:, 1:2].contiguous(), one).run(partial)
+    assert torch.equal(one, found[1:2])

@@ -45,16 +45,16 @@ def everything() -> Iterator[tuple[str, Any]]:
             a, g, v = (random(*s, dtype=dtype) for s in ((2, t, i), (2, t, o), (o, i)))
             yield f"grad_dot {dtype} T={t}", kernel("grad_dot")(a, g, v)
             yield f"grad_sqnorm {dtype} T={t}", kernel("grad_sqnorm")(a, g)
+            for side in (16, 70):
+                yield f"grad_sketch {dtype} T={t} {side}", kernel("grad_sketch")(a, g, assay.Kronecker(side, 20))
+        for sketch in (assay.Sparse(7), assay.Sparse(300, 3), assay.Sparse(8000)):
+            yield f"project {dtype} {sketch}", kernel("project")(random(18, 1001, dtype=dtype), sketch)
     features, scales = torch.randint(-127, 128, (300, 77), dtype=torch.int8).to(DEVICE), random(300)
     for m, k in ((1, 10), (3, 10), (40, 10), (3, 200)):  # one query; a tile of them; two passes; ranked by torch
         for reduce in ("max", "none"):
             scan = kernel("topk_scan")
             yield f"topk_scan M={m} k={k} {reduce}", scan(random(300, 77), random(m, 77), k, reduce=reduce)[0]
             yield f"topk_scan int8 M={m}", scan(features, random(m, 77), k, reduce=reduce, scales=scales)[0]
-            for side in (16, 70):
-                yield f"grad_sketch {dtype} T={t} {side}", kernel("grad_sketch")(a, g, assay.Kronecker(side, 20))
-        for sketch in (assay.Sparse(7), assay.Sparse(300, 3), assay.Sparse(8000)):
-            yield f"project {dtype} {sketch}", kernel("project")(random(18, 1001, dtype=dtype), sketch)
 
 
 def tensors(result: Any) -> Iterator[Tensor]:

@@ -72,7 +72,8 @@ def test_several_targets_are_columns_and_their_mean(problem) -> None:
     assert list(scores) == ["dsdm", "dsdm_a", "dsdm_b"]
     torch.testing.assert_close(scores["dsdm"], (scores["dsdm_a"] + scores["dsdm_b"]) / 2)
     one = run(DsDm(models, Classification(), {"x": [(target[0][:4], target[1][:4])]}, name="dsdm"), pool)
-    torch.testing.assert_close(one["dsdm"], scores["dsdm"], rtol=1e-4, atol=1e-5)  # averaged before or after
+    scale = float(scores["dsdm"].abs().max())
+    torch.testing.assert_close(one["dsdm"], scores["dsdm"], rtol=1e-3, atol=1e-4 * scale)  # averaged before or after
 
 
 def test_scores_do_not_depend_on_batching(problem) -> None:
@@ -218,6 +219,96 @@ def test_ekfac_with_drawn_labels_and_a_bias(problem) -> None:
     scores = run(EKFAC(models[0], Classification(), {"a": [target], "b": [target]}), pool)
     torch.testing.assert_close(scores["ekfac_a"], scores["ekfac"])
     assert bool(scores["ekfac"].isfinite().all())
+
+
+@pytest.mark.parametrize("true_fisher", [True, False])
+def test_ekfac_leaves_out_what_is_not_finite(problem, true_fisher: bool) -> None:
+    models, (x, y), target = problem
+    broken = x.clone()
+    broken[7] = torch.inf
+    kept = torch.arange(POOL) != 7
+    whole, clean = (broken, y), (x[kept], y[kept])
+
+    def scores(pool: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        method = EKFAC(models[0], Classification(), {"t": [target]}, self_influence=True, true_fisher=true_fisher)
+        table = assay.score([clean], [method.fit([pool])])
+        return {name: torch.tensor(table[name].to_pylist()) for name in ("ekfac", "ekfac_self")}
+
+    got = scores(whole)
+    if true_fisher:  # a row's draw follows from its place in the batch
+        assert all(bool(score.isfinite().all()) for score in got.values())
+        return
+    want = scores(clean)
+    for name in ("ekfac", "ekfac_self"):
+        torch.testing.assert_close(got[name], want[name])
+    with pytest.raises(ValueError, match="target 't' has no samples with a finite gradient"):
+        EKFAC(models[0], Classification(), {"t": [(broken[7:8], y[7:8])]}, true_fisher=False).fit([(x, y)])
+
+
+def test_every_batch_draws_labels_of_its_own() -> None:
+    """One sample at a time, the curvature must still be an average over labels."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 4, bias=False), torch.randn(1, 3).expand(200, 3)
+    y = torch.zeros(200, dtype=torch.long)
+    whole, single = (EKFAC(model, Classification(), self_influence=True).fit(b) for b in (
+        [(x, y)], [(x[i : i + 1], y[i : i + 1]) for i in range(200)]
+    ))  # fmt: skip
+    a, b = (m._bases["weight"].values.sum() for m in (whole, single))
+    assert abs(float(a / b) - 1) < 0.2
+    assert int((single._bases["weight"].values > 2 * single._bases["weight"].values.min()).sum()) > 1
+
+
+def test_ekfac_without_damping_and_without_gradient_is_zero_not_nan() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(40, 5), torch.randint(3, (40,))
+    x[:, 2] = 0  # a dead pixel
+    scores = run(EKFAC(nn.Linear(5, 3), Classification(), {"t": [(x[:4], y[:4])]}, damping=0.0), (x, y))
+    assert bool(scores["ekfac"].isfinite().all())
+
+
+def test_ekfac_of_language_models_knows_neither_padding_nor_fusing() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=40, n_positions=32, n_embd=16, n_layer=1, n_head=2, tie_word_embeddings=False
+    )
+    model, ids = transformers.GPT2LMHeadModel(config).eval(), torch.randint(40, (12, 10))
+    plain = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    padded = {
+        "input_ids": torch.cat([ids, torch.zeros(12, 15, dtype=torch.long)], 1),
+        "attention_mask": torch.cat([torch.ones_like(ids), torch.zeros(12, 15, dtype=torch.long)], 1),
+    }
+
+    def scores(batch: dict[str, Tensor], task: CausalLM) -> Tensor:
+        method = EKFAC(model, task, {"t": [plain]}, self_influence=True, true_fisher=False)
+        table = assay.score([plain], [method.fit([batch])])
+        return torch.tensor(table["ekfac"].to_pylist() + table["ekfac_self"].to_pylist())
+
+    want = scores(plain, CausalLM())
+    for got in (scores(padded, CausalLM()), scores(plain, CausalLM(fused=False))):
+        torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-3 * float(want.abs().max()))
+
+
+def test_less_of_a_convolution_is_the_cosine_of_autograd() -> None:
+    """The pool's Adam step comes multiplied out, the target's gradient in factors: one projection for both."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Unflatten(1, (1, 4, 4)), nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3))
+    x, y = torch.randn(30, 16), torch.randint(3, (30,))
+    optimizer = torch.optim.Adam(model.parameters())
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    state = AdamState.of(optimizer, model)
+    target = (x[:3] * 1.1, y[:3])
+    method = LESS([model], Classification(), {"t": [target]}, optimizers=[state], sketch=assay.Kronecker(256, 256))
+    got = run(method, (x, y))["less"]
+    steps = []
+    for g in gradients(model, x, y).float():
+        parts = g.split([p.numel() for p in model.parameters()])
+        named = zip(model.named_parameters(), parts, strict=True)
+        steps.append(torch.cat([state.step(n, p.view(1, *w.shape), "outside").flatten() for (n, w), p in named]))
+    aim = F.normalize(gradients(model, *target), dim=1).mean(0).float()
+    want = F.normalize(torch.stack(steps), dim=1) @ aim
+    assert float(torch.corrcoef(torch.stack([got.float(), want]))[0, 1]) > 0.97
 
 
 def test_language_models() -> None:

@@ -241,7 +241,7 @@ def test_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
     a, b, c = (("test_cache_is_bounded", i) for i in range(3))
     for key in (a, b, a, c, a, b):
-        cached(key, make)
+        cached(key, torch.device("cpu"), make)
     assert len(made) == 4  # a, b, c, and b again: a was used after it
 
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from assay.probe import Dense, Outer, PerSampleGradient, Scatter
+import assay
+from assay.probe import Convolution, Dense, Outer, PerSampleGradient, Scatter
 
 ROWS, COLUMNS, SIZE = 5, 4, 3
 
@@ -106,6 +107,35 @@ def test_parameters_of_any_shape_are_viewed_as_matrices() -> None:
     expected = (multiplied_out(outer).reshape(SIZE, ROWS, 2, 1, 2) * direction).flatten(1).sum(1)
     torch.testing.assert_close(gradient.dot(direction), expected)
     assert gradient.dense().shape == (SIZE, ROWS, 2, 1, 2)
+
+
+SKETCHES = [
+    assay.Kronecker(4, 3),
+    assay.Sparse(20, 2),
+    assay.Rademacher(9),
+    assay.Mask(3, 4),
+    assay.Mask(3, 4, assay.Sparse(5)),
+    assay.Mask(90, 90),
+]
+
+
+@pytest.mark.parametrize("sketch", SKETCHES, ids=str)
+@pytest.mark.parametrize("kind", ["outer", "tall outer", "scatter", "convolution", "grouped convolution"])
+def test_a_gradient_has_one_sketch_however_it_comes(kind: str, sketch: assay.ops.Sketch) -> None:
+    """Multiplied out, as an Adam step is, or in factors: the pool's side may come one way, the target's the other."""
+    torch.manual_seed(0)
+    if kind.endswith("outer"):
+        rows = 12 if kind == "outer" else 5
+        shape, term = (rows, 7), Outer(torch.randn(2, 6, rows), torch.randn(2, 6, 7))
+    elif kind == "scatter":
+        shape, term = (12, 7), Scatter(torch.randint(12, (2, 6)), torch.randn(2, 6, 7))
+    else:
+        groups = 2 if kind.startswith("grouped") else 1
+        shape = (8, 6 // groups, 3)
+        term = Convolution(torch.randn(2, 6, 11), torch.randn(2, 8, 9), [3], [1], [1], groups)
+    gradient = PerSampleGradient(torch.Size(shape), [term])
+    want = PerSampleGradient(torch.Size(shape), [Dense(gradient.dense())]).sketch(sketch)
+    torch.testing.assert_close(gradient.sketch(sketch), want, rtol=1e-4, atol=1e-5)
 
 
 def test_a_direction_of_another_shape_is_an_error() -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef  # torch.library has it, but not in its __all__
 
 from assay.ops import _cuda
 
@@ -40,6 +41,26 @@ def _check(name: str, where: str) -> str:
     if name not in BACKENDS:
         raise ValueError(f"{where}: unknown backend {name!r}; expected one of {', '.join(BACKENDS)}")
     return name
+
+
+@contextmanager
+def exact() -> Iterator[None]:
+    """Without the caller's autocast: an op's products have the precision that the op promises."""
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+def custom_op(name: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
+    """``torch.library.custom_op`` of a function that writes to none of its arguments, run as ``exact`` says."""
+
+    def register(body: Callable[..., Any]) -> CustomOpDef:
+        schema = torch.library.infer_schema(body, mutates_args=())
+        return torch.library.custom_op(name, exact()(body), mutates_args=(), schema=schema)
+
+    return register
 
 
 def choose(op: str, tensor: Tensor, gpu: Literal["triton", "cuda"]) -> str:

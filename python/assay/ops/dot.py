@@ -72,7 +72,7 @@ def wide_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-@torch.library.custom_op("assay::grad_dot", mutates_args=())
+@_backend.custom_op("assay::grad_dot")
 def _grad_dot(inputs: Tensor, grads: Tensor, direction: Tensor) -> Tensor:
     wide = wide_dtype(inputs, grads, direction)
     backend = _backend.choose("grad_dot", inputs.new_empty(0, dtype=wide), "triton")

@@ -157,7 +157,7 @@ def check_fields(fields: Iterable[str] | None) -> int:
     return mask
 
 
-@torch.library.custom_op("assay::ensemble_stats", mutates_args=())
+@_backend.custom_op("assay::ensemble_stats")
 def _ensemble_stats(
     logits: Sequence[Tensor], labels: Tensor | None, weights: Tensor | None, ignore_index: int, fields: int
 ) -> tuple[Tensor, Tensor]:

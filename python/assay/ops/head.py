@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from assay.ops import _head_backends as backends
 from assay.ops import ensemble
-from assay.ops._backend import choose
+from assay.ops._backend import choose, custom_op, exact
 from assay.ops.ensemble import EnsembleStats
 from assay.ops.sketch import Kronecker
 
@@ -246,6 +246,7 @@ def _check_directions(directions: Tensors, weight: list[Tensor]) -> list[Tensor]
     return [v.detach() for v in found]
 
 
+@exact()
 def _project_hidden(hidden: list[Tensor], sketch: Kronecker) -> Tensor:
     """P_in h, (K, N, cols)."""
     projected = []
@@ -255,7 +256,7 @@ def _project_hidden(hidden: list[Tensor], sketch: Kronecker) -> Tensor:
     return torch.stack(projected)
 
 
-@torch.library.custom_op("assay::head", mutates_args=())
+@custom_op("assay::head")
 def _head(
     hidden: Sequence[Tensor],
     weight: Sequence[Tensor],

@@ -67,6 +67,7 @@ def grad_sketch(inputs: Tensor, grads: Tensor, sketch: Sketch) -> Tensor:
     return out
 
 
+@_backend.exact()
 def _masked(inputs: Tensor, grads: Tensor, sketch: Mask) -> Tensor:
     scale = mask_scale(grads.shape[2], sketch.rows) * mask_scale(inputs.shape[2], sketch.cols)
     inputs = keep(inputs, sketch.cols, MASK_INPUT, sketch.key)
@@ -88,7 +89,7 @@ def _check_sides(sketch: Kronecker, inputs: int, outputs: int) -> None:
             )
 
 
-@torch.library.custom_op("assay::grad_sketch_kronecker", mutates_args=())
+@_backend.custom_op("assay::grad_sketch_kronecker")
 def _kronecker(inputs: Tensor, grads: Tensor, key: Sequence[int], rows: int, cols: int) -> Tensor:
     wide, device, keys = wide_dtype(inputs, grads), inputs.device, (key[0], key[1])
     o, i = grads.shape[2], inputs.shape[2]
@@ -117,7 +118,7 @@ def _launch(inputs: Tensor, grads: Tensor, key: tuple[int, int], rows: int, cols
     def words(size: int, features: int, side: int) -> Tensor:
         """The signs at a bit each, kept for the next batch."""
         make = partial(sketch.pack_signs, size, features, side, key, inputs.device)
-        return cached(("words", key, side, size, features, inputs.device), make)
+        return cached(("words", key, side, size, features), inputs.device, make)
 
     in_words, out_words = words(cols, inputs.shape[2], INPUT_SIDE), words(rows, grads.shape[2], OUTPUT_SIDE)
     out: Tensor = sketch.kronecker(inputs, grads, in_words, out_words, rows, cols)
@@ -135,7 +136,7 @@ def _project_rows(x: Tensor, packed: Tensor, size: int) -> Tensor:
     return out.view(size, b, t)
 
 
-@torch.library.custom_op("assay::grad_sketch", mutates_args=())
+@_backend.custom_op("assay::grad_sketch")
 def _flat(inputs: Tensor, grads: Tensor, key: Sequence[int], dim: int, nonzeros: int) -> Tensor:
     wide = wide_dtype(inputs, grads)
     add = adder(inputs.new_empty(0, dtype=wide), "grad_sketch")

@@ -37,7 +37,8 @@ def _keep(x: Tensor, count: int, side: int, key: Sequence[int]) -> Tensor:
     keys = (key[0], key[1])
     features = x.shape[-1]
     found = cached(
-        ("mask", keys, side, count, features, x.device, draw),
+        ("mask", keys, side, count, features, draw),
+        x.device,
         lambda: smallest(count, features, side, keys, x.device, draw),
     )
     return x.index_select(-1, found)

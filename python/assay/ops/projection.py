@@ -75,7 +75,7 @@ def entries(sketch: Sketch, rows: int) -> tuple[tuple[int, int], int, int]:
     return sketch.key, sketch.dim, sketch.nonzeros if isinstance(sketch, Sparse) else 0
 
 
-@torch.library.custom_op("assay::project", mutates_args=())
+@_backend.custom_op("assay::project")
 def _project(vectors: Tensor, key: Sequence[int], dim: int, nonzeros: int) -> Tensor:
     sums = vectors.new_zeros(len(vectors), dim, dtype=torch.float64)
     add = adder(vectors, "project")

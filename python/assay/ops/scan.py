@@ -40,8 +40,8 @@ def topk_scan(
     Returns:
         values (k,) float32 and indices (k,) int64, best first; (M, k) each for ``"none"``. Of equal scores the lower
         index comes first. A NaN score (for ``"max"``: of any query) ranks behind −inf: it is among the k only where
-        fewer than k other rows are. Sums are float32 in blocks; the bits follow from the row and the query alone, not
-        from the number of threads.
+        fewer than k other rows are. Sums are float32 in blocks; the bits follow from the row, the query and the number
+        of queries, not from other rows or the number of threads.
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices that do not fit together, a ``k`` outside [0, N].
@@ -110,7 +110,7 @@ def _check(features: Tensor, queries: Tensor, reduce: str, scales: Tensor | None
     return queries.detach().to(wide).contiguous()
 
 
-@torch.library.custom_op("assay::topk_scan", mutates_args=())
+@_backend.custom_op("assay::topk_scan")
 def _topk_scan(
     features: Tensor, scales: Tensor | None, queries: Tensor, k: int, maximum: bool
 ) -> tuple[Tensor, Tensor]:
@@ -133,7 +133,7 @@ def _(features: Tensor, scales: Tensor | None, queries: Tensor, k: int, maximum:
     return queries.new_empty(shape), queries.new_empty(shape, dtype=torch.int64)
 
 
-@torch.library.custom_op("assay::scan_scores", mutates_args=())
+@_backend.custom_op("assay::scan_scores")
 def _scan_scores(features: Tensor, scales: Tensor | None, queries: Tensor, maximum: bool) -> Tensor:
     backend = _backend.choose("scan_scores", queries, "triton")
     if backend == "reference" or len(features) == 0:

@@ -226,15 +226,23 @@ def factor(
         matrix = signs(size, features, side, key, device)
         return matrix if layout is None else layout(matrix)
 
-    return cached(("factor", key, side, size, features, device, layout), make)
+    return cached(("factor", key, side, size, features, layout), device, make)
 
 
 _held: OrderedDict[object, Tensor] = OrderedDict()
 _lock = threading.Lock()
 
 
-def cached(key: object, make: Callable[[], Tensor]) -> Tensor:
-    """A tensor out of the ones used last, or made: entries of a sketch that serve every batch."""
+def cached(key: object, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
+    """A tensor on ``device`` out of the ones used last, or made: entries of a sketch that serve every batch.
+
+    On a GPU each stream has its own, for nothing orders one stream's writing before another's reading; and a graph that
+    is being captured makes what it needs itself, for what is held may be gone when it is replayed.
+    """
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return make()
+        key = (key, device, torch.cuda.current_stream(device).cuda_stream)
     with _lock:
         if key in _held:
             _held.move_to_end(key)

@@ -42,7 +42,7 @@ def grad_sqnorm(inputs: Tensor, grads: Tensor) -> Tensor:
     return out
 
 
-@torch.library.custom_op("assay::grad_sqnorm", mutates_args=())
+@_backend.custom_op("assay::grad_sqnorm")
 def _grad_sqnorm(inputs: Tensor, grads: Tensor) -> Tensor:
     wide = wide_dtype(inputs, grads)
     backend = _backend.choose("grad_sqnorm", inputs.new_empty(0, dtype=wide), "triton")

@@ -154,7 +154,7 @@ class Influence:
         probe = self._probe(k, target=True)
         means = []
         for name, batches in self.targets.items():
-            features = [self._features(k, probe(batch)).double() for batch in batches]
+            features = [self._transformed(k, probe(batch).reduced["feature"]).double() for batch in batches]
             if not features:
                 raise ValueError(f"{self.name}: target {name!r} has no samples")
             means.append(torch.cat(features).mean(0))
@@ -194,8 +194,8 @@ class Influence:
     def _probe(self, k: int, *, target: bool) -> Probe:
         return Probe(self.models[k], self.task, reductions={"feature": self.feature(k, target=target)}, logits=False)
 
-    def _features(self, k: int, signals: Signals) -> Tensor:
-        features = signals.reduced["feature"]
+    def _transformed(self, k: int, features: Tensor) -> Tensor:
+        """Raw features as the kernel compares them."""
         if self._roots is not None:
             roots = zip(self._blocks(), self._roots[k], strict=True)
             features = torch.cat([features[:, place] @ root.to(features) for place, root in roots], 1)
@@ -203,21 +203,62 @@ class Influence:
             features = torch.nn.functional.normalize(features, dim=1)
         return features
 
+    def raw_features(self, signals: Mapping[str, Signals]) -> tuple[list[Tensor], list[Tensor] | None]:
+        """What ``score_features`` takes: they depend on the models and the samples, not on targets or the kernel.
+
+        Returns:
+            (B, size) features of each checkpoint, and (B,) doubts of each if the kernel has them.
+        """
+        mine = [signals[f"model{k}"] for k in range(len(self.models))]
+        return [s.reduced["feature"] for s in mine], [doubt(s) for s in mine] if self.kernel.doubt else None
+
     def score(self, signals: Mapping[str, Signals]) -> dict[str, Tensor]:
-        if self._queries is None:
-            raise RuntimeError(f"{self.name}: call fit() before scoring")
-        total, doubts = torch.zeros(()), torch.zeros(())
-        for k, (queries, weight) in enumerate(zip(self._queries, self.weights, strict=True)):
-            mine = signals[f"model{k}"]
-            features = self._features(k, mine)
-            total = total.to(features.device) + weight * (features @ queries.to(features).T)  # (B, targets)
-            if self.kernel.doubt:
-                doubts = doubts.to(features.device) + doubt(mine) / len(self.models)
-        if self.kernel.doubt:
-            total = total * doubts[:, None]
+        self._fitted()
+        return self.score_features(*self.raw_features(signals))
+
+    def score_features(self, features: Sequence[Tensor], doubts: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
+        """Scores of samples by their raw features, fresh from the models or stored.
+
+        Args:
+            features: (B, size) for each checkpoint; float16 and bfloat16 are computed with in float32.
+            doubts: (B,) for each checkpoint, 1 − p of the samples' own labels, if ``kernel.doubt``.
+
+        Returns:
+            (B,) per column.
+
+        Raises:
+            RuntimeError: ``fit`` has not run.
+            ValueError: features or doubts of other shapes, or not one for each checkpoint.
+        """
+        fitted = self._fitted()
+        self._check(features, doubts)
+        total = torch.zeros(())
+        for k, (mine, queries, weight) in enumerate(zip(features, fitted, self.weights, strict=True)):
+            wide = self._transformed(k, mine if mine.dtype == torch.float64 else mine.float())
+            total = total.to(wide.device) + weight * (wide @ queries.to(wide).T)  # (B, targets)
+        if doubts is not None:
+            total = total * torch.stack([d.to(total) for d in doubts]).mean(0)[:, None]
         together = total.amax(1) if self.kernel.across == "max" else total.mean(1)
         each = {f"{self.name}_{t}": total[:, i] for i, t in enumerate(self.targets)}
         return {self.name: together, **(each if len(each) > 1 else {})}
+
+    def _fitted(self) -> list[Tensor]:
+        if self._queries is None:
+            raise RuntimeError(f"{self.name}: call fit() before scoring")
+        return self._queries
+
+    def _check(self, features: Sequence[Tensor], doubts: Sequence[Tensor] | None) -> None:
+        count, size = len(self.models), self.feature(0, target=False).size
+        rows = len(features[0]) if features else 0
+        if [tuple(f.shape) for f in features] != [(rows, size)] * count:
+            raise ValueError(
+                f"{self.name}: expected features (B, {size}) of {count} checkpoints, got "
+                f"{', '.join(str(tuple(f.shape)) for f in features) or 'none'}"
+            )
+        wanted = [(rows,)] * count if self.kernel.doubt else None
+        if (None if doubts is None else [tuple(d.shape) for d in doubts]) != wanted:
+            found = "none" if doubts is None else ", ".join(str(tuple(d.shape)) for d in doubts)
+            raise ValueError(f"{self.name}: expected doubts {wanted or 'none'}, got {found}")
 
     def metadata(self) -> dict[str, str]:
         facts = {

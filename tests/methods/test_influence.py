@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import assay
-from assay.methods import EKFAC, LESS, TRAK, AdamState, DsDm, LoGra, TrackStar
+from assay.methods import EKFAC, LESS, TRAK, AdamState, DsDm, LoGra, Scorer, TrackStar
 from assay.methods.influence import Influence
+from assay.probe import Probe
 from assay.tasks import CausalLM, Classification
 
 POOL = 60
@@ -252,3 +253,39 @@ def test_errors(problem) -> None:
         TRAK(models, Classification(), {})
     with pytest.raises(ValueError, match=r"singular with damping 0\.0"):
         TRAK(models, Classification(), {"t": [target]}, damping=0.0, sketch=assay.Kronecker(16, 16)).fit([pool])
+
+
+def test_scores_of_features_are_those_of_the_models(problem) -> None:
+    models, pool, target = problem
+    method = TRAK(models, Classification(), {"a": [target], "b": [(target[0][:2], target[1][:2])]}).fit([pool])
+    signals = Scorer([method])
+    table = signals(pool)
+    probes = [Probe(need.model, need.task, reductions=need.reductions) for need in method.needs().values()]
+    features, doubts = method.raw_features({f"model{k}": probe(pool) for k, probe in enumerate(probes)})
+    assert [tuple(f.shape) for f in features] == [(POOL, 256)] * 2
+    scores = method.score_features(features, doubts)
+    assert list(scores) == list(table) == ["trak", "trak_a", "trak_b"]
+    for name, values in table.items():
+        torch.testing.assert_close(scores[name], values)
+    rounded = method.score_features([f.half() for f in features], doubts)["trak"]  # computed with in float32
+    assert rounded.dtype == torch.float32
+    widened = method.score_features([f.half().float() for f in features], doubts)["trak"]
+    assert torch.equal(rounded, widened)
+    assert method.score_features([f[:0] for f in features], [d[:0] for d in doubts or ()])["trak"].shape == (0,)
+
+
+def test_score_features_says_what_it_wants(problem) -> None:
+    models, _, target = problem
+    method = LESS(models, Classification(), {"t": [target]}, optimizers=None, name="m")
+    features = [torch.zeros(3, 4096)] * 2
+    with pytest.raises(RuntimeError, match=r"m: call fit\(\) before scoring"):
+        method.score_features(features)
+    method.fit()
+    for wrong in (features[:1], [features[0], torch.zeros(3, 5)], [features[0], torch.zeros(2, 4096)], []):
+        with pytest.raises(ValueError, match=r"m: expected features \(B, 4096\) of 2 checkpoints, got "):
+            method.score_features(wrong)
+    with pytest.raises(ValueError, match=r"m: expected doubts none, got \(3,\), \(3,\)"):
+        method.score_features(features, [torch.zeros(3)] * 2)
+    doubting = TRAK(models, Classification(), {"t": [target]}, name="m").fit([target])
+    with pytest.raises(ValueError, match=r"m: expected doubts \[\(3,\), \(3,\)\], got none"):
+        doubting.score_features([torch.zeros(3, 256)] * 2)

@@ -177,6 +177,8 @@ def _score(plan: Plan, workshop: Workshop, report: Report, progress: Progress) -
 
         try:
             stored = score_stored(workshop, shard, plan.output, assay.__version__)
+            if stored:
+                advance(stored.input.rows, 1.0)
             # One check of the probes against autograd is enough for a process: the models do not change.
             verify = report.scored == report.reused
             footer = stored or score_shard(workshop, shard, plan.output, assay.__version__, advance, verify)

@@ -200,7 +200,8 @@ def score_stored(workshop: Workshop, shard: Shard, output: Store, version: str) 
     if not keepers:
         return None
     with shard_errors():
-        files = open_stored(keepers.values(), shard, output)
+        fingerprint = shard.fingerprint()
+    files = open_stored(keepers.values(), shard, fingerprint, output)
     if files is None or len(keepers) < len(methods):
         return None
     scores: Scores = {}

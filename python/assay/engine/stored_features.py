@@ -18,7 +18,7 @@ from torch import Tensor
 from assay.corpus.features import FeatureBatch, FeatureFile, FeatureSpec, FeatureWriter, feature_path, open_features
 from assay.corpus.quarantine import quarantine_path
 from assay.corpus.shards import Shard
-from assay.corpus.storage import Store
+from assay.corpus.storage import Fingerprint, Store
 from assay.engine.errors import EngineError
 from assay.engine.footer import Identity, InputFacts, RowCounts
 from assay.engine.recipe import Recipe, canonical_hash
@@ -187,14 +187,16 @@ class FeatureWriters:
                 writer.save(output, path, shard | keeper.footer(k))
 
 
-def open_stored(keepers: Collection[Keeper], shard: Shard, output: Store) -> dict[str, list[FeatureFile]] | None:
+def open_stored(
+    keepers: Collection[Keeper], shard: Shard, fingerprint: Fingerprint, output: Store
+) -> dict[str, list[FeatureFile]] | None:
     """Each method's features of a shard, by checkpoint; None unless all are there and are what a run would store now.
 
     The list of quarantined rows must be the one that was written with them: it is what they do not hold.
     A CorpusError if a file is no feature file: storing features would destroy it.
     """
     known = {
-        "input": {"path": shard.path, **shard.fingerprint().to_json()},
+        "input": {"path": shard.path, **fingerprint.to_json()},
         "quarantine": _quarantine_digest(output, shard),
     }
     found: dict[str, list[FeatureFile]] = {}

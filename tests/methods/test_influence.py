@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import assay
-from assay.methods import EKFAC, LESS, TRAK, AdamState, DsDm, LoGra, TrackStar
+from assay.methods import EKFAC, LESS, TRAK, AdamState, DsDm, LoGra, Scorer, TrackStar
 from assay.methods.influence import Influence
+from assay.probe import Probe
 from assay.tasks import CausalLM, Classification
 
 POOL = 60
@@ -311,6 +313,58 @@ def test_less_of_a_convolution_is_the_cosine_of_autograd() -> None:
     assert float(torch.corrcoef(torch.stack([got.float(), want]))[0, 1]) > 0.97
 
 
+def test_a_sample_with_nothing_to_predict_has_no_score() -> None:
+    """0 would rank it above every harmful sample."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=40, n_positions=16, n_embd=16, n_layer=1, n_head=2)
+    model, ids = transformers.GPT2LMHeadModel(config).eval(), torch.randint(40, (6, 10))
+    pool = {"input_ids": ids, "labels": ids.clone()}
+    pool["labels"][2] = -100
+    target = {"t": [{"input_ids": ids[:2]}]}
+    ones = {n: torch.ones_like(p) for n, p in model.named_parameters()}
+    methods = [
+        TRAK([model], CausalLM(), target),
+        LESS([model], CausalLM(), target, optimizers=[AdamState(ones, ones)]),
+        LoGra([model], CausalLM(), target),
+        TrackStar([model], CausalLM(), target),
+        EKFAC(model, CausalLM(), target, self_influence=True),
+    ]
+    for method in methods:
+        table = assay.score([pool], [method.fit([pool])])
+        for column in method.columns:
+            scores = torch.tensor([float("nan") if v is None else v for v in table[column.name].to_pylist()])
+            assert scores.isnan().tolist() == [False, False, True, False, False, False], column.name
+
+
+@pytest.mark.parametrize("make", [TRAK, DsDm, LoGra, TrackStar])
+def test_target_samples_without_a_finite_gradient_are_left_out(problem, make) -> None:
+    models, pool, (x, y) = problem
+    broken = x.clone()
+    broken[1] = torch.inf
+    kept = [0, 2, 3, 4]
+    got, want = (
+        run(make(models, Classification(), {"t": [t]}, sketch=EXACT), pool) for t in ((broken, y), (x[kept], y[kept]))
+    )
+    for name, score in got.items():
+        torch.testing.assert_close(score, want[name], rtol=1e-3, atol=1e-4 * float(score.abs().max()))
+    with pytest.raises(ValueError, match="none of target 't''s 1 samples has a finite gradient"):
+        make(models, Classification(), {"t": [(broken[1:2], y[1:2])]}).fit([pool])
+
+
+def test_trackstar_does_not_depend_on_the_gradients_scale(problem) -> None:
+    models, pool, target = problem
+    want = run(TrackStar(models, Classification(), {"t": [target]}), pool)["trackstar"]
+
+    class Scaled(Classification):
+        def forward(self, model: nn.Module, batch: Any) -> Any:
+            outputs = super().forward(model, batch)
+            return outputs.with_losses(outputs.losses * 1e-5)
+
+    got = run(TrackStar(models, Scaled(), {"t": [target]}), pool)["trackstar"]
+    torch.testing.assert_close(got, want, rtol=1e-2, atol=2e-3)
+
+
 def test_language_models() -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -343,3 +397,39 @@ def test_errors(problem) -> None:
         TRAK(models, Classification(), {})
     with pytest.raises(ValueError, match=r"singular with damping 0\.0"):
         TRAK(models, Classification(), {"t": [target]}, damping=0.0, sketch=assay.Kronecker(16, 16)).fit([pool])
+
+
+def test_scores_of_features_are_those_of_the_models(problem) -> None:
+    models, pool, target = problem
+    method = TRAK(models, Classification(), {"a": [target], "b": [(target[0][:2], target[1][:2])]}).fit([pool])
+    signals = Scorer([method])
+    table = signals(pool)
+    probes = [Probe(need.model, need.task, reductions=need.reductions) for need in method.needs().values()]
+    features, doubts = method.raw_features({f"model{k}": probe(pool) for k, probe in enumerate(probes)})
+    assert [tuple(f.shape) for f in features] == [(POOL, 256)] * 2
+    scores = method.score_features(features, doubts)
+    assert list(scores) == list(table) == ["trak", "trak_a", "trak_b"]
+    for name, values in table.items():
+        torch.testing.assert_close(scores[name], values)
+    rounded = method.score_features([f.half() for f in features], doubts)["trak"]  # computed with in float32
+    assert rounded.dtype == torch.float32
+    widened = method.score_features([f.half().float() for f in features], doubts)["trak"]
+    assert torch.equal(rounded, widened)
+    assert method.score_features([f[:0] for f in features], [d[:0] for d in doubts or ()])["trak"].shape == (0,)
+
+
+def test_score_features_says_what_it_wants(problem) -> None:
+    models, _, target = problem
+    method = LESS(models, Classification(), {"t": [target]}, optimizers=None, name="m")
+    features = [torch.zeros(3, 4096)] * 2
+    with pytest.raises(RuntimeError, match=r"m: call fit\(\) before scoring"):
+        method.score_features(features)
+    method.fit()
+    for wrong in (features[:1], [features[0], torch.zeros(3, 5)], [features[0], torch.zeros(2, 4096)], []):
+        with pytest.raises(ValueError, match=r"m: expected features \(B, 4096\) of 2 checkpoints, got "):
+            method.score_features(wrong)
+    with pytest.raises(ValueError, match=r"m: expected doubts none, got \(3,\), \(3,\)"):
+        method.score_features(features, [torch.zeros(3)] * 2)
+    doubting = TRAK(models, Classification(), {"t": [target]}, name="m").fit([target])
+    with pytest.raises(ValueError, match=r"m: expected doubts \[\(3,\), \(3,\)\], got none"):
+        doubting.score_features([torch.zeros(3, 256)] * 2)

@@ -1,8 +1,8 @@
 """A corpus's features on disk: one Arrow file per shard, written in one piece, mapped back into memory without a copy.
 
-A file holds `row` (int64), `id` (string) and `feature` (a fixed-size list of float32, float16, bfloat16 as uint16, or
-int8 with a `scale` per row), in record batches of a fixed number of rows. Its footer is a score table's, and under
-`features` says what made them.
+A file holds `row` (int64), `id` (string), `feature` (a fixed-size list of float32, float16, bfloat16 as uint16, or int8
+with a `scale` per row) and perhaps one more float32 per row, in record batches of a fixed number of rows. Its footer is
+a score table's, and under `features` says what made them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from assay.corpus.errors import CorpusError
+from assay.corpus.feature_footer import footer_differences
 from assay.corpus.shards import Shard
 from assay.corpus.storage import Store
 from assay.corpus.tables import METADATA_KEY, ROW_AND_ID, read_metadata
@@ -43,19 +44,23 @@ _STORED = {
 class FeatureSpec:
     """What features are: made by which method under which sketch, and stored as what.
 
-    ``dtype`` is ``float32``, ``float16``, ``bfloat16`` or ``int8``; ``sketch`` is plain JSON.
+    ``dtype`` is ``float32``, ``float16``, ``bfloat16`` or ``int8``; ``sketch`` is plain JSON; ``extra`` names the
+    column of one more float32 number per row that scores are made of (TRAK's ``doubt``).
     """
 
     method: str
     dim: int
     dtype: str = "float16"
     sketch: Mapping[str, Any] = field(default_factory=dict)
+    extra: str | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in _STORED:
             raise ValueError(f"features: unknown dtype {self.dtype!r}; expected one of {', '.join(_STORED)}")
         if isinstance(self.dim, bool) or not isinstance(self.dim, int) or self.dim < 1:
             raise ValueError(f"features: expected a dim of at least 1, got {self.dim!r}")
+        if self.extra in ("", "row", "id", "feature", "scale"):
+            raise ValueError(f"features: the extra column cannot be called {self.extra!r}; give it a name of its own")
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -72,6 +77,8 @@ class FeatureSpec:
         columns = [*ROW_AND_ID, pa.field("feature", pa.list_(element, self.dim), nullable=False)]
         if self.dtype == "int8":
             columns.append(pa.field("scale", pa.float32(), nullable=False))
+        if self.extra is not None:
+            columns.append(pa.field(self.extra, pa.float32(), nullable=False))
         footer = json.dumps(metadata, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
         return pa.schema(columns, metadata={METADATA_KEY: footer.encode()})
 
@@ -108,10 +115,16 @@ class FeatureWriter:
         self._stream = pa.ipc.new_stream(spool, self._schema)
         self._held: list[pa.RecordBatch] = []
 
-    def add(self, rows: npt.ArrayLike, ids: Sequence[str] | pa.Array, features: Tensor) -> None:
-        """Append (B, dim) floats, their rows in the source and their ids.
+    def add(
+        self, rows: npt.ArrayLike, ids: Sequence[str] | pa.Array, features: Tensor, extra: Tensor | None = None
+    ) -> FeatureBatch:
+        """Append (B, dim) floats, their rows in the source and their ids; with an extra column, (B,) floats for it.
 
-        A ValueError if the three do not fit together, or if a finite feature would overflow the stored dtype.
+        Returns:
+            The rows as a reader will find them: rounded.
+
+        Raises:
+            ValueError: the arguments do not fit together, or a finite feature would overflow the stored dtype.
         """
         row_array = np.asarray(rows, dtype=np.int64)
         count, spec = len(row_array), self._spec
@@ -120,15 +133,21 @@ class FeatureWriter:
                 f"features: expected a float tensor ({count}, {spec.dim}) and as many ids for {count} rows, "
                 f"got {features.dtype} {tuple(features.shape)} and {len(ids)} ids"
             )
+        if (extra is None) != (spec.extra is None) or (extra is not None and extra.shape != (count,)):
+            found = "none" if extra is None else str(tuple(extra.shape))
+            raise ValueError(
+                f"features: expected {'no' if spec.extra is None else f'({count},)'} extra numbers, got {found}"
+            )
         stored, scales = self._convert(features.detach().cpu())
         column = pa.FixedSizeListArray.from_arrays(pa.array(_bits(stored).reshape(-1)), type=self._schema.field(2).type)
         columns = [pa.array(row_array), pa.array(ids, pa.string()), column]
-        if scales is not None:
-            columns.append(pa.array(scales.numpy(), from_pandas=False))
+        extra = None if extra is None else extra.detach().cpu().float()
+        columns += [pa.array(t.numpy(), from_pandas=False) for t in (scales, extra) if t is not None]
         self._held.append(pa.RecordBatch.from_arrays(columns, schema=self._schema))
         self.rows += count
         if sum(batch.num_rows for batch in self._held) >= spec.batch_rows:
             self._flush(last=False)
+        return FeatureBatch(stored, scales, row_array, columns[1], extra)
 
     def save(self, store: Store, path: str, metadata: Mapping[str, Any]) -> None:
         """Write the file under its final name, with ``metadata`` and what the features are in its footer.
@@ -175,6 +194,12 @@ class FeatureBatch:
     scales: Tensor | None  #: (B,) float32 of int8 features
     rows: npt.NDArray[np.int64]  #: (B,), in the source
     ids: pa.StringArray
+    extra: Tensor | None = None  #: (B,) float32 of the extra column
+
+    def __getitem__(self, part: slice) -> FeatureBatch:
+        """Some of the rows, not copied."""
+        scales, extra = (None if t is None else t[part] for t in (self.scales, self.extra))
+        return FeatureBatch(self.features[part], scales, self.rows[part], self.ids[part], extra)
 
     def values(self) -> Tensor:
         """(B, d) floats: the features themselves, or what int8 ones stand for, in float32."""
@@ -196,6 +221,10 @@ class FeatureFile:
         """The shard that these are the features of, as its footer names it, else by the file's own path."""
         source = self.metadata.get("input")
         return str(source["path"]) if isinstance(source, Mapping) and "path" in source else self.path
+
+    def differences(self, expect: Mapping[str, Any]) -> list[str]:
+        """What of ``expect``, as ``open_features`` takes it, the footer does not hold; empty if it holds it all."""
+        return list(footer_differences(self.metadata, expect))
 
     def batches(self) -> Iterator[FeatureBatch]:
         """All rows in order; local files are mapped, not read. A CorpusError if the file is not what it says."""
@@ -366,7 +395,8 @@ def _unpack(batch: pa.RecordBatch, spec: FeatureSpec, where: str) -> FeatureBatc
     if spec.dtype == "bfloat16":
         features = features.view(torch.bfloat16)
     scales = _tensor(batch.column("scale")) if spec.dtype == "int8" else None
-    return FeatureBatch(features.reshape(-1, spec.dim), scales, batch.column("row").to_numpy(), ids)
+    extra = None if spec.extra is None else _tensor(batch.column(spec.extra))
+    return FeatureBatch(features.reshape(-1, spec.dim), scales, batch.column("row").to_numpy(), ids, extra)
 
 
 def _tensor(numbers: pa.Array) -> Tensor:
@@ -375,38 +405,12 @@ def _tensor(numbers: pa.Array) -> Tensor:
     return tensor
 
 
-_DIFFERENT = {
-    "recipe": "features from another recipe",
-    "recipe_hash": "features from another recipe",
-    "models": "features of other models",
-    "input": "features of another input",
-    "seed": "features under another seed",
-    "features": "features of another kind",
-}
-
-
 def _check_footer(where: str, metadata: Mapping[str, Any], expect: Mapping[str, Any]) -> None:
-    for key, wanted in json.loads(json.dumps(expect)).items():
-        for difference in _differences(metadata.get(key), wanted, key):
-            what = _DIFFERENT.get(key, "features of another run")
-            raise CorpusError(f"{where}: {what} ({difference}); delete them to remake them, or use another folder")
+    for difference in footer_differences(metadata, expect):
+        raise CorpusError(f"{where}: {difference}; delete them to remake them, or use another folder")
 
 
 def _check_same_making(first: FeatureFile, file: FeatureFile) -> None:
     made_by = {key: first.metadata.get(key) for key in ("recipe", "recipe_hash", "models", "seed")}
     where = f"{file.store.full(file.path)}, beside {first.path}"
     _check_footer(where, file.metadata, {"features": asdict(first.spec), **made_by})
-
-
-def _differences(found: Any, wanted: Any, key: str) -> Iterator[str]:
-    """Where what is wanted is not what was found; what is found besides is no difference."""
-    if isinstance(found, Mapping) and isinstance(wanted, Mapping):
-        for name in sorted(wanted):
-            yield from _differences(found.get(name), wanted[name], f"{key}.{name}")
-    elif found != wanted:
-        yield f"{key} is {_short(found)}, expected {_short(wanted)}"
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"

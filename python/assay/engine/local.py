@@ -20,7 +20,7 @@ from assay.engine.fitting import corpus_fingerprint
 from assay.engine.footer import Footer, Identity, open_table
 from assay.engine.progress import Progress
 from assay.engine.recipe import Recipe, canonical_hash
-from assay.engine.scoring import Workshop, open_workshop, score_shard
+from assay.engine.scoring import Workshop, open_workshop, score_shard, score_stored
 from assay.methods import Column
 
 log = logging.getLogger("assay")
@@ -49,6 +49,8 @@ class Report:
     done_before: int = 0
     scored: int = 0
     rescored: int = 0
+    reused: int = 0
+    """The part of ``scored`` that needed no model: its features were stored."""
     unreadable: dict[str, str] = field(default_factory=dict)
     rows: int = 0
     rows_scored: int = 0
@@ -71,8 +73,9 @@ class Report:
 
     def summary(self) -> list[str]:
         """The counts in words, one line each."""
+        reused = f", {self.reused} from stored features" if self.reused else ""
         lines = [
-            f"shards: {self.scored} scored ({self.rescored} of them again), {self.done_before} done before, "
+            f"shards: {self.scored} scored ({self.rescored} of them again{reused}), {self.done_before} done before, "
             f"{len(self.unreadable)} unreadable",
             f"rows in {self.rows:,} = scored {self.rows_scored:,} + quarantined {self.rows_quarantined:,}",
         ]
@@ -173,9 +176,12 @@ def _score(plan: Plan, workshop: Workshop, report: Report, progress: Progress) -
             reached = share
 
         try:
+            stored = score_stored(workshop, shard, plan.output, assay.__version__)
+            if stored:
+                advance(stored.input.rows, 1.0)
             # One check of the probes against autograd is enough for a process: the models do not change.
-            verify = report.scored == 0
-            footer = score_shard(workshop, shard, plan.output, assay.__version__, advance, verify)
+            verify = report.scored == report.reused
+            footer = stored or score_shard(workshop, shard, plan.output, assay.__version__, advance, verify)
         except ShardError as error:
             log.error("%s: %s", shard.path, error)
             report.unreadable[shard.path] = str(error)
@@ -184,6 +190,7 @@ def _score(plan: Plan, workshop: Workshop, report: Report, progress: Progress) -
             report.add(footer)
             report.scored += 1
             report.rescored += shard in plan.stale
+            report.reused += stored is not None
         progress.finish_shard()
 
 

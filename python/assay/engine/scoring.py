@@ -6,13 +6,12 @@ import gc
 import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -27,15 +26,14 @@ from assay.engine.fitting import Batches, draw_samples, read_target
 from assay.engine.footer import Footer, Identity, InputFacts, RowCounts
 from assay.engine.recipe import BatchSpec, Recipe
 from assay.engine.samples import Encoded, Encoder, Rejected, RowReader, Sample
-from assay.engine.targeted import FittedMethod, TargetedSpec
+from assay.engine.stored_features import FeatureColumn, FeatureWriters, Keeper, Scores, open_stored
+from assay.engine.targeted import CheckpointsSpec, FittedMethod, TargetedSpec
 from assay.methods import Column, Method, Scorer
 from assay.methods.scorer import all_columns
 from assay.tasks import Task
 
 WINDOW_ROWS = 4096
 WINDOW_BYTES = 64 << 20
-
-Scores = dict[str, npt.NDArray[np.float32]]
 
 
 class BatchScorer(Protocol):
@@ -68,12 +66,21 @@ class Workshop:
             for i, spec in enumerate(self.recipe.methods)
         ]
 
+    def keepers(self) -> dict[int, Keeper]:
+        """The methods that keep their features, by their place in the recipe."""
+        return {
+            i: Keeper(self.fitted[i], spec, self.recipe, self.identity)
+            for i, spec in enumerate(self.recipe.methods)
+            if isinstance(spec, CheckpointsSpec) and spec.keep_features is not None
+        }
+
     def columns(self) -> list[Column]:
         """The columns of every table. An EngineError if the methods refuse the models, or one another."""
         try:
             methods = self.methods()
             # It taps the models, which may be refused too.
             Scorer([method for i, method in enumerate(methods) if self.ready or i not in self.fitted])
+            self.keepers()
             return all_columns(methods)
         except (ValueError, TypeError) as error:
             raise EngineError(f"methods: {error}") from error
@@ -146,22 +153,25 @@ def score_shard(
     on_progress: Callable[[int, float], None] = lambda rows, progress: None,
     verify: bool = True,
 ) -> Footer:
-    """Score a shard and write its table and its quarantine list; returns the table's footer.
+    """Score a shard and write its table, its quarantine list and the features to be kept; returns the table's footer.
 
     A shard that cannot be read to its end, or that changes meanwhile, is a ShardError, and no table appears.
     """
     with shard_errors():
         before = shard.fingerprint()
     reader = RowReader(shard, workshop.encoder, workshop.recipe.corpus.id_column)
-    scorer = Scorer(workshop.methods(), verify=verify)
-    with (
-        tempfile.TemporaryFile() as scores_spool,
-        tempfile.TemporaryFile() as quarantine_spool,
-    ):
-        table = ScoreWriter(scorer.columns, scores_spool)
-        quarantine = QuarantineWriter(shard, quarantine_spool)
-        ledger = _Ledger(table, quarantine)
-        for window, progress in _windows(shard, reader):
+    methods, keepers = workshop.methods(), workshop.keepers()
+    scorer = Scorer([keepers.get(i, method) for i, method in enumerate(methods)], verify=verify)
+    with ExitStack() as spools:
+
+        def spool() -> IO[bytes]:
+            return spools.enter_context(tempfile.TemporaryFile())
+
+        table = ScoreWriter(all_columns(methods), spool())
+        quarantine = QuarantineWriter(shard, spool())
+        features = FeatureWriters(keepers.values(), shard, spool)
+        ledger = _Ledger(table, quarantine, features)
+        for window, progress in _windows(shard, reader, features.bytes_per_row):
             samples = [row for row in window if isinstance(row, Sample)]
             try:
                 scores, failed = score_samples(scorer, workshop.encoder, samples, workshop.recipe.batch)
@@ -176,6 +186,37 @@ def score_shard(
         facts = InputFacts(path=shard.path, rows=ledger.rows, **vars(before))
         footer = Footer.make(workshop.identity, version, facts, ledger.counts(), ledger.nan, scorer.metadata())
         quarantine.save(output)
+        features.save(output, version, facts, footer.rows)
+        table.save(output, shard.table, footer.to_json())
+    return footer
+
+
+def score_stored(workshop: Workshop, shard: Shard, output: Store, version: str) -> Footer | None:
+    """Score a shard from the features that an earlier run stored, and write its table; no model runs.
+
+    None if that cannot be: a method keeps no features, or a shard's are not there, or not those of this run.
+    """
+    methods, keepers = workshop.methods(), workshop.keepers()
+    if not keepers:
+        return None
+    with shard_errors():
+        fingerprint = shard.fingerprint()
+    files = open_stored(keepers.values(), shard, fingerprint, output)
+    if files is None or len(keepers) < len(methods):
+        return None
+    scores: Scores = {}
+    for keeper in keepers.values():
+        scores |= keeper.stored_scores(files[keeper.name])
+    first = files[keepers[0].name][0]
+    with tempfile.TemporaryFile() as spool:
+        table = ScoreWriter(all_columns(methods), spool)
+        for batch in first.batches():
+            part = slice(table.rows, table.rows + len(batch.rows))
+            table.add(batch.rows, batch.ids.to_pylist(), {name: values[part] for name, values in scores.items()})
+        nan = {name: int(np.isnan(values).sum()) for name, values in scores.items()}
+        facts, rows = (first.metadata[key] for key in ("input", "rows"))
+        metadata = Scorer(methods, verify=False).metadata()
+        footer = Footer.make(workshop.identity, version, InputFacts(**facts), RowCounts(**rows), nan, metadata)
         table.save(output, shard.table, footer.to_json())
     return footer
 
@@ -183,11 +224,12 @@ def score_shard(
 class _Ledger:
     """Where a shard's rows end up: every one of them in the table or in quarantine."""
 
-    def __init__(self, table: ScoreWriter, quarantine: QuarantineWriter) -> None:
+    def __init__(self, table: ScoreWriter, quarantine: QuarantineWriter, features: FeatureWriters) -> None:
         self.rows = 0
         self.nan: Counter[str] = Counter()
         self._table = table
         self._quarantine = quarantine
+        self._features = features
 
     def record(
         self,
@@ -202,8 +244,9 @@ class _Ledger:
         for bad in sorted(rejected, key=lambda bad: bad.row):
             self._quarantine.add(bad.row, bad.id, bad.reason)
         good = [i for i in range(len(samples)) if i not in failed]
-        kept = {name: values[good] for name, values in scores.items()}
-        self._table.add([samples[i].row for i in good], [samples[i].id for i in good], kept)
+        rows, ids = [samples[i].row for i in good], [samples[i].id for i in good]
+        kept = self._features.add(rows, ids, {name: values[good] for name, values in scores.items()})
+        self._table.add(rows, ids, kept)
         self.nan.update({name: int(np.isnan(values).sum()) for name, values in kept.items()})
         self.rows += len(window)
 
@@ -215,13 +258,14 @@ class _Ledger:
         return counts
 
 
-def _windows(shard: Shard, reader: RowReader) -> Iterator[tuple[list[Sample | Rejected], float]]:
+def _windows(shard: Shard, reader: RowReader, bytes_per_row: int) -> Iterator[tuple[list[Sample | Rejected], float]]:
+    """Rows of a few chunks; ``bytes_per_row`` is what scoring makes of one, beside its scores."""
     window: list[Sample | Rejected] = []
     held = 0
     for chunk in read(shard, reader.columns):
         for row in reader.rows(chunk):
             window.append(row)
-            held += row.encoded.nbytes if isinstance(row, Sample) else 0
+            held += row.encoded.nbytes + bytes_per_row if isinstance(row, Sample) else 0
         if len(window) >= WINDOW_ROWS or held >= WINDOW_BYTES:
             yield window, chunk.progress
             window, held = [], 0
@@ -236,7 +280,8 @@ def score_samples(
     A batch that runs out of memory is halved until it passes; a sample that fails on its own is listed with
     its reason, and its scores are NaN.
     """
-    scores: Scores = {c.name: np.full(len(samples), np.nan, np.float32) for c in scorer.columns}
+    widths = {c.name: (c.width,) if isinstance(c, FeatureColumn) else () for c in scorer.columns}
+    scores: Scores = {name: np.full((len(samples), *width), np.nan, np.float32) for name, width in widths.items()}
     failed: dict[int, str] = {}
     waiting = deque(make_batches([sample.encoded.length for sample in samples], limits))
     while waiting:
@@ -244,7 +289,7 @@ def score_samples(
         result = _unless_out_of_memory(scorer, encoder, [samples[i] for i in batch])
         if result is not None:
             for name, values in result.items():
-                if values.shape != (len(batch),):
+                if values.shape != (len(batch), *widths[name]):
                     raise ValueError(f"{name}: {tuple(values.shape)} scores for a batch of {len(batch)} samples")
                 scores[name][batch] = values.numpy()
         elif len(batch) == 1:

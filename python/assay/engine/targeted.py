@@ -117,6 +117,17 @@ class CheckpointsSpec(TargetedSpec):
 
     models: Annotated[list[str], Field(min_length=1)]
     sketch: SketchField | None = None
+    keep_features: Literal["float32", "float16", "bfloat16", "int8"] | None = None
+    """Store the corpus's features as this, and score what is stored: new targets need no new pass over the corpus."""
+
+    def identity(self) -> dict[str, Any]:
+        # Rounding changes scores. A recipe that keeps nothing has the identity that it had before there was the key.
+        return {k: v for k, v in super().identity().items() if k != "keep_features" or v is not None}
+
+    def features_identity(self, k: int) -> dict[str, Any]:
+        """The parameters that checkpoint k's features of the corpus depend on."""
+        later = ("models", "targets", "damping", "target_share", "weights", "name", "keep_features")
+        return {key: value for key, value in self.identity().items() if key not in later}
 
     def models_used(self) -> dict[tuple[str | int, ...], str]:
         return {("models", i): name for i, name in enumerate(self.models)}
@@ -212,6 +223,10 @@ class LESSSpec(CheckpointsSpec):
     def identity(self) -> dict[str, Any]:
         files = None if self.optimizers is None else [f"sha256:{file_sha256(path)}" for path in self.optimizers]
         return super().identity() | {"optimizers": files}
+
+    def features_identity(self, k: int) -> dict[str, Any]:
+        files = self.identity()["optimizers"]
+        return super().features_identity(k) | {"optimizers": None if files is None else files[k]}
 
 
 @METHODS.add("ekfac")

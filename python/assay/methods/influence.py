@@ -22,7 +22,7 @@ from assay.probe import Feature, Probe, Signals, Sketched, tapped_parameters
 from assay.tasks import Task
 
 Targets = Mapping[str, Iterable[Any]]
-"""Batches of the task, by the target's name; gone through once per checkpoint."""
+"""Batches of the task, by the target's name; gone through several times, so lists rather than generators."""
 
 
 @dataclass(frozen=True)
@@ -154,10 +154,13 @@ class Influence:
         probe = self._probe(k, target=True)
         means = []
         for name, batches in self.targets.items():
-            features = [self._features(k, probe(batch)).double() for batch in batches]
+            features = [self._transformed(k, _features(probe(batch))).double() for batch in batches]
             if not features:
                 raise ValueError(f"{self.name}: target {name!r} has no samples")
-            means.append(torch.cat(features).mean(0))
+            whole = torch.cat(features)
+            if not len(finite := whole[whole.isfinite().all(1)]):
+                raise ValueError(f"{self.name}: none of target {name!r}'s {len(whole)} samples has a finite gradient")
+            means.append(finite.mean(0))
         return torch.stack(means)
 
     def _pool_moments(self, batches: Iterable[Any]) -> tuple[list[list[Tensor]], int]:
@@ -166,7 +169,7 @@ class Influence:
         sums = [_Moments(self._blocks()) for _ in probes]
         for batch in batches:
             for probe, moments in zip(probes, sums, strict=True):
-                moments.add(probe(batch).reduced["feature"])
+                moments.add(_features(probe(batch)))
         if not sums[0].count:
             raise ValueError(f"{self.name}: fit() needs samples of the pool for their second moment, got none")
         return [moments.mean() for moments in sums], sums[0].count
@@ -175,7 +178,7 @@ class Influence:
         probe, moments = self._probe(k, target=True), _Moments(self._blocks())
         for batches in self.targets.values():
             for batch in batches:
-                moments.add(probe(batch).reduced["feature"])
+                moments.add(_features(probe(batch)))
         return moments.mean()
 
     def _blocks(self) -> list[slice]:
@@ -194,8 +197,8 @@ class Influence:
     def _probe(self, k: int, *, target: bool) -> Probe:
         return Probe(self.models[k], self.task, reductions={"feature": self.feature(k, target=target)}, logits=False)
 
-    def _features(self, k: int, signals: Signals) -> Tensor:
-        features = signals.reduced["feature"]
+    def _transformed(self, k: int, features: Tensor) -> Tensor:
+        """Raw features as the kernel compares them."""
         if self._roots is not None:
             roots = zip(self._blocks(), self._roots[k], strict=True)
             features = torch.cat([features[:, place] @ root.to(features) for place, root in roots], 1)
@@ -203,21 +206,62 @@ class Influence:
             features = torch.nn.functional.normalize(features, dim=1)
         return features
 
+    def raw_features(self, signals: Mapping[str, Signals]) -> tuple[list[Tensor], list[Tensor] | None]:
+        """What ``score_features`` takes: they depend on the models and the samples, not on targets or the kernel.
+
+        Returns:
+            (B, size) features of each checkpoint, and (B,) doubts of each if the kernel has them.
+        """
+        mine = [signals[f"model{k}"] for k in range(len(self.models))]
+        return [_features(s) for s in mine], [doubt(s) for s in mine] if self.kernel.doubt else None
+
     def score(self, signals: Mapping[str, Signals]) -> dict[str, Tensor]:
-        if self._queries is None:
-            raise RuntimeError(f"{self.name}: call fit() before scoring")
-        total, doubts = torch.zeros(()), torch.zeros(())
-        for k, (queries, weight) in enumerate(zip(self._queries, self.weights, strict=True)):
-            mine = signals[f"model{k}"]
-            features = self._features(k, mine)
-            total = total.to(features.device) + weight * (features @ queries.to(features).T)  # (B, targets)
-            if self.kernel.doubt:
-                doubts = doubts.to(features.device) + doubt(mine) / len(self.models)
-        if self.kernel.doubt:
-            total = total * doubts[:, None]
+        self._fitted()
+        return self.score_features(*self.raw_features(signals))
+
+    def score_features(self, features: Sequence[Tensor], doubts: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
+        """Scores of samples by their raw features, fresh from the models or stored.
+
+        Args:
+            features: (B, size) for each checkpoint; float16 and bfloat16 are computed with in float32.
+            doubts: (B,) for each checkpoint, 1 − p of the samples' own labels, if ``kernel.doubt``.
+
+        Returns:
+            (B,) per column.
+
+        Raises:
+            RuntimeError: ``fit`` has not run.
+            ValueError: features or doubts of other shapes, or not one for each checkpoint.
+        """
+        fitted = self._fitted()
+        self._check(features, doubts)
+        total = torch.zeros(())
+        for k, (mine, queries, weight) in enumerate(zip(features, fitted, self.weights, strict=True)):
+            wide = self._transformed(k, mine if mine.dtype == torch.float64 else mine.float())
+            total = total.to(wide.device) + weight * (wide @ queries.to(wide).T)  # (B, targets)
+        if doubts is not None:
+            total = total * torch.stack([d.to(total) for d in doubts]).mean(0)[:, None]
         together = total.amax(1) if self.kernel.across == "max" else total.mean(1)
         each = {f"{self.name}_{t}": total[:, i] for i, t in enumerate(self.targets)}
         return {self.name: together, **(each if len(each) > 1 else {})}
+
+    def _fitted(self) -> list[Tensor]:
+        if self._queries is None:
+            raise RuntimeError(f"{self.name}: call fit() before scoring")
+        return self._queries
+
+    def _check(self, features: Sequence[Tensor], doubts: Sequence[Tensor] | None) -> None:
+        count, size = len(self.models), self.feature(0, target=False).size
+        rows = len(features[0]) if features else 0
+        if [tuple(f.shape) for f in features] != [(rows, size)] * count:
+            raise ValueError(
+                f"{self.name}: expected features (B, {size}) of {count} checkpoints, got "
+                f"{', '.join(str(tuple(f.shape)) for f in features) or 'none'}"
+            )
+        wanted = [(rows,)] * count if self.kernel.doubt else None
+        if (None if doubts is None else [tuple(d.shape) for d in doubts]) != wanted:
+            found = "none" if doubts is None else ", ".join(str(tuple(d.shape)) for d in doubts)
+            raise ValueError(f"{self.name}: expected doubts {wanted or 'none'}, got {found}")
 
     def metadata(self) -> dict[str, str]:
         facts = {
@@ -229,6 +273,11 @@ class Influence:
         if self.kernel.damping is not None:
             facts["second_moment_samples"] = str(self._samples)
         return facts
+
+
+def _features(signals: Signals) -> Tensor:
+    """(B, size), NaN where there is nothing to predict: an influence of 0 would rank such a sample above bad ones."""
+    return signals.reduced["feature"].masked_fill(signals.losses.isnan()[:, None], torch.nan)
 
 
 class _Moments:
@@ -295,5 +344,6 @@ def _solve(moment: Tensor, queries: Tensor, damping: float) -> Tensor:
 
 def _inverse_root(moment: Tensor, damping: float) -> Tensor:
     values, vectors = torch.linalg.eigh(_damped(moment, damping))
-    root: Tensor = (vectors * values.clamp(min=1e-12).rsqrt()) @ vectors.mT
+    least = 1e-12 * float(values[-1])  # relative: the gradients of a converged model are small
+    root: Tensor = (vectors * values.clamp(min=least).rsqrt()) @ vectors.mT
     return root

@@ -174,7 +174,9 @@ class InfluenceDistillation(Influence):
         if self._coefficients is None:
             raise RuntimeError(f"{self.name}: call fit() before scoring")
         kernel = self._kernel(signals["model"].reduced["embedding"])
-        return self._columns(kernel @ self._coefficients.to(kernel.device))
+        scores = self._columns(kernel @ self._coefficients.to(kernel.device))
+        nothing = signals["model"].losses.isnan()  # to predict
+        return {column: score.masked_fill(nothing, torch.nan) for column, score in scores.items()}
 
     def metadata(self) -> dict[str, str]:
         facts = {

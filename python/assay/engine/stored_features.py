@@ -1,0 +1,225 @@
+"""Features that methods keep: written beside the score tables, and enough to score a shard for new targets."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import IO, Any, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from assay.corpus.features import FeatureBatch, FeatureFile, FeatureSpec, FeatureWriter, feature_path, open_features
+from assay.corpus.quarantine import quarantine_path
+from assay.corpus.shards import Shard
+from assay.corpus.storage import Fingerprint, Store
+from assay.engine.errors import EngineError
+from assay.engine.footer import Identity, InputFacts, RowCounts
+from assay.engine.recipe import Recipe, canonical_hash
+from assay.engine.targeted import CheckpointsSpec
+from assay.methods import Column
+from assay.methods.base import Method, Need
+from assay.methods.influence import Influence
+from assay.ops import Sketch
+from assay.probe import Signals
+
+log = logging.getLogger("assay")
+
+FOLDER = "features"
+DOUBT = "doubt"
+# Stored features are widened to float32 for this many rows at a time.
+ROWS = 4096
+
+Scores = dict[str, npt.NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class FeatureColumn(Column):
+    """Not a score, but ``width`` of the numbers that scores are made of."""
+
+    width: int
+
+
+class Keeper:
+    """A method whose features are kept, as a `Method` that gives the features themselves; ``scores`` makes the rest.
+
+    Args:
+        method: the method; only ``scores`` needs it fitted.
+        spec: its part of the recipe, with ``keep_features``.
+
+    Raises:
+        ValueError: it is no ``Influence``, or its name is no name of a folder.
+    """
+
+    def __init__(self, method: Method, spec: CheckpointsSpec, recipe: Recipe, identity: Identity) -> None:
+        if not isinstance(method, Influence):
+            raise ValueError(f"{method.name}: keep_features: expected an Influence, got a {type(method).__name__}")
+        if not re.fullmatch(r"\w[\w.-]*", method.name):
+            raise ValueError(
+                f"keep_features: the name {method.name!r} cannot name a folder; use letters, digits, '_', '-' and '.'"
+            )
+        self.name, self.method = method.name, method
+        assert spec.keep_features is not None
+        size, extra = method.feature(0, target=False).size, DOUBT if method.kernel.doubt else None
+        sketches = [_described(method.sketch_of(k)) for k in range(len(method.models))]
+        self.specs = [FeatureSpec(spec.method, size, spec.keep_features, sketch, extra) for sketch in sketches]
+        self._facts = [_facts(k, spec, recipe, identity) for k in range(len(method.models))]
+
+    @property
+    def columns(self) -> Sequence[Column]:
+        features, doubts = self._names()
+        named = zip(features, self.specs, strict=True)
+        return [
+            *(FeatureColumn(name, "none", "raw features", spec.dim) for name, spec in named),
+            *(Column(name, "none", "1 − p of the sample's labels") for name in doubts),
+        ]
+
+    def needs(self) -> Mapping[str, Need]:
+        return self.method.needs()
+
+    def score(self, signals: Mapping[str, Signals]) -> dict[str, Tensor]:
+        features, doubts = self.method.raw_features(signals)
+        return dict(zip([name for names in self._names() for name in names], [*features, *(doubts or ())], strict=True))
+
+    def metadata(self) -> dict[str, str]:
+        return self.method.metadata()
+
+    def _names(self) -> tuple[list[str], list[str]]:
+        """The columns of the checkpoints' features, and of their doubts."""
+        count = range(len(self.specs))
+        doubts = [f"{self.name}.{DOUBT}{k}" for k in count if self.method.kernel.doubt]
+        return [f"{self.name}.feature{k}" for k in count], doubts
+
+    def take(self, values: Scores) -> list[tuple[Tensor, Tensor | None]]:
+        """Remove this method's columns from ``values`` -> each checkpoint's features and doubts."""
+        features, doubts = ([torch.from_numpy(values.pop(name)) for name in names] for names in self._names())
+        return list(itertools.zip_longest(features, doubts))
+
+    def scores(self, batches: Sequence[FeatureBatch]) -> Scores:
+        """The method's columns, from the same rows of each checkpoint's features."""
+        doubts = [batch.extra for batch in batches if batch.extra is not None]
+        with torch.no_grad():
+            scores = self.method.score_features([batch.values() for batch in batches], doubts or None)
+        return {name: values.float().cpu().numpy() for name, values in scores.items()}
+
+    def stored_scores(self, files: Sequence[FeatureFile]) -> Scores:
+        """The method's columns of a whole shard."""
+        parts: list[Scores] = [{column.name: np.empty(0, np.float32) for column in self.method.columns}]
+        for batches in zip(*(file.batches() for file in files), strict=True):
+            starts = range(0, len(batches[0].rows), ROWS)
+            parts += [self.scores([batch[start : start + ROWS] for batch in batches]) for start in starts]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def paths(self, shard: Shard) -> list[str]:
+        """Where each checkpoint's features of a shard lie, relative to the scores' root."""
+        return [f"{FOLDER}/{self.name}/{k}/{feature_path(shard)}" for k in range(len(self.specs))]
+
+    def footer(self, k: int) -> dict[str, Any]:
+        """What checkpoint k's features depend on, beside the shard."""
+        return self._facts[k]
+
+
+def _facts(k: int, spec: CheckpointsSpec, recipe: Recipe, identity: Identity) -> dict[str, Any]:
+    name = spec.models[k]
+    tokenizers = next(iter(recipe.models_used))  # a text recipe's texts are encoded by its first model's
+    facts = {
+        "task": recipe.task.model_dump(),
+        "id_column": recipe.corpus.id_column,
+        "model": recipe.models[name].identity(),
+        "method": spec.features_identity(k),
+        "seed": recipe.seed,
+    }
+    return {
+        "recipe": facts,
+        "recipe_hash": canonical_hash(facts),
+        "models": {used: identity.models[used] for used in sorted({name, tokenizers})},
+        "seed": recipe.seed,
+    }
+
+
+def _described(sketch: Sketch) -> dict[str, Any]:
+    """A sketch as plain JSON."""
+    values = {f.name: getattr(sketch, f.name) for f in fields(sketch)}
+    kinds = get_args(Sketch)
+    return {"kind": type(sketch).__name__} | {
+        n: _described(v) if isinstance(v, kinds) else v for n, v in values.items()
+    }
+
+
+class FeatureWriters:
+    """Writes one shard's features, of every method that keeps them; their scores are those of what is stored."""
+
+    def __init__(self, keepers: Collection[Keeper], shard: Shard, spool: Callable[[], IO[bytes]]) -> None:
+        self._keepers, self._shard = keepers, shard
+        self._writers = {keeper.name: [FeatureWriter(spec, spool()) for spec in keeper.specs] for keeper in keepers}
+        self.bytes_per_row = sum(4 * spec.dim for keeper in keepers for spec in keeper.specs)
+
+    def add(self, rows: Sequence[int], ids: Sequence[str], values: Scores) -> Scores:
+        """Store what of ``values`` are features -> scores in their place."""
+        scores = dict(values)
+        for keeper in self._keepers:
+            writers = self._writers[keeper.name]
+            try:
+                pairs = zip(writers, keeper.take(scores), strict=True)
+                batches = [writer.add(rows, ids, features, doubt) for writer, (features, doubt) in pairs]
+            except ValueError as error:
+                raise EngineError(f"{self._shard.path}: {keeper.name}: keep_features: {error}") from error
+            scores |= keeper.scores(batches)
+        return scores
+
+    def save(self, output: Store, version: str, facts: InputFacts, counts: RowCounts) -> None:
+        """Write the files; the shard's list of quarantined rows must have been written before."""
+        shard = {
+            "format": 1,
+            "version": version,
+            "input": facts.model_dump(exclude_none=True),
+            "rows": counts.model_dump(),
+            "quarantine": _quarantine_digest(output, self._shard),
+        }
+        for keeper in self._keepers:
+            for k, (writer, path) in enumerate(zip(self._writers[keeper.name], keeper.paths(self._shard), strict=True)):
+                writer.save(output, path, shard | keeper.footer(k))
+
+
+def open_stored(
+    keepers: Collection[Keeper], shard: Shard, fingerprint: Fingerprint, output: Store
+) -> dict[str, list[FeatureFile]] | None:
+    """Each method's features of a shard, by checkpoint; None unless all are there and are what a run would store now.
+
+    The list of quarantined rows must be the one that was written with them: it is what they do not hold.
+    A CorpusError if a file is no feature file: storing features would destroy it.
+    """
+    known = {
+        "input": {"path": shard.path, **fingerprint.to_json()},
+        "quarantine": _quarantine_digest(output, shard),
+    }
+    found: dict[str, list[FeatureFile]] = {}
+    usable = True
+    for keeper in keepers:
+        for k, (spec, path) in enumerate(zip(keeper.specs, keeper.paths(shard), strict=True)):
+            file = open_features(output, path)
+            if file is None:
+                usable = False
+            elif differences := file.differences(known | keeper.footer(k) | {"features": asdict(spec)}):
+                log.info("%s: not used, but made again: %s", path, differences[0])
+                usable = False
+            else:
+                found.setdefault(keeper.name, []).append(file)
+    return found if usable else None
+
+
+def _quarantine_digest(output: Store, shard: Shard) -> str | None:
+    path = quarantine_path(shard)
+    if not output.exists(path):
+        return None
+    digest = hashlib.sha256()
+    with output.open(path) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return f"sha256:{digest.hexdigest()}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -135,6 +137,53 @@ def test_reference_backend_and_float64(sketch: Sketch, monkeypatch: pytest.Monke
     torch.testing.assert_close(exact.float(), found, rtol=1e-4, atol=1e-4)
     if not isinstance(sketch, assay.Mask):
         torch.testing.assert_close(exact, expected(x.double(), sketch))
+
+
+def alone(code: str) -> str:
+    """What a process of its own prints, with one thread: peaks of memory are a process's."""
+    head = "import resource, torch, assay; from assay.ops import project; torch.set_num_threads(1)\n"
+    head += "project(torch.ones(1, 50), assay.Sparse(2))\n"
+    run = subprocess.run([sys.executable, "-c", head + code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+PEAK = """
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+x = torch.ones(1, columns)
+before = peak()
+project(x, assay.Sparse(dim))
+print(peak() - before)
+"""
+linux = pytest.mark.skipif(sys.platform != "linux", reason="counts memory as Linux does")
+
+
+@linux
+@pytest.mark.parametrize(
+    ("dim", "columns", "most"),
+    [
+        (1 << 16, 1 << 24, 16),  # 64 MiB: 8 pieces with sums of 512 KiB each
+        (1 << 22, 1000, 112),  # 32 MiB of sums twice, 16 MiB in float32 twice
+    ],
+)
+def test_one_row_takes_the_memory_of_one_row(dim: int, columns: int, most: int) -> None:
+    assert int(alone(f"dim, columns = {dim}, {columns}" + PEAK)) <= most, "MiB"
+
+
+@linux
+def test_too_little_memory_is_an_error_not_a_crash() -> None:
+    """Address space for the sums, but not for their copy on the way."""
+    dim = 1 << 25
+    print_error = f"""
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + {12 * dim},) * 2)
+try:
+    project(torch.ones(1, 50), assay.Sparse({dim}))
+except MemoryError as error:
+    print(error)
+"""
+    found = alone(print_error)
+    assert found.startswith(f"project: could not allocate {8 * dim} bytes for the sums of 1 rows with dim={dim}; take")
 
 
 def test_reference_coordinates_are_64_bit() -> None:

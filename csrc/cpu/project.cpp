@@ -205,7 +205,7 @@ void flush(float* from, double* to, int64_t n) {
 
 template <class T>
 void sparse(const ProjectArgs& a) {
-  const Cut cut(a.cols, most(W, HASHES / a.nonzeros / 16 * 16), TERMS * a.dim / a.nonzeros);
+  const Cut cut(a.cols, most(16, HASHES / a.nonzeros / 16 * 16), TERMS * a.dim / a.nonzeros);
   int64_t block_rows = SHARING_ROWS;
   while (block_rows > W && (block_rows * a.dim * 4 > SUM_BYTES || a.rows <= block_rows / 2)) block_rows /= 2;
   const auto sums_of = [&](int64_t rows) { return most(rows_in_lanes(rows), rows) * a.dim; };

@@ -93,6 +93,16 @@ def test_instruction_sets_agree_to_the_last_bit(isa: str, sketch: Sketch, monkey
         assert torch.equal(project(x.to(dtype), sketch), result)
 
 
+@pytest.mark.parametrize("nonzeros", [64, 65, 300])
+def test_instruction_sets_agree_on_many_nonzeros(isa: str, nonzeros: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a block of hashes is as short as it gets: slices are whole blocks, and must end at the same coordinates."""
+    x, sketch = torch.randn(5, 1003), assay.Sparse(37, nonzeros, seed=1)
+    found = project(x, sketch)
+    torch.testing.assert_close(found.double(), expected(x.double(), sketch), rtol=1e-5, atol=1e-4)
+    monkeypatch.setenv("ASSAY_ISA", "scalar")
+    assert torch.equal(project(x, sketch), found)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sketch", SKETCHES, ids=str)
 def test_batch_threads_and_strides_do_not_change_a_bit(

@@ -6,6 +6,11 @@ namespace assay {
 
 enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
 
+// Thrown where memory whose size follows from the arguments cannot be had.
+struct OutOfMemory {
+  int64_t bytes;
+};
+
 // One bit per field of EnsembleStats, in the order of its rows in `EnsembleArgs::out`.
 enum Field : int32_t {
   NLL,
@@ -84,7 +89,7 @@ struct PhiloxArgs {
   int32_t threads;
 };
 
-// out += a random projection of the coordinates first, first + 1, ..., without its scale
+// out += a random projection of the coordinates first, first + 1, ..., without its scale. Throws OutOfMemory.
 struct ProjectArgs {
   const void* vectors;  // (rows, cols)
   DType dtype;
@@ -94,6 +99,7 @@ struct ProjectArgs {
   int64_t dim, nonzeros;  // of each coordinate in a sparse projection; 0: a dense one
   double* out;            // (rows, dim)
   int32_t threads;
+  int64_t scratch_bytes = int64_t{1} << 30;  // for sums on their way to `out`; more where two rows' take more
 };
 
 // scores[m, i] = <features[i], queries[m]> (times scales[i]), or per m the k largest of them and their rows i

@@ -120,8 +120,16 @@ void project(const std::string& isa, Address vectors, int dtype, int64_t rows, i
                                 nonzeros,
                                 reinterpret_cast<double*>(out),
                                 threads};
-  py::gil_scoped_release release;
-  k.project(args);
+  try {
+    py::gil_scoped_release release;
+    k.project(args);
+  } catch (const assay::OutOfMemory& e) {
+    PyErr_Format(PyExc_MemoryError,
+                 "project: could not allocate %lld bytes for the sums of %lld rows with dim=%lld; take a smaller dim or "
+                 "fewer rows at a time",
+                 static_cast<long long>(e.bytes), static_cast<long long>(rows), static_cast<long long>(dim));
+    throw py::error_already_set();
+  }
 }
 
 void scan(const std::string& isa, Address features, int dtype, Address scales, int64_t N, int64_t D, int64_t stride,

@@ -34,7 +34,7 @@ def statistics(
     Args:
         hidden, weight: K tensors (N, D_k) and (C, D_k), float32, bfloat16 or float16, the same for all; last stride 1.
         bias: K tensors (C,) or None.
-        labels: (N,) int64 or None.
+        labels: (N,) int64 or None. One that is neither a class nor ``ignore_index`` makes its row NaN, here and below.
         share: K weights of the mixture, sum 1.
         fields: bit f set if field f is wanted. One that is not is NaN, a prediction −1.
     """

@@ -197,6 +197,7 @@ def sweep(
         dot=along,
         sqnorm=sqnorm,
         rows=n,
+        classes=models.classes,
         slices=count,
         ignore_index=models.ignore_index,
         BLOCK=MERGE_ROWS,

@@ -232,7 +232,7 @@ def finish(
             kl += tl.load(word + KL * stride, mask=mask, other=0.0)
         confidence = peak
         if labels is not None:
-            mix_y = tl.load(at_label + row, mask=mask, other=0.0)
+            mix_y = tl.load(at_label + row, mask=mask & ~undefined, other=0.0)  # elsewhere none was written
             margin = mix_y - peak
             error2 = others * others + squares
             confidence = tl.maximum(peak, mix_y)

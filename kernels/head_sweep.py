@@ -211,7 +211,13 @@ def sweep(
         tl.store(sketch + cell, folded, mask=mask[:, None])
 
 
-@triton.jit(do_not_specialize=["rows", "slices", "ignore_index"])
+@triton.jit
+def is_class(y, classes):
+    """A label that is none may come unchecked out of a CUDA graph: its row is undefined, and nothing is read there."""
+    return (y >= 0) & (y < classes)
+
+
+@triton.jit(do_not_specialize=["rows", "classes", "slices", "ignore_index"])
 def merge(
     state,
     top,
@@ -222,6 +228,7 @@ def merge(
     dot,  # (rows,) float32 or None
     sqnorm,  # (rows,) float32 or None
     rows,
+    classes,
     slices,
     ignore_index,
     BLOCK: tl.constexpr,
@@ -246,7 +253,8 @@ def merge(
         m = tl.maximum(m, peak)
     others = m
     if labels is not None:
-        z_y = tl.load(at_label + row, mask=known, other=0.0)
+        labelled = known & is_class(y, classes)
+        z_y = tl.load(at_label + row, mask=labelled, other=float("nan"))
         if WANT_TOP:
             is_best = (z_y > m) | ((z_y == m) & (y < best))
             best = tl.where(is_best, y.to(tl.int32), best)
@@ -299,7 +307,7 @@ def merge(
             if sqnorm is not None:
                 tl.store(sqnorm + row, tl.where(known, error2, 0.0), mask=mask)
         if dot is not None:
-            u_y = tl.load(at_label + stride + row, mask=known, other=0.0)
+            u_y = tl.load(at_label + stride + row, mask=labelled, other=0.0)
             # Σ_{c≠y} p_c u_c − (1 − p_y) u_y
             tl.store(dot + row, tl.where(known, t * inverse - not_y * u_y, 0.0), mask=mask)
 
@@ -339,7 +347,7 @@ def merge_sketch(
         share = tl.exp2((tl.maximum(peak - m, FLOOR) - log_sum) * LOG2E)
         cell = (part * stride + row)[:, None] * SKETCH + r[None, :]
         total += share[:, None] * tl.load(sketch + cell, mask=known[:, None], other=0.0)
-    y = tl.where(known, y, 0).to(tl.int32)
+    y = tl.where(known & is_class(y, classes), y, 0).to(tl.int32)
     total -= not_y[:, None] * signs(words, classes, y, SKETCH)
     total = tl.where(known[:, None], total * scale, 0.0)
     cell = row[:, None] * left_row + r[None, :]

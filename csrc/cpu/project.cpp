@@ -21,7 +21,7 @@ constexpr int W = Vec::W, L = Wide::L;
 // A slice is so long that each number of the sketch takes this many float32 terms on average.
 constexpr int64_t TERMS = 32;
 
-// Pieces are what threads share out; each keeps sums of its own, at most a few per cent of the vectors' bytes.
+// Pieces are what threads share out; each keeps sums of its own, as long as they fit the scratch memory.
 constexpr int64_t MAX_PIECES = 32, MERGED = 4096;  // sums that are merged at a time
 
 // Words that are hashed at a time, for all rows at hand.
@@ -51,41 +51,62 @@ struct Cut {
   int64_t end(int64_t piece) const { return least(n, begin(piece + 1)); }
 };
 
-// Calls add(piece, first row, rows, sums) for every piece of coordinates and block of rows, with zeroed `sums`, then
-// adds the pieces' sums to `out` in order: at(rows, row, d) is where the sum d of a block's row lies.
-template <class Add, class At>
-void for_all_pieces(const ProjectArgs& a, const Cut& cut, int64_t block_rows, int64_t sums_per_block, const Add& add,
-                    const At& at) {
-  const int64_t blocks = (a.rows + block_rows - 1) / block_rows;
-  if (cut.pieces == 0) return;
-  Scratch<double> sums(blocks * cut.pieces * sums_per_block);
-  const auto rows_of = [&](int64_t block) { return least(block_rows, a.rows - block * block_rows); };
-  parallel(blocks * cut.pieces, 1, a.threads, [&](Pieces& pieces) {
-    for (int64_t task, end; pieces.next(task, end);) {
-      double* mine = sums.p + task * sums_per_block;
-      for (int64_t i = 0; i < sums_per_block; ++i) mine[i] = 0;
-      const int64_t block = task / cut.pieces;
-      add(task % cut.pieces, block * block_rows, rows_of(block), mine);
-    }
-  });
-  parallel(blocks * sums_per_block, MERGED, a.threads, [&](Pieces& pieces) {  // into the first piece of each block
-    for (int64_t begin, end; pieces.next(begin, end);)
+// Adds the sums of each block's `pieces` pieces, `slots` apart from the next block's, to the first's, in order.
+void merge(double* sums, int64_t blocks, int64_t pieces, int64_t slots, int64_t sums_per_block, int32_t threads) {
+  parallel(blocks * sums_per_block, MERGED, threads, [&](Pieces& share) {
+    for (int64_t begin, end; share.next(begin, end);)
       while (begin < end) {
         const int64_t block = begin / sums_per_block, i = begin % sums_per_block;
         const int64_t n = least(end - begin, sums_per_block - i);
-        double* to = sums.p + block * cut.pieces * sums_per_block + i;
-        for (int64_t piece = 1; piece < cut.pieces; ++piece)
+        double* to = sums + block * slots * sums_per_block + i;
+        for (int64_t piece = 1; piece < pieces; ++piece)
           for (int64_t j = 0; j < n; ++j) to[j] += to[piece * sums_per_block + j];
         begin += n;
       }
   });
-  parallel(a.rows, 1, a.threads, [&](Pieces& pieces) {
-    for (int64_t r, end; pieces.next(r, end);) {
-      const int64_t block = r / block_rows;
-      const double* from = sums.p + block * cut.pieces * sums_per_block;
-      for (int64_t d = 0; d < a.dim; ++d) a.out[r * a.dim + d] += from[at(rows_of(block), r % block_rows, d)];
+}
+
+// Calls add(piece, first row, rows, buffer, sums) for every piece of coordinates and block of rows, with zeroed `sums`
+// and a buffer of the thread's own, then adds the pieces' sums to `out` in order: at(rows, row, d) is where the sum d of
+// a block's row lies. What does not fit the scratch memory goes one after the other, blocks and then pieces: a block's
+// first slot holds the sum of the pieces so far.
+template <class Add, class At>
+void for_all_pieces(const ProjectArgs& a, const Cut& cut, int64_t block_rows, int64_t sums_per_block,
+                    int64_t buffer_size, const Add& add, const At& at) {
+  if (cut.pieces == 0 || a.rows == 0) return;
+  const int64_t blocks = (a.rows + block_rows - 1) / block_rows;
+  const int64_t room = a.scratch_bytes / (sums_per_block * static_cast<int64_t>(sizeof(double)));
+  const int64_t slots = least(cut.pieces, most(room, 2)), together = least(blocks, most(room / slots, 1));
+  Scratch<double> sums(together * slots * sums_per_block, Size::LARGE);
+  Scratch<float> buffers(most(least(a.threads, together * slots), 1) * buffer_size, Size::LARGE);
+  const auto rows_of = [&](int64_t block) { return least(block_rows, a.rows - block * block_rows); };
+  for (int64_t first_block = 0; first_block < blocks; first_block += together) {
+    const int64_t here = least(together, blocks - first_block);
+    for (int64_t piece = 0; piece < cut.pieces;) {
+      const int64_t kept = piece > 0, n = least(cut.pieces - piece, slots - kept);
+      int64_t members = 0;
+      parallel(here * n, 1, a.threads, [&](Pieces& share) {
+        float* buffer = buffers.p + __atomic_fetch_add(&members, 1, __ATOMIC_RELAXED) * buffer_size;
+        for (int64_t task, end; share.next(task, end);) {
+          const int64_t block = first_block + task / n;
+          double* mine = sums.p + (task / n * slots + kept + task % n) * sums_per_block;
+          for (int64_t i = 0; i < sums_per_block; ++i) mine[i] = 0;
+          add(piece + task % n, block * block_rows, rows_of(block), buffer, mine);
+        }
+      });
+      merge(sums.p, here, kept + n, slots, sums_per_block, a.threads);
+      piece += n;
     }
-  });
+    const int64_t first = first_block * block_rows;
+    parallel(least(here * block_rows, a.rows - first), 1, a.threads, [&](Pieces& share) {
+      for (int64_t r, end; share.next(r, end);) {
+        const double* from = sums.p + r / block_rows * slots * sums_per_block;
+        const int64_t rows = rows_of(first_block + r / block_rows);
+        double* to = a.out + (first + r) * a.dim;
+        for (int64_t d = 0; d < a.dim; ++d) to[d] += from[at(rows, r % block_rows, d)];
+      }
+    });
+  }
 }
 
 // ---- Sparse ---------------------------------------------------------------------------------------------------------
@@ -184,14 +205,15 @@ void flush(float* from, double* to, int64_t n) {
 
 template <class T>
 void sparse(const ProjectArgs& a) {
-  const Cut cut(a.cols, most(W, HASHES / a.nonzeros / 16 * 16), TERMS * a.dim / a.nonzeros);
+  const Cut cut(a.cols, most(16, HASHES / a.nonzeros / 16 * 16), TERMS * a.dim / a.nonzeros);
   int64_t block_rows = SHARING_ROWS;
   while (block_rows > W && (block_rows * a.dim * 4 > SUM_BYTES || a.rows <= block_rows / 2)) block_rows /= 2;
-  const int64_t block_sums = most(rows_in_lanes(block_rows), block_rows) * a.dim;
-  const auto add = [&](int64_t piece, int64_t row, int64_t rows, double* out) {
-    const int64_t lanes = rows_in_lanes(rows), count = most(lanes, rows) * a.dim;
+  const auto sums_of = [&](int64_t rows) { return most(rows_in_lanes(rows), rows) * a.dim; };
+  if (sums_of(least(block_rows, a.rows)) * 8 > a.scratch_bytes) block_rows = 1;  // slower, but none for empty lanes
+  const int64_t block_sums = sums_of(least(block_rows, a.rows));
+  const auto add = [&](int64_t piece, int64_t row, int64_t rows, float* sums, double* out) {
+    const int64_t lanes = rows_in_lanes(rows), count = sums_of(rows);
     const T* x = static_cast<const T*>(a.vectors) + row * a.stride;
-    Scratch<float> sums(count);
     Scratch<uint32_t> codes(cut.block * a.nonzeros + 4 * L + 4);
     for (int64_t i = 0; i < count; ++i) sums[i] = 0.f;
     const int64_t end = cut.end(piece);
@@ -203,21 +225,22 @@ void sparse(const ProjectArgs& a) {
         const uint32_t* at = codes.p + u % 4;
         int64_t r = 0;
         for (; r < lanes; r += W)
-          add_lanes(x + r * a.stride + c, a.stride, least(W, rows - r), n, at, a.nonzeros, sums.p + r * a.dim);
-        for (; r < rows; ++r) add_row(x + r * a.stride + c, n, at, a.nonzeros, sums.p + r * a.dim);
+          add_lanes(x + r * a.stride + c, a.stride, least(W, rows - r), n, at, a.nonzeros, sums + r * a.dim);
+        for (; r < rows; ++r) add_row(x + r * a.stride + c, n, at, a.nonzeros, sums + r * a.dim);
       }
-      flush(sums.p, out, count);
+      flush(sums, out, count);
     }
   };
   const auto at = [&](int64_t rows, int64_t r, int64_t d) {
     return r < rows_in_lanes(rows) ? r / W * W * a.dim + d * W + r % W : r * a.dim + d;
   };
-  for_all_pieces(a, cut, block_rows, block_sums, add, at);
+  for_all_pieces(a, cut, block_rows, block_sums, round_up(block_sums, 16), add, at);
 }
 
 // ---- Rademacher -----------------------------------------------------------------------------------------------------
 
 constexpr int ROWS = W > 1 ? W : 4;  // of accumulators: they fill half of the registers
+ASSAY_INLINE int64_t accumulators_of(int64_t rows) { return rows == 1 ? 1 : rows <= ROWS / 2 ? ROWS / 2 : ROWS; }
 
 // bits[w][c]: word w of the Philox blocks of COLUMNS coordinates, the signs of 128 rows of the matrix.
 void hash_signs(const ProjectArgs& a, int64_t coordinate, int64_t block, uint32_t (*bits)[COLUMNS]) {
@@ -255,27 +278,27 @@ template <class T>
 void rademacher(const ProjectArgs& a) {
   const Cut cut(a.cols, COLUMNS, most(TERMS * a.dim, 16 * COLUMNS));
   const int64_t stride = round_up(a.dim, W);
-  const auto add = [&](int64_t piece, int64_t row, int64_t rows, double* out) {
-    Scratch<float> x(ROWS * COLUMNS);
+  const auto add = [&](int64_t piece, int64_t row, int64_t rows, float* x, double* out) {
     const int64_t end = cut.end(piece);
     for (int64_t c = cut.begin(piece); c < end; c += COLUMNS) {
       const int64_t n = least(COLUMNS, end - c);
       for (int64_t r = 0; r < ROWS; ++r) {
         const T* from = static_cast<const T*>(a.vectors) + (row + r) * a.stride + c;
         for (int64_t i = 0; i < COLUMNS; i += W)
-          store(x.p + r * COLUMNS + i, r < rows ? load_first(from + i, n - i, 0.f) : splat(0.f));
+          store(x + r * COLUMNS + i, r < rows ? load_first(from + i, n - i, 0.f) : splat(0.f));
       }
-      if (rows == 1) {
-        add_columns<1>(a, a.first + c, x.p, out, stride);
-      } else if (rows <= ROWS / 2) {
-        add_columns<ROWS / 2>(a, a.first + c, x.p, out, stride);
+      const int64_t accumulators = accumulators_of(rows);
+      if (accumulators == 1) {
+        add_columns<1>(a, a.first + c, x, out, stride);
+      } else if (accumulators == ROWS / 2) {
+        add_columns<ROWS / 2>(a, a.first + c, x, out, stride);
       } else {
-        add_columns<ROWS>(a, a.first + c, x.p, out, stride);
+        add_columns<ROWS>(a, a.first + c, x, out, stride);
       }
     }
   };
   const auto at = [&](int64_t, int64_t r, int64_t d) { return r * stride + d; };
-  for_all_pieces(a, cut, ROWS, ROWS * stride, add, at);
+  for_all_pieces(a, cut, ROWS, accumulators_of(least(ROWS, a.rows)) * stride, ROWS * COLUMNS, add, at);
 }
 
 template <class T>

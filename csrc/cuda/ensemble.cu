@@ -224,8 +224,10 @@ cudaError_t place_models(const EnsembleArgs& a, void* g_workspace, cudaStream_t 
     ModelBatch batch{};
     const int count = static_cast<int>(a.K - k0 < INLINE_MODELS ? a.K - k0 : INLINE_MODELS);
     for (int i = 0; i < count; ++i) batch.models[i] = model_of(a, k0 + i);
-    upload_models<<<1, INLINE_MODELS, 0, stream>>>(batch, count, g_models + k0);
-    ASSAY_RETURN_ON_ERROR(cudaGetLastError());
+    ModelLogits* g_to = g_models + k0;
+    void* arguments[] = {&batch, const_cast<int*>(&count), &g_to};
+    ASSAY_RETURN_ON_ERROR(cudaLaunchKernel(reinterpret_cast<const void*>(&upload_models), dim3(1), dim3(INLINE_MODELS),
+                                           arguments, 0, stream));
   }
   p->g_models = g_models;
   return cudaSuccess;

@@ -9,14 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime.interpreter import InterpreterBuilder
 
 from assay.kernels import head, head_sweep, head_tiles
 from assay.kernels._common import Launch
-from assay.kernels.head_launch import FIELDS
+from assay.kernels.head_launch import FIELDS, Models
 from tests.kernels.test_head_philox import sign
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -323,6 +326,61 @@ def test_undefined_rows_are_alone(k: int) -> None:
     assert bias is not None
     bias[39] = math.inf  # beside it the padded columns, which are copies of this one
     assert bool(given.statistics()[0].isnan().all())
+
+
+@pytest.fixture
+def fences(monkeypatch: pytest.MonkeyPatch) -> list[range]:
+    """Addresses around every buffer of the launchers; an interpreted load from any of them fails."""
+    found: list[range] = []
+    kept = []  # or the addresses would be another buffer's
+    if DEVICE != "cpu":
+        return found
+
+    def empty(models: Models, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        size, margin = math.prod(shape), 512
+        buffer = torch.empty(margin + size + margin, dtype=dtype)
+        start, item = buffer.data_ptr(), buffer.element_size()
+        kept.append(buffer)
+        found.append(range(start, start + margin * item))
+        found.append(range(start + (margin + size) * item, start + len(buffer) * item))
+        return buffer[margin : margin + size].view(shape)
+
+    load = InterpreterBuilder.create_masked_load
+
+    def fenced_load(builder: object, pointers: Any, mask: Any, *rest: Any) -> object:
+        at = np.atleast_1d(pointers.data)[np.atleast_1d(mask.data)]
+        assert not any(((at >= fence.start) & (at < fence.stop)).any() for fence in found), "a load out of bounds"
+        return load(builder, pointers, mask, *rest)
+
+    monkeypatch.setattr(Models, "empty", empty)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", fenced_load)
+    return found
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_label_that_is_no_class_makes_its_row_undefined(k: int, fences: list[range]) -> None:
+    """As in a captured CUDA graph, where nothing has checked the labels."""
+    given, v = layer(k, 6, 40, d=5), [grid(40, 5) for _ in range(k)]
+    assert given.labels is not None
+    given.labels[5] = -100
+
+    def everything() -> list[Tensor]:
+        """Rows first."""
+        stats, prediction, dot, sqnorm, left = given.scores(v, 16)
+        assert dot is not None
+        assert left is not None
+        loss, gradient = head.losses(given.hidden[0], given.weight[0], given.bias[0], given.labels, -100, True)
+        assert gradient is not None
+        found = [stats.T, prediction, dot.T, sqnorm.T, left.transpose(0, 1), loss, gradient]
+        return found + [given.statistics([name])[0][FIELDS.index(name)] for name in ("entropy", "vote_entropy")]
+
+    clean = everything()
+    wrong, right = [0, 2, 3], [1, 4, 5]
+    given.labels[wrong] = torch.tensor([47, -1, 1 << 33], device=DEVICE)
+    for i, (before, after) in enumerate(zip(clean, everything(), strict=True)):
+        assert bool((after[wrong].isnan() if after.is_floating_point() else after[wrong] == -1).all()), i
+        assert torch.equal(before[right].nan_to_num(7.5), after[right].nan_to_num(7.5)), i
+    assert bool(fences) == (DEVICE == "cpu")
 
 
 def test_same_bits_alone_and_again() -> None:

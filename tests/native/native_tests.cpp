@@ -196,13 +196,18 @@ void project_case(const Kernels& kernels, int64_t rows, int64_t cols, int64_t di
       }
     }
   }
-  const ProjectArgs args{bf16 ? static_cast<const void*>(narrow.data()) : x.data(),
+  ProjectArgs args{bf16 ? static_cast<const void*>(narrow.data()) : x.data(),
                          bf16 ? DType::bf16 : DType::f32,
                          rows, cols, stride, first, key[0], key[1], dim, nonzeros, out.data(), 2};
+  std::vector<double> one_by_one(out);
   kernels.project(args);
   for (size_t i = 0; i < out.size(); ++i)
     check(std::fabs(out[i] - expected[i]) < 1e-4, nonzeros ? "sparse projection" : "dense projection", kernels.isa,
           rows, cols, dim);
+  args.out = one_by_one.data();
+  args.scratch_bytes = 1;
+  kernels.project(args);
+  check(out == one_by_one, "projection in little memory", kernels.isa, rows, cols, dim);
 }
 
 // Scores of every row, and all N of them ranked; `form`: 0 float32, 1 bf16, 2 int8 with scales.
@@ -300,6 +305,8 @@ int main() {
           project_case(kernels, rows, cols, 5, 3, bf16, rng);
           project_case(kernels, rows, cols, 131, 0, bf16, rng);
         }
+    for (int64_t nonzeros : {0, 1, 3})  // many pieces, and of rows a block and one
+      for (int64_t rows : {1, 17, 65}) project_case(kernels, rows, 13000, 5, nonzeros, false, rng);
     for (int64_t N : {0, 1, 66})
       for (int64_t D : {0, 1, 7, 16, 33, 64, 1100})
         for (int64_t M : {1, 2, 3, 4, 5, 11})

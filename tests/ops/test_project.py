@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -91,6 +93,16 @@ def test_instruction_sets_agree_to_the_last_bit(isa: str, sketch: Sketch, monkey
         assert torch.equal(project(x.to(dtype), sketch), result)
 
 
+@pytest.mark.parametrize("nonzeros", [64, 65, 300])
+def test_instruction_sets_agree_on_many_nonzeros(isa: str, nonzeros: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a block of hashes is as short as it gets: slices are whole blocks, and must end at the same coordinates."""
+    x, sketch = torch.randn(5, 1003), assay.Sparse(37, nonzeros, seed=1)
+    found = project(x, sketch)
+    torch.testing.assert_close(found.double(), expected(x.double(), sketch), rtol=1e-5, atol=1e-4)
+    monkeypatch.setenv("ASSAY_ISA", "scalar")
+    assert torch.equal(project(x, sketch), found)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sketch", SKETCHES, ids=str)
 def test_batch_threads_and_strides_do_not_change_a_bit(
@@ -135,6 +147,53 @@ def test_reference_backend_and_float64(sketch: Sketch, monkeypatch: pytest.Monke
     torch.testing.assert_close(exact.float(), found, rtol=1e-4, atol=1e-4)
     if not isinstance(sketch, assay.Mask):
         torch.testing.assert_close(exact, expected(x.double(), sketch))
+
+
+def alone(code: str) -> str:
+    """What a process of its own prints, with one thread: peaks of memory are a process's."""
+    head = "import resource, torch, assay; from assay.ops import project; torch.set_num_threads(1)\n"
+    head += "project(torch.ones(1, 50), assay.Sparse(2))\n"
+    run = subprocess.run([sys.executable, "-c", head + code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+PEAK = """
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+x = torch.ones(1, columns)
+before = peak()
+project(x, assay.Sparse(dim))
+print(peak() - before)
+"""
+linux = pytest.mark.skipif(sys.platform != "linux", reason="counts memory as Linux does")
+
+
+@linux
+@pytest.mark.parametrize(
+    ("dim", "columns", "most"),
+    [
+        (1 << 16, 1 << 24, 16),  # 64 MiB: 8 pieces with sums of 512 KiB each
+        (1 << 22, 1000, 112),  # 32 MiB of sums twice, 16 MiB in float32 twice
+    ],
+)
+def test_one_row_takes_the_memory_of_one_row(dim: int, columns: int, most: int) -> None:
+    assert int(alone(f"dim, columns = {dim}, {columns}" + PEAK)) <= most, "MiB"
+
+
+@linux
+def test_too_little_memory_is_an_error_not_a_crash() -> None:
+    """Address space for the sums, but not for their copy on the way."""
+    dim = 1 << 25
+    print_error = f"""
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + {12 * dim},) * 2)
+try:
+    project(torch.ones(1, 50), assay.Sparse({dim}))
+except MemoryError as error:
+    print(error)
+"""
+    found = alone(print_error)
+    assert found.startswith(f"project: could not allocate {8 * dim} bytes for the sums of 1 rows with dim={dim}; take")
 
 
 def test_reference_coordinates_are_64_bit() -> None:

@@ -64,11 +64,13 @@ def build_info() -> str:
     return info.decode()
 
 
-def missing() -> str | None:
-    """Why CUDA kernels cannot run here, and what to do; None if they can."""
+def missing(device: int | None = None) -> str | None:
+    """Why CUDA kernels cannot run on a device (the current one), and what to do; None if they can."""
     if not LIBRARY.exists():
         return "this build has no CUDA library; install assay where nvcc is, with -C cmake.define.ASSAY_CUDA=ON"
-    return _unusable(torch.cuda.current_device() if torch.cuda.is_available() else -1)
+    if device is None:
+        device = torch.cuda.current_device() if torch.cuda.is_available() else -1
+    return _unusable(device)
 
 
 @cache
@@ -78,7 +80,9 @@ def _unusable(device: int) -> str | None:
     except OSError as error:
         return f"its CUDA library cannot be loaded: {error}"
     capability = ctypes.c_int32()
-    if code := library.assay_cuda_compute_capability(ctypes.byref(capability)):
+    with torch.cuda.device(device):  # −1: as it is
+        code = library.assay_cuda_compute_capability(ctypes.byref(capability))
+    if code:
         return f"no CUDA device can be used: {_name(code)}"
     if capability.value < 80:
         return f"device {device} has compute capability {capability.value / 10}; the CUDA library needs 8.0 or later"

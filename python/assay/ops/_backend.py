@@ -75,7 +75,7 @@ def choose(op: str, tensor: Tensor, gpu: Literal["triton", "cuda"]) -> str:
         return name
     device, double = tensor.device.type, tensor.dtype == torch.float64
     if name == "auto":
-        return "reference" if double else "cpu" if device == "cpu" else _on_gpu(op, device, gpu)
+        return "reference" if double else "cpu" if device == "cpu" else _on_gpu(op, tensor.device, gpu)
     if name == "cpu":
         if double or device != "cpu":
             raise _unfit(op, name, "CPU", tensor)
@@ -85,7 +85,7 @@ def choose(op: str, tensor: Tensor, gpu: Literal["triton", "cuda"]) -> str:
     interpreted = name == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     if double or (device != "cuda" and not interpreted):
         raise _unfit(op, name, "CUDA", tensor)
-    if reason := _missing(gpu):
+    if reason := _missing(gpu, tensor.device):
         raise RuntimeError(f"{op}: backend {name!r} cannot run: {reason}")
     return name
 
@@ -97,9 +97,9 @@ def _unfit(op: str, name: str, device: str, tensor: Tensor) -> ValueError:
     )
 
 
-def _on_gpu(op: str, device: str, gpu: str) -> str:
+def _on_gpu(op: str, device: torch.device, gpu: str) -> str:
     """``gpu``, or ``"reference"`` with one logged line that says why and what to do."""
-    reason = _missing(gpu) if device == "cuda" else f"there are no kernels for {device} tensors"
+    reason = _missing(gpu, device) if device.type == "cuda" else f"there are no kernels for {device.type} tensors"
     if reason is None:
         return gpu
     if op not in _told:
@@ -108,8 +108,8 @@ def _on_gpu(op: str, device: str, gpu: str) -> str:
     return "reference"
 
 
-def _missing(gpu: str) -> str | None:
-    """Why this kind of GPU kernel cannot run here, and what to do; None if it can."""
+def _missing(gpu: str, device: torch.device) -> str | None:
+    """Why this kind of GPU kernel cannot run on this device, and what to do; None if it can."""
     if gpu == "cuda":
-        return _cuda.missing()
+        return _cuda.missing(device.index)
     return None if importlib.util.find_spec("triton") else "triton is not installed; pip install 'assay[gpu]'"

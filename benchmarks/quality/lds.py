@@ -31,7 +31,19 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 import assay
-from assay.methods import EKFAC, LESS, TRAK, AdamState, DsDm, Influence, Kernel, LoGra, TrackStar
+from assay.methods import (
+    EKFAC,
+    LESS,
+    TRAK,
+    AdamState,
+    DsDm,
+    Influence,
+    InfluenceDistillation,
+    Kernel,
+    LoGra,
+    SmallModelDatamodel,
+    TrackStar,
+)
 from assay.tasks import Classification
 from benchmarks.timing import RESULTS, write
 
@@ -41,6 +53,8 @@ SPLIT = 1  # its targets had no part in any choice
 L2 = 0.01
 SIDE = 8  # every sketch is SIDE × SIDE, k = 64: well below the pool, or the second moment overfits
 EXACT = assay.Kronecker(256, 256)  # larger than any layer here: nothing is projected
+LANDMARKS = 100  # of influence distillation: a third of the pool
+RETRAININGS = 256
 RESAMPLES = 200
 
 
@@ -233,9 +247,13 @@ def ours(name: str, data: Data, whole: nn.Module, halves: list[nn.Module]) -> di
     models, states = warm_up(make, data)
     found["LESS"] = of(LESS(models, task, targets, optimizers=states))
     found["LoGra"] = of(LoGra([whole], task, targets))
+    grass = assay.Mask(32, 32, then=assay.Sparse(256))
+    found["GraSS (LoGra with a mask)"] = of(LoGra([whole], task, targets, sketch=grass))
     found["TrackStar"] = of(TrackStar([whole], task, targets))
     found["EK-FAC"] = of(EKFAC(whole, task, targets))
     found["EK-FAC, K = 10"] = np.mean([of(EKFAC(m, task, targets)) for m in halves], 0)
+    found["influence distillation"] = of(InfluenceDistillation(whole, task, targets, landmarks=LANDMARKS, sketch=EXACT))
+    found[f"datamodel of {RETRAININGS} retrainings"] = datamodel(name, data)
     rng = np.random.default_rng(0)
     found["random"] = rng.standard_normal((POOL, TARGETS))
     everything = torch.arange(len(data.other_x))[None]
@@ -244,6 +262,15 @@ def ours(name: str, data: Data, whole: nn.Module, halves: list[nn.Module]) -> di
         losses = nn.functional.cross_entropy(reference(data.x), data.y, reduction="none").double().numpy()
     found["reference loss (control)"] = np.repeat(-losses[:, None], TARGETS, 1)
     return found
+
+
+def datamodel(name: str, data: Data) -> Array:
+    """Fitted to retrainings on other halves than those that it is judged by."""
+    rows = halves_of(POOL, RETRAININGS, 6)
+    members = np.zeros((RETRAININGS, POOL), bool)
+    np.put_along_axis(members, rows.numpy(), True, axis=1)
+    outputs = margins(name, fit(name, data.x, data.y, rows, 500), data.target_x, data.target_y)
+    return SmallModelDatamodel.fit(members, outputs).scores
 
 
 def dsdm(data: Data, halves: list[nn.Module]) -> Array:

@@ -23,7 +23,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	$(BIN)/python -m pip install -q -c constraints.txt torch
 	$(BIN)/python -m pip install -q -c constraints.txt scikit-build-core pybind11 cmake ninja build \
 	  pydantic typer rich pyyaml fsspec zstandard safetensors scikit-learn transformers gguf datasets \
-	  pyarrow pytest pytest-timeout hypothesis cleanlab peft psutil triton ruff mypy types-PyYAML
+	  pyarrow pytest pytest-timeout pytest-xdist hypothesis cleanlab peft psutil triton ruff mypy types-PyYAML
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(NATIVE)
@@ -41,9 +41,10 @@ demo: setup
 demo-text: $(VENV)/.smollm2
 	$(BIN)/assay demo text --out demo/text
 
-# The suite without the test that runs the table: here the table itself is printed.
+# The suite without the test that runs the table: here the table itself is printed. Most tests have one thread's work, so
+# two processes share it; files stay whole, for their fixtures' sake.
 test: lint native-sanitize compile-table
-	$(BIN)/python -m pytest --deselect tests/kernels/test_compile.py::test_every_kernel_compiles_without_spills
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --deselect tests/kernels/test_compile.py::test_every_kernel_compiles_without_spills
 
 pytest: setup
 	$(BIN)/python -m pytest

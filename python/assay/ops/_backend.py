@@ -8,13 +8,15 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from torch._library.custom_ops import CustomOpDef  # torch.library has it, but not in its __all__
 
 from assay.ops import _cuda
+
+if TYPE_CHECKING:
+    from torch._library.custom_ops import CustomOpDef  # torch.library has it, but not in its __all__
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 

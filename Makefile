@@ -44,7 +44,7 @@ demo-text: $(VENV)/.smollm2
 # The suite without the test that runs the table: here the table itself is printed. Most tests have one thread's work, so
 # two processes share it; files stay whole, for their fixtures' sake.
 test: lint native-sanitize compile-table
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --deselect tests/kernels/test_compile.py::test_every_kernel_compiles_without_spills
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --deselect tests/kernels/test_compile.py::test_every_kernel_compiles_without_spills
 
 pytest: setup
 	$(BIN)/python -m pytest

@@ -27,6 +27,17 @@ FLOAT_COST = 15
 
 
 @dataclass(frozen=True)
+class Tile:
+    """A block of rows × columns of a product, made from ``k`` terms at a time, and how it runs."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
 class Launch:
     """One kernel launch, as data: what runs on a GPU is what the ahead-of-time check compiles."""
 

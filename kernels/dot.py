@@ -19,23 +19,13 @@ from assay.kernels._common import (
     HALF,
     PROGRAMS,
     Launch,
+    Tile,
     aligned,
     ceil_div,
     generation,
     round_up,
     unit_stride,
 )
-
-
-@dataclass(frozen=True)
-class Tile:
-    """A block of rows × columns of the product, made from ``k`` terms at a time."""
-
-    m: int
-    n: int
-    k: int
-    warps: int
-    stages: int
 
 
 @dataclass(frozen=True)

@@ -7,18 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from assay.kernels._common import HALF, aligned, ceil_div, generation
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Rows × columns of a product, made from ``k`` terms at a time."""
-
-    m: int
-    n: int
-    k: int
-    warps: int
-    stages: int
+from assay.kernels._common import HALF, Tile, aligned, ceil_div, generation
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of a kernel
 
 from assay import _native
+from tests.small_project import Project, make_project
 
 USABLE_ISAS = [name for name, supported in _native.instruction_sets() if supported]
 ALL_ISAS = [name for name, _ in _native.instruction_sets()]
@@ -24,6 +26,12 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
         pytest.skip(f"this processor does not run {name}")
     monkeypatch.setenv("ASSAY_ISA", name)
     return name
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    """A corpus, models and a recipe on disk."""
+    return make_project(tmp_path)
 
 
 @pytest.fixture(autouse=True)

@@ -15,9 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "engine"))
-from small_project import make_project, make_rows
-
 from assay.cli import main
+from tests.small_project import make_project, make_rows
 
 
 @pytest.fixture
@@ -129,7 +128,7 @@ def test_an_internal_error_is_one_line_unless_debugging(project, capsys, monkeyp
     def fail(*arguments, **options):
         raise KeyError("deep inside")
 
-    monkeypatch.setattr("assay.engine.local.run", fail)
+    monkeypatch.setattr("assay.engine.run", fail)
     assert main(["score", "recipe.yaml"]) == 2
     assert "internal error: KeyError" in capsys.readouterr().err
     monkeypatch.setenv("ASSAY_DEBUG", "1")

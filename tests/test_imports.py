@@ -20,15 +20,18 @@ MAY_IMPORT = {
     "ops": {"_native", "kernels"},
     "tasks": {"ops"},
     "probe": {"ops", "tasks"},
-    "corpus": {"_lazy", "ops"},
+    "corpus": {"_lazy", "_version", "ops"},
     "select": {"_lazy"},
     "methods": {"ops", "probe", "tasks", "_lazy"},
     "scoring": {"corpus", "methods"},
-    "engine": {"corpus", "methods", "ops", "probe", "select", "tasks", "_lazy", "scoring", "__init__"},
-    "demo": {"corpus", "engine", "methods", "ops", "probe", "select", "tasks", "_lazy"},
-    "cli": {"engine", "ops", "demo", "corpus", "select", "__init__"},
+    "recipe": {"corpus", "methods", "ops", "tasks", "_lazy"},
+    "engine": {"corpus", "methods", "ops", "probe", "recipe", "tasks", "_lazy", "_version"},
+    "curate": {"corpus", "select", "_version"},
+    "demo": {"corpus", "curate", "engine", "methods", "ops", "probe", "recipe", "select", "tasks", "_lazy"},
+    "cli": {"corpus", "curate", "engine", "recipe", "ops", "demo", "select", "__init__"},
     "__main__": {"cli"},
-    "__init__": {"methods", "ops", "probe", "scoring", "select", "tasks"},
+    "_version": set(),
+    "__init__": {"_version", "methods", "ops", "probe", "scoring", "select", "tasks"},
 }
 
 

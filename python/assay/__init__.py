@@ -6,18 +6,19 @@ Scores every sample of a corpus with the models you already have, and selects by
 import logging
 
 from assay import methods, ops, select, tasks
+from assay._version import __version__
 from assay.ops import Kronecker, Mask, Rademacher, Sparse
 from assay.ops._backend import backend
 from assay.probe import Probe
 from assay.scoring import score
 
-__version__ = "0.1.0"
 __all__ = [
     "Kronecker",
     "Mask",
     "Probe",
     "Rademacher",
     "Sparse",
+    "__version__",
     "backend",
     "methods",
     "ops",

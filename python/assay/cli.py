@@ -20,9 +20,9 @@ import typer
 import assay
 
 if TYPE_CHECKING:
+    from assay.corpus.scores_folder import Scores
     from assay.engine.progress import Progress
-    from assay.engine.recipe import Recipe
-    from assay.engine.status import Scores
+    from assay.recipe.recipe import Recipe
 
 OK, INCOMPLETE, BAD, INTERRUPTED = 0, 1, 2, 130
 _LISTED_SHARDS = 50
@@ -142,7 +142,8 @@ def score(
     """Score a corpus: one table per shard. Running it again does only what is missing."""
     _log_to_stderr(quiet)
     _limit_threads()
-    from assay.engine.local import make_plan, run
+    from assay.corpus.layout import table_path
+    from assay.engine import make_plan, run
 
     part = _part(shard)
     loaded = _load(recipe, overrides)
@@ -150,23 +151,23 @@ def score(
         plan = make_plan(loaded, part, rescore)
         print(f"{len(plan.todo)} shards to score ({len(plan.stale)} of them again), {len(plan.done)} done")
         for todo in plan.todo:
-            print(f"  {_clean(todo.path)} -> {_clean(plan.output.full(todo.table))}")
+            print(f"  {_clean(todo.path)} -> {_clean(plan.output.full(table_path(todo)))}")
         print(loaded.to_yaml(), end="")
         return OK
-    report = run(loaded, part=part, rescore=rescore, progress=_progress(quiet, interval))
+    summary = run(loaded, part=part, rescore=rescore, progress=_progress(quiet, interval))
     if not quiet:
-        for line in report.summary():
+        for line in summary.lines():
             print(_clean(line))
-        for key, text in sorted(report.warnings.items()):
+        for key, text in sorted(summary.warnings.items()):
             print(_clean(f"{key}: {text}"))
         print(f"scores: {_clean(loaded.output)}")
-    if not report.clean:
+    if not summary.clean:
         _fail(f"not everything was scored; see {loaded.output}/quarantine", INCOMPLETE)
-    return OK if report.clean else INCOMPLETE
+    return OK if summary.clean else INCOMPLETE
 
 
 def _load(recipe: str, overrides: Sequence[str] | None) -> Recipe:
-    from assay.engine.recipe import load_recipe
+    from assay.recipe.recipe import load_recipe
 
     return load_recipe(recipe, overrides or ())
 
@@ -199,12 +200,11 @@ def _limit_threads() -> None:
 @app.command()
 def validate(recipe: RecipeFile, overrides: Overrides = None) -> int:
     """Check a recipe: keys, files, shards, models and methods. Scores nothing."""
-    from assay.engine.local import make_plan
-    from assay.engine.scoring import open_workshop
+    from assay.engine import make_plan, open_workshop
 
     loaded = _load(recipe, overrides)
     plan = make_plan(loaded, rescore=True)
-    workshop = open_workshop(loaded, plan.identity, fit=False)
+    workshop = open_workshop(plan, fit=False)
     print(f"{_clean(recipe)}: fine; {len(plan.corpus.shards)} shards, {len(plan.done)} of them done")
     for column in workshop.columns():
         print(f"  {column.name} (keep {column.keep}): {column.description}")
@@ -238,8 +238,7 @@ def select(
     ] = None,
 ) -> int:
     """Write the part of the corpus that is worth keeping, with a manifest and a reason per row."""
-    from assay.engine.curation import curate
-    from assay.engine.rules import RuleOptions
+    from assay.curate import RuleOptions, curate
 
     options = RuleOptions(
         top,
@@ -275,7 +274,7 @@ def list_scores(
     ] = None,
 ) -> int:
     """List the shards: which are done, which have changed since, how many rows each has."""
-    from assay.engine.status import open_scores
+    from assay.corpus.scores_folder import open_scores
 
     found = open_scores(scores, corpus)
     lines = _shard_lines(found)

@@ -8,6 +8,7 @@ import fsspec
 import pytest
 
 from assay.corpus.errors import CorpusError
+from assay.corpus.layout import table_path
 from assay.corpus.shards import find_shards
 
 
@@ -62,7 +63,7 @@ def test_other_file_systems():
 def test_stems_lose_every_suffix_but_nothing_else(tmp_path, name, stem):
     touch(tmp_path, name)
     (shard,) = find_shards(str(tmp_path)).shards
-    assert (shard.stem, shard.table) == (stem, f"{stem}.parquet")
+    assert (shard.stem, table_path(shard)) == (stem, f"{stem}.parquet")
 
 
 def test_two_shards_of_one_table_are_an_error_that_names_both(tmp_path):

@@ -10,7 +10,7 @@ import time
 
 import pyarrow.parquet as pq
 import pytest
-from small_project import make_rows
+from tests.small_project import make_rows
 
 from assay.corpus.storage import Store
 

@@ -10,19 +10,22 @@ import fsspec
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from small_project import CLASSES, SIZE, make_rows, save_mlp
+from tests.small_project import CLASSES, SIZE, make_rows, save_mlp
 
 import assay
 from assay.corpus.errors import CorpusError
 from assay.corpus.storage import Store
-from assay.engine import scoring
-from assay.engine.errors import ChangedError, EngineError
+from assay.engine import shard
 from assay.engine.local import make_plan, run
-from assay.engine.recipe import load_recipe
+from assay.recipe.errors import ChangedError, EngineError
+from assay.recipe.recipe import load_recipe
 
 
 def score(project, *overrides, **options):
     return run(load_recipe(str(project.path), overrides), **options)
+
+
+KRONECKER = {"kind": "kronecker", "rows": 2, "cols": 2}
 
 
 def column(project, table, name):
@@ -76,7 +79,7 @@ def test_scores_are_those_of_the_library(project):
 def test_a_second_run_does_nothing(project, monkeypatch):
     score(project)
     before = project.tables()
-    monkeypatch.setattr(scoring, "score_shard", None)
+    monkeypatch.setattr(shard, "score_shard", None)
     report = score(project)
     assert (report.done_before, report.scored, report.rows_scored) == (2, 0, 80)
     assert project.tables() == before
@@ -103,7 +106,7 @@ def test_two_runs_give_the_same_bytes_whatever_came_before(project):
 def test_batches_and_windows_do_not_change_scores(project, monkeypatch, samples):
     score(project, "batch.samples=64")
     expected = column(project, "a.parquet", "mimic")
-    monkeypatch.setattr(scoring, "WINDOW_ROWS", 13)
+    monkeypatch.setattr(shard, "WINDOW_ROWS", 13)
     monkeypatch.setattr("assay.corpus.readers.CHUNK_ROWS", 5)
     score(project, f"batch.samples={samples}", "output=again")
     again = pq.read_table(project.root / "again/a.parquet")
@@ -252,13 +255,13 @@ def test_a_shard_without_rows_has_a_table_without_rows(project):
 
 
 def test_a_shard_that_changes_while_it_is_scored_is_quarantined(project, monkeypatch):
-    original = scoring.score_samples
+    original = shard.score_samples
 
     def slow(*arguments):
         os.utime(project.root / "data/a.parquet")
         return original(*arguments)
 
-    monkeypatch.setattr(scoring, "score_samples", slow)
+    monkeypatch.setattr(shard, "score_samples", slow)
     report = score(project)
     assert "changed while it was being scored" in report.unreadable["a.parquet"]
     assert not (project.scores / "a.parquet").exists()
@@ -312,7 +315,7 @@ def test_another_file_system_in_and_out(project):
     [("data", "data"), ("data", "data/scores"), ("data/*.parquet", "data"), ("data", ".")],
 )
 def test_output_and_corpus_must_not_mix(project, corpus, output):
-    with pytest.raises(EngineError, match="must not lie in each other"):
+    with pytest.raises(CorpusError, match="must not lie in each other"):
         make_plan(load_recipe(str(project.path), [f"corpus.path={corpus}", f"output={output}"]))
 
 
@@ -354,7 +357,33 @@ def test_a_model_that_fails_stops_the_run_and_says_where(project, monkeypatch):
     def fail(*arguments):
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(scoring, "score_samples", fail)
+    monkeypatch.setattr(shard, "score_samples", fail)
     with pytest.raises(EngineError, match=r"a\.parquet, rows 0 to 49: scoring failed: RuntimeError: no such kernel"):
         score(project)
     assert project.tables() == {}
+
+
+@pytest.mark.parametrize("folder", ["deep", "quarantine", "quarantine/deep", "features"])
+def test_no_link_inside_the_output_leads_into_the_corpus(project, folder):
+    link = project.scores / folder
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(project.root / "data/deep")
+    project.write_shard("deep/b.jsonl", [{"id": "x"}])  # its row goes to quarantine
+    before = {p: p.read_bytes() for p in (project.root / "data").rglob("*.*")}
+    methods = [{"method": "trak", "models": ["a"], "keep_features": "float16", "sketch": KRONECKER}]
+    project.write_recipe(methods=methods, targets={"t": {"path": "data/a.parquet"}})
+    with pytest.raises(CorpusError, match=rf"scores/{folder}.*: leads to .*data/deep.*, out of .*; remove the link"):
+        score(project)
+    assert {p: p.read_bytes() for p in (project.root / "data").rglob("*.*")} == before
+
+
+@pytest.mark.parametrize("output", ["target", "target/scores", "target_alias", "pool"])
+def test_targets_and_the_pool_are_inputs_too(project, output):
+    for name in ("target", "pool"):
+        (project.root / name).mkdir()
+        (project.root / name / "a.parquet").write_bytes((project.root / "data/a.parquet").read_bytes())
+    (project.root / "target_alias").symlink_to("target")
+    methods = [{"method": "trak", "models": ["a"], "sketch": KRONECKER}]
+    project.write_recipe(methods=methods, targets={"t": {"path": "target"}}, fit={"path": "pool"}, output=output)
+    with pytest.raises(CorpusError, match="must not lie in each other"):
+        score(project)

@@ -11,20 +11,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from small_project import CLASSES, SIZE, make_rows, save_mlp
+from tests.small_project import CLASSES, SIZE, make_rows, save_mlp
 from torch import nn
 
 import assay
 from assay.cli import main
+from assay.corpus.scores_folder import State, open_scores
 from assay.corpus.shards import find_shards
-from assay.engine import scoring
-from assay.engine.errors import ChangedError, EngineError, RecipeError
-from assay.engine.fitting import draw_samples
+from assay.engine import workshop
 from assay.engine.local import run
-from assay.engine.recipe import load_recipe
-from assay.engine.samples import FeatureEncoder
-from assay.engine.status import State, open_scores
+from assay.engine.pool import draw_samples
 from assay.methods import TRAK
+from assay.recipe.errors import ChangedError, EngineError, RecipeError
+from assay.recipe.recipe import load_recipe
+from assay.recipe.tasks import FeatureEncoder
 from assay.tasks import Classification
 
 SKETCH = {"kind": "kronecker", "rows": 4, "cols": 4}
@@ -295,7 +295,7 @@ def test_bad_rows_of_a_target_are_left_out_aloud_and_bad_shards_are_errors(targe
 
 
 def test_validate_says_what_fits_without_fitting(targeted, capsys, monkeypatch):
-    monkeypatch.setattr(scoring, "_fit", lambda *_: pytest.fail("fitted"))
+    monkeypatch.setattr(workshop, "_fit", lambda *_: pytest.fail("fitted"))
     assert main(["validate", str(targeted.path)]) == 0
     assert "ekfac_y (keep high)" in capsys.readouterr().out
     save_mlp(targeted.root / "models/b.safetensors", 3)

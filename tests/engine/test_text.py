@@ -13,9 +13,9 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from assay.engine.errors import EngineError, RecipeError
 from assay.engine.local import run
-from assay.engine.recipe import load_recipe
+from assay.recipe.errors import EngineError, RecipeError
+from assay.recipe.recipe import load_recipe
 
 WORDS = ["[UNK]", "the", "ore", "holds", "gold", "and", "some", "is", "worth", "digging", "for", "not"]
 

@@ -20,18 +20,24 @@ import torch
 from torch import Tensor
 
 from assay.corpus.errors import CorpusError
-from assay.corpus.feature_footer import footer_differences
-from assay.corpus.shards import Shard
+from assay.corpus.footer import differences
 from assay.corpus.storage import Store
 from assay.corpus.tables import METADATA_KEY, ROW_AND_ID, read_metadata
 from assay.ops.scan import Reduce, merge_topk, topk_scan
-
-SUFFIX = ".arrow"
 
 # A record batch is about this large, and is what a reader gets as one tensor.
 BATCH_BYTES = 64 << 20
 MAX_BATCH_ROWS = 1 << 18  # so that the ids of a batch, too, stay far below Arrow's 2 GB
 
+SUFFIX = ".arrow"
+_DIFFERENT = {
+    "recipe": "features from another recipe",
+    "recipe_hash": "features from another recipe",
+    "models": "features of other models",
+    "input": "features of another input",
+    "seed": "features under another seed",
+    "features": "features of another kind",
+}
 _STORED = {
     "float32": (torch.float32, pa.float32()),
     "float16": (torch.float16, pa.float16()),
@@ -81,11 +87,6 @@ class FeatureSpec:
             columns.append(pa.field(self.extra, pa.float32(), nullable=False))
         footer = json.dumps(metadata, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
         return pa.schema(columns, metadata={METADATA_KEY: footer.encode()})
-
-
-def feature_path(shard: Shard) -> str:
-    """The path of a shard's features, relative to the features' root."""
-    return f"{shard.stem}{SUFFIX}"
 
 
 def quantize(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,7 +225,7 @@ class FeatureFile:
 
     def differences(self, expect: Mapping[str, Any]) -> list[str]:
         """What of ``expect``, as ``open_features`` takes it, the footer does not hold; empty if it holds it all."""
-        return list(footer_differences(self.metadata, expect))
+        return list(_differences(self.metadata, expect))
 
     def batches(self) -> Iterator[FeatureBatch]:
         """All rows in order; local files are mapped, not read. A CorpusError if the file is not what it says."""
@@ -405,8 +406,15 @@ def _tensor(numbers: pa.Array) -> Tensor:
     return tensor
 
 
+def _differences(metadata: Mapping[str, Any], expect: Mapping[str, Any]) -> Iterator[str]:
+    """What a footer lacks of what is expected, as ``features of … (key is …, expected …)``."""
+    for key, value in json.loads(json.dumps(expect)).items():
+        for difference in differences(metadata.get(key), value, key, extra=False):
+            yield f"{_DIFFERENT.get(key, 'features of another run')} ({difference})"
+
+
 def _check_footer(where: str, metadata: Mapping[str, Any], expect: Mapping[str, Any]) -> None:
-    for difference in footer_differences(metadata, expect):
+    for difference in _differences(metadata, expect):
         raise CorpusError(f"{where}: {difference}; delete them to remake them, or use another folder")
 
 

@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import IO
 
+from assay.corpus.layout import quarantine_path
 from assay.corpus.shards import Shard
 from assay.corpus.storage import Store
-
-FOLDER = "quarantine"
 
 
 @dataclass(frozen=True)
@@ -22,11 +21,6 @@ class Quarantined:
     row: int | None
     id: str | None
     reason: str
-
-
-def quarantine_path(shard: Shard) -> str:
-    """Where a shard's list lies, relative to the scores' root; there is none if nothing was quarantined."""
-    return f"{FOLDER}/{shard.stem}.jsonl"
 
 
 class QuarantineWriter:

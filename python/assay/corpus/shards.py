@@ -46,16 +46,16 @@ class Shard:
 
     @property
     def stem(self) -> str:
-        """The path without its suffixes: what its score table is called."""
+        """The path without its suffixes: what is written about it carries the same."""
         stem = self.path
         if self.compression:
             stem = os.path.splitext(stem)[0]
         return os.path.splitext(stem)[0]
 
     @property
-    def table(self) -> str:
-        """The path of its score table, relative to the scores' root."""
-        return f"{self.stem}.parquet"
+    def folder(self) -> str:
+        """The folder that it lies in, relative to the corpus's root."""
+        return os.path.dirname(self.path)
 
     def fingerprint(self) -> Fingerprint:
         return self.store.fingerprint(self.path)
@@ -107,6 +107,24 @@ def find_shards(url: str) -> Corpus:
     return Corpus(store, ordered, tuple(sorted(set(sidecars))))
 
 
+def refuse_overlap(output: Store, named: str, corpus: Corpus) -> None:
+    """CorpusError if what is written under ``output`` would fall on a corpus, or be taken for part of it next time.
+
+    Args:
+        output: where is written.
+        named: the path, URL or glob under which the corpus was found.
+        corpus: what was found there.
+    """
+    fs, root = corpus.store.fs, Store.at(named)
+    folders = {os.path.dirname(corpus.store.real(shard.path)) for shard in corpus.shards}
+    # In a folder the next run would find what lies there, and what lies behind its links.
+    searched = {root.real(), *(corpus.store.real(f) for f in {s.folder for s in corpus.shards})}
+    inside = fs.isdir(root.root) and any(Store(fs, folder).holds(output) for folder in searched)
+    if inside or any(output.holds(Store(fs, folder)) for folder in folders):
+        at = "" if output.real() == output.root else f" ({output.real()})"
+        raise CorpusError(f"{output.url}{at}: the output and the corpus {named} must not lie in each other")
+
+
 def _shard(store: Store, path: str) -> Shard | None:
     stem, suffix = os.path.splitext(path)
     compression = _COMPRESSIONS.get(suffix.lower())
@@ -156,6 +174,7 @@ def _saved_data_set(store: Store, folder: str) -> list[Shard]:
 def _check_tables_differ(shards: Iterable[Shard]) -> None:
     owners: dict[str, Shard] = {}
     for shard in shards:
-        first = owners.setdefault(shard.table, shard)
+        first = owners.setdefault(shard.stem, shard)
         if first is not shard:
-            raise CorpusError(f"{first.path} and {shard.path} would share the score table {shard.table}; rename one")
+            table = f"{shard.stem}.parquet"
+            raise CorpusError(f"{first.path} and {shard.path} would share the score table {table}; rename one")

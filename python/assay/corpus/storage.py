@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from assay.corpus.errors import CorpusError
+
 TEMPORARY_SUFFIX = ".tmp"
 # A temporary lives for as long as one file takes to write, and every write renews its age.
 ABANDONED_AFTER_SECONDS = 3600.0
+
+
+def sha256(file: BinaryIO) -> str:
+    """The content's SHA-256, in hexadecimal."""
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -62,10 +73,20 @@ class Store:
         """The inverse of `full`."""
         return full[len(self.root.rstrip("/")) + 1 :]
 
+    def real(self, path: str = "") -> str:
+        """Where the path leads, through every symbolic link; only local files have any."""
+        return os.path.realpath(self.full(path)) if self.is_local else self.full(path)
+
     def holds(self, other: Store, path: str = "") -> bool:
-        """Whether the other folder, or the file ``path`` in it, is this folder or lies inside it."""
-        inside = f"{other.full(path)}/".startswith(f"{self.root.rstrip('/')}/")
-        return inside and type(self.fs) is type(other.fs)
+        """Whether the other folder, or the file ``path`` in it, is this folder or lies inside it, by whatever names and
+        links the two are given."""
+        if type(self.fs) is not type(other.fs):
+            return False
+        folder, inner = self.real(), other.real(path)
+        if f"{inner}/".startswith(f"{folder.rstrip('/')}/"):
+            return True
+        # The same folder mounted twice has two real paths.
+        return self.is_local and any(_is_folder(folder, parent) for parent in _with_parents(inner))
 
     def files(self) -> list[str]:
         """Every file under this folder, hidden ones included, in order; none if there is no such folder."""
@@ -94,12 +115,28 @@ class Store:
         """Open for reading."""
         return cast(BinaryIO, self.fs.open(self.full(path), "rb"))
 
+    def sha256(self, path: str) -> str:
+        """The SHA-256 of a file's content, in hexadecimal."""
+        with self.open(path) as file:
+            return sha256(file)
+
     def read_text(self, path: str) -> str:
         with self.open(path) as file:
             return file.read().decode("utf-8")
 
+    def refuse_detours(self, paths: Iterable[str]) -> None:
+        """CorpusError if a link leads out of this folder on the way to one of ``paths``: what is written there would
+        land in somebody else's. A link in the last place is harmless, for it is replaced and not followed."""
+        for folder in sorted({os.path.dirname(path) for path in paths}):
+            if not self.holds(self, folder):
+                raise CorpusError(
+                    f"{self.full(folder)}: leads to {self.real(folder)}, out of {self.url}; remove the link, "
+                    "or choose another output"
+                )
+
     def remove(self, path: str) -> None:
         """Delete a file; one that is not there is fine."""
+        self.refuse_detours([path])
         with contextlib.suppress(FileNotFoundError):
             self.fs.rm_file(self.full(path))
 
@@ -110,6 +147,7 @@ class Store:
         Local files are written beside their final name, synced and renamed. Elsewhere the content waits in a
         local temporary file and goes up in one piece, which object stores make visible at once.
         """
+        self.refuse_detours([path])
         full = self.full(path)
         if self.is_local:
             with _renamed_when_complete(full) as file:
@@ -139,6 +177,20 @@ class Store:
                         os.unlink(self.full(path))
                         swept.append(path)
         return swept
+
+
+def _is_folder(one: str, other: str) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except OSError:  # one of them does not exist
+        return False
+
+
+def _with_parents(path: str) -> Iterator[str]:
+    yield path
+    while (parent := os.path.dirname(path)) != path:
+        path = parent
+        yield path
 
 
 @contextlib.contextmanager

@@ -150,7 +150,7 @@ def ensemble_table(world: World, seed: int) -> pa.Table:
 
 def curate(folder: Path, by: str, rule: Callable[[pa.Table], select.Selection], name: str) -> NDArray[np.int64]:
     """Write a curated corpus and read back which samples are in it."""
-    from assay.engine import curate as write_curated
+    from assay.curate import curate as write_curated
 
     out = folder / "curated" / name
     write_curated(str(folder / "scores"), by, rule, str(out))
@@ -166,7 +166,8 @@ def read_shards(folder: Path, columns: list[str]) -> pa.Table:
 
 def one_seed(folder: Path, seed: int) -> dict[str, dict[str, float]]:
     """Everything for one seed: subset -> AUROC, share kept, test accuracy."""
-    from assay.engine import load_recipe, run
+    from assay.engine import run
+    from assay.recipe import load_recipe
 
     auroc = require("sklearn.metrics", "cli").roc_auc_score
     world = make_world(seed)

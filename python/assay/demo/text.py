@@ -157,8 +157,9 @@ def separation(scores: dict[str, np.ndarray[Any, Any]], kinds: np.ndarray[Any, A
 
 def main(out: Path, seed: int = 0) -> dict[str, dict[str, float]]:
     """Run the demonstration, print its tables, write ``results.json``; returns what that holds."""
-    from assay.engine import load_recipe, run
+    from assay.engine import run
     from assay.engine.progress import LogProgress
+    from assay.recipe import load_recipe
 
     model = find_model()
     truth = write_corpus(out, seed)

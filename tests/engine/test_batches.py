@@ -10,10 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from assay.engine.recipe import BatchSpec
-from assay.engine.samples import Encoded, Sample
-from assay.engine.scoring import is_out_of_memory, make_batches, score_samples
+from assay.engine.batches import is_out_of_memory, make_batches, score_samples
+from assay.engine.rows import Sample
 from assay.methods import Column
+from assay.recipe.recipe import BatchSpec
+from assay.recipe.tasks import Encoded
 
 NO_MEMORY = RuntimeError("DefaultCPUAllocator: not enough memory")
 
@@ -22,7 +23,7 @@ NO_MEMORY = RuntimeError("DefaultCPUAllocator: not enough memory")
 def _no_garbage_collection():
     """Halving collects garbage, a third of a second each time in a process as big as a test session's."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("assay.engine.scoring.gc.collect", lambda: None)
+        patch.setattr("assay.engine.batches.gc.collect", lambda: None)
         yield
 
 

@@ -6,16 +6,16 @@ from typing import Literal
 
 import pyarrow.parquet as pq
 import pytest
-from small_project import CLASSES, SIZE
+from tests.small_project import CLASSES, SIZE
 from torch import nn
 
-from assay.engine import registry
-from assay.engine.errors import RecipeError
 from assay.engine.local import run
-from assay.engine.methods import METHODS, MethodSpec, register_method
-from assay.engine.models import MODELS, ModelSpec, register_model
-from assay.engine.recipe import load_recipe
 from assay.methods import Column, Method, Need
+from assay.recipe import parts
+from assay.recipe.errors import RecipeError
+from assay.recipe.methods import METHODS, MethodSpec, register_method
+from assay.recipe.models import MODELS, ModelSpec, register_model
+from assay.recipe.recipe import load_recipe
 
 
 class Doubled:
@@ -116,7 +116,7 @@ def test_entry_points_are_loaded_by_name_only(project, kinds, monkeypatch):
         asked.append((group, name))
         return [Point()] if name == "doubled" else []
 
-    monkeypatch.setattr(registry, "entry_points", entry_points)
+    monkeypatch.setattr(parts, "entry_points", entry_points)
     load_recipe(str(project.path))
     assert asked == []
     load_recipe(str(project.write_recipe(methods=[{"method": "doubled", "model": "a"}])))

@@ -7,8 +7,8 @@ import copy
 import pytest
 import yaml
 
-from assay.engine.errors import RecipeError
-from assay.engine.recipe import Recipe, load_recipe
+from assay.recipe.errors import RecipeError
+from assay.recipe.recipe import Recipe, load_recipe
 
 
 def changed(recipe: dict, dotted: str, value) -> dict:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,22 +13,20 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-import assay
+from assay._version import __version__
 from assay.corpus.copying import copy_rows, copy_sidecars
-from assay.corpus.errors import ShardError
+from assay.corpus.errors import CorpusError, ShardError
+from assay.corpus.footer import Table
+from assay.corpus.layout import MANIFEST, selection_path, table_path
 from assay.corpus.quarantine import read_quarantine
 from assay.corpus.score_files import read_score, stream_ids
-from assay.corpus.shards import MANIFEST, Shard
+from assay.corpus.scores_folder import Scores, State, open_scores
+from assay.corpus.shards import Shard, refuse_overlap
 from assay.corpus.storage import Store
 from assay.corpus.tables import ROW_AND_ID
-from assay.engine.errors import EngineError
-from assay.engine.footer import Table
-from assay.engine.local import refuse_inside
-from assay.engine.rules import Rule
-from assay.engine.status import Scores, State, open_scores
+from assay.curate.rules import Rule
 from assay.select import Selection
 
-SELECTION_FOLDER = "_selection"
 _ROW_GROUP_ROWS = 1 << 16
 
 
@@ -72,13 +69,18 @@ def curate(scores_url: str, by: str | None, rule: Rule, output_url: str, corpus_
 
     ``rule`` gets a table with the one score, all shards after one another, and returns a `Selection`. Beside
     the shards go a manifest and, per shard, a table of every input row with its score, fate and reason.
-    Scores that do not cover the corpus as it is now are an EngineError, before anything is written.
+    Scores that do not cover the corpus as it is now are an CorpusError, before anything is written.
     """
     scores = open_scores(scores_url, corpus_path)
     name = by if by is not None else scores.columns[0]
     tables = _complete(scores, name)
     output = Store.at(output_url)
-    refuse_inside(output, scores.corpus, scores.corpus_path)
+    refuse_overlap(output, scores.corpus_path, scores.corpus)
+    if output.holds(scores.store) or scores.store.holds(output):
+        raise CorpusError(
+            f"{output.url}: the curated corpus and the scores {scores.store.url} must not lie in each other"
+        )
+    output.refuse_detours(path for shard, _ in tables for path in (shard.path, selection_path(shard)))
     _refuse_strangers(output, scores, [shard for shard, _ in tables])
     rows, values = _read(scores.store, tables, name)
     field = tables[0][1].file.schema.field(name)
@@ -102,7 +104,7 @@ def curate(scores_url: str, by: str | None, rule: Rule, output_url: str, corpus_
 def _complete(scores: Scores, name: str) -> list[tuple[Shard, Table]]:
     """The score tables, if they cover every readable shard of the corpus and have the score."""
     if name not in scores.columns:
-        raise EngineError(f"--by {name}: {scores.store.url} has no such score, only {', '.join(scores.columns)}")
+        raise CorpusError(f"--by {name}: {scores.store.url} has no such score, only {', '.join(scores.columns)}")
     for state, advice in (
         (State.MISSING, "have no score table; finish the run with `assay score`"),
         (State.CHANGED, "do not match their score table; score them again with `assay score`"),
@@ -110,10 +112,10 @@ def _complete(scores: Scores, name: str) -> list[tuple[Shard, Table]]:
         found = scores.of(state)
         if found:
             example = f"{found[0].shard.path}{': ' if found[0].detail else ''}{found[0].detail}"
-            raise EngineError(f"{len(found)} of {len(scores.shards)} shards {advice} ({example})")
+            raise CorpusError(f"{len(found)} of {len(scores.shards)} shards {advice} ({example})")
     tables = [(status.shard, status.table) for status in scores.shards if status.table is not None]
     if not tables:
-        raise EngineError(f"{scores.store.url}: no shard could be scored, so there is nothing to select from")
+        raise CorpusError(f"{scores.store.url}: no shard could be scored, so there is nothing to select from")
     return tables
 
 
@@ -121,10 +123,10 @@ def _refuse_strangers(output: Store, scores: Scores, shards: Sequence[Shard]) ->
     """A folder with other files would become a mixture of two corpora."""
     ours = {MANIFEST, *scores.corpus.sidecars}
     for shard in shards:
-        ours |= {shard.path, _selection_path(shard)}
+        ours |= {shard.path, selection_path(shard)}
     strangers = [path for path in output.files() if path not in ours and not path.endswith(".tmp")]
     if strangers:
-        raise EngineError(
+        raise CorpusError(
             f"{output.url}: holds {len(strangers)} files that this selection would not write "
             f"({strangers[0]}); choose an empty folder"
         )
@@ -135,10 +137,10 @@ def _read(
 ) -> tuple[list[npt.NDArray[np.int64]], list[npt.NDArray[np.float32]]]:
     rows, values = [], []
     for shard, table in tables:
-        own_rows, own_values = read_score(store, shard.table, name)
+        own_rows, own_values = read_score(store, table_path(shard), name)
         total = table.footer.input.rows
         if (np.diff(np.concatenate([[-1], own_rows, [total]])) <= 0).any():
-            raise EngineError(f"{store.full(shard.table)}: its rows do not ascend below {total}; score it again")
+            raise CorpusError(f"{store.full(table_path(shard))}: its rows do not ascend below {total}; score it again")
         rows.append(own_rows)
         values.append(own_values)
     return rows, values
@@ -175,7 +177,7 @@ def _write_shard(store: Store, fates: _Fates, name: str, output: Store) -> Shard
         if not fates.table.input_is(shard.fingerprint()):
             raise ShardError("has changed meanwhile")
     except ShardError as error:
-        raise EngineError(f"{shard.path}: cannot be copied: {error}") from error
+        raise CorpusError(f"{shard.path}: cannot be copied: {error}") from error
     schema = pa.schema(
         [
             ROW_AND_ID[0],
@@ -187,31 +189,21 @@ def _write_shard(store: Store, fates: _Fates, name: str, output: Store) -> Shard
         ]
     )
     with (
-        output.write(_selection_path(shard)) as file,
+        output.write(selection_path(shard)) as file,
         pq.ParquetWriter(file, schema, compression="zstd") as writer,
     ):
         for columns in _fate_columns(store, fates):
             writer.write_table(pa.Table.from_arrays(columns, schema=schema))
     kept = int(fates.kept.sum())
-    digest = _sha256(store, shard.table)
-    return ShardCounts(shard.path, shard.table, digest, fates.total, kept, counts.scored - kept, counts.quarantined)
-
-
-def _selection_path(shard: Shard) -> str:
-    return f"{SELECTION_FOLDER}/{shard.table}"
-
-
-def _sha256(store: Store, path: str) -> str:
-    digest = hashlib.sha256()
-    with store.open(path) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    digest = store.sha256(table_path(shard))
+    return ShardCounts(
+        shard.path, table_path(shard), digest, fates.total, kept, counts.scored - kept, counts.quarantined
+    )
 
 
 def _fate_columns(store: Store, fates: _Fates) -> Iterator[list[pa.Array]]:
     """Row, id, score, kept, reason and weight of every row of the shard, a row group at a time."""
-    ids = stream_ids(store, fates.shard.table)
+    ids = stream_ids(store, table_path(fates.shard))
     quarantined = read_quarantine(store, fates.shard)
     for start in range(0, fates.total, _ROW_GROUP_ROWS):
         size = min(_ROW_GROUP_ROWS, fates.total - start)
@@ -250,7 +242,7 @@ def _manifest(scores: Scores, name: str, curated: Curated) -> dict[str, Any]:
     selection = curated.selection
     return {
         "format": 1,
-        "version": assay.__version__,
+        "version": __version__,
         "rule": selection.rule,
         "by": name,
         "threshold": selection.threshold,

@@ -9,14 +9,14 @@ import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from small_project import make_rows
+from tests.small_project import make_rows
 
 from assay import select
-from assay.engine.curation import curate
-from assay.engine.errors import EngineError
+from assay.corpus.errors import CorpusError
+from assay.curate.curation import curate
+from assay.curate.rules import RuleOptions
 from assay.engine.local import run
-from assay.engine.recipe import load_recipe
-from assay.engine.rules import RuleOptions
+from assay.recipe.recipe import load_recipe
 
 
 def scored(project, *overrides):
@@ -154,7 +154,7 @@ def test_a_crash_leaves_no_manifest_to_trust(project, monkeypatch):
     def fail(*arguments):
         raise OSError("disk full")
 
-    monkeypatch.setattr("assay.engine.curation.copy_rows", fail)
+    monkeypatch.setattr("assay.curate.curation.copy_rows", fail)
     with pytest.raises(OSError, match="disk full"):
         curate(scores, "mimic", top(0.25), str(out))
     assert not (out / "manifest.json").exists()
@@ -164,7 +164,7 @@ def test_a_folder_with_other_files_is_refused(project):
     scores = scored(project)
     (project.root / "out").mkdir()
     (project.root / "out/old.parquet").write_bytes(b"")
-    with pytest.raises(EngineError, match=r"holds 1 files that this selection would not write \(old\.parquet\)"):
+    with pytest.raises(CorpusError, match=r"holds 1 files that this selection would not write \(old\.parquet\)"):
         curate(scores, "mimic", top(0.5), str(project.root / "out"))
 
 
@@ -172,7 +172,7 @@ def test_a_folder_with_other_files_is_refused(project):
 def test_the_corpus_is_never_written_over(project, out):
     scores = scored(project)
     before = (project.root / "data/a.parquet").read_bytes()
-    with pytest.raises(EngineError):
+    with pytest.raises(CorpusError):
         curate(scores, "mimic", top(0.5), str(project.root / out))
     assert (project.root / "data/a.parquet").read_bytes() == before
 
@@ -214,16 +214,16 @@ def break_rows(project):
 def test_scores_that_do_not_cover_the_corpus_are_refused(project, harm, message):
     scores = scored(project)
     harm(project)
-    with pytest.raises(EngineError, match=message):
+    with pytest.raises(CorpusError, match=message):
         curate(scores, "mimic", top(0.5), str(project.root / "out"))
     assert not (project.root / "out").exists()
 
 
 def test_unknown_scores_and_folders_are_named(project):
     scores = scored(project)
-    with pytest.raises(EngineError, match=r"--by mimics: .* has no such score, only ensemble_nll"):
+    with pytest.raises(CorpusError, match=r"--by mimics: .* has no such score, only ensemble_nll"):
         curate(scores, "mimics", top(0.5), str(project.root / "out"))
-    with pytest.raises(EngineError, match=r"no manifest\.json"):
+    with pytest.raises(CorpusError, match=r"no manifest\.json"):
         curate(str(project.root / "data"), "mimic", top(0.5), str(project.root / "out"))
 
 
@@ -238,7 +238,7 @@ def test_unknown_scores_and_folders_are_named(project):
     ],
 )
 def test_rule_options_are_checked(options, message):
-    with pytest.raises(EngineError, match=message):
+    with pytest.raises(CorpusError, match=message):
         RuleOptions(**options).rule()
 
 
@@ -262,3 +262,56 @@ def test_options_name_the_rules_of_the_library(project, options, rule):
     expected, got = rule(table), RuleOptions(**options, by="mimic").rule()(table)
     np.testing.assert_array_equal(got.mask, expected.mask)
     assert got.rule == expected.rule
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("corpus", "out"),
+    [
+        ("data", "alias"),  # the output is a link to the corpus
+        ("alias", "data"),  # the corpus was given as a link
+        ("alias/*.parquet", "data"),  # or as a glob behind one
+        ("data", "parent/data"),  # a link further up
+        ("data", "alias/out"),
+        ("linked", "data"),  # the corpus's files are links
+        ("linked", "alias"),
+    ],
+)
+def test_no_name_of_the_corpus_leads_to_its_being_written_over(project, corpus, out):
+    (project.root / "alias").symlink_to("data")
+    (project.root / "parent").symlink_to(project.root)
+    (project.root / "linked").mkdir()
+    (project.root / "linked/a.parquet").symlink_to("../data/a.parquet")
+    before = contents(project.root / "data")
+    with pytest.raises(CorpusError, match="must not lie in each other"):
+        run(load_recipe(str(project.path), [f"corpus.path={corpus}", f"output={out}"]))
+    assert contents(project.root / "data") == before
+    run(load_recipe(str(project.path), [f"corpus.path={corpus}"]))
+    with pytest.raises(CorpusError, match="must not lie in each other"):
+        curate(str(project.scores), "mimic", top(0.5), str(project.root / out))
+    assert contents(project.root / "data") == before
+
+
+@pytest.mark.parametrize("folder", ["deep", "_selection", "_selection/deep"])
+def test_no_link_inside_the_output_leads_anywhere_else(project, folder):
+    scores = scored(project)
+    link = project.root / "out" / folder
+    link.parent.mkdir(parents=True)
+    link.symlink_to(project.root / "data/deep")
+    before = contents(project.root / "data")
+    with pytest.raises(CorpusError, match=rf"{folder}: leads to .*data/deep, out of .*; remove the link"):
+        curate(scores, "mimic", top(0.5), str(project.root / "out"))
+    assert contents(project.root / "data") == before
+
+
+@pytest.mark.parametrize("out", ["scores", "scores/curated", "scores_alias"])
+def test_the_scores_are_never_written_over(project, out):
+    scores = scored(project)
+    (project.root / "scores_alias").symlink_to("scores")
+    before = contents(project.scores)
+    with pytest.raises(CorpusError, match="must not lie in each other"):
+        curate(scores, "mimic", top(0.5), str(project.root / out))
+    assert contents(project.scores) == before

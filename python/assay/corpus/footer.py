@@ -1,18 +1,21 @@
-"""What a score table says about its making, and whether that still holds."""
+"""What a file of scores or features says about its making, and whether that still holds."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from assay._version import __version__
 from assay.corpus.errors import CorpusError
+from assay.corpus.layout import table_path
 from assay.corpus.score_files import ScoreFile, open_score_file
 from assay.corpus.shards import Shard
 from assay.corpus.storage import Fingerprint, Store
-from assay.engine.recipe import canonical_hash
 
 
 class _Record(BaseModel):
@@ -69,7 +72,6 @@ class Footer(_Record):
     def make(
         cls,
         identity: Identity,
-        version: str,
         input: InputFacts,
         rows: RowCounts,
         nan: Mapping[str, int],
@@ -77,7 +79,7 @@ class Footer(_Record):
     ) -> Footer:
         """The footer of a table scored under ``identity``."""
         return cls(
-            version=version,
+            version=__version__,
             input=input,
             recipe=identity.recipe,
             recipe_hash=canonical_hash(identity.recipe),
@@ -107,41 +109,69 @@ class Table:
 
     def differences(self, identity: Identity) -> list[str]:
         """What makes this another recipe's or model's table: ``key: old → new``; empty if it is not."""
+        then, now = ({f"files of {k}": v for k, v in (x.corpora or {}).items()} for x in (self.footer, identity))
         return [
-            *_differences(self.footer.recipe, identity.recipe),
-            *_differences(self.footer.models, identity.models, "weights of models"),
-            *(f"files of {found}" for found in _differences(self.footer.corpora or {}, identity.corpora or {})),
+            difference.arrow()
+            for difference in (
+                *differences(self.footer.recipe, identity.recipe),
+                *differences(self.footer.models, identity.models, "weights of models"),
+                *differences(then, now),
+            )
         ]
 
 
 def open_table(store: Store, shard: Shard) -> Table | None:
     """The shard's score table, None if there is none. One that is foreign or short is a CorpusError."""
-    file = open_score_file(store, shard.table)
+    path = table_path(shard)
+    file = open_score_file(store, path)
     if file is None:
         return None
     try:
         footer = Footer.model_validate(file.metadata)
     except ValidationError as error:
-        raise CorpusError(f"{store.full(shard.table)}: its footer is not a score run's; move the file away") from error
+        raise CorpusError(f"{store.full(path)}: its footer is not a score run's; move the file away") from error
     counts = footer.rows
     if file.rows != counts.scored or footer.input.rows != counts.scored + counts.quarantined:
         raise CorpusError(
-            f"{store.full(shard.table)}: holds {file.rows} rows, but its footer counts {counts.scored} "
+            f"{store.full(path)}: holds {file.rows} rows, but its footer counts {counts.scored} "
             f"scored and {counts.quarantined} quarantined of {footer.input.rows}; move it away"
         )
     return Table(file, footer)
 
 
-def _differences(old: Any, new: Any, key: str = "") -> Iterator[str]:
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        for name in sorted({*old, *new}):
+def canonical_hash(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One place, by its dotted key, at which what a footer says is not what is expected."""
+
+    key: str
+    found: Any
+    expected: Any
+
+    def arrow(self) -> str:
+        """For what has changed: ``key: old → new``."""
+        return f"{self.key}: {_short(self.found)} → {_short(self.expected)}"
+
+    def __str__(self) -> str:
+        return f"{self.key} is {_short(self.found)}, expected {_short(self.expected)}"
+
+
+def differences(found: Any, expected: Any, key: str = "", *, extra: bool = True) -> Iterator[Difference]:
+    """Where two values of plain JSON differ. ``extra``: keys that only ``found`` has count, too."""
+    if isinstance(found, Mapping) and isinstance(expected, Mapping):
+        for name in sorted({*expected, *(found if extra else ())}):
             below = f"{key}.{name}" if key else str(name)
-            yield from _differences(old.get(name), new.get(name), below)
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        for i, (before, after) in enumerate(zip(old, new, strict=True)):
-            yield from _differences(before, after, f"{key}.{i}")
-    elif old != new:
-        yield f"{key}: {_short(old)} → {_short(new)}"
+            yield from differences(found.get(name), expected.get(name), below, extra=extra)
+    elif isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
+        for i, (before, after) in enumerate(zip(found, expected, strict=True)):
+            yield from differences(before, after, f"{key}.{i}", extra=extra)
+    elif found != expected:
+        yield Difference(key, found, expected)
 
 
 def _short(value: Any) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import reprlib
 from collections.abc import Sequence
@@ -12,13 +10,12 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
-from assay.engine.errors import RecipeError
-from assay.engine.fitting import FitSpec, TargetSpec
-from assay.engine.methods import METHODS, MethodSpec
-from assay.engine.models import MODELS, ModelSpec
-from assay.engine.registry import AnyPath, CorpusPath, Part, located, nearest
-from assay.engine.samples import TASKS, TaskSpec
-from assay.engine.targeted import TargetedSpec
+from assay.recipe.errors import RecipeError
+from assay.recipe.methods import METHODS, MethodSpec
+from assay.recipe.models import MODELS, ModelSpec
+from assay.recipe.parts import AnyPath, CorpusPath, Part, located, nearest
+from assay.recipe.targeted import TargetedSpec
+from assay.recipe.tasks import TASKS, TaskSpec
 
 
 class CorpusSpec(Part):
@@ -26,6 +23,19 @@ class CorpusSpec(Part):
 
     path: CorpusPath
     id_column: str | None = None
+
+
+class TargetSpec(Part):
+    """Samples of what the model is to become better at, of the recipe's own task."""
+
+    path: CorpusPath
+
+
+class FitSpec(Part):
+    """The random sample that second moments and landmarks are taken from; without a path it is the corpus's."""
+
+    samples: Annotated[int, Field(ge=2)] = 4096
+    path: CorpusPath | None = None
 
 
 class BatchSpec(Part):
@@ -80,6 +90,11 @@ class Recipe(Part):
         wanted = {name for method in self._fitted for name in method.targets_of(self.targets)}
         return {name: spec for name, spec in self.targets.items() if name in wanted}
 
+    def fitted_to(self) -> dict[str, str]:
+        """The paths of the corpora that methods are fitted to, under ``targets.<name>`` and ``fit``."""
+        targets = {f"targets.{name}": spec.path for name, spec in self.targets_used.items()}
+        return targets | ({"fit": self.fit.path or self.corpus.path} if self.uses_pool else {})
+
     @property
     def uses_pool(self) -> bool:
         """Whether some method's scores depend on the sample that ``fit`` draws."""
@@ -116,12 +131,6 @@ class Recipe(Part):
         """The resolved recipe, which loads as the same one."""
         text: str = yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
         return text
-
-
-def canonical_hash(value: Any) -> str:
-    """SHA-256 of a value's canonical JSON."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from torch import nn
 
-from assay.engine.registry import Part, Registry
 from assay.methods.base import Method
+from assay.recipe.parts import Part, Registry
 from assay.tasks import Task
 
 

@@ -12,17 +12,17 @@ import pytest
 import test_text
 import torch
 import yaml
-from small_project import CLASSES, SIZE, make_rows, save_mlp
+from tests.small_project import CLASSES, SIZE, make_rows, save_mlp
 from torch import nn
 
 from assay.cli import main
 from assay.corpus.errors import CorpusError
 from assay.corpus.features import FeatureSpec, FeatureStore, FeatureWriter, open_features
 from assay.corpus.storage import Store
-from assay.engine import scoring
-from assay.engine.errors import ChangedError
+from assay.engine import batches, shard
 from assay.engine.local import run
-from assay.engine.recipe import load_recipe
+from assay.recipe.errors import ChangedError
+from assay.recipe.recipe import load_recipe
 
 text_recipe = test_text.text_recipe
 
@@ -117,13 +117,13 @@ def test_new_targets_need_no_pass_over_the_corpus(kept, dtype, inputs_seen, monk
 
     inputs_seen.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(scoring, "RowReader", lambda *_: pytest.fail("the corpus was read"))
+        patch.setattr(shard, "RowReader", lambda *_: pytest.fail("the corpus was read"))
         report = score(kept, *keeping(kept, dtype), OTHER, rescore=True)
     assert inputs_seen  # the targets and the pool
     assert not corpus & set(inputs_seen)
     assert (report.scored, report.rescored, report.reused) == (3, 3, 3)
     assert (report.rows, report.rows_scored, report.rows_quarantined) == (81, 78, 3)
-    assert "3 scored (3 of them again, 3 from stored features)" in report.summary()[0]
+    assert "3 scored (3 of them again, 3 from stored features)" in report.lines()[0]
     assert kept.quarantine() == quarantine
 
     score(kept, *keeping(kept, dtype), OTHER, "output=fresh")
@@ -270,13 +270,13 @@ def test_a_list_of_quarantined_rows_that_is_not_theirs_is_made_again(kept):
 
 
 def test_a_row_that_did_not_fit_into_memory_has_no_features(kept, monkeypatch):
-    original = scoring._unless_out_of_memory
+    original = batches._unless_out_of_memory
 
     def cramped(scorer, encoder, samples):
         return None if any(sample.id == "s0-7" for sample in samples) else original(scorer, encoder, samples)
 
-    monkeypatch.setattr(scoring, "_unless_out_of_memory", cramped)
-    monkeypatch.setattr(scoring.gc, "collect", lambda: None)
+    monkeypatch.setattr(batches, "_unless_out_of_memory", cramped)
+    monkeypatch.setattr(batches.gc, "collect", lambda: None)
     assert score(kept).rows_quarantined == 4
     quarantine = kept.quarantine()
     report = score(kept, OTHER, rescore=True)
@@ -304,7 +304,7 @@ def test_beside_a_method_that_keeps_nothing_the_models_run(kept):
 
 
 def test_long_shards_are_scored_in_parts(kept, monkeypatch):
-    monkeypatch.setattr("assay.engine.stored_features.ROWS", 7)
+    monkeypatch.setattr("assay.engine.kept_features.ROWS", 7)
     monkeypatch.setattr("assay.corpus.features.MAX_BATCH_ROWS", 16)
     score(kept)
     assert score(kept, OTHER, rescore=True).reused == 3
@@ -348,7 +348,7 @@ def test_an_interrupt_between_features_and_table(kept, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(scoring.ScoreWriter, "save", interrupt)
+        patch.setattr(shard.ScoreWriter, "save", interrupt)
         with pytest.raises(KeyboardInterrupt):
             score(kept)
     assert len(features(kept)) == 6
@@ -451,7 +451,7 @@ def test_texts(text_recipe, monkeypatch):
     run(load_recipe(str(path)))
     retarget = ["targets={y: {path: y.jsonl}}"]
     with monkeypatch.context() as patch:
-        patch.setattr(scoring, "RowReader", lambda *_: pytest.fail("the corpus was read"))
+        patch.setattr(shard, "RowReader", lambda *_: pytest.fail("the corpus was read"))
         assert run(load_recipe(str(path), retarget), rescore=True).reused == 1
     assert FeatureStore(str(path.parent / "scores/features/logra/0")).spec.sketch["then"]["kind"] == "Sparse"
     run(load_recipe(str(path), [*retarget, "output=fresh"]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import logging
 import re
@@ -15,23 +14,23 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from assay.corpus.features import FeatureBatch, FeatureFile, FeatureSpec, FeatureWriter, feature_path, open_features
-from assay.corpus.quarantine import quarantine_path
+from assay._version import __version__
+from assay.corpus.features import FeatureBatch, FeatureFile, FeatureSpec, FeatureWriter, open_features
+from assay.corpus.footer import Identity, InputFacts, RowCounts, canonical_hash
+from assay.corpus.layout import features_path, quarantine_path
 from assay.corpus.shards import Shard
 from assay.corpus.storage import Fingerprint, Store
-from assay.engine.errors import EngineError
-from assay.engine.footer import Identity, InputFacts, RowCounts
-from assay.engine.recipe import Recipe, canonical_hash
-from assay.engine.targeted import CheckpointsSpec
 from assay.methods import Column
 from assay.methods.base import Method, Need
 from assay.methods.influence import Influence
 from assay.ops import Sketch
 from assay.probe import Signals
+from assay.recipe.errors import EngineError
+from assay.recipe.recipe import Recipe
+from assay.recipe.targeted import CheckpointsSpec
 
 log = logging.getLogger("assay")
 
-FOLDER = "features"
 DOUBT = "doubt"
 # Stored features are widened to float32 for this many rows at a time.
 ROWS = 4096
@@ -118,7 +117,7 @@ class Keeper:
 
     def paths(self, shard: Shard) -> list[str]:
         """Where each checkpoint's features of a shard lie, relative to the scores' root."""
-        return [f"{FOLDER}/{self.name}/{k}/{feature_path(shard)}" for k in range(len(self.specs))]
+        return [features_path(self.name, k, shard) for k in range(len(self.specs))]
 
     def footer(self, k: int) -> dict[str, Any]:
         """What checkpoint k's features depend on, beside the shard."""
@@ -173,11 +172,11 @@ class FeatureWriters:
             scores |= keeper.scores(batches)
         return scores
 
-    def save(self, output: Store, version: str, facts: InputFacts, counts: RowCounts) -> None:
+    def save(self, output: Store, facts: InputFacts, counts: RowCounts) -> None:
         """Write the files; the shard's list of quarantined rows must have been written before."""
         shard = {
             "format": 1,
-            "version": version,
+            "version": __version__,
             "input": facts.model_dump(exclude_none=True),
             "rows": counts.model_dump(),
             "quarantine": _quarantine_digest(output, self._shard),
@@ -216,10 +215,4 @@ def open_stored(
 
 def _quarantine_digest(output: Store, shard: Shard) -> str | None:
     path = quarantine_path(shard)
-    if not output.exists(path):
-        return None
-    digest = hashlib.sha256()
-    with output.open(path) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return f"sha256:{digest.hexdigest()}"
+    return f"sha256:{output.sha256(path)}" if output.exists(path) else None

@@ -10,7 +10,7 @@ from typing import Literal, cast
 import pyarrow as pa
 
 from assay import select
-from assay.engine.errors import EngineError
+from assay.corpus.errors import CorpusError
 from assay.select import Selection
 
 Rule = Callable[[pa.Table], Selection]
@@ -33,17 +33,17 @@ class RuleOptions:
     temperature: float | None = None
 
     def rule(self) -> Rule:
-        """The rule that was asked for. EngineError unless it is one, and complete."""
+        """The rule that was asked for. CorpusError unless it is one, and complete."""
         kinds = ("top", "threshold", "quantile", "gmm", "kmeans", "sample", "random")
         # By identity: a threshold of 0.0 is a threshold.
         given = [kind for kind in kinds if getattr(self, kind) is not None and getattr(self, kind) is not False]
         if len(given) != 1:
             got = ", ".join(f"--{kind}" for kind in given) or "none"
-            raise EngineError(f"expected exactly one of {', '.join(f'--{kind}' for kind in kinds)}; got {got}")
+            raise CorpusError(f"expected exactly one of {', '.join(f'--{kind}' for kind in kinds)}; got {got}")
         if self.keep not in (None, "high", "low"):
-            raise EngineError(f"--keep {self.keep}: expected high or low")
+            raise CorpusError(f"--keep {self.keep}: expected high or low")
         if self.by is None and given != ["random"]:
-            raise EngineError(f"--by is missing: --{given[0]} needs a score to judge by")
+            raise CorpusError(f"--by is missing: --{given[0]} needs a score to judge by")
         return self._rule(self.by or "", cast("Literal['high', 'low'] | None", self.keep))
 
     def _rule(self, by: str, keep: Literal["high", "low"] | None) -> Rule:
@@ -72,4 +72,4 @@ def parse_amount(text: str) -> int | float:
     try:
         return int(text) if re.fullmatch(r"\d+", text) else float(text)
     except ValueError:
-        raise EngineError(f"{text!r} is no amount; expected rows (1000) or a share (0.5)") from None
+        raise CorpusError(f"{text!r} is no amount; expected rows (1000) or a share (0.5)") from None

@@ -8,12 +8,12 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol
 from pydantic import BeforeValidator, Field, SerializeAsAny
 from torch import nn
 
-from assay.engine.methods import METHODS, MethodSpec
-from assay.engine.models import file_sha256
-from assay.engine.registry import ExistingPath, Part, Registry
 from assay.methods.base import Method
 from assay.methods.influence import Influence, Targets
 from assay.ops import Kronecker, Mask, Rademacher, Sketch, Sparse
+from assay.recipe.methods import METHODS, MethodSpec
+from assay.recipe.models import file_sha256
+from assay.recipe.parts import ExistingPath, Part, Registry
 from assay.tasks import Task
 
 # Second moments are held in double: this much of them at most. Factoring one takes as much again.

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from assay.corpus.errors import CorpusError
+from assay.corpus.footer import Identity, Table, open_table
 from assay.corpus.quarantine import read_quarantine
 from assay.corpus.shards import MANIFEST, Corpus, Shard, find_shards
 from assay.corpus.storage import Store
-from assay.engine.errors import EngineError
-from assay.engine.footer import Identity, Table, open_table
 
 
 class State(Enum):
@@ -59,9 +59,9 @@ def open_scores(url: str, corpus_path: str | None = None) -> Scores:
         columns = tuple(column["name"] for column in manifest["columns"])
         corpus_path = corpus_path or str(manifest["corpus"])
     except FileNotFoundError as error:
-        raise EngineError(f"{store.url}: no {MANIFEST}; expected a folder of `assay score`") from error
+        raise CorpusError(f"{store.url}: no {MANIFEST}; expected a folder of `assay score`") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise EngineError(f"{store.full(MANIFEST)}: not a manifest of `assay score` ({error!r})") from error
+        raise CorpusError(f"{store.full(MANIFEST)}: not a manifest of `assay score` ({error!r})") from error
     corpus = find_shards(corpus_path)
     shards = tuple(_status(store, shard, identity) for shard in corpus.shards)
     return Scores(store, corpus_path, corpus, identity, columns, shards)

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from assay._lazy import require
-from assay.engine.errors import EngineError
-from assay.engine.registry import ExistingPath, Part, Registry
+from assay.corpus.storage import sha256
+from assay.recipe.errors import EngineError
+from assay.recipe.parts import ExistingPath, Part, Registry
 
 # What can change a score: weights, shapes, tokens. A README or a training log cannot.
 _MODEL_FILES = (".safetensors", ".gguf", ".json", ".txt", ".model")
@@ -160,11 +161,8 @@ def file_sha256(path: str) -> str:
 @functools.lru_cache(maxsize=1024)
 def _cached_sha256(path: str, size: int, mtime_ns: int) -> str:
     """Large weights are read once per process, unless they change."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+        return sha256(file)
 
 
 def _one_line(error: Exception) -> str:

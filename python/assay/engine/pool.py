@@ -6,32 +6,17 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-from pydantic import Field
 
 from assay.corpus.errors import BadRow, ShardError
 from assay.corpus.readers import Chunk, read
 from assay.corpus.shards import Corpus, Shard
-from assay.engine.errors import EngineError
-from assay.engine.registry import CorpusPath, Part
-from assay.engine.samples import Encoded, Encoder
+from assay.recipe.errors import EngineError
+from assay.recipe.tasks import Encoded, Encoder
 
 log = logging.getLogger("assay")
-
-
-class TargetSpec(Part):
-    """Samples of what the model is to become better at, of the recipe's own task."""
-
-    path: CorpusPath
-
-
-class FitSpec(Part):
-    """The random sample that second moments and landmarks are taken from; without a path it is the corpus's."""
-
-    samples: Annotated[int, Field(ge=2)] = 4096
-    path: CorpusPath | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,92 @@
+"""Samples in batches under a budget, by length and halved where memory runs out; scores in the samples' order."""
+
+from __future__ import annotations
+
+import gc
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from assay.engine.kept_features import FeatureColumn, Scores
+from assay.engine.rows import Sample
+from assay.methods import Column
+from assay.recipe.recipe import BatchSpec
+from assay.recipe.tasks import Encoder
+
+
+class BatchScorer(Protocol):
+    """Batch in, one tensor per column out; `assay.methods.Scorer` is one."""
+
+    columns: list[Column]
+
+    def __call__(self, batch: Any) -> Mapping[str, Tensor]: ...
+
+
+def score_samples(
+    scorer: BatchScorer, encoder: Encoder, samples: Sequence[Sample], limits: BatchSpec
+) -> tuple[Scores, dict[int, str]]:
+    """One score per sample and column, in the samples' order, and the samples that did not fit into memory.
+
+    A batch that runs out of memory is halved until it passes; a sample that fails on its own is listed with
+    its reason, and its scores are NaN.
+    """
+    widths = {c.name: (c.width,) if isinstance(c, FeatureColumn) else () for c in scorer.columns}
+    scores: Scores = {name: np.full((len(samples), *width), np.nan, np.float32) for name, width in widths.items()}
+    failed: dict[int, str] = {}
+    waiting = deque(make_batches([sample.encoded.length for sample in samples], limits))
+    while waiting:
+        batch = waiting.popleft()
+        result = _unless_out_of_memory(scorer, encoder, [samples[i] for i in batch])
+        if result is not None:
+            for name, values in result.items():
+                if values.shape != (len(batch), *widths[name]):
+                    raise ValueError(f"{name}: {tuple(values.shape)} scores for a batch of {len(batch)} samples")
+                scores[name][batch] = values.numpy()
+        elif len(batch) == 1:
+            failed[batch[0]] = f"ran out of memory on its own, at length {samples[batch[0]].encoded.length}"
+        else:
+            middle = len(batch) // 2
+            waiting.extendleft([batch[middle:], batch[:middle]])
+    return scores, failed
+
+
+def make_batches(lengths: Sequence[int], limits: BatchSpec) -> list[list[int]]:
+    """Positions in batches of like lengths, longest first, within the limits of samples and padded tokens.
+
+    A sample beyond the token budget is a batch of its own.
+    """
+    batches: list[list[int]] = []
+    longest = 0
+    for position in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        batch = batches[-1] if batches else None
+        if batch is None or len(batch) == limits.samples or longest * (len(batch) + 1) > limits.tokens:
+            batches.append([position])
+            longest = lengths[position]
+        else:
+            batch.append(position)
+    return batches
+
+
+def _unless_out_of_memory(
+    scorer: BatchScorer, encoder: Encoder, samples: Sequence[Sample]
+) -> Mapping[str, Tensor] | None:
+    try:
+        return scorer(encoder.collate([sample.encoded.data for sample in samples]))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+    # Out of the except block the traceback no longer holds the tensors of the failed attempt.
+    gc.collect()
+    return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out; torch's CPU allocator says so only in words."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    words = ("not enough memory", "DefaultCPUAllocator", "out of memory")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

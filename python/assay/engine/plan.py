@@ -1,0 +1,104 @@
+"""What a run has to do: the shards of a corpus, and which of them are done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from assay._version import __version__
+from assay.corpus.footer import Footer, Identity, canonical_hash, open_table
+from assay.corpus.layout import MANIFEST, RESOLVED_RECIPE, quarantine_path, table_path
+from assay.corpus.shards import Corpus, Shard, find_shards, refuse_overlap
+from assay.corpus.storage import Store
+from assay.engine.pool import corpus_fingerprint
+from assay.methods import Column
+from assay.recipe.errors import ChangedError
+from assay.recipe.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run has to do."""
+
+    recipe: Recipe
+    identity: Identity
+    corpus: Corpus
+    corpora: Mapping[str, Corpus]
+    """By path: the corpus, the targets' and the one that methods are fitted to."""
+    output: Store
+    done: dict[Shard, Footer]
+    todo: tuple[Shard, ...]
+    stale: tuple[Shard, ...]
+    """The part of ``todo`` that was scored before, from another input or by another recipe."""
+
+
+def make_plan(recipe: Recipe, part: tuple[int, int] = (1, 1), rescore: bool = False) -> Plan:
+    """Find the shards and see which of them are done.
+
+    ``part`` (i, n) takes every n-th shard from the i-th on. Tables made by another recipe or model are a
+    ChangedError that says what differs, unless ``rescore`` allows to replace them.
+    """
+    output = Store.at(recipe.output)
+    paths = {"corpus": recipe.corpus.path, **recipe.fitted_to()}
+    corpora = {path: find_shards(path) for path in paths.values()}
+    for path, found in corpora.items():
+        refuse_overlap(output, path, found)
+    corpus = corpora[recipe.corpus.path]
+    for write in (table_path, quarantine_path):
+        output.refuse_detours(write(shard) for shard in corpus.shards)
+    fingerprints = {name: spec.fingerprint() for name, spec in recipe.models_used.items()}
+    # Through JSON, because that is how the recipe comes back from a footer.
+    identity = Identity(
+        recipe=json.loads(json.dumps(recipe.identity())),
+        models=fingerprints,
+        corpora={name: corpus_fingerprint(corpora[path]) for name, path in recipe.fitted_to().items()} or None,
+    )
+    index, count = part
+    done: dict[Shard, Footer] = {}
+    todo, stale, changed = [], [], []
+    for shard in corpus.shards[index - 1 :: count]:
+        table = open_table(output, shard)
+        differences = table.differences(identity) if table else []
+        if table and not differences and _unchanged(shard, table.footer):
+            done[shard] = table.footer
+            continue
+        todo.append(shard)
+        if table:
+            stale.append(shard)
+        if differences:
+            changed.append((shard, differences))
+    if changed and not rescore:
+        shard, differences = changed[0]
+        shown = "; ".join(differences[:3]) + (f" and {len(differences) - 3} more" if differences[3:] else "")
+        raise ChangedError(
+            f"{len(changed)} score tables in {output.url} come from another recipe, model or target "
+            f"({table_path(shard)}: {shown}); score them again with --rescore, or choose another output"
+        )
+    return Plan(recipe, identity, corpus, corpora, output, done, tuple(todo), tuple(stale))
+
+
+def _unchanged(shard: Shard, footer: Footer) -> bool:
+    try:
+        return shard.fingerprint() == footer.input.fingerprint
+    except OSError:
+        return False  # scoring it will say what is the matter
+
+
+def write_manifest(plan: Plan, columns: Sequence[Column]) -> None:
+    """Write what is the same for every runner of this recipe; counts are in the tables' footers."""
+    manifest: dict[str, Any] = {
+        "format": 1,
+        "version": __version__,
+        "corpus": plan.recipe.corpus.path,
+        "recipe": plan.identity.recipe,
+        "recipe_hash": canonical_hash(plan.identity.recipe),
+        "models": plan.identity.models,
+        **({"corpora": plan.identity.corpora} if plan.identity.corpora else {}),
+        "seed": plan.recipe.seed,
+        "columns": [vars(column) for column in columns],
+        "shards": [{"path": shard.path, "table": table_path(shard)} for shard in plan.corpus.shards],
+    }
+    plan.output.write_text(MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    plan.output.write_text(RESOLVED_RECIPE, plan.recipe.to_yaml())

@@ -1,0 +1,80 @@
+"""A shard's rows as samples that are ready to be scored, or rejected with a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from assay.corpus.checks import SeenIds, check_id
+from assay.corpus.errors import BadRow
+from assay.corpus.readers import Chunk
+from assay.corpus.shards import Shard
+from assay.recipe.tasks import Encoded, Encoder, attempt
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A row that is ready to be scored."""
+
+    row: int
+    id: str
+    encoded: Encoded
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A row that is not, and why."""
+
+    row: int
+    id: str | None
+    reason: str
+
+
+class RowReader:
+    """Turns one shard's chunks into samples and rejections, in row order."""
+
+    def __init__(self, shard: Shard, encoder: Encoder, id_column: str | None) -> None:
+        self._shard = shard
+        self._encoder = encoder
+        self._id_column = id_column
+        self._seen = SeenIds()
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns to read."""
+        wanted = [*self._encoder.columns, *([self._id_column] if self._id_column else [])]
+        return list(dict.fromkeys(wanted))
+
+    def rows(self, chunk: Chunk) -> Iterator[Sample | Rejected]:
+        """Every row of the chunk. The first row with an id uses it up, whatever becomes of that row."""
+        ids = self._ids(chunk)
+        faults: dict[int, str] = {i: str(id_) for i, id_ in enumerate(ids) if isinstance(id_, BadRow)}
+        faults |= self._repeated(ids)
+        faults |= chunk.faults
+        good = [i for i in range(chunk.length) if i not in faults]
+        values = [tuple(chunk.columns[name][i] for name in self._encoder.columns) for i in good]
+        encoded = dict(zip(good, self._encoder.encode(values), strict=True))
+        for i, id_ in enumerate(ids):
+            row, known = chunk.first + i, None if isinstance(id_, BadRow) else id_
+            result = encoded.get(i)
+            if known is not None and isinstance(result, Encoded):
+                yield Sample(row, known, result)
+            else:
+                yield Rejected(row, known, faults.get(i) or str(result))
+
+    def _ids(self, chunk: Chunk) -> list[str | BadRow]:
+        if self._id_column is None:
+            return [f"{self._shard.path}:{chunk.first + i}" for i in range(chunk.length)]
+        values = chunk.columns[self._id_column]
+        return [
+            BadRow(chunk.faults[i]) if i in chunk.faults else attempt(check_id, self._id_column, value)
+            for i, value in enumerate(values)
+        ]
+
+    def _repeated(self, ids: Sequence[str | BadRow]) -> dict[int, str]:
+        if self._id_column is None:
+            return {}
+        known = [(i, id_) for i, id_ in enumerate(ids) if isinstance(id_, str)]
+        repeats = self._seen.repeats([id_ for _, id_ in known])
+        reason = f"{self._id_column} repeats that of an earlier row"
+        return {i: reason for (i, _), repeated in zip(known, repeats, strict=True) if repeated}

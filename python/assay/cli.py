@@ -149,7 +149,7 @@ def score(
     loaded = _load(recipe, overrides)
     if dry_run:
         plan = make_plan(loaded, part, rescore)
-        print(f"{len(plan.todo)} shards to score ({len(plan.stale)} of them again), {len(plan.done)} done")
+        print(f"{len(plan.todo)} shards to score ({len(plan.stale)} of them again), {plan.done.shards} done")
         for todo in plan.todo:
             print(f"  {_clean(todo.path)} -> {_clean(plan.output.full(table_path(todo)))}")
         print(loaded.to_yaml(), end="")
@@ -205,8 +205,8 @@ def validate(recipe: RecipeFile, overrides: Overrides = None) -> int:
     loaded = _load(recipe, overrides)
     plan = make_plan(loaded, rescore=True)
     workshop = open_workshop(plan, fit=False)
-    print(f"{_clean(recipe)}: fine; {len(plan.corpus.shards)} shards, {len(plan.done)} of them done")
-    for column in workshop.columns():
+    print(f"{_clean(recipe)}: fine; {len(plan.corpus.shards)} shards, {plan.done.shards} of them done")
+    for column in workshop.columns:
         print(f"  {column.name} (keep {column.keep}): {column.description}")
     return OK
 
@@ -300,14 +300,14 @@ def list_scores(
 def _shard_lines(scores: Scores) -> list[dict[str, Any]]:
     lines = []
     for status in scores.shards:
-        footer = status.table.footer if status.table else None
+        table = status.table
         lines.append(
             {
                 "shard": status.shard.path,
                 "state": status.state.value,
-                "rows": footer.input.rows if footer else None,
-                "scored": footer.rows.scored if footer else None,
-                "quarantined": footer.rows.quarantined if footer else None,
+                "rows": table.input.rows if table else None,
+                "scored": table.rows.scored if table else None,
+                "quarantined": table.rows.quarantined if table else None,
             }
         )
     return lines

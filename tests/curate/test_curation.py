@@ -13,6 +13,7 @@ from tests.small_project import make_rows
 
 from assay import select
 from assay.corpus.errors import CorpusError
+from assay.curate import curation
 from assay.curate.curation import curate
 from assay.curate.rules import RuleOptions
 from assay.engine.local import run
@@ -315,3 +316,34 @@ def test_the_scores_are_never_written_over(project, out):
     with pytest.raises(CorpusError, match="must not lie in each other"):
         curate(scores, "mimic", top(0.5), str(project.root / out))
     assert contents(project.scores) == before
+
+
+def test_two_selections_do_not_write_into_one_folder(project, monkeypatch):
+    scores, out = scored(project), project.root / "out"
+    monkeypatch.setattr("assay.corpus.claim._PATIENCE_SECONDS", 0.1)
+    original, refused = curation.copy_rows, []
+
+    def beside(*arguments):
+        """Another selection starts while this one writes."""
+        if not refused:
+            with pytest.raises(CorpusError, match="another run or selection is writing into this folder") as caught:
+                curate(scores, "loss", top(0.9), str(out))
+            refused.append(caught)
+        return original(*arguments)
+
+    monkeypatch.setattr(curation, "copy_rows", beside)
+    curated = curate(scores, "mimic", top(0.5), str(out))
+    assert refused
+    assert len(kept_ids(out)) == curated.kept
+    assert not (out / ".assay.lock").exists()
+
+
+def test_temporaries_of_killed_selections_are_swept(project):
+    scores, out = scored(project), project.root / "out"
+    out.mkdir()
+    old, young = out / ".a.parquet.1.tmp", out / ".b.parquet.2.tmp"
+    for path in (old, young):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    curate(scores, "mimic", top(0.5), str(out))
+    assert (old.exists(), young.exists()) == (False, True)

@@ -387,3 +387,31 @@ def test_targets_and_the_pool_are_inputs_too(project, output):
     project.write_recipe(methods=methods, targets={"t": {"path": "target"}}, fit={"path": "pool"}, output=output)
     with pytest.raises(CorpusError, match="must not lie in each other"):
         score(project)
+
+
+def test_two_recipes_do_not_write_into_one_folder(project, monkeypatch):
+    monkeypatch.setattr("assay.corpus.claim._PATIENCE_SECONDS", 0.1)
+    original, refused = shard.score_samples, []
+
+    def beside(*arguments):
+        """Another recipe starts while this one runs, and another runner of this one."""
+        if not refused:
+            with pytest.raises(CorpusError, match="another run or selection is writing into this folder") as caught:
+                score(project, "seed=3")
+            refused.append(caught)
+            score(project, part=(2, 2))
+        return original(*arguments)
+
+    monkeypatch.setattr(shard, "score_samples", beside)
+    assert score(project).rows_scored == 80
+    assert refused
+    assert not (project.scores / ".assay.lock").exists()
+
+
+def test_temporaries_of_killed_runs_are_swept_also_where_nothing_is_left_to_score(project):
+    score(project)
+    path = project.scores / ".a.parquet.1.tmp"
+    path.write_bytes(b"half")
+    os.utime(path, (0, 0))
+    assert score(project).done_before == 2
+    assert not path.exists()

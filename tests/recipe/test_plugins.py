@@ -16,15 +16,16 @@ from assay.recipe.errors import RecipeError
 from assay.recipe.methods import METHODS, MethodSpec, register_method
 from assay.recipe.models import MODELS, ModelSpec, register_model
 from assay.recipe.recipe import load_recipe
+from assay.tasks import Task
 
 
-class Doubled:
+class Doubled(Method):
     """The least that a method can be: one model's loss, twice."""
 
     name = "doubled"
     columns = (Column("doubled_loss", "low", "twice the loss"),)
 
-    def __init__(self, model, task, fatal=None):
+    def __init__(self, model: nn.Module, task: Task, fatal: float | None = None):
         self._need = Need(model, task)
         self._fatal = fatal
 
@@ -49,8 +50,8 @@ class DoubledSpec(MethodSpec):
     def models_used(self):
         return {("model",): self.model}
 
-    def build(self, models, task, seed):
-        return Doubled(models[self.model], task, self.fatal)
+    def build(self, given):
+        return Doubled(given.models[self.model], given.task, self.fatal)
 
 
 class ConvSpec(ModelSpec):
@@ -65,17 +66,19 @@ class ConvSpec(ModelSpec):
 @pytest.fixture
 def kinds():
     """Registrations that end with the test."""
-    saved = dict(METHODS._specs), dict(MODELS._specs)
+    saved = [(registry, dict(registry._specs), dict(registry._classes)) for registry in (METHODS, MODELS)]
     yield
-    METHODS._specs, MODELS._specs = saved
+    for registry, specs, classes in saved:
+        registry._specs, registry._classes = specs, classes
 
 
 def test_the_fake_is_a_method():
     assert isinstance(Doubled(nn.Identity(), None), Method)
 
 
-def test_a_registered_method_scores_beside_the_others(project, kinds):
-    register_method("doubled", DoubledSpec)
+@pytest.mark.parametrize("registered", [DoubledSpec, Doubled], ids=["by its keys", "by its constructor"])
+def test_a_registered_method_scores_beside_the_others(project, kinds, registered):
+    register_method("doubled", registered)
     recipe = project.write_recipe(methods=[*project.recipe["methods"], {"method": "doubled", "model": "a"}])
     run(load_recipe(str(recipe)))
     table = pq.read_table(project.scores / "a.parquet")
@@ -105,12 +108,13 @@ def test_a_registered_model_needs_the_shape_it_does_not_tell(project, kinds):
     assert run(load_recipe(str(project.path), [f"task.shape=[{SIZE}]"])).clean
 
 
-def test_entry_points_are_loaded_by_name_only(project, kinds, monkeypatch):
+@pytest.mark.parametrize("loaded", [DoubledSpec, Doubled], ids=["by its keys", "by its constructor"])
+def test_entry_points_are_loaded_by_name_only(project, kinds, monkeypatch, loaded):
     asked = []
 
     class Point:
         def load(self):
-            return DoubledSpec
+            return loaded
 
     def entry_points(group, name):
         asked.append((group, name))

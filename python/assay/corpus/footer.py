@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -53,6 +54,17 @@ class Identity(_Record):
     corpora: dict[str, str] | None = None
 
 
+class _Column(_Record):
+    name: str
+
+
+class Manifest(Identity):
+    """What a scores folder says about all of its tables."""
+
+    corpus: str
+    columns: list[_Column]
+
+
 class Footer(_Record):
     """The JSON under the key `assay`. It holds no time and no place: the same run, the same bytes."""
 
@@ -94,6 +106,27 @@ class Footer(_Record):
     def to_json(self) -> dict[str, Any]:
         """The footer without what the file system did not know."""
         return self.model_dump(exclude_none=True) | {"recipe": self.recipe}
+
+
+@dataclass
+class Tally:
+    """What became of the rows of some shards."""
+
+    shards: int = 0
+    rows: int = 0
+    rows_scored: int = 0
+    rows_quarantined: int = 0
+    nan: Counter[str] = field(default_factory=Counter)
+    warnings: dict[str, str] = field(default_factory=dict)
+
+    def add(self, footer: Footer) -> None:
+        """Count one table."""
+        self.shards += 1
+        self.rows += footer.input.rows
+        self.rows_scored += footer.rows.scored
+        self.rows_quarantined += footer.rows.quarantined
+        self.nan.update(footer.nan)
+        self.warnings |= {key: text for key, text in footer.methods.items() if key.endswith("warning")}
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,12 @@ def read_score(store: Store, path: str, name: str) -> tuple[npt.NDArray[np.int64
     return table["row"].to_numpy(), table[name].to_numpy()
 
 
+def score_field(store: Store, path: str, name: str) -> pa.Field:
+    """The field of one score: its metadata says which end to keep."""
+    with store.open(path) as file:
+        return pq.ParquetFile(file).schema_arrow.field(name)
+
+
 def stream_ids(store: Store, path: str) -> Iterator[str]:
     """The ids of a score table in order, a batch in memory at a time."""
     with store.open(path) as file:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import NamedTuple
 
 from assay.corpus.errors import CorpusError
-from assay.corpus.footer import Identity, Table, open_table
+from assay.corpus.footer import Identity, InputFacts, Manifest, RowCounts, open_table
+from assay.corpus.layout import MANIFEST
 from assay.corpus.quarantine import read_quarantine
-from assay.corpus.shards import MANIFEST, Corpus, Shard, find_shards
+from assay.corpus.shards import Corpus, Shard, find_shards
 from assay.corpus.storage import Store
 
 
@@ -24,13 +24,20 @@ class State(Enum):
     MISSING = "missing"
 
 
-@dataclass(frozen=True)
+class Scored(NamedTuple):
+    """What a shard's score table says of its rows."""
+
+    input: InputFacts
+    rows: RowCounts
+
+
+@dataclass(frozen=True, slots=True)
 class ShardStatus:
-    """A shard of the corpus and its score table, if it has one."""
+    """A shard of the corpus and what its score table says, if it has one."""
 
     shard: Shard
     state: State
-    table: Table | None = None
+    table: Scored | None = None
     detail: str = ""
 
 
@@ -54,17 +61,16 @@ def open_scores(url: str, corpus_path: str | None = None) -> Scores:
     """Read a scores folder. ``corpus_path`` says where the corpus is now, if it moved since it was scored."""
     store = Store.at(url)
     try:
-        manifest: dict[str, Any] = json.loads(store.read_text(MANIFEST))
-        identity = Identity(recipe=manifest["recipe"], models=manifest["models"], corpora=manifest.get("corpora"))
-        columns = tuple(column["name"] for column in manifest["columns"])
-        corpus_path = corpus_path or str(manifest["corpus"])
+        manifest = Manifest.model_validate_json(store.read_text(MANIFEST))
     except FileNotFoundError as error:
         raise CorpusError(f"{store.url}: no {MANIFEST}; expected a folder of `assay score`") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorpusError(f"{store.full(MANIFEST)}: not a manifest of `assay score` ({error!r})") from error
+    except ValueError as error:
+        raise CorpusError(f"{store.full(MANIFEST)}: not a manifest of `assay score`") from error
+    corpus_path = corpus_path or manifest.corpus
     corpus = find_shards(corpus_path)
-    shards = tuple(_status(store, shard, identity) for shard in corpus.shards)
-    return Scores(store, corpus_path, corpus, identity, columns, shards)
+    shards = tuple(_status(store, shard, manifest) for shard in corpus.shards)
+    columns = tuple(column.name for column in manifest.columns)
+    return Scores(store, corpus_path, corpus, manifest, columns, shards)
 
 
 def _status(store: Store, shard: Shard, identity: Identity) -> ShardStatus:
@@ -74,9 +80,10 @@ def _status(store: Store, shard: Shard, identity: Identity) -> ShardStatus:
         if entry is not None and entry.row is None:
             return ShardStatus(shard, State.UNREADABLE, detail=entry.reason)
         return ShardStatus(shard, State.MISSING)
+    scored = Scored(table.footer.input, table.footer.rows)
     differences = table.differences(identity)
     if differences:
-        return ShardStatus(shard, State.CHANGED, table, differences[0])
+        return ShardStatus(shard, State.CHANGED, scored, differences[0])
     if not table.input_is(shard.fingerprint()):
-        return ShardStatus(shard, State.CHANGED, table, "the file has changed since it was scored")
-    return ShardStatus(shard, State.DONE, table)
+        return ShardStatus(shard, State.CHANGED, scored, "the file has changed since it was scored")
+    return ShardStatus(shard, State.DONE, scored)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -14,18 +15,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from assay._version import __version__
+from assay.corpus.claim import CLAIM, claim
 from assay.corpus.copying import copy_rows, copy_sidecars
 from assay.corpus.errors import CorpusError, ShardError
-from assay.corpus.footer import Table
 from assay.corpus.layout import MANIFEST, selection_path, table_path
 from assay.corpus.quarantine import read_quarantine
-from assay.corpus.score_files import read_score, stream_ids
-from assay.corpus.scores_folder import Scores, State, open_scores
+from assay.corpus.score_files import read_score, score_field, stream_ids
+from assay.corpus.scores_folder import Scored, Scores, State, open_scores
 from assay.corpus.shards import Shard, refuse_overlap
 from assay.corpus.storage import Store
 from assay.corpus.tables import ROW_AND_ID
 from assay.curate.rules import Rule
 from assay.select import Selection
+
+log = logging.getLogger("assay")
 
 _ROW_GROUP_ROWS = 1 << 16
 
@@ -75,33 +78,56 @@ def curate(scores_url: str, by: str | None, rule: Rule, output_url: str, corpus_
     name = by if by is not None else scores.columns[0]
     tables = _complete(scores, name)
     output = Store.at(output_url)
-    refuse_overlap(output, scores.corpus_path, scores.corpus)
-    if output.holds(scores.store) or scores.store.holds(output):
-        raise CorpusError(
-            f"{output.url}: the curated corpus and the scores {scores.store.url} must not lie in each other"
-        )
-    output.refuse_detours(path for shard, _ in tables for path in (shard.path, selection_path(shard)))
-    _refuse_strangers(output, scores, [shard for shard, _ in tables])
+    _refuse_inputs(output, scores, [shard for shard, _ in tables])
+    selection, shards = _select(scores, tables, name, rule)
+    with claim(output, "a selection"):
+        for path in output.sweep():
+            log.info("removed %s, left by a selection that was killed", path)
+        output.remove(MANIFEST)  # it comes back when everything that it speaks of is there
+        counts = tuple(_write_shard(scores.store, chosen, name, output) for chosen in shards)
+        copy_sidecars(scores.corpus, output, selection.rule)
+        unreadable = {status.shard.path: status.detail for status in scores.of(State.UNREADABLE)}
+        curated = Curated(selection, counts, unreadable)
+        output.write_text(MANIFEST, json.dumps(_manifest(scores, name, curated), indent=2, ensure_ascii=False) + "\n")
+    return curated
+
+
+def _select(
+    scores: Scores, tables: Sequence[tuple[Shard, Scored]], name: str, rule: Rule
+) -> tuple[Selection, list[_ShardSelection]]:
+    """What the rule makes of all scores together, and of each shard's."""
     rows, values = _read(scores.store, tables, name)
-    field = tables[0][1].file.schema.field(name)
+    field = score_field(scores.store, table_path(tables[0][0]), name)
     selection = rule(pa.Table.from_arrays([pa.array(np.concatenate(values))], schema=pa.schema([field])))
-    output.remove(MANIFEST)  # it comes back when everything that it speaks of is there
     legend = np.array(selection.legend, object)
-    counts, start = [], 0
+    shards, start = [], 0
     for (shard, table), own_rows, own_scores in zip(tables, rows, values, strict=True):
         part = slice(start, start := start + len(own_rows))
         weights = None if selection.weights is None else selection.weights[part]
         reasons = legend[selection.codes[part]]
-        fates = _Fates(shard, table, own_rows, own_scores, selection.mask[part], reasons, weights)
-        counts.append(_write_shard(scores.store, fates, name, output))
-    copy_sidecars(scores.corpus, output, selection.rule)
-    unreadable = {status.shard.path: status.detail for status in scores.of(State.UNREADABLE)}
-    curated = Curated(selection, tuple(counts), unreadable)
-    output.write_text(MANIFEST, json.dumps(_manifest(scores, name, curated), indent=2, ensure_ascii=False) + "\n")
-    return curated
+        shards.append(_ShardSelection(shard, table, own_rows, own_scores, selection.mask[part], reasons, weights))
+    return selection, shards
 
 
-def _complete(scores: Scores, name: str) -> list[tuple[Shard, Table]]:
+def _refuse_inputs(output: Store, scores: Scores, shards: Sequence[Shard]) -> None:
+    """CorpusError if what is written would fall on the corpus, the scores or somebody's files."""
+    refuse_overlap(output, scores.corpus_path, scores.corpus)
+    if output.holds(scores.store) or scores.store.holds(output):
+        raise CorpusError(f"{output.url}: the output and the scores {scores.store.url} must not lie in each other")
+    output.refuse_detours(path for shard in shards for path in (shard.path, selection_path(shard)))
+    # A folder with other files would become a mixture of two corpora.
+    ours = {MANIFEST, CLAIM, *scores.corpus.sidecars}
+    for shard in shards:
+        ours |= {shard.path, selection_path(shard)}
+    strangers = [path for path in output.files() if path not in ours and not path.endswith(".tmp")]
+    if strangers:
+        raise CorpusError(
+            f"{output.url}: holds {len(strangers)} files that this selection would not write "
+            f"({strangers[0]}); choose an empty folder"
+        )
+
+
+def _complete(scores: Scores, name: str) -> list[tuple[Shard, Scored]]:
     """The score tables, if they cover every readable shard of the corpus and have the score."""
     if name not in scores.columns:
         raise CorpusError(f"--by {name}: {scores.store.url} has no such score, only {', '.join(scores.columns)}")
@@ -119,26 +145,13 @@ def _complete(scores: Scores, name: str) -> list[tuple[Shard, Table]]:
     return tables
 
 
-def _refuse_strangers(output: Store, scores: Scores, shards: Sequence[Shard]) -> None:
-    """A folder with other files would become a mixture of two corpora."""
-    ours = {MANIFEST, *scores.corpus.sidecars}
-    for shard in shards:
-        ours |= {shard.path, selection_path(shard)}
-    strangers = [path for path in output.files() if path not in ours and not path.endswith(".tmp")]
-    if strangers:
-        raise CorpusError(
-            f"{output.url}: holds {len(strangers)} files that this selection would not write "
-            f"({strangers[0]}); choose an empty folder"
-        )
-
-
 def _read(
-    store: Store, tables: Sequence[tuple[Shard, Table]], name: str
+    store: Store, tables: Sequence[tuple[Shard, Scored]], name: str
 ) -> tuple[list[npt.NDArray[np.int64]], list[npt.NDArray[np.float32]]]:
     rows, values = [], []
     for shard, table in tables:
         own_rows, own_values = read_score(store, table_path(shard), name)
-        total = table.footer.input.rows
+        total = table.input.rows
         if (np.diff(np.concatenate([[-1], own_rows, [total]])) <= 0).any():
             raise CorpusError(f"{store.full(table_path(shard))}: its rows do not ascend below {total}; score it again")
         rows.append(own_rows)
@@ -147,11 +160,11 @@ def _read(
 
 
 @dataclass(frozen=True)
-class _Fates:
+class _ShardSelection:
     """One shard's scored rows, and what the selection over all shards makes of them."""
 
     shard: Shard
-    table: Table
+    table: Scored
     rows: npt.NDArray[np.int64]
     scores: npt.NDArray[np.float32]
     kept: npt.NDArray[np.bool_]
@@ -161,7 +174,7 @@ class _Fates:
     @property
     def total(self) -> int:
         """The shard's physical rows."""
-        return self.table.footer.input.rows
+        return self.table.input.rows
 
     def keep(self) -> npt.NDArray[np.bool_]:
         """One Boolean per physical row; quarantined rows are not kept."""
@@ -170,11 +183,11 @@ class _Fates:
         return keep
 
 
-def _write_shard(store: Store, fates: _Fates, name: str, output: Store) -> ShardCounts:
-    shard, counts = fates.shard, fates.table.footer.rows
+def _write_shard(store: Store, chosen: _ShardSelection, name: str, output: Store) -> ShardCounts:
+    shard, counts = chosen.shard, chosen.table.rows
     try:
-        copy_rows(shard, fates.keep(), output)
-        if not fates.table.input_is(shard.fingerprint()):
+        copy_rows(shard, chosen.keep(), output)
+        if not chosen.table.input.fingerprint == shard.fingerprint():
             raise ShardError("has changed meanwhile")
     except ShardError as error:
         raise CorpusError(f"{shard.path}: cannot be copied: {error}") from error
@@ -185,34 +198,34 @@ def _write_shard(store: Store, fates: _Fates, name: str, output: Store) -> Shard
             pa.field(name, pa.float32()),
             pa.field("kept", pa.bool_(), nullable=False),
             pa.field("reason", pa.string(), nullable=False),
-            *([pa.field("weight", pa.float64())] if fates.weights is not None else []),
+            *([pa.field("weight", pa.float64())] if chosen.weights is not None else []),
         ]
     )
     with (
         output.write(selection_path(shard)) as file,
         pq.ParquetWriter(file, schema, compression="zstd") as writer,
     ):
-        for columns in _fate_columns(store, fates):
+        for columns in _selection_columns(store, chosen):
             writer.write_table(pa.Table.from_arrays(columns, schema=schema))
-    kept = int(fates.kept.sum())
+    kept = int(chosen.kept.sum())
     digest = store.sha256(table_path(shard))
     return ShardCounts(
-        shard.path, table_path(shard), digest, fates.total, kept, counts.scored - kept, counts.quarantined
+        shard.path, table_path(shard), digest, chosen.total, kept, counts.scored - kept, counts.quarantined
     )
 
 
-def _fate_columns(store: Store, fates: _Fates) -> Iterator[list[pa.Array]]:
+def _selection_columns(store: Store, chosen: _ShardSelection) -> Iterator[list[pa.Array]]:
     """Row, id, score, kept, reason and weight of every row of the shard, a row group at a time."""
-    ids = stream_ids(store, table_path(fates.shard))
-    quarantined = read_quarantine(store, fates.shard)
-    for start in range(0, fates.total, _ROW_GROUP_ROWS):
-        size = min(_ROW_GROUP_ROWS, fates.total - start)
-        first, last = np.searchsorted(fates.rows, [start, start + size])
+    ids = stream_ids(store, table_path(chosen.shard))
+    quarantined = read_quarantine(store, chosen.shard)
+    for start in range(0, chosen.total, _ROW_GROUP_ROWS):
+        size = min(_ROW_GROUP_ROWS, chosen.total - start)
+        first, last = np.searchsorted(chosen.rows, [start, start + size])
         here = slice(first, last)
-        places = fates.rows[here] - start
+        places = chosen.rows[here] - start
         columns = {"id": np.full(size, None, object), "reason": np.full(size, None, object)}
         columns["id"][places] = list(islice(ids, last - first))
-        columns["reason"][places] = fates.reasons[here]
+        columns["reason"][places] = chosen.reasons[here]
         missing = np.setdiff1d(np.arange(size), places, assume_unique=True)
         for place, entry in zip(missing.tolist(), islice(quarantined, len(missing)), strict=True):
             columns["id"][place] = entry.id
@@ -222,12 +235,12 @@ def _fate_columns(store: Store, fates: _Fates) -> Iterator[list[pa.Array]]:
         arrays = [
             pa.array(np.arange(start, start + size)),
             pa.array(columns["id"], pa.string()),
-            _spread(fates.scores[here], places, scored),
-            pa.array(_spread(fates.kept[here], places, scored).fill_null(False)),
+            _spread(chosen.scores[here], places, scored),
+            pa.array(_spread(chosen.kept[here], places, scored).fill_null(False)),
             pa.array(columns["reason"], pa.string()),
         ]
-        if fates.weights is not None:
-            arrays.append(_spread(fates.weights[here], places, scored))
+        if chosen.weights is not None:
+            arrays.append(_spread(chosen.weights[here], places, scored))
         yield arrays
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from assay.engine.kept_features import FeatureColumn, Scores
+from assay.engine.kept_features import Scores
 from assay.engine.rows import Sample
 from assay.methods import Column
 from assay.recipe.recipe import BatchSpec
@@ -34,7 +34,7 @@ def score_samples(
     A batch that runs out of memory is halved until it passes; a sample that fails on its own is listed with
     its reason, and its scores are NaN.
     """
-    widths = {c.name: (c.width,) if isinstance(c, FeatureColumn) else () for c in scorer.columns}
+    widths = {c.name: () if c.width == 1 else (c.width,) for c in scorer.columns}
     scores: Scores = {name: np.full((len(samples), *width), np.nan, np.float32) for name, width in widths.items()}
     failed: dict[int, str] = {}
     waiting = deque(make_batches([sample.encoded.length for sample in samples], limits))

@@ -6,7 +6,7 @@ import itertools
 import logging
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from typing import IO, Any, get_args
 
 import numpy as np
@@ -20,32 +20,27 @@ from assay.corpus.footer import Identity, InputFacts, RowCounts, canonical_hash
 from assay.corpus.layout import features_path, quarantine_path
 from assay.corpus.shards import Shard
 from assay.corpus.storage import Fingerprint, Store
-from assay.methods import Column
-from assay.methods.base import Method, Need
+from assay.methods import Column, Method
+from assay.methods.base import Need
 from assay.methods.influence import Influence
 from assay.ops import Sketch
 from assay.probe import Signals
 from assay.recipe.errors import EngineError
+from assay.recipe.methods import MethodSpec
 from assay.recipe.recipe import Recipe
-from assay.recipe.targeted import CheckpointsSpec
 
 log = logging.getLogger("assay")
 
 DOUBT = "doubt"
 # Stored features are widened to float32 for this many rows at a time.
 ROWS = 4096
+# Parameters that make scores of features, which do not depend on them.
+_LATER = ("models", "damping", "target_share", "weights", "name", "keep_features")
 
 Scores = dict[str, npt.NDArray[np.float32]]
 
 
-@dataclass(frozen=True)
-class FeatureColumn(Column):
-    """Not a score, but ``width`` of the numbers that scores are made of."""
-
-    width: int
-
-
-class Keeper:
+class Keeper(Method):
     """A method whose features are kept, as a `Method` that gives the features themselves; ``scores`` makes the rest.
 
     Args:
@@ -53,21 +48,19 @@ class Keeper:
         spec: its part of the recipe, with ``keep_features``.
 
     Raises:
-        ValueError: it is no ``Influence``, or its name is no name of a folder.
+        ValueError: its name is no name of a folder.
     """
 
-    def __init__(self, method: Method, spec: CheckpointsSpec, recipe: Recipe, identity: Identity) -> None:
-        if not isinstance(method, Influence):
-            raise ValueError(f"{method.name}: keep_features: expected an Influence, got a {type(method).__name__}")
+    def __init__(self, method: Influence, spec: MethodSpec, recipe: Recipe, identity: Identity) -> None:
         if not re.fullmatch(r"\w[\w.-]*", method.name):
             raise ValueError(
                 f"keep_features: the name {method.name!r} cannot name a folder; use letters, digits, '_', '-' and '.'"
             )
         self.name, self.method = method.name, method
-        assert spec.keep_features is not None
+        assert spec.stored_as is not None
         size, extra = method.feature(0, target=False).size, DOUBT if method.kernel.doubt else None
         sketches = [_described(method.sketch_of(k)) for k in range(len(method.models))]
-        self.specs = [FeatureSpec(spec.method, size, spec.keep_features, sketch, extra) for sketch in sketches]
+        self.specs = [FeatureSpec(spec.method, size, spec.stored_as, sketch, extra) for sketch in sketches]
         self._facts = [_facts(k, spec, recipe, identity) for k in range(len(method.models))]
 
     @property
@@ -75,7 +68,7 @@ class Keeper:
         features, doubts = self._names()
         named = zip(features, self.specs, strict=True)
         return [
-            *(FeatureColumn(name, "none", "raw features", spec.dim) for name, spec in named),
+            *(Column(name, "none", "raw features", spec.dim) for name, spec in named),
             *(Column(name, "none", "1 − p of the sample's labels") for name in doubts),
         ]
 
@@ -124,14 +117,17 @@ class Keeper:
         return self._facts[k]
 
 
-def _facts(k: int, spec: CheckpointsSpec, recipe: Recipe, identity: Identity) -> dict[str, Any]:
-    name = spec.models[k]
+def _facts(k: int, spec: MethodSpec, recipe: Recipe, identity: Identity) -> dict[str, Any]:
+    name = spec.models_used()["models", k]
+    method = {key: value for key, value in spec.identity().items() if key not in _LATER}
+    if method.get("optimizers"):
+        method["optimizers"] = method["optimizers"][k]
     tokenizers = next(iter(recipe.models_used))  # a text recipe's texts are encoded by its first model's
     facts = {
         "task": recipe.task.model_dump(),
         "id_column": recipe.corpus.id_column,
         "model": recipe.models[name].identity(),
-        "method": spec.features_identity(k),
+        "method": method,
         "seed": recipe.seed,
     }
     return {

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections import Counter
 from dataclasses import dataclass, field
 
+from assay.corpus.claim import claim
 from assay.corpus.errors import ShardError
-from assay.corpus.footer import Footer
+from assay.corpus.footer import Tally, canonical_hash
 from assay.corpus.layout import table_path
 from assay.corpus.quarantine import QuarantineWriter
 from assay.corpus.shards import Shard
 from assay.corpus.storage import Store
-from assay.engine.plan import Plan, make_plan, write_manifest
+from assay.engine.plan import Plan, find_corpora, make_plan, write_manifest
 from assay.engine.progress import Progress
 from assay.engine.shard import score_shard, score_stored
 from assay.engine.workshop import Workshop, open_workshop
@@ -23,8 +23,8 @@ log = logging.getLogger("assay")
 
 
 @dataclass
-class RunSummary:
-    """What a run did. Rows count the shards that were done before, too."""
+class RunSummary(Tally):
+    """What a run did. Shards and rows count those that were done before, too."""
 
     done_before: int = 0
     scored: int = 0
@@ -32,24 +32,11 @@ class RunSummary:
     reused: int = 0
     """The part of ``scored`` that needed no model: its features were stored."""
     unreadable: dict[str, str] = field(default_factory=dict)
-    rows: int = 0
-    rows_scored: int = 0
-    rows_quarantined: int = 0
-    nan: Counter[str] = field(default_factory=Counter)
-    warnings: dict[str, str] = field(default_factory=dict)
 
     @property
     def clean(self) -> bool:
         """Whether every row of every shard has its scores."""
         return not self.unreadable and not self.rows_quarantined
-
-    def add(self, footer: Footer) -> None:
-        """Count one table."""
-        self.rows += footer.input.rows
-        self.rows_scored += footer.rows.scored
-        self.rows_quarantined += footer.rows.quarantined
-        self.nan.update(footer.nan)
-        self.warnings |= {key: text for key, text in footer.methods.items() if key.endswith("warning")}
 
     def lines(self) -> list[str]:
         """The counts in words, one line each."""
@@ -71,18 +58,18 @@ def run(
     progress: Progress | None = None,
 ) -> RunSummary:
     """Score whatever is not scored yet, and say what became of every row."""
-    plan = make_plan(recipe, part, rescore)
-    summary = RunSummary(done_before=len(plan.done))
-    for footer in plan.done.values():
-        summary.add(footer)
-    if not plan.todo:
-        return summary
-    workshop = open_workshop(plan)
-    write_manifest(plan, workshop.columns())
-    for path in plan.output.sweep():
-        log.info("removed %s, left by a run that was killed", path)
-    with progress or Progress() as shown:
-        _score(plan, workshop, summary, shown)
+    corpora = find_corpora(recipe)
+    output = Store.at(recipe.output)
+    with claim(output, canonical_hash(recipe.identity()), shared=True):
+        plan = make_plan(recipe, part, rescore, corpora)
+        for path in output.sweep():
+            log.info("removed %s, left by a run that was killed", path)
+        summary = RunSummary(done_before=plan.done.shards, **vars(plan.done))
+        if plan.todo:
+            workshop = open_workshop(plan)
+            write_manifest(plan, workshop.columns)
+            with progress or Progress() as shown:
+                _score(plan, workshop, summary, shown)
     return summary
 
 

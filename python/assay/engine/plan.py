@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from assay._version import __version__
-from assay.corpus.footer import Footer, Identity, canonical_hash, open_table
+from assay.corpus.footer import Footer, Identity, Tally, canonical_hash, open_table
 from assay.corpus.layout import MANIFEST, RESOLVED_RECIPE, quarantine_path, table_path
 from assay.corpus.shards import Corpus, Shard, find_shards, refuse_overlap
 from assay.corpus.storage import Store
@@ -26,28 +26,39 @@ class Plan:
     identity: Identity
     corpus: Corpus
     corpora: Mapping[str, Corpus]
-    """By path: the corpus, the targets' and the one that methods are fitted to."""
+    """As ``find_corpora`` gives them."""
     output: Store
-    done: dict[Shard, Footer]
+    done: Tally
     todo: tuple[Shard, ...]
     stale: tuple[Shard, ...]
     """The part of ``todo`` that was scored before, from another input or by another recipe."""
 
 
-def make_plan(recipe: Recipe, part: tuple[int, int] = (1, 1), rescore: bool = False) -> Plan:
-    """Find the shards and see which of them are done.
+def find_corpora(recipe: Recipe) -> dict[str, Corpus]:
+    """By path: the corpus, the targets' and the one that methods are fitted to. CorpusError if the output would fall on
+    one of them."""
+    output = Store.at(recipe.output)
+    corpora = {path: find_shards(path) for path in (recipe.corpus.path, *recipe.fitted_to().values())}
+    for path, corpus in corpora.items():
+        refuse_overlap(output, path, corpus)
+    for write in (table_path, quarantine_path):
+        output.refuse_detours(write(shard) for shard in corpora[recipe.corpus.path].shards)
+    return corpora
+
+
+def make_plan(
+    recipe: Recipe,
+    part: tuple[int, int] = (1, 1),
+    rescore: bool = False,
+    corpora: Mapping[str, Corpus] | None = None,
+) -> Plan:
+    """Find the shards, unless they are given as ``find_corpora`` found them, and see which of them are done.
 
     ``part`` (i, n) takes every n-th shard from the i-th on. Tables made by another recipe or model are a
     ChangedError that says what differs, unless ``rescore`` allows to replace them.
     """
-    output = Store.at(recipe.output)
-    paths = {"corpus": recipe.corpus.path, **recipe.fitted_to()}
-    corpora = {path: find_shards(path) for path in paths.values()}
-    for path, found in corpora.items():
-        refuse_overlap(output, path, found)
-    corpus = corpora[recipe.corpus.path]
-    for write in (table_path, quarantine_path):
-        output.refuse_detours(write(shard) for shard in corpus.shards)
+    corpora = corpora or find_corpora(recipe)
+    output, corpus = Store.at(recipe.output), corpora[recipe.corpus.path]
     fingerprints = {name: spec.fingerprint() for name, spec in recipe.models_used.items()}
     # Through JSON, because that is how the recipe comes back from a footer.
     identity = Identity(
@@ -56,13 +67,13 @@ def make_plan(recipe: Recipe, part: tuple[int, int] = (1, 1), rescore: bool = Fa
         corpora={name: corpus_fingerprint(corpora[path]) for name, path in recipe.fitted_to().items()} or None,
     )
     index, count = part
-    done: dict[Shard, Footer] = {}
+    done = Tally()
     todo, stale, changed = [], [], []
     for shard in corpus.shards[index - 1 :: count]:
         table = open_table(output, shard)
         differences = table.differences(identity) if table else []
         if table and not differences and _unchanged(shard, table.footer):
-            done[shard] = table.footer
+            done.add(table.footer)
             continue
         todo.append(shard)
         if table:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
 
 from assay.corpus.footer import Identity
 from assay.engine.batches import is_out_of_memory, make_batches
@@ -19,108 +20,102 @@ from assay.methods import Column, Method, Scorer
 from assay.methods.scorer import all_columns
 from assay.recipe.errors import EngineError
 from assay.recipe.recipe import Recipe
-from assay.recipe.targeted import CheckpointsSpec, FittedMethod, TargetedSpec
-from assay.recipe.tasks import Encoded, Encoder
-from assay.tasks import Task
+from assay.recipe.signatures import Given
+from assay.recipe.tasks import Encoder
 
 
 @dataclass(frozen=True)
 class Workshop:
-    """Everything that a recipe's shards are scored with, loaded once."""
+    """What scores shards."""
 
     recipe: Recipe
     identity: Identity
-    task: Task
-    models: Mapping[str, nn.Module]
     encoder: Encoder
-    fitted: Mapping[int, Method]
-    """The methods that are fitted before they score, by their place in the recipe: one fit serves all shards."""
-    ready: bool = True
-    """Whether they have been fitted."""
+    fitted: Sequence[Method]
+    """In the recipe's order."""
 
     def methods(self) -> list[Method]:
-        """The recipe's methods, fresh: what they gather (a correlation, a warning) is about one shard."""
+        """The recipe's methods for one shard: what a copy gathers (a correlation, a warning) is about this shard."""
         torch.manual_seed(self.recipe.seed)
-        return [
-            self.fitted[i] if i in self.fitted else spec.build(self.models, self.task, self.recipe.seed)
-            for i, spec in enumerate(self.recipe.methods)
-        ]
+        return [copy.copy(method) for method in self.fitted]
 
     def keepers(self) -> dict[int, Keeper]:
         """The methods that keep their features, by their place in the recipe."""
-        return {
-            i: Keeper(self.fitted[i], spec, self.recipe, self.identity)
-            for i, spec in enumerate(self.recipe.methods)
-            if isinstance(spec, CheckpointsSpec) and spec.keep_features is not None
-        }
+        return _keepers(self.recipe, self.identity, self.fitted)
 
+    @property
     def columns(self) -> list[Column]:
-        """The columns of every table. An EngineError if the methods refuse the models, or one another."""
-        try:
-            methods = self.methods()
-            # It taps the models, which may be refused too.
-            Scorer([method for i, method in enumerate(methods) if self.ready or i not in self.fitted])
-            self.keepers()
-            return all_columns(methods)
-        except (ValueError, TypeError) as error:
-            raise EngineError(f"methods: {error}") from error
+        """The columns of every table."""
+        return all_columns(self.fitted)
 
 
 def open_workshop(plan: Plan, fit: bool = True) -> Workshop:
-    """Load a recipe's models, check that they, the task and the methods fit together, and ``fit`` the methods that
-    look at targets or at the pool."""
+    """Load a recipe's models, check that they, the task and the methods fit together, and ``fit`` the methods."""
     recipe, task = plan.recipe, plan.recipe.task.task()
     loaded = {name: (spec, spec.build()) for name, spec in recipe.models_used.items()}
     encoder = recipe.task.encoder(loaded)
     models = {name: model for name, (_, model) in loaded.items()}
-    fitted = _prepare(plan, models, task, encoder)
-    workshop = Workshop(recipe, plan.identity, task, models, encoder, fitted, ready=False)
-    workshop.columns()  # what can be refused before the work of fitting, is
-    if fit and fitted:
-        _fit(plan, fitted, encoder)
-    workshop = replace(workshop, ready=fit)
-    workshop.columns()
-    return workshop
-
-
-def _prepare(plan: Plan, models: Mapping[str, nn.Module], task: Task, encoder: Encoder) -> dict[int, FittedMethod]:
-    """The methods to be fitted, with their targets; each target is read once, whoever wants it."""
-    recipe, split = plan.recipe, partial(make_batches, limits=plan.recipe.batch)
-    targets: dict[str, Batches] = {}
-    for name, target in recipe.targets_used.items():
-        targets[name] = Batches(read_target(name, plan.corpora[target.path], encoder), encoder, split)
-    methods = {}
+    given = Given(models, task, _targets(plan, encoder), recipe.seed)
+    methods = []
     for i, spec in enumerate(recipe.methods):
-        if isinstance(spec, TargetedSpec):
-            own = {name: targets[name] for name in spec.targets_of(recipe.targets)}
-            with _refusals(i, spec.method):
-                methods[i] = spec.build_fitted(models, task, recipe.seed, own)
-    return methods
+        with _refusals(recipe, i):
+            methods.append(spec.build(given))
+    _check(plan, [method for method in methods if not _fits(method)], methods)  # before the work of fitting
+    if fit:
+        _fit(plan, methods, encoder)
+        _check(plan, methods, methods)
+    return Workshop(recipe, plan.identity, encoder, methods)
 
 
-def _fit(plan: Plan, methods: Mapping[int, FittedMethod], encoder: Encoder) -> None:
-    recipe = plan.recipe
-    drawn: list[Encoded] = []
+def _targets(plan: Plan, encoder: Encoder) -> dict[str, Batches]:
+    """Each target is read once, whoever wants it."""
+    split = partial(make_batches, limits=plan.recipe.batch)
+    paths = {name: target.path for name, target in plan.recipe.targets_used.items()}
+    return {
+        name: Batches(read_target(name, plan.corpora[path], encoder), encoder, split) for name, path in paths.items()
+    }
+
+
+def _fit(plan: Plan, methods: Sequence[Method], encoder: Encoder) -> None:
+    recipe, samples = plan.recipe, []
     if recipe.uses_pool:
-        corpus = plan.corpora[recipe.fitted_to()["fit"]]
-        drawn = draw_samples(corpus, encoder, recipe.fit.samples, recipe.seed)
-    pool = Batches(drawn, encoder, partial(make_batches, limits=recipe.batch))
-    for i, method in methods.items():
+        samples = draw_samples(plan.corpora[recipe.fitted_to()["fit"]], encoder, recipe.fit.samples, recipe.seed)
+    pool = Batches(samples, encoder, partial(make_batches, limits=recipe.batch))
+    for i, method in enumerate(methods):
         torch.manual_seed(recipe.seed)  # labels may be drawn from the model
-        with _refusals(i, recipe.methods[i].method):
+        with _refusals(recipe, i):
             method.fit(pool)
 
 
+def _fits(method: Method) -> bool:
+    """Whether the method learns something before it can tell what it needs."""
+    return type(method).fit is not Method.fit
+
+
+def _check(plan: Plan, ready: Sequence[Method], methods: Sequence[Method]) -> None:
+    """EngineError if the methods refuse the models, or one another. ``ready``: those that can say what they need."""
+    try:
+        Scorer(ready)  # it taps the models, which may be refused too
+        _keepers(plan.recipe, plan.identity, methods)
+        all_columns(methods)
+    except (ValueError, TypeError) as error:
+        raise EngineError(f"methods: {error}") from error
+
+
+def _keepers(recipe: Recipe, identity: Identity, methods: Sequence[Any]) -> dict[int, Keeper]:
+    specs = enumerate(recipe.methods)
+    return {i: Keeper(methods[i], spec, recipe, identity) for i, spec in specs if spec.stored_as is not None}
+
+
 @contextmanager
-def _refusals(i: int, method: str) -> Iterator[None]:
+def _refusals(recipe: Recipe, i: int) -> Iterator[None]:
+    where = f"methods.{i} ({recipe.methods[i].method})"
     try:
         yield
     except EngineError:
         raise
     except Exception as error:  # whatever a model or a method may raise
         if is_out_of_memory(error):
-            raise EngineError(
-                f"methods.{i} ({method}): ran out of memory; take a smaller sketch or batch ({error})"
-            ) from error
+            raise EngineError(f"{where}: ran out of memory; take a smaller sketch or batch ({error})") from error
         what = str(error) if isinstance(error, ValueError | TypeError) else f"{type(error).__name__}: {error}"
-        raise EngineError(f"methods.{i} ({method}): {what}") from error
+        raise EngineError(f"{where}: {what}") from error

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from assay.probe import Jvp, Reduction, Signals
 from assay.tasks import Task
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Keep = Literal["high", "low", "none"]
 
@@ -19,12 +22,13 @@ class Column:
     """One score: its name in the table, the end worth training on, and one line that says what it is.
 
     ``keep`` is ``"high"`` or ``"low"``; ``"none"`` marks a score that says nothing about worth on its own (an
-    entropy never saw the label).
+    entropy never saw the label). ``width``: numbers per sample; None: one per token.
     """
 
     name: str
     keep: Keep
     description: str
+    width: int | None = 1
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,10 @@ class Method(Protocol):
     def needs(self) -> Mapping[str, Need]:
         """Role -> what to run. The same roles key the signals that ``score`` gets."""
         ...
+
+    def fit(self, pool: Iterable[Any]) -> Self:
+        """Learn what has to be known before scoring, from batches of the pool; nothing unless a method says so."""
+        return self
 
     def score(self, signals: Mapping[str, Signals]) -> dict[str, Tensor]:
         """Signals by role -> a (B,) tensor per column name."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from assay.methods.base import Column, Need
+from assay.methods.base import Column, Method, Need
 from assay.methods.influence import Targets
 from assay.probe import Convolution, Dot, Outer, PerSampleGradient, Probe, Reduction, Signals, tapped_parameters
 from assay.probe.head import Head
@@ -22,7 +22,7 @@ _ELEMENTS = 1 << 24
 _SIDE = 1 << 14
 
 
-class EKFAC:
+class EKFAC(Method):
     """⟨∇ℓ_target, H⁻¹ ∇ℓ_i⟩, what training on sample i takes off the target's loss: keep high; and self-influence.
 
     H is approximated layer by layer as Q_G Q_A diag(Λ) (Q_G Q_A)ᵀ + λI: Q_A and Q_G are the eigenvectors of the second
@@ -47,6 +47,8 @@ class EKFAC:
             does; False: with the data's own labels.
         layers, name, skip_unsupported: as in ``Influence``.
     """
+
+    uses_pool: ClassVar[bool] = True
 
     def __init__(
         self,

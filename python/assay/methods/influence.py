@@ -11,18 +11,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from assay.methods.base import Column, Need
+from assay.methods.base import Column, Method, Need
 from assay.ops import Mask, Sketch
 from assay.probe import Feature, Probe, Signals, Sketched, tapped_parameters
 from assay.tasks import Task
 
 Targets = Mapping[str, Iterable[Any]]
 """Batches of the task, by the target's name; gone through several times, so lists rather than generators."""
+
+
+# Second moments are held in double: this much of them at most. Factoring one takes as much again.
+MOMENT_BYTES = 8 << 30
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Kernel:
     across: Literal["mean", "max"] = "mean"
 
 
-class Influence:
+class Influence(Method):
     """score_i = Q_i Σ_k α_k ⟨φ_k(i), M_k mean_t φ_k(t)⟩: keep high.
 
     ``fit`` must run first: it takes the targets' features and, with damping, the pool's second moment.
@@ -68,6 +72,8 @@ class Influence:
     Raises:
         ValueError: no model, no target, models of different parameters.
     """
+
+    uses_pool: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -99,9 +105,20 @@ class Influence:
             found = _shapes(model, self.parameters)
             if different := [n for n in self.parameters if found.get(n) != self.shapes[n]]:
                 raise ValueError(f"{name}: checkpoint {k} differs from checkpoint 0 in parameter {different[0]!r}")
+        if kernel.damping is not None:
+            self._check_moments()
         self._roots: list[list[Tensor]] | None = None  # per checkpoint and block: R^(−1/2)
         self._queries: list[Tensor] | None = None  # per checkpoint: (targets, size) with M applied
         self._samples = 0
+
+    def _check_moments(self) -> None:
+        needed = 8 * len(self.models) * sum((place.stop - place.start) ** 2 for place in self._blocks())
+        if needed > MOMENT_BYTES:
+            size = self.feature(0, target=False).size
+            raise ValueError(
+                f"{self.name}: {self.sketch} gives features of {size:,} numbers, whose second moments take "
+                f"{needed / 2**30:,.0f} GiB, more than {MOMENT_BYTES / 2**30:g} GiB; take a smaller sketch"
+            )
 
     @property
     def columns(self) -> Sequence[Column]:

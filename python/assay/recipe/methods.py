@@ -1,82 +1,127 @@
-"""The methods of a recipe."""
+"""The methods of a recipe: what a constructor takes in Python, its key takes in a recipe."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+import inspect
+from collections.abc import Iterable
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field
 from torch import nn
 
-from assay.methods.base import Method
-from assay.recipe.parts import Part, Registry
+from assay import methods
+from assay.methods import AdamState, Method
+from assay.methods.influence import Kernel, Targets
+from assay.recipe.models import file_sha256
+from assay.recipe.parts import ExistingPath, Part, Registry
+from assay.recipe.signatures import DerivedPart, Given, Role, derive
+from assay.recipe.sketches import ROLES as SKETCH_ROLES
 from assay.tasks import Task
 
 
+class KernelSpec(DerivedPart):
+    """How features become scores."""
+
+
+KERNEL = derive(Kernel, KernelSpec, {})
+MODEL = Role(str, lambda name, given: given.models[name])
+TARGETS = Role(list[str] | None, lambda names, given: None, implied=True)  # the recipe's, unless some are named
+OPTIMIZER = Role(
+    ExistingPath,
+    lambda path, given: AdamState.load(path),
+    lambda path: f"sha256:{file_sha256(path)}",
+)
+ROLES: dict[Any, Role] = {
+    nn.Module: MODEL,
+    Targets: TARGETS,
+    AdamState: OPTIMIZER,
+    Kernel: Role(KERNEL, lambda spec, given: Kernel(**spec.arguments(given)), lambda spec: spec.model_dump()),
+    **SKETCH_ROLES,
+}
+
+
 class MethodSpec(Part):
-    """One method of a recipe. Subclass it, and register the subclass, to bring methods of your own."""
+    """One method of a recipe. Subclass it, and register the subclass, for a method whose keys are not its constructor's
+    parameters; ``build`` is what has to be written."""
 
     method: str
 
-    def models_used(self) -> dict[tuple[str | int, ...], str]:
-        """The names of the models it wants, by the key that names them."""
-        raise NotImplementedError
+    uses_pool: ClassVar[bool] = False
+    """Whether ``fit`` looks at the pool's sample, so that scores depend on it."""
+    needs_target: ClassVar[bool] = False
 
-    def build(self, models: Mapping[str, nn.Module], task: Task, seed: int) -> Method:
-        """Make the method. ``models`` holds at least the models it named."""
+    def models_used(self) -> dict[tuple[str | int, ...], str]:
+        """The names of the models it uses, by the key that names them."""
+        return {}
+
+    def targets_of(self, defined: Iterable[str]) -> list[str]:
+        """Which of the recipe's targets it is about."""
+        return []
+
+    def build(self, given: Given) -> Method:
+        """Make the method, not fitted yet."""
         raise NotImplementedError
 
     def identity(self) -> dict[str, Any]:
         """The parameters that change scores."""
         return self.model_dump()
 
+    @property
+    def stored_as(self) -> str | None:
+        """The type of numbers in which its features are kept, if they are."""
+        return None
 
-METHODS: Registry[MethodSpec] = Registry("method", "assay.methods")
+
+class DerivedSpec(DerivedPart, MethodSpec):
+    """A method whose keys are the parameters of its constructor."""
+
+    def models_used(self) -> dict[tuple[str | int, ...], str]:
+        used: dict[tuple[str | int, ...], str] = {}
+        for key in self.keys:
+            value = getattr(self, key.name)
+            if key.role is MODEL and value is not None:
+                used |= {(key.name, i): name for i, name in enumerate(value)} if key.several else {(key.name,): value}
+        return used
+
+    def targets_of(self, defined: Iterable[str]) -> list[str]:
+        for key in self.keys:
+            if key.role is TARGETS:
+                chosen: list[str] | None = getattr(self, key.name)
+                return list(defined) if chosen is None else chosen
+        return []
+
+    def build(self, given: Given) -> Method:
+        arguments = self.arguments(given)
+        for key in self.keys:
+            if key.role is TARGETS:
+                arguments[key.name] = {name: given.targets[name] for name in self.targets_of(given.targets)}
+        own = inspect.signature(self.constructor).parameters.keys() & {"task", "seed"}
+        method: Method = self.constructor(**arguments, **{name: getattr(given, name) for name in own})
+        return method
+
+    def identity(self) -> dict[str, Any]:
+        values = {key.name: key.identity(getattr(self, key.name)) for key in self.keys if key.role is not TARGETS}
+        # Rounding changes scores. What keeps nothing has the identity that it had before there was the key.
+        return {"method": self.method, **values, **({"keep_features": kept} if (kept := self.stored_as) else {})}
+
+    @property
+    def stored_as(self) -> str | None:
+        return getattr(self, "keep_features", None)
+
+
+def derived(kind: str, method: type[Any]) -> type[DerivedSpec]:
+    """The keys of a method's class. TypeError if a parameter of its constructor can be no key: write a `MethodSpec`."""
+    fields: dict[str, Any] = {"method": (Literal[kind], ...)}
+    if hasattr(method, "score_features"):  # new targets can be scored from stored features
+        fields["keep_features"] = (Literal["float32", "float16", "bfloat16", "int8"] | None, None)
+    spec = derive(method, DerivedSpec, ROLES, (Task, "seed"), **fields)
+    spec.uses_pool = getattr(method, "uses_pool", False)
+    spec.needs_target = any(key.role is TARGETS and key.required for key in spec.keys)
+    return spec
+
+
+METHODS: Registry[MethodSpec] = Registry("method", "assay.methods", derived)
 register_method = METHODS.register
-
-
-@METHODS.add("ensemble")
-class EnsembleSpec(MethodSpec):
-    """`assay.methods.Ensemble`: what several models think of a sample together."""
-
-    method: Literal["ensemble"]
-    models: Annotated[list[str], Field(min_length=1)]
-    weights: list[float] | None = None
-    name: str = "ensemble"
-
-    def models_used(self) -> dict[tuple[str | int, ...], str]:
-        return {("models", i): name for i, name in enumerate(self.models)}
-
-    def build(self, models: Mapping[str, nn.Module], task: Task, seed: int) -> Method:
-        from assay.methods import Ensemble
-
-        return Ensemble([models[name] for name in self.models], task, weights=self.weights, name=self.name)
-
-
-@METHODS.add("grad_mimic")
-class GradMimicSpec(MethodSpec):
-    """`assay.methods.GradMimic`: whether a sample's gradient leads from a model to a better one."""
-
-    method: Literal["grad_mimic"]
-    model: str
-    reference: str
-    layers: str | list[str] | None = None
-    cosine: bool = False
-    grad_norm: bool = False
-    name: str = "mimic"
-
-    def models_used(self) -> dict[tuple[str | int, ...], str]:
-        return {("model",): self.model, ("reference",): self.reference}
-
-    def build(self, models: Mapping[str, nn.Module], task: Task, seed: int) -> Method:
-        from assay.methods import GradMimic
-
-        return GradMimic(
-            models[self.model],
-            models[self.reference],
-            task,
-            layers=self.layers,
-            cosine=self.cosine,
-            grad_norm=self.grad_norm,
-            name=self.name,
-        )
+for _name in methods.__all__:
+    _class = getattr(methods, _name)
+    if Method in getattr(_class, "__mro__", ())[1:]:
+        register_method(_class.__module__.rpartition(".")[2], _class)  # the name of its file

@@ -81,15 +81,21 @@ P = TypeVar("P", bound=Part)
 class Registry(Generic[P]):
     """The known kinds of one part of a recipe."""
 
-    def __init__(self, tag: str, group: str | None = None) -> None:
+    def __init__(
+        self, tag: str, group: str | None = None, spec_of: Callable[[str, type[Any]], type[P]] | None = None
+    ) -> None:
         self._tag = tag
         self._group = group
+        self._spec_of = spec_of
+        self._classes: dict[str, type[Any]] = {}
         self._specs: dict[str, type[P]] = {}
 
-    def register(self, kind: str, spec: type[P]) -> None:
-        """Make ``kind`` known. Registering it again with another class is a ValueError."""
-        if self._specs.setdefault(kind, spec) is not spec:
-            raise ValueError(f"{self._tag} {kind!r} is already registered as {self._specs[kind].__qualname__}")
+    def register(self, kind: str, cls: type[Any]) -> None:
+        """Make ``kind`` known, as a part or as a class that ``spec_of`` makes one of. Registering it again with another
+        class is a ValueError."""
+        if self._classes.setdefault(kind, cls) is not cls:
+            raise ValueError(f"{self._tag} {kind!r} is already registered as {self._classes[kind].__qualname__}")
+        self._specs[kind] = cls if self._spec_of is None or issubclass(cls, Part) else self._spec_of(kind, cls)
 
     def add(self, kind: str) -> Callable[[type[P]], type[P]]:
         """`register` as a decorator."""

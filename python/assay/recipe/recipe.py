@@ -14,7 +14,6 @@ from assay.recipe.errors import RecipeError
 from assay.recipe.methods import METHODS, MethodSpec
 from assay.recipe.models import MODELS, ModelSpec
 from assay.recipe.parts import AnyPath, CorpusPath, Part, located, nearest
-from assay.recipe.targeted import TargetedSpec
 from assay.recipe.tasks import TASKS, TaskSpec
 
 
@@ -74,21 +73,20 @@ class Recipe(Part):
     @model_validator(mode="after")
     def _targets_are_defined(self) -> Recipe:
         for i, method in enumerate(self.methods):
-            if not isinstance(method, TargetedSpec):
-                continue
-            for k, name in enumerate(method.targets or ()):
+            named = method.targets_of(self.targets)
+            for k, name in enumerate(named):
                 if name not in self.targets:
                     hint = nearest(name, self.targets)
                     raise located(("methods", i, "targets", k), f"no target is called {name!r}; {hint}", name)
-            if not method.targets_of(self.targets) and not method.without_targets():
-                raise located(("methods", i, "targets"), "needs a target; define one under targets", method.targets)
+            if method.needs_target and not named:
+                raise located(("methods", i, "targets"), "needs a target; define one under targets", named)
         return self
 
     @property
     def targets_used(self) -> dict[str, TargetSpec]:
         """The targets that some method is fitted to, in the recipe's order."""
-        wanted = {name for method in self._fitted for name in method.targets_of(self.targets)}
-        return {name: spec for name, spec in self.targets.items() if name in wanted}
+        used = {name for method in self.methods for name in method.targets_of(self.targets)}
+        return {name: spec for name, spec in self.targets.items() if name in used}
 
     def fitted_to(self) -> dict[str, str]:
         """The paths of the corpora that methods are fitted to, under ``targets.<name>`` and ``fit``."""
@@ -98,24 +96,18 @@ class Recipe(Part):
     @property
     def uses_pool(self) -> bool:
         """Whether some method's scores depend on the sample that ``fit`` draws."""
-        return any(method.wants_pool for method in self._fitted)
-
-    @property
-    def _fitted(self) -> list[TargetedSpec]:
-        return [method for method in self.methods if isinstance(method, TargetedSpec)]
+        return any(method.uses_pool for method in self.methods)
 
     @property
     def models_used(self) -> dict[str, ModelSpec]:
         """The models that some method wants, in the recipe's order."""
-        wanted = {name for method in self.methods for name in method.models_used().values()}
-        return {name: spec for name, spec in self.models.items() if name in wanted}
+        used = {name for method in self.methods for name in method.models_used().values()}
+        return {name: spec for name, spec in self.models.items() if name in used}
 
     def identity(self) -> dict[str, Any]:
         """The part that decides scores. Where files lie and how much is batched are not in it."""
         methods = [
-            method.identity() | {"targets": method.targets_of(self.targets)}
-            if isinstance(method, TargetedSpec)
-            else method.identity()
+            method.identity() | ({"targets": names} if (names := method.targets_of(self.targets)) else {})
             for method in self.methods
         ]
         identity = {

@@ -23,12 +23,13 @@ MAY_IMPORT = {
     "corpus": {"_lazy", "ops"},
     "select": {"_lazy"},
     "methods": {"ops", "probe", "tasks", "_lazy"},
+    "retrain": {"methods", "ops", "probe", "tasks", "_lazy"},
     "scoring": {"corpus", "methods"},
     "engine": {"corpus", "methods", "ops", "probe", "select", "tasks", "_lazy", "scoring", "__init__"},
-    "demo": {"corpus", "engine", "methods", "ops", "probe", "select", "tasks", "_lazy"},
+    "demo": {"corpus", "engine", "methods", "ops", "probe", "retrain", "select", "tasks", "_lazy"},
     "cli": {"engine", "ops", "demo", "corpus", "select", "__init__"},
     "__main__": {"cli"},
-    "__init__": {"methods", "ops", "probe", "scoring", "select", "tasks"},
+    "__init__": {"methods", "ops", "probe", "retrain", "scoring", "select", "tasks"},
 }
 
 

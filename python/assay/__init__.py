@@ -5,7 +5,7 @@ Scores every sample of a corpus with the models you already have, and selects by
 
 import logging
 
-from assay import methods, ops, select, tasks
+from assay import methods, ops, retrain, select, tasks
 from assay.ops import Kronecker, Mask, Rademacher, Sparse
 from assay.ops._backend import backend
 from assay.probe import Probe
@@ -21,6 +21,7 @@ __all__ = [
     "backend",
     "methods",
     "ops",
+    "retrain",
     "score",
     "select",
     "tasks",

@@ -39,7 +39,7 @@ class Ensemble:
 
     Args:
         models: K modules of any architectures over the same classes or vocabulary. To find wrong labels they must not
-            have been trained on the samples they judge: see ``out_of_fold``.
+            have been trained on the samples they judge: see ``retrain.out_of_fold``.
         task: what a sample and a label are.
         weights: (K,), not negative; None: equal. ``label_quality.model_weights`` finds them from accuracy or log loss.
         name: prefix of the columns.
@@ -111,7 +111,7 @@ class Ensemble:
 def ensemble_scores(
     logits: Sequence[Tensor], labels: Tensor, weights: Sequence[float] | None = None, *, classes: bool = True
 ) -> dict[str, Tensor]:
-    """The ensemble's columns (without prefix) from logits at hand, such as ``out_of_fold``'s.
+    """The ensemble's columns (without prefix) from logits at hand, such as ``retrain.out_of_fold``'s.
 
     Args:
         logits: (K, N, C) or K tensors (N, C).

@@ -40,8 +40,8 @@ def label_quality(
     """Three scores per row in [0, 1], high where the label looks right.
 
     Args:
-        logits: K tensors (N, C), as for ``ops.ensemble_stats``. Out-of-fold ones (see ``out_of_fold``), if the models
-            were trained on these labels: in-sample predictions have learned the wrong labels too.
+        logits: K tensors (N, C), as for ``ops.ensemble_stats``. Out-of-fold ones (``retrain.out_of_fold``), if the models were
+            trained on these labels: in-sample predictions have learned the wrong labels too.
         labels: (N,) int64; rows at −100 are NaN.
         weights: one per model, or how to find them: see ``model_weights``.
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from sklearn.naive_bayes import GaussianNB
 
-from assay.methods import out_of_fold
+from assay.retrain import out_of_fold
 from tests.methods.data import mlp, noisy_digits, train
 
 

@@ -7,8 +7,8 @@ import pytest
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
-from assay.methods import SmallModelDatamodel
-from assay.methods.datamodel import random_subsets
+from assay.retrain import SmallModelDatamodel
+from assay.retrain.datamodel import random_subsets
 
 
 @pytest.mark.parametrize("kind", ["ridge", "lasso"])

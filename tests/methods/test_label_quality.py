@@ -164,10 +164,10 @@ def test_rows_without_probabilities_have_no_say_in_the_weights() -> None:
         ([1.0, -1.0, 1.0], "weights: expected finite, not negative"),
         ([1.0, float("nan"), 1.0], "weights: expected finite"),
         ([1.0, float("inf"), 1.0], "weights: expected finite"),
-        ([1.0, 1.0], r"weights: expected one per model, shape \(3,\), got \(2,\)"),
-        ([[1.0], [1.0], [1.0]], "weights: expected one per model"),
-        (["a", "b", "c"], "weights: expected one number per model"),
-        ([None, 1.0, 1.0], "weights: expected one number per model"),
+        ([1.0, 1.0], r"weights: expected one weight per model, shape \(3,\), got \(2,\)"),
+        ([[1.0], [1.0], [1.0]], "weights: expected one weight per model"),
+        (["a", "b", "c"], "weights: expected one weight per model, 3 numbers"),
+        ([None, 1.0, 1.0], "weights: expected one weight per model, 3 numbers"),
     ],
 )
 def test_wrong_weights(weights: Any, words: str) -> None:

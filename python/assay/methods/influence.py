@@ -8,7 +8,6 @@ to length 1, in how checkpoints and targets are averaged. ``Influence`` has thes
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from assay.methods.base import Column, Need
+from assay.methods.weights import shares
 from assay.ops import Mask, Sketch
 from assay.probe import Feature, Probe, Signals, Sketched, tapped_parameters
 from assay.tasks import Task
@@ -66,7 +66,7 @@ class Influence:
         skip_unsupported: leave out layers that cannot be tapped exactly, instead of raising.
 
     Raises:
-        ValueError: no model, no target, models of different parameters.
+        ValueError: no model, no target, models of different parameters, weights as in ``Ensemble``.
     """
 
     def __init__(
@@ -89,10 +89,7 @@ class Influence:
             raise ValueError(f"{name}: expected at least one checkpoint, got none")
         if not self.targets:
             raise ValueError(f"{name}: expected at least one target, got none")
-        given = [1.0] * len(self.models) if weights is None else [float(w) for w in weights]
-        if len(given) != len(self.models) or min(given) < 0 or not sum(given) > 0:
-            raise ValueError(f"{name}: expected {len(self.models)} weights, not negative, got {given}")
-        self.weights = [w / math.fsum(given) for w in given]
+        self.weights = shares(weights, len(self.models))
         self.parameters = tapped_parameters(self.models[0], layers, skip_unsupported=skip_unsupported)
         self.shapes = _shapes(self.models[0], self.parameters)
         for k, model in enumerate(self.models[1:], 1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -19,11 +20,12 @@ def shares(weights: Sequence[float] | Tensor | None, models: int) -> list[float]
     try:
         given = torch.as_tensor(weights, dtype=torch.float64, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"weights: expected one number per model, {models}, got {weights!r}") from None
+        raise ValueError(f"weights: expected one weight per model, {models} numbers, got {weights!r}") from None
     if given.shape != (models,):
-        raise ValueError(f"weights: expected one per model, shape ({models},), got {tuple(given.shape)}")
+        raise ValueError(f"weights: expected one weight per model, shape ({models},), got {tuple(given.shape)}")
     if not bool(given.isfinite().all()) or bool((given < 0).any()) or not bool((given > 0).any()):
         raise ValueError(f"weights: expected finite, not negative, with a positive sum, got {given.tolist()}")
-    scaled = given / given.max()  # the sum of the largest floats would overflow
-    values: list[float] = (scaled / scaled.sum()).tolist()
-    return values
+    exponent = math.frexp(float(given.max()))[1]  # the sum of the largest floats would overflow
+    values = [math.ldexp(w, -exponent) for w in given.tolist()]
+    total = math.fsum(values)
+    return [w / total for w in values]

@@ -81,3 +81,88 @@ def test_errors() -> None:
         SmallModelDatamodel.fit(members[:6], np.zeros(6))
     with pytest.raises(ValueError, match="kind 'tree'"):
         SmallModelDatamodel.fit(members, np.zeros(12), kind="tree")
+
+
+@pytest.mark.parametrize(
+    ("subsets", "outputs", "settings", "words"),
+    [
+        (np.full((12, 3), 2), np.zeros(12), {}, "subsets: expected membership, 0 or 1 for each sample, got 2"),
+        (np.full((12, 3), np.nan), np.zeros(12), {}, "subsets: expected membership, .* got nan"),
+        (np.ones((12, 3)), np.zeros(12), {}, "subsets: expected different ones"),
+        ([[1], [1, 0]], np.zeros(2), {}, "subsets: expected an array of numbers, got list"),
+        (None, np.zeros(2), {}, "subsets: expected an array of numbers, got NoneType"),
+        (np.zeros((12, 0)), np.zeros(12), {}, r"got \(12, 0\) and \(12, 1\)"),
+        (np.eye(12), np.zeros((12, 0)), {}, r"got \(12, 12\) and \(12, 0\)"),
+        (np.eye(12), np.zeros(12) * 1j, {}, "outputs: expected an array of numbers"),
+        (np.eye(12), ["a"] * 12, {}, "outputs: expected an array of numbers"),
+        (np.eye(12), np.zeros(12), {"held_out": 0}, "held_out: expected a share of the subsets between 0 and 1, got 0"),
+        (np.eye(12), np.zeros(12), {"held_out": np.nan}, "held_out: expected a number between 0 and 1, got nan"),
+        (np.eye(12), np.zeros(12), {"seed": -1}, "seed: expected an integer of at least 0, got -1"),
+        (np.eye(12), np.zeros(12), {"seed": None}, "seed: expected an integer"),
+    ],
+)
+def test_what_cannot_be_fitted_is_named(subsets, outputs, settings, words) -> None:
+    with pytest.raises(ValueError, match=words):
+        SmallModelDatamodel.fit(subsets, outputs, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"subsets": 9}, "at least 10 subsets"),
+        ({"subsets": -1}, "subsets: expected an integer of at least 1, got -1"),
+        ({"subsets": 12.5}, "subsets: expected an integer"),
+        ({"seeds": 0}, "seeds: expected an integer of at least 1, got 0"),
+        ({"share": np.nan}, "share: expected a number between 0 and 1, got nan"),
+        ({"share": 1.5}, "share=1.5: leaves 30 of 20"),
+        ({"kind": "tree"}, "kind 'tree'"),
+        ({"seed": -1}, "seed: expected an integer of at least 0"),
+        ({"samples": 2.5}, "samples: expected an integer"),
+    ],
+)
+def test_nothing_is_trained_for_a_fit_that_must_fail(settings, words) -> None:
+    trained = []
+    with pytest.raises(ValueError, match=words):
+        SmallModelDatamodel.retrain(lambda *args: trained.append(args) or 1.0, **({"samples": 20} | settings))
+    assert not trained
+
+
+@pytest.mark.parametrize(
+    ("train", "words"),
+    [
+        (lambda indices, seed: None, "train: expected an array of numbers, got NoneType"),
+        (lambda indices, seed: np.zeros((2, 2)), r"train: expected outputs \(T,\) of one length, got \(2, 2\)"),
+        (lambda indices, seed: [], r"train: expected outputs \(T,\) of one length, got \(0,\)"),
+        (lambda indices, seed: np.zeros(1 + seed), r"train: expected outputs .* got \(2,\), first \(1,\)"),
+        (lambda indices, seed: [0.0, -np.inf][seed], "train: the outputs of subset 0, seed 1 are not finite"),
+        (lambda indices, seed: np.nan, "train: the outputs of subset 0, seed 0 are not finite"),
+    ],
+)
+def test_a_training_that_fails_is_named_at_once(train, words) -> None:
+    with pytest.raises(ValueError, match=words):
+        SmallModelDatamodel.retrain(train, 20, subsets=12, seeds=2)
+
+
+def test_samples_of_which_nothing_is_known_have_no_score() -> None:
+    rng = np.random.default_rng(0)
+    members = random_subsets(20, 80, 0.5)
+    members[:, 3], members[:, 4] = False, True
+    truth = rng.normal(size=20)
+    model = SmallModelDatamodel.fit(members, members @ truth)
+    assert np.flatnonzero(np.isnan(model.scores[:, 0])).tolist() == [3, 4]
+    np.testing.assert_allclose(model.predict(members)[:, 0], members @ truth, atol=0.05)
+    assert model.predict(members[0]).shape == (1,)
+    with pytest.raises(ValueError, match=r"subsets: expected membership \(m, 20\), got shape \(80, 19\)"):
+        model.predict(members[:, 1:])
+
+
+def test_a_training_may_do_what_it_likes_with_its_indices() -> None:
+    seen = []
+
+    def train(indices, seed):
+        seen.append(indices.copy())
+        indices[:] = 0
+        return float(seed)
+
+    SmallModelDatamodel.retrain(train, 20, subsets=12, seeds=2)
+    assert all((a == b).all() for a, b in zip(seen[::2], seen[1::2], strict=True))

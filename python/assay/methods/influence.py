@@ -35,7 +35,7 @@ class Kernel:
 
     Attributes:
         damping: λ of R = ΦᵀΦ/n + λI, in units of the mean diagonal of ΦᵀΦ/n; None: no second moment, M = I.
-        blocks: R by parameter instead of over the whole feature; each is damped by its own diagonal (``damping_units``).
+        blocks: R by parameter instead of over the whole feature; each is damped by its own, see ``damping_units``.
         whiten: features are multiplied by R^(−1/2) before they are normalised; otherwise M = R⁻¹.
         target_share: R also holds this share of the targets' second moment (whiten only).
         normalize: features of length 1.
@@ -359,8 +359,8 @@ def _solve(moment: Tensor, queries: Tensor, damping: float) -> Tensor:
     factor, failed = torch.linalg.cholesky_ex(_damped(moment, damping))
     if int(failed):
         raise ValueError(
-            f"the second moment of {len(moment)} numbers is singular with damping {damping} (λ): give a larger damping, "
-            "a smaller sketch, or more samples of the pool"
+            f"the second moment of {len(moment)} numbers is singular with damping {damping} (λ): give a larger one, a "
+            "smaller sketch, or more samples of the pool"
         )
     solved: Tensor = torch.cholesky_solve(queries.T, factor)
     return solved.transpose(0, 1)

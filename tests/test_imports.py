@@ -23,15 +23,16 @@ MAY_IMPORT = {
     "corpus": {"_lazy", "_version", "ops"},
     "select": {"_lazy"},
     "methods": {"ops", "probe", "tasks", "_lazy"},
+    "retrain": {"methods", "ops", "probe", "tasks", "_lazy"},
     "scoring": {"corpus", "methods"},
     "recipe": {"corpus", "methods", "ops", "tasks", "_lazy"},
     "engine": {"corpus", "methods", "ops", "probe", "recipe", "tasks", "_lazy", "_version"},
     "curate": {"corpus", "select", "_version"},
-    "demo": {"corpus", "curate", "engine", "methods", "ops", "probe", "recipe", "select", "tasks", "_lazy"},
+    "demo": {"corpus", "curate", "engine", "methods", "ops", "probe", "recipe", "retrain", "select", "tasks", "_lazy"},
     "cli": {"corpus", "curate", "engine", "recipe", "ops", "demo", "select", "__init__"},
     "__main__": {"cli"},
     "_version": set(),
-    "__init__": {"_version", "methods", "ops", "probe", "scoring", "select", "tasks"},
+    "__init__": {"_version", "methods", "ops", "probe", "retrain", "scoring", "select", "tasks"},
 }
 
 

@@ -21,7 +21,8 @@ from sklearn.neighbors import KNeighborsClassifier
 
 import assay
 from assay.demo.digits import network, train
-from assay.methods import GradMimic, ensemble_scores, out_of_fold
+from assay.methods import GradMimic, ensemble_scores
+from assay.retrain import out_of_fold
 from benchmarks.timing import write
 
 SEEDS = 3

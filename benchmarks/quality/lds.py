@@ -41,9 +41,9 @@ from assay.methods import (
     InfluenceDistillation,
     Kernel,
     LoGra,
-    SmallModelDatamodel,
     TrackStar,
 )
+from assay.retrain import SmallModelDatamodel
 from assay.tasks import Classification
 from benchmarks.timing import RESULTS, write
 

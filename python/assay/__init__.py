@@ -5,7 +5,7 @@ Scores every sample of a corpus with the models you already have, and selects by
 
 import logging
 
-from assay import methods, ops, select, tasks
+from assay import methods, ops, retrain, select, tasks
 from assay._version import __version__
 from assay.ops import Kronecker, Mask, Rademacher, Sparse
 from assay.ops._backend import backend
@@ -22,6 +22,7 @@ __all__ = [
     "backend",
     "methods",
     "ops",
+    "retrain",
     "score",
     "select",
     "tasks",

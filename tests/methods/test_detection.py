@@ -11,7 +11,8 @@ from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier
 
 import assay
-from assay.methods import GradMimic, ensemble_scores, out_of_fold
+from assay.methods import GradMimic, ensemble_scores
+from assay.retrain import out_of_fold
 from assay.tasks import Classification
 from tests.methods.data import mlp, noisy_digits, train
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import assay
 from assay.methods import EKFAC, LESS, TRAK, AdamState, DsDm, LoGra, Scorer, TrackStar
-from assay.methods.influence import Influence
+from assay.methods.influence import Influence, damping_units
 from assay.probe import Probe
 from assay.tasks import CausalLM, Classification
 
@@ -214,6 +214,69 @@ def test_ekfac_of_a_layer_whose_curvature_factors_is_exact() -> None:
     inverse = rotation @ torch.diag(1 / (values + 0.1 * values.mean())) @ rotation.T
     torch.testing.assert_close(got["ekfac"], phi @ inverse @ phi[:5].mean(0), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(got["ekfac_self"], ((phi @ inverse) * phi).sum(1), rtol=1e-3, atol=1e-3)
+
+
+def test_ekfac_of_a_float64_model_is_float64() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 4, bias=False).double()
+    x, y = torch.randn(50, 3).double() + 100, torch.randint(4, (50,))  # float32 moments lose the spread about the mean
+    method = EKFAC(model, Classification(), {"t": [(x[:5], y[:5])]}, true_fisher=False).fit([(x, y)])
+    phi = gradients(model, x, y).view(50, 4, 3)
+    basis = method._bases["weight"]
+    rotated = basis.left.T @ phi @ basis.right
+    mean = rotated.square().mean(0)
+    torch.testing.assert_close(basis.right.T @ x.T @ x @ basis.right, torch.diag(torch.linalg.eigvalsh(x.T @ x)))
+    torch.testing.assert_close(basis.values, mean + 0.1 * mean.mean(), rtol=1e-9, atol=0)
+    want = basis.left @ (rotated[:5].mean(0) / (mean + 0.1 * mean.mean())) @ basis.right.T
+    torch.testing.assert_close(method._directions["t"]["weight"], want, rtol=1e-9, atol=1e-12)
+
+
+def test_ekfac_with_an_absolute_damping(problem) -> None:
+    models, (x, y), target = problem
+    method = EKFAC(
+        models[0], Classification(), {"t": [target]}, damping=1e-3, absolute_damping=True, true_fisher=False
+    ).fit([(x, y)])
+    assert method.metadata()["damping"] == "0.001 absolute"
+    phi = gradients(models[0], x, y)
+    bias, third = method._bases["2.bias"].values, phi[:, -3:]  # the last parameter; the diagonal E[g²]
+    torch.testing.assert_close(bias.double(), third.square().mean(0) + 1e-3, rtol=1e-5, atol=1e-7)
+    for wrong in (-0.1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="damping: expected a finite number, not negative"):
+            EKFAC(models[0], Classification(), {"t": [target]}, damping=wrong)
+
+
+def test_noise_is_damped_in_units_of_its_layer() -> None:
+    names = ["a.key.weight", "a.key.bias", "b.weight", "b.bias", "c.bias"]
+    assert damping_units(names, [1e-6, 1e-19, 2.0, 0.0, 1e-30]) == [1e-6, 1e-10, 2.0, 0.0, 1e-30]
+    assert damping_units(["w.weight", "w.bias"], [0.01, 1.0]) == [0.01, 1.0]
+
+
+@pytest.mark.parametrize("kind", ["ekfac", "logra", "trackstar"])
+def test_gradients_that_are_0_but_for_rounding_stay_so(kind: str) -> None:
+    """The key biases of attention: their noise in float32 is not that in float64, and must not be seen."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, num_labels=3
+    )
+    model = transformers.BertForSequenceClassification(config).eval()
+    ids, y = torch.randint(50, (20, 8)), torch.randint(3, (20,))
+    pool = [({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, y)]
+    target = {"t": [({"input_ids": ids[:4], "attention_mask": torch.ones_like(ids[:4])}, y[:4])]}
+
+    def scores() -> Tensor:
+        method: Influence | EKFAC
+        if kind == "ekfac":
+            method = EKFAC(model, Classification(), target, true_fisher=False)
+        else:
+            form = LoGra if kind == "logra" else TrackStar
+            method = form([model], Classification(), target, sketch=assay.Kronecker(8, 8))
+        return torch.tensor(assay.score(pool, [method.fit(pool)])[kind].to_pylist())
+
+    single = scores()
+    model.double()
+    double = scores()
+    torch.testing.assert_close(single, double, rtol=0, atol=2e-5 * float(double.abs().max()))
 
 
 def test_ekfac_with_drawn_labels_and_a_bias(problem) -> None:

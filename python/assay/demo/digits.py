@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from assay import select
 from assay._lazy import require
 from assay.corpus.tables import make_table
-from assay.methods import Column, ensemble_scores, out_of_fold
+from assay.methods import Column, ensemble_scores
 from assay.methods.ensemble import PREDICTION, STATISTICS
 from assay.methods.label_quality import COLUMNS as LABEL_QUALITY
+from assay.retrain import out_of_fold
 
 NOISE = 0.3
 TEST, TRUSTED = (

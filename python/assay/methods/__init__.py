@@ -2,7 +2,6 @@
 
 from assay.methods.adam import AdamState
 from assay.methods.base import Column, Method, Need
-from assay.methods.datamodel import SmallModelDatamodel
 from assay.methods.dsdm import DsDm
 from assay.methods.ekfac import EKFAC
 from assay.methods.ensemble import Ensemble, ensemble_scores
@@ -12,7 +11,6 @@ from assay.methods.influence_distillation import InfluenceDistillation
 from assay.methods.label_quality import label_quality, model_weights
 from assay.methods.less import LESS
 from assay.methods.logra import LoGra
-from assay.methods.out_of_fold import OutOfFold, out_of_fold
 from assay.methods.scorer import Scorer
 from assay.methods.trackstar import TrackStar
 from assay.methods.trak import TRAK
@@ -32,12 +30,9 @@ __all__ = [
     "LoGra",
     "Method",
     "Need",
-    "OutOfFold",
     "Scorer",
-    "SmallModelDatamodel",
     "TrackStar",
     "ensemble_scores",
     "label_quality",
     "model_weights",
-    "out_of_fold",
 ]

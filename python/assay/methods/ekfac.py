@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from assay.methods.base import Column, Method, Need
-from assay.methods.influence import Targets
+from assay.methods.influence import Targets, damping_units
 from assay.probe import Convolution, Dot, Outer, PerSampleGradient, Probe, Reduction, Signals, tapped_parameters
 from assay.probe.head import Head
 from assay.tasks import Sampled, Task
@@ -29,7 +29,11 @@ class EKFAC(Method):
     moments of a layer's inputs and output gradients, Λ = E[(Q_Gᵀ g Q_A)²] (equation 20 of the paper). A convolution is
     a matrix over its unfolded windows. Biases, grouped convolutions, whatever else is no sum of outer products, and
     matrices with a side beyond 16,384 (vocabularies) have the diagonal E[g²]. Samples whose gradient is not finite are
-    left out of every mean.
+    left out of every mean. Moments and eigenvectors of a float64 model are float64, of any other float32.
+
+    The second moments are over positions whose gradient is not 0. The paper's are over all tokens, kronfluence's over
+    those of the attention mask. A position without gradient adds nothing to the curvature, and counting it in the
+    inputs' moment alone would make scores depend on how far a batch is padded.
 
     ``fit`` must run first, over samples of the pool, twice. The target's gradient is preconditioned once, so that the
     pool costs one ``grad_dot`` per layer.
@@ -42,7 +46,8 @@ class EKFAC(Method):
         task: its loss is differentiated.
         targets: batches by name; None: self-influence only.
         self_influence: give ``ekfac_self`` too.
-        damping: λ in units of each layer's mean Λ; 0.1 in the paper.
+        damping: λ in units of each parameter's mean Λ (see ``influence.damping_units``); 0.1 in the paper.
+        absolute_damping: ``damping`` is λ itself, the same for all parameters (kronfluence's 1e-8, say).
         true_fisher: take the second moments with labels drawn from the model (the Gauss-Newton matrix), as the paper
             does; False: with the data's own labels.
         layers, name, skip_unsupported: as in ``Influence``.
@@ -58,6 +63,7 @@ class EKFAC(Method):
         *,
         self_influence: bool = False,
         damping: float = 0.1,
+        absolute_damping: bool = False,
         true_fisher: bool = True,
         layers: str | Sequence[str] | None = None,
         name: str = "ekfac",
@@ -65,9 +71,11 @@ class EKFAC(Method):
     ) -> None:
         if not targets and not self_influence:
             raise ValueError(f"{name}: nothing to compute; give targets, or self_influence=True")
+        if not 0 <= damping < float("inf"):
+            raise ValueError(f"{name}: damping: expected a finite number, not negative, got {damping}")
         self.name, self.model, self.task = name, model, task
         self.targets, self.self_influence = dict(targets or {}), self_influence
-        self.damping, self.true_fisher = damping, true_fisher
+        self.damping, self.absolute_damping, self.true_fisher = damping, absolute_damping, true_fisher
         self.parameters = tapped_parameters(model, layers, skip_unsupported=skip_unsupported)
         self._bases: dict[str, _Basis] = {}
         self._directions: dict[str, Mapping[str, Tensor]] = {}
@@ -104,8 +112,10 @@ class EKFAC(Method):
         self._bases = moments.bases()
         eigenvalues = _Eigenvalues(self._bases)
         count = self._run(eigenvalues, batches, drawn=self.true_fisher)
-        for name, basis in self._bases.items():
-            basis.finish(count - eigenvalues.left_out[name], self.damping)
+        means = [basis.average(count - eigenvalues.left_out[name]) for name, basis in self._bases.items()]
+        units = [1.0] * len(means) if self.absolute_damping else damping_units(self._bases, means)
+        for basis, unit in zip(self._bases.values(), units, strict=True):
+            basis.damp(self.damping * unit)
         for target, of_target in self.targets.items():
             sums = _Sum(self.parameters)
             count = self._run(sums, of_target)
@@ -144,7 +154,7 @@ class EKFAC(Method):
         kronecker = sum(basis.left is not None for basis in self._bases.values())
         return {
             "targets": ", ".join(self.targets),
-            "damping": str(self.damping),
+            "damping": f"{self.damping}" + (" absolute" if self.absolute_damping else ""),
             "fisher": "labels drawn from the model" if self.true_fisher else "the data's labels",
             "factored_parameters": f"{kronecker} of {len(self._bases)}",
         }
@@ -156,7 +166,7 @@ class _Basis:
 
     left: Tensor | None
     right: Tensor | None
-    values: Tensor | None = None  # sums of squares, then Λ + λ
+    values: Tensor | None = None  # sums of squares, then Λ, then Λ + λ
 
     def rotate(self, gradient: Tensor) -> Tensor:
         """(B, *shape) or *shape -> the same in the eigenbasis."""
@@ -175,12 +185,18 @@ class _Basis:
             else:
                 yield self.rotate(part.dense().reshape(-1, len(self.left), len(self.right)))
 
-    def finish(self, count: int, damping: float) -> None:
-        if self.values is None:  # never used
+    def average(self, count: int) -> float:
+        """Sums of squares over ``count`` samples become Λ -> its mean, 0 if the parameter is never used."""
+        if self.values is None:
+            return 0.0
+        self.values = self.values / max(count, 1)
+        return float(self.values.mean())
+
+    def damp(self, damping: float) -> None:
+        """Λ becomes Λ + λ."""
+        if self.values is None:
             return
-        mean = self.values / max(count, 1)
-        scale = float(mean.mean())
-        self.values = mean + damping * scale
+        self.values = self.values + damping
         # Without damping, where no sample has a gradient: such a coordinate has no influence either.
         self.values[self.values == 0] = torch.inf
 
@@ -201,16 +217,18 @@ class _Moments:
     parameters: Collection[str]
     left: dict[str, Tensor] = field(default_factory=dict)
     right: dict[str, Tensor] = field(default_factory=dict)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     other: set[str] = field(default_factory=set)
 
     def __call__(self, parameter: str, gradient: PerSampleGradient) -> Tensor:
         if (factors := _factors(gradient)) is not None:
             finite = _finite(factors)
-            left, right = (side[finite].flatten(0, 1).float() for side in (factors.left, factors.right))
+            left, right = (_wide(side[finite].flatten(0, 1)) for side in (factors.left, factors.right))
             has_gradient = (left != 0).any(1) & (right != 0).any(1)
             for sums, rows in ((self.left, left[has_gradient]), (self.right, right[has_gradient])):
                 moment = (rows.T @ rows).double()
                 sums[parameter] = sums[parameter] + moment if parameter in sums else moment
+            self.dtypes[parameter] = left.dtype
         else:
             self.other.add(parameter)
         return torch.zeros(gradient.samples)
@@ -218,7 +236,8 @@ class _Moments:
     def bases(self) -> dict[str, _Basis]:
         bases = {name: _Basis(None, None) for name in self.parameters}
         for name in self.left.keys() - self.other:
-            bases[name] = _Basis(_eigenvectors(self.left[name]), _eigenvectors(self.right[name]))
+            left, right = (torch.linalg.eigh(moments[name]).eigenvectors for moments in (self.left, self.right))
+            bases[name] = _Basis(left.to(self.dtypes[name]), right.to(self.dtypes[name]))
         return bases
 
 
@@ -258,7 +277,7 @@ class _Sum:
             term = part.terms[0]
             if isinstance(term, Outer) and len(part.terms) == 1:  # one product for all samples
                 finite = _finite(term)
-                left, right = (side[finite].flatten(0, 1).float() for side in (term.left, term.right))
+                left, right = (_wide(side[finite].flatten(0, 1)) for side in (term.left, term.right))
                 total = (left.T @ right).reshape(gradient.shape)
             else:
                 dense = part.dense()
@@ -301,10 +320,10 @@ def _factors(gradient: PerSampleGradient) -> Outer | None:
 
 def _finite(factors: Outer) -> Tensor:
     """(B,) bool: the samples whose gradient is finite, by a bound of its norm that takes no product of the factors."""
-    left, right = (side.float().square().flatten(1).sum(1) for side in (factors.left, factors.right))
+    left, right = (_wide(side).square().flatten(1).sum(1) for side in (factors.left, factors.right))
     return (left * right).isfinite()
 
 
-def _eigenvectors(moment: Tensor) -> Tensor:
-    vectors: Tensor = torch.linalg.eigh(moment).eigenvectors
-    return vectors.float()
+def _wide(side: Tensor) -> Tensor:
+    """float64 as it is, everything else in float32."""
+    return side if side.dtype == torch.float64 else side.float()

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from assay import ops
-from assay.methods import label_quality as quality
 from assay.methods.base import Column, Method, Need
+from assay.methods.label_quality import COLUMNS as LABEL_QUALITY
+from assay.methods.label_quality import label_quality
+from assay.methods.weights import shares
 from assay.probe import Signals
 from assay.tasks import Classification, Task
 
@@ -39,7 +41,7 @@ class Ensemble(Method):
 
     Args:
         models: K modules of any architectures over the same classes or vocabulary. To find wrong labels they must not
-            have been trained on the samples they judge: see ``out_of_fold``.
+            have been trained on the samples they judge: see ``retrain.out_of_fold``.
         task: what a sample and a label are.
         weights: (K,), not negative; None: equal. ``label_quality.model_weights`` finds them from accuracy or log loss.
         name: prefix of the columns.
@@ -55,17 +57,16 @@ class Ensemble(Method):
     ) -> None:
         if not models:
             raise ValueError("Ensemble: expected at least one model, got none")
-        if weights is not None and len(weights) != len(models):
-            raise ValueError(f"Ensemble: expected one weight per model, {len(models)}, got {len(weights)}")
+        shares(weights, len(models))  # an error now, not after the models have run
         self.name = name
         self.models = list(models)
         self.task = task
-        self.weights = list(weights) if weights is not None else None
+        self.weights = [float(w) for w in weights] if weights is not None else None
         self._per_sample = isinstance(task, Classification)
 
     @property
     def columns(self) -> Sequence[Column]:
-        extra = (PREDICTION, *quality.COLUMNS) if self._per_sample else ()
+        extra = (PREDICTION, *LABEL_QUALITY) if self._per_sample else ()
         return [Column(f"{self.name}_{c.name}", c.keep, c.description) for c in (*STATISTICS, *extra)]
 
     def needs(self) -> Mapping[str, Need]:
@@ -111,7 +112,7 @@ class Ensemble(Method):
 def ensemble_scores(
     logits: Sequence[Tensor], labels: Tensor, weights: Sequence[float] | None = None, *, classes: bool = True
 ) -> dict[str, Tensor]:
-    """The ensemble's columns (without prefix) from logits at hand, such as ``out_of_fold``'s.
+    """The ensemble's columns (without prefix) from logits at hand, such as ``retrain.out_of_fold``'s.
 
     Args:
         logits: (K, N, C) or K tensors (N, C).
@@ -128,7 +129,7 @@ def ensemble_scores(
         assert stats.prediction is not None
         prediction = stats.prediction.float()
         scores["prediction"] = prediction.masked_fill(prediction < 0, torch.nan)
-        scores |= quality.label_quality(list(logits), labels, weights if weights is not None else "uniform")
+        scores |= label_quality(logits, labels, weights if weights is not None else "uniform")
     return scores
 
 

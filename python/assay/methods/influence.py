@@ -8,7 +8,6 @@ to length 1, in how checkpoints and targets are averaged. ``Influence`` has thes
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from assay.methods.base import Column, Method, Need
+from assay.methods.weights import shares
 from assay.ops import Mask, Sketch
 from assay.probe import Feature, Probe, Signals, Sketched, tapped_parameters
 from assay.tasks import Task
@@ -27,6 +27,8 @@ Targets = Mapping[str, Iterable[Any]]
 
 # Second moments are held in double: this much of them at most. Factoring one takes as much again.
 MOMENT_BYTES = 8 << 30
+# λ's unit is at least this share of the largest mean in the same layer.
+LAYER_FLOOR = 1e-4
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Kernel:
 
     Attributes:
         damping: λ of R = ΦᵀΦ/n + λI, in units of the mean diagonal of ΦᵀΦ/n; None: no second moment, M = I.
-        blocks: R by parameter instead of over the whole feature; each block is damped by its own diagonal.
+        blocks: R by parameter instead of over the whole feature; each is damped by its own, see ``damping_units``.
         whiten: features are multiplied by R^(−1/2) before they are normalised; otherwise M = R⁻¹.
         target_share: R also holds this share of the targets' second moment (whiten only).
         normalize: features of length 1.
@@ -70,7 +72,7 @@ class Influence(Method):
         skip_unsupported: leave out layers that cannot be tapped exactly, instead of raising.
 
     Raises:
-        ValueError: no model, no target, models of different parameters.
+        ValueError: no model, no target, models of different parameters, weights as in ``Ensemble``.
     """
 
     uses_pool: ClassVar[bool] = True
@@ -95,10 +97,7 @@ class Influence(Method):
             raise ValueError(f"{name}: expected at least one checkpoint, got none")
         if not self.targets:
             raise ValueError(f"{name}: expected at least one target, got none")
-        given = [1.0] * len(self.models) if weights is None else [float(w) for w in weights]
-        if len(given) != len(self.models) or min(given) < 0 or not sum(given) > 0:
-            raise ValueError(f"{name}: expected {len(self.models)} weights, not negative, got {given}")
-        self.weights = [w / math.fsum(given) for w in given]
+        self.weights = shares(weights, len(self.models))
         self.parameters = tapped_parameters(self.models[0], layers, skip_unsupported=skip_unsupported)
         self.shapes = _shapes(self.models[0], self.parameters)
         for k, model in enumerate(self.models[1:], 1):
@@ -160,7 +159,9 @@ class Influence(Method):
             share = self.kernel.target_share
             for k, blocks in enumerate(moments if share else []):
                 moments[k] = [(1 - share) * r + share * t for r, t in zip(blocks, self._target_moments(k), strict=True)]
-            self._roots = [[_inverse_root(r, self.kernel.damping) for r in blocks] for blocks in moments]
+            self._roots = [
+                [_inverse_root(r, λ) for r, λ in zip(blocks, self._dampings(blocks), strict=True)] for blocks in moments
+            ]
             self._queries = [self._target_means(k) for k in range(len(self.models))]
         else:
             self._queries = [self._solve(self._target_means(k), blocks) for k, blocks in enumerate(moments)]
@@ -205,11 +206,16 @@ class Influence(Method):
         return [slice(0, feature.size)]
 
     def _solve(self, queries: Tensor, blocks: list[Tensor]) -> Tensor:
-        assert self.kernel.damping is not None
-        parts = [
-            _solve(r, queries[:, place], self.kernel.damping) for place, r in zip(self._blocks(), blocks, strict=True)
-        ]
+        places, dampings = self._blocks(), self._dampings(blocks)
+        parts = [_solve(r, queries[:, place], λ) for place, r, λ in zip(places, blocks, dampings, strict=True)]
         return torch.cat(parts, 1)
+
+    def _dampings(self, blocks: list[Tensor]) -> list[float]:
+        """λ of each block."""
+        assert self.kernel.damping is not None
+        means = [float(r.diagonal().mean()) for r in blocks]
+        names = self.parameters if len(blocks) == len(self.parameters) else [self.name] * len(blocks)
+        return [self.kernel.damping * unit for unit in damping_units(names, means)]
 
     def _probe(self, k: int, *, target: bool) -> Probe:
         return Probe(self.models[k], self.task, reductions={"feature": self.feature(k, target=target)}, logits=False)
@@ -341,18 +347,34 @@ def _shapes(model: nn.Module, parameters: Sequence[str]) -> dict[str, tuple[int,
     return {name: tuple(known[name].shape) for name in parameters if name in known}
 
 
+def damping_units(parameters: Iterable[str], means: Sequence[float]) -> list[float]:
+    """What λ is measured in, per parameter: the mean of its block, but at least 1e-4 of the largest among the same
+    layer's parameters; 0 where the block is 0 throughout.
+
+    Some gradients are 0 but for rounding, an attention key's bias for one (the softmax does not see it). In units of
+    its own mean such noise would weigh as much as any other block. Beside the layer's other gradients it stays noise.
+    The whole model's largest block is no such measure: in a fresh BERT the queries' mean is 1e-12 of it, and the key
+    bias's noise, in float32, 1e-13 of the queries'. A block above a hundredth of its layer's gradient keeps its mean.
+    """
+    layers = [name.rpartition(".")[0] for name in parameters]
+    largest: dict[str, float] = {}
+    for layer, mean in zip(layers, means, strict=True):
+        largest[layer] = max(largest.get(layer, 0.0), mean)
+    floors = [LAYER_FLOOR * largest[layer] for layer in layers]
+    return [max(mean, floor) if mean > 0 else 0.0 for mean, floor in zip(means, floors, strict=True)]
+
+
 def _damped(moment: Tensor, damping: float) -> Tensor:
-    """moment + λI, λ in units of the mean diagonal; a layer whose gradient is 0 throughout gets I."""
-    scale = float(moment.diagonal().mean())
+    """moment + λI; a layer whose gradient is 0 throughout gets I."""
     identity = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-    return moment + damping * scale * identity if scale > 0 else identity
+    return moment + damping * identity if bool((moment.diagonal() > 0).any()) else identity
 
 
 def _solve(moment: Tensor, queries: Tensor, damping: float) -> Tensor:
     factor, failed = torch.linalg.cholesky_ex(_damped(moment, damping))
     if int(failed):
         raise ValueError(
-            f"the second moment of {len(moment)} numbers is singular with damping {damping}: give a larger damping, a "
+            f"the second moment of {len(moment)} numbers is singular with damping {damping} (λ): give a larger one, a "
             "smaller sketch, or more samples of the pool"
         )
     solved: Tensor = torch.cholesky_solve(queries.T, factor)

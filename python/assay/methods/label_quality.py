@@ -1,27 +1,33 @@
 """Label-quality scores of classifiers' predictions: per model, then averaged over models.
 
 The scores and the weighting schemes are cleanlab's (Northcutt, Jiang & Chuang, 1911.00068; the ensemble form of Kuan &
-Mueller, "Model-agnostic label quality scoring", 2022), and equal its numbers; they are computed from
-``ops.ensemble_stats`` without a probability matrix.
+Mueller, "Model-agnostic label quality scoring", 2022), and equal its numbers wherever cleanlab keeps to its formulas.
+Its floor of 1e-6 under p_y, under x and under the probabilities of a log loss is not copied: it makes
+log(1 + x)/x fall to 0 as x does, where the limit is 1, so that the surest right labels rank below the surest wrong
+ones. Everything is computed in float64, from log-probabilities, which keep what a probability near 0 or 1 loses.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from assay import ops
 from assay.methods.base import Column
+from assay.methods.weights import shares
 
 Weighting = Literal["uniform", "accuracy", "log_loss"]
 
-# cleanlab's constants: the floor under a probability, and the exponents tried for log-loss weights.
-FLOOR = 1e-6
+# The exponents tried for log-loss weights, as in cleanlab.
 LOG_LOSS_EXPONENTS = (1e-4, 1e-3, 1e-2, 1e-1, 1e0, 1e1, 1e2, 2e2)
+# The threshold of a class that labels no row, as in cleanlab: above every probability, so that it is nobody's rival.
+UNSEEN_CLASS = 2.0
+# Numbers of a model's logits that are in float64 at a time.
+_CHUNK = 1 << 20
 
 COLUMNS = (
     Column("self_confidence", "high", "Σ_k w_k p_k,y: the models' own probability of the label"),
@@ -35,70 +41,148 @@ COLUMNS = (
 
 
 def label_quality(
-    logits: Sequence[Tensor], labels: Tensor, weights: Sequence[float] | Weighting = "uniform"
+    logits: Tensor | Sequence[Tensor],
+    labels: Tensor,
+    weights: Sequence[float] | Tensor | Weighting = "uniform",
+    *,
+    adjust_pred_probs: bool = False,
 ) -> dict[str, Tensor]:
     """Three scores per row in [0, 1], high where the label looks right.
 
     Args:
-        logits: K tensors (N, C), as for ``ops.ensemble_stats``. Out-of-fold ones (see ``out_of_fold``), if the models
-            were trained on these labels: in-sample predictions have learned the wrong labels too.
-        labels: (N,) int64; rows at −100 are NaN.
+        logits: (K, N, C) or K tensors (N, C), as for ``ops.ensemble_stats``; log-probabilities are logits too.
+            Out-of-fold ones (``retrain.out_of_fold``), if the models were trained on these labels: in-sample
+            predictions have learned the wrong labels too.
+        labels: (N,) int64; rows at −100 are NaN, as are rows with a NaN or +inf logit.
         weights: one per model, or how to find them: see ``model_weights``.
+        adjust_pred_probs: against class imbalance, take off each class's mean self-confidence t_c (over the rows
+            labelled c, per model) first: p_c becomes (p_c − t_c + max t) / Σ_c (p_c − t_c + max t).
 
     Returns:
-        ``self_confidence``, ``normalized_margin``, ``confidence_weighted_entropy``, each (N,) float32.
+        ``self_confidence``, ``normalized_margin``, ``confidence_weighted_entropy``, each (N,) float32. The last has
+        no adjusted form and is left out with ``adjust_pred_probs``.
+
+    Raises:
+        TypeError, ValueError, IndexError: no logits, shapes that differ, labels outside [0, C), or weights that are
+            not one finite number ≥ 0 per model with a positive sum.
     """
-    shares = model_weights(logits, labels, weights) if isinstance(weights, str) else list(weights)
-    if len(shares) != len(logits):
-        raise ValueError(f"weights: expected one per model, {len(logits)}, got {len(shares)}")
-    total = math.fsum(shares)
-    scores = {column.name: torch.zeros(len(labels), device=labels.device) for column in COLUMNS}
-    for z, share in zip(logits, shares, strict=True):
-        stats = ops.ensemble_stats([z], labels, fields=("nll", "margin", "entropy"))
-        assert stats.nll is not None
-        assert stats.margin is not None
-        assert stats.entropy is not None
-        p = (-stats.nll).exp()
-        x = stats.entropy / math.log(max(2, z.shape[1])) / p.clamp(min=FLOOR)
-        per_model = (p, (stats.margin + 1) / 2, torch.log1p(x) / x.clamp(min=FLOOR))
-        for column, value in zip(COLUMNS, per_model, strict=True):
-            scores[column.name] += share / total * value
-    return scores
+    models, labels = _tensors(logits, labels)
+    defined = _defined(models, labels)
+    share = model_weights(models, labels, weights) if isinstance(weights, str) else shares(weights, len(models))
+    columns = COLUMNS[:2] if adjust_pred_probs else COLUMNS
+    total = torch.zeros(len(columns), len(labels), dtype=torch.float64, device=labels.device)
+    for z, weight in zip(models, share, strict=True):
+        thresholds = _thresholds(z, labels, defined) if adjust_pred_probs else None
+        parts = [_scores(part, y, thresholds) for part, y in _chunks(z, labels)]
+        total += weight * torch.cat(parts, 1)[: len(columns)]
+    total = total.masked_fill(~defined, torch.nan).float()
+    return {column.name: row for column, row in zip(columns, total, strict=True)}
 
 
-def model_weights(logits: Sequence[Tensor], labels: Tensor, by: Weighting) -> list[float]:
+def model_weights(logits: Tensor | Sequence[Tensor], labels: Tensor, by: Weighting) -> list[float]:
     """One weight per model, summing to 1, from how well it predicts the given labels.
 
     ``uniform``; ``accuracy``: in proportion to accuracy; ``log_loss``: in proportion to exp(−t · log loss), with the t
-    of ``LOG_LOSS_EXPONENTS`` whose average of probabilities has the lowest log loss.
+    of ``LOG_LOSS_EXPONENTS`` whose average of probabilities has the lowest log loss. A model that gives a label
+    probability 0 has an infinite log loss and weight 0. Rows that ``label_quality`` leaves NaN have no say.
+
+    Raises:
+        ValueError: an unknown name, nothing to fit on, or models that are all at the worst possible value.
     """
+    models, labels = _tensors(logits, labels)
     if by == "uniform":
-        return [1 / len(logits)] * len(logits)
-    seen = labels >= 0
-    y = labels[seen]
-    if not len(y):
+        return shares(None, len(models))
+    if by not in ("accuracy", "log_loss"):
+        raise ValueError(f"weights: expected 'uniform', 'accuracy', 'log_loss' or one number per model, got {by!r}")
+    seen = _defined(models, labels)
+    if not bool(seen.any()):
         raise ValueError(f"weights={by!r} need labelled rows to fit on; got none")
     if by == "accuracy":
-        accuracy = [float((z[seen].argmax(1) == y).double().mean()) for z in logits]
-        return _shares(accuracy)
-    if by != "log_loss":
-        raise ValueError(f"weights: expected 'uniform', 'accuracy', 'log_loss' or one number per model, got {by!r}")
-    probabilities = [z[seen].double().softmax(1) for z in logits]
-    losses = []
-    for p in probabilities:
-        p = p.clamp(min=FLOOR)
-        losses.append(_log_loss(p / p.sum(1, keepdim=True), y))
-    tried = [_shares([math.exp(-t * (loss - min(losses))) for loss in losses]) for t in LOG_LOSS_EXPONENTS]
-    mixtures = [sum(w * p for w, p in zip(shares, probabilities, strict=True)) for shares in tried]
-    quality = [_log_loss(torch.as_tensor(mixture), y) for mixture in mixtures]
+        accuracy = [float((z[seen].argmax(1) == labels[seen]).double().mean()) for z in models]
+        if not any(accuracy):
+            raise ValueError("weights='accuracy': no model predicts a single label right; use 'uniform' or 'log_loss'")
+        return shares(accuracy, len(models))
+    own = torch.stack([torch.cat([_own(part, y) for part, y in _chunks(z, labels)])[seen] for z in models])
+    losses = -own.mean(1)
+    if bool(losses.isinf().all()):
+        raise ValueError(
+            "weights='log_loss': every model gives some label probability 0, which is an infinite loss; use 'uniform' "
+            "or 'accuracy', or put a floor under the logits"
+        )
+    tried = [shares((-t * (losses - losses.min())).exp(), len(models)) for t in LOG_LOSS_EXPONENTS]
+    mixtures = [(own + own.new_tensor(weights).log()[:, None]).logsumexp(0) for weights in tried]
+    quality = [float(-mixture.mean()) for mixture in mixtures]
     return tried[quality.index(min(quality))]
 
 
-def _shares(values: Sequence[float]) -> list[float]:
-    total = math.fsum(values)
-    return [v / total for v in values] if total > 0 else [1 / len(values)] * len(values)
+def _tensors(logits: Any, labels: Any) -> tuple[list[Tensor], Tensor]:
+    """K logits and the labels as tensors (NumPy arrays and lists are taken)."""
+    whole = isinstance(logits, Tensor) and logits.ndim == 2
+    if not whole and not hasattr(logits, "__len__"):
+        raise TypeError(f"logits: expected (K, N, C) or K tensors (N, C), got {type(logits).__name__}")
+    models = [_tensor(z, f"logits[{k}]") for k, z in enumerate([logits] if whole else logits)]
+    return models, _tensor(labels, "labels")
 
 
-def _log_loss(p: Tensor, y: Tensor) -> float:
-    tiny = torch.finfo(p.dtype).eps
-    return float(-p.gather(1, y[:, None]).clamp(min=tiny).log().mean())
+def _tensor(value: Any, name: str) -> Tensor:
+    try:
+        return torch.as_tensor(value).detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}") from None
+
+
+def _defined(models: list[Tensor], labels: Tensor) -> Tensor:
+    """(N,) bool: rows with a label and logits that make probabilities. Checks shapes, types and labels on the way."""
+    nll = ops.ensemble_stats(models, labels, fields=("nll",)).nll
+    assert nll is not None
+    return ~nll.isnan()
+
+
+def _chunks(z: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some rows at a time: (n, C) logits in float64 and (n,) labels, any label where there is none."""
+    rows = max(1, _CHUNK // z.shape[1])
+    for start in range(0, max(1, len(z)), rows):
+        yield z[start : start + rows].double(), labels[start : start + rows].clamp(min=0)
+
+
+def _own(z: Tensor, y: Tensor) -> Tensor:
+    """log p_y, (n,)."""
+    return z.log_softmax(1).gather(1, y[:, None])[:, 0]
+
+
+def _thresholds(z: Tensor, labels: Tensor, defined: Tensor) -> Tensor:
+    """(C,) float64: the mean probability of class c over the rows labelled c."""
+    own = torch.cat([_own(part, y) for part, y in _chunks(z, labels)])[defined].exp()
+    y = labels[defined]
+    sums = own.new_zeros(z.shape[1]).index_add_(0, y, own)
+    counts = torch.bincount(y, minlength=z.shape[1])
+    return torch.where(counts > 0, sums / counts, UNSEEN_CLASS)
+
+
+def _scores(z: Tensor, y: Tensor, thresholds: Tensor | None) -> Tensor:
+    """(3, n) float64: one model's scores, the first two adjusted if there are thresholds."""
+    p = z.softmax(1)
+    if thresholds is not None:
+        p = p - thresholds + thresholds.max()
+        p = p / p.sum(1, keepdim=True)
+    own = p.gather(1, y[:, None])[:, 0]
+    rival = p.scatter(1, y[:, None], 0.0).amax(1)  # 0 where there is one class; no probability is below
+    x = _entropy_by_confidence(z, y)
+    return torch.stack([own, (own - rival + 1) / 2, torch.log1p(x) / x])
+
+
+def _entropy_by_confidence(z: Tensor, y: Tensor) -> Tensor:
+    """x = H(p) / (log C · p_y), (n,) in [1e-300, 1e300], beyond which log(1+x)/x is 1 and 0 to the last bit.
+
+    With d_c = z_c − max z and r = Σ e^{d_c} over all but one largest, H (1 + r) = Σ e^{d_c} (f − d_c) over the same c,
+    f = (1 + r) log(1 + r)/r: no term is negative, so that nothing cancels where p is nearly one-hot.
+    """
+    top = z.argmax(1, keepdim=True)
+    lead = z - z.gather(1, top)
+    rest = lead.scatter(1, top, -math.inf)
+    r = rest.logsumexp(1, keepdim=True).exp().clamp(min=1e-300)
+    f = (1 + r) * torch.log1p(r) / r
+    own = lead.gather(1, y[:, None])
+    log_x = (rest - own + (f - rest.clamp(min=-1e300)).log()).logsumexp(1) - math.log(math.log(max(2, z.shape[1])))
+    log_x = log_x.masked_fill(own[:, 0] == -math.inf, math.inf)  # a label ruled out, also by a model that is certain
+    return log_x.clamp(-690, 690).exp()

@@ -16,9 +16,10 @@ from assay.recipe.errors import RecipeError
 from assay.recipe.methods import METHODS, MethodSpec, register_method
 from assay.recipe.models import MODELS, ModelSpec, register_model
 from assay.recipe.recipe import load_recipe
+from assay.tasks import Classification
 
 
-class Doubled:
+class Doubled(Method):
     """The least that a method can be: one model's loss, twice."""
 
     name = "doubled"
@@ -71,7 +72,7 @@ def kinds():
 
 
 def test_the_fake_is_a_method():
-    assert isinstance(Doubled(nn.Identity(), None), Method)
+    assert isinstance(Doubled(nn.Identity(), Classification()), Method)
 
 
 def test_a_registered_method_scores_beside_the_others(project, kinds):

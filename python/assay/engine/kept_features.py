@@ -45,7 +45,7 @@ class FeatureColumn(Column):
     width: int
 
 
-class Keeper:
+class Keeper(Method):
     """A method whose features are kept, as a `Method` that gives the features themselves; ``scores`` makes the rest.
 
     Args:

@@ -19,7 +19,7 @@ from assay.methods import Column, Method, Scorer
 from assay.methods.scorer import all_columns
 from assay.recipe.errors import EngineError
 from assay.recipe.recipe import Recipe
-from assay.recipe.targeted import CheckpointsSpec, FittedMethod, TargetedSpec
+from assay.recipe.targeted import CheckpointsSpec, TargetedSpec
 from assay.recipe.tasks import Encoded, Encoder
 from assay.tasks import Task
 
@@ -83,7 +83,7 @@ def open_workshop(plan: Plan, fit: bool = True) -> Workshop:
     return workshop
 
 
-def _prepare(plan: Plan, models: Mapping[str, nn.Module], task: Task, encoder: Encoder) -> dict[int, FittedMethod]:
+def _prepare(plan: Plan, models: Mapping[str, nn.Module], task: Task, encoder: Encoder) -> dict[int, Method]:
     """The methods to be fitted, with their targets; each target is read once, whoever wants it."""
     recipe, split = plan.recipe, partial(make_batches, limits=plan.recipe.batch)
     targets: dict[str, Batches] = {}
@@ -98,7 +98,7 @@ def _prepare(plan: Plan, models: Mapping[str, nn.Module], task: Task, encoder: E
     return methods
 
 
-def _fit(plan: Plan, methods: Mapping[int, FittedMethod], encoder: Encoder) -> None:
+def _fit(plan: Plan, methods: Mapping[int, Method], encoder: Encoder) -> None:
     recipe = plan.recipe
     drawn: list[Encoded] = []
     if recipe.uses_pool:

@@ -1,7 +1,7 @@
 """Methods: one file each, named as its paper names it. Signals in, named scores out."""
 
 from assay.methods.adam import AdamState
-from assay.methods.base import Column, Method, Need
+from assay.methods.base import Column, Method, Need, Views
 from assay.methods.datamodel import SmallModelDatamodel
 from assay.methods.dsdm import DsDm
 from assay.methods.ekfac import EKFAC
@@ -36,6 +36,7 @@ __all__ = [
     "Scorer",
     "SmallModelDatamodel",
     "TrackStar",
+    "Views",
     "ensemble_scores",
     "label_quality",
     "model_weights",

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from assay.methods.base import Column, Need
+from assay.methods.base import Column, Method, Need
 from assay.methods.influence import Targets
 from assay.probe import Convolution, Dot, Outer, PerSampleGradient, Probe, Reduction, Signals, tapped_parameters
 from assay.probe.head import Head
 from assay.tasks import Sampled, Task
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # Per-sample gradients are rotated at most this many numbers at a time.
 _ELEMENTS = 1 << 24
@@ -22,7 +25,7 @@ _ELEMENTS = 1 << 24
 _SIDE = 1 << 14
 
 
-class EKFAC:
+class EKFAC(Method):
     """⟨∇ℓ_target, H⁻¹ ∇ℓ_i⟩, what training on sample i takes off the target's loss: keep high; and self-influence.
 
     H is approximated layer by layer as Q_G Q_A diag(Λ) (Q_G Q_A)ᵀ + λI: Q_A and Q_G are the eigenvectors of the second
@@ -47,6 +50,8 @@ class EKFAC:
             does; False: with the data's own labels.
         layers, name, skip_unsupported: as in ``Influence``.
     """
+
+    uses_pool = True
 
     def __init__(
         self,
@@ -89,13 +94,13 @@ class EKFAC:
             reductions["\0self"] = _SelfInfluence(self._bases)
         return {"model": Need(self.model, self.task, reductions=reductions)}
 
-    def fit(self, batches: Iterable[Any]) -> EKFAC:
+    def fit(self, pool: Iterable[Any] = ()) -> Self:
         """Take the curvature from samples of the pool (gone through twice), then the targets' gradients.
 
         Raises:
             ValueError: an empty pool, a target without samples, or none of them with a finite gradient.
         """
-        batches = list(batches)
+        batches = list(pool)
         moments = _Moments(self.parameters)
         if not self._run(moments, batches, drawn=self.true_fisher):
             raise ValueError(f"{self.name}: fit() needs samples of the pool, got none with a loss")

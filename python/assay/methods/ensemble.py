@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from assay import ops
 from assay.methods import label_quality as quality
-from assay.methods.base import Column, Need
+from assay.methods.base import Column, Method, Need
 from assay.probe import Signals
 from assay.tasks import Classification, Task
 
@@ -31,7 +31,7 @@ STATISTICS = (
 PREDICTION = Column("prediction", "none", "argmax_c p̄_c, the class the mixture would give")
 
 
-class Ensemble:
+class Ensemble(Method):
     """K models' view of each sample's label.
 
     Columns, prefixed ``ensemble_``: the fields of ``ops.EnsembleStats``; for classification also the predicted class

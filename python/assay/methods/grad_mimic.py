@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from assay.methods.base import Column, Need
+from assay.methods.base import Column, Method, Need
 from assay.probe import Dot, Reduction, Signals, SqNorm, tapped_parameters
 from assay.tasks import Task
 
@@ -26,7 +26,7 @@ LINEAGE_SAMPLES = 256
 LINEAGE_MINIMUM = 0.3
 
 
-class GradMimic:
+class GradMimic(Method):
     """m_i = ⟨−∇ℓ_i, v⟩ / ‖v‖ with v = θ_ref − θ over the chosen layers: keep high.
 
     Columns: ``mimic``; ``loss`` and ``reference_loss``, the two models' losses; ``rho`` = loss − reference_loss

@@ -11,15 +11,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from assay.methods.base import Column, Need
+from assay.methods.base import Column, Method, Need
 from assay.ops import Mask, Sketch
 from assay.probe import Feature, Probe, Signals, Sketched, tapped_parameters
 from assay.tasks import Task
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Targets = Mapping[str, Iterable[Any]]
 """Batches of the task, by the target's name; gone through several times, so lists rather than generators."""
@@ -48,7 +51,7 @@ class Kernel:
     across: Literal["mean", "max"] = "mean"
 
 
-class Influence:
+class Influence(Method):
     """score_i = Q_i Σ_k α_k ⟨φ_k(i), M_k mean_t φ_k(t)⟩: keep high.
 
     ``fit`` must run first: it takes the targets' features and, with damping, the pool's second moment.
@@ -68,6 +71,8 @@ class Influence:
     Raises:
         ValueError: no model, no target, models of different parameters.
     """
+
+    uses_pool = True
 
     def __init__(
         self,
@@ -125,11 +130,11 @@ class Influence:
             for k, model in enumerate(self.models)
         }
 
-    def fit(self, batches: Iterable[Any] = ()) -> Influence:
+    def fit(self, pool: Iterable[Any] = ()) -> Self:
         """Take the targets' features and, if the kernel is damped, the second moment of the pool's.
 
         Args:
-            batches: the pool or a random sample of it, several times as many samples as a feature has numbers; not
+            pool: the pool or a random sample of it, several times as many samples as a feature has numbers; not
                 looked at without damping.
 
         Raises:
@@ -138,7 +143,7 @@ class Influence:
         if self.kernel.damping is None:
             self._queries = [self._target_means(k) for k in range(len(self.models))]
             return self
-        moments, self._samples = self._pool_moments(batches)
+        moments, self._samples = self._pool_moments(pool)
         if self.kernel.whiten:
             share = self.kernel.target_share
             for k, blocks in enumerate(moments if share else []):

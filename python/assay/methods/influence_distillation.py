@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from assay.methods.less import AdamSketched
 from assay.ops import Kronecker, Rademacher, Sketch
 from assay.probe import Feature, Jvp, Probe, Signals, tapped_parameters
 from assay.tasks import Task
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # Below, not a hundredth of the variance of p is explained.
 _LEAST_CORRELATION = 0.1
@@ -110,17 +113,17 @@ class InfluenceDistillation(Influence):
     def needs(self) -> Mapping[str, Need]:
         return {"model": Need(self.models[0], self.task, reductions={"embedding": self.embedding})}
 
-    def fit(self, batches: Iterable[Any] = ()) -> InfluenceDistillation:
+    def fit(self, pool: Iterable[Any] = ()) -> Self:
         """Draw the landmarks, take their gradients and the targets', and solve for the regression.
 
         Args:
-            batches: the pool or a random sample of it. Only batches that hold a landmark are run.
+            pool: the pool or a random sample of it. Only batches that hold a landmark are run.
 
         Raises:
             ValueError: a target without samples, fewer than two landmarks, a singular kernel.
         """
         queries = torch.nn.functional.normalize(self._target_means(0), dim=1)
-        embeddings, features = self._landmarks(list(batches))
+        embeddings, features = self._landmarks(list(pool))
         p = torch.nn.functional.normalize(features, dim=1) @ queries.to(features).T
         self._anchors = embeddings
         distances = torch.pdist(embeddings)

@@ -41,6 +41,8 @@ class LESS(Influence):
         ValueError: an optimiser's state lacks a parameter, or has one of another shape.
     """
 
+    uses_pool = False
+
     def __init__(
         self,
         models: Sequence[nn.Module],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny
 from torch import nn
@@ -20,14 +20,6 @@ from assay.tasks import Task
 MOMENT_BYTES = 8 << 30
 
 Size = Annotated[int, Field(ge=1)]
-
-
-class FittedMethod(Method, Protocol):
-    """A method that is fitted once per run, before any shard is scored."""
-
-    def fit(self, batches: Iterable[Any]) -> Any:
-        """Look at the targets, and at a sample of the pool."""
-        ...
 
 
 class SketchSpec(Part):
@@ -103,7 +95,7 @@ class TargetedSpec(MethodSpec):
         """Whether there is something to score without any target."""
         return False
 
-    def build_fitted(self, models: Mapping[str, nn.Module], task: Task, seed: int, targets: Targets) -> FittedMethod:
+    def build_fitted(self, models: Mapping[str, nn.Module], task: Task, seed: int, targets: Targets) -> Method:
         """Make the method, not fitted yet."""
         raise NotImplementedError
 
@@ -149,7 +141,7 @@ class TRAKSpec(CheckpointsSpec):
     damping: Annotated[float, Field(ge=0)] | None = None
     name: str = "trak"
 
-    def build_fitted(self, models: Mapping[str, nn.Module], task: Task, seed: int, targets: Targets) -> FittedMethod:
+    def build_fitted(self, models: Mapping[str, nn.Module], task: Task, seed: int, targets: Targets) -> Method:
         from assay.methods import TRAK
 
         options = self.given(seed, damping=self.damping, name=self.name)
@@ -164,7 +156,7 @@ class DsDmSpec(CheckpointsSpec):
     damping: Annotated[float, Field(ge=0)] | None = None
     name: str = "dsdm"
 
-    def build_fitted(self, models: Mapping[str, nn.Module], task: Task, seed: int, targets: Targets) -> FittedMethod:
+    def build_fitted(self, models: Mapping[str, nn.Module], task: Task, seed: int, targets: Targets) -> Method:
         from assay.methods import DsDm
 
         options = self.given(seed, damping=self.damping, name=self.name)
@@ -179,7 +171,7 @@ class LoGraSpec(CheckpointsSpec):
     damping: Annotated[float, Field(ge=0)] | None = None
     name: str = "logra"
 
-    def build_fitted(self, models: Mapping[str, nn.Module], task: Task, seed: int, targets: Targets) -> FittedMethod:
+    def build_fitted(self, models: Mapping[str, nn.Module], task: Task, seed: int, targets: Targets) -> Method:
         from assay.methods import LoGra
 
         options = self.given(seed, damping=self.damping, name=self.name)
@@ -195,7 +187,7 @@ class TrackStarSpec(CheckpointsSpec):
     target_share: Annotated[float, Field(ge=0, le=1)] | None = None
     name: str = "trackstar"
 
-    def build_fitted(self, models: Mapping[str, nn.Module], task: Task, seed: int, targets: Targets) -> FittedMethod:
+    def build_fitted(self, models: Mapping[str, nn.Module], task: Task, seed: int, targets: Targets) -> Method:
         from assay.methods import TrackStar
 
         options = self.given(seed, damping=self.damping, target_share=self.target_share, name=self.name)
@@ -213,7 +205,7 @@ class LESSSpec(CheckpointsSpec):
     name: str = "less"
     wants_pool: ClassVar[bool] = False
 
-    def build_fitted(self, models: Mapping[str, nn.Module], task: Task, seed: int, targets: Targets) -> FittedMethod:
+    def build_fitted(self, models: Mapping[str, nn.Module], task: Task, seed: int, targets: Targets) -> Method:
         from assay.methods import LESS, AdamState
 
         states = None if self.optimizers is None else [AdamState.load(path) for path in self.optimizers]
@@ -246,7 +238,7 @@ class EKFACSpec(TargetedSpec):
     def models_used(self) -> dict[tuple[str | int, ...], str]:
         return {("model",): self.model}
 
-    def build_fitted(self, models: Mapping[str, nn.Module], task: Task, seed: int, targets: Targets) -> FittedMethod:
+    def build_fitted(self, models: Mapping[str, nn.Module], task: Task, seed: int, targets: Targets) -> Method:
         from assay.methods import EKFAC
 
         return EKFAC(
@@ -281,7 +273,7 @@ class InfluenceDistillationSpec(TargetedSpec):
     def models_used(self) -> dict[tuple[str | int, ...], str]:
         return {("model",): self.model}
 
-    def build_fitted(self, models: Mapping[str, nn.Module], task: Task, seed: int, targets: Targets) -> FittedMethod:
+    def build_fitted(self, models: Mapping[str, nn.Module], task: Task, seed: int, targets: Targets) -> Method:
         from assay.methods import AdamState, InfluenceDistillation
 
         return InfluenceDistillation(

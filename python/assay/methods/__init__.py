@@ -1,6 +1,5 @@
 """Methods: one file each, named as its paper names it. Signals in, named scores out."""
 
-from assay.methods.adam import AdamState
 from assay.methods.base import Column, Method, Need, Views
 from assay.methods.datamodel import SmallModelDatamodel
 from assay.methods.dsdm import DsDm
@@ -16,6 +15,7 @@ from assay.methods.out_of_fold import OutOfFold, out_of_fold
 from assay.methods.scorer import Scorer
 from assay.methods.trackstar import TrackStar
 from assay.methods.trak import TRAK
+from assay.probe import AdamState
 
 __all__ = [
     "EKFAC",

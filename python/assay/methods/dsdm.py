@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from torch import nn
+
+from assay.methods.targets import Targets
 from assay.methods.trak import TRAK
+from assay.ops import Sketch
+from assay.tasks import Task
 
 
 class DsDm(TRAK):
@@ -13,3 +20,26 @@ class DsDm(TRAK):
     pool once. The paper's datamodel predicts the *loss* and takes the lowest; this column is its negative, as in the
     vectors that its authors published, and a test that retrains fixes the sign.
     """
+
+    def __init__(
+        self,
+        models: Sequence[nn.Module],
+        task: Task,
+        targets: Targets,
+        *,
+        sketch: Sketch | None = None,
+        damping: float = 1e-3,
+        layers: str | Sequence[str] | None = None,
+        name: str = "dsdm",
+        skip_unsupported: bool = False,
+    ) -> None:
+        super().__init__(
+            models,
+            task,
+            targets,
+            sketch=sketch,
+            damping=damping,
+            layers=layers,
+            name=name,
+            skip_unsupported=skip_unsupported,
+        )

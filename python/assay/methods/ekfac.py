@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from assay.methods.base import Column, Method, Need
-from assay.methods.influence import Targets
+from assay.methods.checks import check_at_least
+from assay.methods.targets import Targets, TargetSet
 from assay.probe import Convolution, Dot, Outer, PerSampleGradient, Probe, Reduction, Signals, tapped_parameters
 from assay.probe.head import Head
 from assay.tasks import Sampled, Task
@@ -66,10 +67,11 @@ class EKFAC(Method):
         name: str = "ekfac",
         skip_unsupported: bool = False,
     ) -> None:
-        if not targets and not self_influence:
-            raise ValueError(f"{name}: nothing to compute; give targets, or self_influence=True")
         self.name, self.model, self.task = name, model, task
-        self.targets, self.self_influence = dict(targets or {}), self_influence
+        self.targets, self.self_influence = TargetSet(name, targets or {}), self_influence
+        if not self.targets and not self_influence:
+            raise ValueError(f"{name}: nothing to compute; give targets, or self_influence=True")
+        check_at_least("damping", damping, 0)
         self.damping, self.true_fisher = damping, true_fisher
         self.parameters = tapped_parameters(model, layers, skip_unsupported=skip_unsupported)
         self._bases: dict[str, _Basis] = {}
@@ -77,11 +79,7 @@ class EKFAC(Method):
 
     @property
     def columns(self) -> Sequence[Column]:
-        columns = []
-        if self.targets:
-            columns.append(Column(self.name, "high", "EK-FAC influence, the mean over the targets"))
-        if len(self.targets) > 1:
-            columns += [Column(f"{self.name}_{t}", "high", f"EK-FAC influence on target {t}") for t in self.targets]
+        columns = self.targets.columns("EK-FAC influence")
         if self.self_influence:
             columns.append(Column(f"{self.name}_self", "low", "EK-FAC self-influence; high marks wrong labels"))
         return columns
@@ -109,7 +107,7 @@ class EKFAC(Method):
         count = self._run(eigenvalues, batches, drawn=self.true_fisher)
         for name, basis in self._bases.items():
             basis.finish(count - eigenvalues.left_out[name], self.damping)
-        for target, of_target in self.targets.items():
+        for target, of_target in self.targets.batches.items():
             sums = _Sum(self.parameters)
             count = self._run(sums, of_target)
             if not count or any(left_out >= count for left_out in sums.left_out.values()):
@@ -133,12 +131,9 @@ class EKFAC(Method):
     def score(self, signals: Mapping[str, Signals]) -> dict[str, Tensor]:
         reduced = signals["model"].reduced
         nothing = signals["model"].losses.isnan()  # nothing to predict, or nothing that can be
-        scores = {}
+        scores: dict[str, Tensor] = {}
         if self.targets:
-            each = [reduced[t] for t in self.targets]
-            scores[self.name] = torch.stack(each).mean(0)
-            if len(each) > 1:
-                scores |= {f"{self.name}_{t}": value for t, value in zip(self.targets, each, strict=True)}
+            scores = self.targets.scores(torch.stack([reduced[t] for t in self.targets.batches], 1))
         if self.self_influence:
             scores[f"{self.name}_self"] = reduced["\0self"]
         return {column: score.masked_fill(nothing, torch.nan) for column, score in scores.items()}
@@ -146,7 +141,7 @@ class EKFAC(Method):
     def metadata(self) -> dict[str, str]:
         kronecker = sum(basis.left is not None for basis in self._bases.values())
         return {
-            "targets": ", ".join(self.targets),
+            "targets": str(self.targets),
             "damping": str(self.damping),
             "fisher": "labels drawn from the model" if self.true_fisher else "the data's labels",
             "factored_parameters": f"{kronecker} of {len(self._bases)}",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from assay import ops
 from assay.methods import label_quality as quality
 from assay.methods.base import Column, Method, Need
+from assay.methods.checks import shares
 from assay.probe import Signals
 from assay.tasks import Classification, Task
 
@@ -55,8 +56,7 @@ class Ensemble(Method):
     ) -> None:
         if not models:
             raise ValueError("Ensemble: expected at least one model, got none")
-        if weights is not None and len(weights) != len(models):
-            raise ValueError(f"Ensemble: expected one weight per model, {len(models)}, got {len(weights)}")
+        shares(weights, len(models))
         self.name = name
         self.models = list(models)
         self.task = task

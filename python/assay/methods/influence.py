@@ -8,7 +8,6 @@ to length 1, in how checkpoints and targets are averaged. ``Influence`` has thes
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from assay.methods.base import Column, Method, Need
+from assay.methods.checks import check_at_least, check_one_of, difference, shares
+from assay.methods.targets import Targets, TargetSet
 from assay.ops import Mask, Sketch
 from assay.probe import Feature, Probe, Signals, Sketched, tapped_parameters
 from assay.tasks import Task
@@ -24,8 +25,8 @@ from assay.tasks import Task
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-Targets = Mapping[str, Iterable[Any]]
-"""Batches of the task, by the target's name; gone through several times, so lists rather than generators."""
+# Second moments are held in double: this much of them at most. Factoring one takes as much again.
+MOMENT_BYTES = 8 << 30
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,13 @@ class Kernel:
     doubt: bool = False
     across: Literal["mean", "max"] = "mean"
 
+    def __post_init__(self) -> None:
+        if self.damping is not None:
+            check_at_least("damping", self.damping, 0)
+        if not 0 <= self.target_share <= 1:
+            raise ValueError(f"target_share: expected a number from 0 to 1, got {self.target_share}")
+        check_one_of("across", self.across, ("mean", "max"))
+
 
 class Influence(Method):
     """score_i = Q_i Σ_k α_k ⟨φ_k(i), M_k mean_t φ_k(t)⟩: keep high.
@@ -69,7 +77,7 @@ class Influence(Method):
         skip_unsupported: leave out layers that cannot be tapped exactly, instead of raising.
 
     Raises:
-        ValueError: no model, no target, models of different parameters.
+        ValueError: no model, no target, models of different parameters, second moments beyond ``MOMENT_BYTES``.
     """
 
     uses_pool = True
@@ -79,9 +87,9 @@ class Influence(Method):
         models: Sequence[nn.Module],
         task: Task,
         targets: Targets,
-        *,
         kernel: Kernel,
         sketch: Sketch,
+        *,
         together: bool = False,
         layers: str | Sequence[str] | None = None,
         weights: Sequence[float] | None = None,
@@ -89,32 +97,28 @@ class Influence(Method):
         skip_unsupported: bool = False,
     ) -> None:
         self.name, self.kernel, self.task, self.sketch, self.together = name, kernel, task, sketch, together
-        self.models, self.targets = list(models), dict(targets)
+        self.models = list(models)
         if not self.models:
             raise ValueError(f"{name}: expected at least one checkpoint, got none")
-        if not self.targets:
-            raise ValueError(f"{name}: expected at least one target, got none")
-        given = [1.0] * len(self.models) if weights is None else [float(w) for w in weights]
-        if len(given) != len(self.models) or min(given) < 0 or not sum(given) > 0:
-            raise ValueError(f"{name}: expected {len(self.models)} weights, not negative, got {given}")
-        self.weights = [w / math.fsum(given) for w in given]
+        self.targets = TargetSet(name, targets, kernel.across).required()
+        self.weights = shares(weights, len(self.models))
         self.parameters = tapped_parameters(self.models[0], layers, skip_unsupported=skip_unsupported)
-        self.shapes = _shapes(self.models[0], self.parameters)
+        self.shapes = parameter_shapes(self.models[0], self.parameters)
         for k, model in enumerate(self.models[1:], 1):
-            found = _shapes(model, self.parameters)
-            if different := [n for n in self.parameters if found.get(n) != self.shapes[n]]:
-                raise ValueError(f"{name}: checkpoint {k} differs from checkpoint 0 in parameter {different[0]!r}")
+            if other := difference(self.models[0], model, self.parameters):
+                raise ValueError(
+                    f"{name}: checkpoint {k} differs from checkpoint 0 in parameter {other.parameter!r}: expected it "
+                    f"{other.expected}, found {other.actual}"
+                )
+        if kernel.damping is not None:
+            self._check_moments()
         self._roots: list[list[Tensor]] | None = None  # per checkpoint and block: R^(−1/2)
         self._queries: list[Tensor] | None = None  # per checkpoint: (targets, size) with M applied
         self._samples = 0
 
     @property
     def columns(self) -> Sequence[Column]:
-        kind = type(self).__name__
-        if len(self.targets) == 1:
-            return [Column(self.name, "high", f"{kind} influence on target {next(iter(self.targets))}")]
-        each = [Column(f"{self.name}_{t}", "high", f"{kind} influence on target {t}") for t in self.targets]
-        return [Column(self.name, "high", f"{kind} influence, {self.kernel.across} over the targets"), *each]
+        return self.targets.columns(f"{type(self).__name__} influence")
 
     def feature(self, k: int, *, target: bool) -> Feature:
         """What is folded from checkpoint k's backward pass, for the pool's samples or for the targets'."""
@@ -157,16 +161,7 @@ class Influence(Method):
     def _target_means(self, k: int) -> Tensor:
         """(targets, size) float64: the mean feature of each target's samples."""
         probe = self._probe(k, target=True)
-        means = []
-        for name, batches in self.targets.items():
-            features = [self._transformed(k, _features(probe(batch))).double() for batch in batches]
-            if not features:
-                raise ValueError(f"{self.name}: target {name!r} has no samples")
-            whole = torch.cat(features)
-            if not len(finite := whole[whole.isfinite().all(1)]):
-                raise ValueError(f"{self.name}: none of target {name!r}'s {len(whole)} samples has a finite gradient")
-            means.append(finite.mean(0))
-        return torch.stack(means)
+        return self.targets.means(lambda batch: self._transformed(k, sample_features(probe(batch))))
 
     def _pool_moments(self, batches: Iterable[Any]) -> tuple[list[list[Tensor]], int]:
         """Per checkpoint and block ΦᵀΦ/n in float64, and n."""
@@ -174,16 +169,16 @@ class Influence(Method):
         sums = [_Moments(self._blocks()) for _ in probes]
         for batch in batches:
             for probe, moments in zip(probes, sums, strict=True):
-                moments.add(_features(probe(batch)))
+                moments.add(sample_features(probe(batch)))
         if not sums[0].count:
             raise ValueError(f"{self.name}: fit() needs samples of the pool for their second moment, got none")
         return [moments.mean() for moments in sums], sums[0].count
 
     def _target_moments(self, k: int) -> list[Tensor]:
         probe, moments = self._probe(k, target=True), _Moments(self._blocks())
-        for batches in self.targets.values():
+        for batches in self.targets.batches.values():
             for batch in batches:
-                moments.add(_features(probe(batch)))
+                moments.add(sample_features(probe(batch)))
         return moments.mean()
 
     def _blocks(self) -> list[slice]:
@@ -191,6 +186,15 @@ class Influence(Method):
         if self.kernel.blocks and not self.together:
             return [feature.place(name) for name in self.parameters]
         return [slice(0, feature.size)]
+
+    def _check_moments(self) -> None:
+        needed = 8 * len(self.models) * sum((place.stop - place.start) ** 2 for place in self._blocks())
+        if needed > MOMENT_BYTES:
+            raise ValueError(
+                f"{self.name}: {self.sketch} gives features of {self.feature(0, target=False).size:,} numbers, whose "
+                f"second moments take {needed / 2**30:,.0f} GiB, more than {MOMENT_BYTES / 2**30:g} GiB; take a "
+                "smaller sketch"
+            )
 
     def _solve(self, queries: Tensor, blocks: list[Tensor]) -> Tensor:
         assert self.kernel.damping is not None
@@ -218,7 +222,7 @@ class Influence(Method):
             (B, size) features of each checkpoint, and (B,) doubts of each if the kernel has them.
         """
         mine = [signals[f"model{k}"] for k in range(len(self.models))]
-        return [_features(s) for s in mine], [doubt(s) for s in mine] if self.kernel.doubt else None
+        return [sample_features(s) for s in mine], [doubt(s) for s in mine] if self.kernel.doubt else None
 
     def score(self, signals: Mapping[str, Signals]) -> dict[str, Tensor]:
         self._fitted()
@@ -246,9 +250,7 @@ class Influence(Method):
             total = total.to(wide.device) + weight * (wide @ queries.to(wide).T)  # (B, targets)
         if doubts is not None:
             total = total * torch.stack([d.to(total) for d in doubts]).mean(0)[:, None]
-        together = total.amax(1) if self.kernel.across == "max" else total.mean(1)
-        each = {f"{self.name}_{t}": total[:, i] for i, t in enumerate(self.targets)}
-        return {self.name: together, **(each if len(each) > 1 else {})}
+        return self.targets.scores(total)
 
     def _fitted(self) -> list[Tensor]:
         if self._queries is None:
@@ -271,7 +273,7 @@ class Influence(Method):
     def metadata(self) -> dict[str, str]:
         facts = {
             "checkpoints": str(len(self.models)),
-            "targets": ", ".join(self.targets),
+            "targets": str(self.targets),
             "sketch": str(self.sketch),
             "kernel": str(self.kernel),
         }
@@ -280,7 +282,7 @@ class Influence(Method):
         return facts
 
 
-def _features(signals: Signals) -> Tensor:
+def sample_features(signals: Signals) -> Tensor:
     """(B, size), NaN where there is nothing to predict: an influence of 0 would rank such a sample above bad ones."""
     return signals.reduced["feature"].masked_fill(signals.losses.isnan()[:, None], torch.nan)
 
@@ -324,9 +326,10 @@ def _reseeded(sketch: Sketch, k: int) -> Sketch:
     return replace(sketch, seed=seed)
 
 
-def _shapes(model: nn.Module, parameters: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    known = dict(model.named_parameters())
-    return {name: tuple(known[name].shape) for name in parameters if name in known}
+def parameter_shapes(model: nn.Module, parameters: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """By name, in the order of ``parameters``."""
+    by_name = dict(model.named_parameters())
+    return {name: tuple(by_name[name].shape) for name in parameters}
 
 
 def _damped(moment: Tensor, damping: float) -> Tensor:

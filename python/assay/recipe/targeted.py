@@ -9,7 +9,8 @@ from pydantic import BeforeValidator, Field, SerializeAsAny
 from torch import nn
 
 from assay.methods.base import Method
-from assay.methods.influence import Influence, Targets
+from assay.methods.influence import Influence
+from assay.methods.targets import Targets
 from assay.ops import Kronecker, Mask, Rademacher, Sketch, Sparse
 from assay.recipe.methods import METHODS, MethodSpec
 from assay.recipe.models import file_sha256

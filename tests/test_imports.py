@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "_native": set(),
     "ops": {"_native", "kernels"},
     "tasks": {"ops"},
-    "probe": {"ops", "tasks"},
+    "probe": {"ops", "tasks", "_lazy"},
     "corpus": {"_lazy", "_version", "ops"},
     "select": {"_lazy"},
     "methods": {"ops", "probe", "tasks", "_lazy"},

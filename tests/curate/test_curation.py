@@ -327,7 +327,7 @@ def test_two_selections_do_not_write_into_one_folder(project, monkeypatch):
         """Another selection starts while this one writes."""
         if not refused:
             with pytest.raises(CorpusError, match="another run or selection is writing into this folder") as caught:
-                curate(scores, "loss", top(0.9), str(out))
+                curate(scores, "mimic", top(0.9), str(out))
             refused.append(caught)
         return original(*arguments)
 

@@ -227,6 +227,14 @@ ERRORS = [
     ({"method": "trak", "models": ["q"]}, "methods.0.models.0: no model is called 'q'"),
     ({"method": "trak", "models": ["a"], "sketch": {"kind": "kroneker"}}, "did you mean 'kronecker'?"),
     ({"method": "less", "models": ["a"]}, "methods.0.optimizers: is missing"),
+    (
+        {"method": "less", "models": ["a"], "optimizers": ["bare.safetensors"]},
+        "bare.safetensors: does not say the optimiser's betas",
+    ),
+    (
+        {"method": "less", "models": ["a"], "optimizers": [{"path": "bare.safetensors", "betas": [0.9, 0.95]}]},
+        "bare.safetensors: does not say the optimiser's eps",
+    ),
     ({"method": "less", "models": ["a"], "optimizers": ["no.pt"]}, "methods.0.optimizers.0: no such file or folder"),
     (
         {"method": "less", "models": ["a", "b"], "optimizers": ["optimizer.safetensors"]},
@@ -270,7 +278,9 @@ def test_mistakes_are_one_line_on_the_command_line(targeted, capsys, method, mes
     targeted.recipe["models"]["wide"] = {"kind": "mlp", "path": "models/wide.safetensors"}
     moments = {f"0.{kind}.{m}": p for kind, p in (("weight", torch.ones(8, SIZE)), ("bias", torch.ones(8)))
                for m in ("exp_avg", "exp_avg_sq")}  # fmt: skip
-    save_file({n: t.clone() for n, t in moments.items()}, targeted.root / "optimizer.safetensors")
+    constants = {"betas": "[0.9, 0.95]", "eps": "1e-8"}
+    save_file({n: t.clone() for n, t in moments.items()}, targeted.root / "optimizer.safetensors", constants)
+    save_file({n: t.clone() for n, t in moments.items()}, targeted.root / "bare.safetensors")
     only(targeted, **({"targets": ["x"]} | method))
     assert main(["score", "-q", str(targeted.path)]) == 2
     error = capsys.readouterr().err

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import assay
-from assay.methods import GradMimic
+from assay.methods import GradMimic, LoGra, grad_mimic
 from assay.methods.grad_mimic import direction_towards
 from assay.tasks import Classification
 from tests.methods.data import mlp, noisy_digits, train
@@ -112,7 +112,42 @@ def test_wrong_references_are_named() -> None:
     with pytest.raises(ValueError, match="head"):
         GradMimic(model, reference, Classification(), "head.*")
     parameters = ["2.bias"]
-    v, norm, share = direction_towards(model, reference, parameters)
-    assert list(v) == parameters
-    assert norm > 0
-    assert 0 < share < 1
+    direction = direction_towards(model, reference, parameters)
+    assert list(direction.steps) == parameters
+    assert direction.norm > 0
+    assert 0 < direction.share < 1
+
+
+class Tied(nn.Module):
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(10, 10, bias=False), nn.Linear(10, 10, bias=False)
+        if tied:
+            self.second.weight = self.first.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.second(self.first(x).relu())
+        return out
+
+
+def test_a_model_and_a_reference_that_tie_other_weights_are_refused_both_ways() -> None:
+    torch.manual_seed(0)
+    models = {tied: Tied(tied) for tied in (True, False)}
+    messages = {True: r"first\.weight tied to second\.weight as in the model, found untied"}
+    messages[False] = r"first\.weight untied as in the model, found tied to second\.weight"
+    for tied, message in messages.items():
+        with pytest.raises(ValueError, match=message):
+            GradMimic(models[tied], models[not tied], Classification())
+        with pytest.raises(ValueError, match=r"checkpoint 1 differs from checkpoint 0 in parameter 'first\.weight'"):
+            LoGra([models[tied], models[not tied]], Classification(), {"t": []})
+        GradMimic(models[tied], Tied(tied), Classification())
+    v = GradMimic(models[True], Tied(True), Classification()).direction
+    assert list(v) == ["first.weight"]
+
+
+def test_the_constructor_copies_no_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, reference, x, y = models()
+    monkeypatch.setattr(grad_mimic, "direction_towards", lambda *_: pytest.fail("the direction was taken"))
+    method = GradMimic(model, reference, Classification())
+    monkeypatch.undo()
+    assert float(assay.score([(x[:4], y[:4])], [method])["mimic"].to_numpy().std()) > 0

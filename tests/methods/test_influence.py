@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -143,41 +142,6 @@ def _end_to_end(method: LESS, k: int, target: bool):
 def _split(model: nn.Module, flat: Tensor) -> list[Tensor]:
     sizes = [p.numel() for p in model.parameters()]
     return [g.reshape(len(flat), *p.shape) for g, p in zip(flat.split(sizes, 1), model.parameters(), strict=True)]
-
-
-def test_adam_without_memory_is_the_sign() -> None:
-    state = AdamState({"w": torch.zeros(3)}, {"w": torch.zeros(3)}, betas=(0.0, 0.0), eps=0.0)
-    assert state.step("w", torch.tensor([[2.0, -0.1, 5.0]])).tolist() == [[1.0, -1.0, 1.0]]
-
-
-def test_adam_state_from_files(problem, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    model, pool = problem[0][0], problem[1]
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.8, 0.95))
-    F.cross_entropy(model(pool[0]), pool[1]).backward()
-    optimizer.step()
-    live = AdamState.of(optimizer, model)
-    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
-    names = [name for name, _ in model.named_parameters()]
-    loaded = AdamState.load(tmp_path / "optimizer.pt", names)
-    assert loaded.betas == (0.8, 0.95)
-    moments = {f"{n}.exp_avg": t for n, t in live.first.items()} | {
-        f"{n}.exp_avg_sq": t for n, t in live.second.items()
-    }
-    save_file(moments, tmp_path / "optimizer.safetensors")
-    for state in (loaded, AdamState.load(tmp_path / "optimizer.safetensors")):
-        for name in names:
-            assert torch.equal(state.first[name], live.first[name])
-            assert torch.equal(state.second[name], live.second[name])
-    with pytest.raises(ValueError, match="have numbers but no names"):
-        AdamState.load(tmp_path / "optimizer.pt")
-    save_file({"w": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="holds no Adam moments"):
-        AdamState.load(tmp_path / "other.safetensors")
-    torch.save({"state": {}, "param_groups": [{"params": [0]}]}, tmp_path / "empty.pt")
-    with pytest.raises(ValueError, match="holds no Adam moments"):
-        AdamState.load(tmp_path / "empty.pt", ["w"])
 
 
 def test_logra_blocks_and_trackstar_cosines(problem) -> None:

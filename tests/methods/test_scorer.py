@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import assay
-from assay.methods import Ensemble, GradMimic, Method, Scorer, ensemble_scores
+from assay.methods import Column, Ensemble, GradMimic, Method, Need, Scorer, Views, ensemble_scores
 from assay.tasks import CausalLM, Classification
 from tests.methods.data import mlp, noisy_digits, train
 
@@ -96,3 +96,147 @@ def test_text_gets_the_mean_over_predicted_tokens() -> None:
         assert table["ensemble_entropy"][row].as_py() == pytest.approx(float(want.entropy.mean()), rel=1e-5)
     assert np.isnan(table["ensemble_nll"][2].as_py())
     assert "ensemble_prediction" not in table.column_names
+
+
+class Length(Method):
+    """Needs no model."""
+
+    name = "length"
+    columns = (Column("characters", "high", "of the text"), Column("start", "none", "two letters' codes", width=2))
+
+    def needs(self):
+        return {"text": Need(raw=["text"])}
+
+    def score(self, signals):
+        texts = signals["text"].raw["text"]
+        start = torch.tensor([[ord(c) for c in text[:2]] for text in texts]).reshape(-1, 2)
+        return {"characters": torch.tensor([len(text) for text in texts]), "start": start}
+
+
+class Gain(Method):
+    """What a prompt takes off the loss: one model, two views of a sample."""
+
+    name = "gain"
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.columns = [Column("gain", "high", "loss without − loss with")]
+
+    def needs(self):
+        return {
+            "plain": Need(self.model, CausalLM()),
+            "prompted": Need(self.model, CausalLM(), view="prompted", raw=("text",)),
+        }
+
+    def score(self, signals):
+        assert signals["prompted"].raw["text"]
+        assert not signals["plain"].raw
+        return {"gain": signals["plain"].losses - signals["prompted"].losses}
+
+
+class PerToken(Method):
+    """A number per token: its loss."""
+
+    name = "per_token"
+    columns = (Column("token_loss", "low", "of each token", width=None),)
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def needs(self):
+        return {"model": Need(self.model, CausalLM())}
+
+    def score(self, signals):
+        losses, labels = signals["model"].row_losses, signals["model"].labels
+        return {"token_loss": losses.masked_fill(labels.view(losses.shape) < 0, torch.nan)}
+
+
+def test_raw_columns_views_and_widths_beside_one_another() -> None:
+    torch.manual_seed(0)
+    model, ids = TinyLM(), torch.randint(23, (4, 6))
+    prompted = torch.cat([torch.zeros(4, 2, dtype=torch.long), ids], 1)
+    texts = ["ab", "cde", "fghi", "jk"]
+
+    def views(rows: slice) -> Views:
+        return Views(
+            {"input_ids": ids[rows]}, {"prompted": {"input_ids": prompted[rows]}}, {"text": texts[rows], "other": [1]}
+        )
+
+    methods = [Length(), Gain(model), PerToken(model), Ensemble([model], CausalLM())]
+    table = assay.score([views(slice(0, 3)), views(slice(3, 4))], methods)
+    assert table["characters"].to_pylist() == [2, 3, 4, 2]
+    assert table["start"].to_pylist()[1] == [99, 100]
+    assert table.schema.field("start").type.list_size == 2
+    task = CausalLM()
+    plain, other = (task.forward(model, {"input_ids": x}).losses for x in (ids, prompted))
+    np.testing.assert_allclose(table["gain"].to_numpy(), (plain - other).detach(), rtol=1e-4, atol=1e-6)
+    assert [len(row) for row in table["token_loss"].to_pylist()] == [5] * 4
+    assert np.mean(table["token_loss"].to_pylist()[2]) == pytest.approx(plain[2].item(), rel=1e-5)
+    np.testing.assert_allclose(table["ensemble_mean_nll"].to_numpy(), plain.detach(), rtol=1e-5)
+    assert assay.score([], methods).num_rows == 0
+
+
+def test_tokens_do_not_depend_on_padding() -> None:
+    torch.manual_seed(0)
+    model, ids = TinyLM(), torch.randint(23, (3, 9))
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    alone = {"input_ids": ids[1:2, :5]}
+    method = [PerToken(model)]
+    padded = assay.score([{"input_ids": ids, "attention_mask": mask}], method)["token_loss"].to_pylist()
+    assert [len(row) for row in padded] == [8, 4, 8]
+    np.testing.assert_allclose(padded[1], assay.score([alone], method)["token_loss"].to_pylist()[0], rtol=1e-5)
+    mixed = assay.score([alone, {"input_ids": ids}], method)["token_loss"].to_pylist()
+    assert [len(row) for row in mixed] == [4, 8, 8, 8]
+
+
+def test_embeddings_of_two_layers_beside_a_method_without() -> None:
+    class Embedding(Method):
+        def __init__(self, model: nn.Module, layer: str) -> None:
+            self.model, self.name = model, layer
+            self.columns = [Column(f"mean_{layer}", "none", "of the pooled input")]
+
+        def needs(self):
+            return {"model": Need(self.model, Classification(), embeddings=self.name)}
+
+        def score(self, signals):
+            return {f"mean_{self.name}": signals["model"].embeddings.mean(1)}
+
+    data, model = noisy_digits(0.3, size=20), Counting(mlp(0))
+    methods = [Ensemble([model], Classification()), Embedding(model, "inner.2"), Embedding(model, "inner.0")]
+    table = assay.score([(data.x, data.given)], methods, verify=False)
+    assert model.calls == 2  # one more for the second layer
+    np.testing.assert_allclose(table["mean_inner.0"].to_numpy(), data.x.mean(1), rtol=1e-4, atol=1e-6)
+    hidden = model.inner[1](model.inner[0](data.x)).mean(1).detach()
+    np.testing.assert_allclose(table["mean_inner.2"].to_numpy(), hidden, rtol=1e-4, atol=1e-6)
+
+
+def test_parts_that_a_batch_lacks_are_named() -> None:
+    model, batch = TinyLM(), {"input_ids": torch.zeros(2, 3, dtype=torch.long)}
+    with pytest.raises(ValueError, match=r"no raw column 'text'; expected methods\.Views\(main, raw="):
+        Scorer([Length()])(batch)
+    with pytest.raises(ValueError, match=r"no view 'prompted'; expected methods\.Views\(main, others="):
+        Scorer([Gain(model)])(Views(batch, raw={"text": ["a", "b"]}))
+    with pytest.raises(ValueError, match="the main view has 2, raw column 'text' has 1"):
+        Scorer([Length(), Ensemble([model], CausalLM())])(Views(batch, raw={"text": ["ab"]}))
+
+
+def test_scores_that_a_method_did_not_promise_are_named() -> None:
+    class Wrong(Length):
+        columns = (Column("characters", "high", "of the text", width=3), Column("start", "none", "", width=2))
+
+    batch = Views(None, raw={"text": ["ab", "cd"]})
+    with pytest.raises(ValueError, match=r"characters: scores of shape \(2,\); expected \(2, 3\)"):
+        Scorer([Wrong()])(batch)
+    Wrong.columns = (*Length.columns, Column("more", "none", ""))
+    with pytest.raises(ValueError, match="length: gave no score 'more', only 'characters', 'start'"):
+        Scorer([Wrong()])(batch)
+
+
+def test_needs_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(ValueError, match="run with a task"):
+        Need(nn.Identity())
+    with pytest.raises(ValueError, match="are a model's"):
+        Need(raw=["text"], logits=True)
+    with pytest.raises(ValueError, match="asks for nothing"):
+        Need()

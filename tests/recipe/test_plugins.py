@@ -16,7 +16,7 @@ from assay.recipe.errors import RecipeError
 from assay.recipe.methods import METHODS, MethodSpec, register_method
 from assay.recipe.models import MODELS, ModelSpec, register_model
 from assay.recipe.recipe import load_recipe
-from assay.tasks import Task
+from assay.tasks import Classification, Task
 
 
 class Doubled(Method):
@@ -73,7 +73,7 @@ def kinds():
 
 
 def test_the_fake_is_a_method():
-    assert isinstance(Doubled(nn.Identity(), None), Method)
+    assert isinstance(Doubled(nn.Identity(), Classification()), Method)
 
 
 @pytest.mark.parametrize("registered", [DoubledSpec, Doubled], ids=["by its keys", "by its constructor"])

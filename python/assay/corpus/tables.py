@@ -1,4 +1,7 @@
-"""The score table: `row`, `id`, then one float32 column per score, each saying which end to keep."""
+"""The score table: `row`, `id`, then one float32 column per score, each saying which end to keep.
+
+A score of several numbers per sample is a fixed-size list; one of a number per token is a list.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ def score_schema(columns: Sequence[ScoreColumn], metadata: Mapping[str, Any]) ->
         if name in taken:
             raise ValueError(f"score column {name!r} appears twice; each score of a table needs its own name")
         taken.add(name)
-    scores = [pa.field(c.name, pa.float32(), metadata={"keep": c.keep, "description": c.description}) for c in columns]
+    scores = [pa.field(c.name, _type(c), metadata={"keep": c.keep, "description": c.description}) for c in columns]
     footer = json.dumps(metadata, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return pa.schema([*ROW_AND_ID, *scores], metadata={METADATA_KEY: footer.encode()})
 
@@ -48,8 +51,8 @@ def make_table(
     """Build a score table.
 
     ``rows`` are positions in the source, ``ids`` the samples' ids, ``scores`` one value per row for every
-    column in ``columns`` and nothing else. A missing or surplus score, or one of the wrong length, is a
-    ValueError.
+    column in ``columns`` and nothing else: (N,), (N, width), or for a number per token (N, T), whose NaN at a row's end
+    are not kept. A missing or surplus score, or one of the wrong shape, is a ValueError.
     """
     schema = score_schema(columns, metadata)
     row_array = np.asarray(rows, dtype=np.int64)
@@ -60,9 +63,31 @@ def make_table(
     if len(set(lengths.values())) > 1:
         raise ValueError(f"columns of a score table differ in length: {lengths}")
     arrays = [pa.array(row_array), pa.array(ids, pa.string())]
-    # from_pandas=False: a NaN score is a score that is not a number, not a missing one.
-    arrays += [pa.array(np.asarray(scores[name], dtype=np.float32), from_pandas=False) for name in wanted]
+    arrays += [_array(np.asarray(scores[c.name], dtype=np.float32), c) for c in columns]
     return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _type(column: ScoreColumn) -> pa.DataType:
+    width = getattr(column, "width", 1)
+    return pa.float32() if width == 1 else pa.list_(pa.float32(), -1 if width is None else width)
+
+
+def _array(values: npt.NDArray[np.float32], column: ScoreColumn) -> pa.Array:
+    width = getattr(column, "width", 1)
+    shape = () if width == 1 else values.shape[1:2] if width is None else (width,)
+    if values.shape[1:] != shape or (width is None and values.ndim != 2):
+        expected = "(N,)" if width == 1 else f"(N, {'T' if width is None else width})"
+        raise ValueError(f"score {column.name!r} has shape {values.shape}; expected {expected}")
+    # from_pandas=False: a NaN score is a score that is not a number, not a missing one.
+    if width == 1:
+        return pa.array(values, from_pandas=False)
+    if width is not None:
+        return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel(), from_pandas=False), width)
+    held = ~np.isnan(values)
+    lengths = np.where(held.any(1), values.shape[1] - held[:, ::-1].argmax(1), 0) if values.size else held.sum(1)
+    kept = values[np.arange(values.shape[1]) < lengths[:, None]]
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return pa.ListArray.from_arrays(offsets, pa.array(kept, from_pandas=False))
 
 
 def read_metadata(schema: pa.Schema) -> dict[str, Any]:

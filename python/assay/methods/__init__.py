@@ -1,7 +1,6 @@
 """Methods: one file each, named as its paper names it. Signals in, named scores out."""
 
-from assay.methods.adam import AdamState
-from assay.methods.base import Column, Method, Need
+from assay.methods.base import Column, Method, Need, Views
 from assay.methods.dsdm import DsDm
 from assay.methods.ekfac import EKFAC
 from assay.methods.ensemble import Ensemble, ensemble_scores
@@ -14,6 +13,7 @@ from assay.methods.logra import LoGra
 from assay.methods.scorer import Scorer
 from assay.methods.trackstar import TrackStar
 from assay.methods.trak import TRAK
+from assay.probe import AdamState
 
 __all__ = [
     "EKFAC",
@@ -32,6 +32,7 @@ __all__ = [
     "Need",
     "Scorer",
     "TrackStar",
+    "Views",
     "ensemble_scores",
     "label_quality",
     "model_weights",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -22,7 +22,10 @@ class Column:
     """One score: its name in the table, the end worth training on, and one line that says what it is.
 
     ``keep`` is ``"high"`` or ``"low"``; ``"none"`` marks a score that says nothing about worth on its own (an
-    entropy never saw the label). ``width``: numbers per sample; None: one per token.
+    entropy never saw the label).
+
+    ``width`` 1 is a number per sample, (B,); n are n numbers, (B, n); None is a number per token, (B, T) with NaN where
+    a sample has no such token.
     """
 
     name: str
@@ -35,39 +38,87 @@ class Column:
 class Need:
     """What a method wants to know about one model on every batch. Losses always come.
 
-    ``reductions`` are folded while the backward pass runs; without any, there is no backward pass. Those of the kind
-    ``Jvp`` come from the forward pass alone.
+    Attributes:
+        model, task: what is run, in which form. Neither where only ``raw`` is asked for.
+        logits: whether the signals keep the logits.
+        reductions: folded while the backward pass runs; without any, there is no backward pass. Those of the kind
+            ``Jvp`` come from the forward pass alone.
+        embeddings: name or glob of the one layer whose pooled input is wanted.
+        raw: names of the sample's own columns.
+        view: another view of the sample than the batch's main one; see ``Views``.
+
+    Raises:
+        ValueError: a model without a task or the reverse, or nothing that is asked for.
     """
 
-    model: nn.Module
-    task: Task
+    model: nn.Module | None = None
+    task: Task | None = None
     logits: bool = False
     reductions: Mapping[str, Reduction | Jvp] = field(default_factory=dict)
+    embeddings: str | None = None
+    raw: Sequence[str] = ()
+    view: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.model is None) != (self.task is None):
+            raise ValueError("Need: a model is run with a task; expected both or neither")
+        if self.model is None and (self.logits or self.reductions or self.embeddings or self.view):
+            raise ValueError("Need: logits, reductions, embeddings and views are a model's; expected model and task")
+        if self.model is None and not self.raw:
+            raise ValueError("Need: asks for nothing; expected a model and a task, or raw columns")
+
+
+@dataclass(frozen=True)
+class Views:
+    """A batch of which methods want more than one form.
+
+    Attributes:
+        main: what the methods' task takes, as a plain batch.
+        others: by name, other forms of the same samples in the same order: the text behind another prompt, say.
+        raw: by column, the samples' own values.
+    """
+
+    main: Any
+    others: Mapping[str, Any] = field(default_factory=dict)
+    raw: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
 
 @runtime_checkable
 class Method(Protocol):
-    """Scores samples from signals. It cannot tell whether a corpus run or a trainer made them."""
+    """Scores samples from signals. It cannot tell whether a corpus run or a trainer made them.
+
+    Subclass it. A constructor stores its arguments and checks them, and does no work.
+    """
 
     name: str
+    uses_pool: ClassVar[bool] = False
+    """Whether ``fit`` looks at the pool, so that scores depend on it."""
 
-    @property
-    def columns(self) -> Sequence[Column]:
-        """The scores, in the order of the table."""
-        ...
+    if TYPE_CHECKING:
+
+        @property
+        def columns(self) -> Sequence[Column]:
+            """The scores, in the order of the table."""
+            ...
+    else:  # no property, for a subclass may also set it in its constructor
+        columns: Sequence[Column]
 
     def needs(self) -> Mapping[str, Need]:
         """Role -> what to run. The same roles key the signals that ``score`` gets."""
         ...
 
-    def fit(self, pool: Iterable[Any]) -> Self:
-        """Learn what has to be known before scoring, from batches of the pool; nothing unless a method says so."""
+    def fit(self, pool: Iterable[Any] = ()) -> Self:
+        """Look at the targets, and at a random sample of the pool, before anything is scored.
+
+        Args:
+            pool: batches; gone through several times, so a list rather than a generator.
+        """
         return self
 
     def score(self, signals: Mapping[str, Signals]) -> dict[str, Tensor]:
-        """Signals by role -> a (B,) tensor per column name."""
+        """Signals by role -> a tensor per column name, of the column's width."""
         ...
 
     def metadata(self) -> dict[str, str]:
         """Facts and warnings about what was scored so far, for the table's footer."""
-        ...
+        return {}

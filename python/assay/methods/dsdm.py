@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from assay.methods.influence import Targets
+from assay.methods.targets import Targets
 from assay.methods.trak import TRAK
 from assay.ops import Sketch
 from assay.tasks import Task

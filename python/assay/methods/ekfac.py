@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from assay.methods.base import Column, Method, Need
-from assay.methods.influence import Targets, damping_units
+from assay.methods.checks import check_at_least
+from assay.methods.influence import damping_units
+from assay.methods.targets import Targets, TargetSet
 from assay.probe import Convolution, Dot, Outer, PerSampleGradient, Probe, Reduction, Signals, tapped_parameters
 from assay.probe.head import Head
 from assay.tasks import Sampled, Task
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # Per-sample gradients are rotated at most this many numbers at a time.
 _ELEMENTS = 1 << 24
@@ -53,7 +58,7 @@ class EKFAC(Method):
         layers, name, skip_unsupported: as in ``Influence``.
     """
 
-    uses_pool: ClassVar[bool] = True
+    uses_pool = True
 
     def __init__(
         self,
@@ -69,12 +74,11 @@ class EKFAC(Method):
         name: str = "ekfac",
         skip_unsupported: bool = False,
     ) -> None:
-        if not targets and not self_influence:
-            raise ValueError(f"{name}: nothing to compute; give targets, or self_influence=True")
-        if not 0 <= damping < float("inf"):
-            raise ValueError(f"{name}: damping: expected a finite number, not negative, got {damping}")
         self.name, self.model, self.task = name, model, task
-        self.targets, self.self_influence = dict(targets or {}), self_influence
+        self.targets, self.self_influence = TargetSet(name, targets or {}), self_influence
+        if not self.targets and not self_influence:
+            raise ValueError(f"{name}: nothing to compute; give targets, or self_influence=True")
+        check_at_least("damping", damping, 0)
         self.damping, self.absolute_damping, self.true_fisher = damping, absolute_damping, true_fisher
         self.parameters = tapped_parameters(model, layers, skip_unsupported=skip_unsupported)
         self._bases: dict[str, _Basis] = {}
@@ -82,11 +86,7 @@ class EKFAC(Method):
 
     @property
     def columns(self) -> Sequence[Column]:
-        columns = []
-        if self.targets:
-            columns.append(Column(self.name, "high", "EK-FAC influence, the mean over the targets"))
-        if len(self.targets) > 1:
-            columns += [Column(f"{self.name}_{t}", "high", f"EK-FAC influence on target {t}") for t in self.targets]
+        columns = self.targets.columns("EK-FAC influence")
         if self.self_influence:
             columns.append(Column(f"{self.name}_self", "low", "EK-FAC self-influence; high marks wrong labels"))
         return columns
@@ -99,13 +99,13 @@ class EKFAC(Method):
             reductions["\0self"] = _SelfInfluence(self._bases)
         return {"model": Need(self.model, self.task, reductions=reductions)}
 
-    def fit(self, batches: Iterable[Any]) -> EKFAC:
+    def fit(self, pool: Iterable[Any] = ()) -> Self:
         """Take the curvature from samples of the pool (gone through twice), then the targets' gradients.
 
         Raises:
             ValueError: an empty pool, a target without samples, or none of them with a finite gradient.
         """
-        batches = list(batches)
+        batches = list(pool)
         moments = _Moments(self.parameters)
         if not self._run(moments, batches, drawn=self.true_fisher):
             raise ValueError(f"{self.name}: fit() needs samples of the pool, got none with a loss")
@@ -116,7 +116,7 @@ class EKFAC(Method):
         units = [1.0] * len(means) if self.absolute_damping else damping_units(self._bases, means)
         for basis, unit in zip(self._bases.values(), units, strict=True):
             basis.damp(self.damping * unit)
-        for target, of_target in self.targets.items():
+        for target, of_target in self.targets.batches.items():
             sums = _Sum(self.parameters)
             count = self._run(sums, of_target)
             if not count or any(left_out >= count for left_out in sums.left_out.values()):
@@ -140,12 +140,9 @@ class EKFAC(Method):
     def score(self, signals: Mapping[str, Signals]) -> dict[str, Tensor]:
         reduced = signals["model"].reduced
         nothing = signals["model"].losses.isnan()  # nothing to predict, or nothing that can be
-        scores = {}
+        scores: dict[str, Tensor] = {}
         if self.targets:
-            each = [reduced[t] for t in self.targets]
-            scores[self.name] = torch.stack(each).mean(0)
-            if len(each) > 1:
-                scores |= {f"{self.name}_{t}": value for t, value in zip(self.targets, each, strict=True)}
+            scores = self.targets.scores(torch.stack([reduced[t] for t in self.targets.batches], 1))
         if self.self_influence:
             scores[f"{self.name}_self"] = reduced["\0self"]
         return {column: score.masked_fill(nothing, torch.nan) for column, score in scores.items()}
@@ -153,7 +150,7 @@ class EKFAC(Method):
     def metadata(self) -> dict[str, str]:
         kronecker = sum(basis.left is not None for basis in self._bases.values())
         return {
-            "targets": ", ".join(self.targets),
+            "targets": str(self.targets),
             "damping": f"{self.damping}" + (" absolute" if self.absolute_damping else ""),
             "fisher": "labels drawn from the model" if self.true_fisher else "the data's labels",
             "factored_parameters": f"{kronecker} of {len(self._bases)}",

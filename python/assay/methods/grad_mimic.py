@@ -8,11 +8,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from assay.methods.base import Column, Method, Need
+from assay.methods.checks import difference
 from assay.probe import Dot, Reduction, Signals, SqNorm, tapped_parameters
 from assay.tasks import Task
 
@@ -46,7 +48,7 @@ class GradMimic(Method):
         name: name of the first column, and prefix of the others if it is not ``mimic``.
 
     Raises:
-        ValueError: the models' parameters differ in name or shape, or are equal.
+        ValueError: the models' parameters differ in name or shape, in which of them are tied, or in nothing.
     """
 
     def __init__(
@@ -65,13 +67,35 @@ class GradMimic(Method):
         self.model, self.reference, self.task = model, reference, task
         self.cosine, self.grad_norm = cosine, grad_norm
         self.parameters = tapped_parameters(model, layers, skip_unsupported=skip_unsupported)
-        self.refresh()
+        check_reference(model, reference, self.parameters)
+        self._taken: Direction | None = None
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+        self._lineage: float | None = None
+
+    @property
+    def direction(self) -> Mapping[str, Tensor]:
+        """v = θ_ref − θ by parameter. A copy of the chosen parameters in size, made when it is first asked for."""
+        return self._direction().steps
+
+    @property
+    def norm(self) -> float:
+        """‖v‖."""
+        return self._direction().norm
+
+    @property
+    def share(self) -> float:
+        """The share of ‖v‖² over all trainable parameters that the chosen layers hold."""
+        return self._direction().share
+
+    def _direction(self) -> Direction:
+        if self._taken is None:
+            self._taken = direction_towards(self.model, self.reference, self.parameters)
+        return self._taken
 
     def refresh(self) -> None:
         """Take the direction anew: call after the model has moved."""
-        self.direction, self.norm, self.share = direction_towards(self.model, self.reference, self.parameters)
-        self._pairs: list[tuple[Tensor, Tensor]] = []
-        self._lineage: float | None = None
+        self._taken, self._lineage = None, None
+        self._pairs = []
 
     @property
     def columns(self) -> Sequence[Column]:
@@ -155,26 +179,53 @@ class GradMimic(Method):
         return facts
 
 
-def direction_towards(
-    model: nn.Module, reference: nn.Module, parameters: Sequence[str]
-) -> tuple[dict[str, Tensor], float, float]:
-    """v = θ_ref − θ over ``parameters``, ‖v‖, and the share of ‖v‖² over all trainable parameters that they hold.
+@dataclass(frozen=True)
+class Direction:
+    """v = θ_ref − θ by parameter, in float32; ‖v‖; and the share of ‖v‖² over all trainable parameters."""
 
-    Raises ValueError if a parameter is missing or of another shape in the reference, or if v is zero.
-    """
-    ours = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    theirs = dict(reference.named_parameters())
-    for name, p in ours.items():
-        if name not in theirs or theirs[name].shape != p.shape:
-            found = f"shape {tuple(theirs[name].shape)}" if name in theirs else "no such parameter"
-            raise ValueError(
-                f"reference: expected parameter {name} of shape {tuple(p.shape)} as in the model, found {found}; "
-                "mimic scores need a reference of the same architecture"
-            )
-    with torch.no_grad():
-        steps = {n: theirs[n].to(p.device, torch.float32) - p.float() for n, p in ours.items()}
-    squares = {n: float(step.double().square().sum()) for n, step in steps.items()}
-    tapped = math.fsum(squares[n] for n in parameters)
-    if not tapped > 0:
+    steps: Mapping[str, Tensor]
+    norm: float
+    share: float
+
+
+def check_reference(model: nn.Module, reference: nn.Module, parameters: Sequence[str]) -> None:
+    """ValueError unless the reference has the model's trainable parameters, and differs in one of ``parameters``."""
+    if other := difference(model, reference, _trainable(model)):
+        raise ValueError(
+            f"reference: expected parameter {other.parameter} {other.expected} as in the model, found {other.actual}; "
+            "mimic scores need a reference of the same architecture"
+        )
+    ours, theirs = _trainable(model), dict(reference.named_parameters(remove_duplicate=False))
+    if all(_equal(ours[name], theirs[name]) for name in parameters):
         raise ValueError("reference: equals the model in every chosen layer, so that there is no direction to it")
-    return {n: steps[n] for n in parameters}, math.sqrt(tapped), tapped / math.fsum(squares.values())
+
+
+def direction_towards(model: nn.Module, reference: nn.Module, parameters: Sequence[str]) -> Direction:
+    """The direction from a model to a reference that ``check_reference`` has nothing against.
+
+    Raises ValueError if it has no length, or none that is a number.
+    """
+    ours, theirs = _trainable(model), dict(reference.named_parameters(remove_duplicate=False))
+    steps, squares = {}, {}
+    with torch.no_grad():
+        for name, p in ours.items():
+            step = theirs[name].to(p.device, torch.float32) - p.float()
+            squares[name] = float(step.double().square().sum())
+            if name in parameters:
+                steps[name] = step
+    tapped = math.fsum(squares[name] for name in parameters)
+    if not tapped > 0:
+        raise ValueError(f"reference: the direction to it has length {math.sqrt(tapped)}, which says nothing")
+    return Direction(
+        {name: steps[name] for name in parameters}, math.sqrt(tapped), tapped / math.fsum(squares.values())
+    )
+
+
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    if (one.dtype, one.device) != (other.dtype, other.device):
+        one, other = one.float(), other.to(one.device, torch.float32)
+    return torch.equal(one, other)

@@ -10,23 +10,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from assay.methods.base import Column, Method, Need
+from assay.methods.checks import check_at_least, check_one_of, difference
+from assay.methods.targets import Targets, TargetSet
 from assay.methods.weights import shares
 from assay.ops import Mask, Sketch
 from assay.probe import Feature, Probe, Signals, Sketched, tapped_parameters
 from assay.tasks import Task
 
-Targets = Mapping[str, Iterable[Any]]
-"""Batches of the task, by the target's name; gone through several times, so lists rather than generators."""
-
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # Second moments are held in double: this much of them at most. Factoring one takes as much again.
 MOMENT_BYTES = 8 << 30
+
+
 # λ's unit is at least this share of the largest mean in the same layer.
 LAYER_FLOOR = 1e-4
 
@@ -53,6 +56,13 @@ class Kernel:
     doubt: bool = False
     across: Literal["mean", "max"] = "mean"
 
+    def __post_init__(self) -> None:
+        if self.damping is not None:
+            check_at_least("damping", self.damping, 0)
+        if not 0 <= self.target_share <= 1:
+            raise ValueError(f"target_share: expected a number from 0 to 1, got {self.target_share}")
+        check_one_of("across", self.across, ("mean", "max"))
+
 
 class Influence(Method):
     """score_i = Q_i Σ_k α_k ⟨φ_k(i), M_k mean_t φ_k(t)⟩: keep high.
@@ -72,19 +82,19 @@ class Influence(Method):
         skip_unsupported: leave out layers that cannot be tapped exactly, instead of raising.
 
     Raises:
-        ValueError: no model, no target, models of different parameters, weights as in ``Ensemble``.
+        ValueError: no model, no target, models of different parameters, second moments beyond ``MOMENT_BYTES``.
     """
 
-    uses_pool: ClassVar[bool] = True
+    uses_pool = True
 
     def __init__(
         self,
         models: Sequence[nn.Module],
         task: Task,
         targets: Targets,
-        *,
         kernel: Kernel,
         sketch: Sketch,
+        *,
         together: bool = False,
         layers: str | Sequence[str] | None = None,
         weights: Sequence[float] | None = None,
@@ -92,40 +102,28 @@ class Influence(Method):
         skip_unsupported: bool = False,
     ) -> None:
         self.name, self.kernel, self.task, self.sketch, self.together = name, kernel, task, sketch, together
-        self.models, self.targets = list(models), dict(targets)
+        self.models = list(models)
         if not self.models:
             raise ValueError(f"{name}: expected at least one checkpoint, got none")
-        if not self.targets:
-            raise ValueError(f"{name}: expected at least one target, got none")
+        self.targets = TargetSet(name, targets, kernel.across).required()
         self.weights = shares(weights, len(self.models))
         self.parameters = tapped_parameters(self.models[0], layers, skip_unsupported=skip_unsupported)
-        self.shapes = _shapes(self.models[0], self.parameters)
+        self.shapes = parameter_shapes(self.models[0], self.parameters)
         for k, model in enumerate(self.models[1:], 1):
-            found = _shapes(model, self.parameters)
-            if different := [n for n in self.parameters if found.get(n) != self.shapes[n]]:
-                raise ValueError(f"{name}: checkpoint {k} differs from checkpoint 0 in parameter {different[0]!r}")
+            if other := difference(self.models[0], model, self.parameters):
+                raise ValueError(
+                    f"{name}: checkpoint {k} differs from checkpoint 0 in parameter {other.parameter!r}: expected it "
+                    f"{other.expected}, found {other.actual}"
+                )
         if kernel.damping is not None:
             self._check_moments()
         self._roots: list[list[Tensor]] | None = None  # per checkpoint and block: R^(−1/2)
         self._queries: list[Tensor] | None = None  # per checkpoint: (targets, size) with M applied
         self._samples = 0
 
-    def _check_moments(self) -> None:
-        needed = 8 * len(self.models) * sum((place.stop - place.start) ** 2 for place in self._blocks())
-        if needed > MOMENT_BYTES:
-            size = self.feature(0, target=False).size
-            raise ValueError(
-                f"{self.name}: {self.sketch} gives features of {size:,} numbers, whose second moments take "
-                f"{needed / 2**30:,.0f} GiB, more than {MOMENT_BYTES / 2**30:g} GiB; take a smaller sketch"
-            )
-
     @property
     def columns(self) -> Sequence[Column]:
-        kind = type(self).__name__
-        if len(self.targets) == 1:
-            return [Column(self.name, "high", f"{kind} influence on target {next(iter(self.targets))}")]
-        each = [Column(f"{self.name}_{t}", "high", f"{kind} influence on target {t}") for t in self.targets]
-        return [Column(self.name, "high", f"{kind} influence, {self.kernel.across} over the targets"), *each]
+        return self.targets.columns(f"{type(self).__name__} influence")
 
     def feature(self, k: int, *, target: bool) -> Feature:
         """What is folded from checkpoint k's backward pass, for the pool's samples or for the targets'."""
@@ -141,11 +139,11 @@ class Influence(Method):
             for k, model in enumerate(self.models)
         }
 
-    def fit(self, batches: Iterable[Any] = ()) -> Influence:
+    def fit(self, pool: Iterable[Any] = ()) -> Self:
         """Take the targets' features and, if the kernel is damped, the second moment of the pool's.
 
         Args:
-            batches: the pool or a random sample of it, several times as many samples as a feature has numbers; not
+            pool: the pool or a random sample of it, several times as many samples as a feature has numbers; not
                 looked at without damping.
 
         Raises:
@@ -154,7 +152,7 @@ class Influence(Method):
         if self.kernel.damping is None:
             self._queries = [self._target_means(k) for k in range(len(self.models))]
             return self
-        moments, self._samples = self._pool_moments(batches)
+        moments, self._samples = self._pool_moments(pool)
         if self.kernel.whiten:
             share = self.kernel.target_share
             for k, blocks in enumerate(moments if share else []):
@@ -170,16 +168,7 @@ class Influence(Method):
     def _target_means(self, k: int) -> Tensor:
         """(targets, size) float64: the mean feature of each target's samples."""
         probe = self._probe(k, target=True)
-        means = []
-        for name, batches in self.targets.items():
-            features = [self._transformed(k, _features(probe(batch))).double() for batch in batches]
-            if not features:
-                raise ValueError(f"{self.name}: target {name!r} has no samples")
-            whole = torch.cat(features)
-            if not len(finite := whole[whole.isfinite().all(1)]):
-                raise ValueError(f"{self.name}: none of target {name!r}'s {len(whole)} samples has a finite gradient")
-            means.append(finite.mean(0))
-        return torch.stack(means)
+        return self.targets.means(lambda batch: self._transformed(k, sample_features(probe(batch))))
 
     def _pool_moments(self, batches: Iterable[Any]) -> tuple[list[list[Tensor]], int]:
         """Per checkpoint and block ΦᵀΦ/n in float64, and n."""
@@ -187,16 +176,16 @@ class Influence(Method):
         sums = [_Moments(self._blocks()) for _ in probes]
         for batch in batches:
             for probe, moments in zip(probes, sums, strict=True):
-                moments.add(_features(probe(batch)))
+                moments.add(sample_features(probe(batch)))
         if not sums[0].count:
             raise ValueError(f"{self.name}: fit() needs samples of the pool for their second moment, got none")
         return [moments.mean() for moments in sums], sums[0].count
 
     def _target_moments(self, k: int) -> list[Tensor]:
         probe, moments = self._probe(k, target=True), _Moments(self._blocks())
-        for batches in self.targets.values():
+        for batches in self.targets.batches.values():
             for batch in batches:
-                moments.add(_features(probe(batch)))
+                moments.add(sample_features(probe(batch)))
         return moments.mean()
 
     def _blocks(self) -> list[slice]:
@@ -204,6 +193,15 @@ class Influence(Method):
         if self.kernel.blocks and not self.together:
             return [feature.place(name) for name in self.parameters]
         return [slice(0, feature.size)]
+
+    def _check_moments(self) -> None:
+        needed = 8 * len(self.models) * sum((place.stop - place.start) ** 2 for place in self._blocks())
+        if needed > MOMENT_BYTES:
+            raise ValueError(
+                f"{self.name}: {self.sketch} gives features of {self.feature(0, target=False).size:,} numbers, whose "
+                f"second moments take {needed / 2**30:,.0f} GiB, more than {MOMENT_BYTES / 2**30:g} GiB; take a "
+                "smaller sketch"
+            )
 
     def _solve(self, queries: Tensor, blocks: list[Tensor]) -> Tensor:
         places, dampings = self._blocks(), self._dampings(blocks)
@@ -236,7 +234,7 @@ class Influence(Method):
             (B, size) features of each checkpoint, and (B,) doubts of each if the kernel has them.
         """
         mine = [signals[f"model{k}"] for k in range(len(self.models))]
-        return [_features(s) for s in mine], [doubt(s) for s in mine] if self.kernel.doubt else None
+        return [sample_features(s) for s in mine], [doubt(s) for s in mine] if self.kernel.doubt else None
 
     def score(self, signals: Mapping[str, Signals]) -> dict[str, Tensor]:
         self._fitted()
@@ -264,9 +262,7 @@ class Influence(Method):
             total = total.to(wide.device) + weight * (wide @ queries.to(wide).T)  # (B, targets)
         if doubts is not None:
             total = total * torch.stack([d.to(total) for d in doubts]).mean(0)[:, None]
-        together = total.amax(1) if self.kernel.across == "max" else total.mean(1)
-        each = {f"{self.name}_{t}": total[:, i] for i, t in enumerate(self.targets)}
-        return {self.name: together, **(each if len(each) > 1 else {})}
+        return self.targets.scores(total)
 
     def _fitted(self) -> list[Tensor]:
         if self._queries is None:
@@ -289,7 +285,7 @@ class Influence(Method):
     def metadata(self) -> dict[str, str]:
         facts = {
             "checkpoints": str(len(self.models)),
-            "targets": ", ".join(self.targets),
+            "targets": str(self.targets),
             "sketch": str(self.sketch),
             "kernel": str(self.kernel),
         }
@@ -298,7 +294,7 @@ class Influence(Method):
         return facts
 
 
-def _features(signals: Signals) -> Tensor:
+def sample_features(signals: Signals) -> Tensor:
     """(B, size), NaN where there is nothing to predict: an influence of 0 would rank such a sample above bad ones."""
     return signals.reduced["feature"].masked_fill(signals.losses.isnan()[:, None], torch.nan)
 
@@ -342,9 +338,10 @@ def _reseeded(sketch: Sketch, k: int) -> Sketch:
     return replace(sketch, seed=seed)
 
 
-def _shapes(model: nn.Module, parameters: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    known = dict(model.named_parameters())
-    return {name: tuple(known[name].shape) for name in parameters if name in known}
+def parameter_shapes(model: nn.Module, parameters: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """By name, in the order of ``parameters``."""
+    by_name = dict(model.named_parameters())
+    return {name: tuple(by_name[name].shape) for name in parameters}
 
 
 def damping_units(parameters: Iterable[str], means: Sequence[float]) -> list[float]:

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from assay.methods.adam import AdamState
-from assay.methods.base import Need
-from assay.methods.influence import Influence, Kernel, Targets
+from assay.methods.base import Column, Method, Need
+from assay.methods.checks import check_at_least, check_one_of
+from assay.methods.influence import parameter_shapes, sample_features
 from assay.methods.less import AdamSketched
+from assay.methods.targets import Targets, TargetSet
 from assay.ops import Kronecker, Rademacher, Sketch
-from assay.probe import Feature, Jvp, Probe, Signals, tapped_parameters
+from assay.probe import AdamState, Feature, Jvp, Probe, Signals, Sketched, tapped_parameters
+from assay.probe.selection import find_module
 from assay.tasks import Task
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # Below, not a hundredth of the variance of p is explained.
 _LEAST_CORRELATION = 0.1
 
 
-class InfluenceDistillation(Influence):
+class InfluenceDistillation(Method):
     """p = K(E, E_L) (K_LL + δI)⁻¹ p_L with p_L = cos(∇ℓ_L, ∇ℓ_target), section 4 of the paper: keep high.
 
     Every sample is embedded by directional derivatives of the model's first blocks, a fraction of a forward pass; only
@@ -50,7 +56,13 @@ class InfluenceDistillation(Influence):
         optimizer: Adam's state; the landmarks' gradients then become Adam's steps, the targets' stay plain.
         seed: of landmarks and tangents.
         layers, name, skip_unsupported: as in ``Influence``.
+
+    Raises:
+        ValueError: no target, a number out of its range, a layer that there is not, or an optimiser's state without one
+            of the parameters.
     """
+
+    uses_pool = True
 
     def __init__(
         self,
@@ -72,55 +84,62 @@ class InfluenceDistillation(Influence):
         name: str = "influence_distillation",
         skip_unsupported: bool = False,
     ) -> None:
-        super().__init__(
-            [model],
-            task,
-            targets,
-            kernel=Kernel(),  # of the exact scores; the regression's is below
-            sketch=sketch if sketch is not None else Kronecker(64, 64),
-            together=True,
-            layers=layers,
-            name=name,
-            skip_unsupported=skip_unsupported,
-        )
+        self.name, self.model, self.task = name, model, task
+        self.targets = TargetSet(name, targets).required()
         if landmarks < 2 or tangents < 1:
             raise ValueError(f"{name}: expected 2 landmarks and 1 tangent at least, got {landmarks} and {tangents}")
-        if kernel not in ("rbf", "linear"):
-            raise ValueError(f"{name}: kernel {kernel!r}; expected 'rbf' or 'linear'")
+        check_one_of(f"{name}: kernel", kernel, ("rbf", "linear"))
+        check_at_least("damping", damping, 0)
         self.landmarks, self.spread, self.damping = landmarks, kernel, damping
+        self.sketch, self.together = sketch or Kronecker(64, 64), True
         self.optimizer, self.seed = optimizer, seed
+        self.parameters = tapped_parameters(model, layers, skip_unsupported=skip_unsupported)
+        self.shapes = parameter_shapes(model, self.parameters)
         if optimizer is not None:
-            optimizer.check(self.shapes)
-        moved = tapped_parameters(model, embed_layers, skip_unsupported=True)
-        self.embedding = Jvp(
-            _random_tangents(model, moved, tangents, seed),
-            at,
-            embed_sketch if embed_sketch is not None else Rademacher(4096, seed, "embedding"),
-        )
+            optimizer.check(model, self.parameters)
+        if at is not None:
+            find_module(model, at)
+        self._moved = tapped_parameters(model, embed_layers, skip_unsupported=True)
+        self._tangents, self._at = tangents, at
+        self._embed_sketch = embed_sketch or Rademacher(4096, seed, "embedding")
+        self._samples = 0
         self._anchors = torch.empty(0)  # (L, D), the landmarks' embeddings
         self._bandwidth = 1.0
         self._coefficients: Tensor | None = None  # (L, targets)
         self._correlation: list[float] = []
 
-    def feature(self, k: int, *, target: bool) -> Feature:
+    @property
+    def columns(self) -> Sequence[Column]:
+        return self.targets.columns(f"{type(self).__name__} influence")
+
+    @cached_property
+    def embedding(self) -> Jvp:
+        """What every sample is embedded by. Its tangents, copies of the parameters in size, are made when first asked
+        for."""
+        tangents = _random_tangents(self.model, self._moved, self._tangents, self.seed)
+        return Jvp(tangents, self._at, self._embed_sketch)
+
+    def feature(self, *, target: bool) -> Feature:
+        """What is folded from the backward pass of landmarks or of the targets' samples."""
         if target or self.optimizer is None:
-            return super().feature(k, target=target)
+            return Sketched(self.shapes, self.sketch, self.together)
         return AdamSketched(self.shapes, self.sketch, True, state=self.optimizer, eps="outside")
 
     def needs(self) -> Mapping[str, Need]:
-        return {"model": Need(self.models[0], self.task, reductions={"embedding": self.embedding})}
+        return {"model": Need(self.model, self.task, reductions={"embedding": self.embedding})}
 
-    def fit(self, batches: Iterable[Any] = ()) -> InfluenceDistillation:
+    def fit(self, pool: Iterable[Any] = ()) -> Self:
         """Draw the landmarks, take their gradients and the targets', and solve for the regression.
 
         Args:
-            batches: the pool or a random sample of it. Only batches that hold a landmark are run.
+            pool: the pool or a random sample of it. Only batches that hold a landmark are run.
 
         Raises:
             ValueError: a target without samples, fewer than two landmarks, a singular kernel.
         """
-        queries = torch.nn.functional.normalize(self._target_means(0), dim=1)
-        embeddings, features = self._landmarks(list(batches))
+        probe = Probe(self.model, self.task, reductions={"feature": self.feature(target=True)}, logits=False)
+        queries = torch.nn.functional.normalize(self.targets.means(lambda x: sample_features(probe(x))), dim=1)
+        embeddings, features = self._landmarks(list(pool))
         p = torch.nn.functional.normalize(features, dim=1) @ queries.to(features).T
         self._anchors = embeddings
         distances = torch.pdist(embeddings)
@@ -146,8 +165,8 @@ class InfluenceDistillation(Influence):
         generator = torch.Generator().manual_seed(self.seed)
         drawn = torch.zeros(sum(sizes), dtype=torch.bool)
         drawn[torch.randperm(sum(sizes), generator=generator)[: self.landmarks]] = True
-        reductions: dict[str, Feature | Jvp] = {"embedding": self.embedding, "feature": self.feature(0, target=False)}
-        probe = Probe(self.models[0], self.task, reductions=reductions, logits=False)
+        reductions: dict[str, Feature | Jvp] = {"embedding": self.embedding, "feature": self.feature(target=False)}
+        probe = Probe(self.model, self.task, reductions=reductions, logits=False)
         found: list[tuple[Tensor, Tensor]] = []
         for batch, chosen in zip(batches, torch.split(drawn, sizes), strict=True):
             if not bool(chosen.any()):
@@ -174,13 +193,13 @@ class InfluenceDistillation(Influence):
         if self._coefficients is None:
             raise RuntimeError(f"{self.name}: call fit() before scoring")
         kernel = self._kernel(signals["model"].reduced["embedding"])
-        scores = self._columns(kernel @ self._coefficients.to(kernel.device))
+        scores = self.targets.scores(kernel @ self._coefficients.to(kernel.device))
         nothing = signals["model"].losses.isnan()  # to predict
         return {column: score.masked_fill(nothing, torch.nan) for column, score in scores.items()}
 
     def metadata(self) -> dict[str, str]:
         facts = {
-            "targets": ", ".join(self.targets),
+            "targets": str(self.targets),
             "sketch": str(self.sketch),
             "landmarks": str(self._samples),
             "landmark_correlation": ", ".join(f"{x:.4f}" for x in self._correlation),
@@ -193,10 +212,6 @@ class InfluenceDistillation(Influence):
                 "tangents, or other embed_layers"
             )
         return facts
-
-    def _columns(self, scores: Tensor) -> dict[str, Tensor]:
-        each = {f"{self.name}_{t}": scores[:, i] for i, t in enumerate(self.targets)}
-        return {self.name: scores.mean(1), **(each if len(each) > 1 else {})}
 
 
 def _random_tangents(model: nn.Module, names: Sequence[str], count: int, seed: int) -> tuple[Mapping[str, Tensor], ...]:

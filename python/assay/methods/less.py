@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from assay.methods.adam import AdamState
-from assay.methods.influence import Influence, Kernel, Targets
+from assay.methods.checks import check_one_of
+from assay.methods.influence import Influence, Kernel
+from assay.methods.targets import Targets
 from assay.ops import Kronecker, Sketch
-from assay.probe import Dense, Feature, PerSampleGradient, Sketched
+from assay.probe import AdamState, Dense, Feature, PerSampleGradient, Sketched
 from assay.tasks import Task
 
 # Gradients are multiplied out (Adam divides elementwise) at most this many numbers at a time.
@@ -41,7 +42,7 @@ class LESS(Influence):
         ValueError: an optimiser's state lacks a parameter, or has one of another shape.
     """
 
-    uses_pool: ClassVar[bool] = False
+    uses_pool = False
 
     def __init__(
         self,
@@ -61,21 +62,22 @@ class LESS(Influence):
             models,
             task,
             targets,
-            kernel=Kernel(normalize=True, across="max"),
-            sketch=sketch if sketch is not None else Kronecker(64, 64),
+            Kernel(normalize=True, across="max"),
+            sketch or Kronecker(64, 64),
             together=True,
             layers=layers,
             weights=weights,
             name=name,
             skip_unsupported=skip_unsupported,
         )
+        check_one_of("eps", eps, ("outside", "inside"))
         self.optimizers, self.eps = None if optimizers is None else list(optimizers), eps
         if self.optimizers is not None and len(self.optimizers) != len(self.models):
             raise ValueError(
                 f"{name}: expected one optimiser state per checkpoint, {len(self.models)}, got {len(self.optimizers)}"
             )
-        for state in self.optimizers or ():
-            state.check(self.shapes)
+        for model, state in zip(self.models, self.optimizers or (), strict=False):
+            state.check(model, self.parameters)
 
     def feature(self, k: int, *, target: bool) -> Feature:
         if target or self.optimizers is None:
@@ -92,8 +94,14 @@ class AdamSketched(Sketched):
 
     def __call__(self, parameter: str, gradient: PerSampleGradient) -> Tensor:
         samples = max(1, _ELEMENTS // math.prod(self.shapes[parameter]))
-        parts = []
-        for part in gradient.split(samples):
-            step = Dense(self.state.step(parameter, part.dense(), self.eps))
-            parts.append(step.sketch(self.sketch.named(parameter), self.shapes[parameter]))
-        return torch.cat(parts)
+        return torch.cat([self._of_steps(parameter, part.dense()) for part in gradient.split(samples)])
+
+    def at_zero(self, parameter: str) -> Tensor:
+        """(sketch.dim,): a parameter without a gradient is moved by the moments all the same."""
+        moment = self.state.first[parameter]
+        zero = torch.zeros((1, *moment.shape), device=moment.device, dtype=torch.float32)
+        return self._of_steps(parameter, zero)[0]
+
+    def _of_steps(self, parameter: str, gradients: Tensor) -> Tensor:
+        step = Dense(self.state.step(parameter, gradients, self.eps))
+        return step.sketch(self.sketch.named(parameter), self.shapes[parameter])

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from assay.methods.influence import Influence, Kernel, Targets
+from assay.methods.influence import Influence, Kernel
+from assay.methods.targets import Targets
 from assay.ops import Kronecker, Sketch
 from assay.tasks import Task
 
@@ -39,13 +40,8 @@ class LoGra(Influence):
         name: str = "logra",
         skip_unsupported: bool = False,
     ) -> None:
+        kernel = Kernel(damping=damping, blocks=True)
+        sketch = sketch or Kronecker(16, 16)
         super().__init__(
-            models,
-            task,
-            targets,
-            kernel=Kernel(damping=damping, blocks=True),
-            sketch=sketch if sketch is not None else Kronecker(16, 16),
-            layers=layers,
-            name=name,
-            skip_unsupported=skip_unsupported,
+            models, task, targets, kernel, sketch, layers=layers, name=name, skip_unsupported=skip_unsupported
         )

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from assay.methods.base import Column, Method, Need
+from assay.methods.base import Column, Method, Need, Views
 from assay.probe import Jvp, Probe, Reduction, Signals
 
-_Key = tuple[int, Any]  # a model's identity and its task: what one probe runs
+# What one probe runs: a model's identity, its task, the view of the samples, and the layer whose input is pooled.
+_Key = tuple[int, Any, str | None, str | None]
+
+
+@dataclass(frozen=True)
+class _Role:
+    """Where a method's role gets its signals: which probe, its reductions' names -> their keys there, raw columns."""
+
+    run: _Key | None
+    reductions: Mapping[str, str]
+    raw: Sequence[str]
 
 
 class Scorer:
@@ -29,37 +39,54 @@ class Scorer:
     def __init__(self, methods: Sequence[Method], *, verify: bool = True) -> None:
         self.methods = list(methods)
         self.columns = all_columns(self.methods)
-        wanted: dict[_Key, Need] = {}
-        # Per method: role -> which probe serves it, and its reductions' names -> their keys in that probe.
-        self._roles: list[dict[str, tuple[_Key, dict[str, str]]]] = []
-        for i, method in enumerate(self.methods):
-            roles = {}
-            for role, need in method.needs().items():
-                key = (id(need.model), need.task)
+        needs = [dict(method.needs()) for method in self.methods]
+        pooled = _pooled_layers([need for roles in needs for need in roles.values()])
+        runs: dict[_Key, Need] = {}
+        self._roles: list[dict[str, _Role]] = []  # per method
+        for i, method_needs in enumerate(needs):
+            roles: dict[str, _Role] = {}
+            for role, need in method_needs.items():
+                if need.model is None:
+                    roles[role] = _Role(None, {}, need.raw)
+                    continue
+                run = (id(need.model), need.task, need.view)
+                key = (*run, need.embeddings or pooled[run])
                 names = {name: f"{i}.{role}.{name}" for name in need.reductions}
-                mine: dict[str, Reduction | Jvp] = {names[name]: r for name, r in need.reductions.items()}
-                known = wanted.get(key, replace(need, logits=False, reductions={}))
-                wanted[key] = replace(
-                    known, logits=known.logits or need.logits, reductions={**known.reductions, **mine}
+                own: dict[str, Reduction | Jvp] = {names[name]: r for name, r in need.reductions.items()}
+                others = runs.get(key, replace(need, logits=False, reductions={}, embeddings=key[-1], raw=()))
+                runs[key] = replace(
+                    others, logits=others.logits or need.logits, reductions={**others.reductions, **own}
                 )
-                roles[role] = (key, names)
+                roles[role] = _Role(key, names, need.raw)
             self._roles.append(roles)
-        self._probes = {
-            key: Probe(need.model, need.task, factors=(), reductions=need.reductions, logits=need.logits, verify=verify)
-            for key, need in wanted.items()
-        }
+        self._probes = {key: _probe(need, verify) for key, need in runs.items()}
 
     def __call__(self, batch: Any) -> dict[str, Tensor]:
-        """A batch of what the methods' task takes -> (B,) float32 on the CPU per column."""
-        signals = {key: probe(batch) for key, probe in self._probes.items()}
+        """Score a batch.
+
+        Args:
+            batch: what the methods' task takes, or a ``Views`` of it.
+
+        Returns:
+            Per column float32 on the CPU: (B,), (B, width), or (B, T) of a column without a fixed width.
+
+        Raises:
+            ValueError: the batch lacks a view or a raw column that a method needs, its parts differ in their number of
+                samples, or a method gives scores of another shape than its column says.
+        """
+        views = batch if isinstance(batch, Views) else Views(batch)
+        signals = {key: probe(_part(views, key[2])) for key, probe in self._probes.items()}
+        raw = {n: _raw(views, n) for roles in self._roles for role in roles.values() for n in role.raw}
+        size = _same_size({_described(key[2]): len(s.losses) for key, s in signals.items()}, raw)
         scores: dict[str, Tensor] = {}
         for method, roles in zip(self.methods, self._roles, strict=True):
-            mine: Mapping[str, Signals] = {
-                role: signals[key].with_reduced({n: signals[key].reduced[k] for n, k in keys.items()})
-                for role, (key, keys) in roles.items()
-            }
+            given: dict[str, Signals] = {}
+            for name, role in roles.items():
+                own = Signals(torch.full((size,), torch.nan)) if role.run is None else signals[role.run]
+                reduced = {reduction: own.reduced[key] for reduction, key in role.reductions.items()}
+                given[name] = own.with_reduced(reduced, {column: raw[column] for column in role.raw})
             with torch.no_grad():
-                scores |= {n: v.detach().float().cpu() for n, v in method.score(mine).items()}
+                scores |= _checked(method, method.score(given), size)
         return {column.name: scores[column.name] for column in self.columns}
 
     def metadata(self) -> dict[str, str]:
@@ -81,3 +108,68 @@ def all_columns(methods: Sequence[Method]) -> list[Column]:
             owner[column.name] = type(method).__name__
             columns.append(column)
     return columns
+
+
+def _pooled_layers(needs: Sequence[Need]) -> dict[tuple[int, Any, str | None], str | None]:
+    """By model, task and view: the layer that is pooled in the run of those that want no embeddings."""
+    layers: dict[tuple[int, Any, str | None], str | None] = {}
+    for need in needs:
+        run = (id(need.model), need.task, need.view)
+        layers[run] = layers.get(run) or need.embeddings
+    return layers
+
+
+def _probe(need: Need, verify: bool) -> Probe:
+    assert need.model is not None
+    assert need.task is not None
+    return Probe(
+        need.model,
+        need.task,
+        factors=(),
+        reductions=need.reductions,
+        embeddings=need.embeddings,
+        logits=need.logits,
+        verify=verify,
+    )
+
+
+def _described(view: str | None) -> str:
+    return "the main view" if view is None else f"view {view!r}"
+
+
+def _part(views: Views, view: str | None) -> Any:
+    if view is None:
+        return views.main
+    if view not in views.others:
+        raise ValueError(f"the batch has no view {view!r}; expected methods.Views(main, others={{{view!r}: ...}})")
+    return views.others[view]
+
+
+def _raw(views: Views, column: str) -> Sequence[Any]:
+    if column not in views.raw:
+        expected = f"methods.Views(main, raw={{{column!r}: ...}})"
+        raise ValueError(f"the batch has no raw column {column!r}; expected {expected}")
+    return views.raw[column]
+
+
+def _same_size(views: Mapping[str, int], raw: Mapping[str, Sequence[Any]]) -> int:
+    """The number of samples; 0 of a batch that nobody looks at."""
+    sizes = dict(views) | {f"raw column {name!r}": len(values) for name, values in raw.items()}
+    if len(set(sizes.values())) > 1:
+        listed = ", ".join(f"{part} has {size}" for part, size in sizes.items())
+        raise ValueError(f"the parts of a batch differ in their number of samples: {listed}")
+    return next(iter(sizes.values()), 0)
+
+
+def _checked(method: Method, scores: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
+    checked = {}
+    for column in method.columns:
+        if column.name not in scores:
+            raise ValueError(f"{method.name}: gave no score {column.name!r}, only {', '.join(map(repr, scores))}")
+        values = scores[column.name]
+        expected = (size,) if column.width == 1 else (size, column.width or "T")
+        fits = values.shape == expected if column.width is not None else values.ndim == 2 and len(values) == size
+        if not fits:
+            raise ValueError(f"{column.name}: scores of shape {tuple(values.shape)}; expected {expected}")
+        checked[column.name] = values.detach().float().cpu()
+    return checked

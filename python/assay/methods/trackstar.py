@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from assay.methods.influence import Influence, Kernel, Targets
+from assay.methods.influence import Influence, Kernel
+from assay.methods.targets import Targets
 from assay.ops import Kronecker, Sketch
 from assay.tasks import Task
 
@@ -41,13 +42,8 @@ class TrackStar(Influence):
         name: str = "trackstar",
         skip_unsupported: bool = False,
     ) -> None:
+        kernel = Kernel(damping=damping, blocks=True, whiten=True, target_share=target_share, normalize=True)
+        sketch = sketch or Kronecker(16, 16)
         super().__init__(
-            models,
-            task,
-            targets,
-            kernel=Kernel(damping=damping, blocks=True, whiten=True, target_share=target_share, normalize=True),
-            sketch=sketch if sketch is not None else Kronecker(16, 16),
-            layers=layers,
-            name=name,
-            skip_unsupported=skip_unsupported,
+            models, task, targets, kernel, sketch, layers=layers, name=name, skip_unsupported=skip_unsupported
         )

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from assay.methods.influence import Influence, Kernel, Targets
+from assay.methods.influence import Influence, Kernel
+from assay.methods.targets import Targets
 from assay.ops import Kronecker, Sketch
 from assay.tasks import Margin, Task
 
@@ -41,12 +42,14 @@ class TRAK(Influence):
         name: str = "trak",
         skip_unsupported: bool = False,
     ) -> None:
+        kernel = Kernel(damping=damping, doubt=True)
+        sketch = sketch or Kronecker(16, 16)
         super().__init__(
             models,
             Margin(task),
             targets,
-            kernel=Kernel(damping=damping, doubt=True),
-            sketch=sketch if sketch is not None else Kronecker(16, 16),
+            kernel,
+            sketch,
             together=True,
             layers=layers,
             name=name,

@@ -1,5 +1,6 @@
 """The probe: runs a model on a batch and returns its signals. The only home of hooks in assay."""
 
+from assay.probe.adam import AdamState
 from assay.probe.gradient import Convolution, Dense, Outer, PerSampleGradient, Scatter
 from assay.probe.jvp import Jvp
 from assay.probe.layers import Factors
@@ -8,6 +9,7 @@ from assay.probe.reductions import Dot, Feature, Reduction, Sketched, SqNorm
 from assay.probe.selection import tapped_parameters
 
 __all__ = [
+    "AdamState",
     "Convolution",
     "Dense",
     "Dot",

@@ -40,6 +40,7 @@ class Signals:
         output_layer: what the logits of a fused language model are the product of, if they were asked for.
         row_losses: (B,) or (B, T): the cross entropies that the losses are made of, 0 where nothing is predicted; None
             if the task has none.
+        raw: by name, the samples' own columns, each of B values; the probe gives none.
     """
 
     losses: Tensor
@@ -51,11 +52,13 @@ class Signals:
     reduced: Mapping[str, Tensor] = field(default_factory=dict)
     output_layer: OutputLayer | None = None
     row_losses: Tensor | None = None
+    raw: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
-    def with_reduced(self, reduced: Mapping[str, Tensor]) -> Signals:
-        """The same signals with other reductions; logits that have not been made stay so."""
+    def with_reduced(self, reduced: Mapping[str, Tensor], raw: Mapping[str, Sequence[Any]] | None = None) -> Signals:
+        """The same signals with other reductions, and raw columns; logits that have not been made stay so."""
         other = copy.copy(self)
         object.__setattr__(other, "reduced", reduced)
+        object.__setattr__(other, "raw", raw or {})
         return other
 
 

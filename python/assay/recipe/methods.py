@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
-from typing import Any, ClassVar, Literal
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal
 
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationInfo
 from torch import nn
 
 from assay import methods
 from assay.methods import AdamState, Method
-from assay.methods.influence import Kernel, Targets
+from assay.methods.influence import Kernel
+from assay.methods.targets import Targets
 from assay.recipe.models import file_sha256
 from assay.recipe.parts import ExistingPath, Part, Registry
 from assay.recipe.signatures import DerivedPart, Given, Role, derive
@@ -22,19 +25,49 @@ class KernelSpec(DerivedPart):
     """How features become scores."""
 
 
-KERNEL = derive(Kernel, KernelSpec, {})
-MODEL = Role(str, lambda name, given: given.models[name])
-TARGETS = Role(list[str] | None, lambda names, given: None, implied=True)  # the recipe's, unless some are named
+class OptimizerSpec(Part):
+    """The state of an Adam optimiser: a path, or a path and the constants that its file does not hold."""
+
+    path: ExistingPath
+    betas: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+    eps: float | None = None
+
+    def load(self, given: Given, place: int) -> AdamState:
+        """The state; its parameters' names follow from the model that it belongs to."""
+        model = given.own[place] if place < len(given.own) else None
+        return AdamState.load(self.path, model=model, betas=self.betas, eps=self.eps)
+
+    def identity(self) -> Any:
+        """The file's content, and what was said beside it."""
+        said = self.model_dump(exclude={"path"}, exclude_none=True)
+        digest = f"sha256:{file_sha256(self.path)}"
+        return said | {"file": digest} if said else digest
+
+
+def _optimizer(value: Any, info: ValidationInfo) -> OptimizerSpec:
+    if isinstance(value, str):
+        return OptimizerSpec(path=PATH.validate_python(value, context=info.context))
+    return OptimizerSpec.model_validate(value, context=info.context)
+
+
+PATH: TypeAdapter[str] = TypeAdapter(ExistingPath)
+MODEL = Role(str, lambda name, given, _: given.models[name])
+TARGETS = Role(list[str] | None, lambda names, given, _: None, implied=True)  # the recipe's, unless some are named
 OPTIMIZER = Role(
-    ExistingPath,
-    lambda path, given: AdamState.load(path),
-    lambda path: f"sha256:{file_sha256(path)}",
+    Annotated[OptimizerSpec, BeforeValidator(_optimizer)],
+    lambda spec, given, place: spec.load(given, place),
+    lambda spec: spec.identity(),
+)
+KERNEL = Role(
+    derive(Kernel, KernelSpec, {}),
+    lambda spec, given, _: Kernel(**spec.arguments(given)),
+    lambda spec: spec.model_dump(),
 )
 ROLES: dict[Any, Role] = {
     nn.Module: MODEL,
     Targets: TARGETS,
     AdamState: OPTIMIZER,
-    Kernel: Role(KERNEL, lambda spec, given: Kernel(**spec.arguments(given)), lambda spec: spec.model_dump()),
+    Kernel: KERNEL,
     **SKETCH_ROLES,
 }
 
@@ -90,12 +123,13 @@ class DerivedSpec(DerivedPart, MethodSpec):
         return []
 
     def build(self, given: Given) -> Method:
-        arguments = self.arguments(given)
+        own = [given.models[name] for name in self.models_used().values()]
+        arguments = self.arguments(replace(given, own=own))
         for key in self.keys:
             if key.role is TARGETS:
                 arguments[key.name] = {name: given.targets[name] for name in self.targets_of(given.targets)}
-        own = inspect.signature(self.constructor).parameters.keys() & {"task", "seed"}
-        method: Method = self.constructor(**arguments, **{name: getattr(given, name) for name in own})
+        shared = inspect.signature(self.constructor).parameters.keys() & {"task", "seed"}
+        method: Method = self.constructor(**arguments, **{name: getattr(given, name) for name in shared})
         return method
 
     def identity(self) -> dict[str, Any]:

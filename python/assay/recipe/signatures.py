@@ -24,6 +24,8 @@ class Given:
     targets: Mapping[str, Any]
     """Batches by the target's name."""
     seed: int
+    own: Sequence[nn.Module] = ()
+    """The models of the method that is being built, in the order in which it names them."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,13 @@ class Role:
 
     Attributes:
         field: what pydantic checks the value against.
-        make: the value, and what the recipe is built from -> the argument.
+        make: the value, what the recipe is built from, and the value's place in its list -> the argument.
         identity: what of the value decides scores.
         implied: the key may be left out even where the argument may not.
     """
 
     field: Any
-    make: Callable[[Any, Given], Any]
+    make: Callable[[Any, Given, int], Any]
     identity: Callable[[Any], Any] = lambda value: value
     implied: bool = False
 
@@ -59,7 +61,7 @@ class Key:
         if self.role is None or value is None:
             return value
         make = self.role.make
-        return [make(item, given) for item in value] if self.several else make(value, given)
+        return [make(item, given, i) for i, item in enumerate(value)] if self.several else make(value, given, 0)
 
     def identity(self, value: Any) -> Any:
         """What of the value decides scores, as plain JSON."""

@@ -32,7 +32,7 @@ class SketchSpec(DerivedPart):
 SKETCHES: Registry[SketchSpec] = Registry("kind")
 SKETCH = Role(
     Annotated[SerializeAsAny[SketchSpec], BeforeValidator(SKETCHES.parse)],
-    lambda spec, given: spec.build(given),
+    lambda spec, given, _: spec.build(given),
     lambda spec: spec.model_dump(),
 )
 ROLES = dict.fromkeys(get_args(Sketch), SKETCH)

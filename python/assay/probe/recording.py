@@ -16,6 +16,7 @@ from assay.probe.head import Head
 from assay.probe.layers import Factors
 from assay.probe.reductions import Feature, Reduction
 from assay.probe.selection import Tap
+from assay.tasks.output_layer import UnmadeLogits
 
 
 @contextmanager
@@ -125,7 +126,9 @@ class Recorder:
             for tap in self.taps:
                 before, after = self._hooks(tap)
                 stack.callback(tap.module.register_forward_pre_hook(before, with_kwargs=True).remove)
-                stack.callback(tap.module.register_forward_hook(after, with_kwargs=True).remove)
+                # First of all hooks: what others do to the output comes after the layer's own.
+                hook = tap.module.register_forward_hook(after, with_kwargs=True, prepend=True)
+                stack.callback(hook.remove)
             yield
 
     def backward(self, losses: Tensor) -> None:
@@ -166,16 +169,21 @@ class Recorder:
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
             if self._recording:
                 self._check_call(tap, self._the_input(tap, args, kwargs), output)
-            tapped = output
-            if not output.requires_grad:
+            unmade = output if isinstance(output, UnmadeLogits) else None
+            tapped = output if unmade is None else unmade.losses
+            if not tapped.requires_grad:
                 # The graph starts here. A clone: no leaf may be modified in place, as by an inplace ReLU.
-                leaf = output.detach().requires_grad_()
+                leaf = tapped.detach().requires_grad_()
                 tapped = leaf.clone()
                 if self._recording:
                     self._leaves.append(leaf)
             if self._recording:
-                self._watch(tap, self._the_input(tap, args, kwargs), tapped)
-            return tapped
+                labels = None if unmade is None else unmade.labels
+                self._watch(tap, self._the_input(tap, args, kwargs), tapped, labels)
+            if unmade is None:
+                return tapped
+            unmade.losses = tapped
+            return None
 
         return before, after
 
@@ -202,8 +210,7 @@ class Recorder:
                 "change the model"
             )
 
-    def _watch(self, tap: Tap, inputs: Tensor, output: Tensor) -> None:
-        labels = getattr(tap.module.forward, "labels", None)  # a fused output layer's
+    def _watch(self, tap: Tap, inputs: Tensor, output: Tensor, labels: Tensor | None) -> None:
         call = _Call(tap, inputs.detach(), inputs._version, len(tap.parameters), labels)
         if tap.layer in self.keep:
             self._kept[tap.layer].append(call)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from assay.probe.gradient import PerSampleGradient
 from assay.tasks import Task
+from assay.tasks.base import unfused
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -75,13 +76,16 @@ class Check:
 
 
 def prepare_check(model: nn.Module, task: Task, batch: Any, parameters: Collection[str]) -> Check:
-    """Run the ordinary forward and backward pass; the model's parameters are frozen before and after."""
+    """Run the ordinary forward and backward pass; the model's parameters are frozen before and after.
+
+    Nothing is fused in it, so that it does not share what it checks.
+    """
     wanted = {name: p for name, p in model.named_parameters() if name in parameters}
     generator = torch.Generator().manual_seed(0)
     try:
         for parameter in wanted.values():
             parameter.requires_grad_(True)
-        losses = task.forward(model, batch).losses
+        losses = unfused(task).forward(model, batch).losses
         weights = (0.5 + torch.rand(len(losses), generator=generator)).to(losses.device)
         loose = _is_low_precision(wanted.values(), losses.device)
         with torch.autocast(losses.device.type, enabled=False):

@@ -81,6 +81,22 @@ class Task(Protocol):
         ...
 
 
+@runtime_checkable
+class Relabels(Protocol):
+    """A task whose rows can be given other labels."""
+
+    def relabelled(self, batch: Any, labels: Tensor) -> Any:
+        """The batch with these labels, (N,) int64, one for each row of the outputs; -100 where nothing is predicted."""
+        ...
+
+
+def unfused(task: Task) -> Task:
+    """The same task with every loss taken from the model's own logits: what a fused loss is checked against."""
+    make = getattr(task, "unfused", None)
+    found: Task = make() if callable(make) else task
+    return found
+
+
 def wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
@@ -112,10 +128,14 @@ def class_indices(labels: Tensor) -> Tensor:
     return labels.long()
 
 
-def check_range(labels: Tensor, classes: int, ignore: int | None) -> None:
+def outside_range(labels: Tensor, classes: int, ignore: int | None) -> Tensor:
+    """Which labels are neither a class nor ``ignore``."""
     wrong = (labels < 0) | (labels >= classes)
-    if ignore is not None:
-        wrong &= labels != ignore
+    return wrong if ignore is None else wrong & (labels != ignore)
+
+
+def check_range(labels: Tensor, classes: int, ignore: int | None) -> None:
+    wrong = outside_range(labels, classes, ignore)
     if bool(wrong.any()):
         allowed = f"[0, {classes})" + (f" or {ignore}" if ignore is not None else "")
         raise ValueError(f"label {int(labels[wrong][0])} lies outside {allowed}, the classes of the model's logits")

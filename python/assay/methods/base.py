@@ -32,13 +32,16 @@ class Need:
     """What a method wants to know about one model on every batch. Losses always come.
 
     ``reductions`` are folded while the backward pass runs; without any, there is no backward pass. Those of the kind
-    ``Jvp`` come from the forward pass alone.
+    ``Jvp`` come from the forward pass alone. ``layers`` and ``skip_unsupported`` are what their parameters were
+    selected with, and whether a layer that turns out not to be tapped may be left out.
     """
 
     model: nn.Module
     task: Task
     logits: bool = False
     reductions: Mapping[str, Reduction | Jvp] = field(default_factory=dict)
+    layers: str | Sequence[str] | None = None
+    skip_unsupported: bool = False
 
 
 @runtime_checkable

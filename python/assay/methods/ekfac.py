@@ -66,6 +66,7 @@ class EKFAC:
         self.name, self.model, self.task = name, model, task
         self.targets, self.self_influence = dict(targets or {}), self_influence
         self.damping, self.true_fisher = damping, true_fisher
+        self.layers, self.skip_unsupported = layers, skip_unsupported
         self.parameters = tapped_parameters(model, layers, skip_unsupported=skip_unsupported)
         self._bases: dict[str, _Basis] = {}
         self._directions: dict[str, Mapping[str, Tensor]] = {}
@@ -87,7 +88,15 @@ class EKFAC:
         reductions: dict[str, Reduction] = {t: Dot(direction) for t, direction in self._directions.items()}
         if self.self_influence:
             reductions["\0self"] = _SelfInfluence(self._bases)
-        return {"model": Need(self.model, self.task, reductions=reductions)}
+        return {
+            "model": Need(
+                self.model,
+                self.task,
+                reductions=reductions,
+                layers=self.layers,
+                skip_unsupported=self.skip_unsupported,
+            )
+        }
 
     def fit(self, batches: Iterable[Any]) -> EKFAC:
         """Take the curvature from samples of the pool (gone through twice), then the targets' gradients.
@@ -119,9 +128,11 @@ class EKFAC:
     def _run(self, reduction: Reduction, batches: Iterable[Any], drawn: bool = False) -> int:
         """Fold every batch's gradients -> the number of samples with something to predict."""
         count = 0
+        skip = self.skip_unsupported
+        probe = Probe(self.model, self.task, reductions={"x": reduction}, logits=False, skip_unsupported=skip)
         for i, batch in enumerate(batches):
-            task = Sampled(self.task, seed=i) if drawn else self.task  # the same draws whenever this batch comes
-            probe = Probe(self.model, task, reductions={"x": reduction}, logits=False, verify=False)
+            if drawn:  # the same labels whenever this batch comes
+                probe.task = Sampled(self.task, seed=i)
             count += len(probe(batch).losses)
         return count
 

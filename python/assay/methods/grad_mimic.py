@@ -64,6 +64,7 @@ class GradMimic:
         self.name = name
         self.model, self.reference, self.task = model, reference, task
         self.cosine, self.grad_norm = cosine, grad_norm
+        self.layers, self.skip_unsupported = layers, skip_unsupported
         self.parameters = tapped_parameters(model, layers, skip_unsupported=skip_unsupported)
         self.refresh()
 
@@ -95,7 +96,13 @@ class GradMimic:
         if self.cosine or self.grad_norm:
             reductions["sqnorm"] = SqNorm(tuple(self.parameters))
         return {
-            "model": Need(self.model, self.task, reductions=reductions),
+            "model": Need(
+                self.model,
+                self.task,
+                reductions=reductions,
+                layers=self.layers,
+                skip_unsupported=self.skip_unsupported,
+            ),
             "reference": Need(self.reference, self.task),
         }
 

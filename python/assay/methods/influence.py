@@ -85,6 +85,7 @@ class Influence:
     ) -> None:
         self.name, self.kernel, self.task, self.sketch, self.together = name, kernel, task, sketch, together
         self.models, self.targets = list(models), dict(targets)
+        self.layers, self.skip_unsupported = layers, skip_unsupported
         if not self.models:
             raise ValueError(f"{name}: expected at least one checkpoint, got none")
         if not self.targets:
@@ -121,7 +122,13 @@ class Influence:
 
     def needs(self) -> Mapping[str, Need]:
         return {
-            f"model{k}": Need(model, self.task, reductions={"feature": self.feature(k, target=False)})
+            f"model{k}": Need(
+                model,
+                self.task,
+                reductions={"feature": self.feature(k, target=False)},
+                layers=self.layers,
+                skip_unsupported=self.skip_unsupported,
+            )
             for k, model in enumerate(self.models)
         }
 
@@ -195,7 +202,13 @@ class Influence:
         return torch.cat(parts, 1)
 
     def _probe(self, k: int, *, target: bool) -> Probe:
-        return Probe(self.models[k], self.task, reductions={"feature": self.feature(k, target=target)}, logits=False)
+        return Probe(
+            self.models[k],
+            self.task,
+            reductions={"feature": self.feature(k, target=target)},
+            logits=False,
+            skip_unsupported=self.skip_unsupported,
+        )
 
     def _transformed(self, k: int, features: Tensor) -> Tensor:
         """Raw features as the kernel compares them."""

@@ -147,7 +147,9 @@ class InfluenceDistillation(Influence):
         drawn = torch.zeros(sum(sizes), dtype=torch.bool)
         drawn[torch.randperm(sum(sizes), generator=generator)[: self.landmarks]] = True
         reductions: dict[str, Feature | Jvp] = {"embedding": self.embedding, "feature": self.feature(0, target=False)}
-        probe = Probe(self.models[0], self.task, reductions=reductions, logits=False)
+        probe = Probe(
+            self.models[0], self.task, reductions=reductions, logits=False, skip_unsupported=self.skip_unsupported
+        )
         found: list[tuple[Tensor, Tensor]] = []
         for batch, chosen in zip(batches, torch.split(drawn, sizes), strict=True):
             if not bool(chosen.any()):

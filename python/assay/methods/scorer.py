@@ -3,16 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from assay.methods.base import Column, Method, Need
 from assay.probe import Jvp, Probe, Reduction, Signals
+from assay.probe.selection import coverage, select
+from assay.tasks import Task
+from assay.tasks.base import base_task
 
-_Key = tuple[int, Any]  # a model's identity and its task: what one probe runs
+_Key = tuple[int, Task]  # a model's identity and the task that runs it: one probe, one forward pass
+
+
+@dataclass
+class _Plan:
+    """What one probe has to serve: by task the reductions of everybody who wants its reading of the forward pass."""
+
+    model: nn.Module
+    readings: dict[Task, dict[str, Reduction | Jvp]] = field(default_factory=dict)
+    logits: bool = False
+    strict: set[str] = field(default_factory=set)  # parameters that somebody does not allow to be left out
+    lenient: set[str] = field(default_factory=set)
+
+    def add(self, need: Need, names: Mapping[str, str]) -> None:
+        self.logits |= need.logits
+        mine = {names[name]: reduction for name, reduction in need.reductions.items()}
+        self.readings.setdefault(need.task, {}).update(mine)
+        tapped = {name for r in mine.values() if not isinstance(r, Jvp) for name in r.parameters}
+        (self.lenient if need.skip_unsupported else self.strict).update(tapped)
+
+    def probe(self, verify: bool) -> Probe:
+        (task, reductions), *others = self.readings.items()
+        return Probe(
+            self.model,
+            task,
+            factors=(),
+            reductions=reductions,
+            logits=self.logits,
+            skip_unsupported=self.lenient - self.strict,
+            verify=verify,
+            readings=others,
+        )
 
 
 class Scorer:
@@ -20,7 +54,7 @@ class Scorer:
 
     Args:
         methods: objects with the ``Method`` protocol; their column names must not clash.
-        verify: let each probe check itself against autograd on its first batch.
+        verify: let each probe check itself against autograd.
 
     Raises:
         ValueError: two methods give a column of the same name, or a model cannot be tapped as a method needs it.
@@ -29,42 +63,62 @@ class Scorer:
     def __init__(self, methods: Sequence[Method], *, verify: bool = True) -> None:
         self.methods = list(methods)
         self.columns = all_columns(self.methods)
-        wanted: dict[_Key, Need] = {}
-        # Per method: role -> which probe serves it, and its reductions' names -> their keys in that probe.
-        self._roles: list[dict[str, tuple[_Key, dict[str, str]]]] = []
+        plans: dict[_Key, _Plan] = {}
+        # Per method: role -> which probe and which reading serve it, and its reductions' names -> their keys there.
+        self._roles: list[dict[str, tuple[_Key, Need, dict[str, str]]]] = []
         for i, method in enumerate(self.methods):
             roles = {}
             for role, need in method.needs().items():
-                key = (id(need.model), need.task)
+                key = (id(need.model), base_task(need.task))
                 names = {name: f"{i}.{role}.{name}" for name in need.reductions}
-                mine: dict[str, Reduction | Jvp] = {names[name]: r for name, r in need.reductions.items()}
-                known = wanted.get(key, replace(need, logits=False, reductions={}))
-                wanted[key] = replace(
-                    known, logits=known.logits or need.logits, reductions={**known.reductions, **mine}
-                )
-                roles[role] = (key, names)
+                plans.setdefault(key, _Plan(need.model)).add(need, names)
+                roles[role] = (key, need, names)
             self._roles.append(roles)
-        self._probes = {
-            key: Probe(need.model, need.task, factors=(), reductions=need.reductions, logits=need.logits, verify=verify)
-            for key, need in wanted.items()
-        }
+        self._probes = {key: plan.probe(verify) for key, plan in plans.items()}
+        self._places = {key: {task: i for i, task in enumerate(plan.readings)} for key, plan in plans.items()}
 
     def __call__(self, batch: Any) -> dict[str, Tensor]:
         """A batch of what the methods' task takes -> (B,) float32 on the CPU per column."""
-        signals = {key: probe(batch) for key, probe in self._probes.items()}
+        if any(task.size(batch) == 0 for _, task in self._probes):
+            return {column.name: torch.zeros(0) for column in self.columns}
+        signals = {key: probe.read(batch) for key, probe in self._probes.items()}
         scores: dict[str, Tensor] = {}
         for method, roles in zip(self.methods, self._roles, strict=True):
-            mine: Mapping[str, Signals] = {
-                role: signals[key].with_reduced({n: signals[key].reduced[k] for n, k in keys.items()})
-                for role, (key, keys) in roles.items()
-            }
+            own: dict[str, Signals] = {}
+            for role, (key, need, names) in roles.items():
+                found = signals[key][self._places[key][need.task]]
+                own[role] = found.with_reduced({name: found.reduced[k] for name, k in names.items()})
             with torch.no_grad():
-                scores |= {n: v.detach().float().cpu() for n, v in method.score(mine).items()}
+                scores |= {n: v.detach().float().cpu() for n, v in method.score(own).items()}
         return {column.name: scores[column.name] for column in self.columns}
 
     def metadata(self) -> dict[str, str]:
-        """``<method>.<fact>`` for the table's footer."""
-        return {f"{m.name}.{fact}": value for m in self.methods for fact, value in m.metadata().items()}
+        """``<method>.<fact>`` for the table's footer.
+
+        Where layers were left out, ``coverage`` and ``left_out_layers`` are among the facts: the least share of a
+        model's trainable parameters that the method has seen, and the layers of those that it has not.
+        """
+        facts: dict[str, str] = {}
+        for method, roles in zip(self.methods, self._roles, strict=True):
+            own = {**method.metadata(), **self._left_out(roles)}
+            facts |= {f"{method.name}.{fact}": value for fact, value in own.items()}
+        return facts
+
+    def _left_out(self, roles: Mapping[str, tuple[_Key, Need, Mapping[str, str]]]) -> dict[str, str]:
+        shares, layers = [], []
+        for key, need, _ in roles.values():
+            tapped = {n for r in need.reductions.values() if not isinstance(r, Jvp) for n in r.parameters}
+            if not tapped:
+                continue
+            dropped = {name for name in self._probes[key].left_out if name in tapped}
+            if need.skip_unsupported:
+                dropped |= select(need.model, need.layers, skip_unsupported=True).left_out.keys()
+            if dropped:
+                shares.append(coverage(need.model, tapped - dropped))
+                layers += [name.rpartition(".")[0] or name for name in sorted(dropped)]
+        if not layers:
+            return {}
+        return {"coverage": f"{min(shares):.4f}", "left_out_layers": ", ".join(dict.fromkeys(layers))}
 
 
 def all_columns(methods: Sequence[Method]) -> list[Column]:

@@ -82,6 +82,27 @@ class Task(Protocol):
 
 
 @runtime_checkable
+class Reads(Protocol):
+    """A task that reads other losses off the forward pass of its ``task``: both are had from one pass."""
+
+    task: Task
+
+    def read(self, outputs: Outputs) -> Outputs:
+        """Of the outputs of ``task``."""
+        ...
+
+
+def base_task(task: Task) -> Task:
+    """The task that runs the model."""
+    return base_task(task.task) if isinstance(task, Reads) else task
+
+
+def read(task: Task, outputs: Outputs) -> Outputs:
+    """A task's outputs from those of its base task."""
+    return task.read(read(task.task, outputs)) if isinstance(task, Reads) else outputs
+
+
+@runtime_checkable
 class Relabels(Protocol):
     """A task whose rows can be given other labels."""
 

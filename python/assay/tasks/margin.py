@@ -41,7 +41,10 @@ class Margin:
         return Margin(unfused(self.task))
 
     def forward(self, model: nn.Module, batch: Any) -> Outputs:
-        outputs = self.task.forward(model, batch)
+        return self.read(self.task.forward(model, batch))
+
+    def read(self, outputs: Outputs) -> Outputs:
+        """The margins of a forward pass of ``task``: it needs no other."""
         nll, labels = outputs.row_losses, outputs.labels
         if nll is None or labels is None:
             raise ValueError(

@@ -131,7 +131,7 @@ def multiplied_out(factors: Factors, shape: torch.Size, transposed: bool = False
 
 
 def dots(gradients: Tensor, direction: Tensor) -> Tensor:
-    return (gradients * direction).flatten(1).sum(1)
+    return (gradients * direction).reshape(len(gradients), -1).sum(1)
 
 
 def close(found: Tensor, expected: Tensor | int, tolerance: float, what: str) -> None:

@@ -249,7 +249,7 @@ CHANGES: dict[str, Any] = {
     "concatenate": lambda z: torch.cat([z, z[..., :2]], -1),
     "permute the vocabulary": lambda z: z.flip(-1),
     "permute the positions": lambda z: z.roll(1, 1),
-    "by its own largest": lambda z: z / z.abs().amax(),
+    "by its own largest": lambda z: z / z.abs().amax((1, 2), keepdim=True),
     "numpy": lambda z: torch.from_numpy(z.detach().numpy() * 2) + 0 * z,
     "a look at a value": lambda z: z if float(z.detach().flatten()[0]) > 1e9 else z + z,
     "an error that is caught": _caught,

@@ -261,7 +261,7 @@ class Probe:
             return
         self.left_out |= dropped
         self.parameters = [name for name in self.parameters if name not in dropped]
-        self._taps = make_taps(self._model, self.parameters)
+        self._taps = [tap for tap in (tap.without(dropped) for tap in self._taps) if tap.parameters]
         for name in dropped if check is not None else ():
             check.gradients.pop(name, None)  # type: ignore[union-attr]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -24,6 +24,9 @@ class Tap:
     module: nn.Module
     rule: Rule | None
     parameters: Mapping[str, str]
+
+    def without(self, names: Collection[str]) -> Tap:
+        return replace(self, parameters={local: n for local, n in self.parameters.items() if n not in names})
 
 
 @dataclass(frozen=True)

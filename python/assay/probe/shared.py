@@ -129,8 +129,8 @@ class Region:
             pass
         elif name in _EXPANSIONS:
             result = self._expand(func, leaves, spec, shared[0])
-        elif name in _ELEMENTWISE and others:
-            result = self._meet(func, leaves, spec, shared, others)
+        elif others and (shape := self._meeting(name, shared, others)) is not None:
+            result = self._meet(func, leaves, spec, shared, shape)
         elif name in _PRODUCTS and others:
             result = self._multiply(func, leaves, spec, shared)
         if result is not None:
@@ -138,6 +138,8 @@ class Region:
         args, kwargs = tree_unflatten(leaves, spec)
         result = func(*args, **kwargs)
         sources = tuple(dict.fromkeys(source for x in shared for source in x.sources))
+        if name == "embedding" and isinstance(leaves[1], Shared):  # rows by ids that are no sample's
+            name = "__getitem__"
         if self._independent(name, others, shared, result):
             return tree_map(lambda x: self._derived(x, sources), result)
         if any(isinstance(x, Tensor) and x.is_floating_point() for x in tree_flatten(result)[0]):
@@ -166,8 +168,17 @@ class Region:
         first = shape[0] if shape else 0
         return first >= self.size and first % self.size == 0 and (value.ndim < len(shape) or value.shape[0] == 1)
 
-    def _meet(self, func: Any, leaves: list[Any], spec: Any, shared: list[Shared], others: list[Tensor]) -> Any:
-        shape = _broadcast([*shared, *others])
+    def _meeting(self, name: str, shared: list[Shared], others: list[Tensor]) -> Sequence[int] | None:
+        """The shape up to which an operation broadcasts its arguments, if it does."""
+        if name in _ELEMENTWISE:
+            return _broadcast([*shared, *others])
+        if name == "scaled_dot_product_attention" and len(others) > 2:  # what is shared is added to the scores
+            return others[0].shape
+        if name in ("matmul", "__matmul__") and shared[0].ndim > 2 and others[0].ndim > 1:
+            return (*_broadcast([x[..., 0, 0] for x in (shared[0], others[0])]), 1, 1)
+        return None
+
+    def _meet(self, func: Any, leaves: list[Any], spec: Any, shared: list[Shared], shape: Sequence[int]) -> Any:
         if not all(self._groups(shape, x) for x in shared):
             return None
         copies = {}
@@ -186,6 +197,11 @@ class Region:
         args, kwargs = tree_unflatten([start, *leaves[1:]], spec)
         copies: Tensor = func(*args, **kwargs)
         aligned = (1,) * (copies.ndim - value.ndim) + value.shape
+        if value.ndim == copies.ndim > 0 and value.shape[0] > 1:  # one after the other: (B·k·first, …)
+            if len(copies) % (self.size * len(value)) or value.shape[1:] != copies.shape[1:]:
+                return None
+            self._catch(value, start, copies)
+            return copies
         fits = all(size in (1, found) for size, found in zip(aligned[1:], copies.shape[1:], strict=True))
         if not self._groups(copies.shape, value) or not fits:
             return None
@@ -207,11 +223,16 @@ class Region:
         for source in value.sources:
             self.patterns.add((source.parameters, "spread", copies.ndim, len(copies) // size))
 
+        lengthwise = copies.ndim == value.ndim > 0 and shape[0] > 1
+
         def arrived(grads: Tensor) -> None:
             grads = grads.detach()
-            if len(grads) > size:
+            if lengthwise:
+                grads = wide(grads.reshape(size, -1, *shape)).sum(1)
+            elif len(grads) > size:
                 grads = wide(grads.reshape(size, -1, *grads.shape[1:])).sum(1)
-            spread = [axis for axis, n in enumerate(aligned[1:], 1) if n == 1 and grads.shape[axis] != 1]
+            axes = enumerate(aligned[1:], 1)
+            spread = [] if lengthwise else [axis for axis, n in axes if n == 1 and grads.shape[axis] != 1]
             border.add((grads.sum(spread, keepdim=True) if spread else grads).reshape(size, *shape))
 
         copies.register_hook(arrived)  # type: ignore[no-untyped-call]
@@ -288,8 +309,9 @@ class Region:
             return
         for start in self.starts:
             found = ordinary.get(id(start.value))
-            if found is not None and bool((found != 0).any()):
-                raise RuntimeError(untapped(start.what, start.obstacle or "its use cannot be followed"))
+            # Those with an obstacle have been dropped.
+            if start.obstacle is None and found is not None and bool((found != 0).any()):
+                raise RuntimeError(untapped(start.what, "its use cannot be followed"))
         with torch._C.DisableTorchFunctionSubclass():
             for border in self._borders.values():
                 if border.grads is not None:

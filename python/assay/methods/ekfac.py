@@ -68,6 +68,7 @@ class EKFAC:
         self.damping, self.true_fisher = damping, true_fisher
         self.layers, self.skip_unsupported = layers, skip_unsupported
         self.parameters = tapped_parameters(model, layers, skip_unsupported=skip_unsupported)
+        self.left_out: dict[str, str] = {}  # parameters that could not be tapped after all
         self._bases: dict[str, _Basis] = {}
         self._directions: dict[str, Mapping[str, Tensor]] = {}
 
@@ -134,6 +135,7 @@ class EKFAC:
             if drawn:  # the same labels whenever this batch comes
                 probe.task = Sampled(self.task, seed=i)
             count += len(probe(batch).losses)
+        self.left_out |= probe.left_out
         return count
 
     def score(self, signals: Mapping[str, Signals]) -> dict[str, Tensor]:

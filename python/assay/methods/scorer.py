@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,19 +100,22 @@ class Scorer:
         """
         facts: dict[str, str] = {}
         for method, roles in zip(self.methods, self._roles, strict=True):
-            own = {**method.metadata(), **self._left_out(roles)}
+            own = {**method.metadata(), **self._left_out(roles, getattr(method, "left_out", ()))}
             facts |= {f"{method.name}.{fact}": value for fact, value in own.items()}
         return facts
 
-    def _left_out(self, roles: Mapping[str, tuple[_Key, Need, Mapping[str, str]]]) -> dict[str, str]:
+    def _left_out(
+        self, roles: Mapping[str, tuple[_Key, Need, Mapping[str, str]]], while_fitting: Collection[str]
+    ) -> dict[str, str]:
         shares, layers = [], []
         for key, need, _ in roles.values():
             tapped = {n for r in need.reductions.values() if not isinstance(r, Jvp) for n in r.parameters}
             if not tapped:
                 continue
-            dropped = {name for name in self._probes[key].left_out if name in tapped}
+            dropped = {name for name in self._probes[key].left_out if name in tapped} | set(while_fitting)
             if need.skip_unsupported:
-                dropped |= select(need.model, need.layers, skip_unsupported=True).left_out.keys()
+                selection = select(need.model, need.layers, skip_unsupported=True)
+                tapped, dropped = set(selection.names), dropped | selection.left_out.keys()
             if dropped:
                 shares.append(coverage(need.model, tapped - dropped))
                 layers += [name.rpartition(".")[0] or name for name in sorted(dropped)]

@@ -26,8 +26,8 @@ Weighting = Literal["uniform", "accuracy", "log_loss"]
 LOG_LOSS_EXPONENTS = (1e-4, 1e-3, 1e-2, 1e-1, 1e0, 1e1, 1e2, 2e2)
 # The threshold of a class that labels no row, as in cleanlab: above every probability, so that it is nobody's rival.
 UNSEEN_CLASS = 2.0
-# Numbers of a model's logits that are in float64 at a time.
-_CHUNK = 1 << 20
+# Numbers of a model's logits that are in float64 at a time: few enough for the cache.
+_CHUNK = 1 << 15
 
 COLUMNS = (
     Column("self_confidence", "high", "Σ_k w_k p_k,y: the models' own probability of the label"),

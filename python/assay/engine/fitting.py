@@ -12,7 +12,8 @@ import numpy as np
 from pydantic import Field
 
 from assay.corpus.errors import BadRow, ShardError
-from assay.corpus.readers import Chunk, read
+from assay.corpus.format import Chunk
+from assay.corpus.readers import read
 from assay.corpus.shards import Corpus, Shard
 from assay.engine.errors import EngineError
 from assay.engine.registry import CorpusPath, Part

@@ -15,7 +15,7 @@ from torch import nn
 
 from assay.corpus.checks import SeenIds, check_features, check_id, check_label, check_text
 from assay.corpus.errors import BadRow
-from assay.corpus.readers import Chunk
+from assay.corpus.format import Chunk
 from assay.corpus.shards import Shard
 from assay.engine.errors import EngineError
 from assay.engine.models import ModelSpec, shared_tokenizer

@@ -16,6 +16,7 @@ from torch import nn
 from assay.corpus.checks import SeenIds, check_features, check_id, check_label, check_text
 from assay.corpus.errors import BadRow
 from assay.corpus.format import Chunk
+from assay.corpus.quarantine import row_id
 from assay.corpus.shards import Shard
 from assay.engine.errors import EngineError
 from assay.engine.models import ModelSpec, shared_tokenizer
@@ -247,7 +248,7 @@ class RowReader:
 
     def _ids(self, chunk: Chunk) -> list[str | BadRow]:
         if self._id_column is None:
-            return [f"{self._shard.path}:{chunk.first + i}" for i in range(chunk.length)]
+            return [row_id(self._shard.path, chunk.first + i) for i in range(chunk.length)]
         values = chunk.columns[self._id_column]
         return [
             BadRow(chunk.faults[i]) if i in chunk.faults else attempt(check_id, self._id_column, value)

@@ -6,6 +6,7 @@ import contextlib
 import mmap
 import os
 import shutil
+import struct
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -52,7 +53,10 @@ class _Opened:
 
     def pieces(self, columns: Sequence[str] | None) -> Iterator[Piece]:
         """The rows of some columns (None: of all), each piece with the share read so far."""
-        fields = None if columns is None else sorted(map(self.schema.get_field_index, columns))
+        fields = None
+        # Plain buffers are used where they lie. Of a file, pyarrow would copy those of chosen fields.
+        if columns is not None and (not self.is_file or _is_compressed(self.buffer)):
+            fields = sorted(map(self.schema.get_field_index, columns))
         options = pa.ipc.IpcReadOptions(included_fields=fields, use_threads=False)
         stream = pa.BufferReader(self.buffer)
         share = 0.0
@@ -69,7 +73,7 @@ class _Opened:
                     share = min(1.0, stream.tell() / (self.buffer.size - len(_STREAM_END)))
                     yield batch
 
-        for piece in pieces(batches()):
+        for piece in pieces(batch if columns is None else batch.select(columns) for batch in batches()):
             self._check_size()
             yield piece, share
             # The pages that were read go back; whoever needs one again finds it in the system's cache.
@@ -109,6 +113,33 @@ def _check_kind(memory: mmap.mmap) -> bool:
     if memory[:4] == _STREAM_MARK and memory[-len(_STREAM_END) :] != _STREAM_END:
         raise ShardError("the Arrow stream has no end marker: the file is truncated")
     return False
+
+
+def _is_compressed(buffer: pa.Buffer) -> bool:
+    """Whether the first record batch of an Arrow file says so: the field `compression` of Arrow's Message.fbs, which
+    pyarrow does not show. Taken for true where that cannot be found."""
+    try:
+        for message in pa.ipc.MessageReader.open_stream(buffer.slice(8)):
+            if message.type == "record batch":
+                table = message.metadata.to_pybytes()
+                header = _place(table, _number(table, 0, "<I"), 2)
+                return header is None or _place(table, header + _number(table, header, "<I"), 3) is not None
+    except (pa.ArrowException, OSError, struct.error):
+        return True
+    return False  # no batch at all
+
+
+def _place(table: bytes, start: int, field: int) -> int | None:
+    """Where a field of a flatbuffers table lies; None if it is not set."""
+    layout = start - _number(table, start, "<i")
+    entry = 4 + 2 * field
+    offset = _number(table, layout + entry, "<H") if entry < _number(table, layout, "<H") else 0
+    return start + offset if offset else None
+
+
+def _number(table: bytes, place: int, kind: str) -> int:
+    value: int = struct.unpack_from(kind, table, place)[0]
+    return value
 
 
 FORMAT = Format("arrow", (".arrow", ".feather"), _read, _copy)

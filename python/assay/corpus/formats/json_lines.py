@@ -61,8 +61,8 @@ def _is_document(head: Sequence[bytes]) -> bool:
         json.loads(first)
     except RecursionError:
         return False
-    except ValueError:  # it goes on, or it is damaged: then a row follows
-        return len(head) > 1 and not _is_row(head[1])
+    except ValueError:  # it goes on with a key or the next record, or it is a damaged row
+        return len(head) > 1 and (not _is_row(head[1]) if is_list else head[1].startswith((b'"', b"}")))
     return is_list and len(head) == 1
 
 

@@ -131,10 +131,15 @@ def _row_bytes(array: pa.Array) -> npt.NDArray[np.int64]:
         return _filled(pc.binary_length(array))
     if is_any(kind, "list", "large_list", "map", "list_view", "large_list_view"):
         mean = -(-array.values.nbytes // max(1, len(array.values)))
-        return _filled(pc.list_value_length(array)) * np.int64(mean)
+        lengths = pa.array(np.diff(array.offsets)) if not _is_list_view(kind) else pc.list_value_length(array)
+        return _filled(lengths) * np.int64(mean)
     if pa.types.is_struct(kind):
         return _sum([_row_bytes(array.field(i)) for i in range(kind.num_fields)], len(array))
     return np.full(len(array), -(-array.nbytes // max(1, len(array))), np.int64)
+
+
+def _is_list_view(kind: pa.DataType) -> bool:
+    return is_any(kind, "list_view", "large_list_view")
 
 
 def _filled(lengths: pa.Array) -> npt.NDArray[np.int64]:
@@ -170,7 +175,7 @@ def _filtered(array: pa.Array, mask: npt.NDArray[np.bool_]) -> pa.Array:
         return pa.DictionaryArray.from_arrays(
             array.indices.filter(pa.array(mask)), array.dictionary, ordered=kind.ordered
         )
-    if is_any(kind, "list_view", "large_list_view"):
+    if _is_list_view(kind):
         return _filtered_views(array, mask)
     bare = _bare(kind)
     dense = dense_type(bare)

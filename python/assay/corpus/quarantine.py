@@ -21,7 +21,7 @@ FOLDER = "quarantine"
 
 # A list longer than this names rows that follow one another together, whatever their reasons and ids: how long it gets
 # must not follow what a small file unfolds to.
-MOST_ENTRIES = 100_000
+MOST_ENTRIES = 20_000
 _SEVERAL = f"one of several reasons, which are listed row by row for the first {MOST_ENTRIES:,} entries only"
 
 
@@ -116,11 +116,9 @@ def _rows(line: bytes) -> Iterator[Quarantined]:
     first = Quarantined(*(entry[name] for name in ("shard", "row", "id", "reason")))
     last: Any = entry.get("last", first.row)
     texts = isinstance(first.shard, str) and isinstance(first.reason, str) and isinstance(first.id, str | None)
-    if not texts or not (
-        first.row is last is None or (type(first.row) is type(last) is int and 0 <= first.row <= last)
-    ):
+    if not texts or type(first.row) is not type(last) or type(last) not in (int, type(None)):
         raise ValueError("an entry without shard, row or reason")
     yield first
-    if first.row is not None:
-        for row in range(first.row + 1, last + 1):
+    if last is not None:
+        for row in range(int(first.row or 0) + 1, last + 1):
             yield replace(first, row=row, id=first.id and row_id(first.shard, row))

@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from assay.corpus import decompress
+from assay.corpus import compression
 from assay.corpus.errors import ShardError
-from assay.corpus.readers import CHUNK_ROWS, read
+from assay.corpus.format import CHUNK_ROWS
+from assay.corpus.readers import read
 from assay.corpus.shards import find_shards
 
 TEXTS = [f"document {i} " + "ü" * (i % 7) for i in range(2500)]
@@ -168,9 +169,8 @@ def test_line_ends_and_byte_order_mark(tmp_path):
 
 
 def test_a_line_that_never_ends_is_one_fault(tmp_path, monkeypatch):
-    monkeypatch.setattr(decompress, "MAX_LINE_BYTES", 100)
-    monkeypatch.setattr("assay.corpus.readers.MAX_LINE_BYTES", 100)
-    monkeypatch.setattr(decompress, "_BLOCK", 64)
+    monkeypatch.setattr(compression, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(compression, "_BLOCK", 64)
     line = b'{"text": "' + b"x" * 1000 + b'"}\n'
     rows = rows_of(shard_of(tmp_path, "a.jsonl", b'{"text": "a"}\n' + line + b'{"text": "b"}\n'), "text")
     assert [row for row, _ in rows] == [0, 1, 2]

@@ -145,6 +145,15 @@ def test_a_saved_data_set_loads_again(tmp_path):
     assert curated["train"]._fingerprint != original["train"]._fingerprint
 
 
+@pytest.mark.parametrize("content", ["[1, 2]", "null", "{", "[" * 100_000])
+def test_a_sidecar_that_is_no_object_is_copied_as_it_is(tmp_path, content):
+    datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(str(tmp_path / "in"))
+    (tmp_path / "in/dataset_info.json").write_text(content)
+    copy_sidecars(find_shards(str(tmp_path / "in")), Store.at(str(tmp_path / "out")), "all")
+    assert (tmp_path / "out/dataset_info.json").read_text() == content
+    assert "_fingerprint" in (tmp_path / "out/state.json").read_text()
+
+
 def views() -> pa.Table:
     """Columns that pyarrow's own filter does not take, or takes whole."""
     texts = [None if i % 5 == 0 else f"a text of some length, number {i}" for i in range(ROWS)]

@@ -92,7 +92,7 @@ def _unpacked(file: BinaryIO, compression: Compression) -> Iterator[bytes]:
     elif compression == "bz2":
         yield from _streams(file, bz2.BZ2Decompressor)
     elif compression == "xz":
-        yield from _streams(file, lambda: lzma.LZMADecompressor(memlimit=_XZ_MEMORY))
+        yield from _streams(file, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_MEMORY))
     else:
         yield from _zstd_blocks(file)
 

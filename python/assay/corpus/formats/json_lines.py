@@ -13,6 +13,8 @@ from assay.corpus.compression import compressed, lines
 from assay.corpus.errors import BadRow, ShardError
 from assay.corpus.format import Chunk, Format, Mask, Source, check_length
 
+_BYTE_ORDER_MARK = "\ufeff".encode()
+
 
 def _read(source: Source, columns: Sequence[str]) -> Iterator[Chunk]:
     first, held, rows = 0, 0, []
@@ -41,7 +43,8 @@ def _checked(rows: Iterator[bytes]) -> Iterator[bytes]:
     filled: list[bytes] = []
     for line in itertools.islice(rows, limits.CHUNK_ROWS):
         head.append(line)
-        filled += [line.strip()] if line.strip() else []
+        text = line.removeprefix(_BYTE_ORDER_MARK).strip()
+        filled += [text] if text else []
         if len(filled) == 2:
             break
     if _is_document(filled):
@@ -51,7 +54,7 @@ def _checked(rows: Iterator[bytes]) -> Iterator[bytes]:
 
 def _is_document(head: Sequence[bytes]) -> bool:
     """Whether the first lines with something on them (two, if there are) belong to a list or object over many lines."""
-    first = head[0].removeprefix(b"\xef\xbb\xbf") if head else b""
+    first = head[0] if head else b""
     if not first.startswith((b"[", b"{")):
         return False
     is_list = first.startswith(b"[")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from assay.probe.gradient import Dense, PerSampleGradient, Term
 from assay.probe.head import Head
 from assay.probe.layers import Factors
-from assay.probe.reductions import Feature, Reduction
+from assay.probe.reductions import Displaced, Feature, Reduction
 from assay.probe.selection import Tap
 
 
@@ -115,6 +115,7 @@ class Recorder:
     _calls: dict[str, list[tuple[_Call, str]]] = field(default_factory=lambda: defaultdict(list))
     _waiting: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     _kept: dict[str, list[_Call]] = field(default_factory=lambda: defaultdict(list))  # by layer
+    _touched: set[str] = field(default_factory=set)  # parameters in which a sample has a gradient
     _leaves: list[Tensor] = field(default_factory=list)
     _recording: bool = True
 
@@ -139,6 +140,7 @@ class Recorder:
             with torch.no_grad():
                 for name in list(self._calls):  # some of their calls have got no gradient: it is zero
                     self._fold(name)
+                self._add_untouched()
                 self.factors = self._factors()
 
     def _factors(self) -> dict[str, Factors]:
@@ -227,6 +229,7 @@ class Recorder:
         if wanting:
             terms = [call.term(local) for call, local in calls if call.grads is not None]
             if terms:
+                self._touched.add(name)
                 owner, local = calls[0][0].tap.module, calls[0][1]
                 gradient = PerSampleGradient(owner.get_parameter(local).shape, terms)
                 for key, reduction in wanting:
@@ -235,6 +238,13 @@ class Recorder:
             call.open -= 1
             if call.open == 0 and call.tap.layer not in self.keep:
                 call.release()
+
+    def _add_untouched(self) -> None:
+        """What reductions make of a gradient of 0 where no sample has another."""
+        for key, reduction in self.reductions.items():
+            if isinstance(reduction, Displaced):
+                for name in [name for name in reduction.parameters if name not in self._touched]:
+                    self._add(key, name, reduction.at_zero(name).expand(self.size, -1))
 
     def _nothing(self, reduction: Reduction, losses: Tensor) -> Tensor:
         return (

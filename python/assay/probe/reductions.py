@@ -18,7 +18,7 @@ from assay.probe.gradient import PerSampleGradient
 class Reduction(Protocol):
     """Called once per parameter that it names; the probe adds up the results over the parameters.
 
-    A parameter that a batch does not use has gradient zero, and the reduction is not called for it.
+    A parameter that a batch does not use has gradient zero, and the reduction is not called for it (see ``Displaced``).
     """
 
     @property
@@ -40,6 +40,16 @@ class Feature(Reduction, Protocol):
 
     def place(self, parameter: str) -> slice:
         """Where this parameter's numbers go: places of its own, or the same for several, which are then summed."""
+        ...
+
+
+@runtime_checkable
+class Displaced(Feature, Protocol):
+    """A feature that is not 0 where the gradient is, an optimiser's step say. The probe asks it for every parameter that
+    no sample of the batch reaches: a sample's feature is the same in any batch."""
+
+    def at_zero(self, parameter: str) -> Tensor:
+        """What a sample whose gradient in this parameter is 0 gets in its ``place``, (width,)."""
         ...
 
 

@@ -45,8 +45,8 @@ class Feature(Reduction, Protocol):
 
 @runtime_checkable
 class Displaced(Feature, Protocol):
-    """A feature that is not 0 where the gradient is, an optimiser's step say. The probe asks it for every parameter that
-    no sample of the batch reaches: a sample's feature is the same in any batch."""
+    """A feature that is not 0 where the gradient is, an optimiser's step say. It is asked for every parameter that no
+    sample of the batch reaches, so that a sample's feature is the same in any batch."""
 
     def at_zero(self, parameter: str) -> Tensor:
         """What a sample whose gradient in this parameter is 0 gets in its ``place``, (width,)."""

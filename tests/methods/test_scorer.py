@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 import assay
-from assay.methods import Column, Ensemble, GradMimic, Method, Need, Scorer, Views, ensemble_scores
-from assay.tasks import CausalLM, Classification
+from assay.methods import EKFAC, TRAK, Column, Ensemble, GradMimic, LoGra, Method, Need, Scorer, Views, ensemble_scores
+from assay.probe import Probe, SqNorm, tapped_parameters
+from assay.tasks import CausalLM, Classification, Margin, Sampled
 from tests.methods.data import mlp, noisy_digits, train
 
 
@@ -240,3 +241,118 @@ def test_needs_that_make_no_sense_are_refused() -> None:
         Need(raw=["text"], logits=True)
     with pytest.raises(ValueError, match="asks for nothing"):
         Need()
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("verify", [True, False])
+def test_tasks_that_read_the_same_forward_pass_share_it(order: int, verify: bool) -> None:
+    """TRAK takes the margin's gradient, LoGra and GradMimic the loss', the ensemble neither: one pass serves all."""
+    data, task = noisy_digits(0.3, size=90), Classification()
+    model, reference = Counting(mlp(0)), Counting(train(mlp(0), data.x, data.true, 2))
+    batches = list(zip(data.x.split(30), data.given.split(30), strict=True))
+    targets = {"t": batches[:1]}
+    methods: list[Method] = [
+        TRAK([model], task, targets).fit(batches),
+        LoGra([model], task, targets).fit(batches),
+        GradMimic(model, reference, task, cosine=True),
+        Ensemble([model, reference], task),
+    ][::order]
+    scorer = Scorer(methods, verify=verify)
+    model.calls = reference.calls = 0
+    together = [scorer(batch) for batch in batches]
+    assert (model.calls, reference.calls) == (3 + verify, 3)  # and one for the check, on the first batch
+    for method in methods:
+        alone = Scorer([method], verify=False)
+        for batch, found in zip(batches, together, strict=True):
+            for name, value in alone(batch).items():
+                assert torch.equal(value, found[name]), name
+
+
+def test_a_margin_of_a_language_model_shares_its_pass_too() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config)
+    calls: list[int] = []
+    model.register_forward_hook(lambda *rest: calls.append(1))
+    names = tapped_parameters(model)
+    norms = {n: SqNorm([n]) for n in names}
+    batch = {"input_ids": torch.randint(31, (3, 7))}
+    task = CausalLM()
+    probe = Probe(model, task, reductions=norms, readings=[(Margin(task), norms)], verify=False)
+    loss, margin = probe.read(batch)
+    assert len(calls) == 1
+    for found, alone in (
+        (loss, Probe(model, task, reductions=norms)),
+        (margin, Probe(model, Margin(task), reductions=norms)),
+    ):
+        expected = alone(batch)
+        assert torch.equal(found.losses, expected.losses)
+        assert all(torch.equal(found.reduced[n], expected.reduced[n]) for n in names)
+    with pytest.raises(ValueError, match="must be of the forward pass"):
+        Probe(model, task, reductions=norms, readings=[(Sampled(task), norms)])
+
+
+def test_a_batch_without_samples_gives_no_rows() -> None:
+    data, task = noisy_digits(0.3, size=40), Classification()
+    model, batch = mlp(0), (data.x, data.given)
+    methods: list[Method] = [
+        GradMimic(model, mlp(1), task),
+        EKFAC(model, task, {"t": [batch]}, self_influence=True).fit([(data.x[:0], data.given[:0]), batch]),
+        Ensemble([model], task),
+    ]
+    empty = Scorer(methods)((data.x[:0], data.given[:0]))
+    assert all(value.shape == (0,) for value in empty.values())
+    whole = assay.score([batch], methods)
+    parts = [(data.x[:0], data.given[:0]), (data.x[:25], data.given[:25]), (data.x[25:], data.given[25:])]
+    table = assay.score(parts, methods)
+    assert table.num_rows == 40
+    np.testing.assert_allclose(table["ekfac"].to_numpy(), whole["ekfac"].to_numpy(), rtol=1e-3, atol=1e-6)
+    signals = Probe(model, task, factors="*")((data.x[:0], data.given[:0]))
+    assert signals.losses.shape == (0,)
+
+
+class PartlySupported(nn.Module):
+    """A subclass of a layer, refused by its class, and a parameter whose use cannot be followed."""
+
+    class Own(nn.Linear):
+        pass
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.known, self.odd, self.head = nn.Linear(4, 6), self.Own(6, 6), nn.Linear(6, 3)
+        self.mix = nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.odd(self.known(x).tanh()).tanh()
+        return self.head(torch.einsum("bi,io->bo", h, self.mix))
+
+
+def test_what_was_left_out_is_in_the_metadata() -> None:
+    model, reference, task = PartlySupported(), PartlySupported(), Classification()
+    with torch.no_grad():
+        for p in reference.parameters():
+            p.add_(0.1)
+    batch = torch.randn(8, 4), torch.randint(3, (8,))
+    methods: list[Method] = [
+        GradMimic(model, reference, task, skip_unsupported=True, name="all"),
+        GradMimic(model, reference, task, "head", name="head"),
+        EKFAC(model, task, {"t": [batch]}, skip_unsupported=True).fit([batch]),
+        LoGra([model], task, {"t": [batch]}, skip_unsupported=True, layers=["*", "!known"]).fit([batch]),
+    ]
+    scorer = Scorer(methods)
+    before = scorer.metadata()
+    assert before["all.left_out_layers"] == "odd"  # known before a batch is run
+    scorer(batch)
+    facts = scorer.metadata()
+    total = sum(p.numel() for p in model.parameters())
+    seen = total - model.mix.numel() - sum(p.numel() for p in model.odd.parameters())
+    for name, share in (("all", seen), ("ekfac", seen), ("logra", seen - 30)):
+        assert facts[f"{name}.left_out_layers"] == "mix, odd"
+        assert float(facts[f"{name}.coverage"]) == pytest.approx(share / total, abs=1e-4)
+    assert "head.coverage" not in facts
+    with pytest.raises(RuntimeError, match=r"parameter 'mix'.*einsum"):  # wanted by one that leaves nothing out
+        Scorer([*methods, GradMimic(model, reference, task, "mix", name="mix")])(batch)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from assay.probe import Dot, Factors, PerSampleGradient, Probe, Signals, SqNorm, tapped_parameters
+from assay.probe.selection import select
 from assay.tasks import Task
 
 Losses = Callable[[Callable[..., Any], Any], Tensor]
@@ -85,7 +86,8 @@ def check_probe(
     direction = random_direction(model, names)
     collect = Collect(names)
     reductions = {"dot": Dot(direction), "sqnorm": SqNorm(names), "collect": collect}
-    with Probe(model, task, factors="*", reductions=reductions) as probe:
+    with_factors = select(model, None, skip_unsupported=True, bare=False).names
+    with Probe(model, task, factors=with_factors, reductions=reductions) as probe:
         signals = probe(batch)
     assert probe.coverage == 1.0
 
@@ -129,7 +131,7 @@ def multiplied_out(factors: Factors, shape: torch.Size, transposed: bool = False
 
 
 def dots(gradients: Tensor, direction: Tensor) -> Tensor:
-    return (gradients * direction).flatten(1).sum(1)
+    return (gradients * direction).reshape(len(gradients), -1).sum(1)
 
 
 def close(found: Tensor, expected: Tensor | int, tolerance: float, what: str) -> None:

@@ -204,3 +204,224 @@ def test_methods_score_fused_models_alike() -> None:
     for name, value in plain.items():
         torch.testing.assert_close(fused[name], value, rtol=1e-3, atol=1e-5, equal_nan=True, msg=name)
     assert math.isnan(fused["ensemble_nll"][2])
+
+
+# ---- whatever a model does to its logits, its values are those of fused=False
+
+
+def _in_place(z: Tensor, change: Any) -> Tensor:
+    change(z)
+    return z
+
+
+def _caught(z: Tensor) -> Tensor:
+    try:
+        return z * 2
+    except Exception:
+        return z
+
+
+def _put(z: Tensor, place: Any, value: Any) -> Tensor:
+    z[place] = value
+    return z
+
+
+CHANGES: dict[str, Any] = {
+    "cut": lambda z: z[..., :250],
+    "cut to all": lambda z: z[..., :VOCABULARY],
+    "mask": lambda z: _put(z, (..., slice(250, None)), -torch.inf),
+    "mask of nothing": lambda z: _put(z, (..., slice(VOCABULARY, None)), -torch.inf),
+    "mask in no_grad": lambda z: _in_place(z, lambda z: z.data[..., 250:].fill_(-torch.inf)),
+    "masked_fill": lambda z: z.masked_fill(torch.arange(VOCABULARY) >= 250, -torch.inf),
+    "where": lambda z: torch.where(torch.arange(VOCABULARY) >= 250, -torch.inf, z),
+    "clamp": lambda z: z.clamp(-0.1, 20),
+    "clamp that nothing reaches": lambda z: z.clamp(-1e4, 1e4),
+    "clamp_": lambda z: z.clamp_(-0.1, 0.1),
+    "soft cap": lambda z: 0.1 * torch.tanh(z / 0.1),
+    "scale": lambda z: z * 2,
+    "scale in place": lambda z: _in_place(z, lambda z: z.mul_(3)),
+    "scale of some positions": lambda z: z * torch.linspace(1, 2, z.shape[1])[:, None],
+    "scale of 1 as a tensor": lambda z: z * torch.ones(()),
+    "cast down": lambda z: z.bfloat16(),
+    "cast and back": lambda z: z.bfloat16().float(),
+    "log_softmax": lambda z: z.log_softmax(-1),
+    "pad": lambda z: torch.nn.functional.pad(z, (0, 3), value=2.0),
+    "concatenate": lambda z: torch.cat([z, z[..., :2]], -1),
+    "permute the vocabulary": lambda z: z.flip(-1),
+    "permute the positions": lambda z: z.roll(1, 1),
+    "by its own largest": lambda z: z / z.abs().amax((1, 2), keepdim=True),
+    "numpy": lambda z: torch.from_numpy(z.detach().numpy() * 2) + 0 * z,
+    "a look at a value": lambda z: z if float(z.detach().flatten()[0]) > 1e9 else z + z,
+    "an error that is caught": _caught,
+    "addition of nothing": lambda z: z + 0,
+    "a custom function": lambda z: Doubled.apply(z),
+    "float": lambda z: z.float(),
+    "scale of one": lambda z: z * 1.0 / 1,
+}
+UNCHANGED = ("float", "scale of one")
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        return z * 2
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0] * 2
+
+
+class Changed(transformers.LlamaForCausalLM):  # type: ignore[misc]
+    change: Any = staticmethod(lambda z: z)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = self.change(output.logits)
+        return output
+
+
+def changed(change: Any) -> nn.Module:
+    model = llama(False)
+    model.__class__ = Changed
+    model.change = change
+    return model
+
+
+def assert_same(found: Signals, plain: Signals) -> None:
+    assert torch.equal(found.losses.nan_to_num(-1), plain.losses.nan_to_num(-1))
+    assert found.reduced.keys() == plain.reduced.keys()
+    for key, value in plain.reduced.items():
+        assert torch.equal(found.reduced[key], value), key
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_changed_logits_are_never_fused(name: str) -> None:
+    """Losses, gradients and logits bit for bit, on the first batch and on later ones; the probe checks itself."""
+    model, inputs = changed(CHANGES[name]), batch(7, 5, 1)
+    for ids in inputs["input_ids"]:
+        ids.clamp_(max=249)
+    plain = signals(model, CausalLM(fused=False), inputs)
+    for _ in range(2):
+        found = signals(model, CausalLM(), inputs)
+        assert is_fused(found) == (name in UNCHANGED)
+        if name not in UNCHANGED:
+            assert_same(found, plain)
+            assert torch.equal(found.logits, plain.logits)
+        else:
+            torch.testing.assert_close(found.losses, plain.losses, equal_nan=True, rtol=1e-5, atol=1e-6)
+    if name not in UNCHANGED:
+        with pytest.raises(ValueError, match="not the output of its layer 'lm_head'"):
+            CausalLM(fused="lm_head").forward(model, inputs)
+
+
+def test_a_change_that_comes_with_a_later_batch() -> None:
+    model = changed(lambda z: z if z.shape[1] < 6 else z / z.shape[1])
+    assert is_fused(signals(model, CausalLM(), batch(5, 4)))
+    long = batch(8, 5)
+    found = signals(model, CausalLM(), long)
+    assert not is_fused(found)
+    assert_same(found, signals(model, CausalLM(fused=False), long))
+
+
+def test_a_label_that_only_the_changed_logits_have() -> None:
+    wide, narrow = changed(CHANGES["pad"]), changed(CHANGES["cut"])
+    inputs = {"input_ids": torch.randint(200, (2, 6)), "labels": torch.full((2, 6), VOCABULARY + 1)}
+    assert_same(signals(wide, CausalLM(), inputs), signals(wide, CausalLM(fused=False), inputs))
+    inputs["labels"] = torch.full((2, 6), 255)
+    with pytest.raises(ValueError, match=r"label 255 lies outside \[0, 250\)"):
+        signals(narrow, CausalLM(), inputs)
+
+
+def test_hooks_that_change_the_logits() -> None:
+    inputs = batch(7, 5)
+    for where in ("lm_head", ""):
+        model = llama(True)
+
+        def double(module: nn.Module, args: Any, output: Any) -> Any:
+            if isinstance(output, Tensor):
+                return output * 2
+            output.logits = output.logits * 2
+            return output
+
+        model.get_submodule(where).register_forward_hook(double)
+        found = signals(model, CausalLM(), inputs)
+        assert not is_fused(found)
+        assert_same(found, signals(model, CausalLM(fused=False), inputs))
+
+
+class Sliced(nn.Module):
+    """Multiplies some of its hidden states, or all of them twice."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.embed, self.head = how, nn.Embedding(VOCABULARY, 16), nn.Linear(16, VOCABULARY)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        h = self.embed(input_ids).cumsum(1)
+        if self.how == "twice":
+            self.head(h.tanh())
+            return self.head(h)
+        if self.how == "overwritten":
+            z = self.head(h.detach())
+            h.zero_()
+            return z
+        if self.how == "positions":
+            return torch.cat([self.head(h[:, :2]), self.head(h[:, 2:])], 1)
+        if self.how == "transposed":
+            return self.head(h.transpose(0, 1)).transpose(0, 1)
+        return nn.functional.linear(h, self.head.weight[:250], self.head.bias[:250])
+
+
+@pytest.mark.parametrize("how", ["twice", "overwritten", "positions", "transposed", "rows"])
+def test_models_that_slice_before_the_output_layer(how: str) -> None:
+    torch.manual_seed(0)
+    model, inputs = Sliced(how), {"input_ids": torch.randint(250, (4, 4))}
+    options: dict[str, Any] = {"factors": (), "verify": False}
+    found, plain = (Probe(model, task, **options)(inputs) for task in (CausalLM(), CausalLM(fused=False)))
+    assert not is_fused(found)
+    assert torch.equal(found.losses, plain.losses)
+    assert torch.equal(found.logits, plain.logits)
+
+
+def test_half_precision_logits_that_are_cast() -> None:
+    model, inputs = changed(lambda z: z.float()).bfloat16(), batch(7, 5)
+    found = signals(model, CausalLM(), inputs)
+    assert not is_fused(found)
+    assert_same(found, signals(model, CausalLM(fused=False), inputs))
+
+
+def test_inkling_with_a_padded_vocabulary() -> None:
+    """Its own forward cuts the logits to ``unpadded_vocab_size``."""
+    config = transformers.InklingTextConfig(
+        vocab_size=512,
+        unpadded_vocab_size=257,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    torch.manual_seed(0)
+    model = transformers.InklingForCausalLM(config)
+    inputs = {"input_ids": torch.randint(257, (2, 6))}
+    found, plain = (Probe(model, t, factors=())(inputs) for t in (CausalLM(), CausalLM(fused=False)))
+    assert torch.equal(found.losses, plain.losses)
+    assert not is_fused(found)
+
+
+def test_the_check_does_not_run_the_fused_loss_it_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fused operator whose losses and gradients are consistently wrong is found out."""
+    from assay import ops
+
+    real = ops.linear_cross_entropy
+    monkeypatch.setattr(ops, "linear_cross_entropy", lambda h, w, *rest, **kw: real(h * 1.5, w, *rest, **kw))
+    with pytest.raises(RuntimeError, match="do not add up to autograd's"):
+        Probe(llama(False), CausalLM())(batch(7, 5))

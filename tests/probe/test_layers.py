@@ -173,15 +173,8 @@ class SubclassedLinear(nn.Linear):
         return super().forward(x) * 2
 
 
-class BareParameter(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(()))
-
-
 REFUSED = {
     "subclass": (lambda: SubclassedLinear(3, 3), "SubclassedLinear"),
-    "bare parameter": (lambda: BareParameter(), "BareParameter"),
     "attention": (lambda: nn.MultiheadAttention(4, 2), "MultiheadAttention"),
     "lstm": (lambda: nn.LSTM(3, 3), "LSTM"),
     "transposed convolution": (lambda: nn.ConvTranspose2d(2, 2, 2), "ConvTranspose2d"),

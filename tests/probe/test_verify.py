@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from probe_oracle import close, jacobian
 from test_models import gpt2, llama, randomise, text_batch
 from torch import Tensor, nn
 
 from assay.probe import Probe, SqNorm, tapped_parameters
+from assay.probe.verify import signs
 from assay.tasks import CausalLM, Classification
 
 
@@ -128,21 +131,128 @@ def test_a_layer_with_more_than_one_input() -> None:
         Probe(randomise(TwoInputs()), Classification(), verify=False)(classes(5, 4))
 
 
-@pytest.mark.parametrize("positions", [5, 3])
-def test_positions_without_a_batch_dimension(positions: int) -> None:
-    """Ids of shape (T,), refused where T differs from B and caught by the check where it does not."""
+class Positions(nn.Module):
+    """nanoGPT's: ids of shape (T,), spread over the batch by the sum."""
 
-    class Positions(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed, self.head = nn.Embedding(8, 4), nn.Linear(4, 3)
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.embed, self.mix, self.head = nn.Embedding(40, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.norm = nn.LayerNorm(8)
+        self.to(dtype)
 
+    def forward(self, x: Tensor) -> Tensor:
+        positions = self.embed(torch.arange(x.shape[1]))
+        return self.head(self.norm(self.mix(x + positions).tanh() * positions.sigmoid()).tanh().mean(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(4))
+def test_positions_without_a_batch_dimension(dtype: torch.dtype, seed: int) -> None:
+    """Right for every T, also where T is B by chance, and in any order of such batches."""
+    torch.manual_seed(seed)
+    model = Positions(dtype)
+    names = tapped_parameters(model)
+    batches = [(torch.randn(n, t, 8).to(dtype), torch.randint(3, (n,))) for n, t in ((6, 6), (6, 9), (4, 4), (1, 5))]
+    for order in (batches, batches[::-1]):
+        probe = Probe(model, Classification(), reductions={n: SqNorm([n]) for n in names})
+        for x, y in order:
+            found = probe((x, y)).reduced
+            exact = jacobian(
+                copy.deepcopy(model).double(),
+                lambda run, b: F.cross_entropy(run(b[0].double()), b[1], reduction="none"),
+                (x, y),
+            )
+            tolerance = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.2}[dtype]
+            for name in names:
+                close(found[name], exact[name].square().flatten(1).sum(1), tolerance, name)
+
+
+class BatchSecond(nn.Module):
+    """A layer that sees (T, B, D), from the start or after another."""
+
+    def __init__(self, first: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.first, self.lift, self.layer, self.head = first, nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.lift(x.transpose(0, 1)) if self.first else self.lift(x).tanh().transpose(0, 1)
+        return self.head(self.layer(h).tanh().sum(0))
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(10))
+def test_batch_second_layers_never_pass_the_check(seed: int, dtype: torch.dtype, first: bool) -> None:
+    torch.manual_seed(seed)
+    model, size = BatchSecond(first, dtype), 3 + seed
+    probe = Probe(model, Classification())
+    batch = torch.randn(size, size, 4).to(dtype), torch.randint(3, (size,))
+    with pytest.raises(RuntimeError, match=r"parameter '(lift|layer)|layer '(lift|layer)"):
+        probe(batch)
+
+
+class Later(nn.Module):
+    """Runs a second layer, on (T, B, D), from some length on; or the first one so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lift, self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.lift(x).tanh()
+        if x.shape[1] > 3:
+            h = self.layer(h.transpose(0, 1)).tanh().transpose(0, 1)
+        return self.head(h.sum(1))
+
+
+def test_a_layer_that_runs_in_a_later_batch_first_is_checked_then() -> None:
+    torch.manual_seed(0)
+    probe = Probe(Later(), Classification())
+    probe((torch.randn(5, 3, 4), torch.tensor([0, 1, 2, 0, 1])))
+    probe((torch.randn(5, 3, 4), torch.tensor([0, 1, 2, 0, 1])))
+    with pytest.raises(RuntimeError, match=r"parameter 'layer\.\w+'"):
+        probe((torch.randn(5, 5, 4), torch.tensor([0, 1, 2, 0, 1])))
+
+
+def test_a_shape_that_hides_a_wrong_booking_is_checked_when_it_comes() -> None:
+    """The layer's input is (B, T, D) but for T = 4, where it is turned round."""
+
+    class Turned(Later):
         def forward(self, x: Tensor) -> Tensor:
-            return self.head((x + self.embed(torch.arange(x.shape[1]))).tanh().mean(1))
+            h = self.lift(x)
+            h = h.transpose(0, 1) if x.shape[1] == 4 else h
+            h = self.layer(h.tanh())
+            return self.head((h.transpose(0, 1) if x.shape[1] == 4 else h).sum(1))
 
-    x, y = torch.randn(3, positions, 4).double(), torch.tensor([0, 1, 2])
-    with pytest.raises(RuntimeError, match=r"'embed' \(Embedding\)|parameter 'embed\.weight'"):
-        Probe(randomise(Positions()), Classification())((x, y))
+    torch.manual_seed(0)
+    probe, labels = Probe(Turned(), Classification()), torch.tensor([0, 1, 2, 0])
+    for length in (3, 5, 3):
+        probe((torch.randn(4, length, 4), labels))
+    with pytest.raises(RuntimeError, match=r"parameter 'layer\.\w+'"):
+        probe((torch.randn(4, 4, 4), labels))
+
+
+def test_the_check_repeats_only_where_something_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    import assay.probe.probe as module
+
+    checks: list[int] = []
+    prepare = module.prepare_check
+    monkeypatch.setattr(module, "prepare_check", lambda *rest: (checks.append(1), prepare(*rest))[1])
+    probe = Probe(gpt2(), CausalLM())
+    for lengths in ((7, 3, 5), (6, 3, 5), (7, 7), (5,), (9, 2, 4, 4)):
+        probe(text_batch(*lengths))
+    assert len(checks) == 1
+    probe(text_batch(4, 4, 4, 4))  # T = B
+    probe(text_batch(3, 3, 3))
+    assert len(checks) == 2
+
+
+@pytest.mark.parametrize("size", range(1, 40))
+def test_the_checks_weights_are_signs_that_differ(size: int) -> None:
+    weights = signs(size)
+    assert set(weights.tolist()) == ({-1.0, 1.0} if size > 1 else {float(weights[0])})
+    assert torch.equal(weights, signs(size))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -164,8 +274,7 @@ def test_cancelling_samples_raise_no_false_alarm() -> None:
     model = nn.Linear(4, 2, bias=False)
     nn.init.zeros_(model.weight)  # the gradient of sample b is then plus or minus x_b / 2
     labels = torch.arange(64) % 2
-    weights = 0.5 + torch.rand(64, generator=torch.Generator().manual_seed(0))  # those of the check
-    signed = weights * (2 * labels - 1)
+    signed = signs(64) * (2 * labels - 1)  # with the weights of the check
     scale = torch.ones(64)
     scale[-1] = (1e-5 - signed[:-1].sum()) / signed[-1]
     Probe(model, Classification())((torch.randn(4) * scale[:, None], labels))

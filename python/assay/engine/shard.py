@@ -22,8 +22,6 @@ from assay.engine.batches import score_samples
 from assay.engine.kept_features import FeatureWriters, Scores, open_stored
 from assay.engine.rows import Rejected, RowReader, Sample
 from assay.engine.workshop import Workshop
-from assay.methods import Scorer
-from assay.methods.scorer import all_columns
 from assay.recipe.errors import EngineError
 
 WINDOW_ROWS = 4096
@@ -35,7 +33,6 @@ def score_shard(
     shard: Shard,
     output: Store,
     on_progress: Callable[[int, float], None] = lambda rows, progress: None,
-    verify: bool = True,
 ) -> Footer:
     """Score a shard and write its table, its quarantine list and the features to be kept; returns the table's footer.
 
@@ -44,16 +41,16 @@ def score_shard(
     with shard_errors():
         before = shard.fingerprint()
     reader = RowReader(shard, workshop.encoder, workshop.recipe.corpus.id_column)
-    methods, keepers = workshop.methods(), workshop.keepers()
-    scorer = Scorer([keepers.get(i, method) for i, method in enumerate(methods)], verify=verify)
+    assert workshop.scorer is not None
+    scorer, keepers = workshop.scorer.fresh(), workshop.keepers.values()
     with ExitStack() as spools:
 
         def spool() -> IO[bytes]:
             return spools.enter_context(tempfile.TemporaryFile())
 
-        table = ScoreWriter(all_columns(methods), spool())
+        table = ScoreWriter(workshop.columns, spool())
         quarantine = QuarantineWriter(shard, spool())
-        features = FeatureWriters(keepers.values(), shard, spool)
+        features = FeatureWriters(keepers, shard, spool)
         ledger = _Ledger(table, quarantine, features)
         for window, progress in _windows(shard, reader, features.bytes_per_row):
             samples = [row for row in window if isinstance(row, Sample)]
@@ -80,26 +77,26 @@ def score_stored(workshop: Workshop, shard: Shard, output: Store) -> Footer | No
 
     None if that cannot be: a method keeps no features, or a shard's are not there, or not those of this run.
     """
-    methods, keepers = workshop.methods(), workshop.keepers()
-    if not keepers:
+    keepers = workshop.keepers
+    if not keepers or workshop.scorer is None:
         return None
     with shard_errors():
         fingerprint = shard.fingerprint()
     files = open_stored(keepers.values(), shard, fingerprint, output)
-    if files is None or len(keepers) < len(methods):
+    if files is None or len(keepers) < len(workshop.methods):
         return None
     scores: Scores = {}
     for keeper in keepers.values():
         scores |= keeper.stored_scores(files[keeper.name])
     first = files[keepers[0].name][0]
     with tempfile.TemporaryFile() as spool:
-        table = ScoreWriter(all_columns(methods), spool)
+        table = ScoreWriter(workshop.columns, spool)
         for batch in first.batches():
             part = slice(table.rows, table.rows + len(batch.rows))
             table.add(batch.rows, batch.ids.to_pylist(), {name: values[part] for name, values in scores.items()})
         nan = {name: int(np.isnan(values).sum()) for name, values in scores.items()}
         facts, rows = (first.metadata[key] for key in ("input", "rows"))
-        metadata = Scorer(methods, verify=False).metadata()
+        metadata = workshop.scorer.fresh().metadata()
         footer = Footer.make(workshop.identity, InputFacts(**facts), RowCounts(**rows), nan, metadata)
         table.save(output, table_path(shard), footer.to_json())
     return footer

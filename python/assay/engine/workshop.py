@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -31,22 +30,17 @@ class Workshop:
     recipe: Recipe
     identity: Identity
     encoder: Encoder
-    fitted: Sequence[Method]
-    """In the recipe's order."""
-
-    def methods(self) -> list[Method]:
-        """The recipe's methods for one shard: what a copy gathers (a correlation, a warning) is about this shard."""
-        torch.manual_seed(self.recipe.seed)
-        return [copy.copy(method) for method in self.fitted]
-
-    def keepers(self) -> dict[int, Keeper]:
-        """The methods that keep their features, by their place in the recipe."""
-        return _keepers(self.recipe, self.identity, self.fitted)
+    methods: Sequence[Method]
+    """Fitted, in the recipe's order."""
+    keepers: Mapping[int, Keeper]
+    """In place of the methods that keep their features, by their place in the recipe."""
+    scorer: Scorer | None
+    """Of the methods, or of what keeps their features; None if they are not fitted."""
 
     @property
     def columns(self) -> list[Column]:
         """The columns of every table."""
-        return all_columns(self.fitted)
+        return all_columns(self.methods)
 
 
 def open_workshop(plan: Plan, fit: bool = True) -> Workshop:
@@ -60,11 +54,16 @@ def open_workshop(plan: Plan, fit: bool = True) -> Workshop:
     for i, spec in enumerate(recipe.methods):
         with _refusals(recipe, i):
             methods.append(spec.build(given))
-    _check(plan, [method for method in methods if not _fits(method)], methods)  # before the work of fitting
+    with _refusals(recipe):
+        all_columns(methods)
+        keepers = _keepers(plan, methods)
+        Scorer([method for method in methods if not _fits(method)])  # it taps the models, which may be refused too
+    scorer = None
     if fit:
         _fit(plan, methods, encoder)
-        _check(plan, methods, methods)
-    return Workshop(recipe, plan.identity, encoder, methods)
+        with _refusals(recipe):
+            scorer = Scorer([keepers.get(i, method) for i, method in enumerate(methods)])
+    return Workshop(recipe, plan.identity, encoder, methods, keepers, scorer)
 
 
 def _targets(plan: Plan, encoder: Encoder) -> dict[str, Batches]:
@@ -92,24 +91,14 @@ def _fits(method: Method) -> bool:
     return type(method).fit is not Method.fit
 
 
-def _check(plan: Plan, ready: Sequence[Method], methods: Sequence[Method]) -> None:
-    """EngineError if the methods refuse the models, or one another. ``ready``: those that can say what they need."""
-    try:
-        Scorer(ready)  # it taps the models, which may be refused too
-        _keepers(plan.recipe, plan.identity, methods)
-        all_columns(methods)
-    except (ValueError, TypeError) as error:
-        raise EngineError(f"methods: {error}") from error
-
-
-def _keepers(recipe: Recipe, identity: Identity, methods: Sequence[Any]) -> dict[int, Keeper]:
-    specs = enumerate(recipe.methods)
-    return {i: Keeper(methods[i], spec, recipe, identity) for i, spec in specs if spec.stored_as is not None}
+def _keepers(plan: Plan, methods: Sequence[Any]) -> dict[int, Keeper]:
+    specs = enumerate(plan.recipe.methods)
+    return {i: Keeper(methods[i], spec, plan.recipe, plan.identity) for i, spec in specs if spec.stored_as is not None}
 
 
 @contextmanager
-def _refusals(recipe: Recipe, i: int) -> Iterator[None]:
-    where = f"methods.{i} ({recipe.methods[i].method})"
+def _refusals(recipe: Recipe, i: int | None = None) -> Iterator[None]:
+    where = "methods" if i is None else f"methods.{i} ({recipe.methods[i].method})"
     try:
         yield
     except EngineError:

@@ -46,6 +46,8 @@ class Need:
         embeddings: name or glob of the one layer whose pooled input is wanted.
         raw: names of the sample's own columns.
         view: another view of the sample than the batch's main one; see ``Views``.
+        layers, skip_unsupported: what the reductions' parameters were selected with, and whether a layer that turns
+            out not to be tapped may be left out.
 
     Raises:
         ValueError: a model without a task or the reverse, or nothing that is asked for.
@@ -58,6 +60,8 @@ class Need:
     embeddings: str | None = None
     raw: Sequence[str] = ()
     view: str | None = None
+    layers: str | Sequence[str] | None = None
+    skip_unsupported: bool = False
 
     def __post_init__(self) -> None:
         if (self.model is None) != (self.task is None):

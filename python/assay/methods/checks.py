@@ -32,7 +32,7 @@ class Difference:
 
 
 def difference(model: nn.Module, other: nn.Module, parameters: Collection[str]) -> Difference | None:
-    """The first of ``model``'s ``parameters`` that ``other`` lacks, has in another shape or ties to other names, or else
+    """The first of ``model``'s ``parameters`` that ``other`` lacks, has in another shape or ties to other names; else
     the first of ``other``'s that ``model`` lacks.
 
     ``named_parameters()`` has a tied weight once: by that alone one of two models can look like a part of the other.

@@ -80,7 +80,9 @@ class EKFAC(Method):
             raise ValueError(f"{name}: nothing to compute; give targets, or self_influence=True")
         check_at_least("damping", damping, 0)
         self.damping, self.absolute_damping, self.true_fisher = damping, absolute_damping, true_fisher
+        self.layers, self.skip_unsupported = layers, skip_unsupported
         self.parameters = tapped_parameters(model, layers, skip_unsupported=skip_unsupported)
+        self.left_out: dict[str, str] = {}  # parameters that could not be tapped after all
         self._bases: dict[str, _Basis] = {}
         self._directions: dict[str, Mapping[str, Tensor]] = {}
 
@@ -97,7 +99,15 @@ class EKFAC(Method):
         reductions: dict[str, Reduction] = {t: Dot(direction) for t, direction in self._directions.items()}
         if self.self_influence:
             reductions["\0self"] = _SelfInfluence(self._bases)
-        return {"model": Need(self.model, self.task, reductions=reductions)}
+        return {
+            "model": Need(
+                self.model,
+                self.task,
+                reductions=reductions,
+                layers=self.layers,
+                skip_unsupported=self.skip_unsupported,
+            )
+        }
 
     def fit(self, pool: Iterable[Any] = ()) -> Self:
         """Take the curvature from samples of the pool (gone through twice), then the targets' gradients.
@@ -131,10 +141,13 @@ class EKFAC(Method):
     def _run(self, reduction: Reduction, batches: Iterable[Any], drawn: bool = False) -> int:
         """Fold every batch's gradients -> the number of samples with something to predict."""
         count = 0
+        skip = self.skip_unsupported
+        probe = Probe(self.model, self.task, reductions={"x": reduction}, logits=False, skip_unsupported=skip)
         for i, batch in enumerate(batches):
-            task = Sampled(self.task, seed=i) if drawn else self.task  # the same draws whenever this batch comes
-            probe = Probe(self.model, task, reductions={"x": reduction}, logits=False, verify=False)
+            if drawn:  # the same labels whenever this batch comes
+                probe.task = Sampled(self.task, seed=i)
             count += len(probe(batch).losses)
+        self.left_out |= probe.left_out
         return count
 
     def score(self, signals: Mapping[str, Signals]) -> dict[str, Tensor]:

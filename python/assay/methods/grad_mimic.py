@@ -66,6 +66,7 @@ class GradMimic(Method):
         self.name = name
         self.model, self.reference, self.task = model, reference, task
         self.cosine, self.grad_norm = cosine, grad_norm
+        self.layers, self.skip_unsupported = layers, skip_unsupported
         self.parameters = tapped_parameters(model, layers, skip_unsupported=skip_unsupported)
         check_reference(model, reference, self.parameters)
         self._taken: Direction | None = None
@@ -119,7 +120,13 @@ class GradMimic(Method):
         if self.cosine or self.grad_norm:
             reductions["sqnorm"] = SqNorm(tuple(self.parameters))
         return {
-            "model": Need(self.model, self.task, reductions=reductions),
+            "model": Need(
+                self.model,
+                self.task,
+                reductions=reductions,
+                layers=self.layers,
+                skip_unsupported=self.skip_unsupported,
+            ),
             "reference": Need(self.reference, self.task),
         }
 

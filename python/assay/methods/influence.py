@@ -102,6 +102,7 @@ class Influence(Method):
     ) -> None:
         self.name, self.kernel, self.task, self.sketch, self.together = name, kernel, task, sketch, together
         self.models = list(models)
+        self.layers, self.skip_unsupported = layers, skip_unsupported
         if not self.models:
             raise ValueError(f"{name}: expected at least one checkpoint, got none")
         self.targets = TargetSet(name, targets, kernel.across).required()
@@ -143,7 +144,13 @@ class Influence(Method):
 
     def needs(self) -> Mapping[str, Need]:
         return {
-            f"model{k}": Need(model, self.task, reductions={"feature": self.feature(k, target=False)})
+            f"model{k}": Need(
+                model,
+                self.task,
+                reductions={"feature": self.feature(k, target=False)},
+                layers=self.layers,
+                skip_unsupported=self.skip_unsupported,
+            )
             for k, model in enumerate(self.models)
         }
 
@@ -215,7 +222,13 @@ class Influence(Method):
         return [self.kernel.damping * unit for unit in damping_units(names, means)]
 
     def _probe(self, k: int, *, target: bool) -> Probe:
-        return Probe(self.models[k], self.task, reductions={"feature": self.feature(k, target=target)}, logits=False)
+        return Probe(
+            self.models[k],
+            self.task,
+            reductions={"feature": self.feature(k, target=target)},
+            logits=False,
+            skip_unsupported=self.skip_unsupported,
+        )
 
     def _transformed(self, k: int, features: Tensor) -> Tensor:
         """Raw features as the kernel compares them."""

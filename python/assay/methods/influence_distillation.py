@@ -92,7 +92,7 @@ class InfluenceDistillation(Method):
         check_at_least("damping", damping, 0)
         self.landmarks, self.spread, self.damping = landmarks, kernel, damping
         self.sketch, self.together = sketch or Kronecker(64, 64), True
-        self.optimizer, self.seed = optimizer, seed
+        self.optimizer, self.seed, self.skip_unsupported = optimizer, seed, skip_unsupported
         self.parameters = tapped_parameters(model, layers, skip_unsupported=skip_unsupported)
         self.shapes = parameter_shapes(model, self.parameters)
         if optimizer is not None:
@@ -137,7 +137,8 @@ class InfluenceDistillation(Method):
         Raises:
             ValueError: a target without samples, fewer than two landmarks, a singular kernel.
         """
-        probe = Probe(self.model, self.task, reductions={"feature": self.feature(target=True)}, logits=False)
+        feature, skip = self.feature(target=True), self.skip_unsupported
+        probe = Probe(self.model, self.task, reductions={"feature": feature}, logits=False, skip_unsupported=skip)
         queries = torch.nn.functional.normalize(self.targets.means(lambda x: sample_features(probe(x))), dim=1)
         embeddings, features = self._landmarks(list(pool))
         p = torch.nn.functional.normalize(features, dim=1) @ queries.to(features).T
@@ -166,7 +167,9 @@ class InfluenceDistillation(Method):
         drawn = torch.zeros(sum(sizes), dtype=torch.bool)
         drawn[torch.randperm(sum(sizes), generator=generator)[: self.landmarks]] = True
         reductions: dict[str, Feature | Jvp] = {"embedding": self.embedding, "feature": self.feature(target=False)}
-        probe = Probe(self.model, self.task, reductions=reductions, logits=False)
+        probe = Probe(
+            self.model, self.task, reductions=reductions, logits=False, skip_unsupported=self.skip_unsupported
+        )
         found: list[tuple[Tensor, Tensor]] = []
         for batch, chosen in zip(batches, torch.split(drawn, sizes), strict=True):
             if not bool(chosen.any()):

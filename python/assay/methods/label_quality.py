@@ -26,8 +26,8 @@ Weighting = Literal["uniform", "accuracy", "log_loss"]
 LOG_LOSS_EXPONENTS = (1e-4, 1e-3, 1e-2, 1e-1, 1e0, 1e1, 1e2, 2e2)
 # The threshold of a class that labels no row, as in cleanlab: above every probability, so that it is nobody's rival.
 UNSEEN_CLASS = 2.0
-# Numbers of a model's logits that are in float64 at a time.
-_CHUNK = 1 << 20
+# Numbers of a model's logits that are in float64 at a time: few enough for the cache.
+_CHUNK = 1 << 15
 
 COLUMNS = (
     Column("self_confidence", "high", "Σ_k w_k p_k,y: the models' own probability of the label"),
@@ -160,29 +160,37 @@ def _thresholds(z: Tensor, labels: Tensor, defined: Tensor) -> Tensor:
 
 
 def _scores(z: Tensor, y: Tensor, thresholds: Tensor | None) -> Tensor:
-    """(3, n) float64: one model's scores, the first two adjusted if there are thresholds."""
-    p = z.softmax(1)
-    if thresholds is not None:
-        p = p - thresholds + thresholds.max()
-        p = p / p.sum(1, keepdim=True)
-    own = p.gather(1, y[:, None])[:, 0]
-    rival = p.scatter(1, y[:, None], 0.0).amax(1)  # 0 where there is one class; no probability is below
-    x = _entropy_by_confidence(z, y)
-    return torch.stack([own, (own - rival + 1) / 2, torch.log1p(x) / x])
+    """(3, n) float64: one model's scores, the first two adjusted if there are thresholds.
 
-
-def _entropy_by_confidence(z: Tensor, y: Tensor) -> Tensor:
-    """x = H(p) / (log C · p_y), (n,) in [1e-300, 1e300], beyond which log(1+x)/x is 1 and 0 to the last bit.
-
-    With d_c = z_c − max z and r = Σ e^{d_c} over all but one largest, H (1 + r) = Σ e^{d_c} (f − d_c) over the same c,
-    f = (1 + r) log(1 + r)/r: no term is negative, so that nothing cancels where p is nearly one-hot.
+    With d_c = z_c − max z and r = Σ e^{d_c} over all but one largest, H (1 + r) = (1 + r) log(1 + r) − Σ e^{d_c} d_c
+    and x = H (1 + r) e^{−d_y} / log C: no term is negative, so that nothing cancels where p is nearly one-hot.
     """
     top = z.argmax(1, keepdim=True)
     lead = z - z.gather(1, top)
+    e = lead.exp()
+    r = e.scatter(1, top, 0.0).sum(1)
+    own = lead.gather(1, y[:, None])[:, 0]
+    entropy = (1 + r) * torch.log1p(r) - (e * lead.clamp(min=-800)).sum(1)  # e is 0 below −800
+    x = (entropy * (-own.clamp(min=-600)).exp() / math.log(max(2, z.shape[1]))).clamp(min=1e-300)
+    p = e / (1 + r)[:, None]
+    if bool((extreme := own < -600).any()):
+        x[extreme] = _entropy_by_confidence(lead[extreme], top[extreme], own[extreme])
+    if thresholds is not None:
+        p = p - thresholds + thresholds.max()
+        p = p / p.sum(1, keepdim=True)
+    confidence = p.gather(1, y[:, None])[:, 0]
+    rival = p.scatter(1, y[:, None], 0.0).amax(1)  # 0 where there is one class; no probability is below
+    return torch.stack([confidence, (confidence - rival + 1) / 2, torch.log1p(x) / x])
+
+
+def _entropy_by_confidence(lead: Tensor, top: Tensor, own: Tensor) -> Tensor:
+    """x of rows whose label has a probability below float64's, at most 1e300, where log(1+x)/x is 0 to the last bit.
+
+    The same sum in logarithms, as Σ e^{d_c} (f − d_c) over all but the largest, f = (1 + r) log(1 + r)/r.
+    """
     rest = lead.scatter(1, top, -math.inf)
     r = rest.logsumexp(1, keepdim=True).exp().clamp(min=1e-300)
     f = (1 + r) * torch.log1p(r) / r
-    own = lead.gather(1, y[:, None])
-    log_x = (rest - own + (f - rest.clamp(min=-1e300)).log()).logsumexp(1) - math.log(math.log(max(2, z.shape[1])))
-    log_x = log_x.masked_fill(own[:, 0] == -math.inf, math.inf)  # a label ruled out, also by a model that is certain
-    return log_x.clamp(-690, 690).exp()
+    log_x = (rest - own[:, None] + (f - rest.clamp(min=-1e300)).log()).logsumexp(1)
+    log_x -= math.log(math.log(max(2, lead.shape[1])))
+    return log_x.masked_fill(own == -math.inf, math.inf).clamp(max=690).exp()  # −∞: a label ruled out

@@ -2,27 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import copy
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from assay.methods.base import Column, Method, Need, Views
 from assay.probe import Jvp, Probe, Reduction, Signals
+from assay.probe.selection import coverage, select
+from assay.tasks import Task
+from assay.tasks.base import base_task
 
-# What one probe runs: a model's identity, its task, the view of the samples, and the layer whose input is pooled.
-_Key = tuple[int, Any, str | None, str | None]
+# What one probe runs: a model's identity, the task whose forward pass it is, the view, and the layer that is pooled.
+_Key = tuple[int, Task, str | None, str | None]
+
+
+@dataclass
+class _Run:
+    """What one probe has to serve: by task the reductions of everybody who wants its reading of the forward pass."""
+
+    model: nn.Module
+    embeddings: str | None
+    readings: dict[Task, dict[str, Reduction | Jvp]] = field(default_factory=dict)
+    logits: bool = False
+    strict: set[str] = field(default_factory=set)  # parameters that somebody does not allow to be left out
+    lenient: set[str] = field(default_factory=set)
+
+    def add(self, need: Need, task: Task, names: Mapping[str, str]) -> None:
+        self.logits |= need.logits
+        own = {names[name]: reduction for name, reduction in need.reductions.items()}
+        self.readings.setdefault(task, {}).update(own)
+        (self.lenient if need.skip_unsupported else self.strict).update(_tapped(need))
+
+    def probe(self, verify: bool) -> Probe:
+        (task, reductions), *others = self.readings.items()
+        return Probe(
+            self.model,
+            task,
+            factors=(),
+            reductions=reductions,
+            embeddings=self.embeddings,
+            logits=self.logits,
+            skip_unsupported=self.lenient - self.strict,
+            verify=verify,
+            readings=others,
+        )
 
 
 @dataclass(frozen=True)
 class _Role:
-    """Where a method's role gets its signals: which probe, its reductions' names -> their keys there, raw columns."""
+    """Where a method's role gets its signals: which probe, and its reductions' names -> their keys there."""
 
+    need: Need
     run: _Key | None
     reductions: Mapping[str, str]
-    raw: Sequence[str]
 
 
 class Scorer:
@@ -30,7 +66,7 @@ class Scorer:
 
     Args:
         methods: objects with the ``Method`` protocol; their column names must not clash.
-        verify: let each probe check itself against autograd on its first batch.
+        verify: let each probe check itself against autograd.
 
     Raises:
         ValueError: two methods give a column of the same name, or a model cannot be tapped as a method needs it.
@@ -41,25 +77,27 @@ class Scorer:
         self.columns = all_columns(self.methods)
         needs = [dict(method.needs()) for method in self.methods]
         pooled = _pooled_layers([need for roles in needs for need in roles.values()])
-        runs: dict[_Key, Need] = {}
+        runs: dict[_Key, _Run] = {}
         self._roles: list[dict[str, _Role]] = []  # per method
         for i, method_needs in enumerate(needs):
             roles: dict[str, _Role] = {}
             for role, need in method_needs.items():
-                if need.model is None:
-                    roles[role] = _Role(None, {}, need.raw)
-                    continue
-                run = (id(need.model), need.task, need.view)
-                key = (*run, need.embeddings or pooled[run])
                 names = {name: f"{i}.{role}.{name}" for name in need.reductions}
-                own: dict[str, Reduction | Jvp] = {names[name]: r for name, r in need.reductions.items()}
-                others = runs.get(key, replace(need, logits=False, reductions={}, embeddings=key[-1], raw=()))
-                runs[key] = replace(
-                    others, logits=others.logits or need.logits, reductions={**others.reductions, **own}
-                )
-                roles[role] = _Role(key, names, need.raw)
+                key: _Key | None = None
+                if need.model is not None and need.task is not None:
+                    forward = (id(need.model), base_task(need.task), need.view)
+                    key = (*forward, need.embeddings or pooled[forward])
+                    runs.setdefault(key, _Run(need.model, key[-1])).add(need, need.task, names)
+                roles[role] = _Role(need, key, names)
             self._roles.append(roles)
-        self._probes = {key: _probe(need, verify) for key, need in runs.items()}
+        self._probes = {key: run.probe(verify) for key, run in runs.items()}
+        self._places = {key: {task: i for i, task in enumerate(run.readings)} for key, run in runs.items()}
+
+    def fresh(self) -> Scorer:
+        """The same probes, which have checked themselves, for copies of the methods, which have gathered nothing."""
+        other = copy.copy(self)
+        other.methods = [copy.copy(method) for method in self.methods]
+        return other
 
     def __call__(self, batch: Any) -> dict[str, Tensor]:
         """Score a batch.
@@ -75,23 +113,52 @@ class Scorer:
                 samples, or a method gives scores of another shape than its column says.
         """
         views = batch if isinstance(batch, Views) else Views(batch)
-        signals = {key: probe(_part(views, key[2])) for key, probe in self._probes.items()}
-        raw = {n: _raw(views, n) for roles in self._roles for role in roles.values() for n in role.raw}
-        size = _same_size({_described(key[2]): len(s.losses) for key, s in signals.items()}, raw)
+        if any(key[1].size(_part(views, key[2])) == 0 for key in self._probes):
+            return {c.name: torch.zeros((0,) if c.width == 1 else (0, c.width or 0)) for c in self.columns}
+        signals = {key: probe.read(_part(views, key[2])) for key, probe in self._probes.items()}
+        raw = {n: _raw(views, n) for roles in self._roles for role in roles.values() for n in role.need.raw}
+        size = _same_size({_described(key[2]): len(s[0].losses) for key, s in signals.items()}, raw)
         scores: dict[str, Tensor] = {}
         for method, roles in zip(self.methods, self._roles, strict=True):
             given: dict[str, Signals] = {}
             for name, role in roles.items():
-                own = Signals(torch.full((size,), torch.nan)) if role.run is None else signals[role.run]
+                own = Signals(torch.full((size,), torch.nan))
+                if role.run is not None and role.need.task is not None:
+                    own = signals[role.run][self._places[role.run][role.need.task]]
                 reduced = {reduction: own.reduced[key] for reduction, key in role.reductions.items()}
-                given[name] = own.with_reduced(reduced, {column: raw[column] for column in role.raw})
+                given[name] = own.with_reduced(reduced, {column: raw[column] for column in role.need.raw})
             with torch.no_grad():
                 scores |= _checked(method, method.score(given), size)
         return {column.name: scores[column.name] for column in self.columns}
 
     def metadata(self) -> dict[str, str]:
-        """``<method>.<fact>`` for the table's footer."""
-        return {f"{m.name}.{fact}": value for m in self.methods for fact, value in m.metadata().items()}
+        """``<method>.<fact>`` for the table's footer.
+
+        Where layers were left out, ``coverage`` and ``left_out_layers`` are among the facts: the least share of a
+        model's trainable parameters that the method has seen, and the layers of those that it has not.
+        """
+        facts: dict[str, str] = {}
+        for method, roles in zip(self.methods, self._roles, strict=True):
+            own = {**method.metadata(), **self._left_out(roles, getattr(method, "left_out", ()))}
+            facts |= {f"{method.name}.{fact}": value for fact, value in own.items()}
+        return facts
+
+    def _left_out(self, roles: Mapping[str, _Role], while_fitting: Collection[str]) -> dict[str, str]:
+        shares, layers = [], []
+        for role in roles.values():
+            need, tapped = role.need, _tapped(role.need)
+            if not tapped or role.run is None or need.model is None:
+                continue
+            dropped = {name for name in self._probes[role.run].left_out if name in tapped} | set(while_fitting)
+            if need.skip_unsupported:
+                selection = select(need.model, need.layers, skip_unsupported=True)
+                tapped, dropped = set(selection.names), dropped | selection.left_out.keys()
+            if dropped:
+                shares.append(coverage(need.model, tapped - dropped))
+                layers += [name.rpartition(".")[0] or name for name in sorted(dropped)]
+        if not layers:
+            return {}
+        return {"coverage": f"{min(shares):.4f}", "left_out_layers": ", ".join(dict.fromkeys(layers))}
 
 
 def all_columns(methods: Sequence[Method]) -> list[Column]:
@@ -110,27 +177,19 @@ def all_columns(methods: Sequence[Method]) -> list[Column]:
     return columns
 
 
-def _pooled_layers(needs: Sequence[Need]) -> dict[tuple[int, Any, str | None], str | None]:
-    """By model, task and view: the layer that is pooled in the run of those that want no embeddings."""
-    layers: dict[tuple[int, Any, str | None], str | None] = {}
+def _tapped(need: Need) -> set[str]:
+    """The parameters whose gradients are asked for."""
+    return {name for r in need.reductions.values() if not isinstance(r, Jvp) for name in r.parameters}
+
+
+def _pooled_layers(needs: Sequence[Need]) -> dict[tuple[int, Task, str | None], str | None]:
+    """By forward pass and view: the layer that is pooled in the run of those that want no embeddings."""
+    layers: dict[tuple[int, Task, str | None], str | None] = {}
     for need in needs:
-        run = (id(need.model), need.task, need.view)
-        layers[run] = layers.get(run) or need.embeddings
+        if need.model is not None and need.task is not None:
+            forward = (id(need.model), base_task(need.task), need.view)
+            layers[forward] = layers.get(forward) or need.embeddings
     return layers
-
-
-def _probe(need: Need, verify: bool) -> Probe:
-    assert need.model is not None
-    assert need.task is not None
-    return Probe(
-        need.model,
-        need.task,
-        factors=(),
-        reductions=need.reductions,
-        embeddings=need.embeddings,
-        logits=need.logits,
-        verify=verify,
-    )
 
 
 def _described(view: str | None) -> str:

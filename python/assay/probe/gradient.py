@@ -96,12 +96,13 @@ class Dense:
     values: Tensor
 
     def dot(self, direction: Tensor) -> Tensor:
-        return (wide(self.values) * wide(direction)).flatten(1).sum(1)
+        return (wide(self.values) * wide(direction)).reshape(self.samples, -1).sum(1)
 
     def sqnorm(self) -> Tensor:
-        return wide(self.values).square().flatten(1).sum(1)
+        return wide(self.values).square().reshape(self.samples, -1).sum(1)
 
     def sketch(self, sketch: Sketch, shape: Sequence[int]) -> Tensor:
+        shape = shape or (1,)
         values = wide(self.values).reshape(-1, shape[0], math.prod(shape[1:]))
         if not isinstance(sketch, Kronecker | Mask):
             return project(values.flatten(1), sketch)

@@ -56,6 +56,7 @@ class Rule:
         refusal: why this module cannot be tapped, or None.
         weight: input and output gradient -> the weight's gradient, where the factors are not its best form.
         transposed: the weight is (I, O).
+        trailing: positions are independent of one another, whatever the dimensions before the last are.
     """
 
     factors: Callable[[Any, Tensor, Tensor], Factors]
@@ -64,6 +65,7 @@ class Rule:
     refusal: Callable[[Any], str | None] = lambda module: None
     weight: Callable[[Any, Tensor, Tensor], Term] | None = None
     transposed: bool = False
+    trailing: bool = False
 
     def term(self, module: nn.Module, name: str, inputs: Tensor, grads: Tensor) -> Term:
         """The gradient of the module's parameter ``name`` ("weight" or "bias") from one call."""
@@ -93,11 +95,23 @@ def find_rule(module: nn.Module) -> Rule | str:
     return rule.refusal(module) or rule
 
 
+def follows_parameters(module: nn.Module) -> bool:
+    """Whether a module without a rule computes with parameters of its own by operations that a probe can follow."""
+    cls = type(module)
+    if cls in (nn.ParameterList, nn.ParameterDict):
+        return True
+    containers = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    layers = [c for c in cls.__mro__ if c.__module__.startswith("torch.") and c not in containers]
+    return not layers and not cls.__name__.endswith("Experts")  # whose tokens are gathered by expert
+
+
 def _by_class_name(module: nn.Module) -> Rule | None:
     """Layers of transformers and its kin, recognised without importing them."""
     cls = type(module)
     if cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers."):
         return _CONV1D
+    if cls.__name__.endswith("ScaledWordEmbedding") and cls.__bases__ == (nn.Embedding,):
+        return _SCALED_EMBEDDING if cls.__module__.startswith("transformers.") else None
     names = [name for name, _ in module.named_parameters(recurse=False)]
     is_rms = cls.__name__.endswith(("RMSNorm", "T5LayerNorm")) and names == ["weight"]
     return _LLAMA_RMS_NORM if is_rms and _llama_eps(module) is not None else None
@@ -120,6 +134,13 @@ def _embedding(module: nn.Embedding, ids: Tensor, grads: Tensor) -> Factors:
     if module.padding_idx is not None:
         grads = grads.masked_fill((ids == module.padding_idx)[..., None], 0)
     return Factors(ids, grads, "scatter")
+
+
+def _scaled_embedding(module: Any, ids: Tensor, grads: Tensor) -> Factors:
+    """An embedding times ``embed_scale``, which a buffer holds in another precision than the weight's."""
+    scale = module.embed_scale
+    scale = scale.to(module.weight.dtype) if isinstance(scale, Tensor) else scale
+    return _embedding(module, ids, grads * scale)
 
 
 def _embedding_refusal(module: nn.Embedding) -> str | None:
@@ -214,20 +235,22 @@ def _two(module: nn.Module) -> int:
     return 2
 
 
-_CONV1D = Rule(_linear, _last, _two, transposed=True)
+_CONV1D = Rule(_linear, _last, _two, transposed=True, trailing=True)
 _CONVOLUTION = Rule(_conv, _channels, _conv_ndim, weight=_convolution)
-_LLAMA_RMS_NORM = Rule(_llama_rms_norm, _last, _two)
+_LLAMA_RMS_NORM = Rule(_llama_rms_norm, _last, _two, trailing=True)
+_SCALED_EMBEDDING = Rule(_scaled_embedding, _last, lambda module: 1, _embedding_refusal, trailing=True)
 _BATCH_NORM = Rule(_batch_norm, _channels, _two, _batch_norm_refusal)
 _RULES: Mapping[type[nn.Module], Rule] = {
-    nn.Linear: Rule(_linear, _last, _two),
+    nn.Linear: Rule(_linear, _last, _two, trailing=True),
     nn.Conv1d: _CONVOLUTION,
     nn.Conv2d: _CONVOLUTION,
     nn.Conv3d: _CONVOLUTION,
-    nn.Embedding: Rule(_embedding, _last, lambda module: 1, _embedding_refusal),
-    nn.LayerNorm: Rule(_layer_norm, _trailing, _trailing_ndim),
-    nn.RMSNorm: Rule(_rms_norm, _trailing, _trailing_ndim),
+    nn.Embedding: Rule(_embedding, _last, lambda module: 1, _embedding_refusal, trailing=True),
+    nn.LayerNorm: Rule(_layer_norm, _trailing, _trailing_ndim, trailing=True),
+    nn.RMSNorm: Rule(_rms_norm, _trailing, _trailing_ndim, trailing=True),
     nn.GroupNorm: Rule(_group_norm, _channels, _two),
     nn.BatchNorm1d: _BATCH_NORM,
     nn.BatchNorm2d: _BATCH_NORM,
     nn.BatchNorm3d: _BATCH_NORM,
+    nn.SyncBatchNorm: _BATCH_NORM,
 }

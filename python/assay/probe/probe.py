@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
@@ -15,11 +15,11 @@ from assay.probe.jvp import Jvp
 from assay.probe.layers import Factors
 from assay.probe.pooling import Pooling
 from assay.probe.recording import Recorder, undisturbed
-from assay.probe.reductions import Reduction
-from assay.probe.selection import coverage, make_taps, tapped_parameters
-from assay.probe.verify import prepare_check
+from assay.probe.reductions import Feature, Reduction
+from assay.probe.selection import coverage, make_taps, select
+from assay.probe.verify import Check, prepare_check
 from assay.tasks import OutputLayer, Outputs, Task
-from assay.tasks.base import Lazy
+from assay.tasks.base import Lazy, base_task, read
 
 _CHECK = "\0check"  # the key of the probe's own reduction: no user's key
 
@@ -85,15 +85,20 @@ class Probe:
         embeddings: name or glob of the one layer whose input is pooled: the mean over the positions in the
             task's mask.
         logits: whether the signals keep the logits.
-        skip_unsupported: tap what can be tapped exactly instead of raising; ``coverage`` says how much that
-            is.
-        verify: on the first batch (and the first of two samples or more), compare the sum of the per-sample
-            gradients with an ordinary backward pass. Relative tolerance 1e-3; 5e-2 with float16, bfloat16,
-            autocast or TF32.
+        skip_unsupported: tap what can be tapped exactly instead of raising; ``left_out`` and ``coverage`` say what
+            that is. Names: only these parameters may be left out. What turns out on the first batch (of two samples or
+            more) is left out as well; later it is an error, for scores of one table are made of the same layers.
+        verify: compare a signed sum of the per-sample gradients with an ordinary backward pass: on the first batch,
+            whenever a layer runs for the first time, and for inputs of a shape in which gradients could be booked on
+            the wrong samples for the first time. Relative tolerance 1e-3; 5e-2 with float16, bfloat16, autocast or
+            TF32.
+        readings: further tasks that read the same forward pass as ``task`` (a ``Margin`` of it), with reductions of
+            their own: ``read`` gives the signals of all.
 
     Attributes:
         parameters: names of the tapped parameters, in the order of ``model.named_parameters()``.
         coverage: the share of the trainable parameters' elements that they hold.
+        left_out: by name the parameters that could not be tapped, with the reason.
 
     Raises:
         ValueError: a glob or a name that matches nothing, a layer without an exact formula, a frozen model.
@@ -108,23 +113,33 @@ class Probe:
         reductions: Mapping[str, Reduction | Jvp] | None = None,
         embeddings: str | None = None,
         logits: bool = True,
-        skip_unsupported: bool = False,
+        skip_unsupported: bool | Collection[str] = False,
         verify: bool = True,
+        readings: Sequence[tuple[Task, Mapping[str, Reduction | Jvp]]] = (),
     ) -> None:
-        self._model, self._task, self._logits = model, task, logits
-        self._reductions = {k: r for k, r in (reductions or {}).items() if not isinstance(r, Jvp)}
-        self._jvps = {k: r for k, r in (reductions or {}).items() if isinstance(r, Jvp)}
+        self._model, self._task, self._logits, self._verify = model, base_task(task), logits, verify
+        self._readings = [_Reading.of(task, reductions or {}), *(_Reading.of(*reading) for reading in readings)]
+        if any(base_task(reading.task) != self._task for reading in self._readings):
+            raise ValueError(f"Probe: every reading must be of the forward pass of {self._task}")
         if factors is None and reductions:
             factors = ()
-        kept = tapped_parameters(model, factors, skip_unsupported)
-        wanted = dict.fromkeys(_wanted(kept, self._reductions))
-        self._taps = make_taps(model, wanted)
-        self._keep = [tap.layer for tap in self._taps if not set(kept).isdisjoint(tap.parameters.values())]
+        kept = select(model, factors, bool(skip_unsupported), bare=False)  # bare parameters have no factors
+        self.left_out = dict(kept.left_out)
+        tapped = _all_parameters(kept.names, self._readings)
+        self.parameters = [name for name, _ in model.named_parameters() if name in tapped]
+        self._taps = make_taps(model, tapped)
+        self._keep = [tap.layer for tap in self._taps if not set(kept.names).isdisjoint(tap.parameters.values())]
         self._pooling = None if embeddings is None else Pooling(model, embeddings)
-        self.parameters = [name for name, _ in model.named_parameters() if name in wanted]
-        self.coverage = coverage(model, self.parameters)
-        # Size of the batch that was checked, up to 2: a batch of one cannot show that samples are told apart.
-        self._verified = 0 if verify and self._taps else 2
+        self._droppable = set(self.parameters if isinstance(skip_unsupported, bool) else skip_unsupported)
+        if not skip_unsupported:
+            self._droppable = set()
+        self._verified: set[Any] = set()  # patterns of calls that were checked
+        self._shared: set[str] = set()  # layers whose inputs all samples share, whatever their shape
+        self._constants = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+
+    @property
+    def coverage(self) -> float:
+        return coverage(self._model, self.parameters)
 
     def __enter__(self) -> Probe:
         return self
@@ -134,6 +149,15 @@ class Probe:
     ) -> None:
         """Nothing to undo: the model is restored after every call."""
 
+    @property
+    def task(self) -> Task:
+        """May be set to another: what has been verified, and left out, stays so."""
+        return self._readings[0].task
+
+    @task.setter
+    def task(self, task: Task) -> None:
+        self._task, self._readings[0] = base_task(task), replace(self._readings[0], task=task)
+
     def __call__(self, batch: Any) -> Signals:
         """The signals of one batch.
 
@@ -141,22 +165,34 @@ class Probe:
             RuntimeError: a layer cannot be tapped as the model calls it (the message names it), or the
                 gradients fail the check.
         """
+        return self.read(batch)[0]
+
+    def read(self, batch: Any) -> list[Signals]:
+        """The signals of one batch under ``task`` and each of the ``readings``, from one forward pass."""
         with undisturbed(self._model), torch.inference_mode(False), torch.set_grad_enabled(bool(self._taps)):
             first = next(self._model.parameters(), None)
             batch = self._task.to(batch, torch.device("cpu") if first is None else first.device)
             size = self._task.size(batch)
             if size == 0:
-                raise ValueError("the batch is empty; expected at least one sample")
-            if self._verified >= min(size, 2):
-                return self._run(batch, size, self._reductions)
-            check = prepare_check(self._model, self._task, batch, self.parameters)
-            signals = self._run(batch, size, {**self._reductions, _CHECK: check})
-            if check.finish():
-                self._verified = min(size, 2)
-            return signals
+                return [reading.nothing() for reading in self._readings]
+            if self._verified or not self._verify or not self._taps:
+                try:
+                    return self._run(batch, size, None)
+                except _Unverified:
+                    pass
+            try:
+                return self._run(batch, size, self._prepare_check(batch))
+            except _Misread as misread:
+                return self._reread(batch, size, misread)
 
-    def _run(self, batch: Any, size: int, reductions: Mapping[str, Reduction]) -> Signals:
-        recorder = Recorder(self._taps, size, reductions, self._keep)
+    def _prepare_check(self, batch: Any) -> Check:
+        task = next((reading.task for reading in self._readings if reading.reductions), self._readings[0].task)
+        return prepare_check(self._model, task, batch, self.parameters)
+
+    def _run(self, batch: Any, size: int, check: Check | None) -> list[Signals]:
+        mask = self._task.mask(batch)
+        positions = None if mask is None or mask.ndim != 2 else mask.shape[1]
+        recorder = Recorder(self._taps, size, self._keep, positions, self._constants, self._droppable, self._shared)
         embeddings = None
         with recorder.attached():
             if self._pooling is None:
@@ -164,20 +200,85 @@ class Probe:
             else:
                 with self._pooling.attached() as caught:
                     outputs = self._task.forward(self._model, batch)
-                embeddings = self._pooling.pool(caught, size, self._task.mask(batch))
-            if outputs.losses.shape != (size,):
-                shape = tuple(outputs.losses.shape)
-                raise ValueError(f"{type(self._task).__name__}: losses of shape {shape}; expected ({size},)")
-            recorder.backward(outputs.losses)
-        moved = {key: jvp(self._model, self._task, batch) for key, jvp in self._jvps.items()}
+                embeddings = self._pooling.pool(caught, size, mask)
+            recorder.settle({} if check is None else check.gradients)
+            if self._verify and check is None and recorder.patterns - self._verified:
+                raise _Unverified
+            self._drop(recorder.dropped, check)
+            read_off = [read(reading.task, outputs) for reading in self._readings]
+            if check is not None and recorder.ambiguous and (layers := self._misread(recorder, read_off, check)):
+                raise _Misread(layers, check)
+            found = self._backward(recorder, read_off, check)
+        if check is not None and check.finish():
+            self._verified |= recorder.patterns
+        if size > 1:  # from now on
+            self._droppable = set()
+        each = []
+        for reading, (own, reduced, factors) in zip(self._readings, found, strict=True):
+            moved = {key: jvp(self._model, self._task, batch) for key, jvp in reading.jvps.items()}
+            each.append(self._signals(own, reduced | moved, factors, embeddings))
+        return each
+
+    def _backward(
+        self, recorder: Recorder, outputs: Sequence[Outputs], check: Check | None
+    ) -> list[tuple[Outputs, dict[str, Tensor], dict[str, Factors]]]:
+        """A backward pass for each reading that needs one."""
+        found: list[tuple[Outputs, dict[str, Tensor], dict[str, Factors]]] = []
+        needed = [i for i, reading in enumerate(self._readings) if reading.reductions or (i == 0 and self._keep)]
+        for i, (reading, own) in enumerate(zip(self._readings, outputs, strict=True)):
+            if own.losses.shape != (recorder.size,):
+                shape = tuple(own.losses.shape)
+                raise ValueError(f"{type(reading.task).__name__}: losses of shape {shape}; expected ({recorder.size},)")
+            if i not in needed:
+                found.append((own, {}, {}))
+                continue
+            reductions = dict(reading.reductions)
+            if check is not None and i == needed[0]:
+                reductions[_CHECK] = check
+            reduced, factors = recorder.backward(own.losses, reductions, last=i == needed[-1])
+            found.append((own, {key: v for key, v in reduced.items() if key != _CHECK}, factors if i == 0 else {}))
+        return found
+
+    def _misread(self, recorder: Recorder, outputs: Sequence[Outputs], check: Check) -> set[str]:
+        """Layers whose gradients are wrong and whose inputs may be shared by all samples, as long as a batch by chance.
+
+        Asked before any reduction sees a gradient.
+        """
+        losses = next((own.losses for own, r in zip(outputs, self._readings, strict=True) if r.reductions), None)
+        recorder.backward(outputs[0].losses if losses is None else losses, {_CHECK: check}, last=False)
+        wrong = check.wrong()
+        return {n for n, tap in recorder.ambiguous.items() if not wrong.keys().isdisjoint(tap.parameters.values())}
+
+    def _reread(self, batch: Any, size: int, misread: _Misread) -> list[Signals]:
+        """Take the layers' inputs for shared ones. If that is not right either, the first error stands."""
+        before, self._shared = self._shared, self._shared | misread.layers
+        try:
+            return self._run(batch, size, self._prepare_check(batch))
+        except (RuntimeError, _Misread):
+            self._shared = before
+            misread.check.finish()
+            raise
+
+    def _drop(self, dropped: Mapping[str, str], check: Check | None) -> None:
+        if not dropped:
+            return
+        self.left_out |= dropped
+        self.parameters = [name for name in self.parameters if name not in dropped]
+        self._taps = [tap for tap in (tap.without(dropped) for tap in self._taps) if tap.parameters]
+        for name in dropped if check is not None else ():
+            check.gradients.pop(name, None)  # type: ignore[union-attr]
+
+    def _signals(
+        self, outputs: Outputs, reduced: Mapping[str, Tensor], factors: Mapping[str, Factors], embeddings: Tensor | None
+    ) -> Signals:
         return Signals(
             losses=outputs.losses.detach(),
             logits=self._kept_logits(outputs),
             labels=outputs.labels,
             rows=outputs.rows,
-            factors=recorder.factors,
+            factors=factors,
             embeddings=embeddings,
-            reduced={key: value for key, value in (recorder.reduced | moved).items() if key != _CHECK},
+            reduced=reduced,
             output_layer=outputs.output_layer if self._logits else None,
             row_losses=None if outputs.row_losses is None else outputs.row_losses.detach(),
         )
@@ -190,10 +291,42 @@ class Probe:
         return None if outputs.logits is None else outputs.logits.detach()
 
 
-def _wanted(kept: Sequence[str], reductions: Mapping[str, Reduction]) -> list[str]:
+class _Unverified(Exception):
+    """A layer ran in a way that has not been checked yet."""
+
+
+class _Misread(Exception):
+    """Some layers' inputs may be shared by all samples: with a batch's, the check fails."""
+
+    def __init__(self, layers: set[str], check: Check) -> None:
+        self.layers, self.check = layers, check
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What is wanted of one task's losses."""
+
+    task: Task
+    reductions: Mapping[str, Reduction]
+    jvps: Mapping[str, Jvp]
+
+    @classmethod
+    def of(cls, task: Task, reductions: Mapping[str, Reduction | Jvp]) -> _Reading:
+        plain = {key: r for key, r in reductions.items() if not isinstance(r, Jvp)}
+        return cls(task, plain, {key: r for key, r in reductions.items() if isinstance(r, Jvp)})
+
+    def nothing(self) -> Signals:
+        """The signals of a batch without samples: no logits, whose width nobody knows, and no factors."""
+        none = torch.zeros(0)
+        widths = {key: (r.size,) if isinstance(r, Feature) else () for key, r in self.reductions.items()}
+        reduced = {key: none.new_zeros(0, *width) for key, width in widths.items()}
+        return Signals(none, None, none.long(), reduced=reduced, row_losses=none)
+
+
+def _all_parameters(kept: Sequence[str], readings: Sequence[_Reading]) -> list[str]:
     """Every parameter that is to be tapped, once."""
     names = dict.fromkeys(kept)
-    for key, reduction in reductions.items():
+    for key, reduction in (item for reading in readings for item in reading.reductions.items()):
         if not reduction.parameters:
             raise ValueError(f"reduction {key!r} names no parameter, so that it would always be 0")
         names.update(dict.fromkeys(reduction.parameters))

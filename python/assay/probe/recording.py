@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +16,8 @@ from assay.probe.head import Head
 from assay.probe.layers import Factors
 from assay.probe.reductions import Displaced, Feature, Reduction
 from assay.probe.selection import Tap
+from assay.probe.shared import Region, Shared, Start, coincidences, untapped
+from assay.tasks.output_layer import UnmadeLogits
 
 
 @contextmanager
@@ -42,32 +44,55 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 @dataclass
 class _Call:
-    """One call of a tapped layer. ``open`` counts the layer's parameters that still need it.
+    """One use of a tapped layer, or of bare parameters. ``open`` counts the layer's parameters that still need it.
 
     A fused output layer's ``grads`` (B, T) are those of its row losses, and ``labels`` (B, T) say of which.
+
+    Attributes:
+        lead: what the first dimensions of ``inputs`` are reshaped to where the first is not the batch's alone.
+        start: of values that all samples share.
     """
 
     tap: Tap
+    parameters: Mapping[str, str]
     inputs: Tensor
     version: int
-    open: int
-    labels: Tensor | None
+    labels: Tensor | None = None
+    lead: tuple[int, ...] | None = None
+    start: Start | None = None
+    open: int = 0
     grads: Tensor | None = None
 
     def factors(self) -> Factors:
-        assert self.grads is not None
         if self.labels is None:
-            return self.tap.rule.factors(self.tap.module, self.checked_inputs(), self.grads)
+            assert self.tap.rule is not None
+            return self.tap.rule.factors(self.tap.module, self._inputs(), self._grads())
         residual: Any = self._head().residual
         return Factors(self.checked_inputs(), residual)
 
-    def term(self, local: str) -> Term:
-        """The gradient of the layer's parameter ``local``."""
-        assert self.grads is not None
+    def terms(self, local: str) -> list[Term]:
+        """The gradient of the layer's parameter ``local``: their sum, nothing where it is zero."""
+        if self.tap.rule is None:
+            assert self.start is not None
+            return self.start.all_terms()
+        if self.grads is None:
+            return []
         if self.labels is None:
-            return self.tap.rule.term(self.tap.module, local, self.checked_inputs(), self.grads)
+            return [self.tap.rule.term(self.tap.module, local, self._inputs(), self._grads())]
         head = self._head()
-        return head if local == "weight" else Dense(head.bias_gradient())
+        return [head if local == "weight" else Dense(head.bias_gradient())]
+
+    def _inputs(self) -> Tensor:
+        """(B, ...)."""
+        inputs = self.checked_inputs()
+        if self.start is not None:  # the same for all samples
+            assert self.grads is not None
+            return inputs[None].expand(len(self.grads), *inputs.shape)
+        return inputs if self.lead is None else inputs.reshape(*self.lead, *inputs.shape[1:])
+
+    def _grads(self) -> Tensor:
+        assert self.grads is not None
+        return self.grads if self.lead is None else self.grads.reshape(*self.lead, *self.grads.shape[1:])
 
     def _head(self) -> Head:
         assert self.labels is not None
@@ -89,59 +114,156 @@ class _Call:
             )
         return self.inputs
 
-    def release(self) -> None:
+    def release(self, last: bool) -> None:
         # The graph's hooks hold this object until the whole backward pass is over.
-        self.inputs, self.grads = self.inputs.new_empty(0), None
+        self.grads = None
+        if last:
+            self.inputs = self.inputs.new_empty(0)
 
 
 @dataclass
 class Recorder:
-    """Taps layers for one pass over one batch. Use it once.
+    """Taps layers for one forward pass over one batch, and one backward pass or several. Use it once.
 
     Args:
         taps: every layer that uses one of the parameters in ``keep`` or in a reduction.
         size: the number of samples, B.
-        reductions: folded as soon as the last use of a parameter has its gradient.
         keep: names of the layers whose factors are kept.
+        positions: T where the task has a mask of (B, T).
+        constants: ids of the model's parameters and buffers.
+        droppable: names of the parameters that may be left out instead of raising.
+        shared: names of layers whose inputs are shared by all samples, also where they look like a batch.
+
+    Attributes:
+        dropped: those that were, with the reason.
+        patterns: how layers met their inputs: a gradient that is booked on the wrong sample shows in a new one first.
+        ambiguous: layers whose input may be a batch's or, being as long by chance, one that all samples share.
     """
 
     taps: Sequence[Tap]
     size: int
-    reductions: Mapping[str, Reduction]
-    keep: Collection[str]
-    reduced: dict[str, Tensor] = field(default_factory=dict)
-    factors: dict[str, Factors] = field(default_factory=dict)
+    keep: Collection[str] = ()
+    positions: int | None = None
+    constants: Collection[int] = ()
+    droppable: Collection[str] = ()
+    shared: Collection[str] = ()
+    dropped: dict[str, str] = field(default_factory=dict)
+    patterns: set[tuple[Any, ...]] = field(default_factory=set)
+    ambiguous: dict[str, Tap] = field(default_factory=dict)
     # By parameter: the calls that use it, with its name in their layer, and how many have no gradient yet.
     _calls: dict[str, list[tuple[_Call, str]]] = field(default_factory=lambda: defaultdict(list))
-    _waiting: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    _waiting: dict[str, int] = field(default_factory=dict)
+    _open: dict[str, None] = field(default_factory=dict)  # parameters that are not folded yet
     _kept: dict[str, list[_Call]] = field(default_factory=lambda: defaultdict(list))  # by layer
-    _touched: set[str] = field(default_factory=set)  # parameters in which a sample has a gradient
     _leaves: list[Tensor] = field(default_factory=list)
-    _recording: bool = True
+    _fold_into: Callable[[str], None] = field(default=lambda name: None)
+
+    def __post_init__(self) -> None:
+        self._region = Region(self.size, self.constants, self.positions)
+
+    @property
+    def _recording(self) -> bool:
+        return self._region.recording
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         """The hooks, for as long as the model runs forward and backward."""
         with ExitStack() as stack:
             for tap in self.taps:
-                before, after = self._hooks(tap)
-                stack.callback(tap.module.register_forward_pre_hook(before, with_kwargs=True).remove)
-                stack.callback(tap.module.register_forward_hook(after, with_kwargs=True).remove)
+                if tap.rule is None:
+                    self._exchange(tap, stack)
+                    continue
+                # First of all hooks: what others do to the output comes after the layer's own.
+                hook = tap.module.register_forward_hook(self._hook(tap), with_kwargs=True, prepend=True)
+                stack.callback(hook.remove)
             yield
 
-    def backward(self, losses: Tensor) -> None:
-        """Backpropagate the sum of the losses: fills ``reduced`` on the way and ``factors`` at the end."""
-        self._recording = False  # from here on a layer that runs is a checkpoint being recomputed
-        self.reduced = {key: self._nothing(reduction, losses.detach()) for key, reduction in self.reductions.items()}
+    def _exchange(self, tap: Tap, stack: ExitStack) -> None:
+        """Put shared values into the places of a module's bare parameters."""
+        own = tap.module._parameters
+        for local, name in tap.parameters.items():
+            parameter = own[local]
+            assert parameter is not None
+            owner = f"parameter {name!r} of layer {tap.layer!r} ({type(tap.module).__name__})"
+            start, value = self._region.begin(parameter, owner, (name,))
+            value._is_param = True  # an nn.Parameter to isinstance()
+            own[local] = value  # type: ignore[assignment]
+            stack.callback(own.__setitem__, local, parameter)
+            call = _Call(tap, {local: name}, parameter, parameter._version, start=start)
+            self._calls[name].append((call, local))
+            self.patterns.add(((name,),))
+
+    def settle(self, gradients: Mapping[str, Tensor]) -> None:
+        """After the forward pass: what turned out not to be tapped is dropped, or an error.
+
+        Args:
+            gradients: autograd's own by parameter, as far as they were taken.
+
+        Raises:
+            RuntimeError: a shared value met the samples in a way that cannot be followed, or a layer did not run
+                although the losses depend on its parameter.
+        """
+        self._region.recording = False  # from here on a layer that runs is a checkpoint being recomputed
+        self.patterns |= self._region.patterns
+        for start in self._region.starts:
+            if start.obstacle is not None:
+                self._refuse(start.parameters, untapped(start.what, start.obstacle))
+        for name, gradient in gradients.items():
+            if name not in self._calls and name not in self.dropped and bool((gradient != 0).any()):
+                self._refuse((name,), untapped(f"parameter {name!r}", "it is used behind its layer's back"))
+        for name in self.dropped:
+            self._calls.pop(name, None)
+        for layer, calls in list(self._kept.items()):
+            if any(name in self.dropped for call in calls for name in call.parameters.values()):
+                del self._kept[layer]
+
+    def _refuse(self, names: Collection[str], message: str) -> None:
+        if not all(name in self.droppable for name in names):
+            raise RuntimeError(message)
+        self.dropped |= dict.fromkeys(names, message)
+
+    def backward(
+        self, losses: Tensor, reductions: Mapping[str, Reduction], last: bool = True
+    ) -> tuple[dict[str, Tensor], dict[str, Factors]]:
+        """Backpropagate the sum of the losses -> what the reductions gave, and the kept factors.
+
+        Args:
+            losses: (B,).
+            reductions: folded as soon as the last use of a parameter has its gradient.
+            last: whether nobody needs the graph and the layers' inputs any more.
+        """
+        reduced = Reduced(self.size, reductions, losses.detach())
+        self._begin(reduced, last)
         # A forward pass under autocast is differentiated outside of it; its casts are in the graph.
         with torch.autocast(losses.device.type, enabled=False):
-            if self._leaves and losses.requires_grad:
-                torch.autograd.grad(losses.sum(), self._leaves, allow_unused=True)
+            if losses.requires_grad and (leaves := [*self._region.leaves, *self._leaves]):
+                leaves += _other_leaves(losses, leaves)
+                arrived = torch.autograd.grad(losses.sum(), leaves, allow_unused=True, retain_graph=not last)
+                self._region.finish(arrived[: len(self._region.leaves)])
+                del arrived
             with torch.no_grad():
-                for name in list(self._calls):  # some of their calls have got no gradient: it is zero
-                    self._fold(name)
-                self._add_untouched()
-                self.factors = self._factors()
+                self._finish_shared()
+                for name in list(self._open):  # some of their calls have got no gradient: it is zero
+                    self._fold_into(name)
+                reduced.add_untouched(
+                    {name for tap in self.taps for name in tap.parameters.values()} - set(self.dropped)
+                )
+                return reduced.values, self._factors()
+
+    def _begin(self, reduced: Reduced, last: bool) -> None:
+        self._region.reset()
+        self._open = dict.fromkeys(self._calls)
+        self._waiting = {name: len(calls) for name, calls in self._calls.items()}
+        for calls in self._calls.values():
+            for call, _ in calls:
+                call.grads, call.open = None, sum(name in self._open for name in call.parameters.values())
+        self._fold_into = lambda name: self._fold(name, reduced, last)
+
+    def _finish_shared(self) -> None:
+        for calls in self._calls.values():
+            for call, _ in calls:
+                if call.start is not None:
+                    call.grads = call.start.grads
 
     def _factors(self) -> dict[str, Factors]:
         """The kept factors; a layer that the losses do not depend on has gradient zero and no entry."""
@@ -156,109 +278,198 @@ class Recorder:
                 kept[layer] = Factors(inputs, grads, parts[0].kind)
         return kept
 
-    def _hooks(self, tap: Tap) -> tuple[Any, Any]:
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            inputs = self._the_input(tap, args, kwargs)
-            # GPT-2 embeds positions of shape (1, T) and broadcasts: per sample from here on. With fewer
-            # dimensions the 1 need not be a batch's.
-            if inputs.shape[:1] == (1,) and inputs.ndim >= (3 if inputs.is_floating_point() else 2):
-                inputs = inputs.expand(self.size, *inputs.shape[1:])
-            return ((inputs,), {}) if args else ((), dict.fromkeys(kwargs, inputs))
-
-        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+    def _hook(self, tap: Tap) -> Any:
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            names = {local: name for local, name in tap.parameters.items() if name not in self.dropped}
+            if not names:
+                return None
+            unmade = output if isinstance(output, UnmadeLogits) else None
+            try:
+                inputs = self._the_input(tap, args, kwargs)
+                lead, shared = self._layout(tap, inputs, output)
+            except _Untapped as error:
+                self._refuse(tuple(names.values()), str(error))
+                return None
+            if shared:
+                return self._share(tap, names, inputs, output)
+            tapped = self._grown(inputs, output if unmade is None else unmade.losses)
             if self._recording:
-                self._check_call(tap, self._the_input(tap, args, kwargs), output)
-            tapped = output
-            if not output.requires_grad:
-                # The graph starts here. A clone: no leaf may be modified in place, as by an inplace ReLU.
-                leaf = output.detach().requires_grad_()
-                tapped = leaf.clone()
-                if self._recording:
-                    self._leaves.append(leaf)
-            if self._recording:
-                self._watch(tap, self._the_input(tap, args, kwargs), tapped)
-            return tapped
+                labels = None if unmade is None else unmade.labels
+                self._watch(_Call(tap, names, inputs.detach(), inputs._version, labels, lead), tapped)
+            if unmade is None:
+                return tapped
+            unmade.losses = tapped
+            return None
 
-        return before, after
+        return after
+
+    def _grown(self, inputs: Tensor, output: Tensor) -> Tensor:
+        """The output as part of a graph that starts at the first tapped layer."""
+        # What asks for gradients before any layer was tapped is none of ours: a hook, or a model's own tensor.
+        if output.requires_grad and (self._leaves or self._region.leaves):
+            return output
+        # A clone: no leaf may be modified in place, as by an inplace ReLU.
+        leaf = output.detach().requires_grad_()
+        if self._recording:
+            self._leaves.append(leaf)
+        return leaf.clone()
+
+    def _share(self, tap: Tap, names: Mapping[str, str], inputs: Tensor, output: Tensor) -> Tensor:
+        what = _called(tap, inputs, output, self.size)
+        start, value = self._region.begin(output, what, tuple(names.values()))
+        if self._recording:
+            plain = inputs.detach().as_subclass(Tensor)
+            self._record(_Call(tap, names, plain, plain._version, start=start))
+            self.patterns.add((tuple(tap.parameters.values()),))
+        return value
 
     def _the_input(self, tap: Tap, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         values = [*args, *kwargs.values()]
         if len(values) != 1 or not isinstance(values[0], Tensor):
-            found = ", ".join(type(value).__name__ for value in values) or "nothing"
-            raise RuntimeError(f"layer {tap.layer!r} was called with ({found}); expected exactly one tensor")
+            kinds = ", ".join(type(value).__name__ for value in values) or "nothing"
+            raise _Untapped(f"layer {tap.layer!r} was called with ({kinds}); expected exactly one tensor")
         return values[0]
 
-    def _check_call(self, tap: Tap, inputs: Tensor, output: Any) -> None:
+    def _layout(self, tap: Tap, inputs: Tensor, output: Any) -> tuple[tuple[int, ...] | None, bool]:
+        """How samples lie in a layer's input -> the lead of its call, and whether all samples share it."""
         if not torch.is_grad_enabled():
-            raise RuntimeError(
+            raise _Untapped(
                 f"layer {tap.layer!r} ran without gradients (torch.no_grad, or reentrant checkpointing); use "
                 "torch.utils.checkpoint with use_reentrant=False, or leave the layer out"
             )
-        fits = inputs.ndim >= tap.rule.ndim(tap.module) and inputs.shape[0] == self.size
-        if not fits or not isinstance(output, Tensor) or output.shape[:1] != inputs.shape[:1]:
-            shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise RuntimeError(
-                f"layer {tap.layer!r} ({type(tap.module).__name__}) was called with an input of shape "
-                f"{tuple(inputs.shape)} and gave {shape}, in a batch of {self.size}; to know which sample a "
-                "gradient belongs to, its first dimension must be the batch's. Leave the layer out, or "
-                "change the model"
-            )
+        assert tap.rule is not None
+        alike = isinstance(output, Tensor) and output.shape[:1] == inputs.shape[:1] and inputs.ndim > 0
+        deep = inputs.ndim >= tap.rule.ndim(tap.module)
+        if isinstance(inputs, Shared) and alike and tap.rule.trailing:
+            return None, True
+        mistakable = self.size > 1 and tap.rule.trailing and not inputs.requires_grad and self._square(inputs)
+        if mistakable and tap.layer in self.shared:
+            return None, True
+        if alike and deep and inputs.shape[0] == self.size:
+            if mistakable:
+                self.ambiguous[tap.layer] = tap
+            place = tuple(tap.parameters.values())
+            self.patterns.add((place,))
+            if self.size > 1:
+                self.patterns.add((place, inputs.ndim, *coincidences(inputs.shape, self.size)))
+            return None, False
+        if alike and tap.rule.trailing:
+            if self.size == 1:  # whatever the dimensions are, they are the sample's
+                return (1, len(inputs)), False
+            if inputs.ndim == 2 - (not inputs.is_floating_point()) and self._region.all_positions(len(inputs)):
+                self.patterns.add((tuple(tap.parameters.values()), "positions"))
+                return (self.size, -1), False
+            if not inputs.requires_grad:
+                return None, True
+        raise _Untapped(untapped(_called(tap, inputs, output, self.size), "its first dimension is not the batch's"))
 
-    def _watch(self, tap: Tap, inputs: Tensor, output: Tensor) -> None:
-        labels = getattr(tap.module.forward, "labels", None)  # a fused output layer's
-        call = _Call(tap, inputs.detach(), inputs._version, len(tap.parameters), labels)
-        if tap.layer in self.keep:
-            self._kept[tap.layer].append(call)
-        for local, name in tap.parameters.items():
-            self._calls[name].append((call, local))
-            self._waiting[name] += 1
+    def _square(self, inputs: Tensor) -> bool:
+        """Whether positions (T,) or pairs of them (T, T) could be meant, with T = B."""
+        positions = inputs.shape[:-1] if inputs.is_floating_point() else inputs.shape
+        return all(n == self.size for n in positions)
+
+    def _watch(self, call: _Call, output: Tensor) -> None:
+        self._record(call)
 
         def arrived(grads: Tensor) -> None:
             call.grads = grads.detach()
-            for name in tap.parameters.values():
-                self._waiting[name] -= 1
-                if self._waiting[name] == 0:
-                    self._fold(name)
+            for name in call.parameters.values():
+                if name in self._open:
+                    self._waiting[name] -= 1
+                    if self._waiting[name] == 0:
+                        self._fold_into(name)
 
         output.register_hook(arrived)  # type: ignore[no-untyped-call]
 
-    def _fold(self, name: str) -> None:
+    def _record(self, call: _Call) -> None:
+        if call.tap.layer in self.keep:
+            self._kept[call.tap.layer].append(call)
+        for local, name in call.parameters.items():
+            self._calls[name].append((call, local))
+
+    def _fold(self, name: str, reduced: Reduced, last: bool) -> None:
         """Hand the parameter's gradient to the reductions that name it, and free what nobody else needs."""
-        calls = self._calls.pop(name)
-        wanting = [(key, reduction) for key, reduction in self.reductions.items() if name in reduction.parameters]
-        if wanting:
-            terms = [call.term(local) for call, local in calls if call.grads is not None]
-            if terms:
-                self._touched.add(name)
-                owner, local = calls[0][0].tap.module, calls[0][1]
-                gradient = PerSampleGradient(owner.get_parameter(local).shape, terms)
-                for key, reduction in wanting:
-                    self._add(key, name, reduction(name, gradient))
+        del self._open[name]
+        calls = self._calls[name]
+        if reduced.wants(name) and (terms := [term for call, local in calls for term in call.terms(local)]):
+            (call, local), *_ = calls
+            shape = call.tap.module._parameters[local].shape  # type: ignore[union-attr]
+            reduced.add(name, PerSampleGradient(shape, terms))
         for call, _ in calls:
             call.open -= 1
             if call.open == 0 and call.tap.layer not in self.keep:
-                call.release()
+                call.release(last)
 
-    def _add_untouched(self) -> None:
-        """What reductions make of a gradient of 0 where no sample has another."""
+
+class _Untapped(Exception):
+    """A layer cannot be tapped as the model calls it."""
+
+
+@dataclass
+class Reduced:
+    """What reductions have given so far, (B,) or (B, width) by key."""
+
+    size: int
+    reductions: Mapping[str, Reduction]
+    like: Tensor
+    values: dict[str, Tensor] = field(default_factory=dict)
+    touched: set[str] = field(default_factory=set)  # parameters in which a sample has a gradient
+
+    def __post_init__(self) -> None:
+        for key, reduction in self.reductions.items():
+            width = (reduction.size,) if isinstance(reduction, Feature) else ()
+            self.values[key] = self.like.new_zeros(self.size, *width)
+
+    def wants(self, name: str) -> bool:
+        return any(name in reduction.parameters for reduction in self.reductions.values())
+
+    def add(self, name: str, gradient: PerSampleGradient) -> None:
+        self.touched.add(name)
+        for key, reduction in self.reductions.items():
+            if name in reduction.parameters:
+                self._add(key, name, reduction(name, gradient))
+
+    def add_untouched(self, tapped: Collection[str]) -> None:
+        """What features make of a gradient of 0 in the tapped parameters that no sample reaches."""
         for key, reduction in self.reductions.items():
             if isinstance(reduction, Displaced):
-                for name in [name for name in reduction.parameters if name not in self._touched]:
+                for name in [n for n in reduction.parameters if n in tapped and n not in self.touched]:
                     self._add(key, name, reduction.at_zero(name).expand(self.size, -1))
 
-    def _nothing(self, reduction: Reduction, losses: Tensor) -> Tensor:
-        return (
-            losses.new_zeros(self.size, reduction.size)
-            if isinstance(reduction, Feature)
-            else losses.new_zeros(self.size)
-        )
-
     def _add(self, key: str, name: str, value: Tensor) -> None:
-        reduction, total = self.reductions[key], self.reduced[key]
+        reduction, total = self.reductions[key], self.values[key]
         total = total.to(torch.promote_types(total.dtype, value.dtype))
-        mine = total[:, reduction.place(name)] if isinstance(reduction, Feature) else total
-        if value.shape != mine.shape:
-            found, expected = tuple(value.shape), tuple(mine.shape)
+        place = total[:, reduction.place(name)] if isinstance(reduction, Feature) else total
+        if value.shape != place.shape:
+            found, expected = tuple(value.shape), tuple(place.shape)
             raise ValueError(f"reduction {key!r} gave shape {found} for parameter {name!r}; expected {expected}")
-        mine += value.to(total.device)
-        self.reduced[key] = total
+        place += value.to(total.device)
+        self.values[key] = total
+
+
+def _called(tap: Tap, inputs: Tensor, output: Any, size: int) -> str:
+    shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    return (
+        f"layer {tap.layer!r} ({type(tap.module).__name__}) was called with an input of shape {tuple(inputs.shape)} "
+        f"and gave {shape}, in a batch of {size}"
+    )
+
+
+def _other_leaves(losses: Tensor, own: Collection[Tensor]) -> list[Tensor]:
+    """Tensors that ask for gradients and are not ours: a hook of the model's, or a tensor that it keeps.
+
+    Without them autograd would not enter the part of the graph that starts there, nor reach the layers tapped in it.
+    """
+    known, found = {id(leaf) for leaf in own}, []
+    stack, seen = [losses.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        for after, _ in node.next_functions if node is not None else ():
+            if after is not None and after not in seen:
+                seen.add(after)
+                leaf = getattr(after, "variable", None)
+                if leaf is None:
+                    stack.append(after)
+                elif id(leaf) not in known:
+                    found.append(leaf)
+    return found

@@ -119,5 +119,5 @@ class Sketched:
 
     def __call__(self, parameter: str, gradient: PerSampleGradient) -> Tensor:
         if not self.together and math.prod(self.shapes[parameter]) <= self.sketch.dim:
-            return gradient.dense().flatten(1)
+            return gradient.dense().reshape(gradient.samples, -1)
         return gradient.sketch(self.sketch.named(parameter))

@@ -5,22 +5,28 @@ from __future__ import annotations
 import difflib
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from torch import nn
 
-from assay.probe.layers import Rule, find_rule
+from assay.probe.layers import Rule, find_rule, follows_parameters
 
 
 @dataclass(frozen=True)
 class Tap:
-    """One layer to tap: its rule, and its wanted parameters as local name -> full name."""
+    """One layer to tap, and its parameters as local name -> full name.
+
+    Without a ``rule`` the parameters are bare: the module computes with them itself, and is followed.
+    """
 
     layer: str
     module: nn.Module
-    rule: Rule
+    rule: Rule | None
     parameters: Mapping[str, str]
+
+    def without(self, names: Collection[str]) -> Tap:
+        return replace(self, parameters={local: n for local, n in self.parameters.items() if n not in names})
 
 
 @dataclass(frozen=True)
@@ -47,13 +53,26 @@ class _Trainable:
     def matches(self, glob: str) -> bool:
         return any(fnmatchcase(name, glob) for use in self.uses for name in (*use.names, *use.layers))
 
-    def obstacle(self) -> str | None:
+    def obstacle(self, bare: bool = True) -> str | None:
         for use in self.uses:
             rule = find_rule(use.module)
-            if isinstance(rule, str):
+            if isinstance(rule, str) and not (bare and follows_parameters(use.module)):
                 owner = f"layer {use.layers[0]!r} ({type(use.module).__name__})"
                 return f"parameter {self.name!r}: {owner} cannot be tapped exactly: {rule}"
         return None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Parameters in the order of ``model.named_parameters()``.
+
+    Attributes:
+        names: those that can be tapped.
+        left_out: those that were selected too and cannot be, with the reason.
+    """
+
+    names: list[str]
+    left_out: Mapping[str, str]
 
 
 def tapped_parameters(
@@ -65,38 +84,57 @@ def tapped_parameters(
     A glob that matches a layer's name selects all its parameters; one that matches a parameter's name selects
     this parameter: of a Linear called ``head``, "head" and "head.*" select weight and bias, "head.weight" the
     weight. A parameter with several names (tied weights) is selected by any of them and returned under its
-    first.
+    first. A glob behind a ``!`` leaves out what it matches: ``["*", "!*.conv1d"]``.
 
     Args:
         model: looked at, not run. Parameters that do not require gradients are never selected.
-        layers: a glob or several; None selects everything, () nothing.
+        layers: a glob or several; None selects everything, () nothing, and so does what is only left out.
         skip_unsupported: leave out what cannot be tapped exactly, instead of raising.
 
     Raises:
         ValueError: a glob matches nothing trainable, the model has no trainable parameter, or a selected
             layer cannot be tapped exactly.
     """
+    return select(model, layers, skip_unsupported).names
+
+
+def select(
+    model: nn.Module, layers: str | Sequence[str] | None, skip_unsupported: bool, bare: bool = True
+) -> Selection:
+    """``tapped_parameters``, and what it left out. ``bare``: also parameters of modules that have no rule."""
     globs = [layers] if isinstance(layers, str) else layers
     trainable = _trainable(model)
     if not trainable and globs is not None and not globs:
-        return []
+        return Selection([], {})
     if not trainable:
         raise ValueError(
             f"{type(model).__name__} has no trainable parameter: every one is frozen (requires_grad is "
             "False); unfreeze what is to be probed, or ask for no gradients with factors=()"
         )
     if globs is not None:
-        for glob in globs:
-            _check_matches(model, trainable, glob)
-        trainable = [p for p in trainable if any(p.matches(glob) for glob in globs)]
-    names = []
-    for parameter in trainable:
-        obstacle = parameter.obstacle()
-        if obstacle is None:
-            names.append(parameter.name)
-        elif not skip_unsupported:
-            raise ValueError(f"{obstacle}. Select other layers, freeze it, or pass skip_unsupported=True")
-    return names
+        trainable = _selected(model, trainable, globs)
+    obstacles = {parameter.name: parameter.obstacle(bare) for parameter in trainable}
+    left_out = {name: why for name, why in obstacles.items() if why is not None}
+    if left_out and not skip_unsupported:
+        why = next(iter(left_out.values()))
+        raise ValueError(
+            f"{why}. Leave it out (layers=['*', '!name']; factors= of a Probe), freeze it, or pass "
+            "skip_unsupported=True"
+        )
+    return Selection([name for name in obstacles if name not in left_out], left_out)
+
+
+def _selected(model: nn.Module, trainable: Sequence[_Trainable], globs: Sequence[str]) -> list[_Trainable]:
+    wanted, unwanted = [g for g in globs if not g.startswith("!")], [g[1:] for g in globs if g.startswith("!")]
+    for glob in wanted:
+        _check_matches(model, trainable, glob)
+    for glob in unwanted:
+        _check_known(model, glob)
+    return [
+        parameter
+        for parameter in trainable
+        if any(parameter.matches(glob) for glob in wanted) and not any(parameter.matches(glob) for glob in unwanted)
+    ]
 
 
 def make_taps(model: nn.Module, parameters: Collection[str]) -> list[Tap]:
@@ -120,8 +158,8 @@ def make_taps(model: nn.Module, parameters: Collection[str]) -> list[Tap]:
     for module in model.modules():
         if module in locals_by_module:
             rule = find_rule(module)
-            assert isinstance(rule, Rule)  # no obstacle
-            taps.append(Tap(layer_names[module], module, rule, locals_by_module[module]))
+            own = rule if isinstance(rule, Rule) else None  # no obstacle: its parameters can be followed
+            taps.append(Tap(layer_names[module], module, own, locals_by_module[module]))
     return taps
 
 
@@ -162,12 +200,15 @@ def _trainable(model: nn.Module) -> list[_Trainable]:
 def _check_matches(model: nn.Module, trainable: Sequence[_Trainable], glob: str) -> None:
     if any(parameter.matches(glob) for parameter in trainable):
         return
+    _check_known(model, glob)
+    raise ValueError(f"{glob!r} matches only frozen parameters; set requires_grad on those to be probed")
+
+
+def _check_known(model: nn.Module, glob: str) -> None:
     every = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    owners = [name.rpartition(".")[0] for name in every]
-    if any(fnmatchcase(name, glob) for name in every + owners):
-        raise ValueError(f"{glob!r} matches only frozen parameters; set requires_grad on those to be probed")
-    names = {name for p in trainable for use in p.uses for name in (*use.layers, *use.names)}
-    raise ValueError(f"{glob!r} matches no layer and no parameter; nearest: {_nearest(glob, names)}")
+    names = {*every, *(name.rpartition(".")[0] for name in every)}
+    if not any(fnmatchcase(name, glob) for name in names):
+        raise ValueError(f"{glob!r} matches no layer and no parameter; nearest: {_nearest(glob, names)}")
 
 
 def _unknown_parameter(model: nn.Module, trainable: Mapping[str, _Trainable], name: str) -> str:

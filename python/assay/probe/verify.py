@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from assay.probe.gradient import PerSampleGradient
 from assay.tasks import Task
+from assay.tasks.base import unfused
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -20,18 +21,19 @@ _HALF = (torch.float16, torch.bfloat16)
 class Check:
     """A reduction that measures the probe's gradients against autograd's.
 
-    With fixed random weights c_b, ordinary autograd gives D_p, the gradient of Σ_b c_b ℓ_b in parameter p. If
+    With fixed weights c_b, ordinary autograd gives D_p, the gradient of Σ_b c_b ℓ_b in parameter p. If
     the probe's per-sample gradients g_b,p are right then Σ_b c_b ⟨g_b,p, D_p⟩ = ‖D_p‖².
 
     Attributes:
-        weights: c, (B,), in [0.5, 1.5]: unequal, so that gradients booked on the wrong sample show.
+        weights: c, (B,), 1 or −1, not all equal: a gradient that is booked on the wrong sample changes its sign half
+            of the time, and with it the sum.
         gradients: D_p by parameter.
         tolerance: the relative error allowed.
         dots: ⟨g_b,p, D_p⟩ (B,) by parameter, filled as the probe's backward pass runs.
     """
 
     weights: Tensor
-    gradients: Mapping[str, Tensor]
+    gradients: dict[str, Tensor]
     tolerance: float
     dots: dict[str, Tensor] = field(default_factory=dict)
 
@@ -46,43 +48,54 @@ class Check:
     def finish(self) -> bool:
         """Compare, and say whether that was conclusive: False if a gradient is not finite.
 
-        The error is measured against ‖D_p‖² + Σ_b |c_b ⟨g_b,p, D_p⟩|, so that samples whose gradients cancel
-        raise no alarm, and against ‖D_p‖ times the largest ‖D_q‖, so that a gradient that is zero but for
-        rounding (the bias of attention keys) raises none either.
-
         Raises:
             RuntimeError: a parameter's gradients differ.
         """
-        norms = {name: float(torch.linalg.vector_norm(g, dtype=torch.float64)) for name, g in self.gradients.items()}
+        for name, (found, expected) in self.wrong().items():
+            raise RuntimeError(
+                f"parameter {name!r}: the probe's per-sample gradients do not add up to autograd's gradient (<probe, "
+                f"autograd> = {found:.6g}, expected {expected:.6g}). Likely causes: its weight is used behind the "
+                "layer's back, as in F.linear(x, embedding.weight); the batch is not the first dimension of the "
+                "layer's input; the samples of a batch influence each other; the model is random in eval mode. Leave "
+                f"the parameter out (layers=['*', {'!' + name!r}])"
+            )
+        return all(math.isfinite(norm) for norm in self._norms().values())
+
+    def wrong(self) -> dict[str, tuple[float, float]]:
+        """Σ_b c_b ⟨g_b,p, D_p⟩ and ‖D_p‖² of the parameters where they differ; none if a gradient is not finite.
+
+        The error is measured against ‖D_p‖² + Σ_b |c_b ⟨g_b,p, D_p⟩|, so that samples whose gradients cancel
+        raise no alarm, and against ‖D_p‖ times the largest ‖D_q‖, so that a gradient that is zero but for
+        rounding (the bias of attention keys) raises none either.
+        """
+        norms = self._norms()
         if not all(math.isfinite(norm) for norm in norms.values()):
-            return False
-        largest = max(norms.values(), default=0.0)
+            return {}
+        largest, differ = max(norms.values(), default=0.0), {}
         for name, norm in norms.items():
             dots = self.dots.get(name)
             terms = torch.zeros_like(self.weights) if dots is None else self.weights * dots.to(self.weights.device)
             found, magnitude = float(terms.double().sum()), float(terms.double().abs().sum())
             slack = self.tolerance * (norm**2 + magnitude) + self.tolerance / 25 * norm * largest
-            if abs(found - norm**2) > slack:
-                raise RuntimeError(
-                    f"parameter {name!r}: the probe's per-sample gradients do not add up to autograd's "
-                    f"gradient (<probe, autograd> = {found:.6g}, expected {norm**2:.6g}). Likely causes: its "
-                    "weight is used behind the layer's back, as in F.linear(x, embedding.weight); the batch "
-                    "is not the first dimension of the layer's input; the samples of a batch influence each "
-                    "other; the model is random in eval mode. Leave the parameter out, or pass verify=False "
-                    "to take the scores as they are"
-                )
-        return True
+            if not abs(found - norm**2) <= slack:
+                differ[name] = found, norm**2
+        return differ
+
+    def _norms(self) -> dict[str, float]:
+        return {name: float(torch.linalg.vector_norm(g, dtype=torch.float64)) for name, g in self.gradients.items()}
 
 
 def prepare_check(model: nn.Module, task: Task, batch: Any, parameters: Collection[str]) -> Check:
-    """Run the ordinary forward and backward pass; the model's parameters are frozen before and after."""
+    """Run the ordinary forward and backward pass; the model's parameters are frozen before and after.
+
+    Nothing is fused in it, so that it does not share what it checks.
+    """
     wanted = {name: p for name, p in model.named_parameters() if name in parameters}
-    generator = torch.Generator().manual_seed(0)
     try:
         for parameter in wanted.values():
             parameter.requires_grad_(True)
-        losses = task.forward(model, batch).losses
-        weights = (0.5 + torch.rand(len(losses), generator=generator)).to(losses.device)
+        losses = unfused(task).forward(model, batch).losses
+        weights = signs(len(losses)).to(losses.device)
         loose = _is_low_precision(wanted.values(), losses.device)
         with torch.autocast(losses.device.type, enabled=False):
             gradients = _gradients((weights * losses).sum(), list(wanted.values()))
@@ -90,6 +103,15 @@ def prepare_check(model: nn.Module, task: Task, batch: Any, parameters: Collecti
         for parameter in wanted.values():
             parameter.requires_grad_(False)
     return Check(weights, dict(zip(wanted, gradients, strict=True)), 5e-2 if loose else 1e-3)
+
+
+def signs(size: int) -> Tensor:
+    """(size,) of 1 and −1, the same for every batch of that size, and not all equal from two on."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = 2.0 * torch.randint(2, (size,), generator=generator) - 1
+    if size > 1 and abs(float(drawn.sum())) == size:
+        drawn[0] = -drawn[0]
+    return drawn
 
 
 def _gradients(total: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:

@@ -81,6 +81,43 @@ class Task(Protocol):
         ...
 
 
+@runtime_checkable
+class Reads(Protocol):
+    """A task that reads other losses off the forward pass of its ``task``: both are had from one pass."""
+
+    task: Task
+
+    def read(self, outputs: Outputs) -> Outputs:
+        """Of the outputs of ``task``."""
+        ...
+
+
+def base_task(task: Task) -> Task:
+    """The task that runs the model."""
+    return base_task(task.task) if isinstance(task, Reads) else task
+
+
+def read(task: Task, outputs: Outputs) -> Outputs:
+    """A task's outputs from those of its base task."""
+    return task.read(read(task.task, outputs)) if isinstance(task, Reads) else outputs
+
+
+@runtime_checkable
+class Relabels(Protocol):
+    """A task whose rows can be given other labels."""
+
+    def relabelled(self, batch: Any, labels: Tensor) -> Any:
+        """The batch with these labels, (N,) int64, one for each row of the outputs; -100 where nothing is predicted."""
+        ...
+
+
+def unfused(task: Task) -> Task:
+    """The same task with every loss taken from the model's own logits: what a fused loss is checked against."""
+    make = getattr(task, "unfused", None)
+    found: Task = make() if callable(make) else task
+    return found
+
+
 def wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
@@ -112,10 +149,14 @@ def class_indices(labels: Tensor) -> Tensor:
     return labels.long()
 
 
-def check_range(labels: Tensor, classes: int, ignore: int | None) -> None:
+def outside_range(labels: Tensor, classes: int, ignore: int | None) -> Tensor:
+    """Which labels are neither a class nor ``ignore``."""
     wrong = (labels < 0) | (labels >= classes)
-    if ignore is not None:
-        wrong &= labels != ignore
+    return wrong if ignore is None else wrong & (labels != ignore)
+
+
+def check_range(labels: Tensor, classes: int, ignore: int | None) -> None:
+    wrong = outside_range(labels, classes, ignore)
     if bool(wrong.any()):
         allowed = f"[0, {classes})" + (f" or {ignore}" if ignore is not None else "")
         raise ValueError(f"label {int(labels[wrong][0])} lies outside {allowed}, the classes of the model's logits")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from assay.tasks.base import IGNORE, Outputs, as_bool, check_range, describe, logits_of, to_device
+from assay.tasks.base import IGNORE, Outputs, as_bool, check_range, describe, logits_of, outside_range, to_device
 from assay.tasks.losses import row_losses
 from assay.tasks.output_layer import OutputLayer, find_output_layer, fused, remember_changed
 
@@ -50,20 +50,9 @@ class CausalLM:
 
     def forward(self, model: nn.Module, batch: Any) -> Outputs:
         labels = self._next_tokens(batch)
-        name = self.fused if isinstance(self.fused, str) else None
-        layer = find_output_layer(model, name) if self.fused else None
-        if layer is not None:
-            check_range(labels, layer.out_features, ignore=IGNORE)
-            with fused(layer, labels) as stand_in:
-                output = logits_of(model(**self._arguments(model, batch)))
-            if stand_in.is_output(output):
-                return self._outputs(output, labels, stand_in.output_layer())
-            if name is not None:
-                raise ValueError(
-                    f"CausalLM: the model's logits are not the output of its layer {name!r}, so that it cannot be "
-                    "fused; pass fused=False"
-                )
-            remember_changed(model)
+        fused = self._fused_outputs(model, batch, labels) if self.fused else None
+        if fused is not None:
+            return fused
         logits = logits_of(model(**self._arguments(model, batch)))
         if logits.ndim != 3 or logits.shape[:2] != labels.shape:
             raise ValueError(
@@ -73,6 +62,33 @@ class CausalLM:
         check_range(labels, logits.shape[2], ignore=IGNORE)
         flat = logits.flatten(0, 1)
         return self._outputs(row_losses(flat, labels.flatten()).view(labels.shape), labels, flat)
+
+    def _fused_outputs(self, model: nn.Module, batch: Any, labels: Tensor) -> Outputs | None:
+        """None if the model has no output layer that can be fused, or does anything with its logits but return them."""
+        name = self.fused if isinstance(self.fused, str) else None
+        layer = find_output_layer(model, name)
+        if layer is None or bool(outside_range(labels, layer.out_features, ignore=IGNORE).any()):
+            return None
+        output = None
+        with fused(layer, labels) as stand_in:
+            try:
+                output = logits_of(model(**self._arguments(model, batch)))
+            except Exception:
+                if not stand_in.changed:
+                    raise
+        if output is not None and stand_in.output is not None and stand_in.is_output(output):
+            return self._outputs(stand_in.output.losses, labels, stand_in.output_layer())
+        if name is not None:
+            raise ValueError(
+                f"CausalLM: the model's logits are not the output of its layer {name!r}, so that it cannot be "
+                "fused; pass fused=False"
+            )
+        remember_changed(model)
+        return None
+
+    def unfused(self) -> CausalLM:
+        """The same losses from logits that are made: what a check of fused ones compares with."""
+        return replace(self, fused=False)
 
     def _outputs(self, row_losses: Tensor, labels: Tensor, logits: Tensor | OutputLayer) -> Outputs:
         """Losses by position (B, T), 0 where nothing is predicted -> by sample."""
@@ -86,6 +102,13 @@ class CausalLM:
             unmade: Any = logits.logits
             return Outputs(losses, unmade, labels.flatten(), rows, logits, row_losses)
         return Outputs(losses, logits, labels.flatten(), rows, row_losses=row_losses)
+
+    def relabelled(self, batch: Mapping[str, Any], labels: Tensor) -> dict[str, Any]:
+        """The label of row (b, t) is the token at t + 1."""
+        ids = self._ids(batch)
+        moved = torch.full_like(ids, IGNORE, dtype=torch.int64)
+        moved[:, 1:] = labels.view(ids.shape)[:, :-1]
+        return {**batch, "labels": moved}
 
     def mask(self, batch: Any) -> Tensor:
         ids = self._ids(batch)

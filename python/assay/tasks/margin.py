@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from assay.tasks.base import IGNORE, Outputs, Task, wide
+from assay.tasks.base import IGNORE, Outputs, Task, unfused, wide
 
 # Of a language model's tokens, 1 − p below this is taken for this: it comes from log p, which is exact only to float32.
 # Such a token has no gradient.
@@ -37,8 +37,14 @@ class Margin:
     def mask(self, batch: Any) -> Tensor | None:
         return self.task.mask(batch)
 
+    def unfused(self) -> Margin:
+        return Margin(unfused(self.task))
+
     def forward(self, model: nn.Module, batch: Any) -> Outputs:
-        outputs = self.task.forward(model, batch)
+        return self.read(self.task.forward(model, batch))
+
+    def read(self, outputs: Outputs) -> Outputs:
+        """The margins of a forward pass of ``task``: it needs no other."""
         nll, labels = outputs.row_losses, outputs.labels
         if nll is None or labels is None:
             raise ValueError(

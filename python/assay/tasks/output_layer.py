@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from assay import ops
 from assay.tasks.base import IGNORE
@@ -31,41 +33,127 @@ class OutputLayer:
         return F.linear(self.hidden, self.weight, self.bias)
 
 
+class LogitsUsed(Exception):
+    """Logits that were not made have been used: the model must run as it is."""
+
+
+# What may be asked of logits that have not been made, because the answer is that of the real ones.
+_SAME_ANSWER = frozenset(
+    [
+        Tensor.size,
+        Tensor.dim,
+        Tensor.numel,
+        *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "device", "layout", "is_cuda")),
+    ]
+)
+
+
+_SCALES = (Tensor.mul, Tensor.__mul__, Tensor.div, Tensor.__truediv__, torch.mul, torch.div)
+
+
+def _changes_nothing(func: Any, args: Any) -> bool:
+    if func in _SCALES:
+        return len(args) == 2 and type(args[1]) in (int, float) and args[1] == 1
+    return func is Tensor.float and args[0]._dtype == torch.float32
+
+
+class UnmadeLogits(Tensor):
+    """Logits (B, T, C) that can be handed on and nothing else.
+
+    They hold no numbers. Whatever is done to them (a cut, a mask, a cast, a look at a value) raises ``LogitsUsed`` and
+    is remembered, also where the model catches the error: nothing that a model does to its logits depends on luck with
+    the values of a batch. Only what cannot change any tensor, a scale that is the number 1 or a cast to their own type,
+    gives them back.
+
+    Attributes:
+        losses: (B, T), each position's cross entropy with its autograd graph. Taps replace it by what they tapped.
+        labels: (B, T), of what; -100 where nothing is predicted.
+        used: whether anything was done to the logits.
+    """
+
+    losses: Tensor
+    labels: Tensor
+    used: bool
+    _dtype: torch.dtype
+
+    @staticmethod
+    def __new__(cls, losses: Tensor, labels: Tensor, classes: int, dtype: torch.dtype) -> UnmadeLogits:
+        made: UnmadeLogits = Tensor._make_wrapper_subclass(
+            cls, (*losses.shape, classes), dtype=dtype, device=losses.device
+        )
+        made.losses, made.labels, made.used, made._dtype = losses, labels, False, dtype
+        return made
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _SAME_ANSWER:
+            return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+        if not kwargs and _changes_nothing(func, args):
+            return args[0]
+        return cls.__torch_dispatch__(func, types, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        for value in tree_leaves((args, kwargs)):
+            if isinstance(value, UnmadeLogits):
+                value.used = True
+        raise LogitsUsed(f"{getattr(func, '__name__', func)} of logits that were fused with their loss")
+
+
 class FusedForward:
     """Stands in for an output layer's ``forward``: gives each position's loss (B, T) instead of its logits (B, T, C).
 
-    Hooks on the layer see these losses as its output; ``labels`` says of what.
+    The losses travel as ``UnmadeLogits``.
     """
 
     def __init__(self, module: nn.Linear, labels: Tensor) -> None:
         self.module, self.labels = module, labels
-        self.hidden: Tensor | None = None
-        self.losses: Tensor | None = None
-        self.calls = 0
+        self.output: UnmadeLogits | None = None
+        self.failed = False
+        self._hidden: Tensor | None = None
+        self._version = 0
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        self.calls += 1
         weight, bias = self.module.weight, self.module.bias
-        if hidden.shape != (*self.labels.shape, weight.shape[1]):
-            return F.linear(hidden, weight, bias)  # not every position: found out by `is_output`
-        self.hidden = hidden.detach()
+        if self.output is not None or hidden.shape != (*self.labels.shape, weight.shape[1]):
+            self.failed = True  # not every position, or more than once
+            raise LogitsUsed("the output layer does not run once over all positions")
+        self._hidden, self._version = hidden.detach(), _version(hidden)
         flat, labels = hidden.flatten(0, 1), self.labels.flatten().to(hidden.device)
         losses = ops.linear_cross_entropy(flat, weight, labels, bias=bias, ignore_index=IGNORE)
-        self.losses = losses.view(self.labels.shape)
-        return self.losses
+        self.output = UnmadeLogits(losses.view(self.labels.shape), self.labels, len(weight), _dtype_of(hidden))
+        return self.output
+
+    @property
+    def changed(self) -> bool:
+        """Whether the model does more with this layer's logits than to hand them on."""
+        return self.failed or (self.output is not None and self.output.used)
 
     def is_output(self, output: Tensor) -> bool:
         """Whether the model returned what this gave it, so that these are its losses."""
-        if self.losses is None or self.calls != 1 or output.shape != self.losses.shape:
+        if self.changed or self._hidden is None or output is not self.output:
             return False
-        return torch.equal(output.detach().to(self.losses.dtype).nan_to_num(), self.losses.detach().nan_to_num())
+        return _version(self._hidden) == self._version  # else the logits can no longer be made
 
     def output_layer(self) -> OutputLayer:
-        assert self.hidden is not None
+        assert self._hidden is not None
         bias = self.module.bias
         return OutputLayer(
-            self.hidden.flatten(0, 1), self.module.weight.detach(), None if bias is None else bias.detach()
+            self._hidden.flatten(0, 1), self.module.weight.detach(), None if bias is None else bias.detach()
         )
+
+
+def _dtype_of(hidden: Tensor) -> torch.dtype:
+    """What the layer's own product would have."""
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+def _version(tensor: Tensor) -> int:
+    """Counts changes in place; a tensor made in inference mode is not counted, and cannot be changed outside of it."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 @contextmanager

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from assay.tasks.base import IGNORE, Outputs, Task
+from assay.tasks.base import IGNORE, Outputs, Relabels, Task, unfused
 
 
 @dataclass(frozen=True)
@@ -22,10 +21,12 @@ class Sampled:
     Args:
         task: Classification or CausalLM; the model runs once more, for its predictions.
         seed: of the draws. Row i of every batch has the same random numbers: give every batch a seed of its own.
+        plain: whether the losses of the drawn labels are taken from the model's own logits. The draws are the same.
     """
 
     task: Task
     seed: int = 0
+    plain: bool = False
 
     def size(self, batch: Any) -> int:
         return self.task.size(batch)
@@ -36,17 +37,17 @@ class Sampled:
     def mask(self, batch: Any) -> Tensor | None:
         return self.task.mask(batch)
 
+    def unfused(self) -> Sampled:
+        return replace(self, plain=True)
+
     def forward(self, model: nn.Module, batch: Any) -> Outputs:
         predicted = self.task.forward(model, batch)  # with gradients: a probe's taps refuse to run without
-        if predicted.logits is None or predicted.labels is None:
+        if predicted.logits is None or predicted.labels is None or not isinstance(self.task, Relabels):
             raise ValueError(f"Sampled: {type(self.task).__name__} has no distribution of labels to draw from")
         generator = torch.Generator(predicted.logits.device).manual_seed(self.seed)
         p = predicted.logits.detach().float().softmax(1)
         p = p.where(p.isfinite().all(1, keepdim=True), 1.0)  # multinomial refuses NaN; its loss is NaN under any label
         drawn = torch.multinomial(p, 1, generator=generator)[:, 0]
         drawn = torch.where(predicted.labels == IGNORE, IGNORE, drawn)
-        if isinstance(batch, Mapping):  # the label of position t is the token at t + 1
-            labels = torch.full_like(batch["input_ids"], IGNORE)
-            labels[:, 1:] = drawn.view(labels.shape)[:, :-1]
-            return self.task.forward(model, {**batch, "labels": labels})
-        return self.task.forward(model, (batch[0], drawn))
+        task = unfused(self.task) if self.plain else self.task
+        return task.forward(model, self.task.relabelled(batch, drawn))

@@ -39,6 +39,9 @@ class Classification:
         losses = row_losses(logits, labels)
         return Outputs(losses.float(), logits, labels, row_losses=losses)
 
+    def relabelled(self, batch: Any, labels: Tensor) -> Any:
+        return pair(batch, "Classification", "(x, y)")[0], labels
+
     def mask(self, batch: Any) -> Tensor | None:
         x, _ = pair(batch, "Classification", "(x, y)")
         if isinstance(x, Mapping) and "attention_mask" in x:

@@ -1,0 +1,370 @@
+"""Values that all samples of a batch share (positions, a class token, a bias table) and where they meet the samples.
+
+Such a value has no batch dimension, so that autograd gives it one gradient, summed over the samples. It is followed
+through the forward pass instead, to each operation that spreads it over the batch; there it is spread by hand, which
+changes no number, and the gradient of every sample's own copy is caught.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from assay.probe.gradient import Dense, Outer, Scatter, Term, wide
+
+# Operations by name: the same one reaches a subclass as a function, a method or an operator.
+_ELEMENTWISE = frozenset(
+    f"{left}{name}{right}"
+    for name in ("add", "sub", "mul", "div", "truediv", "true_divide", "radd", "rsub", "rmul", "iadd", "isub", "imul")
+    for left, right in (("", ""), ("__", "__"), ("", "_"))
+) | {"where"}
+_EXPANSIONS = frozenset(["expand", "expand_as", "repeat", "tile", "broadcast_to"])
+_INDEXING = frozenset(["__getitem__", "index_select", "gather"])
+_PRODUCTS = frozenset(["linear", "matmul", "__matmul__", "mm", "embedding"])
+
+
+@dataclass(eq=False)
+class Start:
+    """A tensor whose gradient is wanted for every sample: a bare parameter, or a layer's output.
+
+    Attributes:
+        value: where it enters the graph.
+        what: its name, and how it was found, for messages.
+        parameters: the names of those that are tapped by it.
+        obstacle: the first use that could not be followed.
+        terms: gradients of single uses, of a parameter that is a matrix.
+        grads: (B, *shape), everything else summed; None where the losses do not depend on it.
+    """
+
+    value: Tensor
+    what: str
+    parameters: tuple[str, ...]
+    obstacle: str | None = None
+    terms: list[Term] = field(default_factory=list)
+    grads: Tensor | None = None
+
+    def all_terms(self) -> list[Term]:
+        return [*self.terms, *([] if self.grads is None else [Dense(self.grads)])]
+
+
+class Shared(Tensor):
+    """A tensor without a batch dimension that depends on the values of a ``Region``; otherwise an ordinary one."""
+
+    region: Region
+    sources: tuple[Start, ...]
+    start: Start | None  # the value itself, not computed from it
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            leaves, spec = tree_flatten((args, kwargs or {}))
+            shared = [x for x in leaves if isinstance(x, Shared) and hasattr(x, "region")]
+            if not shared:
+                return func(*args, **(kwargs or {}))
+            return shared[0].region.apply(func, leaves, spec, shared)
+
+
+@dataclass(eq=False)
+class _Border:
+    """A shared value that met the samples, and what their copies' gradients are."""
+
+    value: Shared
+    grads: Tensor | None = None
+
+    def add(self, grads: Tensor) -> None:
+        self.grads = grads if self.grads is None else self.grads + grads
+
+
+@dataclass(eq=False)
+class Region:
+    """The shared values of one forward pass over B samples.
+
+    Args:
+        size: B.
+        constants: ids of tensors that no sample decides, the model's parameters and buffers.
+        positions: T where a first dimension of B·T stands for all positions of all samples, one sample after the other.
+    """
+
+    size: int
+    constants: Collection[int]
+    positions: int | None = None
+    recording: bool = True
+    starts: list[Start] = field(default_factory=list)
+    leaves: list[Tensor] = field(default_factory=list)
+    patterns: set[tuple[Any, ...]] = field(default_factory=set)
+    _borders: dict[int, _Border] = field(default_factory=dict)
+
+    def begin(self, value: Tensor, what: str, parameters: tuple[str, ...]) -> tuple[Start, Tensor]:
+        """A new shared value -> what is known about it, and the tensor that the model is to go on with."""
+        within = isinstance(value, Shared) and value.requires_grad  # computed from another one
+        own = value if within else value.detach().requires_grad_()
+        start = Start(own, what, parameters)
+        if self.recording:
+            self.starts.append(start)
+            if not within:
+                self.leaves.append(own)
+        if self.size == 1:  # the gradient of the sum is the sample's
+            return start, own.clone()
+        sources = value.sources if within else ()  # type: ignore[attr-defined]
+        return start, self._share(own.clone(), (*sources, start), start)
+
+    def _share(self, value: Tensor, sources: tuple[Start, ...], start: Start | None = None) -> Tensor:
+        shared = value.as_subclass(Shared)
+        shared.region, shared.sources, shared.start = self, sources, start
+        return shared
+
+    def apply(self, func: Any, leaves: list[Any], spec: Any, shared: list[Shared]) -> Any:
+        """Run an operation of the model on shared values, and perhaps others."""
+        others = [x for x in leaves if self._is_other(x)]
+        name = str(getattr(func, "__name__", func))
+        result: Any = None
+        if not torch.is_grad_enabled():
+            pass
+        elif name in _EXPANSIONS:
+            result = self._expand(func, leaves, spec, shared[0])
+        elif others and (shape := self._meeting(name, shared, others)) is not None:
+            result = self._meet(func, leaves, spec, shared, shape)
+        elif name in _PRODUCTS and others:
+            result = self._multiply(func, leaves, spec, shared)
+        if result is not None:
+            return result
+        args, kwargs = tree_unflatten(leaves, spec)
+        result = func(*args, **kwargs)
+        sources = tuple(dict.fromkeys(source for x in shared for source in x.sources))
+        if name == "embedding" and isinstance(leaves[1], Shared):  # rows by ids that are no sample's
+            name = "__getitem__"
+        if self._independent(name, others, shared, result):
+            return tree_map(lambda x: self._derived(x, sources), result)
+        if any(isinstance(x, Tensor) and x.is_floating_point() for x in tree_flatten(result)[0]):
+            grad = "" if torch.is_grad_enabled() else " without gradients"
+            for source in sources:
+                source.obstacle = source.obstacle or f"{name}() takes it together with the samples{grad}"
+        return result
+
+    def _is_other(self, x: Any) -> bool:
+        return isinstance(x, Tensor) and not isinstance(x, Shared) and x.ndim > 0 and id(x) not in self.constants
+
+    def _derived(self, value: Any, sources: tuple[Start, ...]) -> Any:
+        plain = isinstance(value, Tensor) and not isinstance(value, Shared)
+        return self._share(value, sources) if plain and value.requires_grad else value
+
+    def _independent(self, name: str, others: Sequence[Tensor], shared: Sequence[Shared], result: Any) -> bool:
+        """Whether no sample has a part in an operation's result."""
+        if not others or (name in _INDEXING and not any(x.is_floating_point() for x in others)):
+            return True
+        if name not in _ELEMENTWISE or any(x.requires_grad for x in others):
+            return False
+        return isinstance(result, Tensor) and result.shape == _broadcast(shared)
+
+    def _groups(self, shape: Sequence[int], value: Tensor) -> bool:
+        """Whether a result of this shape holds the value once or several times for each sample."""
+        first = shape[0] if shape else 0
+        return first >= self.size and first % self.size == 0 and (value.ndim < len(shape) or value.shape[0] == 1)
+
+    def _meeting(self, name: str, shared: list[Shared], others: list[Tensor]) -> Sequence[int] | None:
+        """The shape up to which an operation broadcasts its arguments, if it does."""
+        if name in _ELEMENTWISE:
+            return _broadcast([*shared, *others])
+        if name == "scaled_dot_product_attention" and len(others) > 2:  # what is shared is added to the scores
+            return others[0].shape
+        if name in ("matmul", "__matmul__") and shared[0].ndim > 2 and others[0].ndim > 1:
+            return (*_broadcast([x[..., 0, 0] for x in (shared[0], others[0])]), 1, 1)
+        return None
+
+    def _meet(self, func: Any, leaves: list[Any], spec: Any, shared: list[Shared], shape: Sequence[int]) -> Any:
+        if not all(self._groups(shape, x) for x in shared):
+            return None
+        copies = {}
+        for value in shared:
+            aligned = (1,) * (len(shape) - value.ndim) + value.shape
+            start = self._leaf(value)
+            copies[id(value)] = start.reshape(aligned).expand(shape[0], *aligned[1:])
+            self._catch(value, start, copies[id(value)])
+        args, kwargs = tree_unflatten([copies.get(id(x), x) for x in leaves], spec)
+        return func(*args, **kwargs)
+
+    def _expand(self, func: Any, leaves: list[Any], spec: Any, value: Shared) -> Tensor | None:
+        if leaves[0] is not value:
+            return None
+        start = self._leaf(value)
+        args, kwargs = tree_unflatten([start, *leaves[1:]], spec)
+        copies: Tensor = func(*args, **kwargs)
+        aligned = (1,) * (copies.ndim - value.ndim) + value.shape
+        if value.ndim == copies.ndim > 0 and value.shape[0] > 1:  # one after the other: (B·k·first, …)
+            if len(copies) % (self.size * len(value)) or value.shape[1:] != copies.shape[1:]:
+                return None
+            self._catch(value, start, copies)
+            return copies
+        fits = all(size in (1, found) for size, found in zip(aligned[1:], copies.shape[1:], strict=True))
+        if not self._groups(copies.shape, value) or not fits:
+            return None
+        self._catch(value, start, copies)
+        return copies
+
+    def _leaf(self, value: Shared) -> Tensor:
+        """The value cut off from what it was computed from: that part of the graph is run through per sample."""
+        return value.as_subclass(Tensor).detach().requires_grad_()
+
+    def _catch(self, value: Shared, start: Tensor, copies: Tensor) -> None:
+        """Let the gradients of ``copies`` (B·k, …), made from ``start``, arrive at the value."""
+        if not self.recording:
+            return
+        self.leaves.append(start)
+        border = self._borders.setdefault(id(value), _Border(value))
+        size, shape = self.size, tuple(value.shape)
+        aligned = (1,) * (copies.ndim - value.ndim) + shape
+        for source in value.sources:
+            self.patterns.add((source.parameters, "spread", copies.ndim, len(copies) // size))
+
+        lengthwise = copies.ndim == value.ndim > 0 and shape[0] > 1
+
+        def arrived(grads: Tensor) -> None:
+            grads = grads.detach()
+            if lengthwise:
+                grads = wide(grads.reshape(size, -1, *shape)).sum(1)
+            elif len(grads) > size:
+                grads = wide(grads.reshape(size, -1, *grads.shape[1:])).sum(1)
+            axes = enumerate(aligned[1:], 1)
+            spread = [] if lengthwise else [axis for axis, n in axes if n == 1 and grads.shape[axis] != 1]
+            border.add((grads.sum(spread, keepdim=True) if spread else grads).reshape(size, *shape))
+
+        copies.register_hook(arrived)  # type: ignore[no-untyped-call]
+
+    def _multiply(self, func: Any, leaves: list[Any], spec: Any, shared: list[Shared]) -> Tensor | None:
+        """x Wᵀ + b, x W, or rows of W: a parameter that is used as a layer would."""
+        inputs, weight, *rest = leaves
+        ok = isinstance(weight, Shared) and weight.start is not None and weight.ndim == 2
+        if not ok or not isinstance(inputs, Tensor) or isinstance(inputs, Shared):
+            return None
+        rows, is_linear = self._rows(inputs), func is F.linear
+        if rows is None or (func is F.embedding and any(x not in (None, 2.0, False) for x in rest)):
+            return None
+        bias = rest[0] if is_linear and rest and isinstance(rest[0], Shared) else None
+        if any(x is not weight and x is not bias for x in shared) or (bias is not None and bias.start is None):
+            return None
+        parts = [self._plain(x) if isinstance(x, Shared) else x for x in leaves]
+        args, kwargs = tree_unflatten(parts, spec)
+        output: Tensor = func(*args, **kwargs)
+        if not output.requires_grad:
+            leaf = output.detach().requires_grad_()
+            output = leaf.clone()
+            if self.recording:
+                self.leaves.append(leaf)
+        if self.recording:
+            self._catch_product(func, inputs.detach(), rows, weight.start, None if bias is None else bias.start, output)
+        return output
+
+    def _catch_product(
+        self, func: Any, inputs: Tensor, rows: tuple[int, ...], weight: Start, bias: Start | None, output: Tensor
+    ) -> None:
+        self.patterns.add((weight.parameters, "product", inputs.ndim, *coincidences(inputs.shape, self.size)))
+        version = inputs._version
+
+        def arrived(grads: Tensor) -> None:
+            if inputs._version != version:
+                raise RuntimeError(f"{weight.what}: what it multiplies was modified in place after it was used")
+            left = grads.detach().reshape(*rows, grads.shape[-1])
+            if func is F.embedding:
+                weight.terms.append(Scatter(inputs.reshape(rows).long(), left))
+                return
+            right = inputs.reshape(*rows, inputs.shape[-1])
+            weight.terms.append(Outer(left, right) if func is F.linear else Outer(right, left))
+            if bias is not None:
+                bias.terms.append(Dense(wide(left).sum(1)))
+
+        output.register_hook(arrived)  # type: ignore[no-untyped-call]
+
+    def _rows(self, inputs: Tensor) -> tuple[int, int] | None:
+        """(B, T) if the inputs' dimensions before the last are a batch's, for indices all of them."""
+        shape = inputs.shape[:-1] if inputs.is_floating_point() else inputs.shape
+        if not shape or (shape[0] != self.size and (len(shape) > 1 or not self.all_positions(shape[0]))):
+            return None
+        return self.size, math.prod(shape) // self.size
+
+    def all_positions(self, length: int) -> bool:
+        return self.positions is not None and length == self.size * self.positions
+
+    def _plain(self, value: Shared) -> Tensor:
+        return value.as_subclass(Tensor).detach()
+
+    def finish(self, arrived: Sequence[Tensor | None]) -> None:
+        """Fill in every start's ``grads``.
+
+        Args:
+            arrived: the gradients that autograd itself found for ``leaves``.
+
+        Raises:
+            RuntimeError: a gradient came on a way that was not followed.
+        """
+        ordinary = {id(leaf): grads for leaf, grads in zip(self.leaves, arrived, strict=True)}
+        if self.size == 1:
+            self._finish_one(ordinary)
+            return
+        for start in self.starts:
+            found = ordinary.get(id(start.value))
+            # Those with an obstacle have been dropped.
+            if start.obstacle is None and found is not None and bool((found != 0).any()):
+                raise RuntimeError(untapped(start.what, "its use cannot be followed"))
+        with torch._C.DisableTorchFunctionSubclass():
+            for border in self._borders.values():
+                if border.grads is not None:
+                    self._pull_back(border)
+
+    def reset(self) -> None:
+        """Forget all gradients, for another backward pass."""
+        for start in self.starts:
+            start.terms, start.grads = [], None
+        for border in self._borders.values():
+            border.grads = None
+
+    def _finish_one(self, ordinary: dict[int, Tensor | None]) -> None:
+        for start in self.starts:
+            found = ordinary.get(id(start.value))
+            start.grads = None if found is None else found[None]
+
+    def _pull_back(self, border: _Border) -> None:
+        """From the border to the starts, through what the model computed from them."""
+        assert border.grads is not None
+        value = border.value
+        if value.start is not None and len(value.sources) == 1:
+            self._add(value.start, border.grads)
+            return
+        wanted = [source.value for source in value.sources]
+        plain = value.as_subclass(Tensor)
+        with torch.enable_grad():
+            each = [
+                torch.autograd.grad(plain, wanted, grads.to(plain.dtype), retain_graph=True, allow_unused=True)
+                for grads in border.grads
+            ]
+        for source, grads in zip(value.sources, zip(*each, strict=True), strict=True):
+            if grads[0] is not None:
+                self._add(source, torch.stack(list(grads)))
+
+    def _add(self, start: Start, grads: Tensor) -> None:
+        start.grads = grads if start.grads is None else start.grads + grads
+
+
+def _broadcast(tensors: Sequence[Tensor]) -> torch.Size:
+    shape: torch.Size = torch.broadcast_shapes(*(x.shape for x in tensors))  # type: ignore[no-untyped-call]
+    return shape
+
+
+def untapped(what: str, why: str) -> str:
+    """The message for a layer or a parameter that cannot be tapped as the model uses it."""
+    return (
+        f"{what}: {why}. To know which sample a gradient belongs to, a layer's first dimension must be the batch's, or "
+        "what it gives must be spread over the batch by a sum, a product or expand(). Leave it out "
+        "(layers=['*', '!name']), or pass skip_unsupported=True"
+    )
+
+
+def coincidences(shape: Sequence[int], size: int) -> tuple[int, ...]:
+    """The dimensions that are as long as the batch: any of them may be the batch's."""
+    return tuple(axis for axis, n in enumerate(shape) if n == size)

@@ -145,6 +145,14 @@ def test_a_model_and_a_reference_that_tie_other_weights_are_refused_both_ways() 
     assert list(v) == ["first.weight"]
 
 
+def test_a_reference_with_parameters_of_its_own_is_refused_both_ways() -> None:
+    small, large = (nn.Sequential(nn.Linear(4, 3, bias=bias)) for bias in (False, True))
+    with pytest.raises(ValueError, match=r"expected parameter 0\.bias absent as in the model, found shape \(3,\)"):
+        GradMimic(small, large, Classification())
+    with pytest.raises(ValueError, match=r"expected parameter 0\.bias of shape \(3,\) as in the model, found no such"):
+        GradMimic(large, small, Classification())
+
+
 def test_the_constructor_copies_no_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
     model, reference, x, y = models()
     monkeypatch.setattr(grad_mimic, "direction_towards", lambda *_: pytest.fail("the direction was taken"))

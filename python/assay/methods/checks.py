@@ -32,7 +32,8 @@ class Difference:
 
 
 def difference(model: nn.Module, other: nn.Module, parameters: Collection[str]) -> Difference | None:
-    """The first of ``model``'s parameters that ``other`` lacks, has in another shape, or ties to other names.
+    """The first of ``model``'s ``parameters`` that ``other`` lacks, has in another shape or ties to other names; else
+    the first of ``other``'s that ``model`` lacks.
 
     ``named_parameters()`` has a tied weight once: by that alone one of two models can look like a part of the other.
     """
@@ -46,6 +47,9 @@ def difference(model: nn.Module, other: nn.Module, parameters: Collection[str]) 
         here, there = ({n for n in names[name] if n in tied and n in tied_there} for names in (tied, tied_there))
         if here != there:
             return Difference(name, _tying(here - {name}), _tying(there - {name}))
+    for name, p in theirs.items():
+        if name not in tied:
+            return Difference(name, "absent", f"shape {tuple(p.shape)}")
     return None
 
 

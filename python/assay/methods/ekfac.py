@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +57,7 @@ class EKFAC(Method):
         layers, name, skip_unsupported: as in ``Influence``.
     """
 
-    uses_pool = True
+    uses_pool: ClassVar[bool] = True
 
     def __init__(
         self,

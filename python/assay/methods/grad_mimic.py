@@ -132,7 +132,8 @@ class GradMimic(Method):
 
     def score(self, signals: Mapping[str, Signals]) -> dict[str, Tensor]:
         model, reference = signals["model"], signals["reference"]
-        dot = model.reduced["direction"]
+        nothing = model.losses.isnan()  # to predict: such a row has gradient 0, which would rank it above harmful ones
+        dot = model.reduced["direction"].masked_fill(nothing, torch.nan)
         mimic = -dot / self.norm
         rho = model.losses - reference.losses
         scores = {
@@ -142,9 +143,9 @@ class GradMimic(Method):
             self._named("rho"): rho,
         }
         if self.cosine or self.grad_norm:
-            norm = model.reduced["sqnorm"].sqrt()
+            norm = model.reduced["sqnorm"].sqrt().masked_fill(nothing, torch.nan)
             if self.cosine:  # a gradient of zero points nowhere
-                scores[self._named("mimic_cosine")] = torch.where(norm > 0, mimic / norm, 0.0)
+                scores[self._named("mimic_cosine")] = torch.where(norm == 0, 0.0, mimic / norm)
             if self.grad_norm:
                 scores[self._named("grad_norm")] = norm
         self._check_lineage(-dot, rho)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 # Second moments are held in double: this much of them at most. Factoring one takes as much again.
 MOMENT_BYTES = 8 << 30
-
-
 # λ's unit is at least this share of the largest mean in the same layer.
 LAYER_FLOOR = 1e-4
 
@@ -82,10 +80,11 @@ class Influence(Method):
         skip_unsupported: leave out layers that cannot be tapped exactly, instead of raising.
 
     Raises:
-        ValueError: no model, no target, models of different parameters, second moments beyond ``MOMENT_BYTES``.
+        ValueError: no model, no target, models of different parameters, weights as in ``Ensemble``, or second moments
+            beyond ``MOMENT_BYTES``.
     """
 
-    uses_pool = True
+    uses_pool: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -121,6 +120,15 @@ class Influence(Method):
         self._roots: list[list[Tensor]] | None = None  # per checkpoint and block: R^(−1/2)
         self._queries: list[Tensor] | None = None  # per checkpoint: (targets, size) with M applied
         self._samples = 0
+
+    def _check_moments(self) -> None:
+        needed = 8 * len(self.models) * sum((place.stop - place.start) ** 2 for place in self._blocks())
+        if needed > MOMENT_BYTES:
+            size = self.feature(0, target=False).size
+            raise ValueError(
+                f"{self.name}: {self.sketch} gives features of {size:,} numbers, whose second moments take "
+                f"{needed / 2**30:,.0f} GiB, more than {MOMENT_BYTES / 2**30:g} GiB; take a smaller sketch"
+            )
 
     @property
     def columns(self) -> Sequence[Column]:
@@ -200,15 +208,6 @@ class Influence(Method):
         if self.kernel.blocks and not self.together:
             return [feature.place(name) for name in self.parameters]
         return [slice(0, feature.size)]
-
-    def _check_moments(self) -> None:
-        needed = 8 * len(self.models) * sum((place.stop - place.start) ** 2 for place in self._blocks())
-        if needed > MOMENT_BYTES:
-            raise ValueError(
-                f"{self.name}: {self.sketch} gives features of {self.feature(0, target=False).size:,} numbers, whose "
-                f"second moments take {needed / 2**30:,.0f} GiB, more than {MOMENT_BYTES / 2**30:g} GiB; take a "
-                "smaller sketch"
-            )
 
     def _solve(self, queries: Tensor, blocks: list[Tensor]) -> Tensor:
         places, dampings = self._blocks(), self._dampings(blocks)

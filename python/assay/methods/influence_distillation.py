@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,7 @@ class InfluenceDistillation(Method):
             of the parameters.
     """
 
-    uses_pool = True
+    uses_pool: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ class LESS(Influence):
         ValueError: an optimiser's state lacks a parameter, or has one of another shape.
     """
 
-    uses_pool = False
+    uses_pool: ClassVar[bool] = False
 
     def __init__(
         self,

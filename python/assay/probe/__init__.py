@@ -5,13 +5,14 @@ from assay.probe.gradient import Convolution, Dense, Outer, PerSampleGradient, S
 from assay.probe.jvp import Jvp
 from assay.probe.layers import Factors
 from assay.probe.probe import Probe, Signals
-from assay.probe.reductions import Dot, Feature, Reduction, Sketched, SqNorm
+from assay.probe.reductions import Displaced, Dot, Feature, Reduction, Sketched, SqNorm
 from assay.probe.selection import tapped_parameters
 
 __all__ = [
     "AdamState",
     "Convolution",
     "Dense",
+    "Displaced",
     "Dot",
     "Factors",
     "Feature",

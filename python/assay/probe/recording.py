@@ -166,6 +166,9 @@ class Recorder:
                 self._finish_shared()
                 for name in list(self._open):  # some of their calls have got no gradient: it is zero
                     self._fold_into(name)
+                reduced.add_untouched(
+                    {name for tap in self.taps for name in tap.parameters.values()} - set(self.dropped)
+                )
                 return reduced.values, self._factors()
 
     def _begin(self, reduced: Reduced, last: bool) -> None:

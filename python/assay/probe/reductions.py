@@ -19,7 +19,7 @@ from assay.probe.gradient import PerSampleGradient
 class Reduction(Protocol):
     """Called once per parameter that it names; the probe adds up the results over the parameters.
 
-    A parameter that a batch does not use has gradient zero, and the reduction is not called for it.
+    A parameter that a batch does not use has gradient zero, and the reduction is not called for it (see ``Displaced``).
     """
 
     @property
@@ -41,6 +41,16 @@ class Feature(Reduction, Protocol):
 
     def place(self, parameter: str) -> slice:
         """Where this parameter's numbers go: places of its own, or the same for several, which are then summed."""
+        ...
+
+
+@runtime_checkable
+class Displaced(Feature, Protocol):
+    """A feature that is not 0 where the gradient is, an optimiser's step say. It is asked for every parameter that no
+    sample of the batch reaches, so that a sample's feature is the same in any batch."""
+
+    def at_zero(self, parameter: str) -> Tensor:
+        """What a sample whose gradient in this parameter is 0 gets in its ``place``, (width,)."""
         ...
 
 
@@ -122,6 +132,7 @@ class Reduced:
     reductions: Mapping[str, Reduction]
     like: Tensor
     values: dict[str, Tensor] = field(default_factory=dict)
+    touched: set[str] = field(default_factory=set)  # parameters in which a sample has a gradient
 
     def __post_init__(self) -> None:
         self._features = {key: r for key, r in self.reductions.items() if isinstance(r, Feature)}
@@ -133,9 +144,17 @@ class Reduced:
         return any(name in reduction.parameters for reduction in self.reductions.values())
 
     def add(self, name: str, gradient: PerSampleGradient) -> None:
+        self.touched.add(name)
         for key, reduction in self.reductions.items():
             if name in reduction.parameters:
                 self._add(key, name, reduction(name, gradient))
+
+    def add_untouched(self, tapped: Collection[str]) -> None:
+        """What features make of a gradient of 0 in the tapped parameters that no sample reaches."""
+        for key, reduction in self.reductions.items():
+            if isinstance(reduction, Displaced):
+                for name in [n for n in reduction.parameters if n in tapped and n not in self.touched]:
+                    self._add(key, name, reduction.at_zero(name).expand(self.size, -1))
 
     def _add(self, key: str, name: str, value: Tensor) -> None:
         total = self.values[key]

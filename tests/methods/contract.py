@@ -1,0 +1,291 @@
+"""What every method promises, checked on a small world. A method is made from its constructor's types alone.
+
+``python -m pytest tests/methods/test_contract.py`` holds every method that ``assay.methods`` exports to it. For one of
+your own: ``from tests.methods.contract import CHECKS, WORLDS`` and call each check with its class.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, get_type_hints
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from torch import Tensor, nn
+
+import assay
+from assay.methods import AdamState, Kernel, Method
+from assay.methods.targets import Targets
+from assay.ops import Kronecker, Sketch
+from assay.tasks import CausalLM, Classification, Task
+
+SAMPLES = 24
+BROKEN = 5  # the sample whose data are damaged, where a check damages one
+
+
+class Classifier(nn.Module):
+    """A layer of it is used by a few samples only, and in a batch of others by nobody."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.extra, self.head = nn.Linear(5, 6), nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden, few = self.first(x), (x[:, 0] > 0.5).float()[:, None]
+        if bool(few.any()):
+            hidden = hidden + few * self.extra(x)
+        out: Tensor = self.head(hidden.tanh())
+        return out
+
+
+class LanguageModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(11, 6), nn.Linear(6, 11)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        out: Tensor = self.head(self.embed(input_ids).cumsum(1).tanh())
+        return out
+
+
+@dataclass(frozen=True)
+class World:
+    """A task, three models that descend from one another, and ``SAMPLES`` samples."""
+
+    task: Task
+    models: Sequence[nn.Module]
+    samples: Sequence[Any]
+    collate: Callable[[Sequence[Any]], Any]
+    broken: Any
+    """A sample of which nothing can be known."""
+
+    def batches(self, order: Sequence[int], size: int, samples: Sequence[Any] | None = None) -> list[Any]:
+        chosen = [(samples or self.samples)[i] for i in order]
+        return [self.collate(chosen[start : start + size]) for start in range(0, len(chosen), size)]
+
+    @cached_property
+    def pool(self) -> list[Any]:
+        return self.batches(range(SAMPLES), 10)
+
+    @property
+    def damaged(self) -> list[Any]:
+        return [self.broken if i == BROKEN else sample for i, sample in enumerate(self.samples)]
+
+    @property
+    def targets(self) -> dict[str, list[Any]]:
+        return {"a": self.batches(range(3), 2), "b": self.batches(range(3, 7), 4)}
+
+    @cached_property
+    def states(self) -> list[AdamState]:
+        generator = torch.Generator().manual_seed(7)
+        return [
+            AdamState(*({n: torch.rand(p.shape, generator=generator) for n, p in m.named_parameters()} for _ in "mv"))
+            for m in self.models
+        ]
+
+    def make(self, method: type[Any], **options: Any) -> Any:
+        """The method, each required argument by its type; ``options`` by name."""
+        parameters = list(inspect.signature(method.__init__).parameters.values())[1:]
+        hints = get_type_hints(method.__init__)
+        modules = iter(self.models)
+        needed = [p.name for p in parameters if p.default is p.empty or hints[p.name] == Targets | None]
+        arguments = {name: self._argument(hints[name], modules) for name in needed if name not in options}
+        return method(**arguments, **options)
+
+    def _argument(self, hint: Any, modules: Iterator[nn.Module]) -> Any:
+        if hint is nn.Module:
+            return next(modules)
+        known = {
+            Task: self.task,
+            Targets: self.targets,
+            Targets | None: self.targets,
+            Sequence[nn.Module]: self.models[:2],
+            Sequence[AdamState] | None: self.states[:2],
+            AdamState: self.states[0],
+            Sketch: Kronecker(4, 4),
+            Kernel: Kernel(damping=0.1),
+        }
+        return next(value for key, value in known.items() if key == hint)
+
+    def every(self, method: type[Any]) -> Any:
+        """The method with every column that it can give."""
+        parameters = inspect.signature(method.__init__).parameters.values()
+        given = {p.name: True for p in parameters if p.default is False and p.name != "skip_unsupported"}
+        return self.make(method, **given)
+
+
+def _models(make: Callable[[], nn.Module]) -> list[nn.Module]:
+    torch.manual_seed(0)
+    models = [make() for _ in range(3)]
+    for k, model in enumerate(models[1:], 1):
+        for p, start in zip(model.parameters(), models[0].parameters(), strict=True):
+            p.data = start.data + 0.1 * k * p.data
+    return models
+
+
+def classification() -> World:
+    generator = torch.Generator().manual_seed(2)
+    x, y = torch.randn(SAMPLES, 5, generator=generator), torch.randint(3, (SAMPLES,), generator=generator)
+    return World(
+        Classification(),
+        _models(Classifier),
+        list(zip(x, y, strict=True)),
+        lambda samples: (torch.stack([x for x, _ in samples]), torch.stack([y for _, y in samples])),
+        (torch.full((5,), torch.nan), y[BROKEN]),
+    )
+
+
+def texts() -> World:
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.randint(2, 9, (SAMPLES,), generator=generator).tolist()
+
+    def collate(samples: Sequence[Tensor]) -> dict[str, Tensor]:
+        padded = nn.utils.rnn.pad_sequence(list(samples), batch_first=True)
+        lengths = torch.tensor([len(sample) for sample in samples])
+        return {"input_ids": padded, "attention_mask": (torch.arange(padded.shape[1]) < lengths[:, None]).long()}
+
+    samples = [torch.randint(11, (length,), generator=generator) for length in lengths]
+    return World(CausalLM(), _models(LanguageModel), samples, collate, torch.tensor([4]))  # nothing to predict
+
+
+WORLDS: dict[str, Callable[[], World]] = {"classification": classification, "texts": texts}
+
+
+def exported() -> list[type[Any]]:
+    """Every method that ``assay.methods`` exports."""
+    values = (getattr(assay.methods, name) for name in assay.methods.__all__)
+    return [value for value in values if isinstance(value, type) and value is not Method and Method in value.__mro__]
+
+
+def scores(method: Method, batches: Sequence[Any]) -> dict[str, np.ndarray]:
+    table = assay.score(batches, [method])
+    return {column.name: _numbers(table[column.name]) for column in method.columns}
+
+
+def _numbers(column: pa.ChunkedArray) -> np.ndarray:
+    return np.array(column.to_pylist(), dtype=np.float64)
+
+
+def assert_close(got: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert got.keys() == expected.keys()
+    for name, values in expected.items():
+        scale = float(np.nanmax(np.abs(values), initial=1e-6))
+        np.testing.assert_allclose(got[name], values, rtol=1e-3, atol=1e-3 * scale, err_msg=name)
+
+
+def constructor_does_no_work(method: type[Any], world: World) -> None:
+    def run(*_: Any) -> None:
+        raise AssertionError("the constructor ran a model")
+
+    handles = [model.register_forward_pre_hook(run) for model in world.models]
+    before = [{n: p.clone() for n, p in model.named_parameters()} for model in world.models]
+    made = world.every(method)
+    for handle in handles:
+        handle.remove()
+    held = [value for value in vars(made).values() if isinstance(value, Tensor) and value.numel() > 0]
+    assert not held, "the constructor made tensors"
+    for model, parameters in zip(world.models, before, strict=True):
+        assert all(torch.equal(p, parameters[n]) and p.requires_grad for n, p in model.named_parameters())
+
+
+def scoring_before_fit_is_refused(method: type[Any], world: World) -> None:
+    made = world.make(method)
+    if method.fit is Method.fit:
+        assert made.fit(world.pool) is made
+        return
+    with pytest.raises(RuntimeError, match=rf"{made.name}: call fit\(\) before scoring"):
+        scores(made, world.pool)
+    assert made.fit(world.pool) is made
+
+
+def fit_looks_at_the_pool_only_as_it_says(method: type[Any], world: World) -> None:
+    if not method.uses_pool:
+        assert_close(
+            scores(world.make(method).fit(), world.pool), scores(world.make(method).fit(world.pool), world.pool)
+        )
+
+
+def columns_are_as_promised(method: type[Any], world: World) -> None:
+    made = world.every(method).fit(world.pool)
+    promised = {column.name: column for column in made.columns}
+    assert len(promised) == len(made.columns), "two columns of one name"
+    given: list[dict[str, Tensor]] = []
+    score = made.score
+    made.score = lambda signals: given.append(score(signals)) or given[-1]
+    table = assay.score(world.pool, [made])
+    assert table.column_names == ["row", "id", *promised]
+    for values in given:
+        assert values.keys() == promised.keys()
+    for name, column in promised.items():
+        assert column.keep in ("high", "low", "none")
+        assert column.description
+        field = table.schema.field(name)
+        length = -1 if column.width is None else column.width
+        assert field.type == (pa.float32() if length == 1 else pa.list_(pa.float32(), length))
+        assert len(table[name]) == SAMPLES
+    assert any(np.isfinite(_numbers(table[name])).all() for name in promised)
+
+
+def any_batching_gives_the_same_scores(method: type[Any], world: World) -> None:
+    made = world.every(method).fit(world.pool)
+    expected = scores(made, world.batches(range(SAMPLES), SAMPLES))
+    for size in (1, 7):
+        assert_close(scores(made, world.batches(range(SAMPLES), size)), expected)
+    backwards = scores(made, world.batches(range(SAMPLES)[::-1], 5))
+    assert_close({name: values[::-1] for name, values in backwards.items()}, expected)
+
+
+def a_broken_row_stays_alone(method: type[Any], world: World) -> None:
+    made, rest = world.every(method).fit(world.pool), [i for i in range(SAMPLES) if i != BROKEN]
+    expected = scores(made, world.pool)
+    got = scores(made, world.batches(range(SAMPLES), 10, world.damaged))
+    assert_close({n: v[rest] for n, v in got.items()}, {n: v[rest] for n, v in expected.items()})
+    for name, values in got.items():
+        assert np.isnan(values[BROKEN]).all(), f"{name} of a row of which nothing is known is {values[BROKEN]}"
+    refitted = scores(world.every(method).fit(world.batches(range(SAMPLES), 10, world.damaged)), world.pool)
+    for name, values in refitted.items():
+        assert np.isfinite(values).all(), f"{name} after a fit with one broken row"
+
+
+def the_same_input_gives_the_same_bits(method: type[Any], world: World) -> None:
+    runs = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)  # nobody draws from the global generator
+        made = world.every(method).fit(world.pool)
+        runs += [scores(made, world.pool), scores(made, world.pool)]
+    for name, values in runs[0].items():
+        for other in runs[1:]:
+            np.testing.assert_array_equal(other[name], values, err_msg=name)
+
+
+def metadata_is_text(method: type[Any], world: World) -> None:
+    made = world.every(method)
+    for _ in range(2):
+        facts = made.metadata()
+        assert all(isinstance(key, str) and isinstance(value, str) for key, value in facts.items())
+        scores(made.fit(world.pool), world.pool)
+
+
+def remedies_exist(method: type[Any], world: World) -> None:
+    """What the probe's errors recommend can be given to whoever takes gradients."""
+    keywords = inspect.signature(method.__init__).parameters.keys()
+    if any(need.reductions for need in world.make(method).fit(world.pool).needs().values()):
+        assert {"layers", "skip_unsupported"} <= keywords
+
+
+CHECKS: list[Callable[[type[Any], World], None]] = [
+    constructor_does_no_work,
+    scoring_before_fit_is_refused,
+    fit_looks_at_the_pool_only_as_it_says,
+    columns_are_as_promised,
+    any_batching_gives_the_same_scores,
+    a_broken_row_stays_alone,
+    the_same_input_gives_the_same_bits,
+    metadata_is_text,
+    remedies_exist,
+]

@@ -1,0 +1,51 @@
+"""Every method that is exported keeps the contract (``contract.py``)."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from assay.methods import Column, Method, Need
+from assay.tasks import Task
+from tests.methods.contract import (
+    CHECKS,
+    WORLDS,
+    any_batching_gives_the_same_scores,
+    classification,
+    exported,
+    metadata_is_text,
+)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("method", exported(), ids=lambda method: method.__name__)
+def test_contract(method, check, world) -> None:
+    check(method, WORLDS[world]())
+
+
+def test_all_methods_are_held_to_it() -> None:
+    names = {method.__name__ for method in exported()}
+    assert {"Ensemble", "GradMimic", "TRAK", "DsDm", "LESS", "LoGra", "TrackStar", "EKFAC"} <= names
+
+
+class Relative(Method):
+    """Depends on its batch."""
+
+    def __init__(self, model: nn.Module, task: Task, name: str = "relative") -> None:
+        self.name, self._need = name, Need(model, task)
+        self.columns = [Column("relative", "high", "loss above the batch's mean")]
+
+    def needs(self):
+        return {"model": self._need}
+
+    def score(self, signals):
+        losses = signals["model"].losses
+        return {"relative": losses - losses.nanmean()}
+
+
+def test_it_can_fail() -> None:
+    world = classification()
+    metadata_is_text(Relative, world)
+    with pytest.raises(AssertionError, match="relative"):
+        any_batching_gives_the_same_scores(Relative, world)

@@ -15,6 +15,7 @@ from assay.corpus.storage import Store
 from assay.engine.pool import corpus_fingerprint
 from assay.methods import Column
 from assay.recipe.errors import ChangedError
+from assay.recipe.models import fingerprints
 from assay.recipe.recipe import Recipe
 
 
@@ -48,11 +49,10 @@ def make_plan(recipe: Recipe, part: tuple[int, int] = (1, 1), rescore: bool = Fa
     corpus = corpora[recipe.corpus.path]
     for write in (table_path, quarantine_path):
         output.refuse_detours(write(shard) for shard in corpus.shards)
-    fingerprints = {name: spec.fingerprint() for name, spec in recipe.models_used.items()}
     # Through JSON, because that is how the recipe comes back from a footer.
     identity = Identity(
         recipe=json.loads(json.dumps(recipe.identity())),
-        models=fingerprints,
+        models=fingerprints(recipe.models_used),
         corpora={name: corpus_fingerprint(corpora[path]) for name, path in recipe.fitted_to().items()} or None,
     )
     index, count = part

@@ -18,6 +18,7 @@ from assay.engine.pool import Batches, draw_samples, read_target
 from assay.methods import Column, Method, Scorer
 from assay.methods.scorer import all_columns
 from assay.recipe.errors import EngineError
+from assay.recipe.models import build_models
 from assay.recipe.recipe import Recipe
 from assay.recipe.targeted import CheckpointsSpec, FittedMethod, TargetedSpec
 from assay.recipe.tasks import Encoded, Encoder
@@ -70,9 +71,8 @@ def open_workshop(plan: Plan, fit: bool = True) -> Workshop:
     """Load a recipe's models, check that they, the task and the methods fit together, and ``fit`` the methods that
     look at targets or at the pool."""
     recipe, task = plan.recipe, plan.recipe.task.task()
-    loaded = {name: (spec, spec.build()) for name, spec in recipe.models_used.items()}
-    encoder = recipe.task.encoder(loaded)
-    models = {name: model for name, (_, model) in loaded.items()}
+    models = build_models(recipe.models_used)
+    encoder = recipe.task.encoder({name: (recipe.models_used[name], model) for name, model in models.items()})
     fitted = _prepare(plan, models, task, encoder)
     workshop = Workshop(recipe, plan.identity, task, models, encoder, fitted, ready=False)
     workshop.columns()  # what can be refused before the work of fitting, is

@@ -57,6 +57,7 @@ class Ensemble:
             raise ValueError("Ensemble: expected at least one model, got none")
         if weights is not None and len(weights) != len(models):
             raise ValueError(f"Ensemble: expected one weight per model, {len(models)}, got {len(weights)}")
+        _check_same_classes(models)
         self.name = name
         self.models = list(models)
         self.task = task
@@ -130,6 +131,18 @@ def ensemble_scores(
         scores["prediction"] = prediction.masked_fill(prediction < 0, torch.nan)
         scores |= quality.label_quality(list(logits), labels, weights if weights is not None else "uniform")
     return scores
+
+
+def _check_same_classes(models: Sequence[nn.Module]) -> None:
+    """Language models tell their output layer: refuse what would fail, or mean something else, on the first batch."""
+    layers = [getattr(model, "get_output_embeddings", lambda: None)() for model in models]
+    weights = [getattr(layer, "weight", None) for layer in layers]
+    classes = [weight.shape[0] for weight in weights if isinstance(weight, Tensor)]
+    if len(set(classes)) > 1:
+        raise ValueError(
+            f"Ensemble: its models have output layers of {', '.join(map(str, classes))} classes (one vocabulary may be "
+            "padded differently); score them in ensembles of their own"
+        )
 
 
 def sample_means(values: Tensor, labels: Tensor, rows: Tensor, samples: int) -> Tensor:

@@ -20,6 +20,7 @@ from transformers import (
     OPTConfig,
     Phi3Config,
     Qwen2Config,
+    RobertaConfig,
 )
 
 from assay import cli
@@ -61,6 +62,7 @@ GOOD = {
     "opt": OPTConfig(**SIZES, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=128),
     "mamba": MambaConfig(vocab_size=257, hidden_size=32, num_hidden_layers=2, state_size=8),
     "mixtral": MixtralConfig(**SIZES, intermediate_size=32, num_key_value_heads=2, num_local_experts=4),
+    "roberta decoder": RobertaConfig(**SIZES, intermediate_size=64, is_decoder=True, max_position_embeddings=130),
     "bert decoder": BertConfig(**SIZES, intermediate_size=64, is_decoder=True),
     "dynamic": llama_config(rope_scaling={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}),
 }

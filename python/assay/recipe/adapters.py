@@ -68,7 +68,9 @@ def load_adapter(folder: ModelFolder, base: ModelFolder) -> nn.Module:
             config = peft.PeftConfig.from_pretrained(private)
         config.inference_mode = False
         peft.inject_adapter_in_model(config, model)
-        result = peft.set_peft_model_state_dict(model, weights)
+        # Without the wrapper that peft saves from: the model stays of its own class, and so do its layers' names.
+        own = {name.removeprefix("base_model.model."): tensor for name, tensor in weights.items()}
+        result = peft.set_peft_model_state_dict(model, own)
     missing = [name for name in result.missing_keys if ".default" in name]
     for names, verb in ((missing, "lacks"), (result.unexpected_keys, "holds, and the base model has no place for,")):
         if names:

@@ -60,38 +60,41 @@ class _Trial:
         self._short = self._long // 2
         forward = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in forward
-        self.classes = self._logits([self._draw(0, self._short)])[0].shape[1]
+        self._alone: dict[tuple[int, int], Tensor] = {}
+        self.classes = self._logits_alone(50, self._short).shape[1]
 
     def always(self, fails: Callable[[int], bool]) -> bool:
         return all(fails(draw) for draw in range(_DRAWS))
 
     def sees_later_tokens(self, draw: int) -> bool:
-        one, other = self._draw(draw, self._long), self._draw(draw + 100, self._long)
-        other[: self._short] = one[: self._short]
-        return self._differ(self._logits([one])[0][: self._short], self._logits([other])[0][: self._short])
+        other = self._draw(draw + 100, self._long)
+        other[: self._short] = self._draw(draw, self._long)[: self._short]
+        changed = self._logits([other])[0]
+        return self._differ(self._logits_alone(draw, self._long)[: self._short], changed[: self._short])
 
     def depends_on_padding(self, draw: int) -> bool:
-        rows = [self._draw(draw, self._short), self._draw(draw + 100, self._long)]
-        alone = [self._logits([row])[0] for row in rows]
-        return any(self._differ(a, b) for a, b in zip(alone, self._logits(rows), strict=True))
+        rows = ((draw + 50, self._short), (draw, self._long))
+        together = self._logits([self._draw(*row) for row in rows])
+        alone = [self._logits_alone(*row) for row in rows]
+        return any(self._differ(a, b) for a, b in zip(alone, together, strict=True))
 
     def depends_on_length(self, draw: int, length: int) -> bool:
         """Whether a short text beside one of ``length`` tokens gets other logits than alone.
 
         The long one need not be run where positions can be given: its last tokens stand for it.
         """
-        short, tail = self._draw(draw, self._short), self._draw(draw + 100, self._short)
-        alone = self._logits([short])[0]
+        short, tail = self._draw(draw + 50, self._short), self._draw(draw + 100, self._short)
         if self._takes_positions:
             near = torch.arange(self._short)
-            positions = torch.stack([near, near + length - self._short])
-            if self._differ(alone, self._logits([short, tail], positions)[0]):
+            alone = self._logits([short], near[None])[0]  # given positions may mean others than the model's own
+            if self._differ(alone, self._logits([short, tail], torch.stack([near, near + length - self._short]))[0]):
                 return True
         parameters = sum(p.numel() for p in self._model.parameters())
         affordable = int(min(_MULTIPLY_ADDS / max(parameters, 1), _LOGITS / self.classes))
         if length > affordable:
             return False
-        return self._differ(alone, self._logits([short, self._draw(draw + 100, length)])[0])
+        together = self._logits([short, self._draw(draw + 100, length)])
+        return self._differ(self._logits_alone(draw + 50, self._short), together[0])
 
     def longest(self) -> int:
         """The longest neighbour that changes nothing."""
@@ -104,6 +107,11 @@ class _Trial:
     def _draw(self, draw: int, length: int) -> Tensor:
         generator = torch.Generator().manual_seed(draw)
         return self._tokens[torch.randint(len(self._tokens), (length,), generator=generator)]
+
+    def _logits_alone(self, draw: int, length: int) -> Tensor:
+        if (draw, length) not in self._alone:
+            self._alone[draw, length] = self._logits([self._draw(draw, length)])[0]
+        return self._alone[draw, length]
 
     def _logits(self, rows: Sequence[Tensor], positions: Tensor | None = None) -> list[Tensor]:
         """One (T, C) per row; shorter rows are padded as in scoring."""

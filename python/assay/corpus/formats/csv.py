@@ -1,0 +1,156 @@
+"""Comma- and tab-separated values with a header; the chosen records are copied byte for byte.
+
+Cells are texts. A column of which every cell in the first rows is a whole number, a number or a JSON list holds those
+(an empty cell is null); a later cell that is none is a fault of its row. Blank lines are no rows.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, BinaryIO
+
+from assay.corpus import compression
+from assay.corpus import format as limits
+from assay.corpus.compression import compressed, lines
+from assay.corpus.errors import BadRow, ShardError
+from assay.corpus.format import Chunk, Format, Mask, Source, check_columns, check_length
+
+csv.field_size_limit(compression.MAX_LINE_BYTES)
+
+Record = tuple[bytes, "list[str] | BadRow"]
+"""A record as it stands in the file, and its cells or what is the matter with it."""
+
+
+def _read(source: Source, columns: Sequence[str]) -> Iterator[Chunk]:
+    records = _records(source)
+    _, header = next(records, (b"", []))
+    if isinstance(header, BadRow):
+        raise ShardError(f"its header cannot be read: {header}")
+    check_columns(columns, header)
+    kinds: dict[str, _Kind] = {}
+    for first, rows in _parts(records):
+        rows = [row if isinstance(row, BadRow) or len(row) == len(header) else _uneven(row, header) for row in rows]
+        cells = {name: _cells(rows, header.index(name)) for name in columns}
+        kinds = kinds or {name: _kind_of(own) for name, own in cells.items()}
+        faults = {i: str(row) for i, row in enumerate(rows) if isinstance(row, BadRow)}
+        values = {name: kinds[name].values(name, own, faults) for name, own in cells.items()}
+        yield Chunk(first, values, faults, len(rows), min(source.file.tell() / max(1, source.size), 1.0))
+
+
+def _copy(source: Source, keep: Mask, file: BinaryIO) -> None:
+    records, seen = _records(source), 0
+    with compressed(file, source.compression) as out:
+        out.write(next(records, (b"", []))[0])
+        for seen, (raw, _) in enumerate(records, start=1):
+            if seen <= len(keep) and keep[seen - 1]:
+                out.write(raw)
+    check_length(seen, keep)
+
+
+def _parts(records: Iterator[Record]) -> Iterator[tuple[int, list[list[str] | BadRow]]]:
+    """The records in chunks, each with the index of its first row."""
+    first, held, rows = 0, 0, []
+    for raw, row in records:
+        rows.append(row)
+        held += len(raw)
+        if len(rows) == limits.CHUNK_ROWS or held >= limits.CHUNK_BYTES:
+            yield first, rows
+            first, held, rows = first + len(rows), 0, []
+    if rows:
+        yield first, rows
+
+
+def _records(source: Source) -> Iterator[Record]:
+    """Every record, the header first. ShardError where a quote is never closed."""
+    held: list[bytes] = []
+    length = 0
+
+    def decoded() -> Iterator[str]:
+        nonlocal length
+        for line in lines(source.file, source.compression):
+            held.append(line + b"\n")
+            length += len(held[-1])
+            if length > compression.MAX_LINE_BYTES:
+                raise ShardError(f"a record is longer than {compression.MAX_LINE_BYTES >> 20} MiB; is a quote closed?")
+            # What is no UTF-8 is found again in its cell.
+            yield held[-1].removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
+
+    delimiter = "\t" if ".tsv" in source.name.lower() else ","
+    reader = csv.reader(decoded(), delimiter=delimiter, strict=True)
+    while True:
+        held.clear()
+        length = 0
+        try:
+            cells: list[str] | BadRow = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if "unexpected end" in str(error):
+                raise ShardError("ends inside a quoted cell: a quote is never closed") from error
+            cells = BadRow(f"line cannot be read ({error})")
+        if cells:
+            yield b"".join(held), _unless_broken(cells)
+
+
+def _unless_broken(cells: list[str] | BadRow) -> list[str] | BadRow:
+    if isinstance(cells, BadRow) or all(cell.isascii() or not re.search("[\udc80-\udcff]", cell) for cell in cells):
+        return cells
+    return BadRow("line is not valid UTF-8")
+
+
+def _cells(rows: Sequence[list[str] | BadRow], place: int) -> list[str]:
+    """One column's; empty where the row could not be read."""
+    return ["" if isinstance(row, BadRow) else row[place] for row in rows]
+
+
+def _uneven(row: Sequence[str], header: Sequence[str]) -> BadRow:
+    return BadRow(f"line has {len(row)} cells, expected {len(header)} as in the header")
+
+
+class _Kind:
+    """What a column's cells are."""
+
+    def __init__(self, words: str, pattern: str, parse: Callable[[str], Any]) -> None:
+        self.words, self._pattern, self._parse = words, re.compile(pattern), parse
+
+    def fits(self, cell: str) -> bool:
+        return self._pattern.fullmatch(cell.strip()) is not None
+
+    def values(self, name: str, cells: Sequence[str], faults: dict[int, str]) -> list[Any]:
+        """The cells' values, None for an empty one; what is no such thing is added to the faults."""
+        values: list[Any] = [None] * len(cells)
+        for i, cell in enumerate(cells):
+            if cell and not self.fits(cell):
+                faults.setdefault(i, f"{name} is {cell[:40]!r}, expected {self.words} as in the first rows")
+            elif cell:
+                values[i] = self._parse(cell)
+        return values
+
+
+def _list(cell: str) -> list[Any] | None:
+    """What a JSON list holds; None if the cell is none after all."""
+    try:
+        parsed = json.loads(cell)
+    except (ValueError, RecursionError):
+        return None
+    return parsed if isinstance(parsed, list) else None
+
+
+_TEXT = _Kind("a text", r"(?s).*", str)
+# With a leading zero it is a name: a postal code, an id.
+_KINDS = (
+    _Kind("a whole number", r"[+-]?(0|[1-9]\d{0,17})", int),
+    _Kind("a number", r"(?i)[+-]?((0|[1-9]\d*)(\.\d*)?|\.\d+)(e[+-]?\d+)?|[+-]?inf|nan", float),
+    _Kind("a JSON list", r"(?s)\[.*\]", _list),
+)
+
+
+def _kind_of(cells: Sequence[str]) -> _Kind:
+    filled = [cell for cell in cells if cell]
+    return next((kind for kind in _KINDS if filled and all(map(kind.fits, filled))), _TEXT)
+
+
+FORMAT = Format("csv", (".csv", ".tsv"), _read, _copy, compressible=True)

@@ -1,0 +1,107 @@
+"""Comma- and tab-separated shards: typed by their first rows, faults by row, copies byte for byte."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+
+import numpy as np
+import pytest
+
+from assay.corpus.copying import copy_rows
+from assay.corpus.errors import ShardError
+from assay.corpus.readers import read
+from assay.corpus.shards import find_shards
+from assay.corpus.storage import Store
+
+TEXTS = ["plain", 'a "quoted", word', "two\nlines", "", "ünï\tcode", "007", "1,5"]
+
+
+def shard(tmp_path, content: bytes, name: str = "a.csv"):
+    (tmp_path / name).write_bytes(content)
+    (found,) = find_shards(str(tmp_path)).shards
+    return found
+
+
+def rows(found, *columns):
+    """Values or the fault of every row."""
+    return [
+        chunk.faults.get(i) or tuple(chunk.columns[name][i] for name in columns)
+        for chunk in read(found, columns)
+        for i in range(chunk.length)
+    ]
+
+
+def written(delimiter: str = ",") -> bytes:
+    out = io.StringIO()
+    writer = csv.writer(out, delimiter=delimiter)
+    writer.writerow(["id", "text", "label", "share", "vector"])
+    for i in range(3000):
+        writer.writerow([f"{i:04}", TEXTS[i % 7], i % 10, i / 7, [i, 0.5]])
+    return out.getvalue().encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "delimiter"), [("a.csv", ","), ("a.tsv", "\t"), ("a.csv.gz", ","), ("A.TSV.GZ", "\t")]
+)
+def test_every_row_with_its_types(tmp_path, name, delimiter):
+    content = written(delimiter)
+    found = shard(tmp_path, gzip.compress(content) if name.lower().endswith("gz") else content, name)
+    got = rows(found, "id", "text", "label", "share", "vector")
+    assert got == [(f"{i:04}", TEXTS[i % 7] or None, i % 10, i / 7, [i, 0.5]) for i in range(3000)]
+
+
+def test_faults_are_their_rows(tmp_path):
+    lines = [
+        b"id,label",
+        *[b"a%d,%d" % (i, i) for i in range(3)],
+        b"b,x",
+        b"c",
+        b"",
+        b"d,1,2",
+        b'"e"f,1',
+        b"\xff,1",
+        b"g,",
+    ]
+    got = rows(shard(tmp_path, b"\xef\xbb\xbf" + b"\r\n".join(lines[:4] * 1)), "id", "label")
+    assert got == [("a0", 0), ("a1", 1), ("a2", 2)]
+    many = [lines[0], *lines[1:4] * 400, *lines[4:]]
+    got = rows(shard(tmp_path, b"\n".join(many)), "id", "label")
+    assert len(got) == 1206
+    assert got[1200:] == [
+        "label is 'x', expected a whole number as in the first rows",
+        "line has 1 cells, expected 2 as in the header",
+        "line has 3 cells, expected 2 as in the header",
+        "line cannot be read (',' expected after '\"')",
+        "line is not valid UTF-8",
+        ("g", None),
+    ]
+
+
+def test_damaged_files_are_errors_of_their_shard(tmp_path):
+    with pytest.raises(ShardError, match="a quote is never closed"):
+        rows(shard(tmp_path, b'id,text\n1,"open\n2,x\n'), "id")
+    with pytest.raises(ShardError, match=r"has no column 'txt'.*did you mean 'text'"):
+        rows(shard(tmp_path, b"id,text\n1,x\n"), "txt")
+    with pytest.raises(ShardError, match="has 2 columns named 'id'"):
+        rows(shard(tmp_path, b"id,id\n1,x\n"), "id")
+    with pytest.raises(ShardError, match="has no column 'id'"):
+        rows(shard(tmp_path, b""), "id")
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])
+def test_kept_records_are_copied_byte_for_byte(tmp_path, name):
+    content = written()
+    (tmp_path / "in").mkdir()
+    found = shard(tmp_path / "in", gzip.compress(content) if name.endswith("gz") else content, name)
+    keep = np.arange(3000) % 3 == 1
+    copy_rows(found, keep, Store.at(str(tmp_path / "out")))
+    (copied,) = find_shards(str(tmp_path / "out")).shards
+    assert rows(copied, "id", "text") == [
+        row for row, kept in zip(rows(found, "id", "text"), keep, strict=True) if kept
+    ]
+    raw = (tmp_path / "out" / name).read_bytes()
+    assert set((gzip.decompress(raw) if name.endswith("gz") else raw).splitlines()) <= set(content.splitlines())
+    with pytest.raises(ShardError, match="has 3000 rows, but 2999"):
+        copy_rows(found, keep[:-1], Store.at(str(tmp_path / "again")))

@@ -125,16 +125,8 @@ class EKFAC(Method):
         units = [1.0] * len(means) if self.absolute_damping else damping_units(self._bases, means)
         for basis, unit in zip(self._bases.values(), units, strict=True):
             basis.damp(self.damping * unit)
-        for target, of_target in self.targets.batches.items():
-            sums = _Sum(self.parameters)
-            count = self._run(sums, of_target)
-            if not count or any(left_out >= count for left_out in sums.left_out.values()):
-                why = "has no samples with a finite gradient" if count else "has no samples"
-                raise ValueError(f"{self.name}: target {target!r} {why}")
-            self._directions[target] = {
-                name: self._bases[name].precondition(total / (count - sums.left_out[name]))
-                for name, total in sums.totals.items()
-            }
+        for target, gradient in self.targets.gradients(self._run, self.parameters).items():
+            self._directions[target] = {name: self._bases[name].precondition(g) for name, g in gradient.items()}
         return self
 
     def _run(self, reduction: Reduction, batches: Iterable[Any], drawn: bool = False) -> int:
@@ -269,21 +261,6 @@ class _Eigenvalues:
             self.left_out[parameter] += int((~finite).sum())
             total = squares[finite].sum(0)
             basis.values = total if basis.values is None else basis.values + total
-        return torch.zeros(gradient.samples)
-
-
-@dataclass
-class _Sum:
-    """A reduction that adds up the gradient over samples."""
-
-    parameters: Collection[str]
-    totals: dict[str, Tensor] = field(default_factory=dict)
-    left_out: Counter[str] = field(default_factory=Counter)  # samples without a finite gradient
-
-    def __call__(self, parameter: str, gradient: PerSampleGradient) -> Tensor:
-        total, finite = gradient.total()
-        self.left_out[parameter] += int((~finite).sum())
-        self.totals[parameter] = self.totals[parameter] + total if parameter in self.totals else total
         return torch.zeros(gradient.samples)
 
 

@@ -61,6 +61,12 @@ class Launch:
         }
 
 
+def run(launches: Iterable[Launch]) -> None:
+    """One after the other, each beside the first tensor among its arguments."""
+    for launch in launches:
+        launch.run(next(a for a in launch.arguments.values() if isinstance(a, Tensor)))
+
+
 def generation(tensor: Tensor) -> int:
     """Major compute capability: 8 Ampere and Ada, 9 Hopper, 10 data-centre Blackwell; 8 under the interpreter."""
     return torch.cuda.get_device_capability(tensor.device)[0] if tensor.is_cuda else 8

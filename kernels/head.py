@@ -8,16 +8,18 @@ every run, and for a row whatever its neighbours are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from assay.kernels import head_sweep
-from assay.kernels.head_launch import FIELDS, Models, Sketch, Wanted, finish, has, into_network, sweep
+from assay.kernels._common import Launch, run
+from assay.kernels.fields import FIELDS, LABEL_FIELDS, has
+from assay.kernels.head_launch import Kept, Merged, Models, Sketch, finish, into_network, sweep
 
-LABEL_FIELDS = ("nll", "mean_nll", "margin", "agreement", "el2n")
+Scores = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]
 
 
 def statistics(
@@ -36,15 +38,23 @@ def statistics(
         bias: K tensors (C,) or None.
         labels: (N,) int64 or None. One that is neither a class nor ``ignore_index`` makes its row NaN, here and below.
         share: K weights of the mixture, sum 1.
-        fields: bit f set if field f is wanted. One that is not is NaN, a prediction −1.
+        fields: bit f set if field f is asked for. One that is not is NaN, a prediction −1.
     """
     models = Models.of(hidden, weight, bias, labels, ignore_index)
-    fields = known_fields(fields, labels)
-    wanted = wanted_by(fields, len(hidden))
-    known = models.known()
-    for k in range(len(hidden)):
-        sweep(models, k, known, wanted)
-    return finish(models, known, share, fields)
+    stats, prediction = models.statistics()
+    run(plan_statistics(models, share, fields, stats, prediction))
+    return stats, prediction
+
+
+def plan_statistics(
+    models: Models, share: Sequence[float], fields: int, stats: Tensor, prediction: Tensor
+) -> Iterator[Launch]:
+    if models.labels is None:  # the label fields are NaN, and nothing is computed for them
+        fields &= ~sum(1 << FIELDS.index(f) for f in LABEL_FIELDS)
+    merged, kept = models.merged(), kept_for(fields, len(models.hidden))
+    for k in range(len(models.hidden)):
+        yield from sweep(models, k, merged, kept)
+    yield from finish(models, merged, share, fields, stats, prediction)
 
 
 def scores(
@@ -58,7 +68,7 @@ def scores(
     directions: Sequence[Tensor] | None,
     keys: Sequence[tuple[int, int]],
     rows: int | None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
+) -> Scores:
     """``statistics`` and, from the same first sweep, the factors of each model's gradient (p − onehot(y)) hᵀ.
 
     Args:
@@ -73,18 +83,31 @@ def scores(
     """
     models = Models.of(hidden, weight, bias, labels, ignore_index)
     count, n = len(hidden), models.rows
-    wanted = replace(wanted_by(fields, count), squares=True)
-    known = models.known()
     dot = models.empty(count, n) if directions is not None else None
-    sqnorm = models.empty(count, n)
     left = models.empty(count, n, rows) if rows else None
+    out = (*models.statistics(), dot, models.empty(count, n), left)
+    run(plan_scores(models, share, fields, directions, keys, out))
+    return out
+
+
+def plan_scores(
+    models: Models,
+    share: Sequence[float],
+    fields: int,
+    directions: Sequence[Tensor] | None,
+    keys: Sequence[tuple[int, int]],
+    out: Scores,
+) -> Iterator[Launch]:
+    stats, prediction, dot, sqnorm, left = out
+    count, merged = len(models.hidden), models.merged()
+    kept = replace(kept_for(fields, count), squares=True)
     for k in range(count):
         sketches = Sketch.of(left[k], keys[k]) if left is not None else [None]
         for sketch in sketches[1:]:  # what is over 128 rows sweeps again
-            sweep(models, k, known, Wanted(), sketch=sketch)
-        direction = (directions[k], dot[k]) if directions is not None else None
-        sweep(models, k, known, wanted, direction, sqnorm[k], sketches[0])
-    return *finish(models, known, share, fields), dot, sqnorm, left
+            yield from sweep(models, k, merged, Kept(), sketch=sketch)
+        direction = (directions[k], dot[k]) if directions is not None and dot is not None else None
+        yield from sweep(models, k, merged, kept, direction, sqnorm[k], sketches[0])
+    yield from finish(models, merged, share, fields, stats, prediction)
 
 
 def losses(
@@ -95,22 +118,23 @@ def losses(
     Rows with a NaN or +inf logit, or nothing but −inf, are NaN.
     """
     models = Models.of([hidden], [weight], [bias], labels, ignore_index)
-    known = models.known()
-    sweep(models, 0, known, Wanted())
-    log_py = known.model[0, head_sweep.LOG_PY.value]
-    nll = torch.where(labels == ignore_index, 0.0, -log_py)
-    return nll, into_network(models, known) if gradient else None
+    merged = models.merged()
+    into = hidden.new_zeros(hidden.shape, dtype=torch.float32) if gradient else None
+    run(plan_losses(models, merged, into))
+    log_py = merged.model[0, head_sweep.LOG_PY.value]
+    return torch.where(labels == ignore_index, 0.0, -log_py), into
 
 
-def known_fields(fields: int, labels: Tensor | None) -> int:
-    """Without labels the label fields are NaN, and nothing is computed for them."""
-    return fields if labels is not None else fields & ~sum(1 << FIELDS.index(f) for f in LABEL_FIELDS)
+def plan_losses(models: Models, merged: Merged, into: Tensor | None) -> Iterator[Launch]:
+    yield from sweep(models, 0, merged, Kept())
+    if into is not None:
+        yield from into_network(models, merged, into)
 
 
-def wanted_by(fields: int, count: int) -> Wanted:
+def kept_for(fields: int, count: int) -> Kept:
     alone = count == 1  # one model is its own mixture
-    return Wanted(
+    return Kept(
         moment=has(fields, "expected_entropy") or (alone and has(fields, "entropy")),
-        top=any(has(fields, f) for f in ("agreement", "vote_entropy")) or (alone and has(fields, "prediction")),
+        top=has(fields, "agreement", "vote_entropy") or (alone and has(fields, "prediction")),
         squares=alone and has(fields, "el2n"),
     )

@@ -1,40 +1,29 @@
-"""The launches of the fused output layer: buffers, grids and the order of kernels."""
+"""The fused output layer's launches as data: buffers, grids and the order of kernels.
+
+A plan makes its next launch's buffers when that launch is taken from it, so that one model's slices go before the next
+one's come.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
 
-from assay.kernels import head_gradient, head_mixture, head_sweep, philox
-from assay.kernels._common import Launch, ceil_div, round_up
-from assay.kernels.head_tiles import GROUP_M, Tile, slices, tiles_for
-from assay.kernels.philox import ROWS_PER_COUNTER
+from assay.kernels import head_gradient, head_mixture, head_sweep
+from assay.kernels._common import Launch, Tile, ceil_div, round_up
+from assay.kernels.fields import FIELDS, MIXTURE_FIELDS, has
+from assay.kernels.head_tiles import GROUP_M, slices, tiles_for
+from assay.kernels.philox import OUTPUT_SIDE, ROWS_PER_COUNTER, plan_signs
 
 MIN_SKETCH = 16  # what tl.dot takes
 PANEL_BLOCKS = 8  # the gradient's residuals: at least so many row blocks ...
 MAX_PANELS = 8  # ... and at most so many panels of rows
 MERGE_ROWS = 128
 MERGE_SKETCH_ROWS = 32
-SIGN_BLOCK = 512
-
-FIELDS = (  # assay.ops.ensemble.FIELDS
-    "nll",
-    "mean_nll",
-    "margin",
-    "agreement",
-    "el2n",
-    "entropy",
-    "expected_entropy",
-    "mutual_information",
-    "confidence",
-    "vote_entropy",
-    "prediction",
-)
-MIXTURE_FIELDS = ("margin", "el2n", "entropy", "mutual_information", "confidence", "prediction")
 
 
 @dataclass(frozen=True)
@@ -70,14 +59,18 @@ class Models:
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.hidden[0].new_empty(shape, dtype=dtype)
 
-    def known(self) -> Known:
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """(10, N) float32 and (N,) int64, to be filled."""
+        return self.empty(len(FIELDS) - 1, self.rows), self.empty(self.rows, dtype=torch.int64)
+
+    def merged(self) -> Merged:
         count = len(self.hidden)
         model = self.empty(count, head_sweep.MODEL.value, self.rows)
-        return Known(model, self.empty(count, self.rows, dtype=torch.int32))
+        return Merged(model, self.empty(count, self.rows, dtype=torch.int32))
 
 
 @dataclass(frozen=True)
-class Known:
+class Merged:
     """What the first sweep leaves of each model: ``model`` (K, MODEL, N) float32 and ``vote`` (K, N) int32."""
 
     model: Tensor
@@ -85,7 +78,7 @@ class Known:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Kept:
     """What a first sweep keeps beside the log-sums and the label's logit."""
 
     moment: bool = False  # for the entropy
@@ -112,35 +105,17 @@ class Sketch:
     def padded(self) -> int:
         return max(MIN_SKETCH, triton.next_power_of_2(self.left.shape[1]))
 
-    def words(self, models: Models) -> Tensor:
-        """The signs, packed: (padded / 32, C) int32."""
-        out = models.empty(ceil_div(self.padded, 32), models.classes, dtype=torch.int32)
-        key0, key1 = (word - (1 << 32) if word >> 31 else word for word in self.key)  # int32: one type for every key
-        launch(
-            philox.sign_words,
-            ceil_div(models.classes, SIGN_BLOCK),
-            out=out,
-            count=models.classes,
-            block=self.block,
-            side=philox.OUTPUT_SIDE,
-            key0=key0,
-            key1=key1,
-            WORDS=len(out),
-            BLOCK=SIGN_BLOCK,
-        )
-        return out
-
 
 def sweep(
     models: Models,
     k: int,
-    known: Known,
-    wanted: Wanted,
+    merged: Merged,
+    kept: Kept,
     direction: tuple[Tensor, Tensor] | None = None,
     sqnorm: Tensor | None = None,
     sketch: Sketch | None = None,
-) -> None:
-    """Sweep model ``k`` and merge its slices into ``known``, ``direction[1]``, ``sqnorm`` and ``sketch.left``."""
+) -> Iterator[Launch]:
+    """Sweep model ``k`` and merge its slices into ``merged``, ``direction[1]``, ``sqnorm`` and ``sketch.left``."""
     hidden, weight, bias = models.hidden[k], models.weight[k], models.bias[k]
     n, size = hidden.shape
     padded = sketch.padded if sketch else 0
@@ -154,9 +129,12 @@ def sweep(
     top = models.empty(count, n, dtype=torch.int32)
     at_label = models.empty(2, n)
     folded = models.empty(count, n, padded) if sketch else None
-    flags = {"WANT_MOMENT": wanted.moment, "WANT_TOP": wanted.top, "WANT_SQUARES": wanted.squares}
-    words = sketch.words(models) if sketch else None
-    launch(
+    flags = {"WANT_MOMENT": kept.moment, "WANT_TOP": kept.top, "WANT_SQUARES": kept.squares}
+    words = None
+    if sketch:  # the signs, packed
+        words = models.empty(ceil_div(padded, 32), models.classes, dtype=torch.int32)
+        yield from plan_signs(words, OUTPUT_SIDE, sketch.key, sketch.block)
+    yield from launch(
         head_sweep.sweep,
         ceil_div(n, tile.m) * count,
         tile,
@@ -185,15 +163,15 @@ def sweep(
         EVEN_D=size % tile.k == 0,
         WIDEN=widen,
     )
-    launch(
+    yield from launch(
         head_sweep.merge,
         ceil_div(n, MERGE_ROWS),
         state=state,
         top=top,
         at_label=at_label,
         labels=models.labels,
-        model=known.model[k],
-        vote=known.vote[k],
+        model=merged.model[k],
+        vote=merged.vote[k],
         dot=along,
         sqnorm=sqnorm,
         rows=n,
@@ -204,13 +182,13 @@ def sweep(
         **flags,
     )
     if sketch:
-        launch(
+        yield from launch(
             head_sweep.merge_sketch,
             ceil_div(n, MERGE_SKETCH_ROWS),
             state=state,
             words=words,
             sketch=folded,
-            model=known.model[k],
+            model=merged.model[k],
             labels=models.labels,
             left=sketch.left,
             rows=n,
@@ -225,21 +203,22 @@ def sweep(
         )
 
 
-def finish(models: Models, known: Known, share: Sequence[float], fields: int) -> tuple[Tensor, Tensor]:
+def finish(
+    models: Models, merged: Merged, share: Sequence[float], fields: int, stats: Tensor, prediction: Tensor
+) -> Iterator[Launch]:
     """From what is known of each model, and a second sweep if the mixture is asked for, to the statistics."""
     n, count = models.rows, len(models.hidden)
     share = tuple(float(w) for w in share)
-    mixed, parts = None, 1
-    if count > 1 and any(has(fields, f) for f in MIXTURE_FIELDS):
-        mixed, parts = mix(models, known, share, fields)
-    state, top, at_label = mixed or (None, None, None)
-    stats = models.empty(len(FIELDS) - 1, n)
-    prediction = models.empty(n, dtype=torch.int64)
-    launch(
+    state = top = at_label = None
+    parts = 1
+    if count > 1 and has(fields, *MIXTURE_FIELDS):
+        launches, (state, top, at_label), parts = mix(models, merged, share, fields)
+        yield from launches
+    yield from launch(
         head_mixture.finish,
         ceil_div(n, MERGE_ROWS),
-        model=known.model,
-        vote=known.vote,
+        model=merged.model,
+        vote=merged.vote,
         state=state,
         top=top,
         at_label=at_label,
@@ -254,13 +233,12 @@ def finish(models: Models, known: Known, share: Sequence[float], fields: int) ->
         fields=fields,
         BLOCK=MERGE_ROWS,
     )
-    return stats, prediction
 
 
 def mix(
-    models: Models, known: Known, share: tuple[float, ...], fields: int
-) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
-    """The second sweep: (state, top, at_label) of the mixture, and its number of slices."""
+    models: Models, merged: Merged, share: tuple[float, ...], fields: int
+) -> tuple[Iterator[Launch], tuple[Tensor, Tensor, Tensor], int]:
+    """The second sweep, (state, top, at_label) of the mixture that it fills, and its number of slices."""
     n = models.rows
     tiles, widen = tiles_for([*models.hidden, *models.weight])
     tile = tiles.more
@@ -271,7 +249,7 @@ def mix(
     bias = None
     if any(b is not None for b in models.bias):  # in one dtype, and zeros where a model has none
         bias = tuple(models.empty(models.classes).zero_() if b is None else b.float() for b in models.bias)
-    launch(
+    launches = launch(
         head_mixture.mix,
         ceil_div(n, tile.m) * count,
         tile,
@@ -279,7 +257,7 @@ def mix(
         weight=tuple(models.weight),
         bias=bias,
         labels=models.labels,
-        model=known.model,
+        model=merged.model,
         state=state,
         top=top,
         at_label=at_label,
@@ -294,18 +272,18 @@ def mix(
         slices=count,
         ignore_index=models.ignore_index,
         **blocks(tile),
-        WANT_TOP=any(has(fields, f) for f in ("margin", "confidence", "prediction")),
+        WANT_TOP=has(fields, "margin", "confidence", "prediction"),
         WANT_SQUARES=has(fields, "el2n"),
         WANT_ENTROPY=has(fields, "entropy"),
         WANT_KL=has(fields, "mutual_information"),
         EVEN_D=all(h.shape[1] % tile.k == 0 for h in models.hidden),
         WIDEN=widen,
     )
-    return (state, top, at_label), count
+    return launches, (state, top, at_label), count
 
 
-def into_network(models: Models, known: Known) -> Tensor:
-    """Wᵀ(p − onehot(y)) (N, D) of the one model, its residuals made and used up in pieces of 1 % of the logits.
+def into_network(models: Models, merged: Merged, total: Tensor) -> Iterator[Launch]:
+    """total (N, D) += Wᵀ(p − onehot(y)) of the one model, its residuals made and used in pieces of 1 % of the logits.
 
     The pieces are panels of rows times chunks of the vocabulary: the more rows to a panel, the less often the weight is
     read; the wider the chunk, the less often the sum is.
@@ -318,14 +296,13 @@ def into_network(models: Models, known: Known) -> Tensor:
     panel = round_up(ceil_div(n, panels), first.m)
     chunk = min(round_up(models.classes, first.n), max(1, models.classes * panels // 100 // first.n) * first.n)
     pieces = models.empty(min(panel, n), chunk, dtype=torch.float32 if widen else hidden.dtype)
-    total = hidden.new_zeros((n, size), dtype=torch.float32)
     for row in range(0, n, panel):
         row_end = min(row + panel, n)
         for c in range(0, models.classes, chunk):
             c_end = min(c + chunk, models.classes)
             piece = {"row_begin": row, "row_end": row_end, "c_begin": c, "c_end": c_end}
             n_tiles, d_tiles = ceil_div(c_end - c, first.n), ceil_div(size, second.n)
-            launch(
+            yield from launch(
                 head_gradient.residual,
                 ceil_div(row_end - row, first.m) * n_tiles,
                 first,
@@ -333,7 +310,7 @@ def into_network(models: Models, known: Known) -> Tensor:
                 weight=weight,
                 bias=bias,
                 labels=models.labels,
-                model=known.model[0],
+                model=merged.model[0],
                 out=pieces,
                 rows=n,
                 size=size,
@@ -347,7 +324,7 @@ def into_network(models: Models, known: Known) -> Tensor:
                 EVEN_D=size % first.k == 0,
                 WIDEN=widen,
             )
-            launch(
+            yield from launch(
                 head_gradient.accumulate,
                 ceil_div(row_end - row, second.m) * d_tiles,
                 second,
@@ -367,20 +344,16 @@ def into_network(models: Models, known: Known) -> Tensor:
                 GROUP_M=GROUP_M,
                 WIDEN=widen,
             )
-    return total
 
 
-def launch(kernel: triton.JITFunction, programs: int, tile: Tile | None = None, **arguments: object) -> None:
-    """Launch beside the first tensor among the arguments; nothing to do for no programs."""
-    tensor = next(a for a in arguments.values() if isinstance(a, Tensor))
+def launch(
+    kernel: triton.JITFunction, programs: int, tile: Tile | None = None, **arguments: object
+) -> Iterator[Launch]:
+    """One launch; none for no programs."""
     if programs:
         warps, stages = (tile.warps, tile.stages) if tile else (4, 1)
-        Launch(kernel, (programs,), arguments, warps, stages).run(tensor)
+        yield Launch(kernel, (programs,), arguments, warps, stages)
 
 
 def blocks(tile: Tile) -> dict[str, int]:
     return {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_D": tile.k, "GROUP_M": GROUP_M}
-
-
-def has(fields: int, name: str) -> bool:
-    return bool(fields >> FIELDS.index(name) & 1)

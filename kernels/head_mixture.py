@@ -28,11 +28,6 @@ TINY = tl.constexpr(1.1754943508222875e-38)  # the smallest normal float32: 0 ·
 PEAK, OTHERS, MIX_SQUARES, P_LOG_P, KL = (tl.constexpr(i) for i in range(5))
 MIX = tl.constexpr(5)
 
-# assay.ops.ensemble.FIELDS, by position
-FIELD_NLL, FIELD_MEAN_NLL, FIELD_MARGIN, FIELD_AGREEMENT, FIELD_EL2N = (tl.constexpr(i) for i in range(5))
-FIELD_ENTROPY, FIELD_EXPECTED_ENTROPY, FIELD_MUTUAL_INFORMATION = (tl.constexpr(i) for i in range(5, 8))
-FIELD_CONFIDENCE, FIELD_VOTE_ENTROPY, FIELD_PREDICTION = (tl.constexpr(i) for i in range(8, 11))
-
 
 @triton.jit
 def pick(values, k):
@@ -159,7 +154,7 @@ def finish(
     rows,
     slices,
     ignore_index,
-    fields,  # bit f: field f is wanted; the others become NaN, an unwanted prediction −1
+    fields,  # bit f: field f is asked for; the others become NaN, a prediction −1
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -249,21 +244,22 @@ def finish(
         information = tl.zeros((BLOCK,), tl.float32)
         best = tl.load(vote + row, mask=mask, other=0)
 
-    wanted = (fields >> FIELD_PREDICTION) & 1
-    tl.store(prediction + row, tl.where(undefined | (wanted == 0), -1, best).to(tl.int64), mask=mask)
+    # In the order of fields.FIELDS, prediction last.
     values = (
-        (FIELD_NLL, nll),
-        (FIELD_MEAN_NLL, mean_nll),
-        (FIELD_MARGIN, margin),
-        (FIELD_AGREEMENT, agreement),
-        (FIELD_EL2N, tl.sqrt(error2)),
-        (FIELD_ENTROPY, entropy),
-        (FIELD_EXPECTED_ENTROPY, expected),
-        (FIELD_MUTUAL_INFORMATION, information),
-        (FIELD_CONFIDENCE, confidence),
-        (FIELD_VOTE_ENTROPY, vote_entropy),
+        nll,
+        mean_nll,
+        margin,
+        agreement,
+        tl.sqrt(error2),
+        entropy,
+        expected,
+        information,
+        confidence,
+        vote_entropy,
     )
     for i in tl.static_range(len(values)):
-        wanted = (fields >> values[i][0]) & 1
-        value = tl.where(undefined | (wanted == 0), nan, values[i][1])
-        tl.store(stats + values[i][0] * stride + row, value, mask=mask)
+        asked = (fields >> i) & 1
+        value = tl.where(undefined | (asked == 0), nan, values[i])
+        tl.store(stats + i * stride + row, value, mask=mask)
+    asked = (fields >> len(values)) & 1
+    tl.store(prediction + row, tl.where(undefined | (asked == 0), -1, best).to(tl.int64), mask=mask)

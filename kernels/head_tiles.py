@@ -59,7 +59,7 @@ def tiles_for(operands: Sequence[Tensor]) -> tuple[Tiles, bool]:
 
 def slices(classes: int, tile: Tile, words: int) -> tuple[int, int]:
     """How many slices the vocabulary is cut into, and how many tiles each has: from the shape alone."""
-    wanted = max(1, min(MAX_SLICES, classes // (COLUMNS_PER_WORD * words)))
+    most = max(1, min(MAX_SLICES, classes // (COLUMNS_PER_WORD * words)))
     tiles = ceil_div(classes, tile.n)
-    per_slice = ceil_div(tiles, wanted)
+    per_slice = ceil_div(tiles, most)
     return ceil_div(tiles, per_slice), per_slice

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from assay.kernels._common import Launch, ceil_div
 
 # The counter's last word says what its bits are for: rows of a Kronecker sketch, its columns, entries of a Sparse one.
 OUTPUT_SIDE, INPUT_SIDE, SPARSE = 0, 1, 2
 ROWS_PER_COUNTER = 128  # one counter gives 4 words of 32 signs
+SIGN_BLOCK = 512
 
 
 def int32_key(key: tuple[int, int]) -> tuple[int, int]:
@@ -53,3 +57,28 @@ def signs(words, count, index, ROWS: tl.constexpr):
     for i in tl.static_range(1, (ROWS + 31) // 32):
         word = tl.where(row < 32 * i, word, tl.load(words + tl.full((), i, tl.int64) * count + index)[:, None])
     return 1.0 - 2.0 * ((word >> (row % 32)) & 1).to(tl.float32)
+
+
+def plan_signs(out: Tensor, side: int, key: tuple[int, int], first_block: int = 0) -> list[Launch]:
+    """Fills ``out`` (words, count) int32 with signs at a bit each, 32 rows to a word, from block ``first_block`` of
+    ROWS_PER_COUNTER rows on."""
+    key0, key1 = int32_key(key)
+    return [
+        Launch(
+            sign_words,
+            (ceil_div(out.shape[1], SIGN_BLOCK),),
+            {
+                "out": words,
+                "count": out.shape[1],
+                "block": block,
+                "side": side,
+                "key0": key0,
+                "key1": key1,
+                "WORDS": len(words),
+                "BLOCK": SIGN_BLOCK,
+            },
+            num_warps=4,
+            num_stages=1,
+        )
+        for block, words in enumerate(out.split(ROWS_PER_COUNTER // 32), first_block)
+    ]

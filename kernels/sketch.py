@@ -17,11 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from assay.kernels._common import Launch, aligned, ceil_div, round_up, unit_stride
-from assay.kernels.philox import ROWS_PER_COUNTER, int32_key, sign_words, signs
+from assay.kernels.philox import ROWS_PER_COUNTER, plan_signs, signs
 from assay.kernels.slices import plan_sum
 
 MIN_SIDE = 16  # what tl.dot takes
-SIGN_BLOCK = 512
 # A slice of T reads at least so many times the bytes of its partial sums, which are written and read again.
 READ_PER_WRITTEN = 8
 
@@ -220,27 +219,3 @@ def pack_signs(size: int, features: int, side: int, key: tuple[int, int], device
     for launch in plan_signs(out, side, key):
         launch.run(out)
     return out
-
-
-def plan_signs(out: Tensor, side: int, key: tuple[int, int]) -> list[Launch]:
-    key0, key1 = int32_key(key)
-    grid = (ceil_div(out.shape[1], SIGN_BLOCK),)
-    return [
-        Launch(
-            sign_words,
-            grid,
-            {
-                "out": words,
-                "count": out.shape[1],
-                "block": block,
-                "side": side,
-                "key0": key0,
-                "key1": key1,
-                "WORDS": len(words),
-                "BLOCK": SIGN_BLOCK,
-            },
-            num_warps=4,
-            num_stages=1,
-        )
-        for block, words in enumerate(out.split(ROWS_PER_COUNTER // 32))
-    ]

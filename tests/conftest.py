@@ -10,6 +10,9 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of a kernel
+    from tests import interpreter
+
+    interpreter.install()
 
 from assay import _native
 from tests.small_project import Project, make_project

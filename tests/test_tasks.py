@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from assay import tasks
-from assay.tasks import CausalLM, Classification, Contrastive, Regression, Task, row_losses
+from assay.tasks import CausalLM, Classification, Contrastive, Regression, Sampled, Task, row_losses
 
 
 class Fixed(nn.Module):
@@ -313,3 +313,27 @@ def test_row_losses_and_their_gradient_are_cross_entropys(dtype: torch.dtype) ->
     tolerance = 1e-2 if dtype == torch.bfloat16 else 2e-6
     assert ours.grad is not None
     torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=tolerance, atol=tolerance)
+
+
+# ---- labels drawn from the model
+
+
+def test_drawn_labels_go_where_the_task_puts_them() -> None:
+    """Position t of a language model has the token at t + 1 for its label, which only the task knows."""
+    batch = {
+        "input_ids": torch.randint(7, (3, 5)),
+        "attention_mask": torch.tensor([[1] * 5, [1] * 3 + [0] * 2, [1] * 5]),
+    }
+    task, model = CausalLM(), Bigram()
+    own = task.forward(model, batch)
+    assert own.labels is not None
+    again = task.forward(model, task.relabelled(batch, own.labels))
+    assert torch.equal(again.labels, own.labels)
+    assert torch.equal(again.losses, own.losses)
+    drawn = Sampled(task, seed=3).forward(model, batch)
+    assert torch.equal(drawn.labels == -100, own.labels == -100)
+    assert torch.equal(drawn.losses, Sampled(task, seed=3).unfused().forward(model, batch).losses)
+    x, y = torch.randn(4, 3), torch.tensor([0, 2, 1, 1])
+    assert Classification().relabelled((x, y), y.flip(0))[1].tolist() == [1, 1, 2, 0]
+    with pytest.raises(ValueError, match="Regression has no distribution of labels"):
+        Sampled(Regression()).forward(Fixed(x), (x, x))

@@ -260,9 +260,7 @@ def select(
         f"rows in {curated.rows:,} = kept {curated.kept:,} + dropped {dropped:,} + quarantined {curated.quarantined:,}"
     )
     print(f"corpus: {_clean(out)}")
-    if curated.unreadable:
-        return _fail(f"{len(curated.unreadable)} unreadable shards are not in it", INCOMPLETE)
-    return OK
+    return _fail(curated.missing, INCOMPLETE) if curated.missing else OK
 
 
 @app.command("ls")

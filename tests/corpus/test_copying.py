@@ -143,3 +143,72 @@ def test_a_saved_data_set_loads_again(tmp_path):
     assert curated["test"]["text"][:3] == ["t0", "t2", "t4"]
     original = datasets.load_from_disk(str(tmp_path / "in"))
     assert curated["train"]._fingerprint != original["train"]._fingerprint
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "null", "{", "[" * 100_000])
+def test_a_sidecar_that_is_no_object_is_copied_as_it_is(tmp_path, content):
+    datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(str(tmp_path / "in"))
+    (tmp_path / "in/dataset_info.json").write_text(content)
+    copy_sidecars(find_shards(str(tmp_path / "in")), Store.at(str(tmp_path / "out")), "all")
+    assert (tmp_path / "out/dataset_info.json").read_text() == content
+    assert "_fingerprint" in (tmp_path / "out/state.json").read_text()
+
+
+def views() -> pa.Table:
+    """Columns that pyarrow's own filter does not take, or takes whole."""
+    texts = [None if i % 5 == 0 else f"a text of some length, number {i}" for i in range(ROWS)]
+    lists = [None if i % 7 == 0 else [text] * (i % 3) for i, text in enumerate(texts)]
+    raw = pa.array([b"\xff" * 20 if i % 2 else b"fine" for i in range(ROWS)], pa.binary_view())
+    runs = pa.array(np.arange(1, 101) * 30, pa.int32())
+    kinds = pa.struct([("a", pa.string_view()), ("b", pa.list_(pa.int8()))])
+    return pa.table(
+        {
+            "text": pa.array(texts, pa.string_view()),
+            "raw": raw,
+            "not_utf8": raw.view(pa.string_view()),
+            "list": pa.array(lists, pa.list_(pa.string_view())),
+            "list_view": pa.array(lists, pa.list_view(pa.string_view())),
+            "numbers": pa.array([None if i % 3 == 0 else [i] * (i % 4) for i in range(ROWS)], pa.list_view(pa.int16())),
+            "large": pa.array([[i] for i in range(ROWS)], pa.large_list_view(pa.int64())),
+            "struct": pa.array([None if i % 9 == 0 else {"a": t, "b": [1]} for i, t in enumerate(texts)], kinds),
+            "map": pa.array([[(t or "", t)] for t in texts], pa.map_(pa.string_view(), pa.string_view())),
+            "fixed": pa.array([[t, t] for t in texts], pa.list_(pa.string_view(), 2)),
+            "coded": pa.DictionaryArray.from_arrays(
+                pa.array([i % 3 for i in range(ROWS)], pa.int8()), pa.array(["a", "b" * 20, None], pa.string_view())
+            ),
+            "runs": pa.RunEndEncodedArray.from_arrays(runs, pa.array([f"run {i}" for i in range(100)])),
+            "date": pa.array(range(ROWS), pa.date32()),
+            "decimal": pa.array(range(ROWS), pa.decimal128(9)),
+        }
+    )
+
+
+def rows_of(column: pa.ChunkedArray) -> list[str]:
+    """The values, also of text that is not UTF-8."""
+    kind = pa.binary_view() if column.type == pa.string_view() else column.type
+    return [str(value) for chunk in column.chunks for value in chunk.view(kind).to_pylist()]
+
+
+@pytest.mark.parametrize("name", views().schema.names)
+@pytest.mark.parametrize("create", [pa.ipc.new_file, pa.ipc.new_stream])
+def test_columns_that_arrow_does_not_filter(tmp_path, name, create):
+    source = views().select([name])
+    with create(str(tmp_path / "a.arrow"), source.schema) as writer:
+        writer.write_table(source)
+    out = copied(tmp_path, "a.arrow")
+    with pa.OSFile(str(out)) as file:
+        result = (pa.ipc.open_file if create is pa.ipc.new_file else pa.ipc.open_stream)(file).read_all()
+    assert result.schema.equals(source.schema, check_metadata=True)
+    expected = [row for row, keep in zip(rows_of(source[name]), KEEP, strict=True) if keep]
+    assert rows_of(result[name]) == expected
+    # Views may point into bytes of rows that were dropped: those must not be written along.
+    assert out.stat().st_size < 0.6 * (tmp_path / "a.arrow").stat().st_size + 20_000
+
+
+@pytest.mark.parametrize("name", ["text", "raw"])
+def test_views_in_parquet(tmp_path, name):
+    source = views().select([name])
+    pq.write_table(source, tmp_path / "a.parquet")
+    result = pq.read_table(copied(tmp_path, "a.parquet"))
+    assert result.schema.equals(source.schema)
+    assert rows_of(result[name]) == [row for row, keep in zip(rows_of(source[name]), KEEP, strict=True) if keep]

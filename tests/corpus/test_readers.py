@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import json
+import lzma
+import os
+import subprocess
+import sys
 
 import fsspec
 import numpy as np
@@ -14,9 +19,10 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from assay.corpus import decompress
+from assay.corpus import compression
 from assay.corpus.errors import ShardError
-from assay.corpus.readers import CHUNK_ROWS, read
+from assay.corpus.format import CHUNK_ROWS
+from assay.corpus.readers import read
 from assay.corpus.shards import find_shards
 
 TEXTS = [f"document {i} " + "ü" * (i % 7) for i in range(2500)]
@@ -63,6 +69,10 @@ FORMATS = {
     "a.json": jsonl,
     "a.jsonl.gz": lambda: gzip.compress(jsonl()),
     "a.jsonl.zst": lambda: zstandard.compress(jsonl()),
+    "a.ndjson": jsonl,
+    "a.ndjson.bz2": lambda: bz2.compress(jsonl()),
+    "a.jsonl.zstd": lambda: zstandard.compress(jsonl()),
+    "a.json.xz": lambda: lzma.compress(jsonl()),
     "a.arrow": arrow_file,
     "stream.arrow": arrow_stream,
     "a.feather": feather,
@@ -102,7 +112,7 @@ def test_every_format_reads_from_another_file_system(name):
 
 
 @pytest.mark.parametrize("lost", [1, 9, 200])
-@pytest.mark.parametrize("name", [name for name in FORMATS if name not in ("a.jsonl", "a.json")])
+@pytest.mark.parametrize("name", [name for name in FORMATS if name not in ("a.jsonl", "a.json", "a.ndjson")])
 def test_a_truncated_file_is_an_error(tmp_path, name, lost):
     shard = shard_of(tmp_path, name, FORMATS[name]()[:-lost])
     with pytest.raises(ShardError):
@@ -168,9 +178,8 @@ def test_line_ends_and_byte_order_mark(tmp_path):
 
 
 def test_a_line_that_never_ends_is_one_fault(tmp_path, monkeypatch):
-    monkeypatch.setattr(decompress, "MAX_LINE_BYTES", 100)
-    monkeypatch.setattr("assay.corpus.readers.MAX_LINE_BYTES", 100)
-    monkeypatch.setattr(decompress, "_BLOCK", 64)
+    monkeypatch.setattr(compression, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(compression, "_BLOCK", 64)
     line = b'{"text": "' + b"x" * 1000 + b'"}\n'
     rows = rows_of(shard_of(tmp_path, "a.jsonl", b'{"text": "a"}\n' + line + b'{"text": "b"}\n'), "text")
     assert [row for row, _ in rows] == [0, 1, 2]
@@ -230,6 +239,125 @@ def test_empty_shards_have_no_rows(tmp_path):
     (tmp_path / "b.jsonl").write_bytes(b"")
     for shard in find_shards(str(tmp_path)).shards:
         assert rows_of(shard, "text") == []
+
+
+DOCUMENTS = [
+    json.dumps(RECORDS[:100]),
+    json.dumps(RECORDS[:100], indent=2),
+    json.dumps({"data": RECORDS[:100]}, indent=2),
+    "\ufeff\n" + json.dumps(RECORDS[:100], indent=2),
+    "[" + ",\n".join(map(json.dumps, RECORDS[:100])) + "]",
+    "[\n" + "\n,".join(map(json.dumps, RECORDS[:100])) + "\n]\n",
+    '{"id": 1,\n"text": "a"}',
+    "[]",
+    "{\n}",
+]
+
+
+@pytest.mark.parametrize("content", DOCUMENTS)
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz"])
+def test_a_json_document_is_one_error_of_its_shard(tmp_path, content, name):
+    raw = content.encode()
+    shard = shard_of(tmp_path, name, gzip.compress(raw) if name.endswith(".gz") else raw)
+    with pytest.raises(ShardError, match="a JSON document, not JSON lines"):
+        rows_of(shard, "text")
+
+
+@pytest.mark.parametrize(
+    "head",
+    [b"[1]", b"{", b"[", b'{"text": "cut o', b'[{"text": 1}', b"{}", b"\n\n", b"null", b"[" * 100_000, b"{\n{"],
+)
+def test_a_first_line_that_is_damaged_is_no_document(tmp_path, head):
+    good = b'{"id": 0, "text": "fine"}'
+    if head == b"[":
+        head = b"[ 1"
+    rows = rows_of(shard_of(tmp_path, "a.jsonl", head + b"\n" + good + b"\n" + good), "text")
+    assert [value for _, value in rows[-2:]] == [("fine",), ("fine",)]
+    assert all(isinstance(value, str) for _, value in rows[:-2])
+
+
+def test_an_object_on_one_line_is_a_row(tmp_path):
+    assert rows_of(shard_of(tmp_path, "a.json", b'{"text": "a"}'), "text") == [(0, ("a",))]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
+def test_blank_lines_without_end_are_an_error_of_their_shard(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("assay.corpus.readers.MOST_EMPTY_ROWS", 10_000)
+    compress = gzip.compress if name.endswith("gz") else zstandard.compress
+    shard = shard_of(tmp_path, name, compress(jsonl() + b"\n" * 1_000_000 + jsonl()))
+    with pytest.raises(ShardError, match=r"rows after one another without a value"):
+        rows_of(shard, "text")
+    # A file that is as long as its rows are many is no bomb.
+    assert len(rows_of(shard_of(tmp_path, "b.jsonl", b"\n" * 30_000), "text")) == 30_000
+
+
+def test_nulls_without_end_are_an_error_of_their_shard(tmp_path, monkeypatch):
+    monkeypatch.setattr("assay.corpus.readers.MOST_EMPTY_ROWS", 10_000)
+    pq.write_table(pa.table({"text": pa.nulls(1_000_000, pa.string())}), tmp_path / "a.parquet")
+    (shard,) = find_shards(str(tmp_path)).shards
+    with pytest.raises(ShardError, match=r"rows after one another without a value"):
+        rows_of(shard, "text")
+
+
+def test_text_columns_come_in_chunks_of_bounded_size(tmp_path):
+    """2,000 texts of 40 kB in one row group, one record batch, one dictionary."""
+    texts = [f"{i:08}" * 5000 for i in range(2000)]
+    unique = pa.table({"text": texts})
+    coded = pa.table({"text": pa.array([texts[0]] * 2000).dictionary_encode()})
+    runs = pa.RunEndEncodedArray.from_arrays(pa.array([2000], pa.int32()), pa.array(texts[:1]))
+    pq.write_table(unique, tmp_path / "a.parquet")
+    pq.write_table(coded, tmp_path / "b.parquet")
+    for name, table_ in (("c", unique), ("d", coded), ("e", pa.table({"text": runs}))):
+        with pa.ipc.new_file(str(tmp_path / f"{name}.arrow"), table_.schema) as writer:
+            writer.write_batch(table_.combine_chunks().to_batches()[0])
+    pyarrow.feather.write_feather(unique, tmp_path / "f.feather", chunksize=2000)
+    (tmp_path / "g.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    for shard in find_shards(str(tmp_path)).shards:
+        chunks = list(read(shard, ["text"]))
+        assert sum(chunk.length for chunk in chunks) == 2000
+        assert max(sum(map(len, chunk.columns["text"])) for chunk in chunks) < 3 << 20, shard.path
+
+
+def test_one_long_text_does_not_make_its_neighbours_wait_in_memory(tmp_path):
+    texts = ["short"] * 3000
+    texts[1500] = "y" * 10_000_000
+    for name, write in (
+        ("a.parquet", lambda path: pq.write_table(pa.table({"text": texts}), path)),
+        ("b.arrow", lambda path: pyarrow.feather.write_feather(pa.table({"text": texts}), path, "uncompressed")),
+    ):
+        write(str(tmp_path / name))
+        (shard,) = find_shards(str(tmp_path / name)).shards
+        chunks = list(read(shard, ["text"]))
+        assert [text for chunk in chunks for text in chunk.columns["text"]] == texts
+        assert next(chunk.length for chunk in chunks if max(map(len, chunk.columns["text"])) > 100) == 1
+
+
+@pytest.mark.parametrize("kind", ["file", "parquet"])
+def test_memory_follows_the_columns_that_are_read(tmp_path, kind):
+    """A column of 150 MB beside the one that is read, in the same record batch or row group."""
+    texts = pa.array([f"{i:08}" * 500 for i in range(5000)])
+    other = pa.array([os.urandom(30_000)] * 5000)
+    beside = pa.RecordBatch.from_arrays([texts, other], names=["text", "other"])
+    path = tmp_path / ("a.parquet" if kind == "parquet" else "a.arrow")
+    if kind == "parquet":
+        pq.write_table(pa.table(beside), path, compression="none", use_dictionary=False, row_group_size=5000)
+    else:
+        with getattr(pa.ipc, f"new_{kind}")(str(path), beside.schema) as writer:
+            writer.write_batch(beside)
+    assert path.stat().st_size > 160 << 20
+    program = """
+import resource, sys
+from assay.corpus.readers import read
+from assay.corpus.shards import find_shards
+(shard,) = find_shards(sys.argv[1]).shards
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+before = peak()
+print(sum(chunk.length for chunk in read(shard, ["text"])), peak() - before)
+"""
+    run = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True, check=True)
+    rows, megabytes = map(int, run.stdout.split())
+    assert rows == 5000
+    assert megabytes < 80
 
 
 def test_memory_follows_the_chunk_not_the_file(tmp_path):

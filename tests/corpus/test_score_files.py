@@ -11,9 +11,7 @@ import pytest
 
 from assay.corpus import score_files
 from assay.corpus.errors import CorpusError
-from assay.corpus.quarantine import Quarantined, QuarantineWriter, quarantine_path, read_quarantine
 from assay.corpus.score_files import ScoreWriter, open_score_file, read_score, stream_ids
-from assay.corpus.shards import find_shards
 from assay.corpus.storage import Store
 
 
@@ -65,25 +63,3 @@ def test_no_table_is_none_and_a_foreign_one_is_an_error(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 and then nothing")
     with pytest.raises(CorpusError, match="not a readable score table"):
         open_score_file(store, "a.parquet")
-
-
-def test_the_quarantine_list_escapes_and_disappears_when_empty(tmp_path):
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in/a.jsonl.gz").write_bytes(b"")
-    (shard,) = find_shards(str(tmp_path / "in")).shards
-    store = Store.at(str(tmp_path / "out"))
-    with tempfile.TemporaryFile() as spool:
-        writer = QuarantineWriter(shard, spool)
-        writer.add(3, "\x1b[31mred", "text is null")
-        writer.add(None, None, "unreadable")
-        writer.save(store)
-    raw = (tmp_path / "out" / quarantine_path(shard)).read_bytes()
-    assert b"\x1b" not in raw
-    assert list(read_quarantine(store, shard)) == [
-        Quarantined("a.jsonl.gz", 3, "\x1b[31mred", "text is null"),
-        Quarantined("a.jsonl.gz", None, None, "unreadable"),
-    ]
-    with tempfile.TemporaryFile() as spool:
-        QuarantineWriter(shard, spool).save(store)
-    assert store.files() == []
-    assert list(read_quarantine(store, shard)) == []

@@ -102,15 +102,47 @@ def test_saved_splits(tmp_path):
     assert len(corpus.sidecars) == 5
 
 
-@pytest.mark.parametrize("name", ["../secret.arrow", "/etc/passwd", "", "..", 5])
-def test_a_state_cannot_point_elsewhere(tmp_path, name):
-    saved(tmp_path, [name])
-    with pytest.raises(CorpusError, match="plain file names"):
-        find_shards(str(tmp_path))
+BAD_STATES = {
+    "elsewhere": '{"_data_files": [{"filename": "../secret.arrow"}]}',
+    "absolute": '{"_data_files": [{"filename": "/etc/passwd"}]}',
+    "empty name": '{"_data_files": [{"filename": ""}]}',
+    "parent": '{"_data_files": [{"filename": ".."}]}',
+    "number": '{"_data_files": [{"filename": 5}]}',
+    "cut": "{",
+    "list": "[]",
+    "null": "null",
+    "deep": "[" * 100_000,
+    "deep in its place": '{"_data_files": ' + "[" * 100_000,
+    "files that are none": '{"_data_files": 7}',
+    "not UTF-8": b"\xff",
+}
 
 
-def test_a_damaged_state_is_an_error(tmp_path):
-    saved(tmp_path, [])
-    (tmp_path / "state.json").write_text("{")
-    with pytest.raises(CorpusError, match="not the state of a saved data set"):
-        find_shards(str(tmp_path))
+@pytest.mark.parametrize("name", BAD_STATES)
+def test_a_damaged_state_is_named_and_its_arrow_files_are_not_read(tmp_path, name):
+    touch(tmp_path, "a.jsonl", "bad/data-0.arrow", "bad/b.jsonl")
+    state = BAD_STATES[name]
+    (tmp_path / "bad/state.json").write_bytes(state if isinstance(state, bytes) else state.encode())
+    (tmp_path / "good").mkdir()
+    saved(tmp_path / "good", ["data-0.arrow"])
+    corpus = find_shards(str(tmp_path))
+    assert [shard.path for shard in corpus.shards] == ["a.jsonl", "bad/b.jsonl", "good/data-0.arrow"]
+    (entry,) = corpus.left_out
+    assert entry.path == "bad/state.json"
+    assert "no Arrow file beside it is read" in entry.reason
+    assert len(entry.reason) < 500
+    assert "bad/state.json" not in corpus.sidecars
+    (tmp_path / "bad/b.jsonl").unlink()
+    with pytest.raises(CorpusError, match=r"no shard found.*state\.json: "):
+        find_shards(str(tmp_path / "bad"))
+
+
+def test_a_listed_file_that_is_missing_is_a_shard_that_cannot_be_read(tmp_path):
+    saved(tmp_path, ["data-0.arrow", "data-7.arrow"])
+    assert paths(tmp_path) == ["data-0.arrow", "data-7.arrow"]
+
+
+def test_other_formats_beside_a_saved_data_set_are_read(tmp_path):
+    saved(tmp_path, ["data-0.arrow"])
+    touch(tmp_path, "more.jsonl")
+    assert paths(tmp_path) == ["data-0.arrow", "more.jsonl"]

@@ -79,6 +79,35 @@ def test_sweeping_goes_by_age_and_spares_live_runs(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {young.name, other.name}
 
 
+def test_sweeping_lists_each_folder_once_and_follows_no_link(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "scores/deep").mkdir(parents=True)
+    (tmp_path / "scores/link").symlink_to(tmp_path / "elsewhere")
+    for path in ("elsewhere/.a.tmp", "scores/deep/.b.tmp", *(f"scores/deep/{i}.parquet" for i in range(50))):
+        (tmp_path / path).write_bytes(b"")
+        os.utime(tmp_path / path, (0, 0))
+    asked = []
+    stat = os.lstat
+    monkeypatch.setattr(os, "lstat", lambda path: asked.append(path) or stat(path))
+    assert Store.at(str(tmp_path / "scores")).sweep() == ["deep/.b.tmp"]
+    assert not any(str(path).endswith(".parquet") for path in asked)
+    assert (tmp_path / "elsewhere/.a.tmp").exists()
+
+
+def test_only_a_regular_file_is_opened_and_only_a_small_one_is_read_as_text(tmp_path, monkeypatch):
+    store = Store.at(str(tmp_path))
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "zero", "folder"):
+        with pytest.raises(OSError, match="not a regular file"):
+            store.open(name)
+    store.write_text("a.txt", "x" * 11)
+    monkeypatch.setattr("assay.corpus.storage.MAX_TEXT_BYTES", 10)
+    with pytest.raises(ValueError, match=r"a\.txt: larger than"):
+        store.read_text("a.txt")
+
+
 def test_holds():
     inside, outside = Store.at("/data/scores/x"), Store.at("/data/scores-2")
     root = Store.at("/data/scores")

@@ -123,7 +123,7 @@ def test_fallback_says_what_to_do_once(
     run, inputs = calls(cuda)[op]
     monkeypatch.setattr(_backend, "_told", set())
     if KERNELS[op] == "cuda":
-        monkeypatch.setattr(_cuda, "missing", lambda: "no CUDA library for this test; build it")
+        monkeypatch.setattr(_cuda, "missing", lambda device: "no CUDA library for this test; build it")
         reason = "no CUDA library for this test; build it"
     else:
         monkeypatch.setattr(_backend.importlib.util, "find_spec", lambda name: None)

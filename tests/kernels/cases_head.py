@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -11,22 +11,19 @@ import torch
 
 from assay.kernels import head, head_tiles
 from assay.kernels._common import Launch
+from assay.kernels.fields import FIELDS
+from assay.kernels.head_launch import Models
 from tests.kernels.aot import CAPABILITIES, Case, case_of
 
 BF16, FP16, F32 = torch.bfloat16, torch.float16, torch.float32
-ALL = (1 << len(head.FIELDS)) - 1
+ALL = (1 << len(FIELDS)) - 1
 N, C = 2048, 32000
 
 
-def record(generation: int, run: Callable[[], object]) -> list[Launch]:
-    """The launches that ``run`` makes of meta tensors, instead of making them."""
-    found: list[Launch] = []
-    with (
-        mock.patch.object(head_tiles, "generation", return_value=generation),
-        mock.patch.object(Launch, "run", lambda launch, tensor: found.append(launch)),
-    ):
-        run()
-    return found
+def record(generation: int, plan: Callable[[], Iterable[Launch]]) -> list[Launch]:
+    """The launches of a plan for a GPU generation; meta tensors will do."""
+    with mock.patch.object(head_tiles, "generation", return_value=generation):
+        return list(plan())
 
 
 def compiled(name: str, launch: Launch, cc: int) -> Case:
@@ -59,8 +56,8 @@ def element(value: object) -> tuple[str, bool]:
     return ("constexpr", False) if value == 1 else ("i32", value % 16 == 0)
 
 
-def runs(dtype: torch.dtype, size: int) -> Iterator[tuple[str, Callable[[], object]]]:
-    """One call per tile and combination of flags that a tile must hold without spilling."""
+def plans(dtype: torch.dtype, size: int) -> Iterator[tuple[str, Callable[[], Iterable[Launch]]]]:
+    """One plan per tile and combination of flags that a tile must hold without spilling."""
 
     def tensors(count: int, rows: int, width: int) -> list[torch.Tensor]:
         more = 64 if width % 64 == 0 else 16
@@ -71,36 +68,43 @@ def runs(dtype: torch.dtype, size: int) -> Iterator[tuple[str, Callable[[], obje
     bias: list[torch.Tensor | None] = [torch.empty(C, dtype=dtype, device="meta") for _ in hidden]
     one, two = slice(0, 1), slice(0, 2)
 
-    def statistics(models: slice, fields: int = ALL) -> Callable[[], object]:
+    def statistics(models: slice, fields: int = ALL, bare: bool = False) -> Callable[[], Iterable[Launch]]:
+        biases, given = (None, None) if bare else (bias[models], labels)
+        layers = Models.of(hidden[models], weight[models], biases, given, -100)
         share = [0.5] * len(hidden[models])
-        return lambda: head.statistics(hidden[models], weight[models], bias[models], labels, share, -100, fields)
+        return lambda: head.plan_statistics(layers, share, fields, *layers.statistics())
 
-    def scores(direction: bool, rows: int | None) -> Callable[[], object]:
-        along = directions[one] if direction else None
-        return lambda: head.scores(hidden[one], weight[one], bias[one], labels, [1.0], -100, ALL, along, [(1, 2)], rows)
+    def scores(
+        layers: Models, along: Sequence[torch.Tensor] | None, rows: int | None
+    ) -> Callable[[], Iterable[Launch]]:
+        shape = (len(layers.hidden), layers.rows)
+        dot = None if along is None else layers.empty(*shape)
+        left = None if rows is None else layers.empty(*shape, rows)
+        out = (*layers.statistics(), dot, layers.empty(*shape), left)
+        return lambda: head.plan_scores(layers, [0.5] * shape[0], ALL, along, [(1, 2)] * shape[0], out)
+
+    def losses(bare: bool) -> Callable[[], Iterable[Launch]]:
+        layers = Models.of(hidden[one], weight[one], None if bare else bias[one], labels, -100)
+        into = torch.empty(N, hidden[0].shape[1], device="meta")
+        return lambda: head.plan_losses(layers, layers.merged(), into)
 
     yield "statistics", statistics(one)
     yield "nll", statistics(one, 1)
     yield "mixture", statistics(two)
-    yield "direction", scores(True, None)
+    layers = Models.of(hidden[one], weight[one], bias[one], labels, -100)
+    yield "direction", scores(layers, directions[one], None)
     for rows in (16, 32, 64, 128):
-        yield f"sketch{rows}", scores(False, rows)
-        yield f"direction+sketch{rows}", scores(True, rows)
-    yield "losses", lambda: head.losses(hidden[0], weight[0], bias[0], labels, -100, True)
-    nothing: list[torch.Tensor | None] = [None, None]
-    yield "bare mixture", lambda: head.statistics(hidden, weight, nothing, None, [0.5, 0.5], -100, ALL)
-    yield "bare losses", lambda: head.losses(hidden[0], weight[0], None, labels, -100, True)
+        yield f"sketch{rows}", scores(layers, None, rows)
+        yield f"direction+sketch{rows}", scores(layers, directions[one], rows)
+    yield "losses", losses(bare=False)
+    yield "bare mixture", statistics(two, bare=True)
+    yield "bare losses", losses(bare=True)
     if size == 1023:  # sizes of 1 are constants to the compiler
-        single = [[x[:1, :1] for x in xs] for xs in (hidden, weight, directions)]
-        yield (
-            "single",
-            lambda: head.scores(
-                single[0], single[1], nothing, labels[:1], [0.5, 0.5], -100, ALL, single[2], [(1, 2)] * 2, 5
-            ),
-        )
+        small = [[x[:1, :1] for x in xs] for xs in (hidden, weight, directions)]
+        yield "single", scores(Models.of(small[0], small[1], None, labels[:1], -100), small[2], 5)
 
 
-# Which runs, for which type and width: whole steps; a last step that is not; rows that start at any address.
+# Which plans, for which type and width: whole steps; a last step that is not; rows that start at any address.
 HEAVY = ("statistics", "mixture", "direction+sketch32", "direction+sketch128", "losses")
 CHOSEN: dict[tuple[torch.dtype, int], Sequence[str] | None] = {  # None: all of them
     (BF16, 1024): None,
@@ -116,10 +120,10 @@ def cases() -> list[Case]:
     found = {}
     for cc in CAPABILITIES:
         for (dtype, size), chosen in CHOSEN.items():
-            for what, run in runs(dtype, size):
+            for what, plan in plans(dtype, size):
                 if chosen is not None and what not in chosen:
                     continue
-                for launch in record(cc // 10, run):
+                for launch in record(cc // 10, plan):
                     kernel = launch.kernel.fn.__name__
                     name = f"head.{kernel} {str(dtype).removeprefix('torch.')} D={size} {what}"
                     case = compiled(name, launch, cc)

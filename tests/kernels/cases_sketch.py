@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from assay.kernels import sketch
+from assay.kernels import philox, sketch
 from tests.kernels.aot import CAPABILITIES, Case, case_of
 
 BF16, FP16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -23,7 +23,7 @@ def cases() -> list[Case]:
     found = [
         case_of(f"sign_words {words}", launch)
         for words, size in ((1, 16), (2, 64), (4, 128))
-        for launch in sketch.plan_signs(torch.empty(words, 4096, dtype=torch.int32, device=META), 0, (1, 2))[:1]
+        for launch in philox.plan_signs(torch.empty(words, 4096, dtype=torch.int32, device=META), 0, (1, 2))[:1]
     ]
     for kinds in TYPES:
         names = "*".join(str(k).removeprefix("torch.").replace("loat", "") for k in kinds)

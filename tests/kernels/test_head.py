@@ -19,7 +19,8 @@ from triton.runtime.interpreter import InterpreterBuilder
 
 from assay.kernels import head, head_sweep, head_tiles
 from assay.kernels._common import Launch
-from assay.kernels.head_launch import FIELDS, Models
+from assay.kernels.fields import FIELDS
+from assay.kernels.head_launch import Models
 from tests.kernels.test_head_philox import sign
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -180,12 +180,21 @@ def test_empty(shape: tuple[int, int]) -> None:
     assert triton_project(torch.ones(shape, device=DEVICE), assay.Sparse(4)).tolist() == [[0.0] * 4] * shape[0]
 
 
-def test_what_the_kernel_does_not_take_runs_the_reference() -> None:
+def test_what_the_kernel_does_not_take_is_an_error() -> None:
     x = torch.randn(2, 100, device=DEVICE)
-    for sketch in (assay.Sparse(kernel.MAX_DIM + 1), assay.Rademacher(8)):
-        found = triton_project(x, sketch)  # type: ignore[arg-type]
-        with assay.backend("reference"):
-            assert torch.equal(found, project(x, sketch))
+    for sketch, what in ((assay.Sparse(8193), "Sparse sketches of 8193 numbers"), (assay.Rademacher(8), "Rademacher")):
+        words = f"no triton kernel for {what}.*only for Sparse ones of up to 8192; use backend 'auto' or 'reference'"
+        with pytest.raises(ValueError, match=f"project: .*{words}"):
+            triton_project(x, sketch)  # type: ignore[arg-type]
+        with assay.backend("triton"), pytest.raises(ValueError, match=f"grad_sketch: .*{words}"):
+            grad_sketch(x, x, sketch)
+    for call in (project, lambda x, sketch: grad_sketch(x, x, sketch)):
+        for mask in (assay.Mask(2, 3), assay.Mask(2, 3, assay.Sparse(4)), assay.Mask(200, 200)):
+            with (
+                assay.backend("triton"),
+                pytest.raises(ValueError, match="no kernel for a Mask in triton, only"),
+            ):
+                call(x, mask)
     with pytest.raises(ValueError, match="the kernel takes dim from 1 to 8192, got 8193"):
         added(x, 0, assay.Sparse(kernel.MAX_DIM + 1))
 

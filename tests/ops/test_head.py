@@ -257,6 +257,20 @@ def test_compiles_whole() -> None:
     torch.testing.assert_close(compiled(hidden[0], weight[0]), f(hidden[0], weight[0]))
 
 
+def test_the_loss_and_its_gradients_compile_whole() -> None:
+    def f(h: Tensor, w: Tensor) -> Tensor:
+        return linear_cross_entropy(2 * h, w, labels).sum()
+
+    hidden, weight = models(1, 12, 30)
+    labels = torch.randint(30, (12,))
+    gradients = []
+    for run in (f, torch.compile(f, fullgraph=True, backend="aot_eager")):
+        leaves = [x[0].clone().requires_grad_() for x in (hidden, weight)]
+        gradients.append(torch.autograd.grad(run(*leaves), leaves))
+    for eager, compiled in zip(*gradients, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
 def test_memory_stays_far_below_the_logits() -> None:
     """Two models' logits would take 536 MB; the op takes less than 64."""
     code = """

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import assay
 from assay.probe import Convolution, Dense, Outer, PerSampleGradient, Scatter
+from assay.probe.head import Head
 
 ROWS, COLUMNS, SIZE = 5, 4, 3
 
@@ -147,3 +148,37 @@ def test_a_direction_of_another_shape_is_an_error() -> None:
 def test_a_gradient_without_terms_is_an_error() -> None:
     with pytest.raises(ValueError, match="at least one term"):
         PerSampleGradient(torch.Size((2,)), [])
+
+
+def test_outer_and_total_of_every_kind_of_term() -> None:
+    """A matrix' outer products multiply out to its gradient; the total leaves out the samples that are not finite."""
+    torch.manual_seed(0)
+    matrix = Outer(torch.randn(4, 5, 3), torch.randn(4, 5, 6))
+    rows = Scatter(torch.randint(3, (4, 5)), torch.randn(4, 5, 6))
+    conv = Convolution(torch.randn(4, 2, 6, 6), torch.randn(4, 3, 5, 5), (2, 2), (1, 1), (1, 1), 1)
+    grouped = Convolution(torch.randn(4, 2, 6, 6), torch.randn(4, 4, 5, 5), (2, 2), (1, 1), (1, 1), 2)
+    head = Head(torch.randn(4, 5, 6), torch.randn(3, 6), None, torch.randint(3, (4, 5)), torch.rand(4, 5))
+    cases = {
+        "matrix": (matrix, (3, 6), True),
+        "scatter": (rows, (3, 6), False),
+        "convolution": (conv, (3, 2, 2, 2), True),
+        "grouped convolution": (grouped, (4, 1, 2, 2), False),
+        "head": (head, (3, 6), True),
+        "vector": (Dense(torch.randn(4, 6)), (6,), False),
+        "scalar": (Dense(torch.randn(4)), (), False),
+    }
+    for name, (term, shape, is_outer) in cases.items():
+        gradient = PerSampleGradient(torch.Size(shape), [term])
+        outer, dense = gradient.outer(), gradient.dense()
+        assert (outer is not None) == is_outer, name
+        if outer is not None:
+            torch.testing.assert_close(outer.dense(shape), dense, msg=name)
+        total, finite = gradient.total()
+        torch.testing.assert_close(total, dense.sum(0), msg=name, rtol=1e-4, atol=1e-5)
+        assert finite.tolist() == [True] * 4
+    broken = Outer(matrix.left.clone(), matrix.right)
+    broken.left[1, 2, 0] = torch.nan
+    total, finite = PerSampleGradient(torch.Size((3, 6)), [broken]).total()
+    assert finite.tolist() == [True, False, True, True]
+    torch.testing.assert_close(total, matrix.dense((3, 6))[finite].sum(0))
+    assert PerSampleGradient(torch.Size((3, 6)), [matrix, rows]).outer() is None

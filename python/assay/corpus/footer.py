@@ -126,7 +126,9 @@ class Tally:
         self.rows_scored += footer.rows.scored
         self.rows_quarantined += footer.rows.quarantined
         self.nan.update(footer.nan)
-        self.warnings |= {key: text for key, text in footer.methods.items() if key.endswith("warning")}
+        self.warnings |= {
+            key: text for key, text in footer.methods.items() if key.endswith((".warning", ".left_out_layers"))
+        }
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from assay.corpus.storage import Store
 from assay.corpus.tables import ScoreColumn, make_table, read_metadata, score_schema
 
 ROW_GROUP_ROWS = 1 << 16
+GROUP_BYTES = 128 << 20
 
 
 class ScoreWriter:
@@ -52,15 +53,16 @@ class ScoreWriter:
 
 
 def regroup(batches: Iterable[pa.RecordBatch], schema: pa.Schema, rows: int) -> Iterator[pa.Table]:
-    """The same rows in tables of at least ``rows`` rows, the last one aside, under ``schema``."""
+    """The same rows in tables of at least ``rows`` rows or GROUP_BYTES, the last one aside, under ``schema``."""
     held: list[pa.RecordBatch] = []
-    count = 0
+    count = size = 0
     for batch in batches:
         held.append(batch.replace_schema_metadata(schema.metadata))
         count += batch.num_rows
-        if count >= rows:
+        size += batch.nbytes
+        if count >= rows or size >= GROUP_BYTES:
             yield pa.Table.from_batches(held, schema)
-            held, count = [], 0
+            held, count, size = [], 0, 0
     if count:
         yield pa.Table.from_batches(held, schema)
 

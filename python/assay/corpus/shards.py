@@ -2,40 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
+from assay.corpus.compression import Compression
 from assay.corpus.errors import CorpusError
+from assay.corpus.formats import SUFFIXES, Format, format_of
+from assay.corpus.listing import LeftOut, Listing, list_files, list_matches, name_fault, shown
+from assay.corpus.saved_data_sets import SIDECARS, STATE, listed_files
 from assay.corpus.storage import Fingerprint, Store
 
 log = logging.getLogger("assay")
 
-Format = Literal["parquet", "arrow", "jsonl"]
-Compression = Literal["gz", "zst"]
-
-_FORMATS: dict[str, Format] = {
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".feather": "arrow",
-    ".jsonl": "jsonl",
-    ".json": "jsonl",
-}
-_COMPRESSIONS: dict[str, Compression] = {".gz": "gz", ".zst": "zst"}
-SUFFIXES = ".parquet, .arrow, .feather, .jsonl, .json (the last two also with .gz or .zst)"
-
-# What `save_to_disk` writes beside the Arrow files. The first marks a data set's folder.
-STATE = "state.json"
-SIDECARS = (STATE, "dataset_info.json", "dataset_dict.json")
 # What a selection writes beside its shards: its output is a corpus like any other.
 MANIFEST = "manifest.json"
 
+# Files that describe a corpus or belong to its rows. Any other file that is not a shard may be data that is missed.
+_COMPANION_NAMES = ("readme", "license", "licence", "notice", "citation", "changelog", "copying", "authors")
+_COMPANION_SUFFIXES = (
+    *(".md", ".rst", ".html", ".pdf", ".bib", ".cff", ".yaml", ".yml", ".toml", ".ini", ".cfg", ".py", ".ipynb", ".sh"),
+    *(".log", ".lock", ".crc", ".md5", ".sha1", ".sha256", ".sha512", ".sig", ".asc"),
+    *(".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".svg", ".wav", ".flac", ".mp3", ".mp4"),
+)
+_CHECKSUMS = re.compile(r"(md5|sha\d+)sums?(\.txt)?|checksums?(\.txt)?")
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class Shard:
     """One file of a corpus. Its ``path`` is relative to the corpus's root."""
 
@@ -43,6 +38,8 @@ class Shard:
     path: str
     format: Format
     compression: Compression | None = None
+    listed: Fingerprint | None = field(default=None, compare=False, repr=False)
+    """What the listing that found it said of it, where that says what `fingerprint` would (object stores)."""
 
     @property
     def stem(self) -> str:
@@ -58,53 +55,47 @@ class Shard:
         return os.path.dirname(self.path)
 
     def fingerprint(self) -> Fingerprint:
+        """The file's fingerprint as it is now."""
         return self.store.fingerprint(self.path)
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A root folder, its shards in order, and the files that make saved data sets of them."""
+    """A root folder, its shards in order, the files that make saved data sets of them, and what was left out."""
 
     store: Store
     shards: tuple[Shard, ...]
     sidecars: tuple[str, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
+    """Files and folders that may hold data and are not read; a run over this corpus is not complete."""
 
 
 def find_shards(url: str) -> Corpus:
     """The shards that a file, folder, glob or saved data set holds, sorted by path.
 
-    A folder is searched for every known suffix, but not under names that begin with `.` or `_`; a file named
-    or matched by a glob must have one. Two shards whose score tables would share a name are a CorpusError,
-    as is finding none.
+    A folder is searched for every known suffix, but not under names that begin with `.` or `_`; links to folders
+    are followed once. A file named or matched by a glob must have a known suffix. Two shards whose score tables
+    would share a name are a CorpusError, as is finding none.
     """
     named = Store.at(url)
     fs, full = named.fs, named.root
     wildcard = re.search(r"[*?[]", full)
     if wildcard and not fs.exists(full):
-        root = os.path.dirname(full[: wildcard.start()])
-        matches = sorted(fs.glob(full))
+        store = Store(fs, os.path.dirname(full[: wildcard.start()]) or "/")
+        listing, folders = list_matches(store, store.relative(full))
     elif fs.isdir(full):
-        root, matches = full, [full]
+        store, listing, folders = Store(fs, full), Listing({}), [""]
     else:
-        root, matches = os.path.dirname(full), [full] if fs.exists(full) else []
-    store = Store(fs, root or "/")
-    shards: dict[str, Shard] = {}
-    sidecars: list[str] = []
-    for match in matches:
-        if fs.isdir(match):
-            found, beside = _in_folder(store, sorted(store.relative(path) for path in fs.find(match)))
-            shards.update((shard.path, shard) for shard in found)
-            sidecars += beside
-        else:
-            shard = _shard(store, store.relative(match))
-            if shard is None:
-                raise CorpusError(f"{match}: not a known format; expected {SUFFIXES}")
-            shards[shard.path] = shard
-    if not shards:
-        raise CorpusError(f"{url}: no shard found; expected files ending in {SUFFIXES}")
-    ordered = tuple(shards[path] for path in sorted(shards))
-    _check_tables_differ(ordered)
-    return Corpus(store, ordered, tuple(sorted(set(sidecars))))
+        store = Store(fs, os.path.dirname(full) or "/")
+        listing, folders = Listing({store.relative(full): None} if fs.exists(full) else {}), []
+    search = _Search(store)
+    search.left_out += listing.left_out
+    for path, fingerprint in listing.files.items():
+        if not search.add(path, fingerprint):
+            raise CorpusError(f"{store.full(path)}: not a known format; expected {SUFFIXES}")
+    for folder in folders:
+        search.look_into(folder)
+    return search.corpus(url)
 
 
 def refuse_overlap(output: Store, named: str, corpus: Corpus) -> None:
@@ -125,50 +116,86 @@ def refuse_overlap(output: Store, named: str, corpus: Corpus) -> None:
         raise CorpusError(f"{output.url}{at}: the output and the corpus {named} must not lie in each other")
 
 
-def _shard(store: Store, path: str) -> Shard | None:
-    stem, suffix = os.path.splitext(path)
-    compression = _COMPRESSIONS.get(suffix.lower())
-    if compression:
-        suffix = os.path.splitext(stem)[1]
-    kind = _FORMATS.get(suffix.lower())
-    if kind is None or (compression and kind != "jsonl"):
-        return None
-    return Shard(store, path, kind, compression)
+class _Search:
+    """What has been found so far."""
 
+    def __init__(self, store: Store) -> None:
+        self.left_out: list[LeftOut] = []
+        self._store = store
+        self._shards: dict[str, Shard] = {}
+        self._sidecars: set[str] = set()
+        self._companions = 0
 
-def _in_folder(store: Store, paths: Iterable[str]) -> tuple[list[Shard], list[str]]:
-    # As Spark and Arrow have it, names that begin with a dot or an underscore are not data.
-    visible = [path for path in paths if not any(part.startswith((".", "_")) for part in path.split("/"))]
-    visible = [path for path in visible if os.path.basename(path) != MANIFEST]
-    sidecars = [path for path in visible if os.path.basename(path) in SIDECARS]
-    saved = {os.path.dirname(path) for path in sidecars if os.path.basename(path) == STATE}
-    shards, ignored = [], 0
-    for folder in sorted(saved):
-        shards += _saved_data_set(store, folder)
-    for path in visible:
-        if path in sidecars or os.path.dirname(path) in saved:
-            continue  # a saved data set says itself which of its files count
-        shard = _shard(store, path)
-        if shard is None:
-            ignored += 1
+    def corpus(self, url: str) -> Corpus:
+        """The whole, if it is one."""
+        left_out = tuple(dict.fromkeys(sorted(self.left_out, key=lambda entry: entry.path)))
+        if not self._shards:
+            reasons = "".join(f"; {entry.path}: {entry.reason}" for entry in left_out[:3])
+            raise CorpusError(f"{url}: no shard found; expected files ending in {SUFFIXES}{reasons}")
+        shards = tuple(self._shards[path] for path in sorted(self._shards))
+        _check_tables_differ(shards)
+        if self._companions:
+            log.info("%d files that belong to no format are left alone, such as notes and media", self._companions)
+        return Corpus(self._store, shards, tuple(sorted(self._sidecars)), left_out)
+
+    def add(self, path: str, fingerprint: Fingerprint | None = None) -> bool:
+        """Take a file as a shard, or leave it out if its name is unfit; False if its suffix is of no format."""
+        known = format_of(path)
+        if known is None:
+            return False
+        shard = Shard(self._store, path, *known, fingerprint)
+        fault = name_fault(path, f"{shard.stem}.parquet")
+        if fault:
+            self.left_out.append(LeftOut(shown(path), fault))
         else:
-            shards.append(shard)
-    if ignored:
-        log.info("%d files with other suffixes than %s are left alone", ignored, SUFFIXES)
-    return shards, sidecars
+            self._shards[path] = shard
+        return True
 
+    def look_into(self, folder: str) -> None:
+        """Take a folder's shards."""
+        listing = list_files(self._store, folder)
+        self.left_out += listing.left_out
+        paths = {path: found for path, found in listing.files.items() if os.path.basename(path) != MANIFEST}
+        states = self._states(paths)
+        for path, fingerprint in paths.items():
+            listed = states.get(os.path.dirname(path))
+            if path in self._sidecars or os.path.basename(path) == STATE:
+                continue
+            # A saved data set says itself which of its Arrow files count: others are what `map` cached.
+            if listed is not None and path.endswith(".arrow") and path not in listed:
+                continue
+            if not self.add(path, fingerprint):
+                self._leave(path)
+        for listed in states.values():  # a file that is listed and missing is a shard that cannot be read
+            for path in listed - paths.keys():
+                self.add(path)
 
-def _saved_data_set(store: Store, folder: str) -> list[Shard]:
-    """The Arrow files that a saved data set's state lists, in its own order of names."""
-    state_path = f"{folder}/{STATE}" if folder else STATE
-    try:
-        names = [entry["filename"] for entry in json.loads(store.read_text(state_path))["_data_files"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorpusError(f"{store.full(state_path)}: not the state of a saved data set ({error!r})") from error
-    for name in names:
-        if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", ".."):
-            raise CorpusError(f"{store.full(state_path)}: lists {name!r}; expected plain file names")
-    return [Shard(store, f"{folder}/{name}" if folder else name, "arrow") for name in names]
+    def _states(self, paths: Mapping[str, object]) -> dict[str, set[str]]:
+        """The folders that hold a saved data set, each with the files that its state lists; none if it is damaged."""
+        states: dict[str, set[str]] = {}
+        for path in paths:
+            folder, name = os.path.split(path)
+            if name not in SIDECARS:
+                continue
+            if name == STATE:
+                states[folder] = set()
+                try:
+                    names = listed_files(self._store, path)
+                except CorpusError as error:
+                    self.left_out.append(LeftOut(shown(path), f"{error}; no Arrow file beside it is read"))
+                    continue
+                states[folder] = {f"{folder}/{name}" if folder else name for name in names}
+            self._sidecars.add(path)
+        return states
+
+    def _leave(self, path: str) -> None:
+        """Leave a file alone that is no shard."""
+        name = os.path.basename(path).lower()
+        stem, suffix = os.path.splitext(name)
+        if stem in _COMPANION_NAMES or suffix in _COMPANION_SUFFIXES or _CHECKSUMS.fullmatch(name):
+            self._companions += 1
+        else:
+            self.left_out.append(LeftOut(shown(path), f"not a known format; expected {SUFFIXES}"))
 
 
 def _check_tables_differ(shards: Iterable[Shard]) -> None:
@@ -178,3 +205,11 @@ def _check_tables_differ(shards: Iterable[Shard]) -> None:
         if first is not shard:
             table = f"{shard.stem}.parquet"
             raise CorpusError(f"{first.path} and {shard.path} would share the score table {table}; rename one")
+    for shard in shards:
+        folder = f"{shard.stem}.parquet"
+        while folder := os.path.dirname(folder):
+            if folder in owners:
+                clash = owners[folder].path
+                raise CorpusError(
+                    f"{clash}: its score table {folder} would be the folder of {shard.path}'s; rename one"
+                )

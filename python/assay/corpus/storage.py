@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
+import stat
 import tempfile
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
@@ -20,6 +22,8 @@ from assay.corpus.errors import CorpusError
 TEMPORARY_SUFFIX = ".tmp"
 # A temporary lives for as long as one file takes to write, and every write renews its age.
 ABANDONED_AFTER_SECONDS = 3600.0
+# A manifest of 200,000 shards has some 30 MB.
+MAX_TEXT_BYTES = 256 << 20
 
 
 def sha256(file: BinaryIO) -> str:
@@ -103,16 +107,18 @@ class Store:
             return Fingerprint(status.st_size, mtime_ns=status.st_mtime_ns)
         self.fs.invalidate_cache()
         info: dict[str, Any] = self.fs.info(full)
-        etag = info.get("ETag") or info.get("etag") or info.get("content_md5")
+        etag = etag_of(info)
         if etag:
-            return Fingerprint(int(info["size"]), etag=str(etag))
+            return Fingerprint(int(info["size"]), etag=etag)
         with contextlib.suppress(NotImplementedError):
             modified = self.fs.modified(full)
             return Fingerprint(int(info["size"]), mtime_ns=int(modified.timestamp() * 1e6) * 1000)
         return Fingerprint(int(info["size"]))
 
     def open(self, path: str) -> BinaryIO:
-        """Open for reading."""
+        """Open for reading. An OSError for anything but a regular file: a pipe would wait, a device never end."""
+        if self.is_local:
+            return _open_regular(self.full(path))
         return cast(BinaryIO, self.fs.open(self.full(path), "rb"))
 
     def sha256(self, path: str) -> str:
@@ -121,8 +127,12 @@ class Store:
             return sha256(file)
 
     def read_text(self, path: str) -> str:
+        """A small file's text. A ValueError for a large one, or one that is not UTF-8."""
         with self.open(path) as file:
-            return file.read().decode("utf-8")
+            content = file.read(MAX_TEXT_BYTES + 1)
+        if len(content) > MAX_TEXT_BYTES:
+            raise ValueError(f"{self.full(path)}: larger than {MAX_TEXT_BYTES >> 20} MiB, which no such file is")
+        return content.decode("utf-8")
 
     def refuse_detours(self, paths: Iterable[str]) -> None:
         """CorpusError if a link leads out of this folder on the way to one of ``paths``: what is written there would
@@ -169,14 +179,33 @@ class Store:
         if not self.is_local:
             return []  # a spool elsewhere has no name for a kill to leave behind
         swept = []
-        for path in self.files():
-            name = path.rsplit("/", 1)[-1]
-            if name.startswith(".") and name.endswith(TEMPORARY_SUFFIX):
+        # os.walk lists each folder once and follows no links: what lies behind one is not this folder's.
+        for folder, _, names in os.walk(self.root):
+            for name in names:
+                if not (name.startswith(".") and name.endswith(TEMPORARY_SUFFIX)):
+                    continue
+                full = os.path.join(folder, name)
                 with contextlib.suppress(FileNotFoundError):  # another runner swept it first
-                    if time.time() - os.stat(self.full(path)).st_mtime > older_than:
-                        os.unlink(self.full(path))
-                        swept.append(path)
-        return swept
+                    if time.time() - os.lstat(full).st_mtime > older_than:
+                        os.unlink(full)
+                        swept.append(self.relative(full))
+        return sorted(swept)
+
+
+def etag_of(info: Mapping[str, Any]) -> str | None:
+    """The etag in what a file system says of a file, under the names that they have for it."""
+    etag = info.get("ETag") or info.get("etag") or info.get("content_md5")
+    return str(etag) if etag else None
+
+
+def _open_regular(full: str) -> BinaryIO:
+    # Without O_NONBLOCK, opening a pipe waits for its writer.
+    descriptor = os.open(full, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "not a regular file", full)
 
 
 def _is_folder(one: str, other: str) -> bool:
@@ -195,9 +224,10 @@ def _with_parents(path: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _renamed_when_complete(full: str) -> Iterator[BinaryIO]:
-    folder, name = os.path.split(full)
+    folder = os.path.dirname(full)
     os.makedirs(folder, exist_ok=True)
-    temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
+    # Not made of the file's own name, which may be as long as a name can be.
+    temporary = os.path.join(folder, f".{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
     try:
         with open(temporary, "xb") as file:
             yield file

@@ -19,6 +19,7 @@ from assay.corpus.claim import CLAIM, claim
 from assay.corpus.copying import copy_rows, copy_sidecars
 from assay.corpus.errors import CorpusError, ShardError
 from assay.corpus.layout import MANIFEST, selection_path, table_path
+from assay.corpus.listing import summarise_left_out
 from assay.corpus.quarantine import read_quarantine
 from assay.corpus.score_files import read_score, score_field, stream_ids
 from assay.corpus.scores_folder import Scored, Scores, State, open_scores
@@ -53,6 +54,15 @@ class Curated:
     selection: Selection
     shards: tuple[ShardCounts, ...]
     unreadable: dict[str, str]
+    left_out: dict[str, str]
+
+    @property
+    def missing(self) -> str:
+        """What of the corpus no rule could have kept, in one line; empty if nothing."""
+        parts = [f"{len(self.unreadable)} unreadable shards are not in it"] if self.unreadable else []
+        parts += [summarise_left_out(self.left_out)] if self.left_out else []
+        parts += ["no row has scores: all are in quarantine"] if self.rows and self.rows == self.quarantined else []
+        return "; ".join(parts)
 
     @property
     def rows(self) -> int:
@@ -87,7 +97,8 @@ def curate(scores_url: str, by: str | None, rule: Rule, output_url: str, corpus_
         counts = tuple(_write_shard(scores.store, chosen, name, output) for chosen in shards)
         copy_sidecars(scores.corpus, output, selection.rule)
         unreadable = {status.shard.path: status.detail for status in scores.of(State.UNREADABLE)}
-        curated = Curated(selection, counts, unreadable)
+        left_out = {entry.path: entry.reason for entry in scores.corpus.left_out}
+        curated = Curated(selection, counts, unreadable, left_out)
         output.write_text(MANIFEST, json.dumps(_manifest(scores, name, curated), indent=2, ensure_ascii=False) + "\n")
     return curated
 
@@ -266,5 +277,6 @@ def _manifest(scores: Scores, name: str, curated: Curated) -> dict[str, Any]:
         "models": scores.identity.models,
         "rows": {"in": curated.rows, "kept": curated.kept, "quarantined": curated.quarantined},
         "unreadable": curated.unreadable,
+        "left_out": curated.left_out,
         "shards": [vars(shard) for shard in curated.shards],
     }

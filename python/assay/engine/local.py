@@ -10,6 +10,7 @@ from assay.corpus.claim import claim
 from assay.corpus.errors import ShardError
 from assay.corpus.footer import Tally, canonical_hash
 from assay.corpus.layout import table_path
+from assay.corpus.listing import summarise_left_out
 from assay.corpus.quarantine import QuarantineWriter
 from assay.corpus.shards import Shard
 from assay.corpus.storage import Store
@@ -32,11 +33,13 @@ class RunSummary(Tally):
     reused: int = 0
     """The part of ``scored`` that needed no model: its features were stored."""
     unreadable: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    """What the corpus and the targets hold beside their shards and may be data, and why it is not read."""
 
     @property
     def clean(self) -> bool:
-        """Whether every row of every shard has its scores."""
-        return not self.unreadable and not self.rows_quarantined
+        """Whether every row that is there has its scores."""
+        return not self.unreadable and not self.left_out and not self.rows_quarantined
 
     def lines(self) -> list[str]:
         """The counts in words, one line each."""
@@ -47,7 +50,8 @@ class RunSummary(Tally):
             f"rows in {self.rows:,} = scored {self.rows_scored:,} + quarantined {self.rows_quarantined:,}",
         ]
         nan = ", ".join(f"{name} {count:,}" for name, count in sorted(self.nan.items()) if count)
-        return lines + ([f"NaN scores: {nan}"] if nan else [])
+        lines += [f"NaN scores: {nan}"] if nan else []
+        return lines + ([summarise_left_out(self.left_out)] if self.left_out else [])
 
 
 def run(
@@ -64,7 +68,8 @@ def run(
         plan = make_plan(recipe, part, rescore, corpora)
         for path in output.sweep():
             log.info("removed %s, left by a run that was killed", path)
-        summary = RunSummary(done_before=plan.done.shards, **vars(plan.done))
+        left_out = {entry.path: entry.reason for corpus in corpora.values() for entry in corpus.left_out}
+        summary = RunSummary(**vars(plan.done), done_before=plan.done.shards, left_out=left_out)
         if plan.todo:
             workshop = open_workshop(plan)
             write_manifest(plan, workshop.columns)

@@ -15,6 +15,7 @@ from assay.corpus.storage import Store
 from assay.engine.pool import corpus_fingerprint
 from assay.methods import Column
 from assay.recipe.errors import ChangedError
+from assay.recipe.models import fingerprints
 from assay.recipe.recipe import Recipe
 
 
@@ -59,11 +60,10 @@ def make_plan(
     """
     corpora = corpora or find_corpora(recipe)
     output, corpus = Store.at(recipe.output), corpora[recipe.corpus.path]
-    fingerprints = {name: spec.fingerprint() for name, spec in recipe.models_used.items()}
     # Through JSON, because that is how the recipe comes back from a footer.
     identity = Identity(
         recipe=json.loads(json.dumps(recipe.identity())),
-        models=fingerprints,
+        models=fingerprints(recipe.models_used),
         corpora={name: corpus_fingerprint(corpora[path]) for name, path in recipe.fitted_to().items()} or None,
     )
     index, count = part

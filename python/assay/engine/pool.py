@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from assay.corpus.errors import BadRow, ShardError
-from assay.corpus.readers import Chunk, read
+from assay.corpus.format import Chunk
+from assay.corpus.readers import read
 from assay.corpus.shards import Corpus, Shard
 from assay.recipe.errors import EngineError
 from assay.recipe.tasks import Encoded, Encoder

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from assay.corpus.checks import SeenIds, check_id
 from assay.corpus.errors import BadRow
-from assay.corpus.readers import Chunk
+from assay.corpus.format import Chunk
+from assay.corpus.quarantine import row_id
 from assay.corpus.shards import Shard
 from assay.recipe.tasks import Encoded, Encoder, attempt
 
@@ -64,7 +65,7 @@ class RowReader:
 
     def _ids(self, chunk: Chunk) -> list[str | BadRow]:
         if self._id_column is None:
-            return [f"{self._shard.path}:{chunk.first + i}" for i in range(chunk.length)]
+            return [row_id(self._shard.path, chunk.first + i) for i in range(chunk.length)]
         values = chunk.columns[self._id_column]
         return [
             BadRow(chunk.faults[i]) if i in chunk.faults else attempt(check_id, self._id_column, value)

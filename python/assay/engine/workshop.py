@@ -18,6 +18,7 @@ from assay.engine.pool import Batches, draw_samples, read_target
 from assay.methods import Column, Method, Scorer
 from assay.methods.scorer import all_columns
 from assay.recipe.errors import EngineError
+from assay.recipe.models import build_models
 from assay.recipe.recipe import Recipe
 from assay.recipe.signatures import Given
 from assay.recipe.tasks import Encoder
@@ -46,9 +47,8 @@ class Workshop:
 def open_workshop(plan: Plan, fit: bool = True) -> Workshop:
     """Load a recipe's models, check that they, the task and the methods fit together, and ``fit`` the methods."""
     recipe, task = plan.recipe, plan.recipe.task.task()
-    loaded = {name: (spec, spec.build()) for name, spec in recipe.models_used.items()}
-    encoder = recipe.task.encoder(loaded)
-    models = {name: model for name, (_, model) in loaded.items()}
+    models = build_models(recipe.models_used)
+    encoder = recipe.task.encoder({name: (recipe.models_used[name], model) for name, model in models.items()})
     given = Given(models, task, _targets(plan, encoder), recipe.seed)
     methods = []
     for i, spec in enumerate(recipe.methods):

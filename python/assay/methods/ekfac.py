@@ -14,8 +14,7 @@ from assay.methods.base import Column, Method, Need
 from assay.methods.checks import check_at_least
 from assay.methods.influence import damping_units
 from assay.methods.targets import Targets, TargetSet
-from assay.probe import Convolution, Dot, Outer, PerSampleGradient, Probe, Reduction, Signals, tapped_parameters
-from assay.probe.head import Head
+from assay.probe import Dot, Outer, PerSampleGradient, Probe, Reduction, Signals, tapped_parameters
 from assay.tasks import Sampled, Task
 
 if TYPE_CHECKING:
@@ -190,7 +189,7 @@ class _Basis:
         for part in gradient.split(samples):
             if self.left is None or self.right is None:
                 yield part.dense()
-            elif (factors := _factors(part)) is not None:
+            elif (factors := _factored(part)) is not None:
                 yield (factors.left.to(self.left) @ self.left).mT @ (factors.right.to(self.right) @ self.right)
             else:
                 yield self.rotate(part.dense().reshape(-1, len(self.left), len(self.right)))
@@ -231,8 +230,8 @@ class _Moments:
     other: set[str] = field(default_factory=set)
 
     def __call__(self, parameter: str, gradient: PerSampleGradient) -> Tensor:
-        if (factors := _factors(gradient)) is not None:
-            finite = _finite(factors)
+        if (factors := _factored(gradient)) is not None:
+            finite = factors.finite()
             left, right = (_wide(side[finite].flatten(0, 1)) for side in (factors.left, factors.right))
             has_gradient = (left != 0).any(1) & (right != 0).any(1)
             for sums, rows in ((self.left, left[has_gradient]), (self.right, right[has_gradient])):
@@ -282,19 +281,9 @@ class _Sum:
     left_out: Counter[str] = field(default_factory=Counter)  # samples without a finite gradient
 
     def __call__(self, parameter: str, gradient: PerSampleGradient) -> Tensor:
-        samples = max(1, _ELEMENTS // gradient.shape.numel())
-        for part in gradient.split(samples):
-            term = part.terms[0]
-            if isinstance(term, Outer) and len(part.terms) == 1:  # one product for all samples
-                finite = _finite(term)
-                left, right = (_wide(side[finite].flatten(0, 1)) for side in (term.left, term.right))
-                total = (left.T @ right).reshape(gradient.shape)
-            else:
-                dense = part.dense()
-                finite = dense.square().flatten(1).sum(1).isfinite()
-                total = dense[finite].sum(0)
-            self.left_out[parameter] += int((~finite).sum())
-            self.totals[parameter] = self.totals[parameter] + total if parameter in self.totals else total
+        total, finite = gradient.total()
+        self.left_out[parameter] += int((~finite).sum())
+        self.totals[parameter] = self.totals[parameter] + total if parameter in self.totals else total
         return torch.zeros(gradient.samples)
 
 
@@ -316,22 +305,12 @@ class _SelfInfluence:
         return torch.cat([(rotated.square() / values).flatten(1).sum(1) for rotated in basis.rotated(gradient)])
 
 
-def _factors(gradient: PerSampleGradient) -> Outer | None:
-    """The outer products of which a matrix' or an ungrouped convolution's gradient is the sum; None: it is none."""
-    term, shape = gradient.terms[0], gradient.shape
-    if len(gradient.terms) > 1 or len(shape) < 2 or max(shape[0], shape.numel() // shape[0]) > _SIDE:
+def _factored(gradient: PerSampleGradient) -> Outer | None:
+    """The outer products of a matrix whose sides can have eigenvectors."""
+    shape = gradient.shape
+    if not shape or max(shape[0], shape.numel() // shape[0]) > _SIDE:
         return None
-    if isinstance(term, Convolution):  # a convolution's weight is a matrix over unfolded windows (1602.01407)
-        return term.outer() if term.groups == 1 else None
-    if isinstance(term, Head):
-        return Outer(term.residual(), term.hidden)
-    return term if isinstance(term, Outer) and len(shape) == 2 else None
-
-
-def _finite(factors: Outer) -> Tensor:
-    """(B,) bool: the samples whose gradient is finite, by a bound of its norm that takes no product of the factors."""
-    left, right = (_wide(side).square().flatten(1).sum(1) for side in (factors.left, factors.right))
-    return (left * right).isfinite()
+    return gradient.outer()
 
 
 def _wide(side: Tensor) -> Tensor:

@@ -58,6 +58,7 @@ class Ensemble(Method):
         if not models:
             raise ValueError("Ensemble: expected at least one model, got none")
         shares(weights, len(models))  # an error now, not after the models have run
+        _check_same_classes(models)
         self.name = name
         self.models = list(models)
         self.task = task
@@ -131,6 +132,18 @@ def ensemble_scores(
         scores["prediction"] = prediction.masked_fill(prediction < 0, torch.nan)
         scores |= label_quality(logits, labels, weights if weights is not None else "uniform")
     return scores
+
+
+def _check_same_classes(models: Sequence[nn.Module]) -> None:
+    """Language models tell their output layer: refuse what would fail, or mean something else, on the first batch."""
+    layers = [getattr(model, "get_output_embeddings", lambda: None)() for model in models]
+    weights = [getattr(layer, "weight", None) for layer in layers]
+    classes = [weight.shape[0] for weight in weights if isinstance(weight, Tensor)]
+    if len(set(classes)) > 1:
+        raise ValueError(
+            f"Ensemble: its models have output layers of {', '.join(map(str, classes))} classes (one vocabulary may be "
+            "padded differently); score them in ensembles of their own"
+        )
 
 
 def sample_means(values: Tensor, labels: Tensor, rows: Tensor, samples: int) -> Tensor:

@@ -1,14 +1,17 @@
-"""Which code runs an op: ``with assay.backend("reference"): ...`` or the environment variable ASSAY_BACKEND."""
+"""Which code runs an op: ``with assay.backend("reference"): ...`` or the environment variable ASSAY_BACKEND.
+
+``op`` is how every op says what runs it where.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,10 +22,13 @@ if TYPE_CHECKING:
     from torch._library.custom_ops import CustomOpDef  # torch.library has it, but not in its __all__
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
+GPU_BACKENDS = ("triton", "cuda")
 
 _chosen: ContextVar[str | None] = ContextVar("assay_backend", default=None)
 _log = logging.getLogger("assay")
 _told: set[str] = set()
+
+Run = Callable[..., Any]
 
 
 @contextmanager
@@ -45,6 +51,10 @@ def _check(name: str, where: str) -> str:
     return name
 
 
+def _asked_for() -> str:
+    return _chosen.get() or _check(os.environ.get("ASSAY_BACKEND", "auto"), "ASSAY_BACKEND")
+
+
 @contextmanager
 def exact() -> Iterator[None]:
     """Without the caller's autocast: an op's products have the precision that the op promises."""
@@ -55,55 +65,113 @@ def exact() -> Iterator[None]:
         yield
 
 
-def custom_op(name: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
-    """``torch.library.custom_op`` of a function that writes to none of its arguments, run as ``exact`` says."""
+def op(
+    name: str,
+    *,
+    reference: Run,
+    cpu: Run,
+    triton: Run | None = None,
+    cuda: Run | None = None,
+    operands: int | None = None,
+    prepare: Run | None = None,
+    lacks: Callable[..., str | None] | None = None,
+    label: Callable[..., str] | None = None,
+) -> Callable[[Run], CustomOpDef]:
+    """``torch.library.custom_op`` assay::``name``, which writes to none of its arguments.
 
-    def register(body: Callable[..., Any]) -> CustomOpDef:
-        schema = torch.library.infer_schema(body, mutates_args=())
-        return torch.library.custom_op(name, exact()(body), mutates_args=(), schema=schema)
+    What is decorated makes the empty result, and its signature is the op's. The choice falls when the op runs. float64
+    has no kernels; where an operand has no elements there is nothing for one to do: both run the reference.
+
+    Args:
+        reference, cpu, triton, cuda: what runs it, in plain torch on any device, natively, or on a GPU (one of the two
+            at most).
+        operands: how many of the first arguments, tensors or lists of tensors, the choice depends on; None: all.
+        prepare: arguments -> what the runs take in their place, after checks of values.
+        lacks: arguments -> for what among them there is no GPU kernel, and for what there is; or None.
+        label: arguments -> the public function's name, where it isn't ``name``.
+    """
+    runs = {
+        backend: run
+        for backend, run in (("reference", reference), ("cpu", cpu), ("triton", triton), ("cuda", cuda))
+        if run is not None
+    }
+
+    @exact()
+    def body(*arguments: Any) -> Any:
+        tensors = _tensors(arguments[:operands])
+        title = label(*arguments) if label else name
+        chosen = choose(title, tensors, runs, (lambda: lacks(*arguments)) if lacks else lambda: None)
+        if not all(t.numel() for t in tensors):
+            chosen = "reference"
+        return runs[chosen](*(prepare(*arguments) if prepare else arguments))
+
+    def register(fake: Run) -> CustomOpDef:
+        schema = torch.library.infer_schema(fake, mutates_args=())
+        made = torch.library.custom_op(f"assay::{name}", body, mutates_args=(), schema=schema)
+        made.register_fake(fake)
+        return made
 
     return register
 
 
-def choose(op: str, tensor: Tensor, gpu: Literal["triton", "cuda"]) -> str:
-    """The backend for one call: ``"cpu"``, ``"reference"``, or ``gpu``, the kind of GPU kernel that the op has.
+def _tensors(arguments: Sequence[Any]) -> list[Tensor]:
+    nested = [a if isinstance(a, list | tuple) else [a] for a in arguments]
+    return [t for group in nested for t in group if isinstance(t, Tensor)]
 
-    ``tensor`` stands for the op's inputs. float64 has no kernels: it runs the reference.
-    """
-    name = _chosen.get()
-    if name is None:
-        name = _check(os.environ.get("ASSAY_BACKEND", "auto"), "ASSAY_BACKEND")
+
+def choose(op: str, tensors: Sequence[Tensor], runs: Mapping[str, Run], lacks: Callable[[], str | None]) -> str:
+    """The backend for one call, a key of ``runs``."""
+    name, gpu = _asked_for(), next((b for b in GPU_BACKENDS if b in runs), None)
+    device, double = tensors[0].device, any(t.dtype == torch.float64 for t in tensors)
     if name == "reference":
         return name
-    device, double = tensor.device.type, tensor.dtype == torch.float64
     if name == "auto":
-        return "reference" if double else "cpu" if device == "cpu" else _on_gpu(op, tensor.device, gpu)
+        return "reference" if double else "cpu" if device.type == "cpu" else _on_gpu(op, device, gpu, lacks)
     if name == "cpu":
-        if double or device != "cpu":
-            raise _unfit(op, name, "CPU", tensor)
+        if double or device.type != "cpu":
+            raise _unfit(op, name, "CPU", tensors)
         return name
     if name != gpu:
-        raise ValueError(f"{op}: its GPU kernel is {gpu}, there is none in {name}; use backend 'auto' or {gpu!r}")
-    interpreted = name == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-    if double or (device != "cuda" and not interpreted):
-        raise _unfit(op, name, "CUDA", tensor)
-    if reason := _missing(gpu, tensor.device):
+        there = (
+            f"its GPU kernel is {gpu}, there is none in {name}" if gpu else f"there is no kernel in {name}, only in cpu"
+        )
+        raise no_kernel(op, there, gpu)
+    interpreted = name == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if double or (device.type != "cuda" and not interpreted):
+        raise _unfit(op, name, "CUDA", tensors)
+    if reason := _missing(gpu, device):
         raise RuntimeError(f"{op}: backend {name!r} cannot run: {reason}")
+    if lack := lacks():
+        raise no_kernel(op, lack)
     return name
 
 
-def _unfit(op: str, name: str, device: str, tensor: Tensor) -> ValueError:
+def need_no_gpu(op: str, what: str) -> None:
+    """ValueError if a GPU kernel is asked for by name: of ``what`` there is none. Not while a graph is traced, where
+    the context is unknown and the ops that the graph will run speak for themselves."""
+    if not torch.compiler.is_compiling() and (name := _asked_for()) in GPU_BACKENDS:
+        raise no_kernel(op, f"{what} in {name}, only in cpu and reference")
+
+
+def no_kernel(op: str, what: str, other: str | None = None) -> ValueError:
+    return ValueError(f"{op}: {what}; use backend 'auto' or {other or 'reference'!r}")
+
+
+def _unfit(op: str, name: str, device: str, tensors: Sequence[Tensor]) -> ValueError:
+    odd = next((t for t in tensors if t.dtype == torch.float64), tensors[0])
     return ValueError(
         f"{op}: the {name} backend takes float32, bfloat16 and float16 {device} tensors, "
-        f"got {tensor.dtype} on {tensor.device}; use backend 'auto' or 'reference'"
+        f"got {odd.dtype} on {odd.device}; use backend 'auto' or 'reference'"
     )
 
 
-def _on_gpu(op: str, device: torch.device, gpu: str) -> str:
-    """``gpu``, or ``"reference"`` with one logged line that says why and what to do."""
+def _on_gpu(op: str, device: torch.device, gpu: str | None, lacks: Callable[[], str | None]) -> str:
+    """``gpu``, or ``"reference"``, which is said once, and what to do, unless there is no kernel to be had."""
+    if gpu is None:
+        return "reference"
     reason = _missing(gpu, device) if device.type == "cuda" else f"there are no kernels for {device.type} tensors"
     if reason is None:
-        return gpu
+        return "reference" if lacks() else gpu
     if op not in _told:
         _told.add(op)
         _log.warning("%s runs in plain torch: %s", op, reason)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from assay.ops import _native, ensemble
+from assay.ops._tensors import adjacent_columns, wide_dtype
 from assay.ops.ensemble import FIELDS
 from assay.ops.sketch import OUTPUT_SIDE, signs
 
@@ -21,6 +22,7 @@ MAX_ROWS = 256
 WIDEN_COLUMNS = 4096
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Residuals = Callable[["Layer", Tensor, torch.dtype], Tensor]
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,11 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Request:
     """What is computed beside each other: the mask of statistics, and which functions of p − y."""
 
-    fields: int
     directions: list[Tensor]
+    fields: int
     key: tuple[int, int]  # of the sketch
     rows: int  # of the sketch; 0: none
     sqnorm: bool
@@ -48,33 +50,33 @@ class Wanted:
         return self.sqnorm or self.gradient
 
     def outputs(self, layers: Sequence[Layer], wide: torch.dtype) -> Outputs:
-        """What ignored rows get; an output that nobody wants is empty."""
+        """What ignored rows get; an output that was not asked for is empty."""
         k, (n, d) = len(layers), layers[0].hidden.shape
         first = layers[0].hidden
 
-        def zeros(*shape: int, wanted: bool = True) -> Tensor:
-            return first.new_zeros(shape if wanted else (0,), dtype=wide)
+        def zeros(*shape: int, asked: bool = True) -> Tensor:
+            return first.new_zeros(shape if asked else (0,), dtype=wide)
 
         return (
             zeros(len(FIELDS) - 1, n).fill_(torch.nan),
             first.new_full((n,), -1, dtype=torch.int64),
-            zeros(k, n, wanted=self.sqnorm),
-            zeros(k, n, wanted=len(self.directions) > 0),
-            zeros(k, n, self.rows, wanted=self.rows > 0),
-            zeros(n, d, wanted=self.gradient),
+            zeros(k, n, asked=self.sqnorm),
+            zeros(k, n, asked=len(self.directions) > 0),
+            zeros(k, n, self.rows, asked=self.rows > 0),
+            zeros(n, d, asked=self.gradient),
         )
 
 
 def cpu(
-    layers: Sequence[Layer], labels: Tensor | None, share: Sequence[float], ignore_index: int, wanted: Wanted
+    layers: Sequence[Layer], labels: Tensor | None, share: Sequence[float], ignore_index: int, request: Request
 ) -> Outputs:
     """A block of rows at a time: its logits over the whole vocabulary, then everything that is made of them."""
-    outputs = wanted.outputs(layers, torch.float32)
+    outputs = request.outputs(layers, torch.float32)
     stats, prediction, sqnorm, dot, left, gradient = outputs
     layers = [_adjacent(layer) for layer in layers]
-    directions = [_adjacent_columns(v) for v in wanted.directions]
+    directions = [adjacent_columns(v) for v in request.directions]
     classes = len(layers[0].weight)
-    projection = signs(wanted.rows, classes, OUTPUT_SIDE, wanted.key).T if wanted.rows else None
+    projection = signs(request.rows, classes, OUTPUT_SIDE, request.key).T if request.rows else None
     blocks = _row_blocks(labels, len(prediction), classes * (len(layers) + bool(directions)), ignore_index)
     scratch = torch.empty(len(layers) + bool(directions), max(map(len, blocks), default=0), classes)
     for rows in blocks:
@@ -83,16 +85,16 @@ def cpu(
         for layer, hidden, out in zip(layers, packed, logits, strict=False):
             _native.linear(hidden, layer.weight, layer.bias, out)
         target = None if labels is None else labels[rows]
-        if wanted.fields:
+        if request.fields:
             models = list(logits[: len(layers)])
-            stats[:, rows], prediction[rows] = _native.ensemble(models, target, share, ignore_index, wanted.fields)
-        if not wanted.residual:
+            stats[:, rows], prediction[rows] = _native.ensemble(models, target, share, ignore_index, request.fields)
+        if not request.residual:
             continue
         assert target is not None
         for k, layer in enumerate(layers):
             residual = logits[k]
             squares = torch.from_numpy(_native.residual(residual, target, ignore_index))
-            if wanted.sqnorm:
+            if request.sqnorm:
                 sqnorm[k, rows] = (squares * layer.hidden[rows].double().square().sum(1)).float()
             if directions:
                 product = logits[-1]
@@ -102,14 +104,14 @@ def cpu(
                 dot[k, rows] = sums.float()
             if projection is not None:
                 left[k, rows] = residual @ projection
-        if wanted.gradient:
+        if request.gradient:
             gradient[rows] = _times(logits[0], layers[0].weight)
     return outputs
 
 
 def _adjacent(layer: Layer) -> Layer:
     bias = None if layer.bias is None else layer.bias.float().contiguous()
-    return Layer(layer.hidden, _adjacent_columns(layer.weight), bias)
+    return Layer(layer.hidden, adjacent_columns(layer.weight), bias)
 
 
 def _row_blocks(labels: Tensor | None, n: int, floats_per_row: int, ignore_index: int) -> list[Tensor]:
@@ -131,50 +133,68 @@ def _times(residual: Tensor, weight: Tensor) -> Tensor:
     return product
 
 
-def residual_blocks(layer: Layer, labels: Tensor, ignore_index: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(row indices, their p − y) for all rows that are not ignored; the block is the caller's until the next one."""
-    layer = _adjacent(layer)
-    wide = torch.promote_types(torch.promote_types(layer.hidden.dtype, layer.weight.dtype), torch.float32)
-    native = labels.device.type == "cpu" and wide == torch.float32
-    for rows in _row_blocks(labels, len(labels), len(layer.weight), ignore_index):
-        hidden, target = layer.hidden[rows], labels[rows]
-        if native:
-            residual = torch.empty(len(rows), len(layer.weight))
-            _native.linear(_native.pack_rows(hidden), layer.weight, layer.bias, residual)
-            _native.residual(residual, target, ignore_index)
-        else:
-            residual = _logits(Layer(hidden, layer.weight, layer.bias), wide).softmax(1)
-            residual[torch.arange(len(rows), device=residual.device), target] -= 1
-        yield rows, residual
+def weight_gradient(
+    residuals: Residuals,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    outer: Tensor,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    """Σ_n outer_n (p − y)_n h_nᵀ (C, D) and Σ_n outer_n (p − y)_n (C,), by blocks of rows that are not ignored."""
+    wide, adjacent = outer.dtype, adjacent_columns(weight)
+    into_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device)
+    into_bias = into_weight.new_zeros(len(weight))
+    for rows in _row_blocks(labels, len(labels), len(weight), ignore_index):
+        residual = residuals(Layer(hidden[rows], adjacent, bias), labels[rows], wide)
+        residual *= outer[rows, None]
+        into_weight.addmm_(residual.T, hidden[rows].to(wide))
+        into_bias += residual.sum(0)
+    return into_weight.to(weight.dtype), into_bias.to(weight.dtype)
+
+
+def native_residuals(layer: Layer, labels: Tensor, wide: torch.dtype) -> Tensor:
+    """p − y, (rows, C); every label is a class."""
+    layer, residual = _adjacent(layer), torch.empty(len(labels), len(layer.weight))
+    _native.linear(_native.pack_rows(layer.hidden), layer.weight, layer.bias, residual)
+    _native.residual(residual, labels, -1)
+    return residual
+
+
+def plain_residuals(layer: Layer, labels: Tensor, wide: torch.dtype) -> Tensor:
+    """The same in plain torch."""
+    residual = _logits(layer, wide).softmax(1)
+    residual[torch.arange(len(labels), device=labels.device), labels] -= 1
+    return residual
 
 
 def reference(
-    layers: Sequence[Layer], labels: Tensor | None, share: Sequence[float], ignore_index: int, wanted: Wanted
+    layers: Sequence[Layer], labels: Tensor | None, share: Sequence[float], ignore_index: int, request: Request
 ) -> Outputs:
     """The same formulas in plain torch, with the logits; in float64 if an argument is and in float32 otherwise."""
-    tensors = [t for layer in layers for t in (layer.hidden, layer.weight)]
-    wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-    outputs = wanted.outputs(layers, wide)
+    wide = wide_dtype(*request.directions, *(t for layer in layers for t in (layer.hidden, layer.weight)))
+    outputs = request.outputs(layers, wide)
     stats, prediction, sqnorm, dot, left, gradient = outputs
     logits = [_logits(layer, wide) for layer in layers]
     columns, predicted = ensemble.reference(logits, labels, share, ignore_index)
     stats.copy_(columns)
     prediction.copy_(predicted)
-    if not wanted.residual:
+    if not request.residual:
         return outputs
     assert labels is not None
     target, ignored = labels.clamp(0, logits[0].shape[1] - 1), (labels == ignore_index)[:, None]
     for k, (layer, z) in enumerate(zip(layers, logits, strict=True)):
         residual = z.softmax(1) - torch.nn.functional.one_hot(target, z.shape[1])
         residual = residual.masked_fill(ignored, 0)
-        if wanted.sqnorm:
+        if request.sqnorm:
             sqnorm[k] = residual.square().sum(1) * layer.hidden.to(wide).square().sum(1)
-        if wanted.directions:
-            dot[k] = (residual * (layer.hidden.to(wide) @ wanted.directions[k].to(wide).T)).sum(1)
-        if wanted.rows:
-            matrix = signs(wanted.rows, z.shape[1], OUTPUT_SIDE, wanted.key, z.device)
+        if request.directions:
+            dot[k] = (residual * (layer.hidden.to(wide) @ request.directions[k].to(wide).T)).sum(1)
+        if request.rows:
+            matrix = signs(request.rows, z.shape[1], OUTPUT_SIDE, request.key, z.device)
             left[k] = residual @ matrix.to(wide).T
-        if wanted.gradient:
+        if request.gradient:
             gradient.copy_(residual @ layer.weight.to(wide))
     return outputs
 
@@ -185,41 +205,29 @@ def _logits(layer: Layer, wide: torch.dtype) -> Tensor:
 
 
 def triton(
-    layers: Sequence[Layer], labels: Tensor | None, share: Sequence[float], ignore_index: int, wanted: Wanted
+    layers: Sequence[Layer], labels: Tensor | None, share: Sequence[float], ignore_index: int, request: Request
 ) -> Outputs:
     """The fused kernels, in the models' widest dtype, to which directions are rounded; no row of logits is stored."""
     from assay.kernels import head
 
-    outputs = wanted.outputs(layers, torch.float32)
-    if 0 in outputs[1].shape:
-        return outputs
+    outputs = request.outputs(layers, torch.float32)
     dtype = reduce(torch.promote_types, [t.dtype for layer in layers for t in (layer.hidden, layer.weight)])
-    hidden = [_adjacent_columns(layer.hidden.to(dtype)) for layer in layers]
-    weight = [_adjacent_columns(layer.weight.to(dtype)) for layer in layers]
+    hidden = [adjacent_columns(layer.hidden.to(dtype)) for layer in layers]
+    weight = [adjacent_columns(layer.weight.to(dtype)) for layer in layers]
     bias = [layer.bias for layer in layers]
-    if not wanted.residual:
-        stats, prediction = head.statistics(hidden, weight, bias, labels, share, ignore_index, wanted.fields)
+    if not request.residual:
+        stats, prediction = head.statistics(hidden, weight, bias, labels, share, ignore_index, request.fields)
         return stats, prediction, *outputs[2:]
     assert labels is not None
-    if wanted.gradient:
+    if request.gradient:
         nll, gradient = head.losses(hidden[0], weight[0], bias[0], labels, ignore_index, True)
         outputs[0][0] = nll
         return *outputs[:5], gradient
-    directions = [_adjacent_columns(v.to(dtype)) for v in wanted.directions] or None
-    keys, rows = [wanted.key] * len(layers), wanted.rows or None
+    directions = [adjacent_columns(v.to(dtype)) for v in request.directions] or None
+    keys, rows = [request.key] * len(layers), request.rows or None
     stats, prediction, dot, squares, left = head.scores(
-        hidden, weight, bias, labels, share, ignore_index, wanted.fields, directions, keys, rows
+        hidden, weight, bias, labels, share, ignore_index, request.fields, directions, keys, rows
     )
     sqnorm = squares * torch.stack([h.float().square().sum(1) for h in hidden])
-    return (
-        stats,
-        prediction,
-        sqnorm,
-        outputs[3] if dot is None else dot,
-        outputs[4] if left is None else left,
-        outputs[5],
-    )
-
-
-def _adjacent_columns(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
+    dot, left = (given if made is None else made for given, made in zip(outputs[3:5], (dot, left), strict=True))
+    return stats, prediction, sqnorm, dot, left, outputs[5]

@@ -62,20 +62,17 @@ def ensemble(
 
 def multiply_reduce(x: Tensor, y: Tensor, out: NDArray[np.float64], abs_out: NDArray[np.float64] | None = None) -> None:
     """out[r] = Σ_c x[r,c]·y[r,c], and abs_out[r] = Σ_c |x[r,c]·y[r,c]|, for (R, C) tensors with adjacent columns."""
-    _native.multiply_reduce(
-        isa(),
-        x.data_ptr(),
-        _DTYPES[x.dtype],
-        x.stride(0),
-        y.data_ptr(),
-        _DTYPES[y.dtype],
-        y.stride(0),
-        x.shape[0],
-        x.shape[1],
-        out.ctypes.data,
-        abs_out.ctypes.data if abs_out is not None else 0,
-        threads(),
-    )
+    (rows, cols), absolute = x.shape, abs_out.ctypes.data if abs_out is not None else 0
+    _native.multiply_reduce(isa(), *_operand(x), *_operand(y), rows, cols, out.ctypes.data, absolute, threads())
+
+
+def _operand(x: Tensor) -> tuple[int, int, int]:
+    """Address, dtype and row stride."""
+    return x.data_ptr(), _DTYPES[x.dtype], x.stride(0)
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
 
 
 # Lanes of the widest instruction set: `linear` wants its rows padded to a multiple.
@@ -92,37 +89,16 @@ def pack_rows(hidden: Tensor) -> Tensor:
 
 def linear(packed: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """out = hidden weightᵀ + bias: ``pack_rows(hidden)``, (C, D) with adjacent columns, (C,) float32, (rows, C)."""
-    _native.linear(
-        isa(),
-        packed.data_ptr(),
-        out.shape[0],
-        packed.shape[1],
-        weight.data_ptr(),
-        _DTYPES[weight.dtype],
-        weight.shape[0],
-        weight.shape[1],
-        weight.stride(0),
-        0 if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        out.stride(0),
-        threads(),
-    )
+    (address, dtype, stride), (c, d) = _operand(weight), weight.shape
+    rows, result = (packed.data_ptr(), len(out), packed.shape[1]), (out.data_ptr(), out.stride(0), threads())
+    _native.linear(isa(), *rows, address, dtype, c, d, stride, _address(bias), *result)
 
 
 def residual(logits: Tensor, labels: Tensor, ignore_index: int) -> NDArray[np.float64]:
     """Logits (R, C) float32 become softmax − onehot(label) in place, 0 in ignored rows; returns squared norms (R,)."""
-    sqnorm = np.zeros(logits.shape[0])
-    _native.residual(
-        isa(),
-        logits.data_ptr(),
-        logits.shape[0],
-        logits.shape[1],
-        logits.stride(0),
-        labels.data_ptr(),
-        ignore_index,
-        sqnorm.ctypes.data,
-        threads(),
-    )
+    (rows, c), sqnorm = logits.shape, np.zeros(len(logits))
+    target = (labels.data_ptr(), ignore_index, sqnorm.ctypes.data)
+    _native.residual(isa(), logits.data_ptr(), rows, c, logits.stride(0), *target, threads())
     return sqnorm
 
 
@@ -138,26 +114,14 @@ def project(vectors: Tensor, first: int, key: tuple[int, int], dim: int, nonzero
 
     ``nonzeros`` entries per coordinate; 0: a dense projection.
     """
-    _native.project(
-        isa(),
-        vectors.data_ptr(),
-        _DTYPES[vectors.dtype],
-        vectors.shape[0],
-        vectors.shape[1],
-        vectors.stride(0),
-        first,
-        *key,
-        dim,
-        nonzeros,
-        out.data_ptr(),
-        threads(),
-    )
+    (address, dtype, stride), (rows, n) = _operand(vectors), vectors.shape
+    _native.project(isa(), address, dtype, rows, n, stride, first, *key, dim, nonzeros, out.data_ptr(), threads())
 
 
 def scan(features: Tensor, scales: Tensor | None, queries: Tensor, maximum: bool) -> Tensor:
     """Scores (M, N), or (1, N) with ``maximum``: (N, D) with adjacent columns, (N,) and (M, D) float32, contiguous."""
     scores = torch.empty(1 if maximum else len(queries), len(features))
-    _scan(features, scales, queries, maximum, scores, 0, None, None)
+    _scan(features, scales, queries, maximum, (scores.data_ptr(), 0, 0, 0, threads()))
     return scores
 
 
@@ -166,37 +130,16 @@ def topk_scan(features: Tensor, scales: Tensor | None, queries: Tensor, maximum:
     shape = (threads(), 1 if maximum else len(queries), k)
     values = torch.full(shape, torch.nan)
     indices = torch.full(shape, torch.iinfo(torch.int64).max)
-    _scan(features, scales, queries, maximum, None, k, values, indices)
+    _scan(features, scales, queries, maximum, (0, k, values.data_ptr(), indices.data_ptr(), shape[0]))
     return values[0].clone(), indices[0].clone()
 
 
 def _scan(
-    features: Tensor,
-    scales: Tensor | None,
-    queries: Tensor,
-    maximum: bool,
-    scores: Tensor | None,
-    k: int,
-    values: Tensor | None,
-    indices: Tensor | None,
+    features: Tensor, scales: Tensor | None, queries: Tensor, maximum: bool, out: tuple[int, int, int, int, int]
 ) -> None:
-    _native.scan(
-        isa(),
-        features.data_ptr(),
-        0 if scales is not None else _DTYPES[features.dtype],
-        0 if scales is None else scales.data_ptr(),
-        features.shape[0],
-        features.shape[1],
-        features.stride(0),
-        queries.data_ptr(),
-        queries.shape[0],
-        maximum,
-        0 if scores is None else scores.data_ptr(),
-        k,
-        0 if values is None else values.data_ptr(),
-        0 if indices is None else indices.data_ptr(),
-        threads() if values is None else values.shape[0],
-    )
+    (n, d), dtype = features.shape, 0 if scales is not None else _DTYPES[features.dtype]
+    rows = (features.data_ptr(), dtype, _address(scales), n, d, features.stride(0))
+    _native.scan(isa(), *rows, queries.data_ptr(), len(queries), maximum, *out)
 
 
 def build_info() -> dict[str, Any]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from assay.ops import _backend, _native
+from assay.ops._tensors import adjacent_columns, check_like, check_tensor, wide_dtype
 
 # Rows of the intermediate product are made this many bytes at a time, so that the multiply-reduce finds them in cache.
 CHUNK_BYTES = 4 << 20
@@ -36,61 +37,29 @@ def grad_dot(inputs: Tensor, grads: Tensor, direction: Tensor) -> Tensor:
         TypeError, ValueError: shapes, dtypes or devices that do not fit together.
     """
     inputs, grads = check_factors(inputs, grads)
+    check_tensor("direction", direction)
     if direction.shape != (grads.shape[2], inputs.shape[2]):
         raise ValueError(
             f"direction: expected (O, I) = ({grads.shape[2]}, {inputs.shape[2]}) as given by grads and inputs, "
             f"got {tuple(direction.shape)}"
         )
-    if not direction.is_floating_point() or direction.device != inputs.device:
-        raise TypeError(
-            f"direction: expected a float tensor on {inputs.device}, got {direction.dtype} on {direction.device}"
-        )
-    out: Tensor = _grad_dot(inputs.detach(), grads.detach(), direction.detach())
+    check_like("direction", direction, tuple(direction.shape), inputs.device)
+    out: Tensor = _grad_dot(inputs, grads, direction.detach())
     return out
 
 
 def check_factors(inputs: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
-    """The two factors as (B, T, I) and (B, T, O), or an error that says what does not fit."""
+    """The two factors detached, as (B, T, I) and (B, T, O), or an error that says what does not fit."""
     for name, x in (("inputs", inputs), ("grads", grads)):
-        if not x.is_floating_point():
-            raise TypeError(f"{name}: expected a float tensor, got {x.dtype}")
-        if x.dim() not in (2, 3):
-            raise ValueError(f"{name}: expected (B, T, features) or (B, features), got shape {tuple(x.shape)}")
+        check_tensor(name, x, (2, 3), "(B, T, features) or (B, features)")
     if inputs.shape[:-1] != grads.shape[:-1]:
         raise ValueError(
             f"grads: expected the leading sizes of inputs, {tuple(inputs.shape[:-1])}, got {tuple(grads.shape[:-1])}"
         )
     if inputs.device != grads.device:
         raise ValueError(f"grads: expected the device of inputs, {inputs.device}, got {grads.device}")
-    if inputs.dim() == 2:
-        inputs, grads = inputs[:, None], grads[:, None]
-    return inputs, grads
-
-
-def wide_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any tensor is, else float32: what results and intermediates are held in."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
-@_backend.custom_op("assay::grad_dot")
-def _grad_dot(inputs: Tensor, grads: Tensor, direction: Tensor) -> Tensor:
-    wide = wide_dtype(inputs, grads, direction)
-    backend = _backend.choose("grad_dot", inputs.new_empty(0, dtype=wide), "triton")
-    if backend == "reference":
-        return reference(inputs, grads, direction)
-    if 0 in (*inputs.shape, grads.shape[2]):
-        return inputs.new_zeros(inputs.shape[0], dtype=wide)
-    if backend == "cpu":
-        return _cpu(inputs, grads, direction)
-    from assay.kernels import dot as kernel
-
-    out: Tensor = kernel.grad_dot(inputs, grads, direction)
-    return out
-
-
-@_grad_dot.register_fake
-def _(inputs: Tensor, grads: Tensor, direction: Tensor) -> Tensor:
-    return inputs.new_empty(inputs.shape[0], dtype=wide_dtype(inputs, grads, direction))
+    inputs, grads = inputs.detach(), grads.detach()
+    return (inputs, grads) if inputs.dim() == 3 else (inputs[:, None], grads[:, None])
 
 
 def reference(inputs: Tensor, grads: Tensor, direction: Tensor) -> Tensor:
@@ -108,9 +77,7 @@ def _cpu(inputs: Tensor, grads: Tensor, direction: Tensor) -> Tensor:
     else:
         left, right, matrix = inputs, grads, direction.T
     left, right = left.reshape(b * t, -1), right.reshape(b * t, -1)
-    if right.stride(1) != 1:
-        right = right.contiguous()
-    matrix = matrix.float()
+    right, matrix = adjacent_columns(right), matrix.float()
     width = matrix.shape[1]
     rows = max(MIN_ROWS, CHUNK_BYTES // (4 * width))
     sums = np.zeros(b * t)
@@ -119,3 +86,15 @@ def _cpu(inputs: Tensor, grads: Tensor, direction: Tensor) -> Tensor:
         piece = torch.mm(left[r : r + rows].float(), matrix, out=product[: b * t - r])
         _native.multiply_reduce(piece, right[r : r + rows], sums[r:])
     return torch.from_numpy(sums.reshape(b, t).sum(1)).float()
+
+
+def _triton(inputs: Tensor, grads: Tensor, direction: Tensor) -> Tensor:
+    from assay.kernels import dot as kernel
+
+    out: Tensor = kernel.grad_dot(inputs, grads, direction)
+    return out
+
+
+@_backend.op("grad_dot", reference=reference, cpu=_cpu, triton=_triton)
+def _grad_dot(inputs: Tensor, grads: Tensor, direction: Tensor) -> Tensor:
+    return inputs.new_empty(inputs.shape[0], dtype=wide_dtype(inputs, grads, direction))

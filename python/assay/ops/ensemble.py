@@ -5,28 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
 
+from assay.kernels.fields import FIELDS as FIELDS
+from assay.kernels.fields import LABEL_FIELDS as LABEL_FIELDS
 from assay.ops import _backend, _cuda, _native
-
-FIELDS = (
-    "nll",
-    "mean_nll",
-    "margin",
-    "agreement",
-    "el2n",
-    "entropy",
-    "expected_entropy",
-    "mutual_information",
-    "confidence",
-    "vote_entropy",
-    "prediction",
-)  # the order of csrc/assay.h
-LABEL_FIELDS = frozenset({"nll", "mean_nll", "margin", "agreement", "el2n"})
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from assay.ops._tensors import check_int, check_matrices, wide_dtype
 
 
 @dataclass(frozen=True)
@@ -69,19 +56,17 @@ def ensemble_stats(
 
     Returns:
         ``EnsembleStats`` of float32 (N,) tensors on the logits' device (float64 for float64 logits), accumulated in
-        float32 or wider, with the same bits on every run and any number of threads.
+        float32 or wider, with the same bits on every run and any number of threads (the reference's sums are torch's).
 
     Raises:
         TypeError, ValueError: a shape, dtype, device, weight or field is wrong.
         IndexError: a label outside [0, C); not while a CUDA graph is captured, where such a row becomes NaN.
     """
     models = _check_logits(logits)
-    n, _ = models[0].shape
-    mask = check_fields(fields)
-    device = models[0].device
-    labels = check_labels(labels, n, device)
+    labels = check_labels(labels, len(models[0]), models[0].device)
     weights = check_weights(weights, len(models))
-    stats, prediction = _ensemble_stats([z.detach() for z in models], labels, weights, ignore_index, mask)
+    mask, ignore_index = check_fields(fields), check_int("ignore_index", ignore_index)
+    stats, prediction = _ensemble_stats(models, labels, weights, ignore_index, mask)
     return pack_stats(stats, prediction, mask)
 
 
@@ -91,11 +76,13 @@ def pack_stats(stats: Tensor, prediction: Tensor, mask: int) -> EnsembleStats:
     return EnsembleStats(**{f: v for i, (f, v) in enumerate(zip(FIELDS, values, strict=True)) if mask >> i & 1})
 
 
-def check_labels(labels: Tensor | None, n: int, device: torch.device) -> Tensor | None:
+def check_labels(labels: Tensor | None, n: int, device: torch.device, needed: bool = False) -> Tensor | None:
     """The labels detached, or an error; their values are checked by ``check_range``."""
-    if labels is None:
+    if labels is None and not needed:
         return None
-    if labels.dtype != torch.int64 or labels.shape != (n,) or labels.device != device:
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels: expected an int64 tensor of shape ({n},), got {type(labels).__name__}")
+    if labels.layout != torch.strided or labels.dtype != torch.int64 or labels.shape != (n,) or labels.device != device:
         raise TypeError(
             f"labels: expected int64 of shape ({n},) on {device}, "
             f"got {labels.dtype} of shape {tuple(labels.shape)} on {labels.device}"
@@ -107,41 +94,31 @@ def check_weights(weights: Tensor | Sequence[float] | None, models: int) -> Tens
     """(K,) float64 on the CPU."""
     if weights is None:
         return None
-    weights = torch.as_tensor(weights, dtype=torch.float64, device="cpu").detach()
+    if not isinstance(weights, Tensor):
+        try:
+            weights = torch.tensor([float(w) for w in weights], dtype=torch.float64)
+        except (TypeError, ValueError):
+            raise TypeError(f"weights: expected one number per model, {models}, got {weights!r:.100}") from None
+    if weights.is_complex() or weights.is_meta or weights.layout != torch.strided:
+        raise TypeError(f"weights: expected real numbers, got {weights.dtype} on {weights.device}, {weights.layout}")
+    weights = weights.detach().to("cpu", torch.float64)
     if weights.shape != (models,):
         raise ValueError(f"weights: expected one per model, shape ({models},), got {tuple(weights.shape)}")
     return weights
 
 
 def _check_logits(logits: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    if isinstance(logits, Tensor):
-        if logits.dim() == 2:
-            logits = logits[None]
-        if logits.dim() != 3:
-            raise ValueError(f"logits: expected (K, N, C) or K tensors (N, C), got shape {tuple(logits.shape)}")
-        models = list(logits.unbind(0))
-    else:
-        models = list(logits)
-    if not models:
-        raise ValueError("logits: expected at least one model, got none")
+    models = check_matrices("logits", logits, "N, C")
     first = models[0]
     for k, z in enumerate(models):
-        if z.dim() != 2 or z.shape != first.shape:
+        if z.shape != first.shape:
             raise ValueError(
                 f"logits[{k}]: expected the shape of logits[0], (N, C) = {tuple(first.shape)}, got {tuple(z.shape)}"
             )
-        if z.dtype not in _FLOATS:
-            raise TypeError(f"logits[{k}]: expected float32, bfloat16 or float16, got {z.dtype}")
-        if z.device != first.device:
-            raise ValueError(f"logits[{k}]: expected device {first.device} of logits[0], got {z.device}")
     if first.shape[1] == 0:
         raise ValueError("logits: expected at least one class, got shape " + str(tuple(first.shape)))
-    if any(z.dtype != first.dtype for z in models):  # models of different precision: the widest of them
-        widest = first.dtype
-        for z in models:
-            widest = torch.promote_types(widest, z.dtype)
-        models = [z.to(widest) for z in models]
-    return models
+    widest = reduce(torch.promote_types, [z.dtype for z in models])  # models of different precision
+    return [z.to(widest) for z in models]
 
 
 def check_fields(fields: Iterable[str] | None) -> int:
@@ -149,36 +126,14 @@ def check_fields(fields: Iterable[str] | None) -> int:
         return (1 << len(FIELDS)) - 1
     if isinstance(fields, str):
         raise TypeError(f"fields: expected a collection of names, got the string {fields!r}; write [{fields!r}]")
+    if not isinstance(fields, Iterable):
+        raise TypeError(f"fields: expected a collection of names, got {type(fields).__name__}")
     mask = 0
     for name in fields:
-        if name not in FIELDS:
+        if not isinstance(name, str) or name not in FIELDS:
             raise ValueError(f"fields: unknown field {name!r}; expected some of {', '.join(FIELDS)}")
         mask |= 1 << FIELDS.index(name)
     return mask
-
-
-@_backend.custom_op("assay::ensemble_stats")
-def _ensemble_stats(
-    logits: Sequence[Tensor], labels: Tensor | None, weights: Tensor | None, ignore_index: int, fields: int
-) -> tuple[Tensor, Tensor]:
-    """The op proper: (10, N) statistics and (N,) predictions. Values are checked here, where they are known."""
-    c = logits[0].shape[1]
-    check_range(labels, c, ignore_index)
-    share = normalise(weights, len(logits))
-    run = {"cpu": _native.ensemble, "cuda": _cuda.ensemble}.get(_backend.choose("ensemble_stats", logits[0], "cuda"))
-    if run is not None:
-        return run(logits, None if labels is None else labels.contiguous(), share, ignore_index, fields)
-    stats, prediction = reference(logits, labels, share, ignore_index)
-    return stats.to(torch.float64 if logits[0].dtype == torch.float64 else torch.float32), prediction
-
-
-@_ensemble_stats.register_fake
-def _(
-    logits: Sequence[Tensor], labels: Tensor | None, weights: Tensor | None, ignore_index: int, fields: int
-) -> tuple[Tensor, Tensor]:
-    z = logits[0]
-    dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
-    return z.new_empty(len(FIELDS) - 1, z.shape[0], dtype=dtype), z.new_empty(z.shape[0], dtype=torch.int64)
 
 
 def check_range(labels: Tensor | None, c: int, ignore_index: int) -> None:
@@ -254,3 +209,29 @@ def reference(
     nothing = torch.full_like(confidence, math.nan)
     stats = torch.stack([columns.get(f, nothing) for f in FIELDS[:-1]])
     return stats.masked_fill(undefined, math.nan), prediction.masked_fill(undefined, -1)
+
+
+def _prepare(
+    logits: Sequence[Tensor], labels: Tensor | None, weights: Tensor | None, ignore_index: int, fields: int
+) -> tuple[Sequence[Tensor], Tensor | None, list[float], int, int]:
+    check_range(labels, logits[0].shape[1], ignore_index)
+    share = normalise(weights, len(logits))
+    return logits, None if labels is None else labels.contiguous(), share, ignore_index, fields
+
+
+def _reference(
+    logits: Sequence[Tensor], labels: Tensor | None, share: Sequence[float], ignore_index: int, fields: int
+) -> tuple[Tensor, Tensor]:
+    return reference(logits, labels, share, ignore_index)
+
+
+@_backend.op(
+    "ensemble_stats", reference=_reference, cpu=_native.ensemble, cuda=_cuda.ensemble, prepare=_prepare, operands=1
+)
+def _ensemble_stats(
+    logits: Sequence[Tensor], labels: Tensor | None, weights: Tensor | None, ignore_index: int, fields: int
+) -> tuple[Tensor, Tensor]:
+    """(10, N) statistics and (N,) predictions."""
+    n = logits[0].shape[0]
+    stats = logits[0].new_empty(len(FIELDS) - 1, n, dtype=wide_dtype(*logits))
+    return stats, logits[0].new_empty(n, dtype=torch.int64)

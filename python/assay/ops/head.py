@@ -10,19 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from assay.ops import _backend, ensemble
 from assay.ops import _head_backends as backends
-from assay.ops import ensemble
-from assay.ops._backend import choose, custom_op, exact
+from assay.ops._tensors import check_int, check_like, check_matrices, check_tensor, wide_dtype
 from assay.ops.ensemble import EnsembleStats
 from assay.ops.sketch import Kronecker
 
 Tensors = Tensor | Sequence[Tensor]
+
+# What a call is named in errors where its backward pass will need the product once more.
+CROSS_ENTROPY_OF_WEIGHT = "linear_cross_entropy, with a gradient in weight or bias"
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class HeadScores:
 class _Models(NamedTuple):
     hidden: list[Tensor]  # K × (N, D_k)
     weight: list[Tensor]  # K × (C, D_k)
+    directions: list[Tensor]  # K × (C, D_k), or none
     bias: list[Tensor | None]  # K × (C,)
 
 
@@ -79,8 +84,10 @@ def linear_ensemble_stats(
     models = _check_models(hidden, weight, bias)
     labels = ensemble.check_labels(labels, len(models.hidden[0]), models.hidden[0].device)
     share = ensemble.check_weights(weights, len(models.hidden))
-    mask = ensemble.check_fields(fields)
-    stats, prediction, *_ = _head(*models, labels, share, ignore_index, mask, [], [0, 0], 0, False, False)
+    mask, ignore_index = ensemble.check_fields(fields), check_int("ignore_index", ignore_index)
+    stats, prediction, *_ = _head(
+        *models, labels, share, ignore_index, mask, [0, 0], 0, False, False, "linear_ensemble_stats"
+    )
     return ensemble.pack_stats(stats, prediction, mask)
 
 
@@ -111,14 +118,17 @@ def head_scores(
         TypeError, ValueError: a shape, dtype, device, weight or field is wrong.
         IndexError: a label outside [0, C).
     """
-    models = _check_models(hidden, weight, bias)
+    models = _check_models(hidden, weight, bias, directions)
     first = models.hidden[0]
-    checked = ensemble.check_labels(labels, len(first), first.device)
+    checked = ensemble.check_labels(labels, len(first), first.device, needed=True)
     share = ensemble.check_weights(weights, len(models.hidden))
-    mask = ensemble.check_fields(fields)
-    steps = [] if directions is None else _check_directions(directions, models.weight)
+    mask, ignore_index = ensemble.check_fields(fields), check_int("ignore_index", ignore_index)
+    if not isinstance(sketch, Kronecker | None):
+        raise TypeError(
+            f"sketch: expected Kronecker, which projects the two factors of a gradient, or None, got {sketch!r}"
+        )
     key, rows = (sketch.key, sketch.rows) if sketch is not None else ((0, 0), 0)
-    outputs = _head(*models, checked, share, ignore_index, mask, steps, list(key), rows, True, False)
+    outputs = _head(*models, checked, share, ignore_index, mask, list(key), rows, True, False, "head_scores")
     stats, prediction, sqnorm, dot, left, _ = outputs
     return HeadScores(
         ensemble.pack_stats(stats, prediction, mask),
@@ -148,8 +158,15 @@ def linear_cross_entropy(
         TypeError, ValueError: a shape, dtype or device is wrong.
         IndexError: a label outside [0, C).
     """
-    models = _check_models(hidden.detach(), weight.detach(), None if bias is None else bias.detach())
-    ensemble.check_labels(labels, len(models.hidden[0]), hidden.device)
+    check_tensor("hidden", hidden, (2,), "two dimensions, (N, D)")
+    check_tensor("weight", weight, (2,), "two dimensions, (C, D)")
+    if bias is not None:
+        check_tensor("bias", bias, (1,), "one dimension, (C,)")
+    models = _check_models(hidden, weight, bias)
+    if not torch.is_grad_enabled():
+        (hidden,), (weight,), _, (bias,) = models  # detached: no gradient is made
+    ensemble.check_labels(labels, len(hidden), hidden.device, needed=True)
+    ignore_index = check_int("ignore_index", ignore_index)
     losses: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, ignore_index)  # type: ignore[no-untyped-call]
     return losses
 
@@ -160,8 +177,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int
     ) -> Tensor:
         mask = ensemble.check_fields(["nll"])
-        wanted = ctx.needs_input_grad[0]
-        outputs = _head([hidden], [weight], [bias], labels, None, ignore_index, mask, [], [0, 0], 0, False, wanted)
+        models, gradient = _Models([hidden], [weight], [], [bias]), ctx.needs_input_grad[0]
+        face = CROSS_ENTROPY_OF_WEIGHT if any(ctx.needs_input_grad[1:3]) else "linear_cross_entropy"
+        outputs = _head(*models, labels, None, ignore_index, mask, [0, 0], 0, False, gradient, face)
         ctx.save_for_backward(hidden, weight, bias, labels, outputs[-1])
         ctx.ignore_index = ignore_index
         losses: Tensor = outputs[0][0]
@@ -179,74 +197,47 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return into_hidden, into_weight, into_bias if bias is not None else None, None, None
 
 
-def _weight_gradient(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, outer: Tensor, ignore_index: int
-) -> tuple[Tensor, Tensor]:
-    """Σ_n outer_n (p − y)_n h_nᵀ (C, D) and Σ_n outer_n (p − y)_n (C,), by blocks of rows."""
-    wide, layer = outer.dtype, backends.Layer(hidden, weight, bias)
-    into_weight = torch.zeros_like(weight, dtype=wide)
-    into_bias = weight.new_zeros(len(weight), dtype=wide)
-    for rows, residual in backends.residual_blocks(layer, labels, ignore_index):
-        residual *= outer[rows, None]
-        into_weight.addmm_(residual.T, hidden[rows].to(wide))
-        into_bias += residual.sum(0)
-    return into_weight.to(weight.dtype), into_bias.to(weight.dtype)
-
-
-def _check_models(hidden: Tensors, weight: Tensors, bias: Tensor | Sequence[Tensor | None] | None) -> _Models:
-    hiddens, weights = _as_list(hidden, "hidden"), _as_list(weight, "weight")
-    if len(hiddens) != len(weights):
-        raise ValueError(f"weight: expected one matrix per model, {len(hiddens)}, got {len(weights)}")
-    if bias is None:
-        biases: list[Tensor | None] = [None] * len(hiddens)
-    elif isinstance(bias, Tensor):
-        biases = list(bias[None] if bias.dim() == 1 else bias)
-    else:
-        biases = list(bias)
-    if len(biases) != len(hiddens):
-        raise ValueError(f"bias: expected one per model, {len(hiddens)}, got {len(biases)}")
-    n, c, device = len(hiddens[0]), len(weights[0]), hiddens[0].device
+def _check_models(
+    hidden: Tensors,
+    weight: Tensors,
+    bias: Tensor | Sequence[Tensor | None] | None,
+    directions: Tensors | None = None,
+) -> _Models:
+    hiddens, weights = check_matrices("hidden", hidden, "N, D"), check_matrices("weight", weight, "C, D")
+    count, device, n, c = len(hiddens), hiddens[0].device, len(hiddens[0]), len(weights[0])
+    along = [] if directions is None else check_matrices("directions", directions, "C, D")
+    for name, matrices in (("weight", weights), ("directions", along)):
+        if len(matrices) != count and (matrices or name == "weight"):
+            raise ValueError(f"{name}: expected one matrix per model, {count}, got {len(matrices)}")
+    biases = _check_biases(bias, count)
     if c == 0:
         raise ValueError(f"weight[0]: expected at least one class, got shape {tuple(weights[0].shape)}")
     for k, (h, w, b) in enumerate(zip(hiddens, weights, biases, strict=True)):
-        _check_tensor(f"hidden[{k}]", h, (n, h.shape[1]), device)
-        _check_tensor(f"weight[{k}]", w, (c, h.shape[1]), device)
+        check_like(f"hidden[{k}]", h, (n, h.shape[1]), device)
+        check_like(f"weight[{k}]", w, (c, h.shape[1]), device)
+        if along:
+            check_like(f"directions[{k}]", along[k], (c, h.shape[1]), device)
         if b is not None:
-            _check_tensor(f"bias[{k}]", b, (c,), device)
-    return _Models(
-        [h.detach() for h in hiddens],
-        [w.detach() for w in weights],
-        [None if b is None else b.detach() for b in biases],
-    )
+            check_like(f"bias[{k}]", b, (c,), device)
+    return _Models(hiddens, weights, along, [None if b is None else b.detach() for b in biases])
 
 
-def _as_list(tensors: Tensors, name: str) -> list[Tensor]:
-    found = list(tensors[None] if tensors.dim() == 2 else tensors) if isinstance(tensors, Tensor) else list(tensors)
-    if not found:
-        raise ValueError(f"{name}: expected at least one model, got none")
-    for k, x in enumerate(found):
-        if x.dim() != 2:
-            raise ValueError(f"{name}[{k}]: expected two dimensions, (rows, features), got shape {tuple(x.shape)}")
-    return found
+def _check_biases(bias: Tensor | Sequence[Tensor | None] | None, count: int) -> list[Tensor | None]:
+    if bias is None:
+        return [None] * count
+    if isinstance(bias, Tensor):
+        check_tensor("bias", bias, (1, 2), "(K, C) or (C,)")
+        biases: list[Tensor | None] = list(bias[None] if bias.dim() == 1 else bias)
+    elif isinstance(bias, Iterable):
+        biases = list(bias)
+    else:
+        raise TypeError(f"bias: expected a tensor or a sequence of tensors, got {type(bias).__name__}")
+    if len(biases) != count:
+        raise ValueError(f"bias: expected one per model, {count}, got {len(biases)}")
+    return biases
 
 
-def _check_tensor(name: str, x: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {x.dtype}")
-    if tuple(x.shape) != shape or x.device != device:
-        raise ValueError(f"{name}: expected shape {shape} on {device}, got {tuple(x.shape)} on {x.device}")
-
-
-def _check_directions(directions: Tensors, weight: list[Tensor]) -> list[Tensor]:
-    found = _as_list(directions, "directions")
-    if len(found) != len(weight):
-        raise ValueError(f"directions: expected one matrix per model, {len(weight)}, got {len(found)}")
-    for k, (v, w) in enumerate(zip(found, weight, strict=True)):
-        _check_tensor(f"directions[{k}]", v, tuple(w.shape), w.device)
-    return [v.detach() for v in found]
-
-
-@exact()
+@_backend.exact()
 def _project_hidden(hidden: list[Tensor], sketch: Kronecker) -> Tensor:
     """P_in h, (K, N, cols)."""
     projected = []
@@ -256,64 +247,70 @@ def _project_hidden(hidden: list[Tensor], sketch: Kronecker) -> Tensor:
     return torch.stack(projected)
 
 
-@custom_op("assay::head")
+def _prepare(
+    hidden: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    labels: Tensor | None,
+    weights: Tensor | None,
+    ignore_index: int,
+    *asked: Any,
+) -> tuple[list[backends.Layer], Tensor | None, list[float], int, backends.Request]:
+    """What the backends take; values are checked here, where they are known."""
+    ensemble.check_range(labels, len(weight[0]), ignore_index)
+    layers = [backends.Layer(h, w, b) for h, w, b in zip(hidden, weight, bias, strict=True)]
+    mask, key, *parts, _ = asked
+    request = backends.Request(list(directions), mask, (key[0], key[1]), *parts)
+    return layers, labels, ensemble.normalise(weights, len(hidden)), ignore_index, request
+
+
+def _without_kernel(*arguments: Any) -> str | None:
+    if arguments[-1] != CROSS_ENTROPY_OF_WEIGHT:
+        return None
+    return "there is no triton kernel for it, only for the gradient in hidden"
+
+
+@_backend.op(
+    "head",
+    reference=backends.reference,
+    cpu=backends.cpu,
+    triton=backends.triton,
+    operands=3,
+    prepare=_prepare,
+    lacks=_without_kernel,
+    label=lambda *arguments: arguments[-1],
+)
 def _head(
     hidden: Sequence[Tensor],
     weight: Sequence[Tensor],
+    directions: Sequence[Tensor],
     bias: Sequence[Tensor | None],
     labels: Tensor | None,
     weights: Tensor | None,
     ignore_index: int,
     fields: int,
-    directions: Sequence[Tensor],
     key: Sequence[int],
     rows: int,
     sqnorm: bool,
     gradient: bool,
+    face: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The op proper: statistics (10, N), prediction (N,), squared norms and dots (K, N), left factors (K, N, rows) and
-    the gradient (N, D) of the first model; what is not asked for is empty."""
-    ensemble.check_range(labels, len(weight[0]), ignore_index)
-    share = ensemble.normalise(weights, len(hidden))
-    wide = hidden[0].new_empty(0, dtype=_widest([*hidden, *weight]))
-    run = {"cpu": backends.cpu, "reference": backends.reference, "triton": backends.triton}[
-        choose("head_scores" if sqnorm else "linear_ensemble_stats", wide, "triton")
-    ]
-    wanted = backends.Wanted(fields, list(directions), (key[0], key[1]), rows, sqnorm, gradient)
-    models = [backends.Layer(h, w, b) for h, w, b in zip(hidden, weight, bias, strict=True)]
-    return run(models, labels, share, ignore_index, wanted)
+    """Statistics (10, N), prediction (N,), squared norms and dots (K, N), left factors (K, N, rows) and the gradient
+    (N, D) of the first model; what is not asked for is empty."""
+    request = backends.Request(list(directions), fields, (key[0], key[1]), rows, sqnorm, gradient)
+    layers = [backends.Layer(h, w, None) for h, w in zip(hidden, weight, strict=True)]
+    return request.outputs(layers, wide_dtype(*hidden, *weight, *directions))
 
 
-@_head.register_fake
-def _(
-    hidden: Sequence[Tensor],
-    weight: Sequence[Tensor],
-    bias: Sequence[Tensor | None],
-    labels: Tensor | None,
-    weights: Tensor | None,
-    ignore_index: int,
-    fields: int,
-    directions: Sequence[Tensor],
-    key: Sequence[int],
-    rows: int,
-    sqnorm: bool,
-    gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    k, (n, d) = len(hidden), hidden[0].shape
-    wide = _widest([*hidden, *weight])
-
-    def empty(*shape: int, wanted: bool = True) -> Tensor:
-        return hidden[0].new_empty(*shape if wanted else (0,), dtype=wide)
-
-    return (
-        empty(10, n),
-        hidden[0].new_empty(n, dtype=torch.int64),
-        empty(k, n, wanted=sqnorm),
-        empty(k, n, wanted=len(directions) > 0),
-        empty(k, n, rows, wanted=rows > 0),
-        empty(n, d, wanted=gradient),
-    )
-
-
-def _widest(tensors: Sequence[Tensor]) -> torch.dtype:
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+@_backend.op(
+    "head_weight_gradient",
+    reference=partial(backends.weight_gradient, backends.plain_residuals),
+    cpu=partial(backends.weight_gradient, backends.native_residuals),
+    operands=2,
+    label=lambda *_: CROSS_ENTROPY_OF_WEIGHT,
+)
+def _weight_gradient(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, outer: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(weight, memory_format=torch.contiguous_format), weight.new_empty(len(weight))

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from assay.ops import _backend, _native
-from assay.ops.dot import check_factors, wide_dtype
+from assay.ops._tensors import adjacent_columns, wide_dtype
+from assay.ops.dot import check_factors
 from assay.ops.masking import keep, mask_scale
-from assay.ops.projection import adder, entries, scaled
+from assay.ops.projection import Add, add_native, add_reference, add_triton, entries, scaled, without_kernel
 from assay.ops.sketch import (
     FACTOR_BYTES,
     INPUT_SIDE,
@@ -54,9 +55,9 @@ def grad_sketch(inputs: Tensor, grads: Tensor, sketch: Sketch) -> Tensor:
         TypeError, ValueError: shapes, dtypes or devices that do not fit together, or a sketch too large for memory.
     """
     inputs, grads = check_factors(inputs, grads)
-    inputs, grads = inputs.detach(), grads.detach()
     out: Tensor
     if isinstance(sketch, Mask):
+        _backend.need_no_gpu("grad_sketch", "there is no kernel for a Mask")
         return _masked(inputs, grads, sketch)
     if isinstance(sketch, Kronecker):
         _check_sides(sketch, inputs.shape[2], grads.shape[2])
@@ -89,57 +90,65 @@ def _check_sides(sketch: Kronecker, inputs: int, outputs: int) -> None:
             )
 
 
-@_backend.custom_op("assay::grad_sketch_kronecker")
-def _kronecker(inputs: Tensor, grads: Tensor, key: Sequence[int], rows: int, cols: int) -> Tensor:
-    wide, device, keys = wide_dtype(inputs, grads), inputs.device, (key[0], key[1])
-    o, i = grads.shape[2], inputs.shape[2]
-    backend = _backend.choose("grad_sketch", inputs.new_empty(0, dtype=wide), "triton")
-    if backend == "triton" and inputs.numel() and grads.numel():
-        return _launch(inputs, grads, keys, rows, cols)
-    if backend == "cpu":
-        left = _project_rows(grads, factor(rows, o, OUTPUT_SIDE, keys, device, _native.pack_rows), rows)
-        right = _project_rows(inputs, factor(cols, i, INPUT_SIDE, keys, device, _native.pack_rows), cols)
-    else:
-        left = (grads.to(wide) @ factor(rows, o, OUTPUT_SIDE, keys, device).to(wide).T).permute(2, 0, 1)
-        right = (inputs.to(wide) @ factor(cols, i, INPUT_SIDE, keys, device).to(wide).T).permute(2, 0, 1)
-    if inputs.shape[1] == 1:  # a product of 1 term each is slower as a GEMM per sample
+def _multiply_sides(left: Tensor, right: Tensor) -> Tensor:
+    """(rows, B, T), (cols, B, T) -> (B, rows · cols): the sum over positions of their outer products."""
+    if left.shape[2] == 1:  # a product of 1 term each is slower as a GEMM per sample
         return (left[:, :, 0].T[:, :, None] * right[:, :, 0].T[:, None]).flatten(1)
     return torch.bmm(left.transpose(0, 1), right.permute(1, 2, 0)).flatten(1)
 
 
-@_kronecker.register_fake
-def _(inputs: Tensor, grads: Tensor, key: Sequence[int], rows: int, cols: int) -> Tensor:
-    return inputs.new_empty(len(inputs), rows * cols, dtype=wide_dtype(inputs, grads))
+def _kronecker_reference(inputs: Tensor, grads: Tensor, key: Sequence[int], rows: int, cols: int) -> Tensor:
+    wide, keys = wide_dtype(inputs, grads), (key[0], key[1])
+
+    def side(x: Tensor, size: int, which: int) -> Tensor:
+        return (x.to(wide) @ factor(size, x.shape[2], which, keys, x.device).to(wide).T).permute(2, 0, 1)
+
+    return _multiply_sides(side(grads, rows, OUTPUT_SIDE), side(inputs, cols, INPUT_SIDE))
 
 
-def _launch(inputs: Tensor, grads: Tensor, key: tuple[int, int], rows: int, cols: int) -> Tensor:
+def _kronecker_cpu(inputs: Tensor, grads: Tensor, key: Sequence[int], rows: int, cols: int) -> Tensor:
+    keys = (key[0], key[1])
+
+    def side(x: Tensor, size: int, which: int) -> Tensor:
+        """x (B, T, features) is read once as it is, in its own dtype; the signs are the few rows."""
+        b, t, features = x.shape
+        packed = factor(size, features, which, keys, x.device, _native.pack_rows)
+        out = torch.empty(size, b * t)
+        _native.linear(packed, adjacent_columns(x.reshape(b * t, features)), None, out)
+        return out.view(size, b, t)
+
+    return _multiply_sides(side(grads, rows, OUTPUT_SIDE), side(inputs, cols, INPUT_SIDE))
+
+
+def _kronecker_triton(inputs: Tensor, grads: Tensor, key: Sequence[int], rows: int, cols: int) -> Tensor:
     from assay.kernels import sketch
+
+    keys = (key[0], key[1])
 
     def words(size: int, features: int, side: int) -> Tensor:
         """The signs at a bit each, kept for the next batch."""
-        make = partial(sketch.pack_signs, size, features, side, key, inputs.device)
-        return cached(("words", key, side, size, features), inputs.device, make)
+        make = partial(sketch.pack_signs, size, features, side, keys, inputs.device)
+        return cached(("words", keys, side, size, features), inputs.device, make)
 
     in_words, out_words = words(cols, inputs.shape[2], INPUT_SIDE), words(rows, grads.shape[2], OUTPUT_SIDE)
     out: Tensor = sketch.kronecker(inputs, grads, in_words, out_words, rows, cols)
     return out
 
 
-def _project_rows(x: Tensor, packed: Tensor, size: int) -> Tensor:
-    """P xᵀ, (size, B, T): x (B, T, features) is read once as it is, in its own dtype; the signs are the few rows."""
-    b, t, features = x.shape
-    flat = x.reshape(b * t, features)
-    if flat.stride(1) != 1:
-        flat = flat.contiguous()
-    out = torch.empty(size, b * t)
-    _native.linear(packed, flat, None, out)
-    return out.view(size, b, t)
+@_backend.op(
+    "grad_sketch_kronecker",
+    reference=_kronecker_reference,
+    cpu=_kronecker_cpu,
+    triton=_kronecker_triton,
+    operands=2,
+    label=lambda *_: "grad_sketch",
+)
+def _kronecker(inputs: Tensor, grads: Tensor, key: Sequence[int], rows: int, cols: int) -> Tensor:
+    return inputs.new_empty(len(inputs), rows * cols, dtype=wide_dtype(inputs, grads))
 
 
-@_backend.custom_op("assay::grad_sketch")
-def _flat(inputs: Tensor, grads: Tensor, key: Sequence[int], dim: int, nonzeros: int) -> Tensor:
+def _multiply_out(add: Add, inputs: Tensor, grads: Tensor, key: Sequence[int], dim: int, nonzeros: int) -> Tensor:
     wide = wide_dtype(inputs, grads)
-    add = adder(inputs.new_empty(0, dtype=wide), "grad_sketch")
     (b, _, i), o = inputs.shape, grads.shape[2]
     sums = inputs.new_zeros(b, dim, dtype=torch.float64)
     columns = max(1, min(o, TILE // max(1, i)))
@@ -152,6 +161,12 @@ def _flat(inputs: Tensor, grads: Tensor, key: Sequence[int], dim: int, nonzeros:
     return scaled(sums, dim, nonzeros, wide)
 
 
-@_flat.register_fake
-def _(inputs: Tensor, grads: Tensor, key: Sequence[int], dim: int, nonzeros: int) -> Tensor:
+@_backend.op(
+    "grad_sketch",
+    reference=partial(_multiply_out, add_reference),
+    cpu=partial(_multiply_out, add_native),
+    triton=partial(_multiply_out, add_triton),
+    lacks=lambda inputs, grads, key, dim, nonzeros: without_kernel(dim, nonzeros),
+)
+def _flat(inputs: Tensor, grads: Tensor, key: Sequence[int], dim: int, nonzeros: int) -> Tensor:
     return inputs.new_empty(len(inputs), dim, dtype=wide_dtype(inputs, grads))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -31,24 +32,6 @@ def mask_scale(features: int, count: int) -> float:
     return math.sqrt(features / count) if features > count else 1.0
 
 
-@torch.library.custom_op("assay::keep", mutates_args=())
-def _keep(x: Tensor, count: int, side: int, key: Sequence[int]) -> Tensor:
-    draw = _draw_native if _backend.choose("mask", x, "triton") == "cpu" else _draw_reference
-    keys = (key[0], key[1])
-    features = x.shape[-1]
-    found = cached(
-        ("mask", keys, side, count, features, draw),
-        x.device,
-        lambda: smallest(count, features, side, keys, x.device, draw),
-    )
-    return x.index_select(-1, found)
-
-
-@_keep.register_fake
-def _(x: Tensor, count: int, side: int, key: Sequence[int]) -> Tensor:
-    return x.new_empty(*x.shape[:-1], count)
-
-
 def smallest(count: int, features: int, side: int, key: tuple[int, int], device: torch.device, draw: Draw) -> Tensor:
     """The ``count`` features with the smallest words, ties to the lower index, in the order of their indices."""
     words, indices = torch.empty(0, dtype=torch.int64, device=device), torch.empty(0, dtype=torch.int64, device=device)
@@ -70,3 +53,18 @@ def _draw_reference(first: int, n: int, side: int, key: tuple[int, int], device:
 
 def _draw_native(first: int, n: int, side: int, key: tuple[int, int], device: torch.device) -> Tensor:
     return _native.philox(key, first, n, 0, side)[:, 0].long() & 0xFFFFFFFF
+
+
+def _select(draw: Draw, x: Tensor, count: int, side: int, key: Sequence[int]) -> Tensor:
+    keys, features = (key[0], key[1]), x.shape[-1]
+    kept = cached(
+        ("mask", keys, side, count, features, draw),
+        x.device,
+        lambda: smallest(count, features, side, keys, x.device, draw),
+    )
+    return x.index_select(-1, kept)
+
+
+@_backend.op("keep", reference=partial(_select, _draw_reference), cpu=partial(_select, _draw_native))
+def _keep(x: Tensor, count: int, side: int, key: Sequence[int]) -> Tensor:
+    return x.new_empty(*x.shape[:-1], count)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from assay.ops import _backend, _native
-from assay.ops.dot import wide_dtype
+from assay.ops._tensors import adjacent_columns, check_tensor, wide_dtype
 from assay.ops.masking import keep, mask_scale
 from assay.ops.sketch import MASK_FLAT, RADEMACHER, Kronecker, Mask, Rademacher, Sketch, Sparse, buckets, signs
 
@@ -17,6 +18,10 @@ from assay.ops.sketch import MASK_FLAT, RADEMACHER, Kronecker, Mask, Rademacher,
 SUM_BYTES = 8 << 30
 # The reference holds this many entries of a projection at a time.
 REFERENCE_ENTRIES = 1 << 22
+
+# add(vectors, first, key, dim, nonzeros, sums): sums (B, dim) float64 += the unscaled projection of vectors (B, n),
+# the first of whose coordinates is number ``first``.
+Add = Callable[[Tensor, int, tuple[int, int], int, int, Tensor], None]
 
 
 def project(vectors: Tensor, sketch: Sketch) -> Tensor:
@@ -41,12 +46,10 @@ def project(vectors: Tensor, sketch: Sketch) -> Tensor:
         TypeError, ValueError: vectors that are no float matrix, a sketch that does not project vectors, or one so wide
             that its sums would not fit in memory.
     """
-    if not isinstance(vectors, Tensor) or not vectors.is_floating_point():
-        raise TypeError(f"vectors: expected a float tensor, got {getattr(vectors, 'dtype', type(vectors).__name__)}")
-    if vectors.dim() != 2:
-        raise ValueError(f"vectors: expected two dimensions, (B, D), got shape {tuple(vectors.shape)}")
+    check_tensor("vectors", vectors, (2,), "two dimensions, (B, D)")
     vectors = vectors.detach()
     if isinstance(sketch, Mask):
+        _backend.need_no_gpu("project", "there is no kernel for a Mask")
         kept = keep(vectors, sketch.rows * sketch.cols, MASK_FLAT, sketch.key)
         scale = mask_scale(vectors.shape[1], sketch.rows * sketch.cols)
         if sketch.then is not None:
@@ -75,40 +78,25 @@ def entries(sketch: Sketch, rows: int) -> tuple[tuple[int, int], int, int]:
     return sketch.key, sketch.dim, sketch.nonzeros if isinstance(sketch, Sparse) else 0
 
 
-@_backend.custom_op("assay::project")
-def _project(vectors: Tensor, key: Sequence[int], dim: int, nonzeros: int) -> Tensor:
-    sums = vectors.new_zeros(len(vectors), dim, dtype=torch.float64)
-    add = adder(vectors, "project")
-    add(vectors, 0, (key[0], key[1]), dim, nonzeros, sums)
-    return scaled(sums, dim, nonzeros, wide_dtype(vectors))
-
-
-@_project.register_fake
-def _(vectors: Tensor, key: Sequence[int], dim: int, nonzeros: int) -> Tensor:
-    return vectors.new_empty(len(vectors), dim, dtype=wide_dtype(vectors))
-
-
-def adder(tensor: Tensor, op: str) -> Callable[[Tensor, int, tuple[int, int], int, int, Tensor], None]:
-    """What runs here as add(vectors, first, key, dim, nonzeros, sums): sums (B, dim) float64 += the unscaled projection
-    of vectors (B, n), whose coordinates begin at ``first``."""
-    return {"cpu": add_native, "triton": add_triton, "reference": add_reference}[_backend.choose(op, tensor, "triton")]
-
-
 def add_native(vectors: Tensor, first: int, key: tuple[int, int], dim: int, nonzeros: int, sums: Tensor) -> None:
-    if vectors.stride(1) != 1:
-        vectors = vectors.contiguous()
-    _native.project(vectors, first, key, dim, nonzeros, sums)
+    _native.project(adjacent_columns(vectors), first, key, dim, nonzeros, sums)
 
 
 def add_triton(vectors: Tensor, first: int, key: tuple[int, int], dim: int, nonzeros: int, sums: Tensor) -> None:
-    """Sparse sketches up to the kernel's size. Wider ones should be cheaper to sort, and a dense projection is a GEMM,
+    from assay.kernels import project
+
+    project.add_sparse(vectors, first, key, dim, nonzeros, sums)
+
+
+def without_kernel(dim: int, nonzeros: int) -> str | None:
+    """What the Triton kernel does not take. Wide sketches should be cheaper to sort, and a dense projection is a GEMM,
     which torch does well."""
     from assay.kernels import project
 
-    if nonzeros == 0 or dim > project.MAX_DIM:
-        add_reference(vectors, first, key, dim, nonzeros, sums)
-    elif vectors.numel():
-        project.add_sparse(vectors, first, key, dim, nonzeros, sums)
+    if nonzeros and dim <= project.MAX_DIM:
+        return None
+    what = f"Sparse sketches of {dim} numbers" if nonzeros else "Rademacher sketches"
+    return f"there is no triton kernel for {what}, only for Sparse ones of up to {project.MAX_DIM}"
 
 
 def add_reference(vectors: Tensor, first: int, key: tuple[int, int], dim: int, nonzeros: int, sums: Tensor) -> None:
@@ -119,8 +107,8 @@ def add_reference(vectors: Tensor, first: int, key: tuple[int, int], dim: int, n
         x = vectors[:, c : c + step].to(wide)
         n = x.shape[1]
         if nonzeros == 0:
-            matrix = signs(dim, n, RADEMACHER, key, device, first + c).sign_()
-            sums += x @ matrix.to(wide).T
+            matrix = signs(dim, n, RADEMACHER, key, device, first + c).sign_().to(wide)
+            sums += _by_rows(x, matrix) if device.type == "cpu" else x @ matrix.T
             continue
         at, sign = buckets(n, dim, nonzeros, key, device, first + c)
         # index_put_ adds in a fixed order on GPUs too; index_add_ does not
@@ -130,6 +118,37 @@ def add_reference(vectors: Tensor, first: int, key: tuple[int, int], dim: int, n
         sums += part.T
 
 
+def _by_rows(x: Tensor, matrix: Tensor) -> Tensor:
+    """(B, n), (dim, n) -> (B, dim): each sum from pairs of its own terms. A GEMM's order of additions is a matter of
+    all its rows, and so were a row's bits."""
+    out = x.new_empty(len(x), len(matrix))
+    for row, sums in zip(x, out, strict=True):
+        terms = matrix * row
+        while terms.shape[1] > 1:
+            half = terms.shape[1] // 2
+            pairs = terms[:, :half] + terms[:, half : 2 * half]
+            terms = torch.cat([pairs, terms[:, 2 * half :]], 1) if terms.shape[1] % 2 else pairs
+        sums.copy_(terms[:, 0])
+    return out
+
+
 def scaled(sums: Tensor, dim: int, nonzeros: int, dtype: torch.dtype) -> Tensor:
     """The entries are ±1/√nonzeros, or ±1/√dim in a dense projection."""
     return sums.mul_(1 / math.sqrt(nonzeros or dim)).to(dtype)
+
+
+def _add_up(add: Add, vectors: Tensor, key: Sequence[int], dim: int, nonzeros: int) -> Tensor:
+    sums = vectors.new_zeros(len(vectors), dim, dtype=torch.float64)
+    add(vectors, 0, (key[0], key[1]), dim, nonzeros, sums)
+    return scaled(sums, dim, nonzeros, wide_dtype(vectors))
+
+
+@_backend.op(
+    "project",
+    reference=partial(_add_up, add_reference),
+    cpu=partial(_add_up, add_native),
+    triton=partial(_add_up, add_triton),
+    lacks=lambda vectors, key, dim, nonzeros: without_kernel(dim, nonzeros),
+)
+def _project(vectors: Tensor, key: Sequence[int], dim: int, nonzeros: int) -> Tensor:
+    return vectors.new_empty(len(vectors), dim, dtype=wide_dtype(vectors))

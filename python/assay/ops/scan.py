@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from assay.ops import _backend, _native
+from assay.ops._tensors import FLOATS, adjacent_columns, check_int, check_like, check_tensor, wide_dtype
 
 Reduce = Literal["mean", "max", "none"]
 REDUCTIONS = ("mean", "max", "none")
@@ -41,17 +42,17 @@ def topk_scan(
         values (k,) float32 and indices (k,) int64, best first; (M, k) each for ``"none"``. Of equal scores the lower
         index comes first. A NaN score (for ``"max"``: of any query) ranks behind −inf: it is among the k only where
         fewer than k other rows are. Sums are float32 in blocks; the bits follow from the row, the query and the number
-        of queries, not from other rows or the number of threads.
+        of queries, not from other rows or the number of threads. (The reference's products are torch's, and so are
+        their bits.)
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices that do not fit together, a ``k`` outside [0, N].
     """
-    queries = _check(features, queries, reduce, scales)
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"k: expected an int, got {k!r}")
+    operands = _check(features, queries, reduce, scales)
+    k = check_int("k", k)
     if not 0 <= k <= len(features):
         raise ValueError(f"k: expected at most the number of rows, N = {len(features)}, and not negative, got k = {k}")
-    values, indices = _topk_scan(features.detach(), scales, queries, k, reduce == "max")
+    values, indices = _topk_scan(*operands, k, reduce == "max")
     return (values, indices) if reduce == "none" else (values[0], indices[0])
 
 
@@ -60,8 +61,7 @@ def scan_scores(features: Tensor, queries: Tensor, *, reduce: Reduce = "mean", s
 
     Arguments and errors are those of ``topk_scan``.
     """
-    queries = _check(features, queries, reduce, scales)
-    scores: Tensor = _scan_scores(features.detach(), scales, queries, reduce == "max")
+    scores: Tensor = _scan_scores(*_check(features, queries, reduce, scales), reduce == "max")
     return scores if reduce == "none" else scores[0]
 
 
@@ -77,16 +77,12 @@ def merge_topk(values: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]
     return values.gather(-1, order), indices.gather(-1, order)
 
 
-def _check(features: Tensor, queries: Tensor, reduce: str, scales: Tensor | None) -> Tensor:
-    """The queries that are scanned with, contiguous, in the dtype of the result; or an error."""
-    for name, x in (("features", features), ("queries", queries)):
-        if x.dim() != 2:
-            raise ValueError(f"{name}: expected two dimensions, (rows, d), got shape {tuple(x.shape)}")
-    floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    if features.dtype not in (*floats, torch.int8):
-        raise TypeError(f"features: expected float32, bfloat16, float16 or int8, got {features.dtype}")
-    if queries.dtype not in floats:
-        raise TypeError(f"queries: expected float32, bfloat16 or float16, got {queries.dtype}")
+def _check(
+    features: Tensor, queries: Tensor, reduce: str, scales: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Features, scales and the queries that are scanned with, in the dtype of the result; or an error."""
+    check_tensor("features", features, (2,), "two dimensions, (N, d)", (*FLOATS, torch.int8))
+    check_tensor("queries", queries, (2,), "two dimensions, (M, d)")
     n, d = features.shape
     if queries.shape[1] != d or len(queries) == 0 or queries.device != features.device:
         raise ValueError(
@@ -95,75 +91,25 @@ def _check(features: Tensor, queries: Tensor, reduce: str, scales: Tensor | None
         )
     if (scales is not None) != (features.dtype == torch.int8):
         raise ValueError(f"scales: int8 features need them and no others take them; these are {features.dtype}")
-    if scales is not None and (
-        scales.dtype != torch.float32 or scales.shape != (n,) or scales.device != features.device
-    ):
-        raise ValueError(
-            f"scales: expected float32 of shape ({n},) on {features.device}, "
-            f"got {scales.dtype} of shape {tuple(scales.shape)} on {scales.device}"
-        )
-    if reduce not in REDUCTIONS:
+    if scales is not None:
+        if not isinstance(scales, Tensor):
+            raise TypeError(f"scales: expected a float32 tensor of shape ({n},), got {type(scales).__name__}")
+        if scales.dtype != torch.float32 or scales.layout != torch.strided:
+            raise ValueError(f"scales: expected float32 of shape ({n},), got {scales.dtype}, {scales.layout}")
+        check_like("scales", scales, (n,), features.device)
+        scales = scales.detach().contiguous()
+    if not isinstance(reduce, str) or reduce not in REDUCTIONS:
         raise ValueError(f"reduce: expected one of {', '.join(REDUCTIONS)}, got {reduce!r}")
-    wide = torch.float64 if torch.float64 in (features.dtype, queries.dtype) else torch.float32
+    wide = wide_dtype(features, queries)
     if reduce == "mean":
         queries = queries.double().mean(0, keepdim=True)
-    return queries.detach().to(wide).contiguous()
-
-
-@_backend.custom_op("assay::topk_scan")
-def _topk_scan(
-    features: Tensor, scales: Tensor | None, queries: Tensor, k: int, maximum: bool
-) -> tuple[Tensor, Tensor]:
-    backend = _backend.choose("topk_scan", queries, "triton")
-    if backend == "reference":
-        return reference(features, scales, queries, k, maximum)
-    if backend == "cpu":
-        return _native.topk_scan(_adjacent(features), _contiguous(scales), queries, maximum, k)
-    if k == 0:
-        return _nothing(queries, maximum)
-    from assay.kernels import scan as kernel
-
-    best: tuple[Tensor, Tensor] = kernel.topk_scan(features, _contiguous(scales), queries, k, maximum)
-    return best
-
-
-@_topk_scan.register_fake
-def _(features: Tensor, scales: Tensor | None, queries: Tensor, k: int, maximum: bool) -> tuple[Tensor, Tensor]:
-    shape = (1 if maximum else len(queries), k)
-    return queries.new_empty(shape), queries.new_empty(shape, dtype=torch.int64)
-
-
-@_backend.custom_op("assay::scan_scores")
-def _scan_scores(features: Tensor, scales: Tensor | None, queries: Tensor, maximum: bool) -> Tensor:
-    backend = _backend.choose("scan_scores", queries, "triton")
-    if backend == "reference" or len(features) == 0:
-        parts = [scores for _, scores in _chunks(features, scales, queries, maximum)]
-        return torch.cat([_nothing(queries, maximum)[0], *parts], 1)
-    if backend == "cpu":
-        return _native.scan(_adjacent(features), _contiguous(scales), queries, maximum)
-    from assay.kernels import scan as kernel
-
-    scores: Tensor = kernel.scan_scores(features, _contiguous(scales), queries, maximum)
-    return scores
-
-
-@_scan_scores.register_fake
-def _(features: Tensor, scales: Tensor | None, queries: Tensor, maximum: bool) -> Tensor:
-    return queries.new_empty(1 if maximum else len(queries), len(features))
+    return features.detach(), scales, queries.detach().to(wide).contiguous()
 
 
 def _nothing(queries: Tensor, maximum: bool) -> tuple[Tensor, Tensor]:
     """Values and indices of no rows."""
     shape = (1 if maximum else len(queries), 0)
     return queries.new_empty(shape), queries.new_empty(shape, dtype=torch.int64)
-
-
-def _adjacent(features: Tensor) -> Tensor:
-    return features if features.stride(1) == 1 else features.contiguous()
-
-
-def _contiguous(scales: Tensor | None) -> Tensor | None:
-    return None if scales is None else scales.contiguous()
 
 
 def reference(features: Tensor, scales: Tensor | None, queries: Tensor, k: int, maximum: bool) -> tuple[Tensor, Tensor]:
@@ -183,3 +129,45 @@ def _chunks(features: Tensor, scales: Tensor | None, queries: Tensor, maximum: b
         if scales is not None:
             scores = scores * scales[start : start + step]
         yield start, scores.amax(0, keepdim=True) if maximum else scores
+
+
+def _reference_scores(features: Tensor, scales: Tensor | None, queries: Tensor, maximum: bool) -> Tensor:
+    parts = [scores for _, scores in _chunks(features, scales, queries, maximum)]
+    return torch.cat([_nothing(queries, maximum)[0], *parts], 1)
+
+
+def _cpu(features: Tensor, scales: Tensor | None, queries: Tensor, k: int, maximum: bool) -> tuple[Tensor, Tensor]:
+    return _native.topk_scan(adjacent_columns(features), scales, queries, maximum, k)
+
+
+def _cpu_scores(features: Tensor, scales: Tensor | None, queries: Tensor, maximum: bool) -> Tensor:
+    return _native.scan(adjacent_columns(features), scales, queries, maximum)
+
+
+def _triton(features: Tensor, scales: Tensor | None, queries: Tensor, k: int, maximum: bool) -> tuple[Tensor, Tensor]:
+    from assay.kernels import scan as kernel
+
+    if k == 0:
+        return _nothing(queries, maximum)
+    best: tuple[Tensor, Tensor] = kernel.topk_scan(features, scales, queries, k, maximum)
+    return best
+
+
+def _triton_scores(features: Tensor, scales: Tensor | None, queries: Tensor, maximum: bool) -> Tensor:
+    from assay.kernels import scan as kernel
+
+    scores: Tensor = kernel.scan_scores(features, scales, queries, maximum)
+    return scores
+
+
+@_backend.op("topk_scan", reference=reference, cpu=_cpu, triton=_triton)
+def _topk_scan(
+    features: Tensor, scales: Tensor | None, queries: Tensor, k: int, maximum: bool
+) -> tuple[Tensor, Tensor]:
+    shape = (1 if maximum else len(queries), k)
+    return queries.new_empty(shape), queries.new_empty(shape, dtype=torch.int64)
+
+
+@_backend.op("scan_scores", reference=_reference_scores, cpu=_cpu_scores, triton=_triton_scores)
+def _scan_scores(features: Tensor, scales: Tensor | None, queries: Tensor, maximum: bool) -> Tensor:
+    return queries.new_empty(1 if maximum else len(queries), len(features))

@@ -52,7 +52,13 @@ class _Keyed:
         return replace(self, name=name)  # type: ignore[type-var]
 
     def _check(self, **limits: tuple[int, int]) -> None:
-        """ValueError unless each field lies in [low, high)."""
+        """ValueError unless each field lies in [low, high), TypeError unless it is an int."""
+        for field in (*limits, "seed"):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{type(self).__name__}: {field} must be an int, got {value!r}")
+        if not isinstance(self.name, str):
+            raise TypeError(f"{type(self).__name__}: name must be a string, got {self.name!r}")
         for field, (low, high) in limits.items():
             value = getattr(self, field)
             if value < low:

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from assay.ops import _backend, _native
-from assay.ops.dot import check_factors, wide_dtype
+from assay.ops._tensors import adjacent_columns, wide_dtype
+from assay.ops.dot import check_factors
 
 # Intermediate tiles stay this small, so that the reduction finds them in cache.
 TILE_BYTES = 1 << 20
@@ -38,29 +39,8 @@ def grad_sqnorm(inputs: Tensor, grads: Tensor) -> Tensor:
         TypeError, ValueError: shapes, dtypes or devices that do not fit together.
     """
     inputs, grads = check_factors(inputs, grads)
-    out: Tensor = _grad_sqnorm(inputs.detach(), grads.detach())
+    out: Tensor = _grad_sqnorm(inputs, grads)
     return out
-
-
-@_backend.custom_op("assay::grad_sqnorm")
-def _grad_sqnorm(inputs: Tensor, grads: Tensor) -> Tensor:
-    wide = wide_dtype(inputs, grads)
-    backend = _backend.choose("grad_sqnorm", inputs.new_empty(0, dtype=wide), "triton")
-    if backend == "reference":
-        return reference(inputs, grads)
-    if 0 in (*inputs.shape, grads.shape[2]):
-        return inputs.new_zeros(inputs.shape[0], dtype=wide)
-    if backend == "cpu":
-        return _cpu(inputs, grads)
-    from assay.kernels import sqnorm as kernel
-
-    out: Tensor = kernel.grad_sqnorm(inputs, grads, CANCELLED)
-    return out
-
-
-@_grad_sqnorm.register_fake
-def _(inputs: Tensor, grads: Tensor) -> Tensor:
-    return inputs.new_empty(inputs.shape[0], dtype=wide_dtype(inputs, grads))
 
 
 def reference(inputs: Tensor, grads: Tensor) -> Tensor:
@@ -94,7 +74,7 @@ def _cpu(inputs: Tensor, grads: Tensor) -> Tensor:
 
 
 def _row_sqnorms(x: Tensor) -> NDArray[np.float64]:
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x = adjacent_columns(x)
     out = np.zeros(x.shape[0])
     _native.multiply_reduce(x, x, out)
     return out
@@ -135,3 +115,15 @@ def _product(inputs: Tensor, grads: Tensor) -> NDArray[np.float64]:
             _native.multiply_reduce(tile, tile, part)
             total[s : s + samples] += part
     return total
+
+
+def _triton(inputs: Tensor, grads: Tensor) -> Tensor:
+    from assay.kernels import sqnorm as kernel
+
+    out: Tensor = kernel.grad_sqnorm(inputs, grads, CANCELLED)
+    return out
+
+
+@_backend.op("grad_sqnorm", reference=reference, cpu=_cpu, triton=_triton)
+def _grad_sqnorm(inputs: Tensor, grads: Tensor) -> Tensor:
+    return inputs.new_empty(inputs.shape[0], dtype=wide_dtype(inputs, grads))

@@ -14,6 +14,8 @@ from torch import Tensor
 from assay.ops import Kronecker, Mask, Rademacher, Sketch, grad_dot, grad_sketch, grad_sqnorm, project
 from assay.probe.head import Head
 
+# Gradients are multiplied out at most this many numbers at a time.
+_ELEMENTS = 1 << 24
 # Terms that cancel below this share of their own squared norms are multiplied out, one sample at a time.
 _CANCELLED = 1e-2
 
@@ -37,6 +39,11 @@ class Outer:
 
     def dense(self, shape: Sequence[int]) -> Tensor:
         return (wide(self.left).mT @ wide(self.right)).reshape(-1, *shape)
+
+    def finite(self) -> Tensor:
+        """(B,) bool: the samples whose sum is finite, by a bound of its norm that takes no product of the factors."""
+        left, right = (side.float().square().flatten(1).sum(1) for side in (self.left, self.right))
+        return (left * right).isfinite()
 
     @property
     def samples(self) -> int:
@@ -264,6 +271,37 @@ class PerSampleGradient:
         """The same for so many samples at a time."""
         for start in range(0, self.samples, samples):
             yield PerSampleGradient(self.shape, [term.part(slice(start, start + samples)) for term in self.terms])
+
+    def outer(self) -> Outer | None:
+        """The outer products of which the gradient of a matrix is the sum; None: it is none.
+
+        The weight of an ungrouped convolution is a matrix too, over unfolded windows (1602.01407). A fused output
+        layer's residuals are made.
+        """
+        term = self.terms[0]
+        if len(self.terms) > 1 or len(self.shape) < 2:
+            return None
+        if isinstance(term, Convolution):
+            return term.outer() if term.groups == 1 else None
+        if isinstance(term, Head):
+            return Outer(term.residual(), term.hidden)
+        return term if isinstance(term, Outer) and len(self.shape) == 2 else None
+
+    def total(self) -> tuple[Tensor, Tensor]:
+        """The sum over the samples with a finite gradient, of the parameter's shape, and which those are, (B,) bool."""
+        totals, finite = [], []
+        for part in self.split(max(1, _ELEMENTS // self.shape.numel())):
+            term = part.terms[0]
+            if isinstance(term, Outer) and len(part.terms) == 1:  # one product for all samples
+                fine = term.finite()
+                left, right = (wide(side[fine].flatten(0, 1)) for side in (term.left, term.right))
+                totals.append((left.T @ right).reshape(self.shape))
+            else:
+                dense = part.dense()
+                fine = dense.square().reshape(len(dense), -1).sum(1).isfinite()
+                totals.append(dense[fine].sum(0))
+            finite.append(fine)
+        return _total(totals), torch.cat(finite)
 
     def sketch(self, sketch: Sketch) -> Tensor:
         """A projection of the gradient -> (B, sketch.dim): the uses' sketches, summed, for sketching is linear."""

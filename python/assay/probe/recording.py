@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from assay.probe.gradient import Dense, PerSampleGradient, Term
-from assay.probe.head import Head
+from assay.probe.calls import Call
+from assay.probe.gradient import PerSampleGradient
 from assay.probe.layers import Factors
-from assay.probe.reductions import Displaced, Feature, Reduction
+from assay.probe.reductions import Reduced, Reduction
 from assay.probe.selection import Tap
-from assay.probe.shared import Region, Shared, Start, coincidences, untapped
+from assay.probe.shared import Region, Shared, coincidences, untapped
 from assay.tasks.output_layer import UnmadeLogits
 
 
@@ -40,85 +40,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
         for module, was_training in training:
             module.training = was_training
-
-
-@dataclass
-class _Call:
-    """One use of a tapped layer, or of bare parameters. ``open`` counts the layer's parameters that still need it.
-
-    A fused output layer's ``grads`` (B, T) are those of its row losses, and ``labels`` (B, T) say of which.
-
-    Attributes:
-        lead: what the first dimensions of ``inputs`` are reshaped to where the first is not the batch's alone.
-        start: of values that all samples share.
-    """
-
-    tap: Tap
-    parameters: Mapping[str, str]
-    inputs: Tensor
-    version: int
-    labels: Tensor | None = None
-    lead: tuple[int, ...] | None = None
-    start: Start | None = None
-    open: int = 0
-    grads: Tensor | None = None
-
-    def factors(self) -> Factors:
-        if self.labels is None:
-            assert self.tap.rule is not None
-            return self.tap.rule.factors(self.tap.module, self._inputs(), self._grads())
-        residual: Any = self._head().residual
-        return Factors(self.checked_inputs(), residual)
-
-    def terms(self, local: str) -> list[Term]:
-        """The gradient of the layer's parameter ``local``: their sum, nothing where it is zero."""
-        if self.tap.rule is None:
-            assert self.start is not None
-            return self.start.all_terms()
-        if self.grads is None:
-            return []
-        if self.labels is None:
-            return [self.tap.rule.term(self.tap.module, local, self._inputs(), self._grads())]
-        head = self._head()
-        return [head if local == "weight" else Dense(head.bias_gradient())]
-
-    def _inputs(self) -> Tensor:
-        """(B, ...)."""
-        inputs = self.checked_inputs()
-        if self.start is not None:  # the same for all samples
-            assert self.grads is not None
-            return inputs[None].expand(len(self.grads), *inputs.shape)
-        return inputs if self.lead is None else inputs.reshape(*self.lead, *inputs.shape[1:])
-
-    def _grads(self) -> Tensor:
-        assert self.grads is not None
-        return self.grads if self.lead is None else self.grads.reshape(*self.lead, *self.grads.shape[1:])
-
-    def _head(self) -> Head:
-        assert self.labels is not None
-        assert self.grads is not None
-        weight, bias = self.tap.module.weight, self.tap.module.bias
-        return Head(
-            self.checked_inputs(),
-            weight.detach(),  # type: ignore[operator]
-            None if bias is None else bias.detach(),  # type: ignore[operator]
-            self.labels,
-            self.grads,
-        )
-
-    def checked_inputs(self) -> Tensor:
-        if self.inputs._version != self.version:
-            raise RuntimeError(
-                f"the input of layer {self.tap.layer!r} was modified in place after the layer had used it, "
-                "so that the gradient of its weight is lost; make the operation out of place"
-            )
-        return self.inputs
-
-    def release(self, last: bool) -> None:
-        # The graph's hooks hold this object until the whole backward pass is over.
-        self.grads = None
-        if last:
-            self.inputs = self.inputs.new_empty(0)
 
 
 @dataclass
@@ -151,10 +72,10 @@ class Recorder:
     patterns: set[tuple[Any, ...]] = field(default_factory=set)
     ambiguous: dict[str, Tap] = field(default_factory=dict)
     # By parameter: the calls that use it, with its name in their layer, and how many have no gradient yet.
-    _calls: dict[str, list[tuple[_Call, str]]] = field(default_factory=lambda: defaultdict(list))
+    _calls: dict[str, list[tuple[Call, str]]] = field(default_factory=lambda: defaultdict(list))
     _waiting: dict[str, int] = field(default_factory=dict)
     _open: dict[str, None] = field(default_factory=dict)  # parameters that are not folded yet
-    _kept: dict[str, list[_Call]] = field(default_factory=lambda: defaultdict(list))  # by layer
+    _kept: dict[str, list[Call]] = field(default_factory=lambda: defaultdict(list))  # by layer
     _leaves: list[Tensor] = field(default_factory=list)
     _fold_into: Callable[[str], None] = field(default=lambda name: None)
 
@@ -189,7 +110,7 @@ class Recorder:
             value._is_param = True  # an nn.Parameter to isinstance()
             own[local] = value  # type: ignore[assignment]
             stack.callback(own.__setitem__, local, parameter)
-            call = _Call(tap, {local: name}, parameter, parameter._version, start=start)
+            call = Call(tap, {local: name}, parameter, parameter._version, start=start)
             self._calls[name].append((call, local))
             self.patterns.add(((name,),))
 
@@ -295,7 +216,7 @@ class Recorder:
             tapped = self._grown(inputs, output if unmade is None else unmade.losses)
             if self._recording:
                 labels = None if unmade is None else unmade.labels
-                self._watch(_Call(tap, names, inputs.detach(), inputs._version, labels, lead), tapped)
+                self._watch(Call(tap, names, inputs.detach(), inputs._version, labels, lead), tapped)
             if unmade is None:
                 return tapped
             unmade.losses = tapped
@@ -319,7 +240,7 @@ class Recorder:
         start, value = self._region.begin(output, what, tuple(names.values()))
         if self._recording:
             plain = inputs.detach().as_subclass(Tensor)
-            self._record(_Call(tap, names, plain, plain._version, start=start))
+            self._record(Call(tap, names, plain, plain._version, start=start))
             self.patterns.add((tuple(tap.parameters.values()),))
         return value
 
@@ -368,7 +289,7 @@ class Recorder:
         positions = inputs.shape[:-1] if inputs.is_floating_point() else inputs.shape
         return all(n == self.size for n in positions)
 
-    def _watch(self, call: _Call, output: Tensor) -> None:
+    def _watch(self, call: Call, output: Tensor) -> None:
         self._record(call)
 
         def arrived(grads: Tensor) -> None:
@@ -381,7 +302,7 @@ class Recorder:
 
         output.register_hook(arrived)  # type: ignore[no-untyped-call]
 
-    def _record(self, call: _Call) -> None:
+    def _record(self, call: Call) -> None:
         if call.tap.layer in self.keep:
             self._kept[call.tap.layer].append(call)
         for local, name in call.parameters.items():
@@ -403,48 +324,6 @@ class Recorder:
 
 class _Untapped(Exception):
     """A layer cannot be tapped as the model calls it."""
-
-
-@dataclass
-class Reduced:
-    """What reductions have given so far, (B,) or (B, width) by key."""
-
-    size: int
-    reductions: Mapping[str, Reduction]
-    like: Tensor
-    values: dict[str, Tensor] = field(default_factory=dict)
-    touched: set[str] = field(default_factory=set)  # parameters in which a sample has a gradient
-
-    def __post_init__(self) -> None:
-        for key, reduction in self.reductions.items():
-            width = (reduction.size,) if isinstance(reduction, Feature) else ()
-            self.values[key] = self.like.new_zeros(self.size, *width)
-
-    def wants(self, name: str) -> bool:
-        return any(name in reduction.parameters for reduction in self.reductions.values())
-
-    def add(self, name: str, gradient: PerSampleGradient) -> None:
-        self.touched.add(name)
-        for key, reduction in self.reductions.items():
-            if name in reduction.parameters:
-                self._add(key, name, reduction(name, gradient))
-
-    def add_untouched(self, tapped: Collection[str]) -> None:
-        """What features make of a gradient of 0 in the tapped parameters that no sample reaches."""
-        for key, reduction in self.reductions.items():
-            if isinstance(reduction, Displaced):
-                for name in [n for n in reduction.parameters if n in tapped and n not in self.touched]:
-                    self._add(key, name, reduction.at_zero(name).expand(self.size, -1))
-
-    def _add(self, key: str, name: str, value: Tensor) -> None:
-        reduction, total = self.reductions[key], self.values[key]
-        total = total.to(torch.promote_types(total.dtype, value.dtype))
-        place = total[:, reduction.place(name)] if isinstance(reduction, Feature) else total
-        if value.shape != place.shape:
-            found, expected = tuple(value.shape), tuple(place.shape)
-            raise ValueError(f"reduction {key!r} gave shape {found} for parameter {name!r}; expected {expected}")
-        place += value.to(total.device)
-        self.values[key] = total
 
 
 def _called(tap: Tap, inputs: Tensor, output: Any, size: int) -> str:

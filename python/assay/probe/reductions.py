@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from assay.ops import Sketch
@@ -121,3 +122,46 @@ class Sketched:
         if not self.together and math.prod(self.shapes[parameter]) <= self.sketch.dim:
             return gradient.dense().reshape(gradient.samples, -1)
         return gradient.sketch(self.sketch.named(parameter))
+
+
+@dataclass
+class Reduced:
+    """What reductions have given so far, (B,) or (B, width) by key."""
+
+    size: int
+    reductions: Mapping[str, Reduction]
+    like: Tensor
+    values: dict[str, Tensor] = field(default_factory=dict)
+    touched: set[str] = field(default_factory=set)  # parameters in which a sample has a gradient
+
+    def __post_init__(self) -> None:
+        self._features = {key: r for key, r in self.reductions.items() if isinstance(r, Feature)}
+        for key in self.reductions:
+            width = (self._features[key].size,) if key in self._features else ()
+            self.values[key] = self.like.new_zeros(self.size, *width)
+
+    def wants(self, name: str) -> bool:
+        return any(name in reduction.parameters for reduction in self.reductions.values())
+
+    def add(self, name: str, gradient: PerSampleGradient) -> None:
+        self.touched.add(name)
+        for key, reduction in self.reductions.items():
+            if name in reduction.parameters:
+                self._add(key, name, reduction(name, gradient))
+
+    def add_untouched(self, tapped: Collection[str]) -> None:
+        """What features make of a gradient of 0 in the tapped parameters that no sample reaches."""
+        for key, reduction in self.reductions.items():
+            if isinstance(reduction, Displaced):
+                for name in [n for n in reduction.parameters if n in tapped and n not in self.touched]:
+                    self._add(key, name, reduction.at_zero(name).expand(self.size, -1))
+
+    def _add(self, key: str, name: str, value: Tensor) -> None:
+        total = self.values[key]
+        total = total.to(torch.promote_types(total.dtype, value.dtype))
+        place = total[:, self._features[key].place(name)] if key in self._features else total
+        if value.shape != place.shape:
+            found, expected = tuple(value.shape), tuple(place.shape)
+            raise ValueError(f"reduction {key!r} gave shape {found} for parameter {name!r}; expected {expected}")
+        place += value.to(total.device)
+        self.values[key] = total

@@ -6,20 +6,25 @@ downloaded; a checkpoint's own Python never runs.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from assay._lazy import require
 from assay.corpus.storage import sha256
+from assay.recipe.adapters import find_base, is_adapter, load_adapter
+from assay.recipe.checkpoints import load_folder, load_gguf
 from assay.recipe.errors import EngineError
+from assay.recipe.library_calls import refusing
+from assay.recipe.model_files import ModelFolder, check_file, find_model_folder, read_safetensors, shortened
 from assay.recipe.parts import ExistingPath, Part, Registry
+from assay.recipe.tokenizer import behaviour, differences, load_gguf_tokenizer, load_tokenizer
 
 # What can change a score: weights, shapes, tokens. A README or a training log cannot.
 _MODEL_FILES = (".safetensors", ".gguf", ".json", ".txt", ".model")
@@ -78,25 +83,30 @@ class MlpSpec(ModelSpec):
     kind: Literal["mlp"]
 
     def build(self) -> nn.Module:
-        try:
-            tensors: dict[str, torch.Tensor] = require("safetensors.torch", "cli").load_file(self.path)
-        except Exception as error:  # safetensors' error type lives in its native module
-            raise EngineError(f"{self.path}: not a safetensors file ({_one_line(error)})") from error
-        indices = sorted(int(m[1]) for m in map(re.compile(r"(\d+)\.weight").fullmatch, tensors) if m)
+        stored = read_safetensors(self.path)
+        indices = sorted(int(m[1]) for m in map(re.compile(r"([0-9]{1,6})\.weight").fullmatch, stored) if m)
         expected = {f"{i}.{kind}" for i in range(0, 2 * len(indices), 2) for kind in ("weight", "bias")}
-        if not indices or set(tensors) - expected or indices != list(range(0, 2 * len(indices), 2)):
+        if not indices or stored.keys() - expected or indices != list(range(0, 2 * len(indices), 2)):
             raise EngineError(
-                f"{self.path}: holds {', '.join(sorted(tensors)[:6])}; expected 0.weight, 0.bias, 2.weight, "
+                f"{self.path}: holds {shortened(sorted(stored), 6)}; expected 0.weight, 0.bias, 2.weight, "
                 "…: linear layers with a ReLU between each two"
             )
         layers: list[nn.Module] = []
+        inputs: int | None = None
         for i in indices:
-            weight, bias = tensors[f"{i}.weight"], tensors.get(f"{i}.bias")
-            if weight.ndim != 2 or (layers and layers[-2].out_features != weight.shape[1]):
-                raise EngineError(f"{self.path}: {i}.weight of shape {tuple(weight.shape)} does not fit the one before")
-            layers += [nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None), nn.ReLU()]
-        model = nn.Sequential(*layers[:-1])
-        model.load_state_dict(tensors)
+            weight, bias = stored[f"{i}.weight"], stored.get(f"{i}.bias")
+            if len(weight.shape) != 2 or not weight.numbers or inputs not in (None, weight.shape[1]):
+                raise EngineError(f"{self.path}: {i}.weight of shape {weight.shape} does not fit the one before")
+            outputs, inputs = weight.shape
+            if bias is not None and bias.shape != (outputs,):
+                raise EngineError(f"{self.path}: {i}.bias of shape {bias.shape} does not fit {i}.weight")
+            layers += [nn.Linear(inputs, outputs, bias=bias is not None, device="meta"), nn.ReLU()]
+            inputs = outputs
+        if packed := sorted(name for name, tensor in stored.items() if not tensor.floating):
+            raise EngineError(f"{self.path}: {shortened(packed)} hold no floating-point numbers of 16 bits or more")
+        model = nn.Sequential(*layers[:-1]).to_empty(device="cpu")
+        with refusing(f"{self.path}: safetensors cannot read it"):
+            model.load_state_dict(require("safetensors.torch", "cli").load_file(self.path))
         return model.eval()
 
     def input_size(self, model: nn.Module) -> int | None:
@@ -109,48 +119,103 @@ class MlpSpec(ModelSpec):
 
 @MODELS.add("transformers")
 class TransformersSpec(ModelSpec):
-    """A Hugging Face causal language model: a folder with safetensors, or one ``.gguf`` file, in float32."""
+    """A Hugging Face causal language model in float32: a folder with safetensors, one ``.gguf`` file, or a folder with
+    a LoRA adapter of peft, whose ``base`` is the model that it names unless it is given."""
 
     kind: Literal["transformers"]
+    base: ExistingPath | None = None
 
     def build(self) -> nn.Module:
-        transformers = require("transformers", "text")
-        model: nn.Module = self._load(transformers.AutoModelForCausalLM, dtype=torch.float32, **self._weights())
-        return model.eval()
+        if self._is_gguf:
+            return load_gguf(self.path)
+        folder, base = self._folders()
+        return load_folder(folder) if base is None else load_adapter(folder, base)
 
     def tokenizer(self) -> Any:
-        return self._load(require("transformers", "text").AutoTokenizer)
+        if self._is_gguf:
+            return load_gguf_tokenizer(self.path)
+        folder, base = self._folders()
+        model = base or folder
+        return load_tokenizer(folder if folder.tokenizer else model, model)
 
-    def _weights(self) -> dict[str, Any]:
-        return {} if self._is_gguf else {"use_safetensors": True}
+    def identity(self) -> dict[str, Any]:
+        return self.model_dump(exclude={"path", "base"})
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all that decides outputs: config, weights, tokenizer, processor; of an adapter, also its base."""
+        if self._is_gguf:
+            check_file(self.path)
+            return super().fingerprint()
+        digest = hashlib.sha256()
+        for folder in filter(None, self._folders()):
+            for name in folder.fingerprint_files():
+                digest.update(f"{name}\0{file_sha256(folder.full(name))}\n".encode())
+        return f"sha256:{digest.hexdigest()}"
 
     @property
     def _is_gguf(self) -> bool:
-        return self.path.endswith(".gguf")
+        if self.path.endswith(".gguf") and os.path.isfile(self.path):
+            if self.base is not None:
+                raise EngineError(f"{self.path}: base goes with a LoRA adapter's folder, not with a .gguf file")
+            return True
+        return False
 
-    def _load(self, factory: Any, **options: Any) -> Any:
-        folder = self.path
-        if self._is_gguf:
-            require("gguf", "text")
-            folder, options["gguf_file"] = os.path.split(self.path)
-        elif not os.path.isdir(folder):
-            raise EngineError(f"{self.path}: expected a folder with safetensors, or a .gguf file")
-        try:
-            return factory.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise EngineError(f"{self.path}: transformers cannot load it ({_one_line(error)})") from error
+    def _folders(self) -> tuple[ModelFolder, ModelFolder | None]:
+        """The model's folder, and an adapter's base."""
+        folder = find_model_folder(self.path)
+        if is_adapter(folder):
+            return folder, find_base(folder, self.base)
+        if self.base is not None:
+            raise EngineError(f"{self.path}: base goes with a LoRA adapter, and there is no adapter_config.json in it")
+        return folder, None
+
+
+def build_models(specs: Mapping[str, ModelSpec]) -> dict[str, nn.Module]:
+    """Load a recipe's models; errors begin with the key of theirs."""
+    models = {}
+    for name, spec in specs.items():
+        with naming(f"models.{name}"):
+            models[name] = spec.build()
+    return models
+
+
+def fingerprints(specs: Mapping[str, ModelSpec]) -> dict[str, str]:
+    """What identifies a recipe's models; errors begin with the key of theirs."""
+    result = {}
+    for name, spec in specs.items():
+        with naming(f"models.{name}"):
+            result[name] = spec.fingerprint()
+    return result
 
 
 def shared_tokenizer(specs: Mapping[str, ModelSpec]) -> Any:
-    """The one tokenizer of a text recipe's models: unless they agree, a token means different things."""
-    found = [(name, own) for name, spec in specs.items() if (own := spec.tokenizer()) is not None]
-    if not found:
+    """The one tokenizer of a text recipe's models: unless they do the same, a text means different tokens."""
+    first: tuple[str, Any, dict[str, Any]] | None = None
+    for name, spec in specs.items():
+        with naming(f"models.{name}"):
+            tokenizer = spec.tokenizer()
+        if tokenizer is None:
+            continue
+        own = behaviour(tokenizer)
+        if first is None:
+            first = name, tokenizer, own
+        elif parts := differences(first[2], own):
+            raise EngineError(
+                f"models.{first[0]} and models.{name} have tokenizers with different {'; '.join(parts)}; score them in "
+                "recipes of their own"
+            )
+    if first is None:
         raise EngineError("none of the recipe's models has a tokenizer; a causal_lm task needs one")
-    first, tokenizer = found[0]
-    for name, other in found[1:]:
-        if other.get_vocab() != tokenizer.get_vocab():
-            raise EngineError(f"models.{first} and models.{name} have different vocabularies; score them separately")
-    return tokenizer
+    return first[1]
+
+
+@contextlib.contextmanager
+def naming(key: str) -> Iterator[None]:
+    """Errors begin with the recipe's key."""
+    try:
+        yield
+    except EngineError as error:
+        raise type(error)(f"{key}: {error}") from error
 
 
 def file_sha256(path: str) -> str:
@@ -163,7 +228,3 @@ def _cached_sha256(path: str, size: int, mtime_ns: int) -> str:
     """Large weights are read once per process, unless they change."""
     with open(path, "rb") as file:
         return sha256(file)
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol, TypeVar
 
@@ -15,10 +16,14 @@ from torch import nn
 
 from assay.corpus.checks import check_features, check_label, check_text
 from assay.corpus.errors import BadRow
+from assay.recipe.causal_checks import check_causal_lm, right_padded
 from assay.recipe.errors import EngineError
+from assay.recipe.model_files import one_line, shortened
 from assay.recipe.models import ModelSpec, shared_tokenizer
 from assay.recipe.parts import Part, Registry
 from assay.tasks import CausalLM, Classification, Task
+
+log = logging.getLogger("assay")
 
 T = TypeVar("T")
 
@@ -79,22 +84,46 @@ class CausalLMSpec(TaskSpec):
         return CausalLM(reduction=self.reduction)
 
     def encoder(self, models: Mapping[str, tuple[ModelSpec, nn.Module]]) -> Encoder:
-        tokenizer = shared_tokenizer({name: spec for name, (spec, _) in models.items()})
-        largest = max(tokenizer.get_vocab().values(), default=0)
         for name, (_, model) in models.items():
-            self._check_fits(name, model, largest)
-        return TextEncoder(self.text_column, tokenizer, self.max_length)
+            self._check_positions(name, model)
+        tokenizer = shared_tokenizer({name: spec for name, (spec, _) in models.items()})
+        vocabulary = tokenizer.get_vocab().values()
+        limit, owner = min(
+            (self._check(name, model, tokenizer, vocabulary), name) for name, (_, model) in models.items()
+        )
+        return TextEncoder(self.text_column, tokenizer, self.max_length, limit, f"models.{owner}")
 
-    def _check_fits(self, name: str, model: nn.Module, largest_token: int) -> None:
+    def _check_positions(self, name: str, model: nn.Module) -> None:
         positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
         if positions is not None and self.max_length > positions:
             raise EngineError(f"task.max_length is {self.max_length}, but models.{name} has {positions} positions")
+
+    def _check(self, name: str, model: nn.Module, tokenizer: Any, vocabulary: Collection[int]) -> int:
+        """The number of tokens that the model knows, after trying it out on some of them."""
         embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-        rows = getattr(embeddings, "num_embeddings", None)
-        if rows is not None and largest_token >= rows:
-            raise EngineError(
-                f"models.{name}: the tokenizer goes to token {largest_token}, the embedding has {rows} rows"
+        rows = getattr(embeddings, "num_embeddings", None) or max(vocabulary, default=0) + 1
+        special = {*tokenizer.all_special_ids, *_special_tokens(model)}
+        usable = sorted({i for i in vocabulary if i < rows} - special) or list(range(rows))
+        classes = check_causal_lm(f"models.{name}", model, usable, self.max_length)
+        limit = min(rows, classes)
+        beyond = sum(i >= limit for i in vocabulary)
+        if 2 * beyond > len(vocabulary):
+            raise EngineError(f"models.{name}: knows {limit} tokens, its tokenizer {len(vocabulary)}: not of one model")
+        if beyond:
+            log.warning(
+                "models.%s: %d tokens of its tokenizer, from %d on, are not the model's; texts with one are not scored",
+                name,
+                beyond,
+                limit,
             )
+        return limit
+
+
+def _special_tokens(model: nn.Module) -> set[int]:
+    """The tokens that a model's config gives a meaning of their own: padding, images."""
+    config = getattr(model, "config", None)
+    values = vars(config).items() if config is not None else ()
+    return {value for key, value in values if key.endswith(("_token_id", "_token_index")) and isinstance(value, int)}
 
 
 @TASKS.add("classification")
@@ -129,21 +158,31 @@ class ClassificationSpec(TaskSpec):
 class TextEncoder:
     """Texts to tokens; padded on the right, where the mask is 0."""
 
-    def __init__(self, column: str, tokenizer: Any, max_length: int) -> None:
+    def __init__(self, column: str, tokenizer: Any, max_length: int, limit: int, owner: str) -> None:
+        """``limit``: how many tokens the model ``owner`` knows, the least of all models."""
         self.columns = (column,)
         self._tokenizer = tokenizer
         self._max_length = max_length
+        self._limit, self._owner = limit, owner
 
     def encode(self, rows: Sequence[tuple[Any, ...]]) -> list[Encoded | BadRow]:
         name = self.columns[0]
         checked = [attempt(check_text, name, value) for (value,) in rows]
         texts = [text for text in checked if isinstance(text, str)]
-        tokens = iter(self._tokens(texts))
-        return [text if isinstance(text, BadRow) else self._encoded(next(tokens)) for text in checked]
+        encoded = iter(self._encode(texts))
+        return [text if isinstance(text, BadRow) else next(encoded) for text in checked]
 
-    def _tokens(self, texts: list[str]) -> list[list[int]]:
+    def _encode(self, texts: list[str]) -> list[Encoded | BadRow]:
         if not texts:
             return []
+        try:
+            return [self._encoded(ids) for ids in self._tokens(texts)]
+        except Exception as error:  # of the tokenizer's own classes: it is one text's fault, or all of theirs
+            if len(texts) == 1:
+                return [BadRow(f"{self.columns[0]} cannot be cut into tokens ({one_line(error)})")]
+            return [result for text in texts for result in self._encode([text])]
+
+    def _tokens(self, texts: list[str]) -> list[list[int]]:
         ids: list[list[int]] = self._tokenizer(texts, truncation=True, max_length=self._max_length)["input_ids"]
         return ids
 
@@ -151,15 +190,17 @@ class TextEncoder:
         if len(ids) < 2:
             return BadRow(f"{self.columns[0]} is {len(ids)} token long; nothing in it can be predicted")
         tokens = np.asarray(ids, np.int32)
+        highest = int(tokens.max())
+        if highest >= self._limit:
+            word = self._tokenizer.convert_ids_to_tokens(highest)
+            return BadRow(
+                f"{self.columns[0]} has the token {shortened([repr(word)])} (number {highest}); {self._owner} knows "
+                f"those below {self._limit}"
+            )
         return Encoded(tokens, len(tokens), tokens.nbytes)
 
     def collate(self, data: Sequence[npt.NDArray[np.int32]]) -> dict[str, torch.Tensor]:
-        ids = torch.zeros(len(data), max(map(len, data)), dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for i, tokens in enumerate(data):
-            ids[i, : len(tokens)] = torch.from_numpy(tokens)
-            mask[i, : len(tokens)] = 1
-        return {"input_ids": ids, "attention_mask": mask}
+        return right_padded([torch.from_numpy(tokens) for tokens in data])
 
 
 class FeatureEncoder:

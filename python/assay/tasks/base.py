@@ -81,25 +81,23 @@ class Task(Protocol):
         ...
 
 
-@runtime_checkable
-class Reads(Protocol):
-    """A task that reads other losses off the forward pass of its ``task``: both are had from one pass."""
-
-    task: Task
-
-    def read(self, outputs: Outputs) -> Outputs:
-        """Of the outputs of ``task``."""
-        ...
-
-
 def base_task(task: Task) -> Task:
-    """The task that runs the model."""
-    return base_task(task.task) if isinstance(task, Reads) else task
+    """The task that runs the model.
+
+    A task that only reads other losses off another one's forward pass has that one as ``task``, and a ``read`` from its
+    outputs to its own: both are had from one pass.
+    """
+    return base_task(_own(task)) if hasattr(task, "read") else task
 
 
 def read(task: Task, outputs: Outputs) -> Outputs:
     """A task's outputs from those of its base task."""
-    return task.read(read(task.task, outputs)) if isinstance(task, Reads) else outputs
+    return task.read(read(_own(task), outputs)) if hasattr(task, "read") else outputs
+
+
+def _own(task: Any) -> Task:
+    inner: Task = task.task
+    return inner
 
 
 @runtime_checkable

@@ -1,0 +1,112 @@
+"""JSON lines: an object per line, plain or compressed; the chosen lines are copied byte for byte."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO
+
+from assay.corpus import compression
+from assay.corpus import format as limits
+from assay.corpus.compression import compressed, lines
+from assay.corpus.errors import BadRow, ShardError
+from assay.corpus.format import Chunk, Format, Mask, Source, check_length
+
+_BYTE_ORDER_MARK = "\ufeff".encode()
+
+
+def _read(source: Source, columns: Sequence[str]) -> Iterator[Chunk]:
+    first, held, rows = 0, 0, []
+    for line in _checked(lines(source.file, source.compression)):
+        rows.append(line)
+        held += len(line)
+        if len(rows) == limits.CHUNK_ROWS or held >= limits.CHUNK_BYTES:
+            yield _chunk(first, rows, columns, source.file.tell() / max(1, source.size))
+            first, held, rows = first + len(rows), 0, []
+    if rows:
+        yield _chunk(first, rows, columns, 1.0)
+
+
+def _copy(source: Source, keep: Mask, file: BinaryIO) -> None:
+    seen = 0
+    with compressed(file, source.compression) as out:
+        for seen, line in enumerate(lines(source.file, source.compression), start=1):
+            if seen <= len(keep) and keep[seen - 1]:
+                out.write(line + b"\n")
+    check_length(seen, keep)
+
+
+def _checked(rows: Iterator[bytes]) -> Iterator[bytes]:
+    """The lines, unless they are those of one JSON document: that is an error of the shard, not of each line."""
+    head: list[bytes] = []
+    filled: list[bytes] = []
+    for line in itertools.islice(rows, limits.CHUNK_ROWS):
+        head.append(line)
+        text = line.removeprefix(_BYTE_ORDER_MARK).strip()
+        filled += [text] if text else []
+        if len(filled) == 2:
+            break
+    if _is_document(filled):
+        raise ShardError("holds a JSON document, not JSON lines; write each of its records on a line of its own")
+    yield from itertools.chain(head, rows)
+
+
+def _is_document(head: Sequence[bytes]) -> bool:
+    """Whether the first lines with something on them (two, if there are) belong to a list or object over many lines."""
+    first = head[0] if head else b""
+    if not first.startswith((b"[", b"{")):
+        return False
+    is_list = first.startswith(b"[")
+    if is_list and (first == b"[" or len(first) > compression.MAX_LINE_BYTES):
+        return True
+    try:
+        json.loads(first)
+    except RecursionError:
+        return False
+    except ValueError:  # it goes on with a key or the next record, or it is a damaged row
+        return len(head) > 1 and (not _is_row(head[1]) if is_list else head[1].startswith((b'"', b"}")))
+    return is_list and len(head) == 1
+
+
+def _is_row(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _chunk(first: int, rows: Sequence[bytes], columns: Sequence[str], progress: float) -> Chunk:
+    values: dict[str, list[Any]] = {name: [None] * len(rows) for name in columns}
+    faults: dict[int, str] = {}
+    for offset, line in enumerate(rows):
+        try:
+            record = _record(line, columns, is_first=first + offset == 0)
+        except BadRow as fault:  # noqa: PERF203 - a fault concerns its own line only
+            faults[offset] = str(fault)
+        else:
+            for name in columns:
+                values[name][offset] = record[name]
+    return Chunk(first, values, faults, len(rows), min(progress, 1.0))
+
+
+def _record(line: bytes, columns: Sequence[str], is_first: bool) -> dict[str, Any]:
+    if len(line) > compression.MAX_LINE_BYTES:
+        raise BadRow(f"line is longer than {compression.MAX_LINE_BYTES >> 20} MiB")
+    if not line.strip():
+        raise BadRow("line is blank")
+    try:
+        record = json.loads(line.decode("utf-8-sig" if is_first else "utf-8"))
+    except UnicodeDecodeError as error:
+        raise BadRow("line is not valid UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise BadRow(f"line is not valid JSON ({type(error).__name__})") from error
+    if not isinstance(record, dict):
+        raise BadRow(f"line is a JSON {type(record).__name__}, expected an object")
+    for name in columns:
+        if name not in record:
+            raise BadRow(f"line has no key {name!r}")
+    return record
+
+
+FORMAT = Format("jsonl", (".jsonl", ".ndjson", ".json"), _read, _copy, compressible=True)

@@ -1,0 +1,57 @@
+"""Hugging Face data sets saved to disk: what their state lists, and the files that make a data set of the shards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from assay.corpus.errors import CorpusError
+from assay.corpus.storage import Store
+
+# What `save_to_disk` writes beside the Arrow files. The first marks a data set's folder.
+STATE = "state.json"
+SIDECARS = (STATE, "dataset_info.json", "dataset_dict.json")
+
+
+def listed_files(store: Store, state_path: str) -> list[str]:
+    """The names of the Arrow files that a saved data set's state lists, in its own order.
+
+    A CorpusError for what is no such state, or lists anything but plain names.
+    """
+    try:
+        names = [entry["filename"] for entry in json.loads(store.read_text(state_path))["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        raise CorpusError(f"not the state of a saved data set ({what})") from error
+    for name in names:
+        if not isinstance(name, str) or "/" in name or "\0" in name or name in ("", ".", ".."):
+            raise CorpusError(f"lists {name!r}; expected plain file names")
+    return names
+
+
+def copy_sidecars(sidecars: tuple[str, ...], source: Store, target: Store, rule: str) -> None:
+    """Copy what makes Arrow files a saved data set, so that the curated copy loads as one.
+
+    Its state gets a fingerprint of its own, since `datasets` caches results by it; sizes that are no longer
+    true are left out. What is not an object in JSON is copied as it is.
+    """
+    for path in sidecars:
+        text = source.read_text(path)
+        target.write_text(path, _changed(path.rsplit("/", 1)[-1], text, rule))
+
+
+def _changed(name: str, text: str, rule: str) -> str:
+    try:
+        content: Any = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    if not isinstance(content, dict):
+        return text
+    if name == STATE:
+        origin = f"{content.get('_fingerprint')}:{rule}"
+        content["_fingerprint"] = hashlib.sha256(origin.encode()).hexdigest()[:16]
+    if name == "dataset_info.json":
+        for stale in ("splits", "dataset_size", "size_in_bytes", "download_size"):
+            content.pop(stale, None)
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

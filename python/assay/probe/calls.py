@@ -1,0 +1,94 @@
+"""One use of a tapped layer in a forward pass: its input and, once it has come, its output's gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from assay.probe.gradient import Dense, Term
+from assay.probe.head import Head
+from assay.probe.layers import Factors
+from assay.probe.selection import Tap
+from assay.probe.shared import Start
+
+
+@dataclass
+class Call:
+    """One use of a tapped layer, or of bare parameters. ``open`` counts the layer's parameters that still need it.
+
+    A fused output layer's ``grads`` (B, T) are those of its row losses, and ``labels`` (B, T) say of which.
+
+    Attributes:
+        lead: what the first dimensions of ``inputs`` are reshaped to where the first is not the batch's alone.
+        start: of values that all samples share.
+    """
+
+    tap: Tap
+    parameters: Mapping[str, str]
+    inputs: Tensor
+    version: int
+    labels: Tensor | None = None
+    lead: tuple[int, ...] | None = None
+    start: Start | None = None
+    open: int = 0
+    grads: Tensor | None = None
+
+    def factors(self) -> Factors:
+        if self.labels is None:
+            assert self.tap.rule is not None
+            return self.tap.rule.factors(self.tap.module, self._inputs(), self._grads())
+        residual: Any = self._head().residual
+        return Factors(self.checked_inputs(), residual)
+
+    def terms(self, local: str) -> list[Term]:
+        """The gradient of the layer's parameter ``local``: their sum, nothing where it is zero."""
+        if self.tap.rule is None:
+            assert self.start is not None
+            return self.start.all_terms()
+        if self.grads is None:
+            return []
+        if self.labels is None:
+            return [self.tap.rule.term(self.tap.module, local, self._inputs(), self._grads())]
+        head = self._head()
+        return [head if local == "weight" else Dense(head.bias_gradient())]
+
+    def _inputs(self) -> Tensor:
+        """(B, ...)."""
+        inputs = self.checked_inputs()
+        if self.start is not None:  # the same for all samples
+            assert self.grads is not None
+            return inputs[None].expand(len(self.grads), *inputs.shape)
+        return inputs if self.lead is None else inputs.reshape(*self.lead, *inputs.shape[1:])
+
+    def _grads(self) -> Tensor:
+        assert self.grads is not None
+        return self.grads if self.lead is None else self.grads.reshape(*self.lead, *self.grads.shape[1:])
+
+    def _head(self) -> Head:
+        assert self.labels is not None
+        assert self.grads is not None
+        weight, bias = self.tap.module.weight, self.tap.module.bias
+        return Head(
+            self.checked_inputs(),
+            weight.detach(),  # type: ignore[operator]
+            None if bias is None else bias.detach(),  # type: ignore[operator]
+            self.labels,
+            self.grads,
+        )
+
+    def checked_inputs(self) -> Tensor:
+        if self.inputs._version != self.version:
+            raise RuntimeError(
+                f"the input of layer {self.tap.layer!r} was modified in place after the layer had used it, "
+                "so that the gradient of its weight is lost; make the operation out of place"
+            )
+        return self.inputs
+
+    def release(self, last: bool) -> None:
+        # The graph's hooks hold this object until the whole backward pass is over.
+        self.grads = None
+        if last:
+            self.inputs = self.inputs.new_empty(0)

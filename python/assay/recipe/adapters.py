@@ -1,0 +1,98 @@
+"""LoRA adapters as peft saves them, put into their base model."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+from torch import nn
+
+from assay._lazy import require
+from assay.recipe.checkpoints import eval_mode, load_folder, staged
+from assay.recipe.errors import EngineError
+from assay.recipe.library_calls import quietly, refusing
+from assay.recipe.model_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CONFIG,
+    ModelFolder,
+    Stored,
+    find_model_folder,
+    read_mapping,
+    read_weights,
+    shortened,
+)
+
+# What only a training run needs, and may read files or change the base model's weights.
+_TRAINING = {"init_lora_weights", "auto_mapping", "revision", "inference_mode", "layers_to_transform", "layers_pattern"}
+_KEY = re.compile(r"base_model\.model\.(?P<module>.+?)\.(lora_|modules_to_save\b)")
+
+
+def is_adapter(folder: ModelFolder) -> bool:
+    return folder.config == ADAPTER_CONFIG
+
+
+def find_base(folder: ModelFolder, given: str | None) -> ModelFolder:
+    """The folder of an adapter's base model: the ``given`` one, or what the adapter names if that is a folder here."""
+    path, key = given, "base"
+    if path is None:
+        config = folder.full(ADAPTER_CONFIG)
+        named = read_mapping(config).get("base_model_name_or_path")
+        if not isinstance(named, str) or not named or "\0" in named:
+            raise EngineError(f"{config}: names no base model; give its folder with the key base")
+        path, key = os.path.join(folder.path, named), ADAPTER_CONFIG
+        if not os.path.isdir(path):
+            raise EngineError(
+                f"{config}: the base model {shortened([named])} is no folder here; give its folder with the key base"
+            )
+    base = find_model_folder(path)
+    if base.config != CONFIG:
+        raise EngineError(f"{path}: an adapter again, where {key} of {folder.path} needs a whole model")
+    return base
+
+
+def load_adapter(folder: ModelFolder, base: ModelFolder) -> nn.Module:
+    """The base model with the adapter in it: the adapter's parameters train, the others are frozen.
+
+    Raises:
+        EngineError: as `load_folder`; or the adapter is not LoRA, or does not fit the base model.
+    """
+    path, stored = folder.full(ADAPTER_CONFIG), read_weights(folder)
+    values = _lora_values(path, stored)
+    peft = require("peft", "text")
+    model: Any = load_folder(base)
+    weights = require("safetensors.torch", "cli").load_file(folder.full(ADAPTER_WEIGHTS))
+    with quietly(), refusing(f"{folder.path}: peft cannot put the adapter into {base.path}"):
+        with staged({ADAPTER_CONFIG: values}) as private:
+            config = peft.PeftConfig.from_pretrained(private)
+        config.inference_mode = False
+        peft.inject_adapter_in_model(config, model)
+        # Without the wrapper that peft saves from: the model stays of its own class, and so do its layers' names.
+        own = {name.removeprefix("base_model.model."): tensor for name, tensor in weights.items()}
+        result = peft.set_peft_model_state_dict(model, own)
+    missing = [name for name in result.missing_keys if ".default" in name]
+    for names, verb in ((missing, "lacks"), (result.unexpected_keys, "holds, and the base model has no place for,")):
+        if names:
+            raise EngineError(f"{folder.full(ADAPTER_WEIGHTS)}: {verb} {shortened(sorted(names))}")
+    return eval_mode(model)
+
+
+def _lora_values(path: str, stored: dict[str, Stored]) -> dict[str, Any]:
+    """The adapter's config, with the modules that its weights name in place of a pattern."""
+    values = read_mapping(path)
+    if values.get("peft_type") != "LORA":
+        raise EngineError(
+            f"{path}: peft_type is {shortened([str(values.get('peft_type'))])}; only LORA can be scored with"
+        )
+    if packed := sorted(name for name, tensor in stored.items() if not tensor.floating):
+        raise EngineError(f"{path}: {shortened(packed)} hold no floating-point numbers of 16 bits or more")
+    modules = {match["module"] for name in stored if ".lora_" in name and (match := _KEY.match(name))}
+    if not modules:
+        raise EngineError(f"{os.path.dirname(path)}: the weights hold no lora_A and lora_B of any layer")
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = values.get(key) or {}
+        # They are matched as regular expressions: one with repetitions may take for ever.
+        if not isinstance(patterns, dict) or any(re.search(r"[*+{]", str(name)) for name in patterns):
+            raise EngineError(f"{path}: {key} must map names of layers, without repetition, to numbers")
+    return {key: value for key, value in values.items() if key not in _TRAINING} | {"target_modules": sorted(modules)}

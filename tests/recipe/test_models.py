@@ -1,0 +1,117 @@
+"""What identifies a model, and MLPs from one file."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.small_models import edit_json, edit_weights, save_model
+from tests.small_project import save_mlp
+
+from assay.recipe.errors import EngineError
+from assay.recipe.models import MlpSpec, TransformersSpec
+
+
+def fingerprint(path) -> str:
+    return TransformersSpec(kind="transformers", path=str(path)).fingerprint()
+
+
+def test_what_does_not_decide_outputs_is_not_in_the_fingerprint(tmp_path):
+    folder = save_model(tmp_path / "m")
+    before = fingerprint(folder)
+    for name in (
+        "README.md",
+        "trainer_state.json",
+        "training_args.bin",
+        "optimizer.pt",
+        "optimizer.safetensors",
+        "adapter.txt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "all_results.json",
+        "events.out.tfevents.1",
+        "log.txt",
+    ):
+        (folder / name).write_bytes(b"x")
+    (folder / "generation_config.json").write_text("{}")
+    (folder / ".cache").mkdir()
+    (folder / ".cache/model.safetensors").write_bytes(b"x")
+    assert fingerprint(folder) == before
+    TransformersSpec(kind="transformers", path=str(folder)).build()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda p: edit_weights(p / "model.safetensors", lambda t: t["model.norm.weight"].add_(1)),
+        lambda p: edit_json(p / "config.json", rms_norm_eps=1e-3),
+        lambda p: edit_json(p / "tokenizer_config.json", model_max_length=7),
+        lambda p: edit_json(p / "tokenizer.json", version="2"),
+        lambda p: (p / "special_tokens_map.json").write_text("{}"),
+        lambda p: (p / "added_tokens.json").write_text("{}"),
+        lambda p: (p / "chat_template.jinja").write_text("{{ messages }}"),
+        lambda p: (p / "preprocessor_config.json").write_text("{}"),
+        lambda p: (p / "processor_config.json").write_text("{}"),
+        lambda p: (p / "tokenizer.model").write_bytes(b"x"),
+        lambda p: (p / "vocab.json").write_text("{}"),
+        lambda p: (p / "merges.txt").write_text("x"),
+    ],
+    ids=range(12),
+)
+def test_what_decides_outputs_is(tmp_path, change):
+    folder = save_model(tmp_path / "m")
+    before = fingerprint(folder)
+    change(folder)
+    assert fingerprint(folder) != before
+
+
+def test_every_shard_of_the_weights_is(tmp_path):
+    folder = save_model(tmp_path / "m", max_shard_size="30KB")
+    names = set(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"].values())
+    prints = {fingerprint(folder)}
+    for name in names:
+        edit_weights(folder / name, lambda t: next(iter(t.values())).add_(1))
+        prints.add(fingerprint(folder))
+    assert len(prints) == len(names) + 1 > 2
+
+
+MLP_FAULTS = [
+    (lambda t: t.pop("2.weight"), "expected 0.weight, 0.bias, 2.weight"),
+    (lambda t: t.update(more=torch.zeros(1)), "expected 0.weight, 0.bias, 2.weight"),
+    (lambda t: t.update({"2.weight": torch.zeros(3, 9)}), "2.weight of shape (3, 9) does not fit"),
+    (lambda t: t.update({"2.weight": torch.zeros(0, 8)}), "2.weight of shape (0, 8) does not fit"),
+    (lambda t: t.update({"2.bias": torch.zeros(5)}), "2.bias of shape (5,) does not fit"),
+    (lambda t: t.update({"2.weight": torch.zeros(3, 8, dtype=torch.int8)}), "2.weight hold no floating-point"),
+    (lambda t: t.clear() or t.update({"x" * 10**6: torch.zeros(1)}), "expected 0.weight"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), MLP_FAULTS, ids=[message[:30] for _, message in MLP_FAULTS])
+def test_an_mlp_is_whole_or_refused(tmp_path, change, message):
+    save_mlp(tmp_path / "m.safetensors", 0)
+    edit_weights(tmp_path / "m.safetensors", change)
+    with pytest.raises(EngineError) as caught:
+        MlpSpec(kind="mlp", path=str(tmp_path / "m.safetensors")).build()
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_an_mlp_without_biases_is_one(tmp_path):
+    save_mlp(tmp_path / "m.safetensors", 0)
+    tensors = load_file(tmp_path / "m.safetensors")
+    save_file({name: t for name, t in tensors.items() if name != "0.bias"}, tmp_path / "m.safetensors")
+    model = MlpSpec(kind="mlp", path=str(tmp_path / "m.safetensors")).build()
+    assert model[0].bias is None
+    assert torch.equal(model[2].bias, tensors["2.bias"])
+    assert model(torch.zeros(2, 6)).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"version https://git-lfs.github.com/spec/v1\n", b"PK\x03\x04 a pickle", b"\x08"]
+)
+def test_a_file_that_is_no_mlp_is_named(tmp_path, data):
+    (tmp_path / "m.safetensors").write_bytes(data)
+    with pytest.raises(EngineError, match=r"m\.safetensors: "):
+        MlpSpec(kind="mlp", path=str(tmp_path / "m.safetensors")).build()

@@ -1,0 +1,181 @@
+"""Tokenizers: what they inherit is overruled, and models share one only if theirs do the same."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from tests.small_models import TEXTS, byte_tokenizer, edit_json, llama_config, save_model, write_recipe
+from tokenizers import normalizers
+
+from assay.engine import make_plan, open_workshop, run
+from assay.recipe.errors import EngineError
+from assay.recipe.models import TransformersSpec
+from assay.recipe.recipe import load_recipe
+
+
+def opened(root, models, *overrides, **changes):
+    return open_workshop(make_plan(load_recipe(str(write_recipe(root, models, **changes)), overrides)), fit=False)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("models") / "a")
+
+
+@pytest.fixture
+def pair(saved, tmp_path):
+    return {"small": shutil.copytree(saved, tmp_path / "a"), "large": shutil.copytree(saved, tmp_path / "b")}
+
+
+def edit_tokenizer(folder, change) -> None:
+    path = folder / "tokenizer.json"
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def lowercase(data) -> None:
+    data["normalizer"] = {"type": "Lowercase"}
+
+
+def prefix_space(data) -> None:
+    data["pre_tokenizer"]["add_prefix_space"] = True
+
+
+def two_swapped(data) -> None:
+    vocabulary = data["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+
+
+def merged(data) -> None:
+    data["model"]["vocab"]["in"] = 257
+    data["model"]["merges"] = [["i", "n"]]
+
+
+def bos(data) -> None:
+    data["post_processor"] = json.loads(byte_tokenizer(bos=True).backend_tokenizer.to_str())["post_processor"]
+
+
+def ordinary_eos(data) -> None:
+    data["added_tokens"][0]["lstrip"] = True
+
+
+DIFFERENCES = [
+    (lowercase, "normalizer"),
+    (prefix_space, "pre-tokenizer"),
+    (two_swapped, "vocabularies"),
+    (merged, "vocabularies"),
+    (bos, r"post-processor \(tokens added at the ends\)"),
+    (ordinary_eos, "added tokens '<eos>'"),
+]
+
+
+@pytest.mark.parametrize(("change", "part"), DIFFERENCES, ids=[change.__name__ for change, _ in DIFFERENCES])
+def test_tokenizers_that_differ_are_refused_with_what_differs(pair, tmp_path, change, part):
+    edit_tokenizer(pair["large"], change)
+    with pytest.raises(EngineError, match=f"models.small and models.large have tokenizers with different {part}; "):
+        opened(tmp_path, pair)
+
+
+def test_special_tokens_in_texts_are_part_of_it(pair, tmp_path):
+    edit_json(pair["large"] / "tokenizer_config.json", split_special_tokens=True)
+    with pytest.raises(EngineError, match="different split special tokens; "):
+        opened(tmp_path, pair)
+
+
+def test_state_that_does_not_change_tokens_is_no_difference(pair, tmp_path):
+    def cut(data) -> None:
+        data["truncation"] = {"direction": "Left", "max_length": 4, "strategy": "LongestFirst", "stride": 2}
+        data["padding"] = {
+            "strategy": {"Fixed": 64},
+            "direction": "Left",
+            "pad_to_multiple_of": None,
+            "pad_id": 5,
+            "pad_type_id": 0,
+            "pad_token": "<eos>",
+        }
+        data["decoder"] = None
+
+    edit_tokenizer(pair["large"], cut)
+    edit_json(
+        pair["large"] / "tokenizer_config.json",
+        truncation_side="left",
+        padding_side="left",
+        model_max_length=7,
+        chat_template="{{ messages }}",
+    )
+    for models in (pair, dict(reversed(pair.items()))):
+        (encoded,) = opened(tmp_path, models, "task.max_length=16").encoder.encode([(TEXTS[0],)])
+        assert encoded.data.tolist() == byte_tokenizer()(TEXTS[0])["input_ids"][:16]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_texts_are_cut_to_their_first_tokens(tmp_path, side):
+    save_model(tmp_path / "m", tokenizer=byte_tokenizer(truncation_side=side, padding_side="left", model_max_length=9))
+    encoder = opened(tmp_path, {"small": tmp_path / "m"}, "task.max_length=16").encoder
+    encoded = encoder.encode([(text,) for text in TEXTS])
+    plain = byte_tokenizer()
+    assert [sample.data.tolist() for sample in encoded] == [plain(text)["input_ids"][:16] for text in TEXTS]
+
+
+def test_tokens_are_not_drawn(tmp_path):
+    """BPE dropout, which training may use, would cut one text differently each time."""
+    folder = save_model(tmp_path / "m")
+    edit_tokenizer(folder, lambda data: (merged(data), data["model"].update(dropout=0.5)))
+    tokenizer = TransformersSpec(kind="transformers", path=str(folder)).tokenizer()
+    assert {len(tokenizer("in" * 50)["input_ids"]) for _ in range(5)} == {50}
+
+
+def test_only_rows_with_a_token_beyond_the_embedding_are_quarantined(tmp_path, caplog):
+    save_model(tmp_path / "m", tokenizer=byte_tokenizer("<image>"))
+    path = write_recipe(tmp_path, {"small": tmp_path / "m"})
+    lines = [json.dumps({"text": text}) for text in ("plain gold", "an <image> of gold", "more gold")]
+    (tmp_path / "data/a.jsonl").write_text("\n".join(lines))
+    summary = run(load_recipe(str(path)))
+    assert (summary.rows_scored, summary.rows_quarantined) == (2, 1)
+    (line,) = (tmp_path / "scores/quarantine/a.jsonl").read_text().splitlines()
+    reason = "text has the token '<image>' (number 257); models.small knows those below 257"
+    assert (json.loads(line)["row"], json.loads(line)["reason"]) == (1, reason)
+    assert "1 tokens of its tokenizer, from 257 on, are not the model's" in caplog.text
+
+
+def test_the_smallest_model_decides_which_tokens_can_be_scored(tmp_path):
+    for name, size in (("small", 257), ("large", 264)):
+        save_model(tmp_path / name, config=llama_config(vocab_size=size), tokenizer=byte_tokenizer("<image>"))
+    mimic = {"method": "ensemble", "name": "one", "models": ["large"]}, {"method": "ensemble", "models": ["small"]}
+    models = {name: tmp_path / name for name in ("large", "small")}
+    good, bad = opened(tmp_path, models, methods=list(mimic)).encoder.encode([("gold",), ("<image>",)])
+    assert good.length == 4
+    assert "models.small knows those below 257" in str(bad) or "nothing in it" in str(bad)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    save_model(tmp_path / "m", config=llama_config(vocab_size=100, bos_token_id=1, eos_token_id=1))
+    with pytest.raises(EngineError, match=r"models\.small: knows 100 tokens, its tokenizer 257: not of one model"):
+        opened(tmp_path, {"small": tmp_path / "m"})
+
+
+def test_validate_refuses_an_ensemble_of_differently_padded_vocabularies(tmp_path):
+    for name, size in (("small", 257), ("large", 264)):
+        save_model(tmp_path / name, config=llama_config(vocab_size=size))
+    models = {name: tmp_path / name for name in ("small", "large")}
+    with pytest.raises(EngineError, match=r"methods.*output layers of 257, 264 classes") as caught:
+        opened(tmp_path, models)
+    assert "\n" not in str(caught.value)
+    apart = [{"method": "ensemble", "name": name, "models": [name]} for name in models]
+    assert run(load_recipe(str(write_recipe(tmp_path, models, methods=apart)))).clean
+
+
+def test_normalizers_of_libraries_keep_their_meaning(tmp_path):
+    """The tokenizer is the library's own, apart from its state."""
+    tokenizer = byte_tokenizer(bos=True)
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+    folder = save_model(tmp_path / "m", tokenizer=tokenizer)
+    own = TransformersSpec(kind="transformers", path=str(folder)).tokenizer()
+    assert (
+        own("ﬁne gold")["input_ids"]
+        == tokenizer("ﬁne gold")["input_ids"]
+        == [256, *byte_tokenizer()("fine gold")["input_ids"]]
+    )

@@ -21,7 +21,7 @@ from assay.corpus.shards import find_shards
 from assay.engine import workshop
 from assay.engine.local import run
 from assay.engine.pool import draw_samples
-from assay.methods import TRAK
+from assay.methods import TRAK, AdamState
 from assay.recipe.errors import ChangedError, EngineError, RecipeError
 from assay.recipe.recipe import load_recipe
 from assay.recipe.tasks import FeatureEncoder
@@ -180,6 +180,29 @@ def test_less_with_optimizers_and_ekfac_without_targets(targeted):
     moved.write_bytes(moved.read_bytes() + b"x")
     with pytest.raises(ChangedError, match=r"methods\.0\.optimizers\.0: sha256"):
         score(targeted, "methods.0.optimizers=[elsewhere.pt]")
+
+
+def test_every_file_of_one_adam_gives_one_score(targeted):
+    """Named, numbered as transformers' Trainer does (the decayed first), and as safetensors."""
+    model = load(targeted.root / "models/a.safetensors")
+    named = dict(model.named_parameters())
+    groups = [[(n, p) for n, p in named.items() if ("bias" in n) == plain] for plain in (False, True)]
+    x, y = batch(make_rows(50, 0))
+    F.cross_entropy(model(x), y).backward()
+    for name, parameters in (("named", groups), ("numbered", [[p for _, p in group] for group in groups])):
+        optimizer = torch.optim.AdamW([{"params": p} for p in parameters], lr=0.0, betas=(0.9, 0.95))
+        optimizer.step()
+        torch.save(optimizer.state_dict(), targeted.root / f"{name}.pt")
+    AdamState.of(optimizer, model).save(targeted.root / "saved.safetensors")
+    files = ["named.pt", "numbered.pt", "saved.safetensors"]
+    targeted.recipe["methods"] = [
+        {"method": "less", "models": ["a"], "optimizers": [file], "name": file.partition(".")[0]} for file in files
+    ]
+    targeted.write_recipe()
+    score(targeted)
+    table = pq.read_table(targeted.scores / "a.parquet")
+    for name in ("numbered", "saved"):
+        np.testing.assert_array_equal(table[name].to_numpy(), table["named"].to_numpy())
 
 
 def test_grass_from_a_recipe(targeted):

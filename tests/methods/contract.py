@@ -22,6 +22,8 @@ import assay
 from assay.methods import AdamState, Kernel, Method
 from assay.methods.targets import Targets
 from assay.ops import Kronecker, Sketch
+from assay.recipe.methods import METHODS
+from assay.recipe.signatures import Given
 from assay.tasks import CausalLM, Classification, Task
 
 SAMPLES = 24
@@ -278,6 +280,30 @@ def remedies_exist(method: type[Any], world: World) -> None:
         assert {"layers", "skip_unsupported"} <= keywords
 
 
+def its_constructor_is_its_recipes_keys(method: type[Any], world: World) -> None:
+    spec = METHODS._specs[method.__module__.rpartition(".")[2]]
+    parameters = list(inspect.signature(method.__init__).parameters.values())[1:]
+    assert [key.name for key in spec.keys] == [p.name for p in parameters if p.name not in ("task", "seed")]
+    models, hints = {f"m{i}": model for i, model in enumerate(world.models)}, get_type_hints(method.__init__)
+    names, options = iter(models), {"optimizers": None} if "optimizers" in hints else {}
+    in_recipe = {
+        Sequence[nn.Module]: ["m0", "m1"],
+        Sketch: {"kind": "kronecker", "rows": 4, "cols": 4},
+        Kernel: {"damping": 0.1},
+    }
+    values = {
+        p.name: next(names) if hints[p.name] is nn.Module else in_recipe[hints[p.name]]
+        for p in parameters
+        if p.default is p.empty and hints[p.name] not in (Task, Targets) and p.name not in options
+    }
+    made = spec.model_validate({"method": method.__module__.rpartition(".")[2], **values, **options}).build(
+        Given(models, world.task, world.targets, seed=0)
+    )
+    assert type(made) is method
+    same = world.make(method, **options)
+    assert_close(scores(made.fit(world.pool), world.pool), scores(same.fit(world.pool), world.pool))
+
+
 CHECKS: list[Callable[[type[Any], World], None]] = [
     constructor_does_no_work,
     scoring_before_fit_is_refused,
@@ -288,4 +314,5 @@ CHECKS: list[Callable[[type[Any], World], None]] = [
     the_same_input_gives_the_same_bits,
     metadata_is_text,
     remedies_exist,
+    its_constructor_is_its_recipes_keys,
 ]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import assay
-from assay.methods import EKFAC, LESS, TRAK, AdamState, DsDm, LoGra, Scorer, TrackStar
+from assay.methods import EKFAC, LESS, TRAK, AdamState, DsDm, Kernel, LoGra, Scorer, TrackStar
 from assay.methods.influence import Influence, damping_units
 from assay.probe import Probe
 from assay.tasks import CausalLM, Classification
@@ -205,7 +205,7 @@ def test_ekfac_with_an_absolute_damping(problem) -> None:
     bias, third = method._bases["2.bias"].values, phi[:, -3:]  # the last parameter; the diagonal E[g²]
     torch.testing.assert_close(bias.double(), third.square().mean(0) + 1e-3, rtol=1e-5, atol=1e-7)
     for wrong in (-0.1, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="damping: expected a finite number, not negative"):
+        with pytest.raises(ValueError, match="damping: expected a finite number of at least 0, got"):
             EKFAC(models[0], Classification(), {"t": [target]}, damping=wrong)
 
 
@@ -424,6 +424,28 @@ def test_errors(problem) -> None:
         TRAK(models, Classification(), {})
     with pytest.raises(ValueError, match=r"singular with damping 0\.0"):
         TRAK(models, Classification(), {"t": [target]}, damping=0.0, sketch=assay.Kronecker(16, 16)).fit([pool])
+
+
+def test_numbers_out_of_range_are_named_before_any_work(problem) -> None:
+    models, _, target = problem
+    given = (models, Classification(), {"t": [target]})
+    for make in (TRAK, DsDm, LoGra, TrackStar):
+        for wrong in (-0.1, float("nan"), float("inf")):
+            with pytest.raises(ValueError, match=f"damping: expected a finite number of at least 0, got {wrong}"):
+                make(*given, damping=wrong)
+    for share in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match=f"target_share: expected a number from 0 to 1, got {share}"):
+            TrackStar(*given, target_share=share)
+    with pytest.raises(ValueError, match="eps 'in'; expected 'outside' or 'inside'"):
+        LESS(*given, optimizers=None, eps="in")
+    with pytest.raises(ValueError, match="across 'sum'; expected 'mean' or 'max'"):
+        Kernel(across="sum")
+    with pytest.raises(ValueError, match="weights: expected one weight per model"):
+        LESS(*given, optimizers=None, weights=[1.0])
+    huge = assay.Rademacher(10**6)
+    with pytest.raises(ValueError, match=r"trak: Rademacher.* 1,000,000 numbers, whose second moments take 14,901 GiB"):
+        TRAK(*given, sketch=huge)
+    LESS(*given, optimizers=None, sketch=huge)  # has no second moment
 
 
 def test_scores_of_features_are_those_of_the_models(problem) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import assay
 from assay.methods import LESS
 from assay.probe import AdamState
-from assay.tasks import Classification
+from assay.tasks import CausalLM, Classification
 
 BETAS, EPS = (0.9, 0.95), 1e-6
 
@@ -199,6 +199,21 @@ def test_the_trainers_file_gets_its_names_from_the_model(kind: str, frozen: bool
     loaded = AdamState.load(path, model=model)
     assert_same(loaded, live)
     loaded.check(model, [n for n, p in model.named_parameters() if p.requires_grad])
+
+
+def test_the_trainers_file_of_an_adapter(tmp_path: Path) -> None:
+    """Only the adapter was trained, and only it is scored."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+    model, path = peft.get_peft_model(language_model("gpt2"), config), tmp_path / "optimizer.pt"
+    live = of_trainer(model, path)
+    state = AdamState.load(path, model=model)
+    assert_same(state, live)
+    assert all("lora_" in name for name in state.first)
+    text = {"input_ids": torch.randint(40, (4, 8), generator=torch.Generator().manual_seed(4))}
+    method = LESS([model], CausalLM(), {"t": [text]}, optimizers=[state]).fit()
+    assert set(method.parameters) == set(state.first)
+    assert assay.score([text], [method])["less"].to_numpy().std() > 0
 
 
 def test_a_trainers_file_of_before_it_knew_norms_by_name(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 def check_at_least(argument: str, value: float, least: float) -> None:
     """ValueError unless ``value`` is a finite number of at least ``least``."""
     if not least <= value < math.inf:
-        raise ValueError(f"{argument}: expected a number of at least {least:g}, got {value}")
+        raise ValueError(f"{argument}: expected a finite number of at least {least:g}, got {value}")
 
 
 def check_one_of(argument: str, value: object, choices: Sequence[str]) -> None:

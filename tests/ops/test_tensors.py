@@ -188,13 +188,13 @@ def test_meta_tensors_give_the_shapes(op: str) -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: assay.Kronecker("2", 3), "Kronecker: rows must be an int, got '2'"),
-        (lambda: assay.Kronecker(2, 3.0), "Kronecker: cols must be an int, got 3.0"),
-        (lambda: assay.Sparse(True), "Sparse: dim must be an int, got True"),
-        (lambda: assay.Rademacher(None), "Rademacher: dim must be an int, got None"),
-        (lambda: assay.Sparse(4, seed=1.5), "Sparse: seed must be an int, got 1.5"),
+        (lambda: assay.Kronecker("2", 3), "Kronecker: rows: expected an int, got '2'"),
+        (lambda: assay.Kronecker(2, 3.0), "Kronecker: cols: expected an int, got 3.0"),
+        (lambda: assay.Sparse(True), "Sparse: dim: expected an int, got True"),
+        (lambda: assay.Rademacher(None), "Rademacher: dim: expected an int, got None"),
+        (lambda: assay.Sparse(4, seed=1.5), "Sparse: seed: expected a 64-bit integer, got 1.5"),
         (lambda: assay.Sparse(4, name=3), "Sparse: name must be a string, got 3"),
-        (lambda: assay.Mask(torch.ones(2), 2), "Mask: rows must be an int, got tensor"),
+        (lambda: assay.Mask(torch.ones(2), 2), "Mask: rows: expected an int, got tensor"),
         (lambda: assay.Mask(2, 2, then=3), "Mask: then must be Kronecker, Sparse, Rademacher or None, got int"),
     ],
 )

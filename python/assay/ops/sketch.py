@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from assay.ops._tensors import check_int
 from assay.ops.philox import make_key, philox4x32
 
 if TYPE_CHECKING:
@@ -54,9 +55,9 @@ class _Keyed:
     def _check(self, **limits: tuple[int, int]) -> None:
         """ValueError unless each field lies in [low, high), TypeError unless it is an int."""
         for field in (*limits, "seed"):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{type(self).__name__}: {field} must be an int, got {value!r}")
+            what = "a 64-bit integer" if field == "seed" else "an int"
+            number = check_int(f"{type(self).__name__}: {field}", getattr(self, field), what=what)
+            object.__setattr__(self, field, number)
         if not isinstance(self.name, str):
             raise TypeError(f"{type(self).__name__}: name must be a string, got {self.name!r}")
         for field, (low, high) in limits.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 
 import pyarrow.parquet as pq
 import pytest
@@ -83,7 +84,7 @@ def test_an_encoder_is_refused():
 
 
 class Averaging(nn.Module):
-    """Causal within a text, but its logits depend on what else is in the batch."""
+    """Talks while it runs; causal within a text, but its logits depend on what else is in the batch."""
 
     def __init__(self, over: str) -> None:
         super().__init__()
@@ -92,6 +93,8 @@ class Averaging(nn.Module):
         self.dropout = nn.Dropout(0.5)
 
     def forward(self, input_ids, attention_mask=None):
+        print("\x1b[31mloud")
+        warnings.warn("loud", stacklevel=1)
         hidden = self.embedding(input_ids)
         if self.over == "batch":
             hidden = hidden + hidden[:, :1].mean(0, keepdim=True)
@@ -100,13 +103,14 @@ class Averaging(nn.Module):
         return self.head(self.dropout(hidden))
 
 
-def test_plain_modules_are_tried_out_too():
+def test_plain_modules_are_tried_out_too(capfd):
     model = Averaging("").train()
     model.embedding.eval()
     assert check_causal_lm("models.m", model, TOKENS, 64) == 257
     assert model.training
     assert model.dropout.training
     assert not model.embedding.training
+    assert capfd.readouterr() == ("", "")
 
 
 def test_what_neighbours_change_is_refused():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from assay.recipe.errors import EngineError
-from assay.recipe.library_calls import refusing
+from assay.recipe.library_calls import quietly, refusing
 from assay.tasks import CausalLM
 
 _SHORT, _LONG = 8, 16
@@ -30,7 +30,7 @@ def check_causal_lm(key: str, model: nn.Module, tokens: Sequence[int], max_lengt
         EngineError: it cannot be run on token ids, or a sample's logits depend on later tokens, on padding, or on how
             long its neighbours are, up to ``max_length`` tokens.
     """
-    with _in_eval_mode(model):
+    with quietly(), _in_eval_mode(model):
         trial = _Trial(key, model, tokens, max_length)
         if trial.always(trial.sees_later_tokens):
             raise EngineError(

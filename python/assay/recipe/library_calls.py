@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import os
+import sys
 import tempfile
 import threading
 import warnings
@@ -16,7 +17,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as registration
 
-from assay._lazy import require
 from assay.recipe.errors import EngineError
 from assay.recipe.model_files import one_line
 
@@ -46,10 +46,11 @@ def quietly() -> Iterator[None]:
     """What libraries print, log and warn of goes to assay's own log, at its lowest level."""
     loggers = [logging.getLogger(name) for name in _LOUD]
     before = [(logger.handlers, logger.propagate) for logger in loggers]
-    progress = require("transformers.utils.logging", "text")
-    shown = progress.is_progress_bar_enabled()
+    bars: Any = sys.modules.get("transformers.utils.logging")  # if nothing has imported it, there are none
+    shown = bars is not None and bars.is_progress_bar_enabled()
     printed = io.StringIO()
-    progress.disable_progress_bar()
+    if shown:
+        bars.disable_progress_bar()
     try:
         for logger in loggers:
             logger.handlers, logger.propagate = [_ToOwnLog()], False
@@ -60,7 +61,7 @@ def quietly() -> Iterator[None]:
         for logger, (handlers, propagate) in zip(loggers, before, strict=True):
             logger.handlers, logger.propagate = handlers, propagate
         if shown:
-            progress.enable_progress_bar()
+            bars.enable_progress_bar()
         _log_lines(printed.getvalue())
 
 

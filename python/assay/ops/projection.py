@@ -32,7 +32,8 @@ def project(vectors: Tensor, sketch: Sketch) -> Tensor:
     has the same bits whatever the other rows, the instruction set and the number of threads: float32 sums over
     slices that follow from D and dim, added up in double in a fixed order. The same holds on a GPU for Sparse sketches
     of up to 8,192 numbers (``kernels/project.py``); there a coordinate that is not finite makes NaN of several of its
-    row's numbers, not of ``nonzeros`` alone. Wider ones and Rademacher run in plain torch there.
+    row's numbers, not of ``nonzeros`` alone. Wider ones, Rademacher and Mask run in plain torch there, and are an error
+    under a GPU backend that is asked for by name.
 
     Args:
         vectors: (B, D) float32, bfloat16 or float16 (float64 runs the reference), any strides; adjacent columns are

@@ -210,3 +210,44 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(project, capsys):
     assert captured.err == "assay: scores/a.parquet: No space left on device\n"
     assert not [path for path in project.scores.rglob("*") if path.suffix in (".tmp", ".parquet")]
     assert main(["score", "recipe.yaml"]) == 0
+
+
+def test_other_makers_files_put_no_control_characters_on_the_terminal(project, capsys):
+    """The manifest's columns, a method's name in a recipe, an unreadable folder of scores."""
+    assert main(["score", str(project.path)]) == 0
+    path = project.scores / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["columns"].append({"name": "\x1b[2Jevil\x07"})
+    path.write_text(json.dumps(manifest))
+    assert main(["ls", str(project.scores)]) == 0
+    for broken in ("null", "[]", '{"corpus": 3}', "[" * 100_000, "\x00", '{"columns": [{"name": 1}]}'):
+        path.write_text(broken)
+        capsys.readouterr()
+        assert main(["ls", str(project.scores)]) == 2
+        assert "not a manifest of `assay score`" in capsys.readouterr().err
+    methods = [{"method": "ensemble", "models": ["a", "b"], "name": "\x1b[31mred"}]
+    project.write_recipe(methods=methods)
+    main(["validate", str(project.path)])
+    out, err = capsys.readouterr()
+    assert "\x1b" not in out + err
+
+
+def test_a_corpus_all_in_quarantine_is_no_success(project, capsys):
+    for shard in (project.root / "data").rglob("*.*"):
+        shard.unlink()
+    project.write_shard("a.jsonl", [{"id": "x", "pixels": None, "label": 0}])
+    assert main(["score", str(project.path)]) == 1
+    capsys.readouterr()
+    out = str(project.root / "out")
+    assert main(["select", str(project.scores), "--by", "mimic", "--top", "0.5", "--out", out]) == 1
+    assert "no row has scores: all are in quarantine" in capsys.readouterr().err
+
+
+def test_what_is_not_read_is_named_and_no_success(project, capsys):
+    (project.root / "data/more.jsonl.lz4").write_bytes(b"")
+    assert main(["score", str(project.path)]) == 1
+    said = capsys.readouterr()
+    assert "left out: 1 files or folders (more.jsonl.lz4: " in said.out
+    out = str(project.root / "out")
+    assert main(["select", str(project.scores), "--by", "mimic", "--top", "0.5", "--out", out]) == 1
+    assert "left out: 1 files or folders (more.jsonl.lz4: " in capsys.readouterr().err

@@ -78,6 +78,11 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
+def _say(line: str) -> None:
+    """A line for standard output: what data, recipes or files of other makers put into it stays one line."""
+    print(_clean(line))
+
+
 def _clean(text: str) -> str:
     """Text that may come from data, on one line and without control characters."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split("\n")))
@@ -149,18 +154,18 @@ def score(
     loaded = _load(recipe, overrides)
     if dry_run:
         plan = make_plan(loaded, part, rescore)
-        print(f"{len(plan.todo)} shards to score ({len(plan.stale)} of them again), {plan.done.shards} done")
+        _say(f"{len(plan.todo)} shards to score ({len(plan.stale)} of them again), {plan.done.shards} done")
         for todo in plan.todo:
-            print(f"  {_clean(todo.path)} -> {_clean(plan.output.full(table_path(todo)))}")
+            _say(f"  {todo.path} -> {plan.output.full(table_path(todo))}")
         print(loaded.to_yaml(), end="")
         return OK
     summary = run(loaded, part=part, rescore=rescore, progress=_progress(quiet, interval))
     if not quiet:
         for line in summary.lines():
-            print(_clean(line))
+            _say(line)
         for key, text in sorted(summary.warnings.items()):
-            print(_clean(f"{key}: {text}"))
-        print(f"scores: {_clean(loaded.output)}")
+            _say(f"{key}: {text}")
+        _say(f"scores: {loaded.output}")
     if not summary.clean:
         _fail(f"not everything was scored; see {loaded.output}/quarantine", INCOMPLETE)
     return OK if summary.clean else INCOMPLETE
@@ -205,9 +210,9 @@ def validate(recipe: RecipeFile, overrides: Overrides = None) -> int:
     loaded = _load(recipe, overrides)
     plan = make_plan(loaded, rescore=True)
     workshop = open_workshop(plan, fit=False)
-    print(f"{_clean(recipe)}: fine; {len(plan.corpus.shards)} shards, {plan.done.shards} of them done")
+    _say(f"{recipe}: fine; {len(plan.corpus.shards)} shards, {plan.done.shards} of them done")
     for column in workshop.columns:
-        print(f"  {column.name} (keep {column.keep}): {column.description}")
+        _say(f"  {column.name} (keep {column.keep}): {column.description}")
     return OK
 
 
@@ -255,11 +260,11 @@ def select(
     )
     curated = curate(scores, by, options.rule(), out, corpus)
     dropped = curated.rows - curated.kept - curated.quarantined
-    print(_clean(curated.selection.summary()))
+    _say(curated.selection.summary())
     print(
         f"rows in {curated.rows:,} = kept {curated.kept:,} + dropped {dropped:,} + quarantined {curated.quarantined:,}"
     )
-    print(f"corpus: {_clean(out)}")
+    _say(f"corpus: {out}")
     return _fail(curated.missing, INCOMPLETE) if curated.missing else OK
 
 
@@ -291,7 +296,7 @@ def list_scores(
         console.print(f"… and {len(lines) - _LISTED_SHARDS} more (--json lists all)")
     states = Counter(line["state"] for line in lines)
     console.print(f"{len(lines)} shards: " + ", ".join(f"{count} {state}" for state, count in states.items()))
-    console.print(f"scores: {', '.join(found.columns)}")
+    console.print(_clean(f"scores: {', '.join(found.columns)}"))
     return OK
 
 
@@ -332,7 +337,7 @@ def doctor() -> int:
         code = INCOMPLETE
     lines |= {package: _installed(package) for package in _OPTIONAL}
     for key, value in lines.items():
-        print(f"{key:18} {_clean(value)}")
+        _say(f"{key:18} {value}")
     return code
 
 

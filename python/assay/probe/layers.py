@@ -180,8 +180,8 @@ def _conv(module: _Conv, inputs: Tensor, grads: Tensor) -> Factors:
 
 def _transposed(module: _ConvTranspose, inputs: Tensor, grads: Tensor) -> Convolution:
     """It is the adjoint of a convolution of the output with the same weight: ⟨y(x), g⟩ = ⟨x, conv(g)⟩."""
-    padding = [int(n) for size in reversed(module.padding) for n in (size, size)]
-    padded = F.pad(grads, padding)
+    sizes: Any = module.padding
+    padded = F.pad(grads, [n for size in reversed(sizes) for n in (size, size)])
     return Convolution(padded, inputs, module.kernel_size, module.stride, module.dilation, module.groups)
 
 

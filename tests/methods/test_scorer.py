@@ -10,7 +10,20 @@ import torch
 from torch import nn
 
 import assay
-from assay.methods import EKFAC, TRAK, Column, Ensemble, GradMimic, LoGra, Method, Need, Scorer, Views, ensemble_scores
+from assay.methods import (
+    EKFAC,
+    TRAK,
+    Column,
+    Ensemble,
+    GradMimic,
+    InfluenceDistillation,
+    LoGra,
+    Method,
+    Need,
+    Scorer,
+    Views,
+    ensemble_scores,
+)
 from assay.probe import Probe, SqNorm, tapped_parameters
 from assay.tasks import CausalLM, Classification, Margin, Sampled
 from tests.methods.data import mlp, noisy_digits, train
@@ -312,6 +325,33 @@ def test_a_batch_without_samples_gives_no_rows() -> None:
     np.testing.assert_allclose(table["ekfac"].to_numpy(), whole["ekfac"].to_numpy(), rtol=1e-3, atol=1e-6)
     signals = Probe(model, task, factors="*")((data.x[:0], data.given[:0]))
     assert signals.losses.shape == (0,)
+
+
+class Transposed(nn.Module):
+    """Runs a layer on (T, B, D), which no shape shows where T is B."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.layer(x.transpose(0, 1)).tanh().sum(0))
+
+
+def test_fit_checks_the_gradients_that_it_takes() -> None:
+    model, task = Transposed(), Classification()
+    batch = torch.randn(5, 5, 4), torch.tensor([0, 1, 2, 0, 1])
+    targets = {"t": [batch]}
+    for method in (
+        EKFAC(model, task, targets),
+        EKFAC(model, task, targets, true_fisher=False),
+        LoGra([model], task, targets),
+        TRAK([model], task, targets),
+        InfluenceDistillation(model, task, targets, landmarks=3),
+    ):
+        with pytest.raises(RuntimeError, match=r"parameter 'layer\.\w+'"):
+            method.fit([batch])
 
 
 class PartlySupported(nn.Module):

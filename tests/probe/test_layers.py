@@ -79,6 +79,27 @@ def test_grouped_and_depthwise(channels: int, out: int, groups: int, side: int) 
     check(nn.Conv2d(channels, out, 3, groups=groups), channels, side, side)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("extra", [0, 1])
+def test_transposed_convolutions(extra: int, groups: int) -> None:
+    check(nn.ConvTranspose1d(4, 6, 3, 2, 1, extra, groups), 4, 5)
+    check(nn.ConvTranspose2d(2, 4, (3, 2), (2, 3), (1, 0), extra, groups, dilation=(2, 1)), 2, 4, 3)
+    check(nn.ConvTranspose3d(2, 2, (1, 2, 3), 2, 0, extra, groups, bias=False), 2, 2, 3, 2)
+
+
+@pytest.mark.parametrize("tracked", [True, False])
+def test_instance_norms(tracked: bool) -> None:
+    check(nn.InstanceNorm1d(3, affine=True, track_running_stats=tracked), 3, 7)
+    check(nn.InstanceNorm2d(3, affine=True, track_running_stats=tracked), 3, 4, 5)
+    check(nn.InstanceNorm3d(2, affine=True, track_running_stats=tracked), 2, 3, 2, 4)
+
+
+@pytest.mark.parametrize("slopes", [1, 3])
+@pytest.mark.parametrize("shape", [(3,), (3, 5), (3, 2, 4)])
+def test_prelu(shape: tuple[int, ...], slopes: int) -> None:
+    check(nn.PReLU(slopes), *shape)
+
+
 def test_a_convolution_that_runs_twice() -> None:
     class Recurrent(nn.Module):
         def __init__(self) -> None:
@@ -177,7 +198,10 @@ REFUSED = {
     "subclass": (lambda: SubclassedLinear(3, 3), "SubclassedLinear"),
     "attention": (lambda: nn.MultiheadAttention(4, 2), "MultiheadAttention"),
     "lstm": (lambda: nn.LSTM(3, 3), "LSTM"),
-    "transposed convolution": (lambda: nn.ConvTranspose2d(2, 2, 2), "ConvTranspose2d"),
+    "transposed convolution": (lambda: nn.ConvTranspose2d(2, 2, 2, 2, 0, 2, dilation=3), "output_padding"),
+    "bilinear": (lambda: nn.Bilinear(2, 2, 3), "Bilinear"),
+    "embedding bag": (lambda: nn.EmbeddingBag(4, 2), "EmbeddingBag"),
+    "recurrent cell": (lambda: nn.GRUCell(3, 3), "GRUCell"),
     "max_norm": (lambda: nn.Embedding(4, 2, max_norm=1.0), "max_norm"),
     "scale_grad_by_freq": (lambda: nn.Embedding(4, 2, scale_grad_by_freq=True), "scale_grad_by_freq"),
     "sparse": (lambda: nn.Embedding(4, 2, sparse=True), "sparse"),

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from assay.probe.experts import Routing
 from assay.probe.gradient import Dense, Term
 from assay.probe.head import Head
 from assay.probe.layers import Factors
@@ -24,6 +25,7 @@ class Call:
     Attributes:
         lead: what the first dimensions of ``inputs`` are reshaped to where the first is not the batch's alone.
         start: of values that all samples share.
+        routing: of a mixture's experts.
     """
 
     tap: Tap
@@ -33,6 +35,7 @@ class Call:
     labels: Tensor | None = None
     lead: tuple[int, ...] | None = None
     start: Start | None = None
+    routing: Routing | None = None
     open: int = 0
     grads: Tensor | None = None
 
@@ -50,6 +53,8 @@ class Call:
             return self.start.all_terms()
         if self.grads is None:
             return []
+        if self.routing is not None:
+            return [self.routing.term(self.tap.module, local, self.checked_inputs(), self.grads)]
         if self.labels is None:
             return [self.tap.rule.term(self.tap.module, local, self._inputs(), self._grads())]
         head = self._head()

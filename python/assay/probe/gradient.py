@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from assay.ops import Kronecker, Mask, Rademacher, Sketch, grad_dot, grad_sketch, grad_sqnorm, project
+from assay.probe.experts import Experts
 from assay.probe.head import Head
 
 # Gradients are multiplied out at most this many numbers at a time.
@@ -213,7 +214,7 @@ def _grouped(left: Tensor, right: Tensor) -> Outer:
     return Outer(placed, right.flatten(1, 2))
 
 
-Term = Outer | Scatter | Dense | Convolution | Head
+Term = Outer | Scatter | Dense | Convolution | Head | Experts
 
 
 @dataclass(frozen=True)
@@ -320,7 +321,7 @@ def wide(tensor: Tensor) -> Tensor:
 def _merge(terms: Sequence[Term], shape: Sequence[int]) -> tuple[Term, ...]:
     if len(terms) == 1:
         return tuple(terms)
-    if any(isinstance(term, Dense) for term in terms):
+    if any(isinstance(term, Dense | Experts) for term in terms):
         return (Dense(_total([term.dense(shape) for term in terms])),)
     merged: list[Term] = []
     terms = [term.outer() if isinstance(term, Convolution) else term for term in terms]

@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from assay.probe.experts import are_experts
 from assay.probe.gradient import Convolution, Dense, Outer, Scatter, Term, wide
 from assay.tasks.base import Lazy
 
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+_ConvTranspose = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Rule:
         refusal: why this module cannot be tapped, or None.
         weight: input and output gradient -> the weight's gradient, where the factors are not its best form.
         transposed: the weight is (I, O).
+        routed: a mixture's experts, called with tokens, indices and weights; they have no factors (see ``Routing``).
         trailing: positions are independent of one another, whatever the dimensions before the last are.
     """
 
@@ -66,6 +69,7 @@ class Rule:
     weight: Callable[[Any, Tensor, Tensor], Term] | None = None
     transposed: bool = False
     trailing: bool = False
+    routed: bool = False
 
     def term(self, module: nn.Module, name: str, inputs: Tensor, grads: Tensor) -> Term:
         """The gradient of the module's parameter ``name`` ("weight" or "bias") from one call."""
@@ -87,6 +91,8 @@ class Rule:
 
 def find_rule(module: nn.Module) -> Rule | str:
     """The rule for a module that owns parameters, or the reason why there is none."""
+    if are_experts(module):
+        return _EXPERTS
     rule = _RULES.get(type(module)) or _by_class_name(module)
     if rule is None:
         return f"no exact formula is known for {type(module).__module__}.{type(module).__qualname__}"
@@ -172,6 +178,35 @@ def _conv(module: _Conv, inputs: Tensor, grads: Tensor) -> Factors:
     return Factors(outer.right, outer.left)
 
 
+def _transposed(module: _ConvTranspose, inputs: Tensor, grads: Tensor) -> Convolution:
+    """It is the adjoint of a convolution of the output with the same weight: ⟨y(x), g⟩ = ⟨x, conv(g)⟩."""
+    sizes: Any = module.padding
+    padded = F.pad(grads, [n for size in reversed(sizes) for n in (size, size)])
+    return Convolution(padded, inputs, module.kernel_size, module.stride, module.dilation, module.groups)
+
+
+def _conv_transpose(module: _ConvTranspose, inputs: Tensor, grads: Tensor) -> Factors:
+    outer = _transposed(module, inputs, grads).outer()
+    return Factors(outer.right, outer.left)
+
+
+def _conv_transpose_refusal(module: _ConvTranspose) -> str | None:
+    if any(extra >= stride for extra, stride in zip(module.output_padding, module.stride, strict=True)):
+        return "an output_padding as large as the stride gives outputs that no input reaches"
+    return None
+
+
+# ---- PReLU: the gradient of the slope is what it was multiplied with
+
+
+def _prelu(module: nn.PReLU, inputs: Tensor, grads: Tensor) -> Factors:
+    negative = inputs.clamp(max=0)
+    if module.num_parameters > 1:
+        return Factors(_channels(module, negative), _channels(module, grads), "elementwise")
+    size = len(inputs)
+    return Factors(negative.reshape(size, -1, 1), grads.reshape(size, -1, 1), "elementwise")
+
+
 # ---- Norms: the gradient of the scale is the normalised input times the output gradient
 
 
@@ -212,6 +247,14 @@ def _batch_norm(module: nn.BatchNorm2d, inputs: Tensor, grads: Tensor) -> Factor
     return Factors(_channels(module, normal), _channels(module, grads), "elementwise")
 
 
+def _instance_norm(module: nn.InstanceNorm2d, inputs: Tensor, grads: Tensor) -> Factors:
+    if module.running_mean is not None:
+        return _batch_norm(module, inputs, grads)  # type: ignore[arg-type]  # in eval mode it is one
+    return Factors(
+        _channels(module, F.instance_norm(wide(inputs), eps=module.eps)), _channels(module, grads), "elementwise"
+    )
+
+
 def _batch_norm_refusal(module: nn.BatchNorm2d) -> str | None:
     if module.running_mean is None or module.running_var is None:
         return "without running statistics it normalises with the batch's own, which couples the samples"
@@ -227,7 +270,7 @@ def _trailing_ndim(module: nn.LayerNorm | nn.RMSNorm) -> int:
     return 1 + len(module.normalized_shape)
 
 
-def _conv_ndim(module: _Conv) -> int:
+def _conv_ndim(module: _Conv | _ConvTranspose) -> int:
     return 2 + len(module.kernel_size)
 
 
@@ -236,8 +279,10 @@ def _two(module: nn.Module) -> int:
 
 
 _CONV1D = Rule(_linear, _last, _two, transposed=True, trailing=True)
+_CONV_TRANSPOSE = Rule(_conv_transpose, _channels, _conv_ndim, _conv_transpose_refusal, weight=_transposed)
 _CONVOLUTION = Rule(_conv, _channels, _conv_ndim, weight=_convolution)
 _LLAMA_RMS_NORM = Rule(_llama_rms_norm, _last, _two, trailing=True)
+_EXPERTS = Rule(_linear, _last, _two, routed=True)
 _SCALED_EMBEDDING = Rule(_scaled_embedding, _last, lambda module: 1, _embedding_refusal, trailing=True)
 _BATCH_NORM = Rule(_batch_norm, _channels, _two, _batch_norm_refusal)
 _RULES: Mapping[type[nn.Module], Rule] = {
@@ -253,4 +298,11 @@ _RULES: Mapping[type[nn.Module], Rule] = {
     nn.BatchNorm2d: _BATCH_NORM,
     nn.BatchNorm3d: _BATCH_NORM,
     nn.SyncBatchNorm: _BATCH_NORM,
+    nn.InstanceNorm1d: Rule(_instance_norm, _channels, lambda module: 3),
+    nn.InstanceNorm2d: Rule(_instance_norm, _channels, lambda module: 4),
+    nn.InstanceNorm3d: Rule(_instance_norm, _channels, lambda module: 5),
+    nn.ConvTranspose1d: _CONV_TRANSPOSE,
+    nn.ConvTranspose2d: _CONV_TRANSPOSE,
+    nn.ConvTranspose3d: _CONV_TRANSPOSE,
+    nn.PReLU: Rule(_prelu, _channels, _two),
 }

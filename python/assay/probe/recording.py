@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from assay.probe.calls import Call
+from assay.probe.experts import Routing
 from assay.probe.gradient import PerSampleGradient
 from assay.probe.layers import Factors
 from assay.probe.reductions import Reduced, Reduction
@@ -206,6 +207,8 @@ class Recorder:
                 return None
             unmade = output if isinstance(output, UnmadeLogits) else None
             try:
+                if tap.rule is not None and tap.rule.routed:
+                    return self._route(tap, names, [*args, *kwargs.values()], output)
                 inputs = self._the_input(tap, args, kwargs)
                 lead, shared = self._layout(tap, inputs, output)
             except _Untapped as error:
@@ -234,6 +237,23 @@ class Recorder:
         if self._recording:
             self._leaves.append(leaf)
         return leaf.clone()
+
+    def _route(self, tap: Tap, names: Mapping[str, str], values: list[Any], output: Tensor) -> Tensor:
+        """Experts, called with tokens (N, D), the experts' indices (N, k) and their weights (N, k)."""
+        fits = len(values) == 3 and all(isinstance(x, Tensor) and x.ndim == 2 for x in values)
+        count = len(values[0]) if fits else 0
+        known = self.size == 1 or count == self.size or self._region.all_positions(count)
+        if not fits or not known or not torch.is_grad_enabled():
+            what = _called(tap, values[0], output, self.size)
+            raise _Untapped(
+                untapped(what, "its tokens are not all positions of all samples, one sample after the other")
+            )
+        tokens, index, weights = (x.detach() for x in values)
+        tapped = self._grown(values[0], output)
+        if self._recording:
+            self.patterns |= {(tuple(tap.parameters.values()),), (tuple(tap.parameters.values()), self.size > 1)}
+            self._watch(Call(tap, names, tokens, tokens._version, routing=Routing(index, weights, self.size)), tapped)
+        return tapped
 
     def _share(self, tap: Tap, names: Mapping[str, str], inputs: Tensor, output: Tensor) -> Tensor:
         what = _called(tap, inputs, output, self.size)

@@ -56,6 +56,8 @@ class _Trainable:
     def obstacle(self, bare: bool = True) -> str | None:
         for use in self.uses:
             rule = find_rule(use.module)
+            if isinstance(rule, Rule) and rule.routed and not bare:
+                rule = "a mixture's experts have no factors"
             if isinstance(rule, str) and not (bare and follows_parameters(use.module)):
                 owner = f"layer {use.layers[0]!r} ({type(use.module).__name__})"
                 return f"parameter {self.name!r}: {owner} cannot be tapped exactly: {rule}"

@@ -89,7 +89,7 @@ def open_score_file(store: Store, path: str) -> ScoreFile | None:
             parquet = pq.ParquetFile(file)
             schema = parquet.schema_arrow
             return ScoreFile(path, parquet.metadata.num_rows, schema, read_metadata(schema))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (pa.ArrowException, ValueError, OSError, RecursionError) as error:
         detail = " ".join(str(error).split())

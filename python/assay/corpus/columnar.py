@@ -24,7 +24,7 @@ Piece = tuple[pa.RecordBatch, float]
 def chunks_of(pieces: Iterable[Piece], columns: Sequence[str]) -> Iterator[Chunk]:
     """Pieces of a shard as chunks of the columns' values."""
     first = 0
-    for piece, progress in joined(pieces):
+    for piece, progress in pieces:
         faults: dict[int, str] = {}
         values = {name: values_of(piece.schema.field(name), piece.column(name), faults) for name in columns}
         yield Chunk(first, values, faults, piece.num_rows, progress)
@@ -45,23 +45,37 @@ def pieces(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
 
 
 def joined(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """The same rows in as few pieces as the limits allow: a chunk of a few rows costs as much as one of many."""
+    """The same rows in pieces as large as the limits allow: a chunk of a few rows costs as much as one of many."""
     held: list[pa.RecordBatch] = []
     rows = size = 0
     share = 0.0
     for piece, progress in pieces:
         piece_bytes = int(_sizes(piece).sum())
         if held and (rows + piece.num_rows > limits.CHUNK_ROWS or size + piece_bytes > limits.CHUNK_BYTES):
-            yield _joined(held), share
+            yield _one_batch(held), share
             held, rows, size = [], 0, 0
         held.append(piece)
         rows, size, share = rows + piece.num_rows, size + piece_bytes, progress
     if held:
-        yield _joined(held), share
+        yield _one_batch(held), share
 
 
-def _joined(parts: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
-    return parts[0] if len(parts) == 1 else pa.concat_batches(parts)
+def gathered(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Small batches that pyarrow itself has made, in as few as reach CHUNK_ROWS or CHUNK_BYTES."""
+    held: list[pa.RecordBatch] = []
+    rows = size = 0
+    for batch in batches:
+        held.append(batch)
+        rows, size = rows + batch.num_rows, size + batch.nbytes
+        if rows >= limits.CHUNK_ROWS or size >= limits.CHUNK_BYTES:
+            yield _one_batch(held)
+            held, rows, size = [], 0, 0
+    if held:
+        yield _one_batch(held)
+
+
+def _one_batch(parts: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
+    return parts[0] if len(parts) == 1 else pa.Table.from_batches(parts).combine_chunks().to_batches()[0]
 
 
 def check(batch: pa.RecordBatch) -> None:

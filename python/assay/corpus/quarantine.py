@@ -98,7 +98,7 @@ def read_quarantine(store: Store, shard: Shard) -> Iterator[Quarantined]:
         with store.open(path) as file:
             for line in file:
                 yield from _rows(line)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CorpusError(f"{store.full(path)}: not a list of quarantined rows; score {shard.path} again") from error

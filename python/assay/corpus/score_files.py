@@ -84,14 +84,14 @@ class ScoreFile:
 
 def open_score_file(store: Store, path: str) -> ScoreFile | None:
     """A score table's schema and footer; None if there is none. A foreign file is a CorpusError."""
-    if not store.exists(path):
-        return None
     try:
         with store.open(path) as file:
             parquet = pq.ParquetFile(file)
             schema = parquet.schema_arrow
             return ScoreFile(path, parquet.metadata.num_rows, schema, read_metadata(schema))
-    except (pa.ArrowException, ValueError, OSError) as error:
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (pa.ArrowException, ValueError, OSError, RecursionError) as error:
         detail = " ".join(str(error).split())
         raise CorpusError(
             f"{store.full(path)}: not a readable score table ({detail}); move it away to have it made again"

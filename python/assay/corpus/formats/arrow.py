@@ -14,7 +14,7 @@ from typing import BinaryIO, cast
 
 import pyarrow as pa
 
-from assay.corpus.columnar import Piece, chunks_of, filtered, pieces
+from assay.corpus.columnar import Piece, chunks_of, filtered, joined, pieces
 from assay.corpus.errors import ShardError
 from assay.corpus.format import Chunk, Format, Mask, Source, check_columns
 
@@ -27,7 +27,7 @@ _STREAM_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 def _read(source: Source, columns: Sequence[str]) -> Iterator[Chunk]:
     with _opened(source) as opened:
         check_columns(columns, opened.schema.names)
-        yield from chunks_of(opened.pieces(columns), columns)
+        yield from chunks_of(joined(opened.pieces(columns)), columns)
 
 
 def _copy(source: Source, keep: Mask, file: BinaryIO) -> None:

@@ -8,7 +8,7 @@ from typing import BinaryIO
 import pyarrow.parquet as pq
 
 from assay.corpus import format as limits
-from assay.corpus.columnar import Piece, chunks_of, filtered, joined, pieces
+from assay.corpus.columnar import Piece, chunks_of, filtered, gathered, pieces
 from assay.corpus.errors import ShardError
 from assay.corpus.format import Chunk, Format, Mask, Source, check_columns, check_length
 from assay.corpus.score_files import regroup
@@ -32,7 +32,7 @@ def _copy(source: Source, keep: Mask, file: BinaryIO) -> None:
     if facts.num_row_groups:
         group_rows = min(group_rows, max(1, facts.row_group(0).num_rows))
     with pq.ParquetWriter(file, schema, compression=_codecs(facts)) as writer:
-        for table in regroup(filtered(joined(_batches(parquet, None)), keep), schema, group_rows):
+        for table in regroup(filtered(_batches(parquet, None), keep), schema, group_rows):
             writer.write_table(table)
     check_length(facts.num_rows, keep)
 
@@ -47,7 +47,7 @@ def _batches(parquet: pq.ParquetFile, columns: Sequence[str] | None) -> Iterator
     total, seen = parquet.metadata.num_rows, 0
     rows = _batch_rows(parquet.metadata, columns)
     batches = parquet.iter_batches(batch_size=rows, columns=columns, use_threads=False)
-    for piece in pieces(batches):
+    for piece in pieces(gathered(batches)):
         seen += piece.num_rows
         yield piece, seen / total if total else 1.0
     if seen != total:

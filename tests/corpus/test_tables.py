@@ -16,6 +16,7 @@ class Column:
     name: str
     keep: str = "high"
     description: str = "a score"
+    width: int | None = 1
 
 
 def test_types_metadata_and_nan_survive():
@@ -31,6 +32,25 @@ def test_types_metadata_and_nan_survive():
     assert read_metadata(table.schema) == {"seed": 7}
     assert table["mimic"].null_count == 0
     assert np.isnan(table["mimic"].to_numpy()[1])
+
+
+def test_several_numbers_per_sample_and_one_per_token():
+    nan = np.nan
+    tokens = np.array([[1, nan, 3, nan], [nan] * 4, [nan, 2, nan, nan]])
+    columns = [Column("pair", width=2), Column("token", width=None)]
+    table = make_table([0, 1, 2], ["a", "b", "c"], {"pair": np.arange(6).reshape(3, 2), "token": tokens}, columns, {})
+    assert table.schema.types[2:] == [pa.list_(pa.float32(), 2), pa.list_(pa.float32())]
+    assert table["pair"].to_pylist() == [[0, 1], [2, 3], [4, 5]]
+    first, second, third = table["token"].to_pylist()  # what is not a number at the end is padding
+    np.testing.assert_array_equal(first, [1, nan, 3])
+    assert second == []
+    np.testing.assert_array_equal(third, [nan, 2])
+    empty = make_table([], [], {"pair": np.empty((0, 2)), "token": np.empty((0, 0))}, columns, {})
+    assert (empty.schema, len(empty)) == (table.schema, 0)
+    for name, wrong in (("pair", np.zeros((3, 3))), ("pair", np.zeros(3)), ("token", np.zeros(3))):
+        scores = {"pair": np.zeros((3, 2)), "token": tokens} | {name: wrong}
+        with pytest.raises(ValueError, match=rf"score '{name}' has shape .*; expected \(N, "):
+            make_table([0, 1, 2], ["a", "b", "c"], scores, columns, {})
 
 
 @pytest.mark.parametrize(

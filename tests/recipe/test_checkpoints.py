@@ -224,6 +224,7 @@ def test_damaged_gguf_files_are_named(tmp_path):
         (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
         (b"", "is empty"),
         (b"PK" + data, "not a GGUF file"),
+        (data.replace(b"blk.1.ffn_up.weight", b"blk.0.ffn_up.weight"), r"names blk\.0\.ffn_up\.weight twice"),
         (data[:16] + (2**62).to_bytes(8, "little") + data[24:], "not a GGUF file, or cut short"),
     ]:
         path.write_bytes(damaged)

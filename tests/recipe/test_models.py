@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -64,6 +65,17 @@ def test_what_decides_outputs_is(tmp_path, change):
     folder = save_model(tmp_path / "m")
     before = fingerprint(folder)
     change(folder)
+    assert fingerprint(folder) != before
+
+
+def test_names_need_not_be_utf8(tmp_path):
+    folder = save_model(tmp_path / "m")
+    before = fingerprint(folder)
+    open(os.fsencode(folder) + b"/vocab\xff.txt", "w").close()
+    with pytest.raises(EngineError, match="is empty"):
+        fingerprint(folder)
+    with open(os.fsencode(folder) + b"/vocab\xff.txt", "w") as file:
+        file.write("x")
     assert fingerprint(folder) != before
 
 

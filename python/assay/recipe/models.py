@@ -64,7 +64,7 @@ class ModelSpec(Part):
         for name in sorted(os.listdir(self.path)):
             full = os.path.join(self.path, name)
             if name.endswith(_MODEL_FILES) and os.path.isfile(full):
-                digest.update(f"{name}\0{file_sha256(full)}\n".encode())
+                digest.update(os.fsencode(f"{name}\0{file_sha256(full)}\n"))
         return f"sha256:{digest.hexdigest()}"
 
 
@@ -149,7 +149,7 @@ class TransformersSpec(ModelSpec):
         digest = hashlib.sha256()
         for folder in filter(None, self._folders()):
             for name in folder.fingerprint_files():
-                digest.update(f"{name}\0{file_sha256(folder.full(name))}\n".encode())
+                digest.update(os.fsencode(f"{name}\0{file_sha256(folder.full(name))}\n"))
         return f"sha256:{digest.hexdigest()}"
 
     @property

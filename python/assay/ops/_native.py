@@ -90,8 +90,23 @@ def pack_rows(hidden: Tensor) -> Tensor:
     return packed
 
 
+def pack_pairs(hidden: Tensor) -> Tensor:
+    """(rows, D) -> (⌈D/2⌉, padded rows, 2) bfloat16, as ``linear`` reads it where ``multiplies_pairs``."""
+    packed = pack_rows(hidden)
+    packed = torch.nn.functional.pad(packed, (0, 0, 0, packed.shape[0] % 2))
+    return packed.view(-1, 2, packed.shape[1]).mT.bfloat16().contiguous()
+
+
+def multiplies_pairs() -> bool:
+    """Whether ``linear`` multiplies bfloat16 by bfloat16, a pair of features at a time, as they lie in the weight."""
+    return _native.multiplies_pairs(isa())
+
+
 def linear(packed: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """out = hidden weightᵀ + bias: ``pack_rows(hidden)``, (C, D) with adjacent columns, (C,) float32, (rows, C)."""
+    """out = hidden weightᵀ + bias: ``pack_rows(hidden)``, (C, D) with adjacent columns, (C,) float32, (rows, C).
+
+    Or ``pack_pairs(hidden)`` with a bfloat16 weight, where ``multiplies_pairs``.
+    """
     _native.linear(
         isa(),
         packed.data_ptr(),
@@ -106,6 +121,7 @@ def linear(packed: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> 
         out.data_ptr(),
         out.stride(0),
         threads(),
+        packed.dtype == torch.bfloat16,
     )
 
 

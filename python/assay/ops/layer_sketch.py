@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -97,8 +98,8 @@ def _kronecker(inputs: Tensor, grads: Tensor, key: Sequence[int], rows: int, col
     if backend == "triton" and inputs.numel() and grads.numel():
         return _launch(inputs, grads, keys, rows, cols)
     if backend == "cpu":
-        left = _project_rows(grads, factor(rows, o, OUTPUT_SIDE, keys, device, _native.pack_rows), rows)
-        right = _project_rows(inputs, factor(cols, i, INPUT_SIDE, keys, device, _native.pack_rows), cols)
+        left = _project_rows(grads, factor(rows, o, OUTPUT_SIDE, keys, device, _layout(rows, grads)), rows)
+        right = _project_rows(inputs, factor(cols, i, INPUT_SIDE, keys, device, _layout(cols, inputs)), cols)
     else:
         left = (grads.to(wide) @ factor(rows, o, OUTPUT_SIDE, keys, device).to(wide).T).permute(2, 0, 1)
         right = (inputs.to(wide) @ factor(cols, i, INPUT_SIDE, keys, device).to(wide).T).permute(2, 0, 1)
@@ -123,6 +124,12 @@ def _launch(inputs: Tensor, grads: Tensor, key: tuple[int, int], rows: int, cols
     in_words, out_words = words(cols, inputs.shape[2], INPUT_SIDE), words(rows, grads.shape[2], OUTPUT_SIDE)
     out: Tensor = sketch.kronecker(inputs, grads, in_words, out_words, rows, cols)
     return out
+
+
+def _layout(size: int, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """How the signs are packed: a bfloat16 each where x is one and ±1/√size is, for processors that multiply those."""
+    pairs = x.dtype == torch.bfloat16 and math.log2(size) % 2 == 0 and _native.multiplies_pairs()
+    return _native.pack_pairs if pairs else _native.pack_rows
 
 
 def _project_rows(x: Tensor, packed: Tensor, size: int) -> Tensor:

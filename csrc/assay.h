@@ -56,6 +56,8 @@ struct LinearArgs {
   float* out;                   // (rows, C)
   int64_t out_stride;
   int32_t threads;
+  // hidden_t is (D / 2 rounded up, padded_rows, 2) bfloat16 instead: for a bfloat16 weight, with kernels that multiply pairs
+  bool pairs = false;
 };
 
 // logits -> softmax - onehot(label) in place, zeros in ignored rows
@@ -121,6 +123,7 @@ struct ScanArgs {
 // The kernels of one instruction set.
 struct Kernels {
   const char* isa;
+  bool multiply_pairs;  // whether `linear` takes pairs
   void (*ensemble)(const EnsembleArgs&);
   void (*linear)(const LinearArgs&);
   void (*multiply_reduce)(const MultiplyReduceArgs&);

@@ -64,7 +64,7 @@ void multiply_reduce(const std::string& isa, Address x, int x_dtype, int64_t x_s
 
 void linear(const std::string& isa, Address hidden_t, int64_t rows, int64_t padded_rows, Address weight,
             int weight_dtype, int64_t C, int64_t D, int64_t weight_stride, Address bias, Address out,
-            int64_t out_stride, int threads) {
+            int64_t out_stride, int threads, bool pairs) {
   const assay::Kernels& k = kernels(isa);
   const assay::LinearArgs args{reinterpret_cast<const float*>(hidden_t),
                                rows,
@@ -77,7 +77,8 @@ void linear(const std::string& isa, Address hidden_t, int64_t rows, int64_t padd
                                reinterpret_cast<const float*>(bias),
                                reinterpret_cast<float*>(out),
                                out_stride,
-                               threads};
+                               threads,
+                               pairs};
   py::gil_scoped_release release;
   k.linear(args);
 }
@@ -168,6 +169,7 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "assay's CPU kernels. Use assay.ops, which checks what these take on trust.";
   m.def("ensemble", &ensemble);
   m.def("linear", &linear);
+  m.def("multiplies_pairs", [](const std::string& isa) { return kernels(isa).multiply_pairs; });
   m.def("multiply_reduce", &multiply_reduce);
   m.def("philox", &philox);
   m.def("project", &project);

@@ -16,7 +16,7 @@ namespace {
 constexpr float INF = std::numeric_limits<float>::infinity();
 constexpr float NaN = std::numeric_limits<float>::quiet_NaN();
 
-// Up to here a tile of 2 x lanes x K x C floats (8 models: 256 KB with AVX-512) stays in L2.
+// Up to here a tile's 4 x lanes x C floats (with AVX-512 64 KB) are nearly all in L1.
 constexpr int64_t NARROW_MAX_C = 256;
 
 void write_nan(const EnsembleArgs& a, int64_t n) {

@@ -1,39 +1,93 @@
 // One row per SIMD lane. Part of ensemble.cpp.
+//
+// A tile is one row per lane. Its models are taken one after the other, and each is mixed in before the next is looked
+// at: what a tile needs stays in L1 and does not grow with K.
 
 // Sums over columns go by runs of this many, so that 256 columns are 16 + 16 float32 additions, not 256.
 constexpr int64_t RUN = 16;
 
-// The logits of `rows` rows from n0 on, transposed: z[c] holds column c of all of them. Missing lanes hold zeros.
-template <class T>
-void load_tile(const EnsembleArgs& a, int64_t k, int64_t n0, int64_t rows, Vec* z) {
-  constexpr int W = Vec::W;
-  if (a.col_strides[k] != 1) {
-    for (int64_t c = 0; c < a.C; ++c) {
-      float lanes[W] = {};
-      for (int64_t i = 0; i < rows; ++i) lanes[i] = to_float(row_pointer<T>(a, k, n0 + i)[c * a.col_strides[k]]);
-      z[c] = load(lanes);
-    }
-    return;
+// What a tile needs besides its logits; made once per thread.
+struct NarrowScratch {
+  Scratch<Vec> t;        // (C, padded to whole tiles): one model's logits, then t with e^(z - max) = 2^t
+  Scratch<Vec> e;        // (C,): 2^t
+  Scratch<Vec> p;        // (C,): the mixture of the models so far, sum_k w_k p_k
+  Scratch<Vec> p_log_p;  // (C,): sum_k w_k p_k log p_k
+  Scratch<Vec> weight, log_py, top;  // (K,)
+  explicit NarrowScratch(const EnsembleArgs& a)
+      : t((a.C + Vec::W - 1) / Vec::W * Vec::W), e(a.C), p(a.C), p_log_p(a.C), weight(a.K), log_py(a.K), top(a.K) {
+    for (int64_t k = 0; k < a.K; ++k) weight[k] = splat(static_cast<float>(a.weights[k]));
   }
-  const T* p = row_pointer<T>(a, k, n0);
-  const int64_t stride = a.row_strides[k];
-  for (int64_t c0 = 0; c0 < a.C; c0 += W) {
-    const int64_t left = a.C - c0;
+};
+
+// A tile's rows n0.. and labels. Lanes past the last row repeat it.
+struct Tile {
+  int64_t n0, rows;
+  Vec label;             // -1: none, or ignored
+  Vec unlabelled;        // NaN where there is none, else 0
+  int64_t place[Vec::W];  // of the label's logit in a transposed tile, or of some other's
+  bool ignored[Vec::W];
+
+  Tile(const EnsembleArgs& a, int64_t first) : n0(first), rows(a.N - first < Vec::W ? a.N - first : Vec::W) {
+    float lanes[Vec::W];
+    for (int64_t i = 0; i < Vec::W; ++i) {
+      int64_t y = a.labels && i < rows ? a.labels[n0 + i] : -1;
+      ignored[i] = a.labels && i < rows && y == a.ignore_index;
+      if (ignored[i]) y = -1;
+      lanes[i] = static_cast<float>(y);
+      place[i] = (y < 0 ? 0 : y * Vec::W) + i;
+    }
+    label = load(lanes);
+    unlabelled = select(label < splat(0.f), splat(NaN), splat(0.f));
+  }
+};
+
+struct Top {
+  Vec value, index;
+
+  // NaN is dropped here and comes back through the sums.
+  ASSAY_INLINE void look(Vec v, Vec at) {
+    index = select(value < v, at, index);
+    value = max(v, value);
+  }
+};
+
+// One model's logits, transposed: z[c] holds column c of all rows, -inf past the last column. Returns their maxima.
+// WHOLE: rows for all lanes and columns for a vector.
+template <bool WHOLE, class T>
+Top load_tile(const EnsembleArgs& a, int64_t k, const Tile& tile, Vec* z) {
+  constexpr int64_t W = Vec::W;
+  const int64_t stride = a.row_strides[k], last = tile.rows - 1;
+  Top top{splat(-INF), splat(0.f)};
+  for (int64_t next = 0; next < a.C; next += W) {
+    const int64_t c = !WHOLE || next + W <= a.C ? next : a.C - W;  // the last columns overlap: no tails
+    const T* row = row_pointer<T>(a, k, tile.n0) + c;
     Vec r[W];
-    if (rows == W && left >= W) {
 #pragma GCC unroll 16
-      for (int64_t i = 0; i < W; ++i) r[i] = load(p + i * stride + c0);
-    } else {
-      for (int64_t i = 0; i < W; ++i) r[i] = i < rows ? load_first(p + i * stride + c0, left, 0.f) : splat(0.f);
+    for (int64_t i = 0; i < W; ++i) {
+      r[i] = WHOLE ? load(row) : load_first(row, a.C - c, -INF);
+      row += WHOLE || i < last ? stride : 0;
     }
     transpose(r);
-    if (left >= W) {
+    Top here{splat(-INF), splat(0.f)};
 #pragma GCC unroll 16
-      for (int64_t i = 0; i < W; ++i) z[c0 + i] = r[i];
-    } else {
-      for (int64_t i = 0; i < left; ++i) z[c0 + i] = r[i];
-    }
+    for (int64_t i = 0; i < W; ++i) here.look(z[c + i] = r[i], splat(static_cast<float>(i)));
+    top.look(here.value, splat(static_cast<float>(c)) + here.index);
   }
+  return top;
+}
+
+// The same of columns that are not adjacent.
+template <class T>
+Top gather_tile(const EnsembleArgs& a, int64_t k, const Tile& tile, Vec* z) {
+  const int64_t stride = a.row_strides[k], last = tile.rows - 1;
+  const T* first = row_pointer<T>(a, k, tile.n0);
+  Top top{splat(-INF), splat(0.f)};
+  for (int64_t c = 0; c < a.C; ++c, first += a.col_strides[k]) {
+    float lanes[Vec::W];
+    for (int64_t i = 0; i < Vec::W; ++i) lanes[i] = to_float(first[(i < last ? i : last) * stride]);
+    top.look(z[c] = load(lanes), splat(static_cast<float>(c)));
+  }
+  return top;
 }
 
 // Where this model's logits of the next tile begin, to be asked for while this tile is worked on: rows are short and
@@ -45,154 +99,135 @@ const char* next_tile(const EnsembleArgs& a, int64_t k, int64_t n0) {
   return reinterpret_cast<const char*>(row_pointer<T>(a, k, n0 + Vec::W <= a.N ? n0 : 0));
 }
 
+// z becomes t with e^(z - m) = 2^t, and e 2^t; returns the sum of e.
+Vec exponentials(Vec* z, Vec* e, int64_t C, Vec m, const char* ahead, int64_t column_bytes) {
+  Vec d = splat(0.f);
+  for (int64_t c = 0; c < C; c += RUN) {
+    const int64_t end = C - c < RUN ? C : c + RUN;
+    for (int64_t byte = c * column_bytes; byte < end * column_bytes; byte += 64) prefetch_l2(ahead + byte);
+    Vec run = splat(0.f);
+    for (int64_t i = c; i < end; ++i) {
+      const Vec t = reachable((z[i] - m) * splat(LOG2E)), p = exp2_reachable(t);  // never -inf, which times 0 is NaN
+      run = run + p;
+      z[i] = t;
+      e[i] = p;
+    }
+    d = d + run;
+  }
+  return d;
+}
+
+// p += w p_k and p_log_p += w p_k log p_k, column by column; FIRST: set, not added to.
+template <bool FIRST>
+void mix(const NarrowScratch& s, int64_t C, Vec scale, Vec log_d) {
+  const Vec ln2 = splat(LN2);
+  for (int64_t c = 0; c < C; ++c) {
+    const Vec share = s.e[c] * scale, log_p = fms(s.t[c], ln2, log_d);
+    s.p[c] = FIRST ? share : s.p[c] + share;
+    s.p_log_p[c] = FIRST ? share * log_p : fma(share, log_p, s.p_log_p[c]);
+  }
+}
+
 // What is known of each lane's row after its models' own softmaxes.
 struct NarrowModels {
-  Vec expected_entropy, mean_nll, agreement, vote_entropy;
-  Vec nll;
+  Vec nll, mean_nll, agreement, vote_entropy;
   Vec bad;  // NaN where a model's distribution is undefined, else 0
 };
 
-// Per-model sweep: turns the logits in z (K x C) into x = z - max in place, with e^x in e; inverse[k] = 1 / sum e^x.
+// Each model's own softmax, mixed into s.p.
 template <class T>
-NarrowModels narrow_models(const EnsembleArgs& a, int64_t n0, int64_t rows, const int64_t* y, Vec* z, Vec* e,
-                           Vec* inverse, Vec* log_d, Vec* log_py, Vec* top) {
-  constexpr int W = Vec::W;
+NarrowModels narrow_models(const EnsembleArgs& a, const Tile& tile, const NarrowScratch& s) {
+  constexpr int64_t W = Vec::W;
   const Vec zero = splat(0.f);
-  NarrowModels r{zero, zero, zero, zero, zero, zero};
-  float label[W], zy[W] = {};
-  for (int i = 0; i < W; ++i) label[i] = static_cast<float>(y[i]);
-  const Vec vlabel = load(label);
+  NarrowModels r{zero, zero, zero, zero, zero};
+  const bool whole = tile.rows == W && a.C >= W;
+  float zy[W];
 
-  for (int64_t k = 0; k < a.K; ++k, z += a.C, e += a.C) {
-    load_tile<T>(a, k, n0, rows, z);
-    const char* ahead = next_tile<T>(a, k, n0);
-    for (int i = 0; i < W; ++i) zy[i] = y[i] >= 0 ? lane(z[y[i]], i) : 0.f;
-    Vec m = splat(-INF);
-    for (int64_t c = 0; c < a.C; ++c) m = max(z[c], m);  // NaN is dropped here and comes back through the sum
-    const Mask empty = m == splat(-INF);
-    const Vec base = select(empty, zero, m);
-    Vec arg = zero, d = zero, s = zero;
-    for (int64_t end = a.C; end > 0; end -= RUN) {
-      Vec run_d = zero, run_s = zero;
-      for (int64_t c = end; c-- > (end > RUN ? end - RUN : 0);) {  // downwards: the first of equal maxima comes last
-        prefetch_l2(ahead + c * static_cast<int64_t>(W * sizeof(T)));
-        arg = select(z[c] == m, splat(static_cast<float>(c)), arg);
-        const Vec x = clamp_exponent(z[c] - base), p = exp_finite(x);
-        run_d = run_d + p;
-        run_s = fma(x, p, run_s);
-        z[c] = x;
-        e[c] = p;
-      }
-      d = d + run_d;
-      s = s + run_s;
-    }
+  for (int64_t k = 0; k < a.K; ++k) {
+    const Top top = (a.col_strides[k] != 1 ? gather_tile<T> : whole ? load_tile<true, T> : load_tile<false, T>)(a, k, tile, s.t.p);
+    for (int64_t i = 0; i < W; ++i) std::memcpy(zy + i, reinterpret_cast<const float*>(s.t.p) + tile.place[i], sizeof(float));
+    const Mask empty = top.value == splat(-INF);
+    const Vec m = select(empty, zero, top.value);
+    const Vec d = exponentials(s.t.p, s.e.p, a.C, m, next_tile<T>(a, k, tile.n0), W * sizeof(T));
     r.bad = select(empty, splat(NaN), fma(zero, d, r.bad));  // 0 * NaN and 0 * inf are NaN
-    log_d[k] = log(d);
-    const float w = static_cast<float>(a.weights[k]);
-    inverse[k] = splat(1.f) / d;
-    log_py[k] = (load(zy) - base) - log_d[k];
-    top[k] = arg;
-    r.expected_entropy = fma(splat(w), log_d[k] - s * inverse[k], r.expected_entropy);
-    if (w > 0.f) r.mean_nll = r.mean_nll - splat(w) * log_py[k];
-    r.agreement = r.agreement + select(arg == vlabel, splat(w), zero);
+    const Vec log_d = log(d), w = s.weight[k];
+    (k == 0 ? mix<true> : mix<false>)(s, a.C, w / d, log_d);
+    s.log_py[k] = (load(zy) - m) - log_d;
+    s.top[k] = top.index;
+    if (a.weights[k] > 0) r.mean_nll = r.mean_nll - w * s.log_py[k];
+    r.agreement = r.agreement + select(top.index == tile.label, w, zero);
   }
 
   // -log sum_k w_k p_k,y
   Vec m = splat(-INF);
   for (int64_t k = 0; k < a.K; ++k)
-    if (a.weights[k] > 0) m = max(log_py[k], m);
+    if (a.weights[k] > 0) m = max(s.log_py[k], m);
   const Vec base = select(m == splat(-INF), zero, m);
   Vec d = zero;
   for (int64_t k = 0; k < a.K; ++k)
-    if (a.weights[k] > 0) d = fma(splat(static_cast<float>(a.weights[k])), exp(log_py[k] - base), d);
+    if (a.weights[k] > 0) d = fma(s.weight[k], exp(s.log_py[k] - base), d);
   r.nll = select(m == splat(-INF), splat(INF), zero - (base + log(d)));
 
   // A class's share of the vote, seen from each of its voters: H = -sum_k w_k log(share of k's choice)
   for (int64_t k = 0; a.wants(VOTE_ENTROPY) && k < a.K; ++k) {
     if (!(a.weights[k] > 0)) continue;
     Vec share = zero;
-    for (int64_t j = 0; j < a.K; ++j)
-      share = share + select(top[j] == top[k], splat(static_cast<float>(a.weights[j])), zero);
-    r.vote_entropy = r.vote_entropy - splat(static_cast<float>(a.weights[k])) * log(share);
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < a.K; ++j) share = share + select(s.top[j] == s.top[k], s.weight[j], zero);
+    r.vote_entropy = r.vote_entropy - s.weight[k] * log(share);
   }
   return r;
 }
 
 struct NarrowMixture {
-  Vec entropy, information, confidence, prediction, p_label, rest, squares, top_other;
+  Vec entropy, expected_entropy, information, confidence, prediction, p_label, rest, squares, top_other;
 };
 
-// The mixture's statistics from x = z - max and e^x: one pass over the columns, all models of a column at hand.
-NarrowMixture narrow_mixture(const EnsembleArgs& a, const int64_t* y, const Vec* x, const Vec* e, const Vec* inverse,
-                             const Vec* log_d, Vec* scale) {
-  constexpr int W = Vec::W;
-  const Vec zero = splat(0.f);
-  float label[W];
-  for (int i = 0; i < W; ++i) label[i] = static_cast<float>(y[i]);
-  const Vec vlabel = load(label);
-  const bool information = a.wants(MUTUAL_INFORMATION) && a.K > 1;
-  for (int64_t k = 0; k < a.K; ++k) scale[k] = splat(static_cast<float>(a.weights[k])) * inverse[k];
-
-  NarrowMixture r{zero, zero, splat(-1.f), zero, zero, zero, zero, zero};
-  Vec run_entropy = zero, run_information = zero, run_rest = zero, run_squares = zero;
-  for (int64_t c = 0; c < a.C; ++c) {
-    if (c % RUN == 0) {
-      r.entropy = r.entropy + run_entropy;
-      r.information = r.information + run_information;
-      r.rest = r.rest + run_rest;
-      r.squares = r.squares + run_squares;
-      run_entropy = run_information = run_rest = run_squares = zero;
-    }
-    Vec p = zero;
-    for (int64_t k = 0; k < a.K; ++k) p = fma(e[k * a.C + c], scale[k], p);
-    const Vec log_p = log(p);
-    run_entropy = run_entropy - p * log_p;
-    if (information) {
-      // sum_k w_k p_k log(p_k / p): log p_k = x_k - log d_k is at hand, no logarithm needed. Never negative in a column
-      // by Jensen's inequality; what rounding leaves below 0 is cut.
-      Vec sum = zero;
-      for (int64_t k = 0; k < a.K; ++k) {
-        const int64_t i = k * a.C + c;
-        sum = fma(e[i] * scale[k], (x[i] - log_d[k]) - log_p, sum);
+// The mixture's statistics: one pass over its columns. Of one model the entropy is known: LOG is for several.
+template <bool LOG>
+NarrowMixture narrow_mixture(const EnsembleArgs& a, const Tile& tile, const NarrowScratch& s) {
+  const Vec zero = splat(0.f), one = splat(1.f);
+  NarrowMixture r{zero, zero, zero, splat(-1.f), zero, zero, zero, zero, zero};
+  Vec index = zero;
+  for (int64_t c = 0; c < a.C; c += RUN) {
+    const int64_t end = a.C - c < RUN ? a.C : c + RUN;
+    Vec entropy = zero, expected = zero, information = zero, rest = zero, squares = zero;
+    for (int64_t i = c; i < end; ++i, index = index + one) {
+      const Vec p = s.p[i];
+      expected = expected - s.p_log_p[i];
+      if (LOG) {
+        // sum_k w_k p_k log p_k - p log p is never negative by Jensen's inequality; what rounding leaves below 0 is cut.
+        const Vec p_log_p = p * log(p);
+        entropy = entropy - p_log_p;
+        information = information + max(s.p_log_p[i] - p_log_p, zero);
       }
-      run_information = run_information + max(sum, zero);
+      const Mask higher = r.confidence < p, is_label = tile.label == index;
+      r.confidence = select(higher, p, r.confidence);
+      r.prediction = select(higher, index, r.prediction);
+      r.p_label = select(is_label, p, r.p_label);
+      const Vec other = select(is_label, zero, p);
+      rest = rest + other;
+      squares = fma(other, other, squares);
+      r.top_other = max(other, r.top_other);
     }
-    const Vec index = splat(static_cast<float>(c));
-    const Mask higher = r.confidence < p, is_label = vlabel == index;
-    r.confidence = select(higher, p, r.confidence);
-    r.prediction = select(higher, index, r.prediction);
-    r.p_label = select(is_label, p, r.p_label);
-    const Vec other = select(is_label, zero, p);
-    run_rest = run_rest + other;
-    run_squares = fma(other, other, run_squares);
-    r.top_other = max(other, r.top_other);
+    r.entropy = r.entropy + entropy;
+    r.expected_entropy = r.expected_entropy + expected;
+    r.information = r.information + information;
+    r.rest = r.rest + rest;
+    r.squares = r.squares + squares;
   }
-  r.entropy = r.entropy + run_entropy;
-  r.information = r.information + run_information;
-  r.rest = r.rest + run_rest;
-  r.squares = r.squares + run_squares;
+  if (!LOG) r.entropy = r.expected_entropy;
   return r;
 }
 
 template <class T>
-void narrow_tile(const EnsembleArgs& a, int64_t n0, int64_t rows, Vec* scratch) {
+void narrow_tile(const EnsembleArgs& a, const Tile& tile, const NarrowScratch& s) {
   constexpr int W = Vec::W;
-  Vec *z = scratch, *e = z + a.K * a.C, *inverse = e + a.K * a.C, *log_d = inverse + a.K, *log_py = log_d + a.K,
-      *top = log_py + a.K, *scale = top + a.K;
-  int64_t y[W];
-  bool ignored[W] = {};
-  for (int64_t i = 0; i < W; ++i) {
-    const int64_t label = a.labels && i < rows ? a.labels[n0 + i] : -1;
-    ignored[i] = a.labels && i < rows && label == a.ignore_index;
-    y[i] = ignored[i] ? -1 : label;
-  }
-  const NarrowModels models = narrow_models<T>(a, n0, rows, y, z, e, inverse, log_d, log_py, top);
-  const NarrowMixture mix = narrow_mixture(a, y, z, e, inverse, log_d, scale);
+  const NarrowModels models = narrow_models<T>(a, tile, s);
+  const NarrowMixture mix = a.K > 1 ? narrow_mixture<true>(a, tile, s) : narrow_mixture<false>(a, tile, s);
 
   const Vec bad = models.bad;
-  float labelled[W];
-  for (int i = 0; i < W; ++i) labelled[i] = y[i] >= 0 ? 0.f : NaN;
-  const Vec bad_label = bad + load(labelled);
+  const Vec bad_label = bad + tile.unlabelled;
   Vec value[NUM_FLOAT_FIELDS];
   value[NLL] = models.nll + bad_label;
   value[MEAN_NLL] = models.mean_nll + bad_label;
@@ -200,7 +235,7 @@ void narrow_tile(const EnsembleArgs& a, int64_t n0, int64_t rows, Vec* scratch) 
   value[AGREEMENT] = models.agreement + bad_label;
   value[EL2N] = sqrt(fma(mix.rest, mix.rest, mix.squares)) + bad_label;
   value[ENTROPY] = mix.entropy + bad;
-  value[EXPECTED_ENTROPY] = models.expected_entropy + bad;
+  value[EXPECTED_ENTROPY] = mix.expected_entropy + bad;
   value[MUTUAL_INFORMATION] = mix.information + bad;
   value[CONFIDENCE] = mix.confidence + bad;
   value[VOTE_ENTROPY] = models.vote_entropy + bad;
@@ -208,16 +243,21 @@ void narrow_tile(const EnsembleArgs& a, int64_t n0, int64_t rows, Vec* scratch) 
   float lanes[W], undefined[W];
   for (int f = 0; f < NUM_FLOAT_FIELDS; ++f) {
     if (!(a.fields >> f & 1)) continue;
+    float* out = a.out + f * a.N + tile.n0;
+    if (tile.rows == W) {
+      store(out, value[f]);
+      continue;
+    }
     store(lanes, value[f]);
-    for (int64_t i = 0; i < rows; ++i) a.out[f * a.N + n0 + i] = lanes[i];
+    for (int64_t i = 0; i < tile.rows; ++i) out[i] = lanes[i];
   }
-  store(lanes, a.K == 1 ? top[0] : mix.prediction);
+  store(lanes, a.K == 1 ? s.top[0] : mix.prediction);
   store(undefined, bad);
-  for (int64_t i = 0; i < rows; ++i) {
-    if (ignored[i]) {
-      write_nan(a, n0 + i);
+  for (int64_t i = 0; i < tile.rows; ++i) {
+    if (tile.ignored[i]) {
+      write_nan(a, tile.n0 + i);
     } else if (a.wants(PREDICTION)) {
-      a.prediction[n0 + i] = undefined[i] == 0.f ? static_cast<int64_t>(lanes[i]) : -1;
+      a.prediction[tile.n0 + i] = undefined[i] == 0.f ? static_cast<int64_t>(lanes[i]) : -1;
     }
   }
 }
@@ -229,12 +269,8 @@ void narrow(const EnsembleArgs& a) {
   // A piece of work is about 64 KB of logits: small enough to share out, large enough to be worth handing over.
   const int64_t grain = 1 + 65536 / (W * a.K * a.C * 4);
   parallel(tiles, grain, a.threads, [&](Pieces& pieces) {
-    Scratch<Vec> scratch(a.K * (2 * a.C + 5));
-    for (int64_t begin, end; pieces.next(begin, end);) {
-      for (int64_t t = begin; t < end; ++t) {
-        const int64_t n0 = t * W;
-        narrow_tile<T>(a, n0, a.N - n0 < W ? a.N - n0 : W, scratch.p);
-      }
-    }
+    const NarrowScratch scratch(a);
+    for (int64_t begin, end; pieces.next(begin, end);)
+      for (int64_t t = begin; t < end; ++t) narrow_tile<T>(a, Tile(a, t * W), scratch);
   });
 }

@@ -1,8 +1,10 @@
 // One row at a time, in blocks of columns. Part of ensemble.cpp.
 //
-// First sweep: every model's block becomes e^(z - base), kept in scratch that fits the L2 cache, and a partial state.
-// States merge in block order, in double: the blocks follow from C alone, so the bits do not depend on how many threads
-// shared the row. Second sweep: the mixture over all models, from the scratch; no exponential is taken twice.
+// A sweep per model: every block becomes e^(z - base) in scratch, and a partial state. States merge in block order, in
+// double: the blocks follow from C alone, so the bits do not depend on how many threads shared the row. A block of the
+// scratch is mixed in when the next model's sweep comes by and overwrites it: the scratch, two rows of float32, does not
+// grow with K and fits the L2 cache. One last sweep takes the mixture's statistics. No exponential is taken twice, but
+// for models that agree so well that their mutual information is a matter of its own.
 
 // 64 vectors (4 KB of float32 with AVX-512): no float32 accumulator takes more than 64 terms.
 constexpr int64_t BLOCK = 64 * Vec::W;
@@ -34,8 +36,9 @@ struct MixturePartial {
   float top_other, top;
 };
 
-// Logits further from 0 than this are not multiplied by log2(e).
-constexpr float LARGE = 1e30f;
+// Exponents relative to a base this far from 0 are not formed in one operation: they would be relative to it only within
+// a rounding of its product with log2(e), which must stay well below 1.
+constexpr float LARGE = 0x1p20f;
 
 // The first sweep's loop over one block. e: the exponentials, whole vectors; null: not kept.
 //
@@ -50,7 +53,7 @@ ASSAY_INLINE Partial exponentials(const T* z, int64_t n, float about, float* e) 
   const Vec zero = splat(0.f), low = splat(-INF), log2e = splat(LOG2E), vshift = splat(shift), vbase = splat(about);
   Vec d[4] = {zero, zero, zero, zero}, s[4] = {zero, zero, zero, zero}, m[4] = {low, low, low, low};
   auto add = [&](Vec logit, int j, float* to) __attribute__((always_inline)) {
-    const Vec t = FINITE ? fms(logit, log2e, vshift) : clamp_exponent(logit - vbase) * log2e, p = exp2(t);
+    const Vec t = FINITE ? fms(logit, log2e, vshift) : reachable((logit - vbase) * log2e), p = exp2(t);
     d[j] = d[j] + p;
     s[j] = fma(t, p, s[j]);
     m[j] = max(logit, m[j]);  // NaN is dropped here and comes back through the sums
@@ -102,12 +105,19 @@ int64_t first_equal(const T* z, int64_t n, float value) {
 struct WideScratch {
   Scratch<Partial> partials;         // (K, blocks)
   Scratch<float> inverse;            // (K, blocks): e * inverse is the model's probability
-  Scratch<float> scale;              // (blocks, K): e * scale is its share of the mixture's
-  Scratch<float> e;                  // (K, blocks, BLOCK): e^(z - base), 0 beyond the last column
+  Scratch<float> scale;              // (K, blocks): e * scale is its share of the mixture's
+  Scratch<float> e;                  // (blocks, BLOCK): e^(z - base) of the model at hand, 0 beyond the last column
+  Scratch<float> mixed;              // (blocks, BLOCK): the mixture of the models before it
   Scratch<RowModel> models;          // (K,)
   Scratch<MixturePartial> mixtures;  // (blocks,)
   WideScratch(int64_t K, int64_t blocks)
-      : partials(K * blocks), inverse(K * blocks), scale(K * blocks), e(K * blocks * BLOCK), models(K), mixtures(blocks) {}
+      : partials(K * blocks),
+        inverse(K * blocks),
+        scale(K * blocks),
+        e(blocks * BLOCK),
+        mixed(K > 1 ? blocks * BLOCK : 0),
+        models(K),
+        mixtures(blocks) {}
 };
 
 template <class T>
@@ -147,19 +157,35 @@ class WideRow {
     return buffer;
   }
 
-  // Each model's own softmax; false if one of them is undefined.
+  // Each model's own softmax; false if one of them is undefined. KEEP: and the mixture of all but the last.
   template <bool KEEP>
   bool sweep_models() {
-    parallel(a.K * blocks, threads > 1 ? 4 : a.K * blocks, threads, [&](Pieces& pieces) {
-      T buffer[BLOCK];
-      for (int64_t begin, end; pieces.next(begin, end);)
-        for (int64_t i = begin; i < end; ++i)
-          s.partials[i] = partial<KEEP>(block(i / blocks, i % blocks, buffer), columns(i % blocks),
-                                        KEEP ? s.e.p + i * BLOCK : nullptr);
-    });
     bool defined = true;
-    for (int64_t k = 0; k < a.K; ++k) defined = merge(k) && defined;
+    for (int64_t k = 0; k < a.K; ++k) {
+      parallel(blocks, threads > 1 ? 4 : blocks, threads, [&](Pieces& pieces) {
+        T buffer[BLOCK];
+        for (int64_t begin, end; pieces.next(begin, end);)
+          for (int64_t b = begin; b < end; ++b) {
+            if (KEEP && k > 0) mix_in(k - 1, b);
+            s.partials[k * blocks + b] =
+                partial<KEEP>(block(k, b, buffer), columns(b), KEEP ? s.e.p + b * BLOCK : nullptr);
+          }
+      });
+      defined = merge(k) && defined;
+    }
     return defined;
+  }
+
+  // Adds model k's share of block b, whose e is in scratch. In whole steps: what is past the last column is not looked at.
+  void mix_in(int64_t k, int64_t b) const {
+    const float* e = s.e.p + b * BLOCK;
+    float* p = s.mixed.p + b * BLOCK;
+    const Vec scale = splat(s.scale[k * blocks + b]);
+    const int64_t width = columns(b);
+    for (int64_t i = 0; i < width; i += 4 * Vec::W)
+#pragma GCC unroll 4
+      for (int64_t j = i; j < i + 4 * Vec::W; j += Vec::W)
+        store(p + j, k == 0 ? load(e + j) * scale : fma(load(e + j), scale, load(p + j)));
   }
 
   bool merge(int64_t k) {
@@ -179,7 +205,7 @@ class WideRow {
     if (!(d > 0)) return false;  // NaN
     for (int64_t b = 0; b < blocks; ++b) {
       inverse[b] = static_cast<float>(inverse[b] / d);
-      s.scale[b * a.K + k] = static_cast<float>(a.weights[k] * inverse[b]);
+      s.scale[k * blocks + b] = static_cast<float>(a.weights[k] * inverse[b]);
     }
     RowModel& out = s.models[k];
     const double log_d = std::log(d);
@@ -227,15 +253,15 @@ class WideRow {
     put(VOTE_ENTROPY, votes);
   }
 
-  // Probabilities of the mixture in U vectors of columns from i on, in block b.
+  // Probabilities of the mixture in U vectors of columns from i on, in block b: the last model is still to be mixed in.
   template <int U>
   ASSAY_INLINE void mixture(int64_t b, int64_t i, Vec (&p)[U]) const {
-    for (int j = 0; j < U; ++j) p[j] = splat(0.f);
-    const float *e = s.e.p + b * BLOCK + i, *scales = s.scale.p + b * a.K;
-    for (int64_t k = 0; k < a.K; ++k, e += blocks * BLOCK) {
-      const Vec scale = splat(scales[k]);
+    const float *e = s.e.p + b * BLOCK + i, *before = s.mixed.p + b * BLOCK + i;
+    const Vec scale = splat(s.scale[(a.K - 1) * blocks + b]);
 #pragma GCC unroll 4
-      for (int j = 0; j < U; ++j) p[j] = fma(load(e + j * Vec::W), scale, p[j]);
+    for (int j = 0; j < U; ++j) {
+      const Vec share = load(e + j * Vec::W);
+      p[j] = a.K == 1 ? share * scale : fma(share, scale, load(before + j * Vec::W));
     }
   }
 
@@ -333,28 +359,42 @@ class WideRow {
     return information;
   }
 
+  // The models' exponentials are gone by now, and taken again.
   double divergence_block(int64_t b) const {
+    constexpr int W = Vec::W;
     const Vec one = splat(1.f), zero = splat(0.f);
-    Vec total = zero;
-    for (int64_t i = 0; i < columns(b); i += Vec::W) {
-      Vec p[1];
-      mixture(b, i, p);
-      const Vec reciprocal = select(p[0] < splat(1e-37f), zero, one / p[0]);
-      Vec terms = zero;
-      for (int64_t k = 0; k < a.K; ++k) {
-        const Vec e = load(s.e.p + (k * blocks + b) * BLOCK + i), inverse = splat(s.inverse[k * blocks + b]);
-        const Vec q = e * inverse * reciprocal;
-        terms = fma(splat(static_cast<float>(a.weights[k])), fma(q, log(q), one - q), terms);
-      }
-      total = fma(p[0], max(terms, zero), total);
+    const int64_t width = columns(b);
+    T buffer[BLOCK];
+    float e[BLOCK], p[BLOCK], reciprocal[BLOCK], terms[BLOCK];
+    for (int64_t i = 0; i < width; i += W) {
+      Vec now[1];
+      mixture(b, i, now);
+      store(p + i, now[0]);
+      store(reciprocal + i, select(now[0] < splat(1e-37f), zero, one / now[0]));
     }
+    for (int64_t k = 0; k < a.K; ++k) {
+      partial<true>(block(k, b, buffer), width, e);
+      const Vec inverse = splat(s.inverse[k * blocks + b]), w = splat(static_cast<float>(a.weights[k]));
+      for (int64_t i = 0; i < width; i += W) {
+        const Vec q = load(e + i) * inverse * load(reciprocal + i), so_far = k == 0 ? zero : load(terms + i);
+        store(terms + i, fma(w, fma(q, log(q), one - q), so_far));
+      }
+    }
+    Vec total = zero;
+    for (int64_t i = 0; i < width; i += W) total = fma(load(p + i), max(load(terms + i), zero), total);
     return sum(total);
   }
 
   // The first column whose probability is the highest. Blocks have bases of their own, so that equal columns of two
-  // blocks may differ in the last bits: the blocks that come close are compared again relative to the row's maximum.
+  // blocks may differ in the last bits: if several come close, they are compared again relative to the row's maximum.
   int64_t mixture_argmax(float top) const {
     constexpr float NEARLY = 1 - 0x1p-19f;
+    int64_t close = 0, block_of_top = 0;
+    for (int64_t b = 0; b < blocks; ++b) {
+      close += !(s.mixtures[b].top < top * NEARLY);
+      if (s.mixtures[b].top == top) block_of_top = b;
+    }
+    if (close == 1) return first_in_block(block_of_top, top);
     Scratch<T> buffer(BLOCK);
     Scratch<float> sums(BLOCK);
     float best = -1;
@@ -374,6 +414,16 @@ class WideRow {
         if (sums[i] > best) best = sums[i], arg = b * BLOCK + i;
     }
     return arg;
+  }
+
+  // The first column of block b whose probability is `top`, which one has.
+  int64_t first_in_block(int64_t b, float top) const {
+    for (int64_t i = 0;; i += Vec::W) {
+      Vec p[1];
+      mixture(b, i, p);
+      const uint32_t hit = bits(p[0] == splat(top));
+      if (hit) return b * BLOCK + i + __builtin_ctz(hit);
+    }
   }
 
   const EnsembleArgs& a;

@@ -1,10 +1,11 @@
 // The table of one instruction set's kernels; compiled once per set, like the kernels themselves.
 #include "kernels.h"
+#include "simd.h"
 
 #define ASSAY_STRING_(x) #x
 #define ASSAY_STRING(x) ASSAY_STRING_(x)
 
 namespace assay::ASSAY_ISA {
 extern const Kernels kernels;
-const Kernels kernels = {ASSAY_STRING(ASSAY_ISA), ensemble, linear, multiply_reduce, philox, project, residual, scan};
+const Kernels kernels = {ASSAY_STRING(ASSAY_ISA), MULTIPLIES_PAIRS, ensemble, linear, multiply_reduce, philox, project, residual, scan};
 }  // namespace assay::ASSAY_ISA

@@ -81,8 +81,9 @@ ASSAY_INLINE Mask operator<(Vec a, Vec b) { return {a.v < b.v}; }
 ASSAY_INLINE Vec select(Mask m, Vec yes, Vec no) { return m.m ? yes : no; }
 ASSAY_INLINE uint32_t bits(Mask m) { return m.m; }
 ASSAY_INLINE Vec fraction(Vec t) { return {t.v - std::floor(t.v)}; }
-ASSAY_INLINE Vec scale_by_power_of_two(Vec a, Vec t) {  // a 2^floor(t), 0 if that is below 2^-126
-  if (t.v < -126.f) return {0.f};
+constexpr bool ALL_REACHABLE = false;  // whether scale_by_power_of_two takes every t
+ASSAY_INLINE Vec reachable(Vec t) { return {t.v < -127.f ? -127.f : t.v}; }
+ASSAY_INLINE Vec scale_by_power_of_two(Vec a, Vec t) {  // a 2^floor(t) for reachable t, 0 if that is below 2^-126
   const int32_t n = t.v == t.v ? static_cast<int32_t>(std::floor(t.v)) : 0;
   return {a.v * bits_to_float(static_cast<uint32_t>(n + 127) << 23)};
 }
@@ -175,12 +176,13 @@ ASSAY_INLINE Vec sqrt(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
 ASSAY_INLINE Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }  // b if either is NaN
 ASSAY_INLINE uint32_t bits(Mask m) { return static_cast<uint32_t>(_mm256_movemask_ps(m.m)); }
 ASSAY_INLINE Vec fraction(Vec t) { return {_mm256_sub_ps(t.v, _mm256_floor_ps(t.v))}; }
-ASSAY_INLINE Vec scale_by_power_of_two(Vec a, Vec t) {  // a 2^floor(t), 0 if that is below 2^-126
+constexpr bool ALL_REACHABLE = false;
+ASSAY_INLINE Vec reachable(Vec t) { return max(splat(-127.f), t); }
+ASSAY_INLINE Vec scale_by_power_of_two(Vec a, Vec t) {  // a 2^floor(t) for reachable t, 0 if that is below 2^-126
   const __m256i n = _mm256_cvtps_epi32(_mm256_floor_ps(t.v));
   const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23);
-  const __m256 tiny = _mm256_cmp_ps(t.v, _mm256_set1_ps(-126.f), _CMP_LT_OQ);
   // NaN converts to INT_MIN, whose power is finite here: NaN in `a` survives the product
-  return {_mm256_andnot_ps(tiny, _mm256_mul_ps(a.v, _mm256_castsi256_ps(power)))};
+  return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(power))};
 }
 ASSAY_INLINE void split(Vec a, Vec& exponent, Vec& mantissa) {
   const __m256i u = _mm256_castps_si256(a.v);
@@ -316,6 +318,8 @@ ASSAY_INLINE Mask operator<(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v,
 ASSAY_INLINE Vec select(Mask m, Vec yes, Vec no) { return {_mm512_mask_mov_ps(no.v, m.m, yes.v)}; }
 ASSAY_INLINE uint32_t bits(Mask m) { return m.m; }
 ASSAY_INLINE Vec fraction(Vec t) { return {_mm512_reduce_ps(t.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}; }
+constexpr bool ALL_REACHABLE = true;
+ASSAY_INLINE Vec reachable(Vec t) { return max(splat(-160.f), t); }
 ASSAY_INLINE Vec scale_by_power_of_two(Vec a, Vec t) { return {_mm512_scalef_ps(a.v, t.v)}; }  // a 2^floor(t)
 ASSAY_INLINE void split(Vec a, Vec& exponent, Vec& mantissa) {
   const __m512i u = _mm512_castps_si512(a.v);
@@ -388,16 +392,32 @@ ASSAY_INLINE Wide shift_left_32(Wide a) { return {_mm512_slli_epi64(a.v, 32)}; }
 
 #endif
 
+// sum + a1 b1 + a0 b0 of every lane's pairs: one instruction where there is one, which takes subnormal numbers as 0.
+#if defined(__AVX512BF16__)
+constexpr bool MULTIPLIES_PAIRS = true;
+ASSAY_INLINE Vec add_products_of_pairs(Vec a, Vec b, Vec sum) {
+  __m512bh x, y;
+  std::memcpy(&x, &a.v, sizeof x);
+  std::memcpy(&y, &b.v, sizeof y);
+  return {_mm512_dpbf16_ps(sum.v, x, y)};
+}
+#else
+constexpr bool MULTIPLIES_PAIRS = false;
+ASSAY_INLINE Vec add_products_of_pairs(Vec a, Vec b, Vec sum) {
+  return fma(first_of_pairs(a), first_of_pairs(b), fma(second_of_pairs(a), second_of_pairs(b), sum));
+}
+#endif
+
 ASSAY_INLINE float lane(const Vec& a, int i) {
   float f;
   std::memcpy(&f, reinterpret_cast<const char*>(&a) + i * sizeof(float), sizeof(float));
   return f;
 }
 
-// 2^t for t < 128, 0 below about 2^-150, NaN for NaN. With f in [0, 1) what t exceeds the whole number below it by, 2^f
-// by a degree-5 minimax polynomial with constant term 1, so that 2^0 is exactly 1 (relative error 8.3e-8, Lawson
-// iteration), and an exact scaling.
-ASSAY_INLINE Vec exp2(Vec t) {
+// 2^t for t < 128 that is `reachable`: no lower than a number whose power is 0, NaN for NaN. With f in [0, 1) what t
+// exceeds the whole number below it by, 2^f by a degree-5 minimax polynomial with constant term 1, so that 2^0 is exactly
+// 1 (relative error 8.3e-8, Lawson iteration), and an exact scaling.
+ASSAY_INLINE Vec exp2_reachable(Vec t) {
   const Vec f = fraction(t);
   Vec p = fma(f, splat(1.867128326e-3f), splat(9.017034009e-3f));
   p = fma(f, p, splat(5.579991048e-2f));
@@ -407,12 +427,13 @@ ASSAY_INLINE Vec exp2(Vec t) {
   return scale_by_power_of_two(p, t);
 }
 
+// 2^t for t < 128, 0 where that is too small, NaN for NaN.
+ASSAY_INLINE Vec exp2(Vec t) { return exp2_reachable(ALL_REACHABLE ? t : reachable(t)); }
+
 constexpr float LOG2E = 1.44269504f, LN2 = 0.693147181f;
 
-// e^x for finite x < 88; with the clamp, -inf is exactly 0 too. max(a, b) in this order lets NaN through.
-ASSAY_INLINE Vec exp_finite(Vec x) { return exp2(x * splat(LOG2E)); }
-ASSAY_INLINE Vec clamp_exponent(Vec x) { return max(splat(-110.f), x); }
-ASSAY_INLINE Vec exp(Vec x) { return exp_finite(clamp_exponent(x)); }
+// e^x for x < 88, exactly 0 for -inf.
+ASSAY_INLINE Vec exp(Vec x) { return exp2_reachable(reachable(x * splat(LOG2E))); }
 
 // log x for normal x > 0; a finite negative number for 0 and subnormals, so that x * log(x) is 0 there; undefined for
 // NaN. x = 2^e (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)); log(1 + f) / f by a degree-8 minimax polynomial (relative

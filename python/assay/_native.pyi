@@ -43,7 +43,9 @@ def linear(
     out: int,
     out_stride: int,
     threads: int,
+    pairs: bool,
 ) -> None: ...
+def multiplies_pairs(isa: str) -> bool: ...
 def philox(isa: str, key0: int, key1: int, first: int, n: int, c2: int, c3: int, out: int, threads: int) -> None: ...
 def project(
     isa: str,

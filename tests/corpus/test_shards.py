@@ -72,9 +72,9 @@ def test_two_shards_of_one_table_are_an_error_that_names_both(tmp_path):
         find_shards(str(tmp_path))
 
 
-@pytest.mark.parametrize("url", ["nothing", "nothing/*.parquet", "a.csv", "*.csv", "a.parquet.gz"])
+@pytest.mark.parametrize("url", ["nothing", "nothing/*.parquet", "a.odt", "*.odt", "a.parquet.gz"])
 def test_nothing_to_read_is_an_error(tmp_path, url):
-    touch(tmp_path, "a.csv", "a.parquet.gz")
+    touch(tmp_path, "a.odt", "a.parquet.gz")
     with pytest.raises(CorpusError):
         find_shards(str(tmp_path / url))
 

@@ -156,6 +156,50 @@ void multiply_reduce_case(const Kernels& kernels, int64_t rows, int64_t cols, st
   }
 }
 
+// `form`: 0 float32, 1 a bfloat16 weight, 2 with pairs of bfloat16 rows
+void linear_case(const Kernels& kernels, int64_t rows, int64_t C, int64_t D, int form, std::mt19937& rng) {
+  std::normal_distribution<float> normal;
+  const int64_t padded = (rows + 15) / 16 * 16, stride = D + 3;
+  std::vector<float> hidden(static_cast<size_t>(D * padded)), weight(static_cast<size_t>((C - 1) * stride + D));
+  std::vector<float> bias(static_cast<size_t>(C)), out(static_cast<size_t>(rows * C));
+  std::vector<uint16_t> narrow, pairs(static_cast<size_t>((D + 1) / 2 * padded * 2));
+  for (int64_t d = 0; d < D; ++d)
+    for (int64_t r = 0; r < rows; ++r) {
+      const uint16_t bits = to_bf16(normal(rng));
+      hidden[static_cast<size_t>(d * padded + r)] = from_bf16(bits);
+      pairs[static_cast<size_t>((d / 2 * padded + r) * 2 + d % 2)] = bits;
+    }
+  for (float& v : weight) narrow.push_back(to_bf16(v = from_bf16(to_bf16(normal(rng)))));
+  for (float& v : bias) v = normal(rng);
+  LinearArgs args{};
+  args.hidden_t = form == 2 ? reinterpret_cast<const float*>(pairs.data()) : hidden.data();
+  args.rows = rows;
+  args.padded_rows = padded;
+  args.weight = form == 0 ? static_cast<const void*>(weight.data()) : narrow.data();
+  args.weight_dtype = form == 0 ? DType::f32 : DType::bf16;
+  args.C = C;
+  args.D = D;
+  args.weight_stride = stride;
+  args.bias = bias.data();
+  args.out = out.data();
+  args.out_stride = C;
+  args.threads = 2;
+  args.pairs = form == 2;
+  kernels.linear(args);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < C; ++c) {
+      double sum = static_cast<double>(bias[static_cast<size_t>(c)]), magnitude = std::fabs(sum);
+      for (int64_t d = 0; d < D; ++d) {
+        const double product = static_cast<double>(hidden[static_cast<size_t>(d * padded + r)]) *
+                               static_cast<double>(weight[static_cast<size_t>(c * stride + d)]);
+        sum += product;
+        magnitude += std::fabs(product);
+      }
+      const double error = std::fabs(static_cast<double>(out[static_cast<size_t>(r * C + c)]) - sum);
+      check(error <= 1e-6 * magnitude, form == 2 ? "linear, pairs" : "linear", kernels.isa, rows, C, D);
+    }
+}
+
 void philox(uint32_t (&c)[4], uint32_t k0, uint32_t k1) {
   for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
     const uint64_t p0 = uint64_t{0xD2511F53u} * c[0], p1 = uint64_t{0xCD9E8D57u} * c[2];
@@ -297,6 +341,10 @@ int main() {
               ensemble_case(kernels, {K, N, C, form == 1 ? 3 : 0, form == 2 ? 2 : 1, bf16, form + 1}, rng);
               ++ran;
             }
+    for (int64_t rows : {1, 16, 17, 64})
+      for (int64_t C : {1, 16, 33})
+        for (int64_t D : {1, 2, 27, 128, 129, 300})
+          for (int form = 0; form < (kernels.multiply_pairs ? 3 : 2); ++form) linear_case(kernels, rows, C, D, form, rng);
     for (int64_t cols : {1, 7, 16, 33, 127, 1024, 1100}) multiply_reduce_case(kernels, 5, cols, rng);
     for (int64_t rows : {1, 5, 16, 17, 40})
       for (int64_t cols : {1, 15, 33, 1100})

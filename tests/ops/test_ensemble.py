@@ -118,6 +118,28 @@ def test_hard_distributions(isa: str, name: str, c: int) -> None:
     torch.testing.assert_close(twins.mutual_information, torch.zeros(len(rows)), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("c", [10, 100, 300, 2050])
+@pytest.mark.parametrize("size", [1e6, 1e7, 1e9, 1e10, 1e20, 1e29])
+def test_logits_so_large_that_their_exponents_round(isa: str, size: float, c: int) -> None:
+    """Exponents relative to a rounded product of such a maximum would overflow, or round every class to 0."""
+    early, late = torch.randn(4, c) * size, torch.randn(4, c) * size
+    early[:, 3] = late[:, -1] = 7 * size  # among a block's first columns, and not
+    early[::2, 5] = early[::2, 3]  # a tie
+    early[1::2, 5] = torch.nextafter(early[1::2, 3], torch.tensor(0.0))
+    labels = torch.tensor([3, 5, c - 1, 0])
+    assert_contract([early], labels)
+    assert_contract([early, late], labels)
+
+
+def test_neighbours_of_large_logits_keep_their_bits(isa: str) -> None:
+    z = torch.randn(2, 16, 100)
+    alone = ensemble_stats(z)
+    z[0, 5] *= 1e12
+    beside, others = ensemble_stats(z), torch.arange(16) != 5
+    for field in ("entropy", "expected_entropy", "mutual_information", "confidence"):
+        assert torch.equal(getattr(beside, field)[others], getattr(alone, field)[others])
+
+
 def test_impossible_label_is_infinite(isa: str) -> None:
     for c in (10, 300):
         z = torch.randn(4, c)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import assay
-from assay.ops import grad_sketch, project
+from assay.ops import _native, grad_sketch, project
 from assay.ops.masking import _draw_native, _draw_reference, smallest
 from assay.ops.philox import make_key, philox4x32
 from assay.ops.sketch import MASK_FLAT, MASK_INPUT, MASK_OUTPUT, Sketch, buckets, cached, signs
@@ -229,6 +229,18 @@ def test_a_mask_names_what_comes_after_it() -> None:
     sketch = assay.Mask(4, 5, assay.Sparse(6, seed=2)).named("layer")
     assert sketch.then == assay.Sparse(6, seed=2, name="layer")
     assert (sketch.dim, assay.Mask(4, 5).dim) == (6, 20)
+
+
+def test_pairs_of_features_lie_side_by_side_in_a_row_s_lane() -> None:
+    for features in (4, 5):
+        x = torch.randn(3, features).bfloat16()
+        packed = _native.pack_pairs(x.float())
+        assert packed.dtype == torch.bfloat16
+        assert packed.shape == ((features + 1) // 2, 16, 2)
+        rows = packed.transpose(0, 1).flatten(1)
+        assert torch.equal(rows[:3, :features], x)
+        assert not rows[3:].any()
+        assert not rows[:, features:].any()
 
 
 def test_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

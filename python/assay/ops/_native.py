@@ -87,11 +87,26 @@ def pack_rows(hidden: Tensor) -> Tensor:
     return packed
 
 
+def pack_pairs(hidden: Tensor) -> Tensor:
+    """(rows, D) -> (⌈D/2⌉, padded rows, 2) bfloat16, as ``linear`` reads it where ``multiplies_pairs``."""
+    packed = pack_rows(hidden)
+    packed = torch.nn.functional.pad(packed, (0, 0, 0, packed.shape[0] % 2))
+    return packed.view(-1, 2, packed.shape[1]).mT.bfloat16().contiguous()
+
+
+def multiplies_pairs() -> bool:
+    """Whether ``linear`` multiplies bfloat16 by bfloat16, a pair of features at a time, as they lie in the weight."""
+    return _native.multiplies_pairs(isa())
+
+
 def linear(packed: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """out = hidden weightᵀ + bias: ``pack_rows(hidden)``, (C, D) with adjacent columns, (C,) float32, (rows, C)."""
+    """out = hidden weightᵀ + bias: ``pack_rows(hidden)``, (C, D) with adjacent columns, (C,) float32, (rows, C).
+
+    Or ``pack_pairs(hidden)`` with a bfloat16 weight, where ``multiplies_pairs``.
+    """
     (address, dtype, stride), (c, d) = _operand(weight), weight.shape
     rows, result = (packed.data_ptr(), len(out), packed.shape[1]), (out.data_ptr(), out.stride(0), threads())
-    _native.linear(isa(), *rows, address, dtype, c, d, stride, _address(bias), *result)
+    _native.linear(isa(), *rows, address, dtype, c, d, stride, _address(bias), *result, packed.dtype == torch.bfloat16)
 
 
 def residual(logits: Tensor, labels: Tensor, ignore_index: int) -> NDArray[np.float64]:

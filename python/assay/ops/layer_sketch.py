@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -112,7 +113,7 @@ def _kronecker_cpu(inputs: Tensor, grads: Tensor, key: Sequence[int], rows: int,
     def side(x: Tensor, size: int, which: int) -> Tensor:
         """x (B, T, features) is read once as it is, in its own dtype; the signs are the few rows."""
         b, t, features = x.shape
-        packed = factor(size, features, which, keys, x.device, _native.pack_rows)
+        packed = factor(size, features, which, keys, x.device, _layout(size, x))
         out = torch.empty(size, b * t)
         _native.linear(packed, adjacent_columns(x.reshape(b * t, features)), None, out)
         return out.view(size, b, t)
@@ -145,6 +146,12 @@ def _kronecker_triton(inputs: Tensor, grads: Tensor, key: Sequence[int], rows: i
 )
 def _kronecker(inputs: Tensor, grads: Tensor, key: Sequence[int], rows: int, cols: int) -> Tensor:
     return inputs.new_empty(len(inputs), rows * cols, dtype=wide_dtype(inputs, grads))
+
+
+def _layout(size: int, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """How the signs are packed: a bfloat16 each where x is one and ±1/√size is, for processors that multiply those."""
+    pairs = x.dtype == torch.bfloat16 and math.log2(size) % 2 == 0 and _native.multiplies_pairs()
+    return _native.pack_pairs if pairs else _native.pack_rows
 
 
 def _multiply_out(add: Add, inputs: Tensor, grads: Tensor, key: Sequence[int], dim: int, nonzeros: int) -> Tensor:

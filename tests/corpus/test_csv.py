@@ -105,3 +105,10 @@ def test_kept_records_are_copied_byte_for_byte(tmp_path, name):
     assert set((gzip.decompress(raw) if name.endswith("gz") else raw).splitlines()) <= set(content.splitlines())
     with pytest.raises(ShardError, match="has 3000 rows, but 2999"):
         copy_rows(found, keep[:-1], Store.at(str(tmp_path / "again")))
+
+
+def test_a_name_and_a_mark_that_look_like_something_else(tmp_path):
+    assert rows(shard(tmp_path, b"id,text\n1,x\n2,y\n", "my.tsv.export.csv"), "id") == [(1,), (2,)]
+    (tmp_path / "my.tsv.export.csv").unlink()
+    marked = '\ufeffid,text\n+1,"a\n\ufeffb"\n1,c\n'.encode()
+    assert rows(shard(tmp_path, marked), "id", "text") == [("+1", "a\n\ufeffb"), ("1", "c")]

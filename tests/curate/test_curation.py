@@ -347,3 +347,47 @@ def test_temporaries_of_killed_selections_are_swept(project):
     os.utime(old, (0, 0))
     curate(scores, "mimic", top(0.5), str(out))
     assert (old.exists(), young.exists()) == (False, True)
+
+
+@pytest.mark.parametrize("manifest", [None, "{}", '{"rule": 1}'])
+def test_another_corpus_with_the_same_names_is_never_written_over(project, manifest):
+    """A second version of the corpus, say: nothing in it says that a selection wrote it."""
+    scores, other = scored(project), project.root / "other"
+    (other / "deep").mkdir(parents=True)
+    (other / "a.parquet").write_bytes(b"mine")
+    if manifest is not None:
+        (other / "manifest.json").write_text(manifest)
+    with pytest.raises(CorpusError, match="which no selection wrote"):
+        curate(scores, "mimic", top(0.5), str(other))
+    assert (other / "a.parquet").read_bytes() == b"mine"
+    out = str(project.root / "out")
+    curate(scores, "mimic", top(0.5), out)
+    assert curate(scores, "mimic", top(0.2), out).kept  # its own files it replaces
+
+
+def test_targets_are_never_written_over(project):
+    project.write_shard("../target/a.parquet", make_rows(9, 9))
+    methods = [{"method": "trak", "models": ["a"], "sketch": {"kind": "kronecker", "rows": 2, "cols": 2}}]
+    project.write_recipe(methods=methods, targets={"t": {"path": "target"}})
+    scores = str(project.scores)
+    run(load_recipe(str(project.path)))
+    for out in ("target", "target/out", "."):
+        with pytest.raises(CorpusError, match="must not lie in each other"):
+            curate(scores, "trak", top(0.5), str(project.root / out))
+
+
+@pytest.mark.parametrize("damage", ["lost", "another row", "a row more"])
+def test_the_list_of_quarantined_rows_must_be_the_tables(project, damage):
+    scores = scored(project)
+    path = project.scores / "quarantine/bad.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    if damage == "lost":
+        path.unlink()
+    else:
+        entry = json.loads(lines[0]) | {"row": 3}
+        kept = lines[1:] if damage == "another row" else lines
+        path.write_text("".join([*kept, json.dumps(entry) + "\n"]))
+    out = project.root / "out"
+    with pytest.raises(CorpusError, match=r"quarantine/bad\.jsonl: not the list of the rows that bad\.jsonl lacks"):
+        curate(scores, "mimic", top(0.5), str(out))
+    assert not out.exists()

@@ -415,3 +415,29 @@ def test_temporaries_of_killed_runs_are_swept_also_where_nothing_is_left_to_scor
     os.utime(path, (0, 0))
     assert score(project).done_before == 2
     assert not path.exists()
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "recipe.resolved.yaml", "quarantine/deep/b.jsonl"])
+def test_files_that_no_run_wrote_are_not_replaced(project, name):
+    project.write_shard("deep/b.jsonl", [{"id": "x"}])  # its row goes to quarantine
+    path = project.scores / name
+    path.parent.mkdir(parents=True)
+    path.write_text('{"mine": 1}\n')
+    with pytest.raises(CorpusError, match=name.replace(".", r"\.")):
+        score(project)
+    assert path.read_text() == '{"mine": 1}\n'
+
+
+def test_a_glob_that_would_find_the_tables_is_refused(project):
+    with pytest.raises(CorpusError, match="must not lie in each other"):
+        score(project, "corpus.path='**/*.parquet'", "output=scores")
+    assert score(project, "corpus.path=data/*.parquet", "output=scores").rows_scored == 50
+
+
+def test_a_shard_that_is_gone_costs_itself_only(project):
+    (project.root / "data/gone.parquet").symlink_to("nowhere.parquet")
+    methods = [{"method": "trak", "models": ["a"], "sketch": KRONECKER}]
+    project.write_recipe(methods=methods, targets={"t": {"path": "data/a.parquet"}})
+    report = score(project)
+    assert not report.clean
+    assert report.rows_scored == 80

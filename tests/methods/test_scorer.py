@@ -396,3 +396,9 @@ def test_what_was_left_out_is_in_the_metadata() -> None:
     assert "head.coverage" not in facts
     with pytest.raises(RuntimeError, match=r"parameter 'mix'.*einsum"):  # wanted by one that leaves nothing out
         Scorer([*methods, GradMimic(model, reference, task, "mix", name="mix")])(batch)
+
+
+def test_a_view_without_samples_is_no_empty_batch() -> None:
+    model, ids = TinyLM(), torch.randint(23, (3, 6))
+    with pytest.raises(ValueError, match="the main view has 3, view 'prompted' has 0"):
+        Scorer([Gain(model)])(Views({"input_ids": ids}, {"prompted": {"input_ids": ids[:0]}}, {"text": ["a"] * 3}))

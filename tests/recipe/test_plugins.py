@@ -134,3 +134,40 @@ def test_a_kind_has_one_meaning(kinds):
     register_method("doubled", DoubledSpec)
     with pytest.raises(ValueError, match="already registered"):
         register_method("ensemble", DoubledSpec)
+
+
+class Nameless(Doubled):
+    def __init__(self, *models: nn.Module) -> None:
+        pass
+
+
+class Undecided(Doubled):
+    def __init__(self, model: nn.Module, task: Task, damping: float | None = 0.1) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("method", "message"), [(Nameless, r"models can be no key"), (Undecided, r"null and the default 0\.1")]
+)
+def test_constructors_that_give_no_keys_are_refused(project, kinds, monkeypatch, method, message):
+    with pytest.raises(TypeError, match=message):
+        register_method("odd", method)
+
+    class Point:
+        def load(self):
+            return method
+
+    monkeypatch.setattr(parts, "entry_points", lambda group, name: [Point()] if name == "odd" else [])
+    with pytest.raises(
+        RecipeError, match=rf"methods\.0\.method: the plugin of method 'odd' cannot be used .*{message}"
+    ):
+        load_recipe(str(project.write_recipe(methods=[{"method": "odd", "model": "a"}])))
+
+
+def test_a_method_without_a_constructor_has_no_keys(kinds):
+    class Bare(Method):
+        name = "bare"
+        columns = ()
+
+    register_method("bare", Bare)
+    assert set(METHODS._specs["bare"].model_fields) == {"method"}

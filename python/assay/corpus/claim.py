@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -11,7 +13,10 @@ from collections.abc import Iterator
 from assay.corpus.errors import CorpusError
 from assay.corpus.storage import Store
 
+log = logging.getLogger("assay")
+
 CLAIM = ".assay.lock"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _PATIENCE_SECONDS = 2.0
 _ALONE, _TOGETHER = fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.LOCK_SH | fcntl.LOCK_NB
 
@@ -35,7 +40,14 @@ def claim(store: Store, work: str, *, shared: bool = False) -> Iterator[None]:
     made = not os.path.isdir(store.root)
     os.makedirs(store.root, exist_ok=True)
     path = store.full(CLAIM)
-    descriptor = _held(path, work, shared, time.monotonic() + _PATIENCE_SECONDS)
+    try:
+        descriptor = _held(path, work, shared, time.monotonic() + _PATIENCE_SECONDS)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        log.warning("%s: this file system has no locks; see that nothing else writes into it", store.url)
+        yield
+        return
     if descriptor is None:
         raise CorpusError(
             f"{store.url}: another run or selection is writing into this folder; wait for it, or choose another output"
@@ -67,7 +79,7 @@ def _take(descriptor: int, path: str, work: str, shared: bool) -> bool:
     try:
         try:
             fcntl.flock(descriptor, _ALONE)
-        except OSError:
+        except BlockingIOError:
             if not shared:
                 return False
             fcntl.flock(descriptor, _TOGETHER)
@@ -77,7 +89,7 @@ def _take(descriptor: int, path: str, work: str, shared: bool) -> bool:
         if shared:  # not in one step: in between, another work may have taken it
             fcntl.flock(descriptor, _TOGETHER)
         return _is_file(descriptor, path) and os.pread(descriptor, 1 << 16, 0) == work.encode()
-    except OSError:
+    except BlockingIOError:
         return False
 
 

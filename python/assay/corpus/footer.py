@@ -63,6 +63,8 @@ class Manifest(Identity):
 
     corpus: str
     columns: list[_Column]
+    inputs: list[str] = []
+    """The paths of all corpora that the scores depend on."""
 
 
 class Footer(_Record):

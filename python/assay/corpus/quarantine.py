@@ -79,6 +79,7 @@ class QuarantineWriter:
     def save(self, store: Store) -> None:
         """Replace the shard's list under ``store``; an empty one leaves no file."""
         path = quarantine_path(self._shard)
+        next(read_quarantine(store, self._shard), None)  # a CorpusError if it is somebody else's file
         if not self.count:
             store.remove(path)
             return

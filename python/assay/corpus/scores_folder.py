@@ -50,6 +50,8 @@ class Scores:
     corpus: Corpus
     identity: Identity
     columns: tuple[str, ...]
+    inputs: tuple[str, ...]
+    """The paths of the corpora that the scores depend on beside it, as they were then."""
     shards: tuple[ShardStatus, ...]
 
     def of(self, state: State) -> list[ShardStatus]:
@@ -70,7 +72,7 @@ def open_scores(url: str, corpus_path: str | None = None) -> Scores:
     corpus = find_shards(corpus_path)
     shards = tuple(_status(store, shard, manifest) for shard in corpus.shards)
     columns = tuple(column.name for column in manifest.columns)
-    return Scores(store, corpus_path, corpus, manifest, columns, shards)
+    return Scores(store, corpus_path, corpus, manifest, columns, tuple(manifest.inputs), shards)
 
 
 def _status(store: Store, shard: Shard, identity: Identity) -> ShardStatus:
@@ -84,6 +86,10 @@ def _status(store: Store, shard: Shard, identity: Identity) -> ShardStatus:
     differences = table.differences(identity)
     if differences:
         return ShardStatus(shard, State.CHANGED, scored, differences[0])
-    if not table.input_is(shard.fingerprint()):
+    try:
+        same = table.input_is(shard.fingerprint())
+    except OSError as error:
+        return ShardStatus(shard, State.CHANGED, scored, f"the file cannot be looked at: {error.strerror}")
+    if not same:
         return ShardStatus(shard, State.CHANGED, scored, "the file has changed since it was scored")
     return ShardStatus(shard, State.DONE, scored)

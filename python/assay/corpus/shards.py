@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+
+from fsspec.utils import glob_translate
 
 from assay.corpus.compression import Compression
 from assay.corpus.errors import CorpusError
@@ -98,20 +100,23 @@ def find_shards(url: str) -> Corpus:
     return search.corpus(url)
 
 
-def refuse_overlap(output: Store, named: str, corpus: Corpus) -> None:
+def refuse_overlap(output: Store, named: str, corpus: Corpus, written: Sequence[str] = ()) -> None:
     """CorpusError if what is written under ``output`` would fall on a corpus, or be taken for part of it next time.
 
     Args:
         output: where is written.
         named: the path, URL or glob under which the corpus was found.
         corpus: what was found there.
+        written: what is written, relative to ``output``: a glob must not match it.
     """
     fs, root = corpus.store.fs, Store.at(named)
     folders = {os.path.dirname(corpus.store.real(shard.path)) for shard in corpus.shards}
     # In a folder the next run would find what lies there, and what lies behind its links.
     searched = {root.real(), *(corpus.store.real(f) for f in {s.folder for s in corpus.shards})}
     inside = fs.isdir(root.root) and any(Store(fs, folder).holds(output) for folder in searched)
-    if inside or any(output.holds(Store(fs, folder)) for folder in folders):
+    pattern = re.compile(glob_translate(root.root)) if re.search(r"[*?[]", root.root) else None
+    matched = pattern is not None and any(pattern.match(output.full(path)) for path in written)
+    if inside or matched or any(output.holds(Store(fs, folder)) for folder in folders):
         at = "" if output.real() == output.root else f" ({output.real()})"
         raise CorpusError(f"{output.url}{at}: the output and the corpus {named} must not lie in each other")
 

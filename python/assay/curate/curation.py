@@ -18,18 +18,20 @@ from assay._version import __version__
 from assay.corpus.claim import CLAIM, claim
 from assay.corpus.copying import copy_rows, copy_sidecars
 from assay.corpus.errors import CorpusError, ShardError
-from assay.corpus.layout import MANIFEST, selection_path, table_path
+from assay.corpus.layout import MANIFEST, quarantine_path, selection_path, table_path
 from assay.corpus.listing import summarise_left_out
 from assay.corpus.quarantine import read_quarantine
 from assay.corpus.score_files import read_score, score_field, stream_ids
 from assay.corpus.scores_folder import Scored, Scores, State, open_scores
-from assay.corpus.shards import Shard, refuse_overlap
-from assay.corpus.storage import Store
+from assay.corpus.shards import Shard, find_shards, refuse_overlap
+from assay.corpus.storage import TEMPORARY_SUFFIX, Store
 from assay.corpus.tables import ROW_AND_ID
 from assay.curate.rules import Rule
 from assay.select import Selection
 
 log = logging.getLogger("assay")
+
+SELECTION = "a selection"
 
 _ROW_GROUP_ROWS = 1 << 16
 
@@ -90,7 +92,7 @@ def curate(scores_url: str, by: str | None, rule: Rule, output_url: str, corpus_
     output = Store.at(output_url)
     _refuse_inputs(output, scores, [shard for shard, _ in tables])
     selection, shards = _select(scores, tables, name, rule)
-    with claim(output, "a selection"):
+    with claim(output, SELECTION):
         for path in output.sweep():
             log.info("removed %s, left by a selection that was killed", path)
         output.remove(MANIFEST)  # it comes back when everything that it speaks of is there
@@ -109,6 +111,8 @@ def _select(
     """What the rule makes of all scores together, and of each shard's."""
     rows, values = _read(scores.store, tables, name)
     field = score_field(scores.store, table_path(tables[0][0]), name)
+    if field.type != pa.float32():
+        raise CorpusError(f"--by {name}: holds {field.type} per row; expected one number to judge by")
     selection = rule(pa.Table.from_arrays([pa.array(np.concatenate(values))], schema=pa.schema([field])))
     legend = np.array(selection.legend, object)
     shards, start = [], 0
@@ -126,16 +130,36 @@ def _refuse_inputs(output: Store, scores: Scores, shards: Sequence[Shard]) -> No
     if output.holds(scores.store) or scores.store.holds(output):
         raise CorpusError(f"{output.url}: the output and the scores {scores.store.url} must not lie in each other")
     output.refuse_detours(path for shard in shards for path in (shard.path, selection_path(shard)))
-    # A folder with other files would become a mixture of two corpora.
+    for path in scores.inputs:
+        try:
+            found = find_shards(path)
+        except (CorpusError, OSError):  # it is gone: nothing to write over
+            continue
+        refuse_overlap(output, path, found)
+    # A folder with other files would become a mixture of two corpora; and files of these names may be another corpus.
     ours = {MANIFEST, CLAIM, *scores.corpus.sidecars}
     for shard in shards:
         ours |= {shard.path, selection_path(shard)}
-    strangers = [path for path in output.files() if path not in ours and not path.endswith(".tmp")]
+    there = [path for path in output.files() if not path.endswith(TEMPORARY_SUFFIX)]
+    strangers = [path for path in there if path not in ours]
     if strangers:
         raise CorpusError(
             f"{output.url}: holds {len(strangers)} files that this selection would not write "
             f"({strangers[0]}); choose an empty folder"
         )
+    if there and not _is_selection(output):
+        raise CorpusError(f"{output.url}: holds {there[0]}, which no selection wrote; choose an empty folder")
+
+
+def _is_selection(output: Store) -> bool:
+    """Whether what is there was written by a selection, be it one that was killed."""
+    try:
+        if output.exists(CLAIM):
+            return output.read_text(CLAIM) == SELECTION
+        manifest = json.loads(output.read_text(MANIFEST))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(manifest, dict) and {"rule", "by", "scores"} <= manifest.keys()
 
 
 def _complete(scores: Scores, name: str) -> list[tuple[Shard, Scored]]:
@@ -167,6 +191,9 @@ def _read(
             raise CorpusError(f"{store.full(table_path(shard))}: its rows do not ascend below {total}; score it again")
         rows.append(own_rows)
         values.append(own_values)
+        listed = [entry.row for entry in read_quarantine(store, shard)] if table.rows.quarantined else []
+        if listed != np.setdiff1d(np.arange(total), own_rows, assume_unique=True).tolist():
+            raise CorpusError(f"{store.full(quarantine_path(shard))}: not the list of the rows that {shard.path} lacks")
     return rows, values
 
 

@@ -46,12 +46,15 @@ class Keeper(Method):
     Args:
         method: the method; only ``scores`` needs it fitted.
         spec: its part of the recipe, with ``keep_features``.
+        rows: what decides which rows are samples, and what becomes of them: ``Encoder.identity``.
 
     Raises:
         ValueError: its name is no name of a folder.
     """
 
-    def __init__(self, method: Influence, spec: MethodSpec, recipe: Recipe, identity: Identity) -> None:
+    def __init__(
+        self, method: Influence, spec: MethodSpec, recipe: Recipe, identity: Identity, rows: Mapping[str, Any]
+    ) -> None:
         if not re.fullmatch(r"\w[\w.-]*", method.name):
             raise ValueError(
                 f"keep_features: the name {method.name!r} cannot name a folder; use letters, digits, '_', '-' and '.'"
@@ -61,7 +64,7 @@ class Keeper(Method):
         size, extra = method.feature(0, target=False).size, DOUBT if method.kernel.doubt else None
         sketches = [_described(method.sketch_of(k)) for k in range(len(method.models))]
         self.specs = [FeatureSpec(spec.method, size, spec.stored_as, sketch, extra) for sketch in sketches]
-        self._facts = [_facts(k, spec, recipe, identity) for k in range(len(method.models))]
+        self._facts = [_facts(k, spec, recipe, identity, rows) for k in range(len(method.models))]
 
     @property
     def columns(self) -> Sequence[Column]:
@@ -81,6 +84,11 @@ class Keeper(Method):
 
     def metadata(self) -> dict[str, str]:
         return self.method.metadata()
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        """What the method could not tap while it was fitted."""
+        return self.method.left_out
 
     def _names(self) -> tuple[list[str], list[str]]:
         """The columns of the checkpoints' features, and of their doubts."""
@@ -117,14 +125,14 @@ class Keeper(Method):
         return self._facts[k]
 
 
-def _facts(k: int, spec: MethodSpec, recipe: Recipe, identity: Identity) -> dict[str, Any]:
+def _facts(k: int, spec: MethodSpec, recipe: Recipe, identity: Identity, rows: Mapping[str, Any]) -> dict[str, Any]:
     name = spec.models_used()["models", k]
     method = {key: value for key, value in spec.identity().items() if key not in _LATER}
     if method.get("optimizers"):
         method["optimizers"] = method["optimizers"][k]
-    tokenizers = next(iter(recipe.models_used))  # a text recipe's texts are encoded by its first model's
     facts = {
         "task": recipe.task.model_dump(),
+        "rows": rows,
         "id_column": recipe.corpus.id_column,
         "model": recipe.models[name].identity(),
         "method": method,
@@ -133,7 +141,7 @@ def _facts(k: int, spec: MethodSpec, recipe: Recipe, identity: Identity) -> dict
     return {
         "recipe": facts,
         "recipe_hash": canonical_hash(facts),
-        "models": {used: identity.models[used] for used in sorted({name, tokenizers})},
+        "models": {name: identity.models[name]},
         "seed": recipe.seed,
     }
 

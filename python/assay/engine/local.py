@@ -64,7 +64,7 @@ def run(
     """Score whatever is not scored yet, and say what became of every row."""
     corpora = find_corpora(recipe)
     output = Store.at(recipe.output)
-    with claim(output, canonical_hash(recipe.identity()), shared=True):
+    with claim(output, canonical_hash([recipe.corpus.path, recipe.identity()]), shared=True):
         plan = make_plan(recipe, part, rescore, corpora)
         for path in output.sweep():
             log.info("removed %s, left by a run that was killed", path)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from assay._version import __version__
-from assay.corpus.footer import Footer, Identity, Tally, canonical_hash, open_table
+from assay.corpus.errors import CorpusError
+from assay.corpus.footer import Footer, Identity, Manifest, Tally, canonical_hash, open_table
 from assay.corpus.layout import MANIFEST, RESOLVED_RECIPE, quarantine_path, table_path
 from assay.corpus.shards import Corpus, Shard, find_shards, refuse_overlap
 from assay.corpus.storage import Store
@@ -40,10 +41,11 @@ def find_corpora(recipe: Recipe) -> dict[str, Corpus]:
     one of them."""
     output = Store.at(recipe.output)
     corpora = {path: find_shards(path) for path in (recipe.corpus.path, *recipe.fitted_to().values())}
+    shards = corpora[recipe.corpus.path].shards
+    written = [path for shard in shards for path in (table_path(shard), quarantine_path(shard))]
     for path, corpus in corpora.items():
-        refuse_overlap(output, path, corpus)
-    for write in (table_path, quarantine_path):
-        output.refuse_detours(write(shard) for shard in corpora[recipe.corpus.path].shards)
+        refuse_overlap(output, path, corpus, written)
+    output.refuse_detours(written)
     return corpora
 
 
@@ -97,12 +99,32 @@ def _unchanged(shard: Shard, footer: Footer) -> bool:
         return False  # scoring it will say what is the matter
 
 
+def refuse_strangers(output: Store) -> None:
+    """CorpusError if the output's manifest or resolved recipe is somebody else's file, which would be lost."""
+    try:
+        Manifest.model_validate_json(output.read_text(MANIFEST))
+    except FileNotFoundError:
+        if output.exists(RESOLVED_RECIPE):
+            raise CorpusError(
+                f"{output.full(RESOLVED_RECIPE)}: is there without a {MANIFEST}; choose another output"
+            ) from None
+    except ValueError as error:
+        raise CorpusError(
+            f"{output.full(MANIFEST)}: not a manifest of `assay score`; choose another output, or move it away"
+        ) from error
+
+
 def write_manifest(plan: Plan, columns: Sequence[Column]) -> None:
-    """Write what is the same for every runner of this recipe; counts are in the tables' footers."""
+    """Write what is the same for every runner of this recipe; counts are in the tables' footers.
+
+    A CorpusError if files of these names are there that no run wrote.
+    """
+    refuse_strangers(plan.output)
     manifest: dict[str, Any] = {
         "format": 1,
         "version": __version__,
         "corpus": plan.recipe.corpus.path,
+        "inputs": sorted(plan.recipe.fitted_to().values()),
         "recipe": plan.identity.recipe,
         "recipe_hash": canonical_hash(plan.identity.recipe),
         "models": plan.identity.models,

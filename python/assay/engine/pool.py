@@ -38,7 +38,11 @@ def corpus_fingerprint(corpus: Corpus) -> str:
     """Changes with any shard's name, size, modification time or etag, as a score table's input does."""
     digest = hashlib.sha256()
     for shard in corpus.shards:
-        digest.update(f"{shard.path}\0{sorted(shard.fingerprint().to_json().items())}\n".encode())
+        try:
+            facts: object = sorted(shard.fingerprint().to_json().items())
+        except OSError:
+            facts = "not there"  # reading it will say what is the matter
+        digest.update(f"{shard.path}\0{facts}\n".encode())
     return f"sha256:{digest.hexdigest()}"
 
 

@@ -56,7 +56,8 @@ def open_workshop(plan: Plan, fit: bool = True) -> Workshop:
             methods.append(spec.build(given))
     with _refusals(recipe):
         all_columns(methods)
-        keepers = _keepers(plan, methods)
+        keepers = _keepers(plan, methods, encoder)
+        _refuse_unsupported(methods)
         Scorer([method for method in methods if not _fits(method)])  # it taps the models, which may be refused too
     scorer = None
     if fit:
@@ -91,9 +92,26 @@ def _fits(method: Method) -> bool:
     return type(method).fit is not Method.fit
 
 
-def _keepers(plan: Plan, methods: Sequence[Any]) -> dict[int, Keeper]:
+def _keepers(plan: Plan, methods: Sequence[Any], encoder: Encoder) -> dict[int, Keeper]:
     specs = enumerate(plan.recipe.methods)
-    return {i: Keeper(methods[i], spec, plan.recipe, plan.identity) for i, spec in specs if spec.stored_as is not None}
+    return {
+        i: Keeper(methods[i], spec, plan.recipe, plan.identity, encoder.identity)
+        for i, spec in specs
+        if spec.stored_as is not None
+    }
+
+
+def _refuse_unsupported(methods: Sequence[Method]) -> None:
+    """ValueError for what the contract allows and a recipe has no data or table for."""
+    for method in methods:
+        if any(column.width is None for column in method.columns):
+            raise ValueError(
+                f"{method.name}: gives a number per token; a recipe's tables have columns of a fixed width"
+            )
+        if not _fits(method) and any(need.raw or need.view for need in method.needs().values()):
+            raise ValueError(
+                f"{method.name}: wants raw columns or another view, which a recipe does not give; use assay.score"
+            )
 
 
 @contextmanager

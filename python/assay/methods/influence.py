@@ -117,6 +117,7 @@ class Influence(Method):
                 )
         if kernel.damping is not None:
             self._check_moments()
+        self.left_out: dict[str, str] = {}  # parameters that could not be tapped after all
         self._roots: list[list[Tensor]] | None = None  # per checkpoint and block: R^(−1/2)
         self._queries: list[Tensor] | None = None  # per checkpoint: (targets, size) with M applied
         self._samples = 0
@@ -183,7 +184,7 @@ class Influence(Method):
     def _target_means(self, k: int) -> Tensor:
         """(targets, size) float64: the mean feature of each target's samples."""
         probe = self._probe(k, target=True)
-        return self.targets.means(lambda batch: self._transformed(k, sample_features(probe(batch))))
+        return self.targets.means(lambda batch: self._transformed(k, self._features(probe, batch)))
 
     def _pool_moments(self, batches: Iterable[Any]) -> tuple[list[list[Tensor]], int]:
         """Per checkpoint and block ΦᵀΦ/n in float64, and n."""
@@ -191,7 +192,7 @@ class Influence(Method):
         sums = [_Moments(self._blocks()) for _ in probes]
         for batch in batches:
             for probe, moments in zip(probes, sums, strict=True):
-                moments.add(sample_features(probe(batch)))
+                moments.add(self._features(probe, batch))
         if not sums[0].count:
             raise ValueError(f"{self.name}: fit() needs samples of the pool for their second moment, got none")
         return [moments.mean() for moments in sums], sums[0].count
@@ -200,7 +201,7 @@ class Influence(Method):
         probe, moments = self._probe(k, target=True), _Moments(self._blocks())
         for batches in self.targets.batches.values():
             for batch in batches:
-                moments.add(sample_features(probe(batch)))
+                moments.add(self._features(probe, batch))
         return moments.mean()
 
     def _blocks(self) -> list[slice]:
@@ -220,6 +221,11 @@ class Influence(Method):
         means = [float(r.diagonal().mean()) for r in blocks]
         names = self.parameters if len(blocks) == len(self.parameters) else [self.name] * len(blocks)
         return [self.kernel.damping * unit for unit in damping_units(names, means)]
+
+    def _features(self, probe: Probe, batch: Any) -> Tensor:
+        features = sample_features(probe(batch))
+        self.left_out |= probe.left_out
+        return features
 
     def _probe(self, k: int, *, target: bool) -> Probe:
         return Probe(

@@ -102,6 +102,7 @@ class InfluenceDistillation(Method):
         self._moved = tapped_parameters(model, embed_layers, skip_unsupported=True)
         self._tangents, self._at = tangents, at
         self._embed_sketch = embed_sketch or Rademacher(4096, seed, "embedding")
+        self.left_out: dict[str, str] = {}  # parameters that could not be tapped after all
         self._samples = 0
         self._anchors = torch.empty(0)  # (L, D), the landmarks' embeddings
         self._bandwidth = 1.0
@@ -140,6 +141,7 @@ class InfluenceDistillation(Method):
         feature, skip = self.feature(target=True), self.skip_unsupported
         probe = Probe(self.model, self.task, reductions={"feature": feature}, logits=False, skip_unsupported=skip)
         queries = torch.nn.functional.normalize(self.targets.means(lambda x: sample_features(probe(x))), dim=1)
+        self.left_out |= probe.left_out
         embeddings, features = self._landmarks(list(pool))
         p = torch.nn.functional.normalize(features, dim=1) @ queries.to(features).T
         self._anchors = embeddings

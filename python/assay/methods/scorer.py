@@ -94,7 +94,8 @@ class Scorer:
         self._places = {key: {task: i for i, task in enumerate(run.readings)} for key, run in runs.items()}
 
     def fresh(self) -> Scorer:
-        """The same probes, which have checked themselves, for copies of the methods, which have gathered nothing."""
+        """The same probes, which have checked themselves, for copies of the methods. Of a scorer that has not scored
+        itself, they have gathered nothing."""
         other = copy.copy(self)
         other.methods = [copy.copy(method) for method in self.methods]
         return other
@@ -113,11 +114,12 @@ class Scorer:
                 samples, or a method gives scores of another shape than its column says.
         """
         views = batch if isinstance(batch, Views) else Views(batch)
-        if any(key[1].size(_part(views, key[2])) == 0 for key in self._probes):
-            return {c.name: torch.zeros((0,) if c.width == 1 else (0, c.width or 0)) for c in self.columns}
-        signals = {key: probe.read(_part(views, key[2])) for key, probe in self._probes.items()}
+        parts = {key: _part(views, key[2]) for key in self._probes}
         raw = {n: _raw(views, n) for roles in self._roles for role in roles.values() for n in role.need.raw}
-        size = _same_size({_described(key[2]): len(s[0].losses) for key, s in signals.items()}, raw)
+        size = _same_size({_described(key[2]): key[1].size(part) for key, part in parts.items()}, raw)
+        if size == 0:
+            return {c.name: torch.zeros((0,) if c.width == 1 else (0, c.width or 0)) for c in self.columns}
+        signals = {key: probe.read(parts[key]) for key, probe in self._probes.items()}
         scores: dict[str, Tensor] = {}
         for method, roles in zip(self.methods, self._roles, strict=True):
             given: dict[str, Signals] = {}

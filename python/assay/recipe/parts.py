@@ -123,6 +123,10 @@ class Registry(Generic[P]):
     def _plugin(self, kind: str) -> type[P] | None:
         if self._group is None:
             return None
-        for point in entry_points(group=self._group, name=kind):
-            self.register(kind, point.load())
+        try:
+            for point in entry_points(group=self._group, name=kind):
+                self.register(kind, point.load())
+        except Exception as error:  # whatever a stranger's module may raise
+            message = f"the plugin of {self._tag} {kind!r} cannot be used ({type(error).__name__}: {error})"
+            raise located((self._tag,), message, kind) from error
         return self._specs.get(kind)

@@ -109,6 +109,10 @@ def keys_of(constructor: Callable[..., Any], roles: Mapping[Any, Role], but: Seq
     """
     hints = get_type_hints(constructor)
     for parameter in list(inspect.signature(constructor).parameters.values())[1:]:
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            if constructor.__name__ == "__init__" and constructor.__module__ != "typing":
+                raise TypeError(f"{constructor.__qualname__}: *{parameter.name} can be no key; name the parameters")
+            continue  # a class without a constructor of its own
         hint = hints.get(parameter.name)
         if hint in but or parameter.name in but:
             continue
@@ -127,6 +131,9 @@ def keys_of(constructor: Callable[..., Any], roles: Mapping[Any, Role], but: Seq
         if required or not isinstance(default, str | int | float | bool):
             default = None  # the constructor's own, which a recipe does not spell out
         nullable = type(None) in options or (default is None and not required)
+        if nullable and default is not None:
+            where = f"{constructor.__qualname__}: parameter {parameter.name!r}"
+            raise TypeError(f"{where}: null and the default {default!r} cannot be told apart; let the default be None")
         yield Key(parameter.name, role, several, field | None if nullable else field, default, required)
 
 

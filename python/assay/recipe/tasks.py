@@ -16,11 +16,13 @@ from torch import nn
 
 from assay.corpus.checks import check_features, check_label, check_text
 from assay.corpus.errors import BadRow
+from assay.corpus.footer import canonical_hash
 from assay.recipe.causal_checks import check_causal_lm, right_padded
 from assay.recipe.errors import EngineError
 from assay.recipe.model_files import one_line, shortened
 from assay.recipe.models import ModelSpec, shared_tokenizer
 from assay.recipe.parts import Part, Registry
+from assay.recipe.tokenizer import behaviour
 from assay.tasks import CausalLM, Classification, Task
 
 log = logging.getLogger("assay")
@@ -43,6 +45,11 @@ class Encoder(Protocol):
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns that it reads."""
+        ...
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Beside the task's keys: what decides which rows are samples, and what becomes of them, as plain JSON."""
         ...
 
     def encode(self, rows: Sequence[tuple[Any, ...]]) -> list[Encoded | BadRow]:
@@ -165,6 +172,11 @@ class TextEncoder:
         self._max_length = max_length
         self._limit, self._owner = limit, owner
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        tokens = max(self._tokenizer.get_vocab().values(), default=0) + 1
+        return {"tokenizer": canonical_hash(behaviour(self._tokenizer)), "tokens": min(self._limit, tokens)}
+
     def encode(self, rows: Sequence[tuple[Any, ...]]) -> list[Encoded | BadRow]:
         name = self.columns[0]
         checked = [attempt(check_text, name, value) for (value,) in rows]
@@ -211,6 +223,10 @@ class FeatureEncoder:
         self._classes = classes
         self._shape = shape
         self._size = size
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {}
 
     def encode(self, rows: Sequence[tuple[Any, ...]]) -> list[Encoded | BadRow]:
         return [attempt(self._encode_row, *row) for row in rows]

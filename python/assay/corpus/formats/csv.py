@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO
@@ -66,19 +67,22 @@ def _parts(records: Iterator[Record]) -> Iterator[tuple[int, list[list[str] | Ba
 def _records(source: Source) -> Iterator[Record]:
     """Every record, the header first. ShardError where a quote is never closed."""
     held: list[bytes] = []
-    length = 0
+    length, first = 0, True
 
     def decoded() -> Iterator[str]:
-        nonlocal length
+        nonlocal length, first
         for line in lines(source.file, source.compression):
             held.append(line + b"\n")
             length += len(held[-1])
             if length > compression.MAX_LINE_BYTES:
                 raise ShardError(f"a record is longer than {compression.MAX_LINE_BYTES >> 20} MiB; is a quote closed?")
             # What is no UTF-8 is found again in its cell.
-            yield held[-1].removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
+            text = held[-1].removeprefix(b"\xef\xbb\xbf") if first else held[-1]
+            first = False
+            yield text.decode("utf-8", "surrogateescape")
 
-    delimiter = "\t" if ".tsv" in source.name.lower() else ","
+    stem = source.name if source.compression is None else os.path.splitext(source.name)[0]
+    delimiter = "\t" if stem.lower().endswith(".tsv") else ","
     reader = csv.reader(decoded(), delimiter=delimiter, strict=True)
     while True:
         held.clear()
@@ -142,8 +146,8 @@ def _list(cell: str) -> list[Any] | None:
 _TEXT = _Kind("a text", r"(?s).*", str)
 # With a leading zero it is a name: a postal code, an id.
 _KINDS = (
-    _Kind("a whole number", r"[+-]?(0|[1-9]\d{0,17})", int),
-    _Kind("a number", r"(?i)[+-]?((0|[1-9]\d*)(\.\d*)?|\.\d+)(e[+-]?\d+)?|[+-]?inf|nan", float),
+    _Kind("a whole number", r"-?(0|[1-9]\d{0,17})", int),
+    _Kind("a number", r"(?i)-?((0|[1-9]\d*)(\.\d*)?|\.\d+)(e[+-]?\d+)?|-?inf|nan", float),
     _Kind("a JSON list", r"(?s)\[.*\]", _list),
 )
 

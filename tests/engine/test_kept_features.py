@@ -159,7 +159,7 @@ def test_what_is_stored(kept):
     _, indices = store.topk(torch.randn(1, 16), 3)
     assert len(store.locate(indices)) == 3
     footer = store.files[1].metadata
-    assert footer["models"].keys() == {"a", "b"}  # the first model encodes texts
+    assert footer["models"].keys() == {"b"}
     assert footer["rows"] == {"scored": 28, "quarantined": 2}
     assert footer["input"]["path"] == "deep/b.jsonl"
     text = json.dumps(footer)

@@ -9,6 +9,7 @@ import fsspec
 import pytest
 
 from assay.corpus.errors import CorpusError, ShardError
+from assay.corpus.layout import table_path
 from assay.corpus.listing import list_files
 from assay.corpus.readers import read
 from assay.corpus.shards import find_shards
@@ -131,8 +132,8 @@ def test_long_names(tmp_path):
     assert left_out(tmp_path) == {too_long: "its score table's name would be longer than 255 bytes; rename it"}
     store = Store.at(str(tmp_path / "out"))
     (shard,) = find_shards(str(tmp_path)).shards
-    store.write_text(shard.table, "a name of 255 bytes has room for its temporary")
-    assert store.files() == [shard.table]
+    store.write_text(table_path(shard), "a name of 255 bytes has room for its temporary")
+    assert store.files() == [table_path(shard)]
 
 
 def test_only_regular_files_are_opened(tmp_path):

@@ -206,9 +206,9 @@ class _Search:
 def _check_tables_differ(shards: Iterable[Shard]) -> None:
     owners: dict[str, Shard] = {}
     for shard in shards:
-        first = owners.setdefault(shard.stem, shard)
+        table = f"{shard.stem}.parquet"
+        first = owners.setdefault(table, shard)
         if first is not shard:
-            table = f"{shard.stem}.parquet"
             raise CorpusError(f"{first.path} and {shard.path} would share the score table {table}; rename one")
     for shard in shards:
         folder = f"{shard.stem}.parquet"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import mpmath
@@ -11,7 +12,9 @@ import torch
 from cleanlab.rank import get_label_quality_ensemble_scores, get_label_quality_scores
 from sklearn.metrics import roc_auc_score
 
+from assay import ops
 from assay.methods import Ensemble, ensemble_scores, label_quality, model_weights
+from assay.methods.label_quality import _sharp
 from assay.tasks import Classification
 
 METHODS = ["self_confidence", "normalized_margin", "confidence_weighted_entropy"]
@@ -112,6 +115,73 @@ def test_labels_that_a_model_rules_out() -> None:
     assert got[4].isnan()  # no probabilities at all
     one_class = label_quality([torch.zeros(2, 1)], torch.zeros(2, dtype=torch.int64))
     assert all(torch.equal(v, torch.ones(2)) for v in one_class.values())
+
+
+def rows_around_the_border(classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of every sharpness, with labels of high, low and no probability."""
+    rows = torch.randn(600, classes) * torch.linspace(1, 30, 600)[:, None]
+    tied = torch.randint(2, (100, classes)) * torch.linspace(0, 30, 100)[:, None]
+    peaked = torch.zeros(200, classes)
+    peaked[:, 0] = torch.linspace(0, 100, 200)
+    masked = rows[:200].where(torch.rand(200, classes) < 0.7, -torch.inf)
+    masked[:, 0] = 0.0
+    z = torch.cat([rows, tied, peaked, masked])
+    return z, torch.where(torch.rand(len(z)) < 0.5, z.argmax(1), torch.randint(classes, (len(z),)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("classes", [1, 2, 3, 10, 300])
+def test_the_short_way_agrees_with_the_formulas(classes: int, dtype: torch.dtype) -> None:
+    z, labels = rows_around_the_border(classes)
+    z = z.to(dtype)
+    stats = ops.ensemble_stats([z], labels, fields=("nll", "entropy"))
+    assert stats.nll is not None
+    assert stats.entropy is not None
+    sharp = _sharp(stats.nll, stats.entropy)
+    assert bool((~sharp).any())
+    assert bool(sharp.any()) == (classes > 1)
+    got = torch.stack(list(label_quality([z], labels).values()))
+    formulas = torch.stack(list(label_quality([z.double()], labels).values()))  # float64 takes them throughout
+    torch.testing.assert_close(got, formulas, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got[:, sharp], formulas[:, sharp], rtol=2e-7, atol=0)
+    ensemble = label_quality([z, z.flip(0)], labels, [3.0, 1.0]).values()
+    flipped = torch.stack(list(label_quality([z.double().flip(0)], labels).values()))
+    torch.testing.assert_close(torch.stack(list(ensemble)), (3 * formulas + flipped) / 4, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_of_huge_logits(dtype: torch.dtype) -> None:
+    """A lead that overflows, a tie beside a class ruled out, all equal."""
+    z = torch.tensor([[3e38, -3e38, 0.0], [3e38, 3e38, -torch.inf], [-3e38, -3e38, -3e38]], dtype=dtype)
+    tie, flat = 2 * math.log(2) / math.log(3), 3.0  # x
+    tie, flat = math.log1p(tie) / tie, math.log1p(flat) / flat
+    got = torch.stack(list(label_quality([z], torch.tensor([0, 0, 0])).values()), 1)
+    torch.testing.assert_close(got, torch.tensor([[1, 1, 1], [1 / 2, 1 / 2, tie], [1 / 3, 1 / 2, flat]]))
+    got = torch.stack(list(label_quality([z], torch.tensor([1, 2, 2])).values()), 1)
+    torch.testing.assert_close(got, torch.tensor([[0, 0, 0], [0, 1 / 4, 0], [1 / 3, 1 / 2, flat]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_without_probabilities_are_nan(dtype: torch.dtype) -> None:
+    z = torch.zeros(6, 3, dtype=dtype)
+    z[0, 1], z[1, 2], z[2], z[3, 0] = torch.nan, torch.inf, -torch.inf, -torch.inf
+    for adjust in (False, True):
+        scores = label_quality(
+            [z, torch.zeros(6, 3)], torch.tensor([0, 1, 2, 1, -100, 0]), [0.0, 1.0], adjust_pred_probs=adjust
+        )
+        for score in scores.values():
+            assert score.isnan().tolist() == [True, True, True, False, True, False]
+
+
+def test_blocks_of_rows_are_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, labels = predictions()
+    labels[::7] = -100
+    logits[1][5] = torch.nan
+    whole = label_quality(logits, labels, [1.0, 2.0, 0.0])
+    assert all(bool(v.isnan()[5]) and not bool(v.isnan()[6]) for v in whole.values())
+    monkeypatch.setitem(label_quality.__globals__, "_BLOCK", 17 * 3 * 7)
+    for name, score in label_quality(logits, labels, [1.0, 2.0, 0.0]).items():
+        torch.testing.assert_close(score, whole[name], rtol=2e-7, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("method", METHODS[:2])

@@ -4,7 +4,11 @@ The scores and the weighting schemes are cleanlab's (Northcutt, Jiang & Chuang, 
 Mueller, "Model-agnostic label quality scoring", 2022), and equal its numbers wherever cleanlab keeps to its formulas.
 Its floor of 1e-6 under p_y, under x and under the probabilities of a log loss is not copied: it makes
 log(1 + x)/x fall to 0 as x does, where the limit is 1, so that the surest right labels rank below the surest wrong
-ones. Everything is computed in float64, from log-probabilities, which keep what a probability near 0 or 1 loses.
+ones.
+
+The formulas are ``_scores``, in float64. Most rows of float32 and narrower logits come to the same numbers, within
+1e-6, by a shorter way: from three statistics of ``ops.ensemble_stats``, which reads the logits once. ``_sharp`` says
+which rows do not, and why. Logits in float64 and adjusted scores, which need all of p, take the formulas throughout.
 """
 
 from __future__ import annotations
@@ -19,6 +23,8 @@ from torch import Tensor
 from assay import ops
 from assay.methods.base import Column
 from assay.methods.weights import shares
+from assay.ops.ensemble import check_labels, check_logits, check_range
+from assay.tasks import IGNORE
 
 Weighting = Literal["uniform", "accuracy", "log_loss"]
 
@@ -26,7 +32,11 @@ Weighting = Literal["uniform", "accuracy", "log_loss"]
 LOG_LOSS_EXPONENTS = (1e-4, 1e-3, 1e-2, 1e-1, 1e0, 1e1, 1e2, 2e2)
 # The threshold of a class that labels no row, as in cleanlab: above every probability, so that it is nobody's rival.
 UNSEEN_CLASS = 2.0
-# Numbers of a model's logits that are in float64 at a time: few enough for the cache.
+# Where statistics in float32 are precise enough: see ``_sharp``. Nats.
+_SURE_NLL, _FLAT_ENTROPY, _FAR_NLL = 0.7, 0.25, 80.0
+# Numbers of logits, all models', that are scored at a time: a copy of so many is made of several models.
+_BLOCK = 1 << 20
+# Numbers of logits that are in float64 at a time: few enough for the cache.
 _CHUNK = 1 << 15
 
 COLUMNS = (
@@ -67,16 +77,9 @@ def label_quality(
             not one finite number ≥ 0 per model with a positive sum.
     """
     models, labels = _tensors(logits, labels)
-    defined = _defined(models, labels)
     share = model_weights(models, labels, weights) if isinstance(weights, str) else shares(weights, len(models))
-    columns = COLUMNS[:2] if adjust_pred_probs else COLUMNS
-    total = torch.zeros(len(columns), len(labels), dtype=torch.float64, device=labels.device)
-    for z, weight in zip(models, share, strict=True):
-        thresholds = _thresholds(z, labels, defined) if adjust_pred_probs else None
-        parts = [_scores(part, y, thresholds) for part, y in _chunks(z, labels)]
-        total += weight * torch.cat(parts, 1)[: len(columns)]
-    total = total.masked_fill(~defined, torch.nan).float()
-    return {column.name: row for column, row in zip(columns, total, strict=True)}
+    scores = (_adjusted if adjust_pred_probs else _unadjusted)(models, labels, share).float()
+    return {column.name: row for column, row in zip(COLUMNS[: len(scores)], scores, strict=True)}
 
 
 def model_weights(logits: Tensor | Sequence[Tensor], labels: Tensor, by: Weighting) -> list[float]:
@@ -116,12 +119,17 @@ def model_weights(logits: Tensor | Sequence[Tensor], labels: Tensor, by: Weighti
 
 
 def _tensors(logits: Any, labels: Any) -> tuple[list[Tensor], Tensor]:
-    """K logits and the labels as tensors (NumPy arrays and lists are taken)."""
+    """K logits and the labels as tensors (NumPy arrays and lists are taken), checked."""
     whole = isinstance(logits, Tensor) and logits.ndim == 2
     if not whole and not hasattr(logits, "__len__"):
         raise TypeError(f"logits: expected (K, N, C) or K tensors (N, C), got {type(logits).__name__}")
     models = [_tensor(z, f"logits[{k}]") for k, z in enumerate([logits] if whole else logits)]
-    return models, _tensor(labels, "labels")
+    models = check_logits(models)
+    n, c = models[0].shape
+    y = check_labels(_tensor(labels, "labels"), n, models[0].device, needed=True)
+    assert y is not None
+    check_range(y, c, IGNORE)
+    return models, y
 
 
 def _tensor(value: Any, name: str) -> Tensor:
@@ -132,7 +140,7 @@ def _tensor(value: Any, name: str) -> Tensor:
 
 
 def _defined(models: list[Tensor], labels: Tensor) -> Tensor:
-    """(N,) bool: rows with a label and logits that make probabilities. Checks shapes, types and labels on the way."""
+    """(N,) bool: rows with a label and logits that make probabilities."""
     nll = ops.ensemble_stats(models, labels, fields=("nll",)).nll
     assert nll is not None
     return ~nll.isnan()
@@ -143,6 +151,59 @@ def _chunks(z: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     rows = max(1, _CHUNK // z.shape[1])
     for start in range(0, max(1, len(z)), rows):
         yield z[start : start + rows].double(), labels[start : start + rows].clamp(min=0)
+
+
+def _adjusted(models: list[Tensor], labels: Tensor, share: list[float]) -> Tensor:
+    """(2, N) float64: the first two scores, adjusted and averaged."""
+    defined = _defined(models, labels)
+    total = torch.zeros(2, len(labels), dtype=torch.float64, device=labels.device)
+    for z, weight in zip(models, share, strict=True):
+        total += weight * _formulas(z, labels, _thresholds(z, labels, defined))[:2]
+    return total.masked_fill(~defined, torch.nan)
+
+
+def _unadjusted(models: list[Tensor], labels: Tensor, share: list[float]) -> Tensor:
+    """(3, N) float64: the scores, averaged; a block of rows at a time, all models' together."""
+    weights = torch.tensor(share, dtype=torch.float64, device=labels.device)[:, None]
+    rows = max(1, _BLOCK // (len(models) * models[0].shape[1]))
+    parts = []
+    for start in range(0, max(1, len(labels)), rows):
+        block = [z[start : start + rows] for z in models]
+        z = torch.cat(block) if len(block) > 1 else block[0]
+        scores = _rows(z, labels[start : start + rows].repeat(len(models)))
+        parts.append((weights * scores.view(3, len(models), len(block[0]))).sum(1))
+    return torch.cat(parts, 1)
+
+
+def _rows(z: Tensor, y: Tensor) -> Tensor:
+    """(3, n) float64: scores per row, from its statistics where those are precise enough; NaN where undefined."""
+    if z.dtype == torch.float64:
+        undefined = ~z.amax(1).isfinite() | (y == IGNORE)
+        return _formulas(z, y).masked_fill(undefined, torch.nan)
+    stats = ops.ensemble_stats([z], y, fields=("nll", "margin", "entropy"))
+    nll, margin, entropy = (getattr(stats, field).double() for field in ("nll", "margin", "entropy"))
+    confidence = (-nll).exp()
+    x = (entropy / (confidence * math.log(max(2, z.shape[1])))).clamp(min=1e-300)
+    scores = torch.stack([confidence, (margin + 1) / 2, torch.log1p(x) / x])
+    sharp = _sharp(nll, entropy).nonzero()[:, 0]
+    if len(sharp):
+        scores[:, sharp] = _formulas(z[sharp], y[sharp])
+    return scores
+
+
+def _formulas(z: Tensor, labels: Tensor, thresholds: Tensor | None = None) -> Tensor:
+    """``_scores`` of any number of rows, in any precision."""
+    return torch.cat([_scores(part, y, thresholds) for part, y in _chunks(z, labels)], 1)
+
+
+def _sharp(nll: Tensor, entropy: Tensor) -> Tensor:
+    """(N,) bool: rows whose scores float32 statistics do not give to six digits; they take ``_scores``.
+
+    An entropy has an absolute error, about 1e-7, and x = H/(log C · p_y) scales it by 1/p_y. Where p_y > e^{−.7} that
+    is nothing; where H > .25 it is relative, and passes to log(1+x)/x as it is. What remains are rows that are sure of
+    another class. −log p_y has a relative error, and so p_y one that grows with it: above 80 it is 5e-6 and more.
+    """
+    return (nll >= _SURE_NLL) & ~((entropy > _FLAT_ENTROPY) & (nll < _FAR_NLL))  # not where nll is NaN
 
 
 def _own(z: Tensor, y: Tensor) -> Tensor:

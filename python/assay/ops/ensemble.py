@@ -62,7 +62,7 @@ def ensemble_stats(
         TypeError, ValueError: a shape, dtype, device, weight or field is wrong.
         IndexError: a label outside [0, C); not while a CUDA graph is captured, where such a row becomes NaN.
     """
-    models = _check_logits(logits)
+    models = check_logits(logits)
     labels = check_labels(labels, len(models[0]), models[0].device)
     weights = check_weights(weights, len(models))
     mask, ignore_index = check_fields(fields), check_int("ignore_index", ignore_index)
@@ -107,7 +107,7 @@ def check_weights(weights: Tensor | Sequence[float] | None, models: int) -> Tens
     return weights
 
 
-def _check_logits(logits: Tensor | Sequence[Tensor]) -> list[Tensor]:
+def check_logits(logits: Tensor | Sequence[Tensor]) -> list[Tensor]:
     models = check_matrices("logits", logits, "N, C")
     first = models[0]
     for k, z in enumerate(models):

@@ -31,14 +31,15 @@ BROKEN = 5  # the sample whose data are damaged, where a check damages one
 
 
 class Classifier(nn.Module):
-    """A layer of it is used by a few samples only, and in a batch of others by nobody."""
+    """A layer of it is used by a few samples only, and in a batch of others by nobody; a parameter is no layer's."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.extra, self.head = nn.Linear(5, 6), nn.Linear(5, 6), nn.Linear(6, 3)
+        self.shift = nn.Parameter(0.1 * torch.randn(6))
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden, few = self.first(x), (x[:, 0] > 0.5).float()[:, None]
+        hidden, few = self.first(x) + self.shift, (x[:, 0] > 0.5).float()[:, None]
         if bool(few.any()):
             hidden = hidden + few * self.extra(x)
         out: Tensor = self.head(hidden.tanh())

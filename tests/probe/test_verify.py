@@ -295,3 +295,24 @@ def test_the_reading_that_is_checked_is_the_one_that_is_booked() -> None:
     close(torch.einsum("bto,bti->oi", factors.grads, factors.inputs), model.head.weight.grad, 1e-9, "head")
     alone = Probe(model, Margin(task), reductions=norms)((x, y))
     close(margin.reduced["norm"], alone.reduced["norm"], 1e-9, "norm")
+
+
+@pytest.mark.parametrize("scale", [1e-28, 1e28])
+def test_gradients_whose_squares_are_beyond_their_type_raise_no_false_alarm(scale: float) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 3, bias=False), torch.randn(8, 4) * scale
+    y = model(x).argmin(1)
+    Probe(model, Classification(), factors="*")((x, y))
+
+    class Wrong(nn.Module):
+        """Uses a weight of a layer twice, once behind its back."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) + F.linear(x.flip(1), self.layer.weight)
+
+    with pytest.raises(RuntimeError, match="do not add up to autograd's gradient"):
+        Probe(Wrong(), Classification(), factors="*")((x, y))

@@ -14,7 +14,8 @@ import assay
 from assay.methods import EKFAC, LESS, TRAK, AdamState, DsDm, GradientCosine, Kernel, LoGra, Scorer, TrackStar
 from assay.methods.influence import Influence, damping_units
 from assay.probe import Probe
-from assay.tasks import CausalLM, Classification
+from assay.tasks import CausalLM, Classification, Margin
+from tests.methods.contract import texts
 
 POOL = 60
 
@@ -557,3 +558,15 @@ def test_score_features_says_what_it_wants(problem) -> None:
     doubting = TRAK(models, Classification(), {"t": [target]}, name="m").fit([target])
     with pytest.raises(ValueError, match=r"m: expected doubts \[\(3,\), \(3,\)\], got none"):
         doubting.score_features([torch.zeros(3, 256)] * 2)
+
+
+def test_a_margin_of_nothing_is_nan_and_no_part_of_a_targets_mean() -> None:
+    world = texts()
+    broken = world.collate([world.broken, world.samples[0]])
+    assert Margin(CausalLM()).forward(world.models[0], broken).losses.isnan().tolist() == [True, False]
+    scores = []
+    for silent in (0, 5):
+        target = world.collate([*world.samples[:4], *[world.broken] * silent])
+        method = Influence(world.models[:1], Margin(CausalLM()), {"t": [target]}, Kernel(), EXACT)
+        scores.append(Scorer([method.fit()])(world.pool[0])["influence"])
+    torch.testing.assert_close(*scores)

@@ -6,9 +6,10 @@ your own: ``from tests.methods.contract import CHECKS, WORLDS`` and call each ch
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, get_type_hints
 
@@ -206,6 +207,22 @@ def scoring_before_fit_is_refused(method: type[Any], world: World) -> None:
     assert made.fit(world.pool) is made
 
 
+def a_fit_that_fails_or_is_a_copys_changes_nothing(method: type[Any], world: World) -> None:
+    if method.fit is Method.fit:
+        return
+    made = world.make(method).fit(world.pool)
+    expected = scores(made, world.pool)
+    copy.copy(made).fit(world.pool[:2])
+    targets, nothing = getattr(made, "targets", None), [world.collate([world.broken, world.broken])]
+    if targets is not None:
+        made.targets = replace(targets, batches=dict.fromkeys(targets.batches, nothing))
+    with pytest.raises(ValueError, match=made.name):
+        made.fit(world.pool[:2] if targets is not None else nothing)
+    made.targets = targets
+    for name, values in scores(made, world.pool).items():
+        np.testing.assert_array_equal(values, expected[name], err_msg=name)
+
+
 def fit_looks_at_the_pool_only_as_it_says(method: type[Any], world: World) -> None:
     if not method.uses_pool:
         assert_close(
@@ -308,6 +325,7 @@ def its_constructor_is_its_recipes_keys(method: type[Any], world: World) -> None
 CHECKS: list[Callable[[type[Any], World], None]] = [
     constructor_does_no_work,
     scoring_before_fit_is_refused,
+    a_fit_that_fails_or_is_a_copys_changes_nothing,
     fit_looks_at_the_pool_only_as_it_says,
     columns_are_as_promised,
     any_batching_gives_the_same_scores,

@@ -142,10 +142,9 @@ class InfluenceDistillation(Method):
         queries = torch.nn.functional.normalize(self.targets.means(lambda x: sample_features(probe(x))), dim=1)
         embeddings, features = self._landmarks(list(pool))
         p = torch.nn.functional.normalize(features, dim=1) @ queries.to(features).T
-        self._anchors = embeddings
         distances = torch.pdist(embeddings)
-        self._bandwidth = float(distances[distances > 0].median()) if bool((distances > 0).any()) else 1.0
-        gram = self._kernel(embeddings)
+        bandwidth = float(distances[distances > 0].median()) if bool((distances > 0).any()) else 1.0
+        gram = self._kernel(embeddings, embeddings, bandwidth)
         gram.diagonal().add_(self.damping * gram.diagonal().mean())
         factor, failed = torch.linalg.cholesky_ex(gram)
         if int(failed):
@@ -156,7 +155,7 @@ class InfluenceDistillation(Method):
         coefficients = torch.cholesky_solve(p, factor)
         # Each landmark as the regression on all others predicts it: p_i − α_i / (K⁻¹)_ii.
         left_out = p - coefficients / torch.cholesky_inverse(factor).diagonal()[:, None]
-        self._coefficients, self._samples = coefficients, len(p)
+        self._anchors, self._bandwidth, self._coefficients, self._samples = embeddings, bandwidth, coefficients, len(p)
         self._correlation = [float(torch.corrcoef(torch.stack(x))[0, 1]) for x in zip(left_out.T, p.T, strict=True)]
         return self
 
@@ -183,19 +182,19 @@ class InfluenceDistillation(Method):
         embeddings, features = (torch.cat(parts) for parts in zip(*found, strict=True))
         return embeddings, features
 
-    def _kernel(self, embeddings: Tensor) -> Tensor:
-        """K(embeddings, landmarks) in float64: the ridge's small damping leaves no room for float32's rounding."""
-        embeddings, anchors = embeddings.double(), self._anchors.to(embeddings.device)
+    def _kernel(self, embeddings: Tensor, anchors: Tensor, bandwidth: float) -> Tensor:
+        """K(embeddings, anchors) in float64: the ridge's small damping leaves no room for float32's rounding."""
+        embeddings, anchors = embeddings.double(), anchors.to(embeddings.device)
         if self.spread == "linear":
             return embeddings @ anchors.T
         # Distances from differences: from products, close neighbours would cancel.
         distances = torch.cdist(embeddings, anchors, compute_mode="donot_use_mm_for_euclid_dist")
-        return torch.exp(-0.5 * (distances / self._bandwidth).square())
+        return torch.exp(-0.5 * (distances / bandwidth).square())
 
     def score(self, signals: Mapping[str, Signals]) -> dict[str, Tensor]:
         if self._coefficients is None:
             raise RuntimeError(f"{self.name}: call fit() before scoring")
-        kernel = self._kernel(signals["model"].reduced["embedding"])
+        kernel = self._kernel(signals["model"].reduced["embedding"], self._anchors, self._bandwidth)
         scores = self.targets.scores(kernel @ self._coefficients.to(kernel.device))
         nothing = signals["model"].losses.isnan()  # to predict
         return {column: score.masked_fill(nothing, torch.nan) for column, score in scores.items()}

@@ -6,9 +6,10 @@ your own: ``from tests.methods.contract import CHECKS, WORLDS`` and call each ch
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, get_type_hints
 
@@ -31,14 +32,15 @@ BROKEN = 5  # the sample whose data are damaged, where a check damages one
 
 
 class Classifier(nn.Module):
-    """A layer of it is used by a few samples only, and in a batch of others by nobody."""
+    """A layer of it is used by a few samples only, and in a batch of others by nobody; a parameter is no layer's."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.extra, self.head = nn.Linear(5, 6), nn.Linear(5, 6), nn.Linear(6, 3)
+        self.shift = nn.Parameter(0.1 * torch.randn(6))
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden, few = self.first(x), (x[:, 0] > 0.5).float()[:, None]
+        hidden, few = self.first(x) + self.shift, (x[:, 0] > 0.5).float()[:, None]
         if bool(few.any()):
             hidden = hidden + few * self.extra(x)
         out: Tensor = self.head(hidden.tanh())
@@ -205,6 +207,22 @@ def scoring_before_fit_is_refused(method: type[Any], world: World) -> None:
     assert made.fit(world.pool) is made
 
 
+def a_fit_that_fails_or_is_a_copys_changes_nothing(method: type[Any], world: World) -> None:
+    if method.fit is Method.fit:
+        return
+    made = world.make(method).fit(world.pool)
+    expected = scores(made, world.pool)
+    copy.copy(made).fit(world.pool[:2])
+    targets, nothing = getattr(made, "targets", None), [world.collate([world.broken, world.broken])]
+    if targets is not None:
+        made.targets = replace(targets, batches=dict.fromkeys(targets.batches, nothing))
+    with pytest.raises(ValueError, match=made.name):
+        made.fit(world.pool[:2] if targets is not None else nothing)
+    made.targets = targets
+    for name, values in scores(made, world.pool).items():
+        np.testing.assert_array_equal(values, expected[name], err_msg=name)
+
+
 def fit_looks_at_the_pool_only_as_it_says(method: type[Any], world: World) -> None:
     if not method.uses_pool:
         assert_close(
@@ -307,6 +325,7 @@ def its_constructor_is_its_recipes_keys(method: type[Any], world: World) -> None
 CHECKS: list[Callable[[type[Any], World], None]] = [
     constructor_does_no_work,
     scoring_before_fit_is_refused,
+    a_fit_that_fails_or_is_a_copys_changes_nothing,
     fit_looks_at_the_pool_only_as_it_says,
     columns_are_as_promised,
     any_batching_gives_the_same_scores,

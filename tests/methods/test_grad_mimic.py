@@ -159,3 +159,42 @@ def test_the_constructor_copies_no_parameter(monkeypatch: pytest.MonkeyPatch) ->
     method = GradMimic(model, reference, Classification())
     monkeypatch.undo()
     assert float(assay.score([(x[:4], y[:4])], [method])["mimic"].to_numpy().std()) > 0
+
+
+class Mixed(nn.Module):
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.known, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.mix = nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(torch.einsum("bi,io->bo", self.known(x).tanh(), self.mix))
+        return out
+
+
+def test_a_layer_that_turns_out_not_to_be_tapped_is_no_part_of_the_direction() -> None:
+    model, reference, batch = Mixed(0), Mixed(1), (torch.randn(8, 4), torch.randint(3, (8,)))
+    columns = ("mimic", "mimic_cosine", "grad_norm")
+
+    def scores(method: GradMimic) -> list[np.ndarray]:
+        table = assay.score([batch], [method])
+        return [table[name].to_numpy() for name in columns]
+
+    options = {"cosine": True, "grad_norm": True}
+    late = GradMimic(model, reference, Classification(), skip_unsupported=True, **options)
+    never = GradMimic(model, reference, Classification(), ["known", "head"], **options)
+    assert late.share == pytest.approx(1)
+    for got, want in zip(scores(late), scores(never), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
+    facts = [method.metadata() for method in (late, never)]
+    assert facts[0] == facts[1]
+    assert list(late.direction) == list(never.direction)
+
+
+def test_a_gradient_beyond_float32_has_no_cosine() -> None:
+    model, reference, x = nn.Linear(4, 3), nn.Linear(4, 3), torch.randn(3, 4)
+    x[1] *= 1e25
+    scores = assay.score([(x, model(x).argmin(1))], [GradMimic(model, reference, Classification(), cosine=True)])
+    assert np.isnan(scores["mimic_cosine"].to_numpy()).tolist() == [False, True, False]
+    assert np.isfinite(scores["mimic"].to_numpy()).all()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 
 import assay
 from assay.methods import GradientCosine
+from assay.methods.targets import TargetSet
 from assay.tasks import Classification
 from tests.methods.data import noisy_digits
 
@@ -58,3 +61,66 @@ def test_what_has_no_direction_is_refused():
         GradientCosine(even, Classification(), {"t": [(torch.ones(2, 4), torch.arange(2))]}).fit()
     with pytest.raises(RuntimeError, match="call fit"):
         assay.score([(data.x, data.given)], [GradientCosine(network(), Classification(), {"t": [(data.x, data.true)]})])
+
+
+class Wide(nn.Module):
+    """A bare parameter; as the batch is large, used in a way that cannot be followed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.known, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.shift, self.mix = nn.Parameter(torch.randn(6)), nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = (self.known(x) + self.shift).tanh()
+        return self.head(torch.einsum("bi,io->bo", h, self.mix) if len(x) > 4 else h @ self.mix)
+
+
+def samples(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(size)
+    return torch.randn(size, 4, generator=generator), torch.randint(3, (size,), generator=generator)
+
+
+def test_bare_parameters_count_like_any_other():
+    x, y = samples(4)
+    method = GradientCosine(Wide(), Classification(), {"t": [(x[:2], y[:2])]}).fit()
+    own = nn.functional.normalize(gradients(Wide(), x, y), dim=1)
+    mean = nn.functional.normalize(gradients(Wide(), x[:2], y[:2]).mean(0), dim=0)
+    got = assay.score([(x, y)], [method])["gradient_cosine"].to_numpy()
+    np.testing.assert_allclose(got, own @ mean, atol=2e-6)
+
+
+def test_a_layer_that_is_left_out_while_scoring_is_no_part_of_the_target_either():
+    target, pool = {"t": [samples(3)]}, samples(8)
+    late = GradientCosine(Wide(), Classification(), target, skip_unsupported=True).fit()
+    assert not late.left_out
+    never = GradientCosine(Wide(), Classification(), target, layers=["*", "!mix"]).fit()
+    got, want = (assay.score([pool], [method])["gradient_cosine"].to_numpy() for method in (late, never))
+    np.testing.assert_allclose(got, want, atol=2e-6)
+
+
+def test_what_is_beyond_float32_has_no_cosine():
+    """‖g‖² overflows, or vanishes although g does not: 0 would say that g is 0."""
+    (x, y), model = samples(4), nn.Linear(4, 3, bias=False)
+    method = GradientCosine(model, Classification(), {"t": [(x, y)]}).fit()
+    scaled = torch.stack([x[0], torch.zeros(4), x[2] * 1e25, x[3] * 1e-25])
+    wrong = model(scaled).argmin(1)  # of large logits: the gradient is not 0
+    got = assay.score([(scaled, wrong)], [method])["gradient_cosine"].to_numpy()
+    assert np.isnan(got).tolist() == [False, False, True, True]
+    assert got[1] == 0
+
+
+def test_a_fit_that_fails_or_is_a_copys_changes_nothing():
+    first, second = samples(3), samples(4)
+    method = GradientCosine(Wide(), Classification(), {"a": [first], "b": [second]}).fit()
+    want = assay.score([second], [method])
+    other = copy.copy(method)
+    other.targets = TargetSet(method.name, {"a": [second], "b": [first]})
+    other.fit()
+    assert assay.score([second], [method]).equals(want)
+    broken = (torch.full((2, 4), torch.nan), torch.zeros(2, dtype=torch.long))
+    method.targets = TargetSet(method.name, {"a": [second], "b": [broken]})
+    with pytest.raises(ValueError, match="target 'b' has no samples with a finite gradient: of 2, 0 have a loss"):
+        method.fit()
+    assert assay.score([second], [method]).equals(want)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import assay
-from assay.methods import EKFAC, LESS, TRAK, AdamState, DsDm, Kernel, LoGra, Scorer, TrackStar
+from assay.methods import EKFAC, LESS, TRAK, AdamState, DsDm, GradientCosine, Kernel, LoGra, Scorer, TrackStar
 from assay.methods.influence import Influence, damping_units
 from assay.probe import Probe
-from assay.tasks import CausalLM, Classification
+from assay.tasks import CausalLM, Classification, Margin
+from tests.methods.contract import texts
 
 POOL = 60
 
@@ -274,6 +276,80 @@ def test_ekfac_leaves_out_what_is_not_finite(problem, true_fisher: bool) -> None
         EKFAC(models[0], Classification(), {"t": [(broken[7:8], y[7:8])]}, true_fisher=False).fit([(x, y)])
 
 
+@pytest.mark.parametrize("true_fisher", [True, False])
+def test_ekfac_counts_only_samples_with_a_loss(true_fisher: bool) -> None:
+    """Texts with nothing to predict change neither the target's mean nor the pool's curvature."""
+    torch.manual_seed(0)
+    model, ids = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9)), torch.randint(9, (10, 6))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return self.inner(input_ids)
+
+    def batch(rows: slice, silent: int) -> dict[str, Tensor]:
+        labels = torch.cat([ids[rows], torch.full((silent, 6), -100)])
+        return {"input_ids": torch.cat([ids[rows], ids[:1].expand(silent, -1)]), "labels": labels}
+
+    def scores(silent: int) -> dict[str, Tensor]:
+        target = {"t": [batch(slice(4), silent)]}
+        method = EKFAC(Model(), CausalLM(), target, self_influence=True, true_fisher=true_fisher)
+        return Scorer([method.fit([batch(slice(10), silent)])])(batch(slice(10), 0))
+
+    want, got = scores(0), scores(12)
+    if true_fisher:  # more rows draw other labels: about the same curvature
+        assert 0.5 < float(got["ekfac_self"].sum() / want["ekfac_self"].sum()) < 2
+    else:
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4 * float(want["ekfac"].abs().max()))
+    silent, full = [batch(slice(0), 3)], [batch(slice(4), 0)]
+    make = lambda target: EKFAC(Model(), CausalLM(), {"t": target}, true_fisher=true_fisher)  # noqa: E731
+    with pytest.raises(ValueError, match="target 't' has no samples with a finite gradient: of 3, 0 have a loss"):
+        make(silent).fit(full)
+    with pytest.raises(ValueError, match=r"the pool .* has no samples with a finite gradient: of 3, 0 have a loss"):
+        make(full).fit(silent)
+    with pytest.raises(ValueError, match="target 't' has no samples with a finite gradient"):
+        GradientCosine(Model(), CausalLM(), {"t": silent}).fit()
+
+
+def test_ekfac_of_a_pool_without_a_finite_gradient_is_refused_and_leaves_the_last_fit(problem) -> None:
+    models, (x, y), target = problem
+    method = EKFAC(models[0], Classification(), {"t": [target]}, self_influence=True, true_fisher=False)
+    want = run(method, (x, y))
+    for pool in ((x * torch.nan, y), (x[:0], y[:0])):
+        with pytest.raises(ValueError, match=r"ekfac: the pool that fit\(\) was given has no samples"):
+            method.fit([pool])
+    linear, large = nn.Linear(6, 3, bias=False), x * 1e30  # a loss, but no square of a gradient
+    with pytest.raises(ValueError, match=f"of {POOL}, {POOL} have a loss"):
+        EKFAC(linear, Classification(), {"t": [target]}, true_fisher=False).fit([(large, linear(large).argmin(1))])
+    copy.copy(method).fit([(x[:20], y[:20])])
+    table = assay.score([(x, y)], [method])
+    for name, scores in want.items():
+        assert table[name].to_pylist() == scores.tolist()
+
+
+def test_ekfac_of_bare_parameters_has_their_diagonal(problem) -> None:
+    _, (x, y), target = problem
+
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift, self.scale = nn.Parameter(torch.zeros(6)), nn.Parameter(torch.tensor(2.0))
+            self.head = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.scale * (x + self.shift).tanh())
+
+    model = Shifted()
+    EKFAC(model, Classification(), {"t": [target]}, self_influence=True).fit([(x, y)])
+    method = EKFAC(model, Classification(), {"t": [target]}, layers=["shift", "scale"], damping=0.0, true_fisher=False)
+    got = run(method, (x, y))["ekfac"]
+    own, aim = (gradients(model, *data)[:, :7] for data in ((x, y), target))
+    torch.testing.assert_close(got, own @ (aim.mean(0) / own.square().mean(0)), rtol=1e-4, atol=1e-5)
+
+
 def test_every_batch_draws_labels_of_its_own() -> None:
     """One sample at a time, the curvature must still be an average over labels."""
     torch.manual_seed(0)
@@ -482,3 +558,15 @@ def test_score_features_says_what_it_wants(problem) -> None:
     doubting = TRAK(models, Classification(), {"t": [target]}, name="m").fit([target])
     with pytest.raises(ValueError, match=r"m: expected doubts \[\(3,\), \(3,\)\], got none"):
         doubting.score_features([torch.zeros(3, 256)] * 2)
+
+
+def test_a_margin_of_nothing_is_nan_and_no_part_of_a_targets_mean() -> None:
+    world = texts()
+    broken = world.collate([world.broken, world.samples[0]])
+    assert Margin(CausalLM()).forward(world.models[0], broken).losses.isnan().tolist() == [True, False]
+    scores = []
+    for silent in (0, 5):
+        target = world.collate([*world.samples[:4], *[world.broken] * silent])
+        method = Influence(world.models[:1], Margin(CausalLM()), {"t": [target]}, Kernel(), EXACT)
+        scores.append(Scorer([method.fit()])(world.pool[0])["influence"])
+    torch.testing.assert_close(*scores)

@@ -254,3 +254,25 @@ def test_errors(problem) -> None:
         InfluenceDistillation(model, Classification(), {"x": []}).fit([pool])
     with pytest.raises(ValueError, match="expected exactly one"):
         make(at="nowhere").fit([pool])
+
+
+def test_layers_that_are_left_out_are_named():
+    class Halved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.odd = nn.Linear(5, 3), Odd(5, 3)
+
+        def forward(self, x):
+            return self.first(x) + self.odd(x)
+
+    class Odd(nn.Linear):
+        """A subclass: nobody knows what it computes."""
+
+    torch.manual_seed(0)
+    batches = [(torch.randn(12, 5), torch.arange(12) % 3)]
+    method = InfluenceDistillation(
+        Halved(), Classification(), {"t": batches}, landmarks=8, sketch=assay.Kronecker(4, 4), skip_unsupported=True
+    )
+    facts = method.fit(batches).metadata()
+    assert facts["left_out_layers"] == "odd"
+    assert facts["coverage"] == "0.5000"

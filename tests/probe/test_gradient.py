@@ -182,3 +182,28 @@ def test_outer_and_total_of_every_kind_of_term() -> None:
     assert finite.tolist() == [True, False, True, True]
     torch.testing.assert_close(total, matrix.dense((3, 6))[finite].sum(0))
     assert PerSampleGradient(torch.Size((3, 6)), [matrix, rows]).outer() is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_gradient_is_finite_where_its_numbers_are(dtype: torch.dtype) -> None:
+    """Also where its square, or a factor's, is beyond the type; not where only its factors are finite."""
+    large = torch.finfo(dtype).max / 8
+    left, right = torch.ones(5, 2, 3, dtype=dtype), torch.ones(5, 2, 4, dtype=dtype)
+    left[0] = large  # a gradient of 2 · max / 8
+    left[1], right[1] = large, 1 / large
+    left[2], right[2] = large, large
+    left[3, 0], right[3, 1] = large, large  # one where the other is 0
+    left[3, 1], right[3, 0] = 0, 0
+    left[4, 0, 0], right[4] = torch.inf, 0
+    outer, finite = Outer(left, right), [True, True, False, True, False]
+    assert outer.finite().tolist() == outer.dense((3, 4)).isfinite().flatten(1).all(1).tolist() == finite
+    assert Outer(left[:, :0], right[:, :0]).finite().all()
+    one_by_one = Scatter(torch.zeros(5, 2, dtype=torch.long), right * left[..., :1])
+    for term in (outer, one_by_one, Dense(outer.dense((3, 4)))):
+        total, mask = PerSampleGradient(torch.Size((3, 4)), [term]).total()
+        assert mask.tolist() == finite
+        assert total[0, 0] == pytest.approx(2 * large + 2)
+
+
+def test_a_shape_is_a_size() -> None:
+    assert PerSampleGradient((3, 2), [Dense(torch.ones(4, 3, 2))]).total()[0].tolist() == [[4.0] * 2] * 3  # type: ignore[arg-type]

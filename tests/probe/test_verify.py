@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from assay.probe import Probe, SqNorm, tapped_parameters
 from assay.probe.verify import signs
-from assay.tasks import CausalLM, Classification
+from assay.tasks import CausalLM, Classification, Margin
 
 
 class FunctionallyTied(nn.Module):
@@ -282,3 +282,37 @@ def test_cancelling_samples_raise_no_false_alarm() -> None:
 
 def test_verify_can_be_turned_off() -> None:
     Probe(randomise(FunctionallyTied()), CausalLM(), verify=False)({"input_ids": torch.randint(7, (3, 5))})
+
+
+def test_the_reading_that_is_checked_is_the_one_that_is_booked() -> None:
+    """Factors are the first reading's, also where only another one has reductions."""
+    torch.manual_seed(0)
+    model, task, (x, y) = Positions(torch.float64), Classification(), classes(6, 6, 8)  # T = B: read twice
+    norms = {"norm": SqNorm(tapped_parameters(model))}
+    loss, margin = Probe(model, task, factors="head", readings=[(Margin(task), norms)]).read((x, y))
+    factors = loss.factors["head"]
+    F.cross_entropy(model(x), y, reduction="sum").backward()
+    close(torch.einsum("bto,bti->oi", factors.grads, factors.inputs), model.head.weight.grad, 1e-9, "head")
+    alone = Probe(model, Margin(task), reductions=norms)((x, y))
+    close(margin.reduced["norm"], alone.reduced["norm"], 1e-9, "norm")
+
+
+@pytest.mark.parametrize("scale", [1e-28, 1e28])
+def test_gradients_whose_squares_are_beyond_their_type_raise_no_false_alarm(scale: float) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 3, bias=False), torch.randn(8, 4) * scale
+    y = model(x).argmin(1)
+    Probe(model, Classification(), factors="*")((x, y))
+
+    class Wrong(nn.Module):
+        """Uses a weight of a layer twice, once behind its back."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) + F.linear(x.flip(1), self.layer.weight)
+
+    with pytest.raises(RuntimeError, match="do not add up to autograd's gradient"):
+        Probe(Wrong(), Classification(), factors="*")((x, y))

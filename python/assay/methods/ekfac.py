@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -13,9 +12,10 @@ from torch import Tensor, nn
 from assay.methods.base import Column, Method, Need
 from assay.methods.checks import check_at_least
 from assay.methods.influence import damping_units
+from assay.methods.sums import Folded, Sums, fold
 from assay.methods.targets import Targets, TargetSet
-from assay.probe import Dot, Outer, PerSampleGradient, Probe, Reduction, Signals, tapped_parameters
-from assay.tasks import Sampled, Task
+from assay.probe import Dot, Outer, PerSampleGradient, Reduction, Signals, tapped_parameters
+from assay.tasks import Task
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -112,34 +112,28 @@ class EKFAC(Method):
         """Take the curvature from samples of the pool (gone through twice), then the targets' gradients.
 
         Raises:
-            ValueError: an empty pool, a target without samples, or none of them with a finite gradient.
+            ValueError: a pool or a target without samples, or none of them with a loss and a finite gradient.
         """
-        batches = list(pool)
-        moments = _Moments(self.parameters)
-        if not self._run(moments, batches, drawn=self.true_fisher):
-            raise ValueError(f"{self.name}: fit() needs samples of the pool, got none with a loss")
-        self._bases = moments.bases()
-        eigenvalues = _Eigenvalues(self._bases)
-        count = self._run(eigenvalues, batches, drawn=self.true_fisher)
-        means = [basis.average(count - eigenvalues.left_out[name]) for name, basis in self._bases.items()]
-        units = [1.0] * len(means) if self.absolute_damping else damping_units(self._bases, means)
-        for basis, unit in zip(self._bases.values(), units, strict=True):
+        batches, moments = list(pool), _Moments(self.parameters)
+        self._run(moments, batches, drawn=self.true_fisher)
+        bases = moments.bases()
+        eigenvalues = _Eigenvalues(self.parameters, bases)
+        folded = self._run(eigenvalues, batches, drawn=self.true_fisher)
+        folded.check(f"{self.name}: the pool that fit() was given", self.parameters)
+        means = [basis.average(folded.count(name)) for name, basis in bases.items()]
+        units = [1.0] * len(means) if self.absolute_damping else damping_units(bases, means)
+        for basis, unit in zip(bases.values(), units, strict=True):
             basis.damp(self.damping * unit)
-        for target, gradient in self.targets.gradients(self._run, self.parameters).items():
-            self._directions[target] = {name: self._bases[name].precondition(g) for name, g in gradient.items()}
+        gradients, left_out = self.targets.gradients(self._run, self.parameters)
+        self._directions = {
+            target: {name: bases[name].precondition(g) for name, g in gradient.items()}
+            for target, gradient in gradients.items()
+        }
+        self._bases, self.left_out = bases, folded.left_out | left_out
         return self
 
-    def _run(self, reduction: Reduction, batches: Iterable[Any], drawn: bool = False) -> int:
-        """Fold every batch's gradients -> the number of samples with something to predict."""
-        count = 0
-        skip = self.skip_unsupported
-        probe = Probe(self.model, self.task, reductions={"x": reduction}, logits=False, skip_unsupported=skip)
-        for i, batch in enumerate(batches):
-            if drawn:  # the same labels whenever this batch comes
-                probe.task = Sampled(self.task, seed=i)
-            count += len(probe(batch).losses)
-        self.left_out |= probe.left_out
-        return count
+    def _run(self, sums: Sums, batches: Iterable[Any], drawn: bool = False) -> Folded:
+        return fold(self.model, self.task, sums, batches, skip_unsupported=self.skip_unsupported, drawn=drawn)
 
     def score(self, signals: Mapping[str, Signals]) -> dict[str, Tensor]:
         reduced = signals["model"].reduced
@@ -212,27 +206,28 @@ class _Basis:
 
 
 @dataclass
-class _Moments:
-    """A reduction that adds up the second moments of both factors, over positions that have a gradient."""
+class _Moments(Sums):
+    """Adds up the second moments of both factors, over positions that have a gradient."""
 
-    parameters: Collection[str]
     left: dict[str, Tensor] = field(default_factory=dict)
     right: dict[str, Tensor] = field(default_factory=dict)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     other: set[str] = field(default_factory=set)
 
-    def __call__(self, parameter: str, gradient: PerSampleGradient) -> Tensor:
-        if (factors := _factored(gradient)) is not None:
-            finite = factors.finite()
-            left, right = (_wide(side[finite].flatten(0, 1)) for side in (factors.left, factors.right))
-            has_gradient = (left != 0).any(1) & (right != 0).any(1)
-            for sums, rows in ((self.left, left[has_gradient]), (self.right, right[has_gradient])):
-                moment = (rows.T @ rows).double()
-                sums[parameter] = sums[parameter] + moment if parameter in sums else moment
-            self.dtypes[parameter] = left.dtype
-        else:
+    def add(self, parameter: str, gradient: PerSampleGradient) -> Tensor:
+        if (factors := _factored(gradient)) is None:
             self.other.add(parameter)
-        return torch.zeros(gradient.samples)
+            return torch.ones(gradient.samples, dtype=torch.bool)
+        both = [_wide(side) for side in (factors.left, factors.right)]
+        energies = [side.square().flatten(1).sum(1) for side in both]  # bounds of the moments, which must be finite
+        finite = (energies[0] * energies[1]).isfinite()
+        left, right = (side[finite].flatten(0, 1) for side in both)
+        has_gradient = (left != 0).any(1) & (right != 0).any(1)
+        for sums, rows in ((self.left, left[has_gradient]), (self.right, right[has_gradient])):
+            moment = (rows.T @ rows).double()
+            sums[parameter] = sums[parameter] + moment if parameter in sums else moment
+        self.dtypes[parameter] = left.dtype
+        return finite
 
     def bases(self) -> dict[str, _Basis]:
         bases = {name: _Basis(None, None) for name in self.parameters}
@@ -243,25 +238,20 @@ class _Moments:
 
 
 @dataclass
-class _Eigenvalues:
-    """A reduction that adds up Λ, in place in the bases."""
+class _Eigenvalues(Sums):
+    """Adds up Λ, in place in the bases."""
 
     bases: Mapping[str, _Basis]
-    left_out: Counter[str] = field(default_factory=Counter)  # samples without a finite gradient
 
-    @property
-    def parameters(self) -> Collection[str]:
-        return self.bases.keys()
-
-    def __call__(self, parameter: str, gradient: PerSampleGradient) -> Tensor:
-        basis = self.bases[parameter]
+    def add(self, parameter: str, gradient: PerSampleGradient) -> Tensor:
+        basis, masks = self.bases[parameter], []
         for rotated in basis.rotated(gradient):
             squares = rotated.square()
-            finite = squares.flatten(1).isfinite().all(1)
-            self.left_out[parameter] += int((~finite).sum())
+            finite = squares.isfinite().reshape(len(squares), -1).all(1)  # a scalar has no second dimension
             total = squares[finite].sum(0)
             basis.values = total if basis.values is None else basis.values + total
-        return torch.zeros(gradient.samples)
+            masks.append(finite)
+        return torch.cat(masks)
 
 
 @dataclass(frozen=True)
@@ -279,7 +269,7 @@ class _SelfInfluence:
         if basis.values is None:
             return torch.zeros(gradient.samples)
         values = basis.values
-        return torch.cat([(rotated.square() / values).flatten(1).sum(1) for rotated in basis.rotated(gradient)])
+        return torch.cat([(r.square() / values).reshape(len(r), -1).sum(1) for r in basis.rotated(gradient)])
 
 
 def _factored(gradient: PerSampleGradient) -> Outer | None:

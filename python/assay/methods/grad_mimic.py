@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from assay.methods.base import Column, Method, Need
 from assay.methods.checks import difference
+from assay.methods.sums import cosines
 from assay.probe import Dot, Reduction, Signals, SqNorm, tapped_parameters
 from assay.tasks import Task
 
@@ -70,28 +71,29 @@ class GradMimic(Method):
         self.parameters = tapped_parameters(model, layers, skip_unsupported=skip_unsupported)
         check_reference(model, reference, self.parameters)
         self._taken: Direction | None = None
+        self._left_out: frozenset[str] = frozenset()  # parameters that could not be tapped after all
         self._pairs: list[tuple[Tensor, Tensor]] = []
         self._lineage: float | None = None
 
     @property
     def direction(self) -> Mapping[str, Tensor]:
-        """v = θ_ref − θ by parameter. A copy of the chosen parameters in size, made when it is first asked for."""
+        """v = θ_ref − θ by parameter, those of ``norm``. Copies in size, made when first asked for."""
         return self._direction().steps
 
     @property
     def norm(self) -> float:
-        """‖v‖."""
+        """‖v‖, over the parameters that could be tapped in what was scored so far."""
         return self._direction().norm
 
     @property
     def share(self) -> float:
-        """The share of ‖v‖² over all trainable parameters that the chosen layers hold."""
+        """The share of ‖v‖² over all trainable parameters that those of ``norm`` hold."""
         return self._direction().share
 
     def _direction(self) -> Direction:
         if self._taken is None:
             self._taken = direction_towards(self.model, self.reference, self.parameters)
-        return self._taken
+        return self._taken.without(self._left_out)
 
     def refresh(self) -> None:
         """Take the direction anew: call after the model has moved."""
@@ -132,6 +134,7 @@ class GradMimic(Method):
 
     def score(self, signals: Mapping[str, Signals]) -> dict[str, Tensor]:
         model, reference = signals["model"], signals["reference"]
+        self._left_out = model.left_out
         nothing = model.losses.isnan()  # to predict: such a row has gradient 0, which would rank it above harmful ones
         dot = model.reduced["direction"].masked_fill(nothing, torch.nan)
         mimic = -dot / self.norm
@@ -143,11 +146,11 @@ class GradMimic(Method):
             self._named("rho"): rho,
         }
         if self.cosine or self.grad_norm:
-            norm = model.reduced["sqnorm"].sqrt().masked_fill(nothing, torch.nan)
-            if self.cosine:  # a gradient of zero points nowhere
-                scores[self._named("mimic_cosine")] = torch.where(norm == 0, 0.0, mimic / norm)
+            sqnorm = model.reduced["sqnorm"].masked_fill(nothing, torch.nan)
+            if self.cosine:
+                scores[self._named("mimic_cosine")] = cosines(mimic, sqnorm)
             if self.grad_norm:
-                scores[self._named("grad_norm")] = norm
+                scores[self._named("grad_norm")] = sqnorm.sqrt()
         self._check_lineage(-dot, rho)
         return scores
 
@@ -189,11 +192,28 @@ class GradMimic(Method):
 
 @dataclass(frozen=True)
 class Direction:
-    """v = θ_ref − θ by parameter, in float32; ‖v‖; and the share of ‖v‖² over all trainable parameters."""
+    """v = θ_ref − θ by parameter, in float32, and its squared length in every trainable parameter."""
 
     steps: Mapping[str, Tensor]
-    norm: float
-    share: float
+    squares: Mapping[str, float]
+
+    @property
+    def norm(self) -> float:
+        """‖v‖."""
+        return math.sqrt(self._square)
+
+    @property
+    def share(self) -> float:
+        """Of ‖v‖² over all trainable parameters."""
+        return self._square / math.fsum(self.squares.values())
+
+    @property
+    def _square(self) -> float:
+        return math.fsum(self.squares[name] for name in self.steps)
+
+    def without(self, names: Collection[str]) -> Direction:
+        """In the other parameters alone."""
+        return replace(self, steps={name: step for name, step in self.steps.items() if name not in names})
 
 
 def check_reference(model: nn.Module, reference: nn.Module, parameters: Sequence[str]) -> None:
@@ -221,12 +241,10 @@ def direction_towards(model: nn.Module, reference: nn.Module, parameters: Sequen
             squares[name] = float(step.double().square().sum())
             if name in parameters:
                 steps[name] = step
-    tapped = math.fsum(squares[name] for name in parameters)
-    if not tapped > 0:
-        raise ValueError(f"reference: the direction to it has length {math.sqrt(tapped)}, which says nothing")
-    return Direction(
-        {name: steps[name] for name in parameters}, math.sqrt(tapped), tapped / math.fsum(squares.values())
-    )
+    direction = Direction({name: steps[name] for name in parameters}, squares)
+    if not direction.norm > 0:
+        raise ValueError(f"reference: the direction to it has length {direction.norm}, which says nothing")
+    return direction
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:

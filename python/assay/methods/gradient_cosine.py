@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from assay.methods.base import Column, Method, Need
+from assay.methods.sums import Folded, Sums, cosines, fold
 from assay.methods.targets import Targets, TargetSet
-from assay.probe import Dot, Probe, Reduction, Signals, SqNorm, tapped_parameters
+from assay.probe import Dot, Reduction, Signals, SqNorm, tapped_parameters
 from assay.tasks import Task
 
 if TYPE_CHECKING:
@@ -24,8 +26,8 @@ class GradientCosine(Method):
     step on sample i upon the target's loss is ⟨∇ℓ_i, g_t⟩ (TracIn, section 3); at length 1 a loud sample does not win.
     Without a second moment, directions that all samples share count fully: see ``TRAK`` and ``LoGra``.
 
-    Columns: ``gradient_cosine``, and one per target if there are several. NaN for a sample with nothing to predict, 0
-    for one whose gradient is 0.
+    Columns: ``gradient_cosine``, and one per target if there are several. NaN for a sample with nothing to predict or
+    whose ‖∇ℓ_i‖² is beyond float32, 0 for one whose gradient is 0.
 
     Args:
         model: the model that the data is to train.
@@ -75,28 +77,33 @@ class GradientCosine(Method):
         """Take the targets' mean gradients; the pool is not looked at.
 
         Raises:
-            ValueError: a target without samples, without a finite gradient, or whose gradients cancel to 0.
+            ValueError: a target without samples, without a loss and a finite gradient, or whose gradients cancel to 0.
         """
-        for target, gradient in self.targets.gradients(self._run, self.parameters).items():
+        gradients, left_out = self.targets.gradients(self._run, self.parameters)
+        directions = {}
+        for target, gradient in gradients.items():
             norm = torch.stack([g.double().square().sum() for g in gradient.values()]).sum().sqrt()
             if not norm > 0:
                 raise ValueError(f"{self.name}: the gradients of target {target!r} add up to 0: it has no direction")
-            self._directions[target] = {name: (g / norm).to(g) for name, g in gradient.items()}
+            directions[target] = {name: (g / norm).to(g) for name, g in gradient.items()}
+        self._directions, self.left_out = directions, left_out
         return self
 
-    def _run(self, reduction: Reduction, batches: Iterable[Any]) -> int:
-        skip = self.skip_unsupported
-        probe = Probe(self.model, self.task, reductions={"sum": reduction}, logits=False, skip_unsupported=skip)
-        count = sum(len(probe(batch).losses) for batch in batches)
-        self.left_out |= probe.left_out
-        return count
+    def _run(self, sums: Sums, batches: Iterable[Any]) -> Folded:
+        return fold(self.model, self.task, sums, batches, skip_unsupported=self.skip_unsupported)
 
     def score(self, signals: Mapping[str, Signals]) -> dict[str, Tensor]:
         signal = signals["model"]
-        norm = signal.reduced["\0sqnorm"].sqrt()[:, None]
-        dots = torch.stack([signal.reduced[target] for target in self.targets.batches], 1)
-        cosines = torch.where(norm == 0, 0.0, dots / norm).masked_fill(signal.losses.isnan()[:, None], torch.nan)
-        return self.targets.scores(cosines)
+        dots = torch.stack([signal.reduced[t] / self._length(t, signal.left_out) for t in self.targets.batches], 1)
+        nothing = signal.losses.isnan()[:, None]  # to predict
+        return self.targets.scores(cosines(dots, signal.reduced["\0sqnorm"]).masked_fill(nothing, torch.nan))
+
+    def _length(self, target: str, left_out: frozenset[str]) -> float:
+        """‖direction‖ over the parameters that samples have gradients in: 1 unless a layer is left out only now."""
+        direction = self._directions[target]
+        if left_out.isdisjoint(direction):
+            return 1.0
+        return math.sqrt(sum(float(d.double().square().sum()) for n, d in direction.items() if n not in left_out))
 
     def metadata(self) -> dict[str, str]:
         return {"targets": str(self.targets)}

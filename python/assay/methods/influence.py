@@ -168,23 +168,25 @@ class Influence(Method):
         if self.kernel.damping is None:
             self._queries = [self._target_means(k) for k in range(len(self.models))]
             return self
-        moments, self._samples = self._pool_moments(pool)
+        moments, samples = self._pool_moments(pool)
         if self.kernel.whiten:
             share = self.kernel.target_share
             for k, blocks in enumerate(moments if share else []):
                 moments[k] = [(1 - share) * r + share * t for r, t in zip(blocks, self._target_moments(k), strict=True)]
-            self._roots = [
+            roots = [
                 [_inverse_root(r, λ) for r, λ in zip(blocks, self._dampings(blocks), strict=True)] for blocks in moments
             ]
-            self._queries = [self._target_means(k) for k in range(len(self.models))]
+            self._queries = [self._target_means(k, own) for k, own in enumerate(roots)]
+            self._roots = roots
         else:
             self._queries = [self._solve(self._target_means(k), blocks) for k, blocks in enumerate(moments)]
+        self._samples = samples  # as all that is fitted, only when nothing can fail any more
         return self
 
-    def _target_means(self, k: int) -> Tensor:
+    def _target_means(self, k: int, roots: Sequence[Tensor] | None = None) -> Tensor:
         """(targets, size) float64: the mean feature of each target's samples."""
         probe = self._probe(k, target=True)
-        return self.targets.means(lambda batch: self._transformed(k, self._features(probe, batch)))
+        return self.targets.means(lambda batch: self._transformed(self._features(probe, batch), roots))
 
     def _pool_moments(self, batches: Iterable[Any]) -> tuple[list[list[Tensor]], int]:
         """Per checkpoint and block ΦᵀΦ/n in float64, and n."""
@@ -224,7 +226,7 @@ class Influence(Method):
 
     def _features(self, probe: Probe, batch: Any) -> Tensor:
         features = sample_features(probe(batch))
-        self.left_out |= probe.left_out
+        self.left_out = self.left_out | probe.left_out  # a copy's is its own
         return features
 
     def _probe(self, k: int, *, target: bool) -> Probe:
@@ -236,11 +238,11 @@ class Influence(Method):
             skip_unsupported=self.skip_unsupported,
         )
 
-    def _transformed(self, k: int, features: Tensor) -> Tensor:
-        """Raw features as the kernel compares them."""
-        if self._roots is not None:
-            roots = zip(self._blocks(), self._roots[k], strict=True)
-            features = torch.cat([features[:, place] @ root.to(features) for place, root in roots], 1)
+    def _transformed(self, features: Tensor, roots: Sequence[Tensor] | None) -> Tensor:
+        """Raw features as the kernel compares them; ``roots`` as the checkpoint's in ``_roots``."""
+        if roots is not None:
+            by_block = zip(self._blocks(), roots, strict=True)
+            features = torch.cat([features[:, place] @ root.to(features) for place, root in by_block], 1)
         if self.kernel.normalize:  # a sample without a gradient has no direction: it stays 0
             features = torch.nn.functional.normalize(features, dim=1)
         return features
@@ -276,7 +278,8 @@ class Influence(Method):
         self._check(features, doubts)
         total = torch.zeros(())
         for k, (mine, queries, weight) in enumerate(zip(features, fitted, self.weights, strict=True)):
-            wide = self._transformed(k, mine if mine.dtype == torch.float64 else mine.float())
+            roots = None if self._roots is None else self._roots[k]
+            wide = self._transformed(mine if mine.dtype == torch.float64 else mine.float(), roots)
             total = total.to(wide.device) + weight * (wide @ queries.to(wide).T)  # (B, targets)
         if doubts is not None:
             total = total * torch.stack([d.to(total) for d in doubts]).mean(0)[:, None]

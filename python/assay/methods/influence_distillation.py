@@ -16,7 +16,7 @@ from assay.methods.less import AdamSketched
 from assay.methods.targets import Targets, TargetSet
 from assay.ops import Kronecker, Rademacher, Sketch
 from assay.probe import AdamState, Feature, Jvp, Probe, Signals, Sketched, tapped_parameters
-from assay.probe.selection import find_module
+from assay.probe.selection import coverage, find_module, select
 from assay.tasks import Task
 
 if TYPE_CHECKING:
@@ -92,7 +92,8 @@ class InfluenceDistillation(Method):
         check_at_least("damping", damping, 0)
         self.landmarks, self.spread, self.damping = landmarks, kernel, damping
         self.sketch, self.together = sketch or Kronecker(64, 64), True
-        self.optimizer, self.seed, self.skip_unsupported = optimizer, seed, skip_unsupported
+        self.optimizer, self.seed = optimizer, seed
+        self.layers, self.skip_unsupported = layers, skip_unsupported
         self.parameters = tapped_parameters(model, layers, skip_unsupported=skip_unsupported)
         self.shapes = parameter_shapes(model, self.parameters)
         if optimizer is not None:
@@ -141,13 +142,12 @@ class InfluenceDistillation(Method):
         feature, skip = self.feature(target=True), self.skip_unsupported
         probe = Probe(self.model, self.task, reductions={"feature": feature}, logits=False, skip_unsupported=skip)
         queries = torch.nn.functional.normalize(self.targets.means(lambda x: sample_features(probe(x))), dim=1)
-        self.left_out |= probe.left_out
+        self.left_out = self.left_out | probe.left_out
         embeddings, features = self._landmarks(list(pool))
         p = torch.nn.functional.normalize(features, dim=1) @ queries.to(features).T
-        self._anchors = embeddings
         distances = torch.pdist(embeddings)
-        self._bandwidth = float(distances[distances > 0].median()) if bool((distances > 0).any()) else 1.0
-        gram = self._kernel(embeddings)
+        bandwidth = float(distances[distances > 0].median()) if bool((distances > 0).any()) else 1.0
+        gram = self._kernel(embeddings, embeddings, bandwidth)
         gram.diagonal().add_(self.damping * gram.diagonal().mean())
         factor, failed = torch.linalg.cholesky_ex(gram)
         if int(failed):
@@ -158,7 +158,7 @@ class InfluenceDistillation(Method):
         coefficients = torch.cholesky_solve(p, factor)
         # Each landmark as the regression on all others predicts it: p_i − α_i / (K⁻¹)_ii.
         left_out = p - coefficients / torch.cholesky_inverse(factor).diagonal()[:, None]
-        self._coefficients, self._samples = coefficients, len(p)
+        self._anchors, self._bandwidth, self._coefficients, self._samples = embeddings, bandwidth, coefficients, len(p)
         self._correlation = [float(torch.corrcoef(torch.stack(x))[0, 1]) for x in zip(left_out.T, p.T, strict=True)]
         return self
 
@@ -185,19 +185,19 @@ class InfluenceDistillation(Method):
         embeddings, features = (torch.cat(parts) for parts in zip(*found, strict=True))
         return embeddings, features
 
-    def _kernel(self, embeddings: Tensor) -> Tensor:
-        """K(embeddings, landmarks) in float64: the ridge's small damping leaves no room for float32's rounding."""
-        embeddings, anchors = embeddings.double(), self._anchors.to(embeddings.device)
+    def _kernel(self, embeddings: Tensor, anchors: Tensor, bandwidth: float) -> Tensor:
+        """K(embeddings, anchors) in float64: the ridge's small damping leaves no room for float32's rounding."""
+        embeddings, anchors = embeddings.double(), anchors.to(embeddings.device)
         if self.spread == "linear":
             return embeddings @ anchors.T
         # Distances from differences: from products, close neighbours would cancel.
         distances = torch.cdist(embeddings, anchors, compute_mode="donot_use_mm_for_euclid_dist")
-        return torch.exp(-0.5 * (distances / self._bandwidth).square())
+        return torch.exp(-0.5 * (distances / bandwidth).square())
 
     def score(self, signals: Mapping[str, Signals]) -> dict[str, Tensor]:
         if self._coefficients is None:
             raise RuntimeError(f"{self.name}: call fit() before scoring")
-        kernel = self._kernel(signals["model"].reduced["embedding"])
+        kernel = self._kernel(signals["model"].reduced["embedding"], self._anchors, self._bandwidth)
         scores = self.targets.scores(kernel @ self._coefficients.to(kernel.device))
         nothing = signals["model"].losses.isnan()  # to predict
         return {column: score.masked_fill(nothing, torch.nan) for column, score in scores.items()}
@@ -210,6 +210,9 @@ class InfluenceDistillation(Method):
             "landmark_correlation": ", ".join(f"{x:.4f}" for x in self._correlation),
             "kernel": f"{self.spread}, damping {self.damping}",
         }
+        if dropped := sorted({*select(self.model, self.layers, self.skip_unsupported).left_out, *self.left_out}):
+            facts["coverage"] = f"{coverage(self.model, set(self.parameters) - set(dropped)):.4f}"
+            facts["left_out_layers"] = ", ".join(dict.fromkeys(name.rpartition(".")[0] or name for name in dropped))
         if self._correlation and not min(self._correlation) >= _LEAST_CORRELATION:
             facts["warning"] = (
                 f"landmarks' scores are hardly predicted from one another's (correlation "

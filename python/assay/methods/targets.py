@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from assay.methods.base import Column
-from assay.probe import PerSampleGradient, Reduction
+from assay.methods.sums import Folded, Sums, Total
 
 Targets = Mapping[str, Iterable[Any]]
 """Batches of the task, by the target's name; gone through several times, so lists rather than generators."""
@@ -61,30 +60,36 @@ class TargetSet:
         return {self.name: together, **{f"{self.name}_{t}": each[:, i] for i, t in enumerate(self.batches)}}
 
     def gradients(
-        self, run: Callable[[Reduction, Iterable[Any]], int], parameters: Collection[str]
-    ) -> dict[str, dict[str, Tensor]]:
-        """The mean gradient of each target's samples in the parameters that the loss reaches, of those whose gradient
-        there is finite.
+        self, run: Callable[[Sums, Iterable[Any]], Folded], parameters: Sequence[str]
+    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
+        """The mean gradient of each target's samples in the parameters that the loss reaches: of those with a loss, and
+        a finite gradient there.
 
         Args:
-            run: folds every batch's gradients with a reduction -> the number of samples.
+            run: adds every batch's gradients to a ``Sums``.
             parameters: by name.
 
         Returns:
-            By target: by parameter, of the parameter's shape.
+            By target: by parameter, of the parameter's shape; and the parameters that could not be tapped.
 
         Raises:
-            ValueError: a target without samples, or without a finite gradient in one of the parameters.
+            ValueError: a target without samples, without a loss and a finite gradient in one of the parameters, or
+                whose gradients' sum is not finite.
         """
-        gradients = {}
+        gradients: dict[str, dict[str, Tensor]] = {}
+        left_out: dict[str, str] = {}
         for target, batches in self.batches.items():
-            total = _Total(parameters)
-            count = run(total, batches)
-            if not count or any(left_out >= count for left_out in total.left_out.values()):
-                why = "has no samples with a finite gradient" if count else "has no samples"
-                raise ValueError(f"{self.name}: target {target!r} {why}")
-            gradients[target] = {name: g / (count - total.left_out[name]) for name, g in total.sums.items()}
-        return gradients
+            total, what = Total(parameters), f"{self.name}: target {target!r}"
+            folded = run(total, batches)
+            folded.check(what, parameters)
+            left_out |= folded.left_out
+            gradients[target] = {name: g / folded.count(name) for name, g in total.sums.items()}
+            if not all(bool(g.isfinite().all()) for g in gradients[target].values()):
+                raise ValueError(
+                    f"{what} has finite gradients whose sum is not; give it fewer samples, or a wider model"
+                )
+        each = {t: {name: g for name, g in by_name.items() if name not in left_out} for t, by_name in gradients.items()}
+        return each, left_out
 
     def means(self, features: Callable[[Any], Tensor]) -> Tensor:
         """The mean feature of each target's samples, of those whose feature is finite.
@@ -108,18 +113,3 @@ class TargetSet:
                 raise ValueError(f"{self.name}: none of target {name!r}'s {len(whole)} samples has a finite gradient")
             means.append(finite.mean(0))
         return torch.stack(means)
-
-
-@dataclass
-class _Total:
-    """A reduction that adds the gradients up over samples."""
-
-    parameters: Collection[str]
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    left_out: Counter[str] = field(default_factory=Counter)  # samples without a finite gradient
-
-    def __call__(self, parameter: str, gradient: PerSampleGradient) -> Tensor:
-        total, finite = gradient.total()
-        self.left_out[parameter] += int((~finite).sum())
-        self.sums[parameter] = self.sums[parameter] + total if parameter in self.sums else total
-        return torch.zeros(gradient.samples)

@@ -42,9 +42,12 @@ class Outer:
         return (wide(self.left).mT @ wide(self.right)).reshape(-1, *shape)
 
     def finite(self) -> Tensor:
-        """(B,) bool: the samples whose sum is finite, by a bound of its norm that takes no product of the factors."""
-        left, right = (side.float().square().flatten(1).sum(1) for side in (self.left, self.right))
-        return (left * right).isfinite()
+        """(B,) bool: the samples whose sum is finite. It is multiplied out only where its bound says nothing."""
+        left, right = (F.pad(wide(side.flatten(1)).abs(), (0, 1)).amax(1) for side in (self.left, self.right))
+        finite = (left * right * self.left.shape[1]).isfinite()
+        for b in torch.nonzero(~finite & left.isfinite() & right.isfinite()).flatten().tolist():
+            finite[b] = self.part(slice(b, b + 1)).dense(()).isfinite().all()
+        return finite
 
     @property
     def samples(self) -> int:
@@ -235,6 +238,7 @@ class PerSampleGradient:
     def __post_init__(self) -> None:
         if not self.terms:
             raise ValueError("a PerSampleGradient needs at least one term; a parameter without uses has gradient 0")
+        object.__setattr__(self, "shape", torch.Size(self.shape))  # a value that stands in for a parameter has a tuple
         object.__setattr__(self, "terms", _merge(self.terms, self.shape))
 
     def dot(self, direction: Tensor) -> Tensor:
@@ -299,7 +303,7 @@ class PerSampleGradient:
                 totals.append((left.T @ right).reshape(self.shape))
             else:
                 dense = part.dense()
-                fine = dense.square().reshape(len(dense), -1).sum(1).isfinite()
+                fine = dense.isfinite().reshape(len(dense), -1).all(1)
                 totals.append(dense[fine].sum(0))
             finite.append(fine)
         return _total(totals), torch.cat(finite)

@@ -41,6 +41,7 @@ class Signals:
         row_losses: (B,) or (B, T): the cross entropies that the losses are made of, 0 where nothing is predicted; None
             if the task has none.
         raw: by name, the samples' own columns, each of B values; the probe gives none.
+        left_out: parameters that could not be tapped: nothing here holds their gradients.
     """
 
     losses: Tensor
@@ -53,6 +54,7 @@ class Signals:
     output_layer: OutputLayer | None = None
     row_losses: Tensor | None = None
     raw: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    left_out: frozenset[str] = frozenset()
 
     def with_reduced(self, reduced: Mapping[str, Tensor], raw: Mapping[str, Sequence[Any]] | None = None) -> Signals:
         """The same signals with other reductions, and raw columns; logits that have not been made stay so."""
@@ -186,8 +188,12 @@ class Probe:
                 return self._reread(batch, size, misread)
 
     def _prepare_check(self, batch: Any) -> Check:
-        task = next((reading.task for reading in self._readings if reading.reductions), self._readings[0].task)
-        return prepare_check(self._model, task, batch, self.parameters)
+        return prepare_check(self._model, self._readings[self._differentiated[0]].task, batch, self.parameters)
+
+    @property
+    def _differentiated(self) -> list[int]:
+        """The readings that need a backward pass, one at least where anything is tapped; the first is checked."""
+        return [i for i, reading in enumerate(self._readings) if reading.reductions or (i == 0 and self._keep)]
 
     def _run(self, batch: Any, size: int, check: Check | None) -> list[Signals]:
         mask = self._task.mask(batch)
@@ -224,7 +230,7 @@ class Probe:
     ) -> list[tuple[Outputs, dict[str, Tensor], dict[str, Factors]]]:
         """A backward pass for each reading that needs one."""
         found: list[tuple[Outputs, dict[str, Tensor], dict[str, Factors]]] = []
-        needed = [i for i, reading in enumerate(self._readings) if reading.reductions or (i == 0 and self._keep)]
+        needed = self._differentiated
         for i, (reading, own) in enumerate(zip(self._readings, outputs, strict=True)):
             if own.losses.shape != (recorder.size,):
                 shape = tuple(own.losses.shape)
@@ -244,8 +250,7 @@ class Probe:
 
         Asked before any reduction sees a gradient.
         """
-        losses = next((own.losses for own, r in zip(outputs, self._readings, strict=True) if r.reductions), None)
-        recorder.backward(outputs[0].losses if losses is None else losses, {_CHECK: check}, last=False)
+        recorder.backward(outputs[self._differentiated[0]].losses, {_CHECK: check}, last=False)
         wrong = check.wrong()
         return {n for n, tap in recorder.ambiguous.items() if not wrong.keys().isdisjoint(tap.parameters.values())}
 
@@ -281,6 +286,7 @@ class Probe:
             reduced=reduced,
             output_layer=outputs.output_layer if self._logits else None,
             row_losses=None if outputs.row_losses is None else outputs.row_losses.detach(),
+            left_out=frozenset(self.left_out),
         )
 
     def _kept_logits(self, outputs: Outputs) -> Any:

@@ -22,14 +22,15 @@ class Check:
     """A reduction that measures the probe's gradients against autograd's.
 
     With fixed weights c_b, ordinary autograd gives D_p, the gradient of Σ_b c_b ℓ_b in parameter p. If
-    the probe's per-sample gradients g_b,p are right then Σ_b c_b ⟨g_b,p, D_p⟩ = ‖D_p‖².
+    the probe's per-sample gradients g_b,p are right then Σ_b c_b ⟨g_b,p, D_p⟩ = ‖D_p‖². Both are taken with D_p
+    scaled to a largest entry of 1, for the square of a gradient may be beyond its type.
 
     Attributes:
         weights: c, (B,), 1 or −1, not all equal: a gradient that is booked on the wrong sample changes its sign half
             of the time, and with it the sum.
         gradients: D_p by parameter.
         tolerance: the relative error allowed.
-        dots: ⟨g_b,p, D_p⟩ (B,) by parameter, filled as the probe's backward pass runs.
+        dots: ⟨g_b,p, D_p / max |D_p|⟩ (B,) by parameter, filled as the probe's backward pass runs.
     """
 
     weights: Tensor
@@ -42,8 +43,14 @@ class Check:
         return self.gradients.keys()
 
     def __call__(self, parameter: str, gradient: PerSampleGradient) -> Tensor:
-        self.dots[parameter] = gradient.dot(self.gradients[parameter])
+        expected = self.gradients[parameter]
+        self.dots[parameter] = gradient.dot(expected / self._scale(parameter))
         return self.dots[parameter]
+
+    def _scale(self, parameter: str) -> float:
+        """max |D_p|; 1 of a gradient that is 0, or empty."""
+        gradient = self.gradients[parameter]
+        return (float(gradient.abs().max()) if gradient.numel() else 0.0) or 1.0
 
     def finish(self) -> bool:
         """Compare, and say whether that was conclusive: False if a gradient is not finite.
@@ -76,9 +83,11 @@ class Check:
             dots = self.dots.get(name)
             terms = torch.zeros_like(self.weights) if dots is None else self.weights * dots.to(self.weights.device)
             found, magnitude = float(terms.double().sum()), float(terms.double().abs().sum())
-            slack = self.tolerance * (norm**2 + magnitude) + self.tolerance / 25 * norm * largest
-            if not abs(found - norm**2) <= slack:
-                differ[name] = found, norm**2
+            scale = self._scale(name)
+            expected = norm / scale * norm
+            slack = self.tolerance * (expected + magnitude) + self.tolerance / 25 * norm / scale * largest
+            if not abs(found - expected) <= slack:
+                differ[name] = found * scale, norm**2
         return differ
 
     def _norms(self) -> dict[str, float]:

@@ -54,8 +54,11 @@ class Margin:
             return outputs.with_losses(_from_logits(outputs.logits, labels))
         # log p − log(1 − p), from nll = −log p: the logits have not been made
         other = -torch.expm1(-nll.clamp(min=_LEAST))
-        negative = torch.where(labels.view(nll.shape) == IGNORE, 0.0, nll + other.log())
-        return outputs.with_losses(negative.sum(1) if negative.ndim > 1 else negative)
+        nothing = labels.view(nll.shape) == IGNORE
+        negative = torch.where(nothing, 0.0, nll + other.log())
+        if negative.ndim > 1:
+            negative, nothing = negative.sum(1), nothing.all(1)
+        return outputs.with_losses(negative.masked_fill(nothing, torch.nan))  # as the task's own loss
 
 
 def _from_logits(logits: Tensor, labels: Tensor) -> Tensor:

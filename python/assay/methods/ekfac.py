@@ -16,6 +16,7 @@ from assay.methods.sums import Folded, Sums, fold
 from assay.methods.targets import Targets, TargetSet
 from assay.probe import Dot, Outer, PerSampleGradient, Reduction, Signals, tapped_parameters
 from assay.tasks import Task
+from assay.tasks.base import wide
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -218,7 +219,7 @@ class _Moments(Sums):
         if (factors := _factored(gradient)) is None:
             self.other.add(parameter)
             return torch.ones(gradient.samples, dtype=torch.bool)
-        both = [_wide(side) for side in (factors.left, factors.right)]
+        both = [wide(side) for side in (factors.left, factors.right)]
         energies = [side.square().flatten(1).sum(1) for side in both]  # bounds of the moments, which must be finite
         finite = (energies[0] * energies[1]).isfinite()
         left, right = (side[finite].flatten(0, 1) for side in both)
@@ -278,8 +279,3 @@ def _factored(gradient: PerSampleGradient) -> Outer | None:
     if not shape or max(shape[0], shape.numel() // shape[0]) > _SIDE:
         return None
     return gradient.outer()
-
-
-def _wide(side: Tensor) -> Tensor:
-    """float64 as it is, everything else in float32."""
-    return side if side.dtype == torch.float64 else side.float()

@@ -14,6 +14,7 @@ from torch import Tensor
 from assay.ops import Kronecker, Mask, Rademacher, Sketch, grad_dot, grad_sketch, grad_sqnorm, project
 from assay.probe.experts import Experts
 from assay.probe.head import Head
+from assay.tasks.base import wide
 
 # Gradients are multiplied out at most this many numbers at a time.
 _ELEMENTS = 1 << 24
@@ -315,11 +316,6 @@ class PerSampleGradient:
     def dense(self) -> Tensor:
         """The gradient multiplied out, (B, *shape): for small parameters and for tests."""
         return _total([term.dense(self.shape) for term in self.terms])
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """float32, or float64 if it is float64 already: what sums are held in."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _merge(terms: Sequence[Term], shape: Sequence[int]) -> tuple[Term, ...]:

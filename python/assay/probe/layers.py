@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from assay.probe.experts import are_experts
-from assay.probe.gradient import Convolution, Dense, Outer, Scatter, Term, wide
-from assay.tasks.base import Lazy
+from assay.probe.gradient import Convolution, Dense, Outer, Scatter, Term
+from assay.tasks.base import Lazy, wide
 
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 _ConvTranspose = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d

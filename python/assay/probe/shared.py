@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from assay.probe.gradient import Dense, Outer, Scatter, Term, wide
+from assay.probe.gradient import Dense, Outer, Scatter, Term
+from assay.tasks.base import wide
 
 # Operations by name: the same one reaches a subclass as a function, a method or an operator.
 _ELEMENTWISE = frozenset(

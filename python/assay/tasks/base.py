@@ -117,6 +117,7 @@ def unfused(task: Task) -> Task:
 
 
 def wide(tensor: Tensor) -> Tensor:
+    """float32, or float64 if it is float64 already: what sums are held in."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 

@@ -68,6 +68,13 @@ def test_imports_point_one_way(path: Path) -> None:
     assert not wrong, f"{path.relative_to(ROOT)} imports from {sorted(wrong)}"
 
 
+def test_every_folder_of_tests_is_a_package() -> None:
+    """Else two files of one name are one module to pytest, and which of them runs depends on the worker."""
+    tests = Path(__file__).parent
+    folders = {path.parent for path in tests.rglob("*.py")}
+    assert sorted(f for f in folders if not (f / "__init__.py").exists()) == []
+
+
 def test_import_is_light() -> None:
     """Only torch, numpy and pyarrow (and what they bring); everything else where it is first used."""
     code = "import sys, assay; print(*sorted({m.split('.')[0] for m in sys.modules}))"

@@ -9,7 +9,6 @@ import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from tests.small_project import make_rows
 
 from assay import select
 from assay.corpus.errors import CorpusError
@@ -18,6 +17,7 @@ from assay.curate.curation import curate
 from assay.curate.rules import RuleOptions
 from assay.engine.local import run
 from assay.recipe.recipe import load_recipe
+from tests.small_project import make_rows
 
 
 def scored(project, *overrides):

@@ -9,10 +9,8 @@ import tempfile
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import test_text
 import torch
 import yaml
-from tests.small_project import CLASSES, SIZE, make_rows, save_mlp
 from torch import nn
 
 from assay.cli import main
@@ -23,6 +21,8 @@ from assay.engine import batches, shard
 from assay.engine.local import run
 from assay.recipe.errors import ChangedError
 from assay.recipe.recipe import load_recipe
+from tests.engine import test_text
+from tests.small_project import CLASSES, SIZE, make_rows, save_mlp
 
 text_recipe = test_text.text_recipe
 

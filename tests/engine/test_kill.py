@@ -10,9 +10,9 @@ import time
 
 import pyarrow.parquet as pq
 import pytest
-from tests.small_project import make_rows
 
 from assay.corpus.storage import Store
+from tests.small_project import make_rows
 
 SHARDS, ROWS, KILLS = 70, 12, 20
 

@@ -10,7 +10,6 @@ import fsspec
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from tests.small_project import CLASSES, SIZE, make_rows, save_mlp
 
 import assay
 from assay.corpus.errors import CorpusError
@@ -19,6 +18,7 @@ from assay.engine import shard
 from assay.engine.local import make_plan, run
 from assay.recipe.errors import ChangedError, EngineError
 from assay.recipe.recipe import load_recipe
+from tests.small_project import CLASSES, SIZE, make_rows, save_mlp
 
 
 def score(project, *overrides, **options):

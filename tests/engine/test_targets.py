@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from tests.small_project import CLASSES, SIZE, make_rows, save_mlp
 from torch import nn
 
 import assay
@@ -26,6 +25,7 @@ from assay.recipe.errors import ChangedError, EngineError, RecipeError
 from assay.recipe.recipe import load_recipe
 from assay.recipe.tasks import FeatureEncoder
 from assay.tasks import Classification
+from tests.small_project import CLASSES, SIZE, make_rows, save_mlp
 
 SKETCH = {"kind": "kronecker", "rows": 4, "cols": 4}
 METHODS = [

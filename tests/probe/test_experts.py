@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from probe_oracle import Collect, close, random_direction
-from test_models import randomise, text_batch
 from torch import nn
 
 from assay import ops
 from assay.probe import Dense, Dot, Probe, Sketched, SqNorm, tapped_parameters
 from assay.tasks import CausalLM
+from tests.probe.probe_oracle import Collect, close, random_direction
+from tests.probe.test_models import randomise, text_batch
 
 transformers = pytest.importorskip("transformers")
 

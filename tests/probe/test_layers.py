@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from probe_oracle import check_probe
 from torch import Tensor, nn
 
 from assay.probe import Probe, tapped_parameters
 from assay.probe.layers import find_rule
 from assay.tasks import Classification
+from tests.probe.probe_oracle import check_probe
 
 CLASSES = 3
 

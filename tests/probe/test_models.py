@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from probe_oracle import check_probe, close, jacobian
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from assay.probe import PerSampleGradient, Probe, SqNorm, tapped_parameters
 from assay.probe.recording import Recorder
 from assay.tasks import CausalLM, Classification, Contrastive, Regression
+from tests.probe.probe_oracle import check_probe, close, jacobian
 
 transformers = pytest.importorskip("transformers")
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from probe_oracle import close, random_direction, state
-from test_models import Block, ResNet, gpt2, llama, randomise, text_batch
 from torch import Tensor, nn
 
 import assay.probe.recording as recording
 from assay.probe import Dot, PerSampleGradient, Probe, SqNorm, tapped_parameters
 from assay.tasks import CausalLM, Classification
+from tests.probe.probe_oracle import close, random_direction, state
+from tests.probe.test_models import Block, ResNet, gpt2, llama, randomise, text_batch
 
 
 def mlp() -> nn.Sequential:

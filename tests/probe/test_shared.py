@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from probe_oracle import check_probe, close, jacobian
-from test_models import gpt2, llama, next_token, randomise, text_batch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from assay.probe import Probe, SqNorm, tapped_parameters
 from assay.tasks import CausalLM, Classification
+from tests.probe.probe_oracle import check_probe, close, jacobian
+from tests.probe.test_models import gpt2, llama, next_token, randomise, text_batch
 
 transformers = pytest.importorskip("transformers")
 

@@ -8,13 +8,13 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from probe_oracle import close, jacobian
-from test_models import gpt2, llama, randomise, text_batch
 from torch import Tensor, nn
 
 from assay.probe import Probe, SqNorm, tapped_parameters
 from assay.probe.verify import signs
 from assay.tasks import CausalLM, Classification, Margin
+from tests.probe.probe_oracle import close, jacobian
+from tests.probe.test_models import gpt2, llama, randomise, text_batch
 
 
 class FunctionallyTied(nn.Module):

@@ -10,13 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.small_models import TEXTS, byte_tokenizer, edit_json, edit_weights, save_model, write_recipe
 from transformers import AutoModelForCausalLM
 
 from assay.engine import run
 from assay.recipe.errors import ChangedError, EngineError
 from assay.recipe.models import TransformersSpec
 from assay.recipe.recipe import load_recipe
+from tests.small_models import TEXTS, byte_tokenizer, edit_json, edit_weights, save_model, write_recipe
 
 
 def save_adapter(base, path, seed=0, **options):

@@ -9,7 +9,6 @@ import warnings
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tests.small_models import SIZES, llama_config, save_model, write_recipe
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -29,6 +28,7 @@ from assay.engine import make_plan, open_workshop, run
 from assay.recipe.causal_checks import check_causal_lm
 from assay.recipe.errors import EngineError
 from assay.recipe.recipe import load_recipe
+from tests.small_models import SIZES, llama_config, save_model, write_recipe
 
 TOKENS = range(257)
 

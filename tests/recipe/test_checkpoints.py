@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.small_models import edit_json, edit_weights, llama_config, save_model
 from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
 
 from assay.recipe.errors import EngineError
 from assay.recipe.models import TransformersSpec
+from tests.small_models import edit_json, edit_weights, llama_config, save_model
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 EMBED = "model.embed_tokens.weight"

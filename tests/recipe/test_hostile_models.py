@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.small_models import byte_tokenizer, edit_json, edit_weights, llama_config, save_model, write_recipe
 from transformers import GPT2Config
 
 from assay import cli
 from assay.engine import make_plan, open_workshop
 from assay.recipe.errors import EngineError
 from assay.recipe.recipe import load_recipe
+from tests.small_models import byte_tokenizer, edit_json, edit_weights, llama_config, save_model, write_recipe
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
 BAD = [None, "x", [], [1], {}, {"a": 1}, -1, 0, 10**9, 10**30, 1.5, "9" * 10_000]

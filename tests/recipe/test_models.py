@@ -8,11 +8,11 @@ import os
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.small_models import edit_json, edit_weights, save_model
-from tests.small_project import save_mlp
 
 from assay.recipe.errors import EngineError
 from assay.recipe.models import MlpSpec, TransformersSpec
+from tests.small_models import edit_json, edit_weights, save_model
+from tests.small_project import save_mlp
 
 
 def fingerprint(path) -> str:

@@ -6,7 +6,6 @@ from typing import Literal
 
 import pyarrow.parquet as pq
 import pytest
-from tests.small_project import CLASSES, SIZE
 from torch import nn
 
 from assay.engine.local import run
@@ -17,6 +16,7 @@ from assay.recipe.methods import METHODS, MethodSpec, register_method
 from assay.recipe.models import MODELS, ModelSpec, register_model
 from assay.recipe.recipe import load_recipe
 from assay.tasks import Classification, Task
+from tests.small_project import CLASSES, SIZE
 
 
 class Doubled(Method):

@@ -6,13 +6,13 @@ import json
 import shutil
 
 import pytest
-from tests.small_models import TEXTS, byte_tokenizer, edit_json, llama_config, save_model, write_recipe
 from tokenizers import normalizers
 
 from assay.engine import make_plan, open_workshop, run
 from assay.recipe.errors import EngineError
 from assay.recipe.models import TransformersSpec
 from assay.recipe.recipe import load_recipe
+from tests.small_models import TEXTS, byte_tokenizer, edit_json, llama_config, save_model, write_recipe
 
 
 def opened(root, models, *overrides, **changes):

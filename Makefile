@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*) CMakeLists.txt
 
-.PHONY: help setup demo demo-text test test-long pytest lint native-sanitize compile-table bench gpu gpu-test gpu-bench docs clean
+.PHONY: help setup demo demo-text test test-long pytest lint stubs native-sanitize compile-table bench gpu gpu-test gpu-bench docs clean
 help:
 	@echo "make demo        score, select and train on digits with wrong labels (under 90 s after set-up)"
 	@echo "make demo-text   find planted junk in text with SmolLM2-135M"
@@ -66,6 +66,11 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The native modules' types, read off their bindings.
+stubs: setup
+	$(BIN)/stubgen -q -m assay._native -m assay._cuda -o python
+	$(BIN)/ruff format -q python/assay/_native.pyi python/assay/_cuda.pyi
 
 native-sanitize: setup
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCMAKE_BUILD_TYPE=Debug \

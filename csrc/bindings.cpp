@@ -1,15 +1,12 @@
-// The only file with pybind11. Addresses and sizes in, nothing checked, nothing converted: assay.ops does both.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include "assay.h"
+// The CPU kernels' Python module. Addresses and sizes in, nothing checked, nothing converted: assay.ops does both.
+#include "bindings.h"
 
 namespace py = pybind11;
+using namespace pybind11::literals;
+using assay::Address;
 using assay::DType;
 
 namespace {
-
-using Address = uintptr_t;
 
 const assay::Kernels& kernels(const std::string& isa) {
   const assay::Kernels* k = assay::select_kernels(isa.empty() ? nullptr : isa.c_str());
@@ -22,24 +19,21 @@ void ensemble(const std::string& isa, const std::vector<Address>& logits, const 
               int64_t ignore_index, const std::vector<double>& weights, uint32_t fields, Address out,
               Address prediction, int threads) {
   const assay::Kernels& k = kernels(isa);
-  std::vector<const void*> pointers;
-  pointers.reserve(logits.size());
-  for (Address p : logits) pointers.push_back(reinterpret_cast<const void*>(p));
-  assay::EnsembleArgs args{};
-  args.logits = pointers.data();
-  args.row_strides = row_strides.data();
-  args.col_strides = col_strides.data();
-  args.dtype = static_cast<DType>(dtype);
-  args.K = static_cast<int64_t>(logits.size());
-  args.N = N;
-  args.C = C;
-  args.labels = reinterpret_cast<const int64_t*>(labels);
-  args.ignore_index = ignore_index;
-  args.weights = weights.data();
-  args.fields = fields;
-  args.out = reinterpret_cast<float*>(out);
-  args.prediction = reinterpret_cast<int64_t*>(prediction);
-  args.threads = threads;
+  const std::vector<const void*> pointers = assay::pointers(logits);
+  const assay::EnsembleArgs args{pointers.data(),
+                                 row_strides.data(),
+                                 col_strides.data(),
+                                 static_cast<DType>(dtype),
+                                 static_cast<int64_t>(logits.size()),
+                                 N,
+                                 C,
+                                 reinterpret_cast<const int64_t*>(labels),
+                                 ignore_index,
+                                 weights.data(),
+                                 fields,
+                                 reinterpret_cast<float*>(out),
+                                 reinterpret_cast<int64_t*>(prediction),
+                                 threads};
   py::gil_scoped_release release;
   k.ensemble(args);
 }
@@ -167,13 +161,19 @@ std::vector<std::pair<std::string, bool>> instruction_sets() {
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "assay's CPU kernels. Use assay.ops, which checks what these take on trust.";
-  m.def("ensemble", &ensemble);
-  m.def("linear", &linear);
-  m.def("multiplies_pairs", [](const std::string& isa) { return kernels(isa).multiply_pairs; });
-  m.def("multiply_reduce", &multiply_reduce);
-  m.def("philox", &philox);
-  m.def("project", &project);
-  m.def("residual", &residual);
-  m.def("scan", &scan);
+  m.def("ensemble", &ensemble, "isa"_a, "logits"_a, "row_strides"_a, "col_strides"_a, "dtype"_a, "N"_a, "C"_a,
+        "labels"_a, "ignore_index"_a, "weights"_a, "fields"_a, "out"_a, "prediction"_a, "threads"_a);
+  m.def("linear", &linear, "isa"_a, "hidden_t"_a, "rows"_a, "padded_rows"_a, "weight"_a, "weight_dtype"_a, "C"_a,
+        "D"_a, "weight_stride"_a, "bias"_a, "out"_a, "out_stride"_a, "threads"_a, "pairs"_a);
+  m.def("multiplies_pairs", [](const std::string& isa) { return kernels(isa).multiply_pairs; }, "isa"_a);
+  m.def("multiply_reduce", &multiply_reduce, "isa"_a, "x"_a, "x_dtype"_a, "x_stride"_a, "y"_a, "y_dtype"_a,
+        "y_stride"_a, "rows"_a, "cols"_a, "out"_a, "abs_out"_a, "threads"_a);
+  m.def("philox", &philox, "isa"_a, "key0"_a, "key1"_a, "first"_a, "n"_a, "c2"_a, "c3"_a, "out"_a, "threads"_a);
+  m.def("project", &project, "isa"_a, "vectors"_a, "dtype"_a, "rows"_a, "cols"_a, "stride"_a, "first"_a, "key0"_a,
+        "key1"_a, "dim"_a, "nonzeros"_a, "out"_a, "threads"_a);
+  m.def("residual", &residual, "isa"_a, "logits"_a, "rows"_a, "C"_a, "stride"_a, "labels"_a, "ignore_index"_a,
+        "sqnorm"_a, "threads"_a);
+  m.def("scan", &scan, "isa"_a, "features"_a, "dtype"_a, "scales"_a, "N"_a, "D"_a, "stride"_a, "queries"_a, "M"_a,
+        "maximum"_a, "scores"_a, "k"_a, "values"_a, "indices"_a, "threads"_a);
   m.def("instruction_sets", &instruction_sets, "(name, supported by this processor), best last");
 }

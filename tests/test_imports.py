@@ -17,7 +17,8 @@ ROOT = Path(assay.__file__).parent
 MAY_IMPORT = {
     "_lazy": set(),
     "_native": set(),
-    "ops": {"_native", "kernels"},
+    "_cuda": set(),
+    "ops": {"_native", "_cuda", "kernels"},
     "tasks": {"ops"},
     "probe": {"ops", "tasks", "_lazy"},
     "corpus": {"_lazy", "_version", "ops"},

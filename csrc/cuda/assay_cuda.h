@@ -1,26 +1,25 @@
-// The C interface of the CUDA library: addresses, sizes and a stream in, a cudaError_t (as int) out. It allocates
-// nothing, waits for nothing and keeps no state, so that every call may be captured into a CUDA graph.
+// The CUDA kernels' interface: addresses, sizes and a stream in, a cudaError_t (as int) out. It allocates nothing, waits
+// for nothing and keeps no state, so that every call may be captured into a CUDA graph.
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 #include "../assay.h"
 
-#define ASSAY_CUDA_API extern "C" __attribute__((visibility("default")))
+namespace assay::cuda {
 
-// Raised with every change of a signature or struct below; python/assay/ops/_cuda.py expects the same number.
-constexpr int32_t ASSAY_CUDA_ABI = 1;
-
-ASSAY_CUDA_API int32_t assay_cuda_abi_version();
-ASSAY_CUDA_API const char* assay_cuda_error_string(int32_t error);  // "cudaErrorName: what it means"
-ASSAY_CUDA_API const char* assay_cuda_build_info();                 // "CUDA 13.0, sm_80 sm_90 sm_100"
+std::string error_string(int32_t error);  // "cudaErrorName: what it means"
+std::string build_info();                 // "CUDA 13.0, sm_80 sm_90 sm_100"
 // 10 * major + minor of the current device; an error where no driver or device can be used.
-ASSAY_CUDA_API int32_t assay_cuda_compute_capability(int32_t* capability);
+int32_t compute_capability(int32_t* capability);
 
 // ensemble_stats of (N, C) logits in device memory. `args` itself, its K pointers, strides and weights are host memory
 // and are copied before this returns; labels, out and prediction are device memory; `threads` is not used. A label that is
 // neither in [0, C) nor ignore_index makes its row NaN.
-// The workspace is `bytes` of device memory, 16-byte aligned, at least what assay_cuda_ensemble_workspace says for the
-// current device and the same args; null if that is 0. It may be reused once the stream has passed this work.
-ASSAY_CUDA_API int32_t assay_cuda_ensemble_workspace(const assay::EnsembleArgs* args, size_t* bytes);
-ASSAY_CUDA_API int32_t assay_cuda_ensemble(const assay::EnsembleArgs* args, void* workspace, size_t bytes, void* stream);
+// The workspace is `bytes` of device memory, 16-byte aligned, at least what ensemble_workspace says for the current device
+// and the same args; null if that is 0. It may be reused once the stream has passed this work.
+int32_t ensemble_workspace(const EnsembleArgs& args, size_t* bytes);
+int32_t ensemble(const EnsembleArgs& args, void* workspace, size_t bytes, void* stream);
+
+}  // namespace assay::cuda

@@ -265,17 +265,18 @@ cudaError_t run(const EnsembleArgs& a, void* g_workspace, size_t bytes, cudaStre
 }
 
 }  // namespace
-}  // namespace assay::cuda
 
-int32_t assay_cuda_ensemble_workspace(const assay::EnsembleArgs* args, size_t* bytes) {
+int32_t ensemble_workspace(const EnsembleArgs& args, size_t* bytes) {
   *bytes = 0;
-  if (args->N == 0) return cudaSuccess;
-  assay::cuda::Setup s;
-  const cudaError_t e = assay::cuda::set_up(*args, &s);
+  if (args.N == 0) return cudaSuccess;
+  Setup s;
+  const cudaError_t e = set_up(args, &s);
   if (e == cudaSuccess) *bytes = static_cast<size_t>(s.workspace_bytes);
   return e;
 }
 
-int32_t assay_cuda_ensemble(const assay::EnsembleArgs* args, void* workspace, size_t bytes, void* stream) {
-  return assay::cuda::run(*args, workspace, bytes, static_cast<cudaStream_t>(stream));
+int32_t ensemble(const EnsembleArgs& args, void* workspace, size_t bytes, void* stream) {
+  return run(args, workspace, bytes, static_cast<cudaStream_t>(stream));
 }
+
+}  // namespace assay::cuda

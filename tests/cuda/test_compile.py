@@ -1,35 +1,36 @@
-"""The CUDA kernels without a GPU: nothing spills, and the library says in one line why it cannot run here."""
+"""The CUDA kernels without a GPU: nothing spills, and the module says in one line why it cannot run here."""
 
 from __future__ import annotations
 
-import ctypes
+import importlib
 import importlib.util
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from assay import _native
-from assay.ops import _cuda
+import assay
+from assay.ops import _cuda, _native
 from tests.kernels import nvcc_rows
 from tests.kernels.table import Row, check
 
-BUILT = _cuda.LIBRARY.exists()
-needs_library = pytest.mark.skipif(not BUILT, reason="this build has no CUDA library (no nvcc, or ASSAY_CUDA=OFF)")
+SPEC = importlib.util.find_spec("assay._cuda")
+MODULE = Path(str(SPEC and SPEC.origin))
+needs_kernels = pytest.mark.skipif(SPEC is None, reason="this build has no CUDA kernels (no nvcc, or ASSAY_CUDA=OFF)")
 
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
     """What is found out once per process is found out again by each test."""
-    _cuda._library.cache_clear()
     _cuda._unusable.cache_clear()
     yield
-    _cuda._library.cache_clear()
     _cuda._unusable.cache_clear()
 
 
@@ -40,13 +41,13 @@ def cuobjdump() -> str | None:
     return shutil.which("cuobjdump") or (str(bundled) if bundled.exists() else None)
 
 
-@needs_library
-def test_no_hot_kernel_of_the_library_has_a_stack() -> None:
+@needs_kernels
+def test_no_hot_kernel_of_the_module_has_a_stack() -> None:
     """In the binary itself; ``make compile-table`` compiles the sources again and prints the spills."""
     tool = cuobjdump()
     if tool is None:
         pytest.skip("cuobjdump is absent; pip install nvidia-cuda-cuobjdump")
-    command = [tool, "--dump-resource-usage", str(_cuda.LIBRARY)]
+    command = [tool, "--dump-resource-usage", str(MODULE)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     rows = [
         Row(
@@ -103,85 +104,70 @@ def test_a_kernel_that_spills_is_caught(tmp_path: Path) -> None:
     assert check(rows), rows
 
 
-@needs_library
-def test_library_loads_and_knows_itself() -> None:
-    library = _cuda._library()
-    assert library.assay_cuda_abi_version() == _cuda._ABI
+@needs_kernels
+def test_the_module_knows_itself() -> None:
     assert re.fullmatch(r"CUDA \d+\.\d+, sm_\d+( sm_\d+)*", _cuda.build_info())
-    assert _cuda._name(1).startswith("cudaErrorInvalidValue: ")
 
 
-@needs_library
-def test_library_needs_no_driver_and_no_runtime() -> None:
-    """Static cudart, and libcuda opened by it when first used: the library loads on a machine without a GPU."""
+@needs_kernels
+def test_the_module_needs_no_driver_and_no_runtime() -> None:
+    """Static cudart, and libcuda opened by it when first used: the module loads on a machine without a GPU."""
     if shutil.which("ldd"):
-        needed = subprocess.run(["ldd", str(_cuda.LIBRARY)], capture_output=True, text=True, check=False).stdout
-        for foreign in ("libcuda", "libtorch", "libstdc++", "not found"):
-            assert foreign not in needed.replace(_cuda.LIBRARY.name, ""), needed
+        needed = subprocess.run(["ldd", str(MODULE)], capture_output=True, text=True, check=False).stdout
+        for foreign in ("libcuda", "libtorch", "not found"):
+            assert foreign not in needed, needed
     if shutil.which("nm"):
-        command = ["nm", "-D", "--defined-only", str(_cuda.LIBRARY)]
+        command = ["nm", "-D", "--defined-only", str(MODULE)]
         names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[2::3]
-        assert names, "no symbols"
-        assert all(name.startswith("assay_cuda_") for name in names), f"more than the C interface is visible: {names}"
+        names = [name for name in names if not name.startswith("_ZT")]  # type information, weak, has to be visible
+        assert names == ["PyInit__cuda"], f"more than the module is visible: {names}"
 
 
-@needs_library
+@needs_kernels
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_no_device_is_one_line_and_an_error_not_a_crash() -> None:
     reason = _cuda.missing()
     assert reason is not None
     assert re.match(r"no CUDA device can be used: cudaError\w+: ", reason), reason
     assert "\n" not in reason
-    z = torch.randn(2, 5)  # never read: the library asks for a device first
+    z = torch.randn(2, 5)  # never read: the module asks for a device first
     with pytest.raises(RuntimeError, match=r"ensemble_stats: .*cudaError"):
         _launch(z)
 
 
 def _launch(z: torch.Tensor) -> None:
-    """The C interface as ``_cuda.ensemble`` calls it, which needs a torch with CUDA before it comes that far."""
-    one = ctypes.c_int64 * 1
-    args = _cuda._EnsembleArgs(
-        logits=(ctypes.c_void_p * 1)(z.data_ptr()),
-        row_strides=one(z.stride(0)),
-        col_strides=one(z.stride(1)),
-        K=1,
-        N=z.shape[0],
-        C=z.shape[1],
-        weights=(ctypes.c_double * 1)(1.0),
-        fields=1,
-    )
-    size = ctypes.c_size_t()
-    _cuda._check(_cuda._library().assay_cuda_ensemble_workspace(ctypes.byref(args), ctypes.byref(size)))
-    _cuda._check(_cuda._library().assay_cuda_ensemble(ctypes.byref(args), None, 0, None))
+    """As ``_cuda.ensemble`` calls the module, which needs a torch with CUDA before it comes that far."""
+    arguments, _, _ = _native.ensemble_arguments([z], None, [1.0], -100, 1)
+    kernels = importlib.import_module("assay._cuda")
+    kernels.ensemble(**arguments, allocate=lambda size: pytest.fail("a workspace before a device"), stream=0)
 
 
-@needs_library
+@needs_kernels
 def test_no_rows_need_no_device() -> None:
     _launch(torch.empty(0, 5))
 
 
-def test_missing_library_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(_cuda, "LIBRARY", tmp_path / "libassay_cuda.so")
+def test_a_build_without_the_module_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "assay._cuda", None)  # as if there were none
     assert "ASSAY_CUDA=ON" in str(_cuda.missing())
-    _cuda.LIBRARY.write_bytes(b"not a library")
+    assert _cuda.build_info() == "not built"
+
+
+def test_a_module_that_does_not_load_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / f"_cuda{EXTENSION_SUFFIXES[0]}"
+    file.write_bytes(b"not a library")
+    broken = importlib.util.spec_from_file_location("assay._cuda", file)
+    finder = SimpleNamespace(find_spec=lambda name, *_: broken if name == "assay._cuda" else None)
+    monkeypatch.setattr(sys, "meta_path", [finder, *sys.meta_path])
+    monkeypatch.delitem(sys.modules, "assay._cuda", raising=False)
+    monkeypatch.delattr(assay, "_cuda", raising=False)
     reason = str(_cuda.missing())
     assert "cannot be loaded" in reason
-    assert "libassay_cuda.so" in reason
-
-
-@needs_library
-def test_another_interface_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_cuda, "_ABI", 99)
-    assert f"interface {1}, expected 99" in str(_cuda.missing())
+    assert str(file) in reason
+    assert str(file) in _cuda.build_info()
 
 
 def test_importing_opens_nothing() -> None:
-    code = "import assay; print(open('/proc/self/maps').read().count('libassay_cuda'))"
-    if not Path("/proc/self/maps").exists():
-        pytest.skip("no /proc here")
+    code = "import sys, assay; print('assay._cuda' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "0"
-
-
-def test_library_lies_beside_the_cpu_kernels() -> None:
-    assert _cuda.LIBRARY.parent == Path(str(_native.__file__)).parent
+    assert run.stdout.strip() == "False"

@@ -3,7 +3,7 @@
 float32, bfloat16 or float16 in (float64 runs the reference), any strides; float32 out, on the same device.
 """
 
-from assay.ops._native import build_info
+from assay.ops._build import build_info
 from assay.ops.dot import grad_dot
 from assay.ops.ensemble import EnsembleStats, ensemble_stats
 from assay.ops.head import HeadScores, head_scores, linear_cross_entropy, linear_ensemble_stats

@@ -1,73 +1,37 @@
-"""Calls into ``libassay_cuda``: a library of its own, loaded when first used, absent from builds without nvcc."""
+"""Calls into ``assay._cuda``: an extension of its own, loaded when first used, absent from builds without nvcc."""
 
 from __future__ import annotations
 
-import ctypes
+import importlib.util
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from assay import _native
-
-LIBRARY = Path(_native.__file__).with_name("libassay_cuda.so")
-
-_ABI = 1
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+from assay.ops import _native
 
 
-class _EnsembleArgs(ctypes.Structure):
-    """``assay::EnsembleArgs`` of csrc/assay.h."""
-
-    _fields_ = (
-        ("logits", ctypes.POINTER(ctypes.c_void_p)),
-        ("row_strides", ctypes.POINTER(ctypes.c_int64)),
-        ("col_strides", ctypes.POINTER(ctypes.c_int64)),
-        ("dtype", ctypes.c_int32),
-        ("K", ctypes.c_int64),
-        ("N", ctypes.c_int64),
-        ("C", ctypes.c_int64),
-        ("labels", ctypes.c_void_p),
-        ("ignore_index", ctypes.c_int64),
-        ("weights", ctypes.POINTER(ctypes.c_double)),
-        ("fields", ctypes.c_uint32),
-        ("out", ctypes.c_void_p),
-        ("prediction", ctypes.c_void_p),
-        ("threads", ctypes.c_int32),
-    )
-
-
-@cache
-def _library() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(LIBRARY))
-    found = library.assay_cuda_abi_version()
-    if found != _ABI:
-        raise OSError(f"{LIBRARY.name} has interface {found}, expected {_ABI}; install assay again")
-    library.assay_cuda_error_string.restype = ctypes.c_char_p
-    library.assay_cuda_build_info.restype = ctypes.c_char_p
-    args = ctypes.POINTER(_EnsembleArgs)
-    library.assay_cuda_ensemble_workspace.argtypes = (args, ctypes.POINTER(ctypes.c_size_t))
-    library.assay_cuda_ensemble.argtypes = (args, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
-    return library
+def built() -> bool:
+    return importlib.util.find_spec("assay._cuda") is not None
 
 
 def build_info() -> str:
-    """What the library was built with and for, or why there is none."""
-    if not LIBRARY.exists():
+    """What the kernels were built with and for, or why there are none."""
+    if not built():
         return "not built"
     try:
-        info: bytes = _library().assay_cuda_build_info()
-    except OSError as error:
+        from assay import _cuda as kernels
+
+        return kernels.build_info()
+    except ImportError as error:
         return str(error)
-    return info.decode()
 
 
 def missing(device: int | None = None) -> str | None:
     """Why CUDA kernels cannot run on a device (the current one), and what to do; None if they can."""
-    if not LIBRARY.exists():
-        return "this build has no CUDA library; install assay where nvcc is, with -C cmake.define.ASSAY_CUDA=ON"
+    if not built():
+        return "this build has no CUDA kernels; install assay where nvcc is, with -C cmake.define.ASSAY_CUDA=ON"
     if device is None:
         device = torch.cuda.current_device() if torch.cuda.is_available() else -1
     return _unusable(device)
@@ -76,16 +40,16 @@ def missing(device: int | None = None) -> str | None:
 @cache
 def _unusable(device: int) -> str | None:
     try:
-        library = _library()
-    except OSError as error:
-        return f"its CUDA library cannot be loaded: {error}"
-    capability = ctypes.c_int32()
-    with torch.cuda.device(device):  # −1: as it is
-        code = library.assay_cuda_compute_capability(ctypes.byref(capability))
-    if code:
-        return f"no CUDA device can be used: {_name(code)}"
-    if capability.value < 80:
-        return f"device {device} has compute capability {capability.value / 10}; the CUDA library needs 8.0 or later"
+        from assay import _cuda as kernels
+    except ImportError as error:
+        return f"its CUDA kernels cannot be loaded: {error}"
+    try:
+        with torch.cuda.device(device):  # −1: as it is
+            capability = kernels.compute_capability()
+    except RuntimeError as error:
+        return f"no CUDA device can be used: {error}"
+    if capability < 80:
+        return f"device {device} has compute capability {capability / 10}; the CUDA kernels need 8.0 or later"
     return None
 
 
@@ -93,39 +57,16 @@ def ensemble(
     logits: Sequence[Tensor], labels: Tensor | None, weights: Sequence[float], ignore_index: int, fields: int
 ) -> tuple[Tensor, Tensor]:
     """As ``_native.ensemble``, for tensors of one CUDA device, on its current stream; nothing waits for the device."""
-    k, (n, c), first = len(logits), logits[0].shape, logits[0]
-    out = first.new_empty(10, n, dtype=torch.float32)
-    prediction = first.new_empty(n, dtype=torch.int64)
-    args = _EnsembleArgs(
-        (ctypes.c_void_p * k)(*(z.data_ptr() for z in logits)),
-        (ctypes.c_int64 * k)(*(z.stride(0) for z in logits)),
-        (ctypes.c_int64 * k)(*(z.stride(1) for z in logits)),
-        _DTYPES[first.dtype],
-        k,
-        n,
-        c,
-        labels.data_ptr() if labels is not None else None,
-        ignore_index,
-        (ctypes.c_double * k)(*weights),
-        fields,
-        out.data_ptr(),
-        prediction.data_ptr(),
-        0,
-    )
-    library, size = _library(), ctypes.c_size_t()
-    with torch.cuda.device(first.device):
-        _check(library.assay_cuda_ensemble_workspace(ctypes.byref(args), ctypes.byref(size)))
-        workspace = first.new_empty(size.value, dtype=torch.uint8)
-        stream = torch.cuda.current_stream(first.device).cuda_stream
-        _check(library.assay_cuda_ensemble(ctypes.byref(args), workspace.data_ptr() or None, size, stream))
+    from assay import _cuda as kernels
+
+    arguments, out, prediction = _native.ensemble_arguments(logits, labels, weights, ignore_index, fields)
+    workspaces = []  # held until the launch is queued: what the allocator gives it to then comes after it
+
+    def allocate(size: int) -> int:
+        workspaces.append(out.new_empty(size, dtype=torch.uint8))
+        return workspaces[0].data_ptr()
+
+    with torch.cuda.device(out.device):
+        stream = torch.cuda.current_stream(out.device).cuda_stream
+        kernels.ensemble(**arguments, allocate=allocate, stream=stream)
     return out, prediction
-
-
-def _check(error: int) -> None:
-    if error:
-        raise RuntimeError(f"ensemble_stats: the CUDA kernel could not be launched: {_name(error)}")
-
-
-def _name(error: int) -> str:
-    text: bytes = _library().assay_cuda_error_string(error)
-    return text.decode()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,9 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from assay import _native
-from assay.ops import _cuda
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def isa() -> str:
@@ -38,26 +36,33 @@ def ensemble(
     logits: Sequence[Tensor], labels: Tensor | None, weights: Sequence[float], ignore_index: int, fields: int
 ) -> tuple[Tensor, Tensor]:
     """K tensors (N, C) of one dtype -> the float fields (10, N) float32 and the prediction (N,) int64."""
-    n, c = logits[0].shape
-    out = torch.empty(10, n, dtype=torch.float32)
-    prediction = torch.empty(n, dtype=torch.int64)
-    _native.ensemble(
-        isa(),
-        [z.data_ptr() for z in logits],
-        [z.stride(0) for z in logits],
-        [z.stride(1) for z in logits],
-        _DTYPES[logits[0].dtype],
-        n,
-        c,
-        labels.data_ptr() if labels is not None else 0,
-        ignore_index,
-        list(weights),
-        fields,
-        out.data_ptr(),
-        prediction.data_ptr(),
-        threads(),
-    )
+    arguments, out, prediction = ensemble_arguments(logits, labels, weights, ignore_index, fields)
+    _native.ensemble(isa=isa(), **arguments, threads=threads())
     return out, prediction
+
+
+def ensemble_arguments(
+    logits: Sequence[Tensor], labels: Tensor | None, weights: Sequence[float], ignore_index: int, fields: int
+) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """What both native modules take, and the results that it points to."""
+    (n, c), first = logits[0].shape, logits[0]
+    out = first.new_empty(10, n, dtype=torch.float32)
+    prediction = first.new_empty(n, dtype=torch.int64)
+    arguments = {
+        "logits": [z.data_ptr() for z in logits],
+        "row_strides": [z.stride(0) for z in logits],
+        "col_strides": [z.stride(1) for z in logits],
+        "dtype": DTYPES[first.dtype],
+        "N": n,
+        "C": c,
+        "labels": _address(labels),
+        "ignore_index": ignore_index,
+        "weights": list(weights),
+        "fields": fields,
+        "out": out.data_ptr(),
+        "prediction": prediction.data_ptr(),
+    }
+    return arguments, out, prediction
 
 
 def multiply_reduce(x: Tensor, y: Tensor, out: NDArray[np.float64], abs_out: NDArray[np.float64] | None = None) -> None:
@@ -68,7 +73,7 @@ def multiply_reduce(x: Tensor, y: Tensor, out: NDArray[np.float64], abs_out: NDA
 
 def _operand(x: Tensor) -> tuple[int, int, int]:
     """Address, dtype and row stride."""
-    return x.data_ptr(), _DTYPES[x.dtype], x.stride(0)
+    return x.data_ptr(), DTYPES[x.dtype], x.stride(0)
 
 
 def _address(x: Tensor | None) -> int:
@@ -152,20 +157,6 @@ def topk_scan(features: Tensor, scales: Tensor | None, queries: Tensor, maximum:
 def _scan(
     features: Tensor, scales: Tensor | None, queries: Tensor, maximum: bool, out: tuple[int, int, int, int, int]
 ) -> None:
-    (n, d), dtype = features.shape, 0 if scales is not None else _DTYPES[features.dtype]
+    (n, d), dtype = features.shape, 0 if scales is not None else DTYPES[features.dtype]
     rows = (features.data_ptr(), dtype, _address(scales), n, d, features.stride(0))
     _native.scan(isa(), *rows, queries.data_ptr(), len(queries), maximum, *out)
-
-
-def build_info() -> dict[str, Any]:
-    """What this build holds and what this processor runs: the facts that ``assay doctor`` prints."""
-    sets = _native.instruction_sets()
-    return {
-        "machine": platform.machine(),
-        "instruction_sets": {name: "usable" if supported else "not on this processor" for name, supported in sets},
-        "isa": isa() or [name for name, supported in sets if supported][-1],
-        "threads": threads(),
-        "torch": torch.__version__,
-        "cuda_library": _cuda.build_info(),
-        "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }

@@ -1,0 +1,65 @@
+// The CUDA kernels' Python module, an extension of its own: a build without nvcc lacks it, and nothing loads it before a
+// CUDA tensor comes. Addresses of device memory and a stream in; an error of the CUDA runtime becomes a RuntimeError.
+#include <pybind11/functional.h>
+
+#include "bindings.h"
+#include "cuda/assay_cuda.h"
+
+namespace py = pybind11;
+using namespace pybind11::literals;
+using assay::Address;
+using assay::DType;
+
+namespace {
+
+void check(int32_t error, const std::string& what = "") {
+  if (error) throw std::runtime_error(what + assay::cuda::error_string(error));
+}
+
+int compute_capability() {
+  int32_t capability = 0;
+  check(assay::cuda::compute_capability(&capability));
+  return capability;
+}
+
+// `allocate` gives the address of a workspace of so many bytes, which may be used again once the stream has passed the work.
+void ensemble(const std::vector<Address>& logits, const std::vector<int64_t>& row_strides,
+              const std::vector<int64_t>& col_strides, int dtype, int64_t N, int64_t C, Address labels,
+              int64_t ignore_index, const std::vector<double>& weights, uint32_t fields, Address out,
+              Address prediction, const std::function<Address(size_t)>& allocate, Address stream) {
+  const std::vector<const void*> pointers = assay::pointers(logits);
+  assay::EnsembleArgs args{};
+  args.logits = pointers.data();
+  args.row_strides = row_strides.data();
+  args.col_strides = col_strides.data();
+  args.dtype = static_cast<DType>(dtype);
+  args.K = static_cast<int64_t>(logits.size());
+  args.N = N;
+  args.C = C;
+  args.labels = reinterpret_cast<const int64_t*>(labels);
+  args.ignore_index = ignore_index;
+  args.weights = weights.data();
+  args.fields = fields;
+  args.out = reinterpret_cast<float*>(out);
+  args.prediction = reinterpret_cast<int64_t*>(prediction);
+  const char* const failed = "ensemble_stats: the CUDA kernel could not be launched: ";
+  size_t bytes = 0;
+  check(assay::cuda::ensemble_workspace(args, &bytes), failed);
+  void* workspace = bytes ? reinterpret_cast<void*>(allocate(bytes)) : nullptr;
+  int32_t error = 0;
+  {
+    py::gil_scoped_release release;
+    error = assay::cuda::ensemble(args, workspace, bytes, reinterpret_cast<void*>(stream));
+  }
+  check(error, failed);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+  m.doc() = "assay's CUDA kernels. Use assay.ops, which checks what these take on trust.";
+  m.def("build_info", &assay::cuda::build_info, "The compiler's version and the architectures: CUDA 13.0, sm_80 sm_90");
+  m.def("compute_capability", &compute_capability, "10 * major + minor of the current device");
+  m.def("ensemble", &ensemble, "logits"_a, "row_strides"_a, "col_strides"_a, "dtype"_a, "N"_a, "C"_a, "labels"_a,
+        "ignore_index"_a, "weights"_a, "fields"_a, "out"_a, "prediction"_a, "allocate"_a, "stream"_a);
+}

@@ -40,7 +40,7 @@ _LATER = ("models", "damping", "target_share", "weights", "name", "keep_features
 Scores = dict[str, npt.NDArray[np.float32]]
 
 
-class Keeper(Method):
+class FeatureMethod(Method):
     """A method whose features are kept, as a `Method` that gives the features themselves; ``scores`` makes the rest.
 
     Args:
@@ -158,22 +158,26 @@ def _described(sketch: Sketch) -> dict[str, Any]:
 class FeatureWriters:
     """Writes one shard's features, of every method that keeps them; their scores are those of what is stored."""
 
-    def __init__(self, keepers: Collection[Keeper], shard: Shard, spool: Callable[[], IO[bytes]]) -> None:
-        self._keepers, self._shard = keepers, shard
-        self._writers = {keeper.name: [FeatureWriter(spec, spool()) for spec in keeper.specs] for keeper in keepers}
-        self.bytes_per_row = sum(4 * spec.dim for keeper in keepers for spec in keeper.specs)
+    def __init__(
+        self, feature_methods: Collection[FeatureMethod], shard: Shard, spool: Callable[[], IO[bytes]]
+    ) -> None:
+        self._feature_methods, self._shard = feature_methods, shard
+        self._writers = {
+            method.name: [FeatureWriter(spec, spool()) for spec in method.specs] for method in feature_methods
+        }
+        self.bytes_per_row = sum(4 * spec.dim for method in feature_methods for spec in method.specs)
 
     def add(self, rows: Sequence[int], ids: Sequence[str], values: Scores) -> Scores:
         """Store what of ``values`` are features -> scores in their place."""
         scores = dict(values)
-        for keeper in self._keepers:
-            writers = self._writers[keeper.name]
+        for method in self._feature_methods:
+            writers = self._writers[method.name]
             try:
-                pairs = zip(writers, keeper.take(scores), strict=True)
+                pairs = zip(writers, method.take(scores), strict=True)
                 batches = [writer.add(rows, ids, features, doubt) for writer, (features, doubt) in pairs]
             except ValueError as error:
-                raise EngineError(f"{self._shard.path}: {keeper.name}: keep_features: {error}") from error
-            scores |= keeper.scores(batches)
+                raise EngineError(f"{self._shard.path}: {method.name}: keep_features: {error}") from error
+            scores |= method.scores(batches)
         return scores
 
     def save(self, output: Store, facts: InputFacts, counts: RowCounts) -> None:
@@ -185,13 +189,13 @@ class FeatureWriters:
             "rows": counts.model_dump(),
             "quarantine": _quarantine_digest(output, self._shard),
         }
-        for keeper in self._keepers:
-            for k, (writer, path) in enumerate(zip(self._writers[keeper.name], keeper.paths(self._shard), strict=True)):
-                writer.save(output, path, shard | keeper.footer(k))
+        for method in self._feature_methods:
+            for k, (writer, path) in enumerate(zip(self._writers[method.name], method.paths(self._shard), strict=True)):
+                writer.save(output, path, shard | method.footer(k))
 
 
 def open_stored(
-    keepers: Collection[Keeper], shard: Shard, fingerprint: Fingerprint, output: Store
+    feature_methods: Collection[FeatureMethod], shard: Shard, fingerprint: Fingerprint, output: Store
 ) -> dict[str, list[FeatureFile]] | None:
     """Each method's features of a shard, by checkpoint; None unless all are there and are what a run would store now.
 
@@ -204,16 +208,16 @@ def open_stored(
     }
     found: dict[str, list[FeatureFile]] = {}
     usable = True
-    for keeper in keepers:
-        for k, (spec, path) in enumerate(zip(keeper.specs, keeper.paths(shard), strict=True)):
+    for method in feature_methods:
+        for k, (spec, path) in enumerate(zip(method.specs, method.paths(shard), strict=True)):
             file = open_features(output, path)
             if file is None:
                 usable = False
-            elif differences := file.differences(known | keeper.footer(k) | {"features": asdict(spec)}):
+            elif differences := file.differences(known | method.footer(k) | {"features": asdict(spec)}):
                 log.info("%s: not used, but made again: %s", path, differences[0])
                 usable = False
             else:
-                found.setdefault(keeper.name, []).append(file)
+                found.setdefault(method.name, []).append(file)
     return found if usable else None
 
 

@@ -42,7 +42,7 @@ def score_shard(
         before = shard.fingerprint()
     reader = RowReader(shard, workshop.encoder, workshop.recipe.corpus.id_column)
     assert workshop.scorer is not None
-    scorer, keepers = workshop.scorer.fresh(), workshop.keepers.values()
+    scorer, feature_methods = workshop.scorer.fresh(), workshop.feature_methods.values()
     with ExitStack() as spools:
 
         def spool() -> IO[bytes]:
@@ -50,8 +50,8 @@ def score_shard(
 
         table = ScoreWriter(workshop.columns, spool())
         quarantine = QuarantineWriter(shard, spool())
-        features = FeatureWriters(keepers, shard, spool)
-        ledger = _Ledger(table, quarantine, features)
+        features = FeatureWriters(feature_methods, shard, spool)
+        writers = _ShardWriters(table, quarantine, features)
         for window, progress in _windows(shard, reader, features.bytes_per_row):
             samples = [row for row in window if isinstance(row, Sample)]
             try:
@@ -59,13 +59,13 @@ def score_shard(
             except Exception as error:  # whatever a model or a method may raise
                 where = f"{shard.path}, rows {window[0].row} to {window[-1].row}"
                 raise EngineError(f"{where}: scoring failed: {type(error).__name__}: {error}") from error
-            ledger.record(window, samples, scores, failed)
+            writers.record(window, samples, scores, failed)
             on_progress(len(window), progress)
         with shard_errors():
             if shard.fingerprint() != before:
                 raise ShardError("changed while it was being scored; run again when nobody writes to it")
-        facts = InputFacts(path=shard.path, rows=ledger.rows, **vars(before))
-        footer = Footer.make(workshop.identity, facts, ledger.counts(), ledger.nan, scorer.metadata())
+        facts = InputFacts(path=shard.path, rows=writers.rows, **vars(before))
+        footer = Footer.make(workshop.identity, facts, writers.counts(), writers.nan, scorer.metadata())
         quarantine.save(output)
         features.save(output, facts, footer.rows)
         table.save(output, table_path(shard), footer.to_json())
@@ -77,18 +77,18 @@ def score_stored(workshop: Workshop, shard: Shard, output: Store) -> Footer | No
 
     None if that cannot be: a method keeps no features, or a shard's are not there, or not those of this run.
     """
-    keepers = workshop.keepers
-    if not keepers or workshop.scorer is None:
+    feature_methods = workshop.feature_methods
+    if not feature_methods or workshop.scorer is None:
         return None
     with shard_errors():
         fingerprint = shard.fingerprint()
-    files = open_stored(keepers.values(), shard, fingerprint, output)
-    if files is None or len(keepers) < len(workshop.methods):
+    files = open_stored(feature_methods.values(), shard, fingerprint, output)
+    if files is None or len(feature_methods) < len(workshop.methods):
         return None
     scores: Scores = {}
-    for keeper in keepers.values():
-        scores |= keeper.stored_scores(files[keeper.name])
-    first = files[keepers[0].name][0]
+    for method in feature_methods.values():
+        scores |= method.stored_scores(files[method.name])
+    first = files[feature_methods[0].name][0]
     with tempfile.TemporaryFile() as spool:
         table = ScoreWriter(workshop.columns, spool)
         for batch in first.batches():
@@ -102,7 +102,7 @@ def score_stored(workshop: Workshop, shard: Shard, output: Store) -> Footer | No
     return footer
 
 
-class _Ledger:
+class _ShardWriters:
     """Where a shard's rows end up: every one of them in the table or in quarantine."""
 
     def __init__(self, table: ScoreWriter, quarantine: QuarantineWriter, features: FeatureWriters) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from assay.corpus.footer import Identity
 from assay.engine.batches import is_out_of_memory, make_batches
-from assay.engine.kept_features import Keeper
+from assay.engine.kept_features import FeatureMethod
 from assay.engine.plan import Plan
 from assay.engine.pool import Batches, draw_samples, read_target
 from assay.methods import Column, Method, Scorer
@@ -33,7 +33,7 @@ class Workshop:
     encoder: Encoder
     methods: Sequence[Method]
     """Fitted, in the recipe's order."""
-    keepers: Mapping[int, Keeper]
+    feature_methods: Mapping[int, FeatureMethod]
     """In place of the methods that keep their features, by their place in the recipe."""
     scorer: Scorer | None
     """Of the methods, or of what keeps their features; None if they are not fitted."""
@@ -56,15 +56,15 @@ def open_workshop(plan: Plan, fit: bool = True) -> Workshop:
             methods.append(spec.build(given))
     with _refusals(recipe):
         all_columns(methods)
-        keepers = _keepers(plan, methods, encoder)
+        feature_methods = _feature_methods(plan, methods, encoder)
         _refuse_unsupported(methods)
         Scorer([method for method in methods if not _fits(method)])  # it taps the models, which may be refused too
     scorer = None
     if fit:
         _fit(plan, methods, encoder)
         with _refusals(recipe):
-            scorer = Scorer([keepers.get(i, method) for i, method in enumerate(methods)])
-    return Workshop(recipe, plan.identity, encoder, methods, keepers, scorer)
+            scorer = Scorer([feature_methods.get(i, method) for i, method in enumerate(methods)])
+    return Workshop(recipe, plan.identity, encoder, methods, feature_methods, scorer)
 
 
 def _targets(plan: Plan, encoder: Encoder) -> dict[str, Batches]:
@@ -92,10 +92,10 @@ def _fits(method: Method) -> bool:
     return type(method).fit is not Method.fit
 
 
-def _keepers(plan: Plan, methods: Sequence[Any], encoder: Encoder) -> dict[int, Keeper]:
+def _feature_methods(plan: Plan, methods: Sequence[Any], encoder: Encoder) -> dict[int, FeatureMethod]:
     specs = enumerate(plan.recipe.methods)
     return {
-        i: Keeper(methods[i], spec, plan.recipe, plan.identity, encoder.identity)
+        i: FeatureMethod(methods[i], spec, plan.recipe, plan.identity, encoder.identity)
         for i, spec in specs
         if spec.stored_as is not None
     }

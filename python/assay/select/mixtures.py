@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from assay._lazy import require
 from assay.select.rules import Keep
-from assay.select.selection import Floats, Selection, Worth, worth
+from assay.select.selection import Floats, OrientedScore, Selection, oriented
 
 _FIT_ROWS = 200_000
 _CHUNK_ROWS = 1 << 20
@@ -20,7 +20,7 @@ def gmm(table: pa.Table, by: str, keep: Keep | None = None, seed: int = 0) -> Se
     rule is a threshold: a wide component cannot claim the far tail behind a narrow one. The fit sees at most
     200,000 rows, drawn with ``seed``; infinite scores take no part in it.
     """
-    score = worth(table, by, keep)
+    score = oriented(table, by, keep)
     finite = _two_values(score)
     if len(finite) > _FIT_ROWS:
         finite = np.random.default_rng(seed).choice(finite, _FIT_ROWS, replace=False)
@@ -53,7 +53,7 @@ def gmm(table: pa.Table, by: str, keep: Keep | None = None, seed: int = 0) -> Se
 
 def kmeans(table: pa.Table, by: str, keep: Keep | None = None) -> Selection:
     """Split the score into the two groups of least squared error and keep the better: exact, no seed."""
-    score = worth(table, by, keep)
+    score = oriented(table, by, keep)
     ordered = np.sort(_two_values(score))
     centered = ordered - ordered.mean()
     left = np.arange(1, len(ordered))
@@ -68,13 +68,13 @@ def kmeans(table: pa.Table, by: str, keep: Keep | None = None) -> Selection:
     return Selection(**(vars(selection) | {"facts": facts}))
 
 
-def _two_values(score: Worth) -> Floats:
+def _two_values(score: OrientedScore) -> Floats:
     finite: Floats = score.values[np.isfinite(score.values)]
     if len(finite) < 2 or finite.min() == finite.max():
         raise ValueError(f"by={score.name!r} cannot be split in two; of its {len(finite)} finite scores no two differ")
     return finite
 
 
-def _worst_kept(score: Worth, mask: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> float | None:
+def _worst_kept(score: OrientedScore, mask: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> float | None:
     kept = score.values[mask & score.valid]
     return score.sign * float(kept.min()) if kept.size else None

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from assay.select.selection import Floats, Mask, Selection, worth
+from assay.select.selection import Floats, Mask, Selection, oriented
 
 Keep = Literal["high", "low"]
 Amount = int | float
@@ -21,7 +21,7 @@ def top(table: pa.Table, by: str, amount: Amount, keep: Keep | None = None) -> S
     An int is a number of rows, a float a share of the table's rows: ``1`` is one row and ``1.0`` all of them.
     Rows that have no score count towards the share but are never kept.
     """
-    score = worth(table, by, keep)
+    score = oriented(table, by, keep)
     wanted = amount_rows(amount, table.num_rows)
     candidates = np.flatnonzero(score.valid)
     best_first = candidates[np.argsort(-score.values[candidates], kind="stable")]
@@ -33,7 +33,7 @@ def top(table: pa.Table, by: str, amount: Amount, keep: Keep | None = None) -> S
 
 def threshold(table: pa.Table, by: str, value: float, keep: Keep | None = None) -> Selection:
     """Rows whose score is ``value`` or better."""
-    score = worth(table, by, keep)
+    score = oriented(table, by, keep)
     return score.cut(score.sign * value, f"{by}, threshold {value:g}")
 
 
@@ -41,7 +41,7 @@ def quantile(table: pa.Table, by: str, q: float, keep: Keep | None = None) -> Se
     """Rows at or beyond the ``q``-quantile of worth: 0.9 keeps the best tenth, whichever end is best."""
     if not 0 <= q <= 1:
         raise ValueError(f"q={q}: expected a number from 0 to 1")
-    score = worth(table, by, keep)
+    score = oriented(table, by, keep)
     if not score.valid.any():
         return score.cut(math.inf, f"{by}, quantile {q:g}")
     # An order statistic, not a point between two: then the row at the quantile is kept whatever the rounding.
@@ -63,7 +63,7 @@ def sample(
     that are negative or kept at the low end. Rows of score zero are never drawn. (Gumbel top-k, which is
     Efraimidis and Spirakis's scheme in logarithms.)
     """
-    score = worth(table, by, keep)
+    score = oriented(table, by, keep)
     wanted = amount_rows(amount, table.num_rows)
     logits = np.full(table.num_rows, -np.inf)
     valid = score.values[score.valid]

@@ -61,7 +61,7 @@ class Selection:
 
 
 @dataclass(frozen=True)
-class Worth:
+class OrientedScore:
     """A score turned so that more is better: ``values`` are the column's numbers times ``sign``."""
 
     name: str
@@ -90,7 +90,7 @@ class Worth:
         )
 
 
-def worth(table: pa.Table, by: str, keep: Literal["high", "low"] | None = None) -> Worth:
+def oriented(table: pa.Table, by: str, keep: Literal["high", "low"] | None = None) -> OrientedScore:
     """Read score ``by`` and orient it by ``keep`` or, without one, by the column's metadata."""
     if by not in table.schema.names:
         known = ", ".join(name for name in table.schema.names if name not in ("row", "id"))
@@ -107,4 +107,4 @@ def worth(table: pa.Table, by: str, keep: Literal["high", "low"] | None = None) 
         raise ValueError(f"keep={keep!r}: expected 'high' or 'low'")
     sign = 1 if direction == "high" else -1
     column = table[by].to_numpy().astype(np.float64)
-    return Worth(by, sign * column, ~np.isnan(column), sign)
+    return OrientedScore(by, sign * column, ~np.isnan(column), sign)

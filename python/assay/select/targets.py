@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from assay.select.rules import Amount, Keep, amount_rows, indices_mask
-from assay.select.selection import KEPT, UNSCORED, Selection, worth
+from assay.select.selection import KEPT, UNSCORED, Selection, oriented
 
 
 def round_robin(table: pa.Table, by: Sequence[str], amount: Amount, seed: int, keep: Keep | None = None) -> Selection:
@@ -25,7 +25,7 @@ def round_robin(table: pa.Table, by: Sequence[str], amount: Amount, seed: int, k
     """
     if not by:
         raise ValueError("by: expected the names of the targets' scores, got none")
-    scores = [worth(table, name, keep) for name in by]
+    scores = [oriented(table, name, keep) for name in by]
     wanted = amount_rows(amount, table.num_rows)
     queues = []
     for score in scores:
@@ -62,7 +62,7 @@ def robust(table: pa.Table, by: str, amount: Amount, keep: Keep | None = None) -
 
     ``weights`` are not confined to [0, 1]. Where every scored row is kept, λ is infinite and all weights are 1.
     """
-    score = worth(table, by, keep)
+    score = oriented(table, by, keep)
     wanted = amount_rows(amount, table.num_rows)
     candidates = np.flatnonzero(score.valid)
     best_first = candidates[np.argsort(-score.values[candidates], kind="stable")]

@@ -1,0 +1,67 @@
+"""Pairs of embeddings: a sample's own part of the loss."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from assay.tasks import Contrastive
+
+
+class Fixed(nn.Module):
+    """Returns what it is told to, and remembers how it was called."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output, self.called = output, {}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.called = kwargs
+        return self.output
+
+
+def clip_loss(image: Tensor, text: Tensor, scale: float) -> Tensor:
+    similarity = scale * image @ text.T
+    labels = torch.arange(len(image))
+    return (F.cross_entropy(similarity, labels) + F.cross_entropy(similarity.T, labels)) / 2
+
+
+def test_contrastive_losses_average_to_the_clip_loss() -> None:
+    image, text = F.normalize(torch.randn(4, 3), dim=1), F.normalize(torch.randn(4, 3), dim=1)
+    outputs = Contrastive().forward(Fixed((image, text, 9.0)), (torch.zeros(4, 1), torch.zeros(4, 1)))
+    torch.testing.assert_close(outputs.losses.mean(), clip_loss(image, text, 9.0))
+    torch.testing.assert_close(outputs.logits, 9 * image @ text.T)
+    assert outputs.labels.tolist() == [0, 1, 2, 3]
+
+
+def test_contrastive_sample_gradients_reach_only_the_samples_own_embeddings() -> None:
+    image, text = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+    losses = Contrastive(scale=2.0).forward(Fixed((image, text)), (image, text)).losses
+    for gradient in torch.autograd.grad(losses[1], [image, text]):
+        assert gradient[1].abs().min() > 0
+        assert gradient[[0, 2, 3]].eq(0).all()
+
+
+def test_contrastive_scale_comes_from_the_model() -> None:
+    image, text = torch.randn(2, 3), torch.randn(2, 3)
+    batch = torch.zeros(2, 1), {"input_ids": torch.zeros(2, 1)}
+    model = Fixed(SimpleNamespace(image_embeds=image, text_embeds=text))
+    with pytest.raises(ValueError, match=r"Contrastive\(scale=100\.0\)"):
+        Contrastive().forward(model, batch)
+    model.logit_scale = nn.Parameter(torch.tensor(9.0).log())
+    torch.testing.assert_close(Contrastive().forward(model, batch).losses.mean(), clip_loss(image, text, 9.0))
+    assert set(model.called) == {"pixel_values", "input_ids"}
+    torch.testing.assert_close(Contrastive(2.0).forward(model, batch).losses.mean(), clip_loss(image, text, 2.0))
+
+
+def test_contrastive_errors_say_what_was_found() -> None:
+    batch = torch.zeros(2, 1), torch.zeros(2, 1)
+    with pytest.raises(TypeError, match="returned a Tensor"):
+        Contrastive().forward(Fixed(torch.zeros(2, 3)), batch)
+    with pytest.raises(ValueError, match=r"\(2, 3\) and text_embeds of shape \(3, 3\)"):
+        Contrastive().forward(Fixed((torch.zeros(2, 3), torch.zeros(3, 3), 1.0)), batch)

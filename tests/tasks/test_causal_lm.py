@@ -11,30 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from assay.tasks import CausalLM
-
-
-class Fixed(nn.Module):
-    """Returns what it is told to, and remembers how it was called."""
-
-    def __init__(self, output: Any) -> None:
-        super().__init__()
-        self.output, self.called = output, {}
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.called = kwargs
-        return self.output
-
-
-class Bigram(nn.Module):
-    """The smallest causal language model; takes ids and nothing else."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.table = nn.Embedding(7, 7)
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.table(input_ids)
+from tests.tasks.models import Bigram, Fixed
 
 
 def token_losses(model: nn.Module, ids: list[int]) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -11,18 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from assay.tasks import Contrastive
-
-
-class Fixed(nn.Module):
-    """Returns what it is told to, and remembers how it was called."""
-
-    def __init__(self, output: Any) -> None:
-        super().__init__()
-        self.output, self.called = output, {}
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.called = kwargs
-        return self.output
+from tests.tasks.models import Fixed
 
 
 def clip_loss(image: Tensor, text: Tensor, scale: float) -> Tensor:

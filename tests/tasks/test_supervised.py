@@ -8,21 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from assay.tasks import Classification, Regression
-
-
-class Fixed(nn.Module):
-    """Returns what it is told to, and remembers how it was called."""
-
-    def __init__(self, output: Any) -> None:
-        super().__init__()
-        self.output, self.called = output, {}
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.called = kwargs
-        return self.output
+from tests.tasks.models import Fixed
 
 
 @pytest.mark.parametrize("wrap", [lambda z: z, lambda z: SimpleNamespace(logits=z)])

@@ -205,7 +205,7 @@ def _logits(layer: Layer, wide: torch.dtype) -> Tensor:
     if weight.dtype == wide:
         product = hidden @ weight.T
     else:
-        product = torch.cat([hidden @ piece.to(wide).T for piece in weight.split(WIDEN_COLUMNS)], 1)
+        product = torch.cat([hidden @ piece.to(wide).T for piece in torch.split(weight, WIDEN_COLUMNS)], 1)
     return product if layer.bias is None else product + layer.bias.to(wide)
 
 

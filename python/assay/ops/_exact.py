@@ -38,7 +38,7 @@ class _Float32:
     lock: threading.Lock = field(default_factory=threading.Lock)
     inside: int = 0
     general: str | None = None  # torch.get_float32_matmul_precision, where it was not the highest
-    own: dict[str, str] = field(default_factory=dict)  # the backends' settings, where they were not precise
+    own: dict[str, str] = field(default_factory=dict)  # the backends' settings, if any was not precise
 
     def __enter__(self) -> None:
         with self.lock:  # in every thread: another may have allowed TF32 since the first one came
@@ -56,6 +56,8 @@ class _Float32:
         own = {name: value for name, value in found.items() if value not in _PRECISE}
         if _each and not own:
             return
+        if not self.own:
+            self.own = {name: _inherited(name, value) for name, value in found.items()}
         self.own |= {name: _inherited(name, value) for name, value in own.items()}
         general = _general()
         if general not in (None, "highest"):
@@ -65,7 +67,7 @@ class _Float32:
             _set(name, "ieee")
 
     def _restore(self) -> None:
-        if self.general is not None:
+        if self.general is not None:  # sets the backends' too, which are put right below
             torch.set_float32_matmul_precision(self.general)
         for name, value in self.own.items():
             _set(name, value)

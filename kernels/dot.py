@@ -193,8 +193,8 @@ def plan(
     else:
         easy = aligned([left, right, matrix, k, n, *strides.values()]) and left.dtype == matrix.dtype
         tile = tiles.large if easy else tiles.small
-        if half and tile.n > 128 and k > LONG_FOLD and rows * n >= PROGRAMS // 2 * tile.m * tile.n:
-            tile = HALF_TILES[10].large  # one slice of K, folded: the wider tile leaves no registers for that
+        if half and tile.n > 128 and 2 * k * ceil_div(rows, tile.m) * ceil_div(n, tile.n) > LONG_FOLD * PROGRAMS:
+            tile = HALF_TILES[10].large  # slices of K may be folded: the wider tile leaves no registers for that
     m_tiles, n_tiles = ceil_div(rows, tile.m), ceil_div(n, tile.n)
     splits = max(1, min(PROGRAMS // (m_tiles * n_tiles), k // MIN_K_SLICE))
     k_slice = round_up(ceil_div(k, splits), tile.k)

@@ -193,7 +193,8 @@ def plan(
     else:
         easy = aligned([left, right, matrix, k, n, *strides.values()]) and left.dtype == matrix.dtype
         tile = tiles.large if easy else tiles.small
-        if half and tile.n > 128 and 2 * k * ceil_div(rows, tile.m) * ceil_div(n, tile.n) > LONG_FOLD * PROGRAMS:
+        long = k > LONG_FOLD and 2 * k * ceil_div(rows, tile.m) * ceil_div(n, tile.n) > LONG_FOLD * PROGRAMS
+        if half and tile.n > 128 and long:
             tile = HALF_TILES[10].large  # slices of K may be folded: the wider tile leaves no registers for that
     m_tiles, n_tiles = ceil_div(rows, tile.m), ceil_div(n, tile.n)
     splits = max(1, min(PROGRAMS // (m_tiles * n_tiles), k // MIN_K_SLICE))

@@ -26,6 +26,8 @@ from assay.kernels._common import (
     round_up,
     unit_stride,
 )
+from assay.kernels.folding import FOLD
+from assay.kernels.slices import plan_sum
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,20 @@ FLOAT_TILES = {
     8: Tiles(Tile(32, 32, 32, 4, 3), Tile(64, 32, 16, 4, 3), Tile(64, 64, 16, 4, 3), Tile(128, 128, 16, 8, 3)),
 }
 GROUP_M = 8
+# Twice as long as others: the result is one such product, not the square of one, and a fold reads `right` again.
+LONG_FOLD = 2 * FOLD
 # A slice of K is worth a program of its own from this length: shorter ones spend their time in the epilogue.
 MIN_K_SLICE = 512
 # bfloat16 factors times a float32 direction run three times over.
 SPLIT_COST = 3
+SPLIT_NUMBERS = 1 << 22  # of a direction, that are split at a time
+
+
+@triton.jit
+def _times(product, r_ptr, mask):
+    """Row by row, the product times the other factor."""
+    other = tl.load(r_ptr, mask=mask, other=0.0).to(tl.float32)
+    return tl.sum(tl.where(mask, product * other, 0.0), axis=1)  # a select: 0 × inf would be NaN
 
 
 # Not specialised: the sizes that change from batch to batch and help no load.
@@ -85,6 +97,7 @@ def _grad_dot(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr,
+    FOLD: tl.constexpr,  # terms after which a product is multiplied out and begun anew (kernels/folding.py); 0: never
     WIDEN: tl.constexpr,  # multiply in float32: mixed types, and the interpreter, whose bfloat16 arithmetic is wrong
 ):
     # Row tiles advance in groups, so that the tiles of left and matrix that run together are few and stay in L2.
@@ -112,6 +125,9 @@ def _grad_dot(
     m_ptr = m_ptr + k[:, None] * matrix_k + (n % n_size).to(tl.int64)[None, :] * matrix_n
     m_step = tl.full((), BLOCK_K, tl.int64) * matrix_k
 
+    mask = (row < rows)[:, None] & (n < n_size)[None, :]
+    r_ptr = right + (b * right_b + t * right_t)[:, None] + n[None, :]
+    sums = tl.zeros((BLOCK_M,), tl.float32)
     product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k0 in range(k_begin, k_end, BLOCK_K):
         if EVEN_K:
@@ -124,13 +140,15 @@ def _grad_dot(
         if WIDEN:
             x, y = x.to(tl.float32), y.to(tl.float32)
         product = tl.dot(x, y, product, input_precision="ieee")
+        if FOLD > 0:
+            due = (k0 - k_begin + BLOCK_K) % FOLD == 0
+            if due:
+                sums += _times(product, r_ptr, mask)
+                product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         l_ptr += BLOCK_K
         m_ptr += m_step
 
-    mask = (row < rows)[:, None] & (n < n_size)[None, :]
-    r_ptr = right + (b * right_b + t * right_t)[:, None] + n[None, :]
-    other = tl.load(r_ptr, mask=mask, other=0.0).to(tl.float32)
-    sums = tl.sum(tl.where(mask, product * other, 0.0), axis=1)  # a select: 0 × inf would be NaN
+    sums += _times(product, r_ptr, mask)
     out = partial + (tl.program_id(1).to(tl.int64) * n_tiles + tile_n) * rows + row
     tl.store(out, sums, mask=row < rows)
 
@@ -139,7 +157,9 @@ def grad_dot(inputs: Tensor, grads: Tensor, direction: Tensor) -> Tensor:
     """(B, T, I), (B, T, O), (O, I) -> (B,) float32; checked by ops.grad_dot, none of the sizes 0."""
     launch, partial = plan(inputs, grads, direction, generation(inputs), interpret=not inputs.is_cuda)
     launch.run(inputs)
-    return partial.view(-1, *inputs.shape[:2]).sum((0, 2), dtype=torch.float64).float()
+    sums = partial.new_zeros(partial.shape[2], dtype=torch.float64)
+    plan_sum(partial.flatten(0, 1), sums).run(inputs)
+    return sums.view(inputs.shape[:2]).sum(1).float()
 
 
 def plan(
@@ -173,6 +193,9 @@ def plan(
     else:
         easy = aligned([left, right, matrix, k, n, *strides.values()]) and left.dtype == matrix.dtype
         tile = tiles.large if easy else tiles.small
+        long = k > LONG_FOLD and 2 * k * ceil_div(rows, tile.m) * ceil_div(n, tile.n) > LONG_FOLD * PROGRAMS
+        if half and tile.n > 128 and long:
+            tile = HALF_TILES[10].large  # slices of K may be folded: the wider tile leaves no registers for that
     m_tiles, n_tiles = ceil_div(rows, tile.m), ceil_div(n, tile.n)
     splits = max(1, min(PROGRAMS // (m_tiles * n_tiles), k // MIN_K_SLICE))
     k_slice = round_up(ceil_div(k, splits), tile.k)
@@ -196,6 +219,7 @@ def plan(
         "BLOCK_K": tile.k,
         "GROUP_M": GROUP_M,
         "EVEN_K": k % tile.k == 0,
+        "FOLD": LONG_FOLD if half and k_slice > LONG_FOLD else 0,
         "WIDEN": interpret or not half,
     }
     grid = (m_tiles * n_tiles, len(matrix) * splits)
@@ -229,9 +253,10 @@ def terms(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if matrix.dtype == dtype:
         return matrix[None]
-    rest = matrix.float()
-    words = []
-    for _ in range(3):
-        words.append(rest.to(dtype))
-        rest = rest - words[-1]
-    return torch.stack(words)
+    words = matrix.new_empty((3, *matrix.shape), dtype=dtype)
+    rows = max(1, SPLIT_NUMBERS // max(1, matrix.shape[1]))  # at a time: what is left of all would be copies as well
+    for rest, *parts in zip(matrix.split(rows), *(word.split(rows) for word in words), strict=True):
+        for part in parts:
+            part.copy_(rest)
+            rest = rest - part
+    return words

@@ -64,12 +64,14 @@ def residual(
     tl.store(at, p.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["row_begin", "row_end", "c_begin", "c_end", "d_tiles", "ignore_index"])
+@triton.jit(do_not_specialize=["rows", "row_begin", "row_end", "c_begin", "c_end", "d_tiles", "splits", "ignore_index"])
 def accumulate(
     residual,  # (rows of the panel, chunk)
     weight,  # (classes, size)
     labels,
     total,  # (rows, size) float32
+    partial,  # (splits - 1, rows of the panel, size) float32, or None
+    rows,  # of the panel
     size,
     residual_row,
     weight_row,
@@ -78,6 +80,8 @@ def accumulate(
     c_begin,
     c_end,
     d_tiles,
+    splits,  # of the chunk ...
+    split,  # ... of this many columns, a multiple of BLOCK_K
     ignore_index,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # columns of the total
@@ -85,18 +89,19 @@ def accumulate(
     GROUP_M: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """total += residual · weight over the chunk."""
-    block, tile = place(row_end - row_begin, d_tiles, BLOCK_M, GROUP_M)
-    first = row_begin + block.to(tl.int64) * BLOCK_M
+    """residual · weight over a split of the chunk: the first is added to the total, the others lie beside it."""
+    block, tile = place(row_end - row_begin, d_tiles * splits, BLOCK_M, GROUP_M)
+    part, tile = tile // d_tiles, tile % d_tiles
+    first = block.to(tl.int64) * BLOCK_M
     local = tl.arange(0, BLOCK_M)
-    inside = tl.minimum(first + local, row_end - 1)
-    y = tl.load(labels + inside)
+    inside = tl.minimum(first + local, row_end - row_begin - 1)
+    y = tl.load(labels + row_begin + inside)
     if tl.max((y != ignore_index).to(tl.int32), 0) == 0:
-        return
+        return  # nothing is predicted here: add_splits reads none of it
     d = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    r_row = residual + (inside - row_begin) * residual_row
+    r_row = residual + inside * residual_row
     added = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k0 in range(0, c_end - c_begin, BLOCK_K):
+    for k0 in range(part * split, tl.minimum((part + 1) * split, c_end - c_begin), BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         c = c_begin + k
         r = tl.load(r_row[:, None] + k[None, :])
@@ -106,6 +111,39 @@ def accumulate(
             r = r.to(tl.float32)
             w = w.to(tl.float32)
         added = tl.dot(r, w, added, input_precision="ieee")
-    at = total + first * size + local[:, None] * size + d[None, :]
-    mask = (first + local < row_end)[:, None] & (d < size)[None, :]
-    tl.store(at, tl.load(at, mask=mask, other=0.0) + added * (1.0 / SCALE), mask=mask)
+    added *= 1.0 / SCALE
+    within = local[:, None] * size + d[None, :]
+    mask = (first + local < row_end - row_begin)[:, None] & (d < size)[None, :]
+    at = total + (row_begin + first) * size + within
+    if partial is not None:
+        beside = partial + ((part - 1).to(tl.int64) * rows + first) * size + within
+        at = tl.where(part == 0, at, beside)
+    tl.store(at, tl.load(at, mask=mask & (part == 0), other=0.0) + added, mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows", "row_begin", "row_end", "splits", "ignore_index"])
+def add_splits(
+    partial,
+    labels,
+    total,
+    rows,  # of the panel
+    size,
+    row_begin,
+    row_end,
+    splits,
+    ignore_index,
+    BLOCK_M: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """total (.., size) += the splits beyond the first, in their order; rows that are ignored stay as they are."""
+    blocks = tl.cdiv(size, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask = row < row_end - row_begin
+    known = mask & (tl.load(labels + row_begin + row, mask=mask, other=ignore_index) != ignore_index)
+    d = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    kept = known[:, None] & (d < size)[None, :]
+    out = total + (row_begin + row)[:, None] * size + d[None, :]
+    sums = tl.load(out, mask=kept, other=0.0)
+    for part in range(splits - 1):
+        sums += tl.load(partial + (part * rows.to(tl.int64) + row)[:, None] * size + d[None, :], mask=kept, other=0.0)
+    tl.store(out, sums, mask=kept)

@@ -20,8 +20,14 @@ from assay.kernels.head_tiles import GROUP_M, slices, tiles_for
 from assay.kernels.philox import OUTPUT_SIDE, ROWS_PER_COUNTER, plan_signs
 
 MIN_SKETCH = 16  # what tl.dot takes
-PANEL_BLOCKS = 8  # the gradient's residuals: at least so many row blocks ...
-MAX_PANELS = 8  # ... and at most so many panels of rows
+# The gradient's residuals, a panel of rows × a chunk of the vocabulary at a time: at least so many row blocks ...
+PANEL_BLOCKS = 8
+MAX_PANELS = 8  # ... but no more panels than that; with chunks of 8 % of the vocabulary, they are 1 % of the logits
+CHUNK_PERCENT, CHUNK_TILES = 8, 16  # a chunk is no less than 16 tiles: launches cost more than what they would save
+# A chunk is split until a panel's programs fill the 132 processors of an H100, on any card: bits follow from the shape.
+# A split has 4 tiles of the chunk at least, for its sums are written and read again.
+FILL, SPLIT_TILES = 132, 4
+SPLIT_ROWS, SPLIT_COLUMNS = 16, 128
 MERGE_ROWS = 128
 MERGE_SKETCH_ROWS = 32
 
@@ -294,14 +300,20 @@ def into_network(models: Models, merged: Merged, total: Tensor) -> Iterator[Laun
     first, second = tiles.logits, tiles.gradient
     panels = max(1, min(MAX_PANELS, n // (PANEL_BLOCKS * first.m)))
     panel = round_up(ceil_div(n, panels), first.m)
-    chunk = min(round_up(models.classes, first.n), max(1, models.classes * panels // 100 // first.n) * first.n)
-    pieces = models.empty(min(panel, n), chunk, dtype=torch.float32 if widen else hidden.dtype)
+    chunk = max(CHUNK_TILES, models.classes * CHUNK_PERCENT // 100 // first.n) * first.n
+    chunk = min(round_up(models.classes, first.n), chunk)
+    d_tiles = ceil_div(size, second.n)
+    splits = max(1, min(FILL // (PANEL_BLOCKS * d_tiles), chunk // (SPLIT_TILES * first.n)))
+    split = round_up(ceil_div(chunk, splits), second.k)
+    splits, rows = ceil_div(chunk, split), min(panel, n)
+    pieces = models.empty(rows, chunk, dtype=torch.float32 if widen else hidden.dtype)
+    partial = models.empty(splits - 1, rows, size) if splits > 1 else None
     for row in range(0, n, panel):
         row_end = min(row + panel, n)
         for c in range(0, models.classes, chunk):
             c_end = min(c + chunk, models.classes)
             piece = {"row_begin": row, "row_end": row_end, "c_begin": c, "c_end": c_end}
-            n_tiles, d_tiles = ceil_div(c_end - c, first.n), ceil_div(size, second.n)
+            n_tiles = ceil_div(c_end - c, first.n)
             yield from launch(
                 head_gradient.residual,
                 ceil_div(row_end - row, first.m) * n_tiles,
@@ -326,17 +338,21 @@ def into_network(models: Models, merged: Merged, total: Tensor) -> Iterator[Laun
             )
             yield from launch(
                 head_gradient.accumulate,
-                ceil_div(row_end - row, second.m) * d_tiles,
+                ceil_div(row_end - row, second.m) * d_tiles * splits,
                 second,
                 residual=pieces,
                 weight=weight,
                 labels=models.labels,
                 total=total,
+                partial=partial,
+                rows=rows,
                 size=size,
                 residual_row=chunk,
                 weight_row=weight.stride(0),
                 **piece,
                 d_tiles=d_tiles,
+                splits=splits,
+                split=split,
                 ignore_index=models.ignore_index,
                 BLOCK_M=second.m,
                 BLOCK_N=second.n,
@@ -344,6 +360,22 @@ def into_network(models: Models, merged: Merged, total: Tensor) -> Iterator[Laun
                 GROUP_M=GROUP_M,
                 WIDEN=widen,
             )
+            if partial is not None:
+                yield from launch(
+                    head_gradient.add_splits,
+                    ceil_div(row_end - row, SPLIT_ROWS) * ceil_div(size, SPLIT_COLUMNS),
+                    partial=partial,
+                    labels=models.labels,
+                    total=total,
+                    rows=rows,
+                    size=size,
+                    row_begin=row,
+                    row_end=row_end,
+                    splits=splits,
+                    ignore_index=models.ignore_index,
+                    BLOCK_M=SPLIT_ROWS,
+                    BLOCK=SPLIT_COLUMNS,
+                )
 
 
 def launch(

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from assay.kernels._common import Launch, ceil_div, unit_stride
+from assay.kernels.folding import FOLD, fold, unfolded
 
 # Rows of a block, and how many of the best a program can keep: a sorted block's worth. Beyond that the scores are
 # written, 4 bytes for a row that took d times 1, 2 or 4 to read, and ranked by torch.
@@ -27,6 +28,8 @@ RANKING_PROGRAMS = 2048
 PIECE_SCORES = 1 << 25
 # A row's index is the low half of its rank, the lower one the larger.
 MOST_ROWS = 2**32 - 1
+
+SHORT_FOLD = FOLD // 2  # of TF32
 
 NOTHING = tl.constexpr(-(2**63))  # behind the rank of every row
 NAN_SCORE = tl.constexpr(-(2**31))  # behind the high half of −inf's
@@ -112,6 +115,7 @@ def _products(
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
     SPLIT: tl.constexpr,
+    FOLD: tl.constexpr,  # of the first terms: the second are small
 ):
     """(BLOCK_N, BLOCK_M) inner products of the rows at ``x_row`` with several queries, times the rows' scales."""
     # A query past the last is the last again: of a maximum it takes nothing away.
@@ -119,6 +123,7 @@ def _products(
     query = queries + query.to(tl.int64) * d_size
     low_query = query + queries_size.to(tl.int64) * d_size
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    part = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     rest = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for d0 in range(0, d_size, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D)
@@ -133,11 +138,14 @@ def _products(
                 low = tl.load(low_query[None, :] + d[:, None])
             else:
                 low = tl.load(low_query[None, :] + d[:, None], mask=(d < d_size)[:, None], other=0.0)
-            total = tl.dot(x, q, total, input_precision="tf32")
+            part = tl.dot(x, q, part, input_precision="tf32")
             rest = tl.dot(x, low, rest, input_precision="tf32")
+            total, part = fold(total, part, d0 + BLOCK_D, FOLD)
         else:
             total = tl.dot(x, q, total, input_precision="ieee")
-    if SPLIT:  # of an infinite product the second term may have another sign, or be NaN
+    if SPLIT:
+        total = unfolded(total, part, FOLD)
+        # Of an infinite product the second term may have another sign, or be NaN.
         total = tl.where(tl.abs(total) < float("inf"), total + rest, total)
     return total if scale is None else total * scale[:, None]
 
@@ -163,6 +171,7 @@ def _scan(
     EVEN_D: tl.constexpr,
     STAGES: tl.constexpr,
     SPLIT: tl.constexpr,  # queries in two terms of TF32, which the features are as they lie
+    FOLD: tl.constexpr,
     MAXIMUM: tl.constexpr,  # over all queries; a program makes every pass. Else one, and neighbours share the rows
     RANK: tl.constexpr,
 ):
@@ -190,7 +199,7 @@ def _scan(
             nans = tl.zeros((BLOCK_N,), tl.int32)
             for group in range(passes):
                 product = _products(
-                    x_row, group, queries, queries_size, d_size, scale, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D, SPLIT
+                    x_row, group, queries, queries_size, d_size, scale, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D, SPLIT, FOLD
                 )
                 nan = product != product  # tl.max drops it
                 largest = tl.maximum(largest, tl.max(tl.where(nan, float("-inf"), product), 1))
@@ -198,7 +207,18 @@ def _scan(
             score = tl.where(nans > 0, float("nan"), largest)[None, :]
         else:
             product = _products(
-                x_row, group_of_program, queries, queries_size, d_size, scale, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D, SPLIT
+                x_row,
+                group_of_program,
+                queries,
+                queries_size,
+                d_size,
+                scale,
+                BLOCK_N,
+                BLOCK_M,
+                BLOCK_D,
+                EVEN_D,
+                SPLIT,
+                FOLD,
             )
             score = tl.trans(product)
         kept = column_inside[:, None] & inside[None, :]
@@ -278,6 +298,7 @@ def plan(features: Tensor, scales: Tensor | None, queries: Tensor, maximum: bool
         "EVEN_D": d % block_d == 0,
         "STAGES": tile.stages,
         "SPLIT": split,
+        "FOLD": SHORT_FOLD,
         "MAXIMUM": maximum,
         "RANK": k > 0,
     }

@@ -6,6 +6,8 @@ Two plans, the one with fewer FLOPs is taken:
   symmetric: a tile off the diagonal stands for two.
 - product, ‖GᵀA‖²: each program holds tiles of the O×I gradient, whose squares cannot cancel.
 
+Tensor cores' long sums are folded, over features in the Gram plan and over positions in the other.
+
 A Gram sum that keeps too little of its terms' magnitude is computed again as a product, by a second kernel that decides
 this itself: no wait for the GPU, and a CUDA graph can capture both.
 """
@@ -30,30 +32,34 @@ from assay.kernels._common import (
     round_up,
     unit_stride,
 )
+from assay.kernels.folding import FOLD, fold, unfolded
 
 
 @triton.jit
-def _gram_tile(
-    factor, stride_t, r, c, size, TILE: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr
-):
-    """Rows r times rows c of one sample's factor (T, size)."""
-    k = tl.arange(0, BLOCK)
-    x_ptr = factor + (r * stride_t)[:, None] + k[None, :]
-    y_ptr = factor + (c * stride_t)[None, :] + k[:, None]
-    product = tl.zeros((TILE, TILE), tl.float32)
-    for k0 in range(0, size, BLOCK):
-        if EVEN:
-            x = tl.load(x_ptr)
-            y = tl.load(y_ptr)
-        else:
-            x = tl.load(x_ptr, mask=(k0 + k < size)[None, :], other=0.0)
-            y = tl.load(y_ptr, mask=(k0 + k < size)[:, None], other=0.0)
-        if WIDEN:
-            x, y = x.to(tl.float32), y.to(tl.float32)
-        product = tl.dot(x, y, product, input_precision="ieee")
-        x_ptr += BLOCK
-        y_ptr += BLOCK
-    return product
+def _gram_step(x_ptr, y_ptr, left, product, BLOCK: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr):
+    """product + x y over BLOCK features, of which only ``left`` are left."""
+    if EVEN:
+        x = tl.load(x_ptr)
+        y = tl.load(y_ptr)
+    else:
+        k = tl.arange(0, BLOCK)
+        x = tl.load(x_ptr, mask=(k < left)[None, :], other=0.0)
+        y = tl.load(y_ptr, mask=(k < left)[:, None], other=0.0)
+    if WIDEN:
+        x, y = x.to(tl.float32), y.to(tl.float32)
+    return tl.dot(x, y, product, input_precision="ieee")
+
+
+@triton.jit
+def _term_sums(x, y, mask):
+    """Sums of a tile's terms x·y and of their absolute values, (TILE, 1) float64: float32 within a row, float64 beyond.
+
+    The kept dimension is for Triton 3.6, which fails to compile a sum of sums over a Blackwell tensor-core result
+    otherwise.
+    """
+    terms = tl.where(mask, x * y, 0.0)
+    total = tl.sum(terms, axis=1, keep_dims=True).to(tl.float64)
+    return total, tl.sum(tl.abs(terms), axis=1, keep_dims=True).to(tl.float64)
 
 
 # Not specialised: the sizes that change from batch to batch and help no load.
@@ -74,6 +80,8 @@ def _gram(
     BLOCK: tl.constexpr,
     EVEN_I: tl.constexpr,
     EVEN_O: tl.constexpr,
+    FOLD_I: tl.constexpr,  # of features
+    FOLD_O: tl.constexpr,
     WIDEN: tl.constexpr,  # multiply in float32: the interpreter, whose bfloat16 arithmetic is wrong
 ):
     # Pair p of the n(n+1)/2 is row tile p % n with the tile p // n further on, in a circle: each pair once.
@@ -85,14 +93,38 @@ def _gram(
     c = (p % n + p // n) % n * TILE + tl.arange(0, TILE)
 
     # Positions past the end read another one and are dropped below.
+    k = tl.arange(0, BLOCK)
     row, column = (r % t_size).to(tl.int64), (c % t_size).to(tl.int64)
-    x = _gram_tile(inputs + b * inputs_b, inputs_t, row, column, i_size, TILE, BLOCK, EVEN_I, WIDEN)
-    y = _gram_tile(grads + b * grads_b, grads_t, row, column, o_size, TILE, BLOCK, EVEN_O, WIDEN)
-    terms = tl.where((r < t_size)[:, None] & (c < t_size)[None, :], x * y, 0.0)
-    # float32 within a row of a tile, float64 beyond. The kept dimension is for Triton 3.6, which fails to compile a sum
-    # of sums over a Blackwell tensor-core result otherwise.
-    total = tl.sum(tl.sum(terms, axis=1, keep_dims=True).to(tl.float64), axis=0)
-    magnitude = tl.sum(tl.sum(tl.abs(terms), axis=1, keep_dims=True).to(tl.float64), axis=0)
+    mask = (r < t_size)[:, None] & (c < t_size)[None, :]
+    a_ptr = inputs + b * inputs_b
+    x_ptr, y_ptr = a_ptr + (row * inputs_t)[:, None] + k[None, :], a_ptr + (column * inputs_t)[None, :] + k[:, None]
+    x = tl.zeros((TILE, TILE), tl.float32)
+    part = tl.zeros((TILE, TILE), tl.float32)
+    for k0 in range(0, i_size, BLOCK):
+        part = _gram_step(x_ptr, y_ptr, i_size - k0, part, BLOCK, EVEN_I, WIDEN)
+        x, part = fold(x, part, k0 + BLOCK, FOLD_I)
+        x_ptr += BLOCK
+        y_ptr += BLOCK
+    x = unfolded(x, part, FOLD_I)
+
+    # The other factor's folds need no second accumulator: what they are for is linear in them.
+    g_ptr = grads + b * grads_b
+    x_ptr, y_ptr = g_ptr + (row * grads_t)[:, None] + k[None, :], g_ptr + (column * grads_t)[None, :] + k[:, None]
+    totals, magnitudes = tl.zeros((TILE, 1), tl.float64), tl.zeros((TILE, 1), tl.float64)
+    part = tl.zeros((TILE, TILE), tl.float32)
+    for k0 in range(0, o_size, BLOCK):
+        part = _gram_step(x_ptr, y_ptr, o_size - k0, part, BLOCK, EVEN_O, WIDEN)
+        if FOLD_O > 0:
+            due = (k0 + BLOCK) % FOLD_O == 0
+            if due:
+                some, absolute = _term_sums(x, part, mask)
+                totals += some
+                magnitudes += absolute
+                part = tl.zeros((TILE, TILE), tl.float32)
+        x_ptr += BLOCK
+        y_ptr += BLOCK
+    some, absolute = _term_sums(x, part, mask)
+    total, magnitude = tl.sum(totals + some, axis=0), tl.sum(magnitudes + absolute, axis=0)
     copies = tl.where(p < n, 1.0, 2.0)  # beyond the diagonal: the tile and its transpose
     out = partial + tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     tl.store(out, copies * total)
@@ -120,6 +152,7 @@ def _product(
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
     RECOMPUTE: tl.constexpr,  # only the samples whose Gram sum has cancelled
+    FOLD: tl.constexpr,  # of positions
     WIDEN: tl.constexpr,
 ):
     b = (tl.program_id(0) // splits).to(tl.int64)
@@ -146,6 +179,7 @@ def _product(
         y_ptr = right + b * right_b + t.to(tl.int64)[:, None] * right_t + (n % n_size)[None, :]
         x_step = tl.full((), BLOCK_T, tl.int64) * left_t
         y_step = tl.full((), BLOCK_T, tl.int64) * right_t
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for t0 in range(0, t_size, BLOCK_T):
             x = tl.load(x_ptr, mask=(t0 + t < t_size)[None, :], other=0.0)
@@ -153,8 +187,10 @@ def _product(
             if WIDEN:
                 x, y = x.to(tl.float32), y.to(tl.float32)
             product = tl.dot(x, y, product, input_precision="ieee")
+            total, product = fold(total, product, t0 + BLOCK_T, FOLD)
             x_ptr += x_step
             y_ptr += y_step
+        product = unfolded(total, product, FOLD)
         inside = (m < m_size)[:, None] & (n < n_size)[None, :]
         squares = tl.where(inside, product * product, 0.0)
         norm += tl.sum(squares, axis=1).to(tl.float64)
@@ -162,7 +198,7 @@ def _product(
 
 
 @triton.jit
-def _row_sqnorm(row, size, BLOCK: tl.constexpr):
+def row_sqnorm(row, size, BLOCK: tl.constexpr):
     squares = tl.zeros((BLOCK,), tl.float32)
     for k0 in range(0, size, BLOCK):
         k = k0 + tl.arange(0, BLOCK)
@@ -175,7 +211,7 @@ def _row_sqnorm(row, size, BLOCK: tl.constexpr):
 def _single(inputs, grads, out, i_size, o_size, inputs_b, grads_b, BLOCK: tl.constexpr):
     """One position: the gradient is an outer product, its norm the product of two rows' norms."""
     b = tl.program_id(0).to(tl.int64)
-    norm = _row_sqnorm(inputs + b * inputs_b, i_size, BLOCK) * _row_sqnorm(grads + b * grads_b, o_size, BLOCK)
+    norm = row_sqnorm(inputs + b * inputs_b, i_size, BLOCK) * row_sqnorm(grads + b * grads_b, o_size, BLOCK)
     tl.store(out + b, norm.to(tl.float32))
 
 
@@ -278,6 +314,11 @@ def flop_cost(*factors: Tensor) -> int:
     return 1 if len(kinds) == 1 and kinds <= set(HALF) else FLOAT_COST
 
 
+def fold_of(terms: int, *factors: Tensor) -> int:
+    """FOLD where tensor cores add up more terms than that, else 0."""
+    return FOLD if terms > FOLD and flop_cost(*factors) == 1 else 0
+
+
 def gram_tile(inputs: Tensor, grads: Tensor, generation: int) -> Gram:
     """The tile that holds T positions, up to MIDDLE_GRAM; beyond, the largest if there are PROGRAMS of it."""
     b, t, _ = inputs.shape
@@ -345,6 +386,8 @@ def _plan_gram(inputs: Tensor, grads: Tensor, gram: Gram, interpret: bool) -> tu
         "BLOCK": gram.block,
         "EVEN_I": i % gram.block == 0,
         "EVEN_O": o % gram.block == 0,
+        "FOLD_I": fold_of(i, inputs),
+        "FOLD_O": fold_of(o, grads),
         "WIDEN": interpret,
     }
     return Launch(_gram, (partial[0].numel(),), arguments, gram.warps, gram.stages), partial
@@ -381,6 +424,7 @@ def _plan_product(
         "BLOCK_N": product.n,
         "BLOCK_T": product.t,
         "RECOMPUTE": sums is not None,
+        "FOLD": fold_of(t, left, right),
         "WIDEN": interpret or flop_cost(left, right) == FLOAT_COST,
     }
     return Launch(_product, (b * splits,), arguments, product.warps, product.stages), partial

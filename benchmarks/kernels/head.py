@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import assay
-from assay.ops import head_scores, linear_ensemble_stats
+from assay.ops import head_scores, linear_cross_entropy, linear_ensemble_stats
 from benchmarks.gpu import peers
 from benchmarks.gpu.case import DEVICE, Case, Target, here
 from benchmarks.kernels.ensemble import formulas
@@ -108,7 +108,7 @@ def gpu_cases() -> list[Case]:
         for d in WIDTHS:
             cases += [_stats(1, d, c, None), _stats(2, d, c, ONE_SWEEP), _stats(2, d, c, None)]
     cases.append(_stats(2, WIDTHS[0], VOCABULARIES[0], ONE_SWEEP, torch.float32))
-    cases += [_loss_alone(d, c) for d, c in sorted(STORED)]
+    cases += [case(d, c) for d, c in sorted(STORED) for case in (_loss_alone, _loss_and_gradient)]
     return cases + [_scores(k, d, c) for k in (1, 2) for d, c in sorted(STORED)]
 
 
@@ -154,6 +154,38 @@ def _loss_alone(d: int, c: int) -> Case:
     case = _stats(1, d, c, ("nll",))
     rivals = {"gemm": case.rivals["gemm"], "eager": stored, **peers.linear_cross_entropy()}
     return replace(case, op="linear_ensemble_stats, nll alone", rivals=rivals, to_compile=None)
+
+
+def _loss_and_gradient(d: int, c: int) -> Case:
+    """What a language model's scoring runs: each position's loss, and its gradient in the hidden state."""
+    dtype = torch.bfloat16
+
+    def make() -> tuple[Tensor, Tensor, Tensor]:
+        (hidden,), (weight,), y = _inputs(1, d, c, dtype)
+        return hidden.requires_grad_(), weight, y
+
+    def gemms(hidden: Tensor, weight: Tensor, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            return (hidden @ weight.T) @ weight
+
+    def eager(hidden: Tensor, weight: Tensor, y: Tensor) -> Tensor:
+        loss = torch.nn.functional.cross_entropy((hidden @ weight.T).float(), y, reduction="sum")
+        return torch.autograd.grad(loss, hidden)[0]
+
+    def fused(hidden: Tensor, weight: Tensor, y: Tensor) -> Tensor:
+        return torch.autograd.grad(linear_cross_entropy(hidden, weight, y).sum(), hidden)[0]
+
+    return Case(
+        op="linear_cross_entropy, with its gradient",
+        shape=f"N={ROWS} D={d} C={c}",
+        dtype=dtype,
+        bytes=dtype.itemsize * d * (2 * ROWS + c) + ROWS * (8 + 4),
+        flops=2 * 2 * ROWS * d * c,  # the logits' second product is the op's own affair
+        bound="gemm",
+        make=make,
+        run=fused,
+        rivals={"gemm": gemms, "eager": eager},
+    )
 
 
 def _scores(k: int, d: int, c: int) -> Case:

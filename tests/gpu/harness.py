@@ -27,6 +27,7 @@ KERNELS = {
     "ensemble_stats": "cuda",
     "linear_ensemble_stats": "triton",
     "head_scores": "triton",
+    "linear_cross_entropy": "triton",
     "grad_dot": "triton",
     "grad_sqnorm": "triton",
     "topk_scan": "triton",

@@ -25,6 +25,7 @@ from tests.gpu.harness import (
 )
 
 linear_ensemble_stats, head_scores = kernel("linear_ensemble_stats"), kernel("head_scores")
+linear_cross_entropy = kernel("linear_cross_entropy")
 
 ONE_SWEEP = ("nll", "mean_nll", "agreement", "expected_entropy", "vote_entropy")
 SHAPES = [  # (N, [D_k], C): why
@@ -225,6 +226,63 @@ def test_memory_stays_under_a_hundredth_of_the_logits(k: int, device: torch.devi
     for name, run in runs.items():
         peak = peak_bytes(run)
         assert 0 < peak <= logits / 100, f"{name}: {peak:,} bytes beside {logits:,} of logits"
+
+
+def losses(x: Heads, labels: Tensor, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    """Each row's loss, and the gradient of their sum in the hidden states, rounded to their dtype."""
+    leaf = x.hidden[0][rows].detach().requires_grad_()
+    bias = None if x.bias is None else x.bias[0]
+    loss = linear_cross_entropy(leaf, x.weight[0], labels[rows], bias=bias)
+    loss.sum().backward()
+    assert leaf.grad is not None
+    return loss.detach(), leaf.grad
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "d", "c"), [(n, dims[0], c) for n, dims, c in SHAPES if c > 1])
+def test_linear_cross_entropy(n: int, d: int, c: int, dtype: torch.dtype, device: torch.device) -> None:
+    x = heads(n, [d], c, dtype, device, bias=n % 2 == 0)
+    labels = x.labels.clone()
+    labels[n // 2] = -100 if n > 1 else labels[0]
+    loss, gradient = losses(x, labels)
+    seen = labels != -100
+    assert bool((loss[~seen] == 0).all())
+    assert bool((gradient[~seen] == 0).all())
+    exact, plain = (z[0].double() for z in (x.exact, x.plain))
+    weight, onehot = x.weight[0].double(), torch.nn.functional.one_hot(x.labels, c)
+    reach = x.rounding.clamp(min=1)
+    want, rough = (torch.nn.functional.cross_entropy(z, x.labels, reduction="none") for z in (exact, plain))
+    assert_within(loss[seen], want[seen], rough[seen], torch.maximum(want, reach)[seen], "loss")
+    want, rough = ((z.softmax(-1) - onehot) @ weight for z in (exact, plain))
+    rough = rough.to(dtype).double()  # as the result is
+    scale = (weight.norm(dim=1).max() * reach)[:, None]
+    step = torch.finfo(dtype).eps if dtype != torch.float32 else 0.0  # the result's own rounding
+    error = (gradient.double() - want).abs()[seen]
+    allowed = torch.maximum((rough - want).abs(), 2e-6 * scale + step * want.abs())[seen]
+    assert bool((error <= allowed).all()), f"gradient: {float((error / allowed).max()):.2f} of what is allowed"
+
+
+@pytest.mark.parametrize(("d", "c"), here([(576, 49_152), (64, 1000)], [(24, 700)]))
+def test_a_rows_loss_and_gradient_are_its_own(d: int, c: int, device: torch.device) -> None:
+    """In eight panels of rows as alone, and on every run."""
+    n = here(8192, 300)
+    x = heads(n, [d], c, torch.bfloat16, device)
+    first = losses(x, x.labels)
+    for _ in range(here(5, 2)):
+        for a, b, what in zip(losses(x, x.labels), first, ("loss", "gradient"), strict=True):
+            assert_same(a, b, f"another run, {what}")
+    for i in here((0, 1023, 1024, 8191), ()):  # the CPU's GEMM blocks rows together
+        for a, b, what in zip(losses(x, x.labels, slice(i, i + 1)), first, ("loss", "gradient"), strict=True):
+            assert_same(a[0], b[i], f"row {i} alone, {what}")
+
+
+def test_losses_in_little_memory(device: torch.device) -> None:
+    """Beside the gradient, 1 % of the logits and sums of a chunk's splits, no larger than the gradient."""
+    needs_memory(8)
+    n, d, c = here((8192, 576, 49_152), (64, 32, 500))
+    x = heads(n, [d], c, torch.bfloat16, device)
+    peak = peak_bytes(lambda: losses(x, x.labels))
+    assert 0 < peak <= 0.02 * n * c * 2 + 3 * n * d * 4
 
 
 def test_beyond_int32(device: torch.device) -> None:

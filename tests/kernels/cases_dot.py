@@ -20,6 +20,7 @@ TYPES = [  # of inputs, grads and direction
 ]
 SHAPES = {  # (B, T, I, O); what takes them there
     "large": (8, 512, 1024, 2048),
+    "folded": (64, 512, 1024, 4096),  # more terms to a program than one sum on tensor cores takes
     "tail": (8, 512, 1040, 2064),  # K past the tile's multiple
     "wide": (8, 512, 2048, 1024),  # the other order, whose matrix is transposed
     "ragged": (8, 511, 1023, 1025),

@@ -96,6 +96,10 @@ def plans(dtype: torch.dtype, size: int) -> Iterator[tuple[str, Callable[[], Ite
     for rows in (16, 32, 64, 128):
         yield f"sketch{rows}", scores(layers, None, rows)
         yield f"direction+sketch{rows}", scores(layers, directions[one], rows)
+    if size == 1024 and dtype == BF16:  # types mixed: widened on load
+        wide = [w.float() for w in weight]
+        mixed = Models.of(hidden[one], wide[one], bias[one], labels, -100)
+        yield "mixed", scores(mixed, directions[one], 16)
     yield "losses", losses(bare=False)
     yield "bare mixture", statistics(two, bare=True)
     yield "bare losses", losses(bare=True)
@@ -108,6 +112,7 @@ def plans(dtype: torch.dtype, size: int) -> Iterator[tuple[str, Callable[[], Ite
 HEAVY = ("statistics", "mixture", "direction+sketch32", "direction+sketch128", "losses")
 CHOSEN: dict[tuple[torch.dtype, int], Sequence[str] | None] = {  # None: all of them
     (BF16, 1024): None,
+    (BF16, 2048): ("losses",),  # whose chunks are not split
     (BF16, 1040): ("statistics", "direction+sketch128"),
     (BF16, 1023): (*HEAVY, "single"),
     (FP16, 1024): ("statistics", "direction+sketch16"),  # bfloat16's code but for the instruction's name

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder
 
-from assay.kernels import head, head_sweep, head_tiles
+from assay.kernels import head, head_gradient, head_launch, head_sweep, head_tiles
 from assay.kernels._common import Launch
 from assay.kernels.fields import FIELDS
 from assay.kernels.head_launch import Models
@@ -544,20 +545,56 @@ def test_losses(n: int, c: int, d: int, bias: bool) -> None:
     assert nothing is None
 
 
-def test_gradient_in_panels_and_chunks(launched: list[str]) -> None:
-    """Two panels of rows, chunks of one tile, a block of ignored rows that hold NaN."""
-    n = 2 * 8 * head_tiles.INTERPRETED.logits.m
-    given = layer(1, n, SMALL + 5, d=5)
+def test_gradient_in_panels_chunks_and_splits(launched: list[str]) -> None:
+    """Two panels of rows, a chunk of four splits and a short one, a block of ignored rows that hold NaN."""
+    tile = head_tiles.INTERPRETED.logits
+    n, c = 2 * head_launch.PANEL_BLOCKS * tile.m, head_launch.CHUNK_TILES * tile.n + 5
+    given = layer(1, n, c, d=5)
     assert given.labels is not None
     given.labels[32:48] = -100
     given.hidden[0][32:48] = math.nan
     nll, gradient = head.losses(given.hidden[0], given.weight[0], given.bias[0], given.labels, -100, True)
     if DEVICE == "cpu":
-        assert launched.count("residual") == launched.count("accumulate") == 4
+        assert [launched.count(name) for name in ("residual", "accumulate", "add_splits")] == [4, 4, 4]
     want = residuals(given)[0]
     want[32:48] = 0
     assert_near(gradient, want @ given.weight[0].cpu().double())
     assert bool((nll[32:48] == 0).all())
+    _, alone = head.losses(given.hidden[0][5:6], given.weight[0], given.bias[0], given.labels[5:6], -100, True)
+    assert gradient is not None
+    assert alone is not None
+    assert torch.equal(alone[0], gradient[5])
+
+
+def gradient_launches(n: int, c: int, d: int) -> list[Launch]:
+    """In bfloat16 on an H100."""
+    hidden, weight = (torch.empty(m, d, dtype=torch.bfloat16, device="meta") for m in (n, c))
+    models = Models.of([hidden], [weight], None, torch.empty(n, dtype=torch.int64, device="meta"), -100)
+    with mock.patch.object(head_tiles, "generation", return_value=9):
+        into = torch.empty(n, d, device="meta")
+        return list(head_launch.into_network(models, models.merged(), into))
+
+
+@pytest.mark.parametrize(("c", "d"), [(49_152, 576), (128_256, 2048), (1000, 64), (50_257, 768)])
+def test_a_rows_gradient_is_summed_in_an_order_of_the_layer_alone(c: int, d: int) -> None:
+    """Chunks and splits are the same for one row, for a panel and for eight."""
+    found = set()
+    for n in (1, 1024, 5000, 8192, 100_000):
+        launches = [x.arguments for x in gradient_launches(n, c, d) if x.kernel is head_gradient.accumulate]
+        panel = [x for x in launches if x["row_begin"] == 0]
+        found.add(tuple((x["c_begin"], x["c_end"], x["splits"], x["split"]) for x in panel))
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize(("c", "d"), [(49_152, 576), (49_152, 960), (128_256, 768), (128_256, 2048), (32_000, 4096)])
+def test_the_gradients_launches_fill_a_gpu_in_little_memory(c: int, d: int) -> None:
+    n = 8192
+    launches = gradient_launches(n, c, d)
+    programs = [x.grid[0] for x in launches if x.kernel is head_gradient.accumulate]
+    assert min(programs) >= 0.7 * head_launch.FILL  # 40 of 132 in one case, before there were splits
+    pieces = [x.arguments[name] for x in launches for name in ("residual", "partial") if name in x.arguments]
+    held = {id(x): x.numel() * x.element_size() for x in pieces if x is not None}
+    assert sum(held.values()) <= 0.011 * n * c * 2 + 0.3 * n * d * 4  # of the logits, and of the result
 
 
 # ---- addresses and shapes

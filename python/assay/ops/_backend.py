@@ -9,7 +9,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from assay.ops import _cuda
+from assay.ops._exact import exact
 
 if TYPE_CHECKING:
     from torch._library.custom_ops import CustomOpDef  # torch.library has it, but not in its __all__
@@ -53,16 +54,6 @@ def _check(name: str, where: str) -> str:
 
 def _asked_for() -> str:
     return _chosen.get() or _check(os.environ.get("ASSAY_BACKEND", "auto"), "ASSAY_BACKEND")
-
-
-@contextmanager
-def exact() -> Iterator[None]:
-    """Without the caller's autocast: an op's products have the precision that the op promises."""
-    with ExitStack() as stack:
-        for device in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        yield
 
 
 def op(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ from torch import Tensor
 from assay.ops import _native, ensemble
 from assay.ops._tensors import adjacent_columns, wide_dtype
 from assay.ops.ensemble import FIELDS
-from assay.ops.sketch import OUTPUT_SIDE, signs
+from assay.ops.layer_sketch import project_native
+from assay.ops.sketch import INPUT_SIDE, OUTPUT_SIDE, cached, factor, signs
 
 # The logits of as many rows as fit are held at a time, all models' together: with all else the op stays under 64 MB.
 SCRATCH_BYTES = 48 << 20
@@ -200,20 +201,28 @@ def reference(
 
 
 def _logits(layer: Layer, wide: torch.dtype) -> Tensor:
-    product = layer.hidden.to(wide) @ layer.weight.to(wide).T
+    hidden, weight = layer.hidden.to(wide), layer.weight
+    if weight.dtype == wide:
+        product = hidden @ weight.T
+    else:
+        product = torch.cat([hidden @ piece.to(wide).T for piece in torch.split(weight, WIDEN_COLUMNS)], 1)
     return product if layer.bias is None else product + layer.bias.to(wide)
 
 
 def triton(
     layers: Sequence[Layer], labels: Tensor | None, share: Sequence[float], ignore_index: int, request: Request
 ) -> Outputs:
-    """The fused kernels, in the models' widest dtype, to which directions are rounded; no row of logits is stored."""
-    from assay.kernels import head
+    """The fused kernels, which widen what they read where types are mixed; no row of logits is stored.
+
+    Directions are rounded to the models' widest dtype.
+    """
+    from assay.kernels import head, head_hidden
+    from assay.kernels._common import run
 
     outputs = request.outputs(layers, torch.float32)
     dtype = reduce(torch.promote_types, [t.dtype for layer in layers for t in (layer.hidden, layer.weight)])
-    hidden = [adjacent_columns(layer.hidden.to(dtype)) for layer in layers]
-    weight = [adjacent_columns(layer.weight.to(dtype)) for layer in layers]
+    hidden = [adjacent_columns(layer.hidden) for layer in layers]
+    weight = [adjacent_columns(layer.weight) for layer in layers]
     bias = [layer.bias for layer in layers]
     if not request.residual:
         stats, prediction = head.statistics(hidden, weight, bias, labels, share, ignore_index, request.fields)
@@ -223,11 +232,35 @@ def triton(
         nll, gradient = head.losses(hidden[0], weight[0], bias[0], labels, ignore_index, True)
         outputs[0][0] = nll
         return *outputs[:5], gradient
-    directions = [adjacent_columns(v.to(dtype)) for v in request.directions] or None
+    narrow = [v.to(dtype) if v.dtype.itemsize > dtype.itemsize else v for v in request.directions]
+    directions = [adjacent_columns(v) for v in narrow] or None
     keys, rows = [request.key] * len(layers), request.rows or None
-    stats, prediction, dot, squares, left = head.scores(
+    stats, prediction, dot, sqnorm, left = head.scores(
         hidden, weight, bias, labels, share, ignore_index, request.fields, directions, keys, rows
     )
-    sqnorm = squares * torch.stack([h.float().square().sum(1) for h in hidden])
+    run(head_hidden.plan_sqnorm(h, out) for h, out in zip(hidden, sqnorm, strict=True))
     dot, left = (given if made is None else made for given, made in zip(outputs[3:5], (dot, left), strict=True))
     return stats, prediction, sqnorm, dot, left, outputs[5]
+
+
+def right_reference(hidden: Sequence[Tensor], key: Sequence[int], cols: int) -> Tensor:
+    """P_in h in plain torch, (K, N, cols)."""
+    wide, keys = wide_dtype(*hidden), (key[0], key[1])
+    return torch.stack([h.to(wide) @ factor(cols, h.shape[1], INPUT_SIDE, keys, h.device).to(wide).T for h in hidden])
+
+
+def right_cpu(hidden: Sequence[Tensor], key: Sequence[int], cols: int) -> Tensor:
+    keys = (key[0], key[1])
+    return torch.stack([project_native(h[None], cols, INPUT_SIDE, keys)[:, 0].T for h in hidden])
+
+
+def right_triton(hidden: Sequence[Tensor], key: Sequence[int], cols: int) -> Tensor:
+    from assay.kernels import head_hidden
+
+    keys = (key[0], key[1])
+
+    def words(h: Tensor) -> Tensor:
+        make = partial(head_hidden.pack_signs, cols, h.shape[1], keys, h.device)
+        return cached(("words", keys, INPUT_SIDE, cols, h.shape[1]), h.device, make)
+
+    return torch.stack([head_hidden.right(h, words(h), cols) for h in hidden])

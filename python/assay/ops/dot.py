@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from assay.ops import _backend, _native
@@ -13,6 +14,9 @@ from assay.ops._tensors import adjacent_columns, check_like, check_tensor, wide_
 CHUNK_BYTES = 4 << 20
 # ... but never fewer rows than keep the GEMM efficient.
 MIN_ROWS = 128
+# Of a 16-bit direction so much is float32 at a time, and never fewer columns than keep the GEMM efficient.
+WIDEN_BYTES = 8 << 20
+MIN_COLUMNS = 256
 
 
 def grad_dot(inputs: Tensor, grads: Tensor, direction: Tensor) -> Tensor:
@@ -76,16 +80,29 @@ def _cpu(inputs: Tensor, grads: Tensor, direction: Tensor) -> Tensor:
         left, right, matrix = grads, inputs, direction
     else:
         left, right, matrix = inputs, grads, direction.T
-    left, right = left.reshape(b * t, -1), right.reshape(b * t, -1)
-    right, matrix = adjacent_columns(right), matrix.float()
-    width = matrix.shape[1]
-    rows = max(MIN_ROWS, CHUNK_BYTES // (4 * width))
+    left, right = left.reshape(b * t, -1), adjacent_columns(right.reshape(b * t, -1))
     sums = np.zeros(b * t)
-    product = torch.empty(min(rows, b * t), width)
-    for r in range(0, b * t, rows):
-        piece = torch.mm(left[r : r + rows].float(), matrix, out=product[: b * t - r])
-        _native.multiply_reduce(piece, right[r : r + rows], sums[r:])
+    for c in range(0, matrix.shape[1], columns := _columns(matrix)):
+        piece = matrix[:, c : c + columns].float()
+        sums += _row_dots(left, piece, right[:, c : c + columns])
     return torch.from_numpy(sums.reshape(b, t).sum(1)).float()
+
+
+def _columns(matrix: Tensor) -> int:
+    """How many columns to multiply with at a time: all of a float32 matrix, and few enough of another to widen them."""
+    return matrix.shape[1] if matrix.dtype == torch.float32 else max(MIN_COLUMNS, WIDEN_BYTES // (4 * len(matrix)))
+
+
+def _row_dots(left: Tensor, matrix: Tensor, right: Tensor) -> NDArray[np.float64]:
+    """Σ_n (left matrix)[r,n] right[r,n] for every row r; the matrix float32."""
+    k, width = matrix.shape
+    rows = CHUNK_BYTES // (4 * (width if left.dtype == torch.float32 else max(width, k)))  # what is widened, too
+    rows, sums = max(MIN_ROWS, rows), np.zeros(len(left))
+    product = torch.empty(min(rows, len(left)), width)
+    for r in range(0, len(left), rows):
+        piece = torch.mm(left[r : r + rows].float(), matrix, out=product[: len(left) - r])
+        _native.multiply_reduce(piece, right[r : r + rows], sums[r:])
+    return sums
 
 
 def _triton(inputs: Tensor, grads: Tensor, direction: Tensor) -> Tensor:

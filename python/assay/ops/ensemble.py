@@ -145,7 +145,7 @@ def check_range(labels: Tensor | None, c: int, ignore_index: int) -> None:
         return
     if labels.is_cuda and torch.cuda.is_current_stream_capturing():
         return
-    low, high = (int(x) for x in torch.aminmax(labels))
+    low, high = torch.stack(torch.aminmax(labels)).tolist()  # the device is waited for once
     if low < 0 or high >= c:
         wrong = ((labels < 0) | (labels >= c)) & (labels != ignore_index)
         if wrong.any():

@@ -135,7 +135,7 @@ def head_scores(
         sqnorm,
         dot if directions is not None else None,
         left if sketch is not None else None,
-        _project_hidden(models.hidden, sketch) if sketch is not None else None,
+        _right(models.hidden, list(key), sketch.cols) if sketch is not None else None,
     )
 
 
@@ -237,14 +237,17 @@ def _check_biases(bias: Tensor | Sequence[Tensor | None] | None, count: int) -> 
     return biases
 
 
-@_backend.exact()
-def _project_hidden(hidden: list[Tensor], sketch: Kronecker) -> Tensor:
+@_backend.op(
+    "head_right",
+    reference=backends.right_reference,
+    cpu=backends.right_cpu,
+    triton=backends.right_triton,
+    operands=1,
+    label=lambda *_: "head_scores",
+)
+def _right(hidden: Sequence[Tensor], key: Sequence[int], cols: int) -> Tensor:
     """P_in h, (K, N, cols)."""
-    projected = []
-    for h in hidden:
-        wide = h if h.dtype == torch.float64 else h.float()
-        projected.append(wide @ sketch.input_side(h.shape[1], h.device).to(wide.dtype).T)
-    return torch.stack(projected)
+    return hidden[0].new_empty(len(hidden), len(hidden[0]), cols, dtype=wide_dtype(*hidden))
 
 
 def _prepare(

@@ -69,17 +69,26 @@ def grad_sketch(inputs: Tensor, grads: Tensor, sketch: Sketch) -> Tensor:
     return out
 
 
-@_backend.exact()
 def _masked(inputs: Tensor, grads: Tensor, sketch: Mask) -> Tensor:
     scale = mask_scale(grads.shape[2], sketch.rows) * mask_scale(inputs.shape[2], sketch.cols)
     inputs = keep(inputs, sketch.cols, MASK_INPUT, sketch.key)
     grads = keep(grads, sketch.rows, MASK_OUTPUT, sketch.key)
     if sketch.then is not None:
         return grad_sketch(inputs, grads, sketch.then) * scale
-    wide = wide_dtype(inputs, grads)
-    gradient = torch.bmm(grads.to(wide).mT, inputs.to(wide)) * scale
+    gradient: Tensor = _outer(inputs, grads) * scale
     missing = (0, sketch.cols - inputs.shape[2], 0, sketch.rows - grads.shape[2])
     return torch.nn.functional.pad(gradient, missing).flatten(1)
+
+
+def _multiplied(inputs: Tensor, grads: Tensor) -> Tensor:
+    wide = wide_dtype(inputs, grads)
+    return torch.bmm(grads.to(wide).mT, inputs.to(wide))
+
+
+@_backend.op("grad_sketch_outer", reference=_multiplied, cpu=_multiplied, label=lambda *_: "grad_sketch")
+def _outer(inputs: Tensor, grads: Tensor) -> Tensor:
+    """The samples' gradients (B, O, I), of few features each."""
+    return inputs.new_empty(len(inputs), grads.shape[2], inputs.shape[2], dtype=wide_dtype(inputs, grads))
 
 
 def _check_sides(sketch: Kronecker, inputs: int, outputs: int) -> None:
@@ -109,16 +118,18 @@ def _kronecker_reference(inputs: Tensor, grads: Tensor, key: Sequence[int], rows
 
 def _kronecker_cpu(inputs: Tensor, grads: Tensor, key: Sequence[int], rows: int, cols: int) -> Tensor:
     keys = (key[0], key[1])
+    return _multiply_sides(
+        project_native(grads, rows, OUTPUT_SIDE, keys), project_native(inputs, cols, INPUT_SIDE, keys)
+    )
 
-    def side(x: Tensor, size: int, which: int) -> Tensor:
-        """x (B, T, features) is read once as it is, in its own dtype; the signs are the few rows."""
-        b, t, features = x.shape
-        packed = factor(size, features, which, keys, x.device, _layout(size, x))
-        out = torch.empty(size, b * t)
-        _native.linear(packed, adjacent_columns(x.reshape(b * t, features)), None, out)
-        return out.view(size, b, t)
 
-    return _multiply_sides(side(grads, rows, OUTPUT_SIDE), side(inputs, cols, INPUT_SIDE))
+def project_native(x: Tensor, size: int, side: int, key: tuple[int, int]) -> Tensor:
+    """x (B, T, features) -> (size, B, T): read once as it is, in its own dtype; the signs are the few rows."""
+    b, t, features = x.shape
+    packed = factor(size, features, side, key, x.device, _layout(size, x))
+    out = torch.empty(size, b * t)
+    _native.linear(packed, adjacent_columns(x.reshape(b * t, features)), None, out)
+    return out.view(size, b, t)
 
 
 def _kronecker_triton(inputs: Tensor, grads: Tensor, key: Sequence[int], rows: int, cols: int) -> Tensor:

@@ -13,6 +13,7 @@ from assay.ops.dot import check_factors
 
 # Intermediate tiles stay this small, so that the reduction finds them in cache.
 TILE_BYTES = 1 << 20
+WIDEN_BYTES = 8 << 20
 # Width of a Gram tile: beyond it only the tiles on and above the diagonal are computed.
 GRAM_TILE = 512
 # Gram sums that keep less of their terms' magnitude than this have lost it to cancellation; float32 tiles carry about
@@ -84,7 +85,7 @@ def _gram(inputs: Tensor, grads: Tensor) -> tuple[NDArray[np.float64], NDArray[n
     """Σ_tt' (A_t·A_t')(G_t·G_t') and the same over absolute values, by tiles on and above the diagonal."""
     b, t, _ = inputs.shape
     tile = min(t, GRAM_TILE)
-    samples = max(1, TILE_BYTES // (4 * tile * tile))
+    samples = _samples(inputs, grads, tile * tile)
     total, magnitude = np.zeros(b), np.zeros(b)
     for s in range(0, b, samples):
         a, g = inputs[s : s + samples].float(), grads[s : s + samples].float()
@@ -100,12 +101,20 @@ def _gram(inputs: Tensor, grads: Tensor) -> tuple[NDArray[np.float64], NDArray[n
     return total, magnitude
 
 
+def _samples(inputs: Tensor, grads: Tensor, tile: int) -> int:
+    """How many at a time: their tiles stay in cache, and of 16-bit factors no more are widened than WIDEN_BYTES."""
+    samples = TILE_BYTES // (4 * tile)
+    if inputs.dtype != torch.float32 or grads.dtype != torch.float32:
+        samples = min(samples, WIDEN_BYTES // (4 * inputs.shape[1] * (inputs.shape[2] + grads.shape[2])))
+    return max(1, samples)
+
+
 def _product(inputs: Tensor, grads: Tensor) -> NDArray[np.float64]:
     """Σ_oi (Σ_t G_to A_ti)², by tiles of the gradient."""
     b, _, i = inputs.shape
     o = grads.shape[2]
     columns = max(1, min(o, TILE_BYTES // (4 * i)))
-    samples = max(1, TILE_BYTES // (4 * i * columns))
+    samples = _samples(inputs, grads, i * columns)
     total = np.zeros(b)
     for s in range(0, b, samples):
         a, g = inputs[s : s + samples].float(), grads[s : s + samples].float()

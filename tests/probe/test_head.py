@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from assay import ops
 from assay.methods import Ensemble, GradMimic, Scorer
 from assay.probe import Dot, Probe, Signals, SqNorm, tapped_parameters
 from assay.tasks import CausalLM
@@ -94,6 +95,33 @@ MODELS = {
     "gemma without a cap": (lambda: gemma2(None), CausalLM()),
     "plain, by name, with a bias": (Plain, CausalLM(fused="head")),
 }
+
+
+def test_losses_that_nobody_asks_for_are_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An ensemble's statistics hold its losses: one product with the output layer is enough."""
+    products, losses = [], ops.linear_cross_entropy
+
+    def count(*args: Any, **kwargs: Any) -> Tensor:
+        products.append(1)
+        return losses(*args, **kwargs)
+
+    monkeypatch.setattr(ops, "linear_cross_entropy", count)
+    models, inputs = [llama(False), llama(True)], batch(9, 2, 1, 12)
+    scores = Scorer([Ensemble(models, CausalLM())])(inputs)
+    assert not products
+    with Probe(models[0], CausalLM(), factors=[]) as probe:
+        found = probe(inputs)
+    again = found.with_reduced({})
+    assert (found.samples, len(products)) == (4, 0)
+    own = [CausalLM(fused=False).forward(model, inputs).losses for model in models]
+    torch.testing.assert_close(found.losses, own[0], equal_nan=True, rtol=1e-5, atol=1e-6)
+    assert not found.losses.requires_grad
+    assert torch.equal(again.losses.nan_to_num(-1), found.losses.nan_to_num(-1))
+    assert found.row_losses is not None
+    assert found.row_losses.shape == inputs["input_ids"].shape
+    assert len(products) == 1  # for all who read them
+    mean = torch.stack(own).mean(0).detach()
+    torch.testing.assert_close(scores["ensemble_mean_nll"], mean, equal_nan=True, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", MODELS)

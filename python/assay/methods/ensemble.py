@@ -79,7 +79,7 @@ class Ensemble(Method):
         scores = self._fused_scores(members) or self._scores(members)
         assert first.labels is not None
         if first.rows is not None:
-            scores = {f: sample_means(v, first.labels, first.rows, len(first.losses)) for f, v in scores.items()}
+            scores = {f: sample_means(v, first.labels, first.rows, first.samples) for f, v in scores.items()}
         return {f"{self.name}_{field}": value for field, value in scores.items()}
 
     def _scores(self, members: Sequence[Signals]) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from assay.probe.reductions import Feature, Reduction
 from assay.probe.selection import coverage, make_taps, select
 from assay.probe.verify import Check, prepare_check
 from assay.tasks import OutputLayer, Outputs, Task
-from assay.tasks.base import Lazy, base_task, read
+from assay.tasks.base import Lazy, base_task, is_made, later, read
 
 _CHECK = "\0check"  # the key of the probe's own reduction: no user's key
 
@@ -29,7 +29,7 @@ class Signals:
     """What a model gives off about a batch of B samples. Nothing here carries an autograd graph.
 
     Attributes:
-        losses: (B,) float32.
+        losses: (B,) float32. A fused language model's are made when they are read, if no gradient was asked for.
         logits: (N, C), one row per position; None if the task has none or they were not asked for. With an
             ``output_layer`` they have not been made: reading them makes them.
         labels: (N,) int64, -100 where nothing is predicted; None if the task has none.
@@ -42,9 +42,10 @@ class Signals:
             if the task has none.
         raw: by name, the samples' own columns, each of B values; the probe gives none.
         left_out: parameters that could not be tapped: nothing here holds their gradients.
+        size: B, where it is known before the losses are; see ``samples``.
     """
 
-    losses: Tensor
+    losses: Tensor = Lazy()  # type: ignore[assignment]
     logits: Tensor | None = Lazy()  # type: ignore[assignment]
     labels: Tensor | None = None
     rows: Tensor | None = None
@@ -52,9 +53,15 @@ class Signals:
     embeddings: Tensor | None = None
     reduced: Mapping[str, Tensor] = field(default_factory=dict)
     output_layer: OutputLayer | None = None
-    row_losses: Tensor | None = None
+    row_losses: Tensor | None = Lazy()  # type: ignore[assignment]
     raw: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     left_out: frozenset[str] = frozenset()
+    size: int | None = None
+
+    @property
+    def samples(self) -> int:
+        """B."""
+        return len(self.losses) if self.size is None else self.size
 
     def with_reduced(self, reduced: Mapping[str, Tensor], raw: Mapping[str, Sequence[Any]] | None = None) -> Signals:
         """The same signals with other reductions, and raw columns; logits that have not been made stay so."""
@@ -222,7 +229,7 @@ class Probe:
         each = []
         for reading, (own, reduced, factors) in zip(self._readings, found, strict=True):
             moved = {key: jvp(self._model, self._task, batch) for key, jvp in reading.jvps.items()}
-            each.append(self._signals(own, reduced | moved, factors, embeddings))
+            each.append(self._signals(own, size, reduced | moved, factors, embeddings))
         return each
 
     def _backward(
@@ -232,6 +239,9 @@ class Probe:
         found: list[tuple[Outputs, dict[str, Tensor], dict[str, Factors]]] = []
         needed = self._differentiated
         for i, (reading, own) in enumerate(zip(self._readings, outputs, strict=True)):
+            if i not in needed and not is_made(own, "losses"):
+                found.append((own, {}, {}))
+                continue
             if own.losses.shape != (recorder.size,):
                 shape = tuple(own.losses.shape)
                 raise ValueError(f"{type(reading.task).__name__}: losses of shape {shape}; expected ({recorder.size},)")
@@ -274,10 +284,15 @@ class Probe:
             check.gradients.pop(name, None)  # type: ignore[union-attr]
 
     def _signals(
-        self, outputs: Outputs, reduced: Mapping[str, Tensor], factors: Mapping[str, Factors], embeddings: Tensor | None
+        self,
+        outputs: Outputs,
+        size: int,
+        reduced: Mapping[str, Tensor],
+        factors: Mapping[str, Factors],
+        embeddings: Tensor | None,
     ) -> Signals:
         return Signals(
-            losses=outputs.losses.detach(),
+            losses=later(outputs, "losses", Tensor.detach),
             logits=self._kept_logits(outputs),
             labels=outputs.labels,
             rows=outputs.rows,
@@ -285,7 +300,8 @@ class Probe:
             embeddings=embeddings,
             reduced=reduced,
             output_layer=outputs.output_layer if self._logits else None,
-            row_losses=None if outputs.row_losses is None else outputs.row_losses.detach(),
+            row_losses=later(outputs, "row_losses", lambda rows: None if rows is None else rows.detach()),
+            size=size,
             left_out=frozenset(self.left_out),
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -35,6 +35,17 @@ class Lazy:
         instance.__dict__[self.name] = value
 
 
+def is_made(instance: Any, name: str) -> bool:
+    """Whether a ``Lazy`` field has its value already."""
+    value = instance.__dict__[name]
+    return isinstance(value, Tensor) or not callable(value)
+
+
+def later(instance: Any, name: str, change: Callable[[Any], Any]) -> Any:
+    """A ``Lazy`` field's value, changed; what makes that, if it has not been made."""
+    return change(getattr(instance, name)) if is_made(instance, name) else lambda: change(getattr(instance, name))
+
+
 @dataclass(frozen=True)
 class Outputs:
     """What one forward pass gives.
@@ -43,15 +54,15 @@ class Outputs:
     per position, ``labels`` being -100 where nothing is predicted; ``rows`` (N,) int64, the sample that owns
     each row, or None when row i is sample i. With an ``output_layer`` the logits have not been made: reading
     them makes them. ``row_losses``, (B,) or (B, T) with their graph, are the cross entropies that the losses are made
-    of, 0 where nothing is predicted.
+    of, 0 where nothing is predicted. Without a graph, both may be given as functions.
     """
 
-    losses: Tensor
+    losses: Tensor = Lazy()  # type: ignore[assignment]
     logits: Tensor | None = Lazy()  # type: ignore[assignment]
     labels: Tensor | None = None
     rows: Tensor | None = None
     output_layer: OutputLayer | None = None
-    row_losses: Tensor | None = None
+    row_losses: Tensor | None = Lazy()  # type: ignore[assignment]
 
     def with_losses(self, losses: Tensor) -> Outputs:
         """The same outputs with other losses; logits that have not been made stay so."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -77,7 +77,7 @@ class CausalLM:
                 if not stand_in.changed:
                     raise
         if output is not None and stand_in.output is not None and stand_in.is_output(output):
-            return self._outputs(stand_in.output.losses, labels, stand_in.output_layer())
+            return self._outputs(stand_in.output.source, labels, stand_in.output_layer())
         if name is not None:
             raise ValueError(
                 f"CausalLM: the model's logits are not the output of its layer {name!r}, so that it cannot be "
@@ -90,18 +90,28 @@ class CausalLM:
         """The same losses from logits that are made: what a check of fused ones compares with."""
         return replace(self, fused=False)
 
-    def _outputs(self, row_losses: Tensor, labels: Tensor, logits: Tensor | OutputLayer) -> Outputs:
-        """Losses by position (B, T), 0 where nothing is predicted -> by sample."""
+    def _outputs(
+        self, row_losses: Tensor | Callable[[], Tensor], labels: Tensor, logits: Tensor | OutputLayer
+    ) -> Outputs:
+        """Losses by position (B, T), 0 where nothing is predicted, or what makes them -> by sample."""
+
+        def losses() -> Tensor:
+            return self._sample_losses(row_losses if isinstance(row_losses, Tensor) else row_losses(), labels)
+
+        by_sample: Any = losses() if isinstance(row_losses, Tensor) else losses
+        by_row: Any = row_losses
+        rows = torch.arange(len(labels), device=labels.device).repeat_interleave(labels.shape[1])
+        if isinstance(logits, OutputLayer):
+            unmade: Any = logits.logits
+            return Outputs(by_sample, unmade, labels.flatten(), rows, logits, by_row)
+        return Outputs(by_sample, logits, labels.flatten(), rows, row_losses=by_row)
+
+    def _sample_losses(self, row_losses: Tensor, labels: Tensor) -> Tensor:
         totals = row_losses.sum(1)
         predicted = (labels != IGNORE).sum(1)
         losses = totals / predicted.clamp(min=1) if self.reduction == "mean" else totals
         # where() sends no gradient to what it did not choose: a NaN here harms nobody's gradient.
-        losses = torch.where(predicted > 0, losses, torch.nan).float()
-        rows = torch.arange(len(labels), device=labels.device).repeat_interleave(labels.shape[1])
-        if isinstance(logits, OutputLayer):
-            unmade: Any = logits.logits
-            return Outputs(losses, unmade, labels.flatten(), rows, logits, row_losses)
-        return Outputs(losses, logits, labels.flatten(), rows, row_losses=row_losses)
+        return torch.where(predicted > 0, losses, torch.nan).float()
 
     def relabelled(self, batch: Mapping[str, Any], labels: Tensor) -> dict[str, Any]:
         """The label of row (b, t) is the token at t + 1."""

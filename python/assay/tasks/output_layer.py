@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 from weakref import WeakSet
 
@@ -67,22 +68,38 @@ class UnmadeLogits(Tensor):
 
     Attributes:
         losses: (B, T), each position's cross entropy with its autograd graph. Taps replace it by what they tapped.
+        source: the losses, or what makes them when they are first asked for.
         labels: (B, T), of what; -100 where nothing is predicted.
         used: whether anything was done to the logits.
     """
 
-    losses: Tensor
+    source: Tensor | Callable[[], Tensor]
     labels: Tensor
     used: bool
     _dtype: torch.dtype
 
     @staticmethod
-    def __new__(cls, losses: Tensor, labels: Tensor, classes: int, dtype: torch.dtype) -> UnmadeLogits:
-        made: UnmadeLogits = Tensor._make_wrapper_subclass(
-            cls, (*losses.shape, classes), dtype=dtype, device=losses.device
-        )
-        made.losses, made.labels, made.used, made._dtype = losses, labels, False, dtype
+    def __new__(
+        cls,
+        losses: Tensor | Callable[[], Tensor],
+        labels: Tensor,
+        classes: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> UnmadeLogits:
+        made: UnmadeLogits = Tensor._make_wrapper_subclass(cls, (*labels.shape, classes), dtype=dtype, device=device)
+        made.source, made.labels, made.used, made._dtype = losses, labels, False, dtype
         return made
+
+    @property
+    def losses(self) -> Tensor:
+        if not isinstance(self.source, Tensor):
+            self.source = self.source()
+        return self.source
+
+    @losses.setter
+    def losses(self, losses: Tensor) -> None:
+        self.source = losses
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -121,10 +138,23 @@ class FusedForward:
             self.failed = True  # not every position, or more than once
             raise LogitsUsed("the output layer does not run once over all positions")
         self._hidden, self._version = hidden.detach(), _version(hidden)
-        flat, labels = hidden.flatten(0, 1), self.labels.flatten().to(hidden.device)
-        losses = ops.linear_cross_entropy(flat, weight, labels, bias=bias, ignore_index=IGNORE)
-        self.output = UnmadeLogits(losses.view(self.labels.shape), self.labels, len(weight), _dtype_of(hidden))
+        losses = self._losses(hidden, weight, bias)
+        made = losses() if torch.is_grad_enabled() else losses
+        self.output = UnmadeLogits(made, self.labels, len(weight), _dtype_of(hidden), hidden.device)
         return self.output
+
+    def _losses(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Callable[[], Tensor]:
+        """Makes them when first asked: who only wants statistics of the logits has the losses among these."""
+        graph = torch.is_grad_enabled()
+
+        @cache
+        def make() -> Tensor:
+            flat, labels = hidden.flatten(0, 1), self.labels.flatten().to(hidden.device)
+            with torch.set_grad_enabled(graph):
+                losses = ops.linear_cross_entropy(flat, weight, labels, bias=bias, ignore_index=IGNORE)
+            return losses.view(self.labels.shape)
+
+        return make
 
     @property
     def changed(self) -> bool:

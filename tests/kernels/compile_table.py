@@ -1,16 +1,19 @@
 """``python -m tests.kernels.compile_table``: every GPU kernel compiled for every target, and what the code takes.
 
 Collects ``cases()`` of each cases_*.py beside it (Triton) and ``rows()`` of nvcc_rows.py (CUDA C++). Prints one table;
-exits 1 if a hot kernel spills or has a stack frame.
+exits 1 if a hot kernel spills or has a stack frame. ``--quick`` compiles every tile once, for one target, and no CUDA
+C++: tests/cuda looks into that library.
 """
 
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -19,6 +22,7 @@ from tests.kernels import aot
 from tests.kernels.table import Row, check, render
 
 PROCESSES = 2
+QUICK = 90  # the target of the quick table
 HERE = Path(__file__).parent
 
 
@@ -30,6 +34,31 @@ def collect() -> list[tuple[aot.Case, int]]:
             for cc in case.capabilities:
                 found.setdefault(repr((cc, replace(case, name="", capabilities=()))), (case, cc))
     return list(found.values())
+
+
+def heaviest(work: Sequence[tuple[aot.Case, int]]) -> list[tuple[aot.Case, int]]:
+    """For sm_90 each kernel's tiles, elsewhere each kernel: of their launches the one that holds the most."""
+    chosen: dict[object, tuple[aot.Case, int]] = {}
+    for case, cc in work:
+        kernel = case.fn.fn.__name__
+        key = (cc, kernel, tile(case)) if cc == QUICK else (cc, kernel)
+        if key not in chosen or weight(case) > weight(chosen[key][0]):
+            chosen[key] = case, cc
+    return list(chosen.values())
+
+
+def tile(case: aot.Case) -> tuple[int, int, tuple[tuple[str, int], ...]]:
+    """What a launcher's table says: warps, stages, and the sizes among the constants."""
+    sizes = tuple((name, value) for name, value in case.constexprs.items() if type(value) is int and value > 1)
+    return case.num_warps, case.num_stages, sizes
+
+
+def weight(case: aot.Case) -> tuple[int, int]:
+    """What a launch asks of its kernel: a warp's share of the tile, then how much is given, arguments and flags."""
+    warps, _, sizes = tile(case)
+    flags = [value for value in case.constexprs.values() if value is True]
+    arguments = [kind for kind in case.signature.values() if kind != "constexpr"]
+    return math.prod(size for _, size in sizes) // warps, len(flags) + len(arguments)
 
 
 _work: list[tuple[aot.Case, int]] = []  # forked into the pool: a Triton function does not pickle
@@ -44,8 +73,8 @@ def _compile(index: int) -> Row | str:
         return f"{case.name} for sm_{cc} does not compile: {type(error).__name__}: {error}"
 
 
-def triton_rows() -> list[Row | str]:
-    _work[:] = collect()
+def triton_rows(work: Sequence[tuple[aot.Case, int]]) -> list[Row | str]:
+    _work[:] = work
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache  # empty: what is read is the code of this source
         with get_context("fork").Pool(PROCESSES) as pool:
@@ -61,12 +90,17 @@ def nvcc_rows() -> list[Row]:
     return rows
 
 
-def main() -> int:
+def main(arguments: Sequence[str]) -> int:
+    unknown = [a for a in arguments if a != "--quick"]
+    if unknown:
+        print(f"compile_table: unknown argument {unknown[0]}; expected --quick or nothing", file=sys.stderr)
+        return 2
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("compile_table: TRITON_INTERPRET=1 makes every kernel interpreted; unset it", file=sys.stderr)
         return 2
     start = time.monotonic()
-    found = [*triton_rows(), *nvcc_rows()]
+    work = collect()
+    found = triton_rows(heaviest(work)) if arguments else [*triton_rows(work), *nvcc_rows()]
     rows = [row for row in found if isinstance(row, Row)]
     print(render(rows))
     problems = [line for line in found if isinstance(line, str)] + check(rows)
@@ -75,4 +109,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

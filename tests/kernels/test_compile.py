@@ -29,16 +29,45 @@ def compiling(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_every_kernel_compiles_without_spills() -> None:
-    run = compiling("-m", "tests.kernels.compile_table")
+def test_every_tile_compiles_without_spills() -> None:
+    """``make test-long`` compiles every kernel with every tile and pair of types for every target."""
+    run = compiling("-m", "tests.kernels.compile_table", "--quick")
     assert run.returncode == 0, run.stdout + run.stderr
     assert {"sm_80", "sm_90", "sm_100"} <= set(run.stdout.split())
-    # Both operands' loads are pipelined: an address that lost its alignment on the way would take less.
-    (large,) = (
-        row for row in map(str.split, run.stdout.splitlines()) if row[1:4] == ["bf16*bf16*bf16", "large", "sm_90"]
-    )
+
+
+LARGE = """
+from tests.kernels import aot, cases_dot
+case = next(c for c in cases_dot.cases() if c.name.endswith("bf16*bf16*bf16 large") and c.capabilities == (90,))
+print(aot.compile_case(case, 90).shared_bytes)
+"""
+
+
+def test_both_operands_loads_are_pipelined() -> None:
+    """An address that lost its alignment on the way would take less shared memory."""
+    run = compiling("-c", LARGE)
+    assert run.returncode == 0, run.stderr
     tile = HALF_TILES[9].large
-    assert int(large[-2]) >= tile.stages * (tile.m + tile.n) * tile.k * 2
+    assert int(run.stdout) >= tile.stages * (tile.m + tile.n) * tile.k * 2
+
+
+HEAVIEST = """
+from tests.kernels import compile_table
+work = compile_table.collect()
+chosen = compile_table.heaviest(work)
+print(len(work), len(chosen))
+kernels = {(cc, case.fn.fn.__name__) for case, cc in work}
+assert {(cc, case.fn.fn.__name__) for case, cc in chosen} == kernels, kernels
+tiles = {(case.fn.fn.__name__, compile_table.tile(case)) for case, cc in work if cc == 90}
+assert {(case.fn.fn.__name__, compile_table.tile(case)) for case, cc in chosen if cc == 90} == tiles, tiles
+"""
+
+
+def test_the_quick_table_leaves_out_no_kernel_and_no_tile() -> None:
+    run = compiling("-c", HEAVIEST)
+    assert run.returncode == 0, run.stderr
+    every, chosen = map(int, run.stdout.split())
+    assert chosen < every / 3
 
 
 SPILLING = """

@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*) CMakeLists.txt
 
-.PHONY: help setup demo demo-text test test-long pytest lint native-sanitize compile-table bench gpu gpu-test gpu-bench docs clean
+.PHONY: help setup demo demo-text test test-long pytest lint native-sanitize compile-table bench gpu gpu-second gpu-baseline docs clean
 help:
 	@echo "make demo        score, select and train on digits with wrong labels (under 90 s after set-up)"
 	@echo "make demo-text   find planted junk in text with SmolLM2-135M"
@@ -13,8 +13,8 @@ help:
 	@echo "                 assay's instruction sets (hours)"
 	@echo "make compile-table  compile every GPU kernel for sm_80, 90 and 100; registers, spills, shared memory (no GPU)"
 	@echo "make bench       roofline table of the kernels"
-	@echo "make gpu         on an NVIDIA GPU: build, GPU tests, sanitizers and kernel benchmark (8 minutes; docs/gpu.md)"
-	@echo "                 gpu-test and gpu-bench are its halves"
+	@echo "make gpu         on an NVIDIA GPU: what is right and how fast, in 5 minutes (docs/gpu.md)"
+	@echo "make gpu-second  what failed or changed since, beside its baseline; all rivals; sanitizers (4 minutes)"
 	@echo "make docs        check that the documentation's code runs"
 
 setup: $(VENV)/.built
@@ -78,13 +78,13 @@ bench: setup
 
 # With $(PYTHON)'s own torch, without a virtual environment or a network; one line where there is no GPU.
 gpu:
-	@$(PYTHON) -m tests.gpu build test sanitize bench
+	@$(PYTHON) -m tests.gpu first
 
-gpu-test:
-	@$(PYTHON) -m tests.gpu build test sanitize
+gpu-second:
+	@$(PYTHON) -m tests.gpu second
 
-gpu-bench:
-	@$(PYTHON) -m tests.gpu build bench
+gpu-baseline:
+	@$(PYTHON) -m tests.gpu baseline
 
 compile-table: setup
 	$(BIN)/python -m tests.kernels.compile_table

@@ -14,7 +14,9 @@ import torch
 
 from assay.kernels._common import Launch
 from assay.kernels.dot import HALF_TILES
+from tests.kernels import loop
 from tests.kernels.aot import case_of
+from tests.kernels.loop import Loop
 from tests.kernels.table import Row, check, render
 
 ROW = Row("grad_dot large", "sm_90", 224, 0, 0, 147456, True)
@@ -124,3 +126,36 @@ def test_the_table_is_aligned() -> None:
     assert head.split() == ["kernel", "target", "registers", "spill", "stack", "shared", "hot"]
     assert line.split()[-6:] == ["sm_90", "224", "0", "0", "147456", "hot"]
     assert line.index("224") + 3 == other.index(" 8 ") + 2
+
+
+LISTING = """\
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/                   LDS.128 R4, [R2] ;
+.L_x_0:
+        /*0020*/              @P0  LDGSTS.E.BYPASS.128 [R6], desc[UR4][R8.64] ;
+{steps}        /*0030*/              @!P1 BRA `(.L_x_0) ;
+        /*0040*/              @P2  BRA `(.L_x_1) ;
+        /*0050*/                   EXIT ;
+.L_x_2:
+        /*0060*/                   BRA `(.L_x_2) ;
+"""
+
+
+def test_the_longest_inner_loop_is_counted() -> None:
+    """Not the loop around it, nor the one that waits."""
+    steps = "/*0021*/ LDS R4, [R2] ;\n" * 3 + "/*0022*/ HMMA.16816.F32 R4, R4, R5, R6 ;\n" * 20
+    assert loop.in_listing(LISTING.format(steps=steps)) == Loop(25, LDGSTS=1, LDS=3, BRA=1)
+    assert loop.in_listing(LISTING.format(steps="")) == Loop(0, 0, 0, 0)
+
+
+def test_two_versions_whose_loops_differ_are_told_apart() -> None:
+    here, there = {"k sm_90": Loop(372, 4, 35, 1), "l sm_90": Loop(90, 8, 16, 1)}, {"k sm_90": Loop(691, 66, 253, 63)}
+    back = loop.from_json(loop.to_json(there, "3.6.0"))
+    assert back == (there, "3.6.0")
+    found = loop.differences(here, "3.9.0", *back)
+    assert [line.split(" per turn")[0] for line in found] == ["k sm_90: 4 LDGSTS", "k sm_90: 35 LDS"]
+    assert loop.differences(here, "3.9.0", here, "3.6.0") == []
+    head, line = loop.render(here, "3.9.0", *back).splitlines()
+    assert head.split()[-2:] == ["BRA", "3.6.0"]
+    assert line.split() == ["k", "sm_90", "372", "4", "35", "1", "691", "66", "253", "63"]

@@ -246,3 +246,29 @@ def test_every_op_with_a_kernel_is_in_every_phase() -> None:
     assert set(sanitize.OPS) == set(phases.OPS) - scanning
     assert {measure.op_of(case) for case in measure.cases()} <= set(phases.OPS) - scanning
     assert set(baseline.ALL) == set(phases.OPS) - scanning
+
+
+def test_a_phase_that_raises_is_told_and_the_next_one_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tests.gpu import __main__ as command
+    from tests.gpu import phases
+
+    def broken(run: phases.Run, deadline: float) -> None:
+        raise RuntimeError("no such phase")
+
+    def whole(run: phases.Run, deadline: float) -> None:
+        run.journal.add("smoke", "grad_dot float32 1", "ok")
+
+    monkeypatch.setattr(command, "PHASES", {"build": broken, "smoke": whole})
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # this process keeps its own
+    status = command.go(phases.Run(tmp_path, Journal(tmp_path), {}), {"build": 10.0, "smoke": 10.0})
+    assert status == 1
+    assert {o.row: o.state for o in table.of(last(read(tmp_path)), "run")} == {"build": "failed", "smoke": "ok"}
+    assert "RuntimeError: no such phase" in capsys.readouterr().out
+
+
+def test_every_file_s_first_test_comes_first() -> None:
+    from tests.gpu.phases import in_turn
+
+    assert in_turn(["a::1", "a::2", "a::3", "b::1", "c::1", "c::2"]) == ["a::1", "b::1", "c::1", "a::2", "c::2", "a::3"]

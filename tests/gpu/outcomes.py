@@ -50,7 +50,7 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / FILE
-        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     def add(
         self,

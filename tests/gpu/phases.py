@@ -145,7 +145,8 @@ def again(run: Run, deadline: float) -> None:
         return pick
 
     phases = {phase for phase, _ in wrong | unknown}
-    pools = [_smoke(run, op, chosen("smoke")) for op in OPS] if "smoke" in phases else []
+    pools = [_bench(run, "machine", 1, "machine")]
+    pools += [_smoke(run, op, chosen("smoke")) for op in OPS] if "smoke" in phases else []
     if "test" in phases:
         pools.append(_test(run, "small", PROCESSES, chosen("test")))
     supervise(pools, run.journal, deadline)

@@ -93,7 +93,7 @@ def _bench(outcomes: Outcomes) -> str:
             rows.append([o.row, o.state.upper() if o.bad else o.state])
             continue
         case = report.judged(o.facts, ceilings)
-        before = old.get(o.row)
+        before = old.get(o.row) if o.phase == "bench" else None
         rows.append(
             [
                 o.row,

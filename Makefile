@@ -4,16 +4,18 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*) CMakeLists.txt
 
-.PHONY: help setup demo demo-text test test-long pytest lint stubs native-sanitize compile-table bench gpu gpu-test gpu-bench docs clean
+.PHONY: help setup demo demo-text test test-long pytest lint stubs native-sanitize compile-table compile-table-36 bench gpu gpu-second gpu-baseline docs clean
 help:
 	@echo "make demo        score, select and train on digits with wrong labels (under 90 s after set-up)"
 	@echo "make demo-text   find planted junk in text with SmolLM2-135M"
 	@echo "make test        lint, types, native tests under sanitizers, test suite"
-	@echo "make test-long   the suite under OpenBLAS's kernels for four processors and two of assay's instruction sets (hours)"
+	@echo "make test-long   both compile tables, and the suite under OpenBLAS's kernels for four processors and two of"
+	@echo "                 assay's instruction sets (hours)"
 	@echo "make compile-table  compile every GPU kernel for sm_80, 90 and 100; registers, spills, shared memory (no GPU)"
+	@echo "make compile-table-36  the same with Triton 3.6, and both versions' inner loops side by side"
 	@echo "make bench       roofline table of the kernels"
-	@echo "make gpu         on an NVIDIA GPU: build, GPU tests, sanitizers and kernel benchmark (8 minutes; docs/gpu.md)"
-	@echo "                 gpu-test and gpu-bench are its halves"
+	@echo "make gpu         on an NVIDIA GPU: what is right and how fast, in 5 minutes (docs/gpu.md)"
+	@echo "make gpu-second  what failed or changed since, beside its baseline; all rivals; sanitizers (4 minutes)"
 	@echo "make docs        check that the documentation's code runs"
 
 setup: $(VENV)/.built
@@ -42,21 +44,20 @@ demo: setup
 demo-text: $(VENV)/.smollm2
 	$(BIN)/assay demo text --out demo/text
 
-# The suite without the test that runs the table: here the table itself is printed. Most tests have one thread's work, so
-# two processes share it; files stay whole, for their fixtures' sake.
-SUITE := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
-  --deselect tests/kernels/test_compile.py::test_every_kernel_compiles_without_spills
-test: lint native-sanitize compile-table
+# Most tests have one thread's work, so two processes share it; files stay whole, for their fixtures' sake.
+SUITE := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+test: lint native-sanitize
 	OMP_NUM_THREADS=1 $(SUITE)
 
 # No test may rest on the bits of a library, or hold on one instruction set alone. A setting that this processor cannot
 # run is named and left out.
 SETTINGS := $(addprefix OPENBLAS_CORETYPE=,Haswell SkylakeX Zen Prescott) $(addprefix ASSAY_ISA=,scalar avx2)
+TABLE := tests/kernels/test_compile.py::test_every_tile_compiles_without_spills
 RUNS_HERE := import numpy, assay; assay.ops.build_info(); numpy.ones((99, 99)) @ numpy.ones((99, 99))
-test-long: setup
+test-long: setup compile-table-36
 	@failed=; for setting in $(SETTINGS); do \
 	  if ! env $$setting $(BIN)/python -c "$(RUNS_HERE)" 2> /dev/null; then echo "$$setting: not on this processor"; \
-	  else echo "$$setting:"; env $$setting OMP_NUM_THREADS=1 $(SUITE) -q || failed="$$failed $$setting"; fi; \
+	  else echo "$$setting:"; env $$setting OMP_NUM_THREADS=1 $(SUITE) -q --deselect $(TABLE) || failed="$$failed $$setting"; fi; \
 	done; test -z "$$failed" || { echo "failed under$$failed"; exit 1; }
 
 pytest: setup
@@ -83,16 +84,23 @@ bench: setup
 
 # With $(PYTHON)'s own torch, without a virtual environment or a network; one line where there is no GPU.
 gpu:
-	@$(PYTHON) -m tests.gpu build test sanitize bench
+	@$(PYTHON) -m tests.gpu first
 
-gpu-test:
-	@$(PYTHON) -m tests.gpu build test sanitize
+gpu-second:
+	@$(PYTHON) -m tests.gpu second
 
-gpu-bench:
-	@$(PYTHON) -m tests.gpu build bench
+gpu-baseline:
+	@$(PYTHON) -m tests.gpu baseline
 
 compile-table: setup
 	$(BIN)/python -m tests.kernels.compile_table
+
+# The same with Triton 3.6 before the environment's own, then both versions' inner loops side by side.
+TRITON_36 := $(VENV)/triton-3.6
+compile-table-36: setup
+	test -d $(TRITON_36)/triton || $(BIN)/python -m pip install -q --no-deps --target $(TRITON_36) triton==3.6.0
+	PYTHONPATH=$(TRITON_36) $(BIN)/python -m tests.kernels.compile_table --counts $(TRITON_36)/loops.json
+	$(BIN)/python -m tests.kernels.compile_table --beside $(TRITON_36)/loops.json
 
 docs: setup
 	$(BIN)/python -m pytest tests/test_docs.py

@@ -10,10 +10,13 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from benchmarks.case import Case, dtype_name
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -42,6 +45,28 @@ def interleave(variants: Mapping[str, Callable[[], Any]], *, rounds: int = 15, w
             if i >= warmup:
                 samples[name].append(1e3 * elapsed)
     return {name: summary(values) for name, values in samples.items()}
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """A case on the CPU, as a results file has it."""
+    torch.manual_seed(0)
+    inputs = case.make()
+    runs = {"assay": case.run, **case.rivals}
+    if case.to_compile:
+        torch._dynamo.reset()  # a shape is compiled for itself, not as the ninth of a kind
+        runs["compile"] = torch.compile(case.to_compile, dynamic=False)
+    variants = {name: partial(run, *inputs) for name, run in runs.items()}
+    return {
+        "op": case.op,
+        "shape": case.shape,
+        "dtype": dtype_name(case.dtype),
+        "bound": {"read": "memory", "gemm": "compute"}[case.bound],
+        "ceiling": case.ceiling,
+        "bytes": case.bytes,
+        "flops": case.flops,
+        "timings": interleave(variants, rounds=case.rounds, warmup=case.warmup),
+        **({"absent": dict(case.absent)} if case.absent else {}),
+    }
 
 
 def summary(values: list[float]) -> Timing:

@@ -1,1 +1,1 @@
-"""How a GPU's kernels are measured: ``python -m benchmarks.gpu``. What is measured stands in benchmarks.kernels."""
+"""How a case of benchmarks.kernels is measured on a GPU, and how that is told. ``make gpu`` runs it (tests/gpu)."""

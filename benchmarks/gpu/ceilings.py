@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.case import DEVICE, REHEARSAL, dtype_name, here
+from benchmarks.case import DEVICE, REHEARSAL, dtype_name, here
 from benchmarks.gpu.stopwatch import Replay, interleave
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -42,7 +42,7 @@ def measure() -> Ceilings:
 
 def _medians(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
     pool = None if REHEARSAL else torch.cuda.graph_pool_handle()
-    timings, _ = interleave({name: Replay([call], pool) for name, call in calls.items()}, seconds=1.0)
+    timings, _ = interleave({name: Replay([call], pool) for name, call in calls.items()}, seconds=0.25)
     return {name: t.median for name, t in timings.items()}
 
 

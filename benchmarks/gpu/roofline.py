@@ -18,6 +18,7 @@ COLOURS = {
     "ensemble_stats": "tab:blue",
     "linear_ensemble_stats": "tab:red",
     "head_scores": "tab:purple",
+    "linear_cross_entropy": "tab:brown",
     "grad_dot": "tab:green",
     "grad_sqnorm": "tab:olive",
     "topk_scan": "tab:pink",

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.case import DEVICE, REHEARSAL, Case, tensor_bytes
+from benchmarks.case import DEVICE, REHEARSAL, Case, tensor_bytes
 from benchmarks.timing import Timing, summary
 
 L2_TIMES = 3  # buffers together hold this many times the L2 cache

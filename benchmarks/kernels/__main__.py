@@ -66,9 +66,10 @@ def main(names: list[str]) -> None:
     if unknown:
         raise SystemExit(f"unknown benchmark {unknown[0]}; expected some of {', '.join(OPS)}")
     for name in names or list(OPS):
-        cases = OPS[name]()
+        cases = [timing.measure(case) for case in OPS[name]()]
         show(cases)
         print("written to", timing.write(f"kernels-{name}", cases).relative_to(timing.RESULTS.parent.parent))
 
 
-main(sys.argv[1:])
+if __name__ == "__main__":
+    main(sys.argv[1:])

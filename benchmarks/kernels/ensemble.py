@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from assay.ops import ensemble_stats
+from benchmarks.case import DEVICE, Case, Target, here
 from benchmarks.gpu import peers
-from benchmarks.gpu.case import DEVICE, Case, Target, dtype_name, here
-from benchmarks.timing import interleave
 
 SHAPES = [  # (K, N, C): who has such logits
     (4, 512, 32_000),  # a few small language models
@@ -55,38 +53,29 @@ def formulas(z: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     )
 
 
-def cases() -> list[dict[str, Any]]:
-    torch.manual_seed(0)
-    out = []
-    for k, n, c in SHAPES:
-        torch._dynamo.reset()  # a shape is compiled for itself, not as the ninth of a kind
-        compiled = torch.compile(formulas, dynamic=False)
-        y = torch.randint(c, (n,))
+def cases() -> list[Case]:
+    return [_on_cpu(k, n, c, dtype) for k, n, c in SHAPES for dtype in (torch.float32, torch.bfloat16)]
+
+
+def _on_cpu(k: int, n: int, c: int, dtype: torch.dtype) -> Case:
+    def make() -> tuple[Tensor, Tensor, Tensor]:
         logits = 3 * torch.randn(k, n, c)
-        for dtype in (torch.float32, torch.bfloat16):
-            z = logits.to(dtype)
-            timings = interleave(
-                {
-                    "assay": lambda z=z, y=y: ensemble_stats(z, y),
-                    "ceiling": lambda z=logits: z.sum(),
-                    "eager": lambda z=z, y=y: formulas(z, y),
-                    "compile": lambda z=z, y=y, f=compiled: f(z, y),
-                },
-                rounds=9,
-            )
-            out.append(
-                {
-                    "op": "ensemble_stats",
-                    "shape": f"K={k} N={n} C={c}",
-                    "dtype": dtype_name(dtype),
-                    "bound": "memory",
-                    "ceiling": "float32 sum",
-                    "bytes": z.numel() * z.element_size(),
-                    "flops": 0,
-                    "timings": timings,
-                }
-            )
-    return out
+        return logits.to(dtype), torch.randint(c, (n,)), logits
+
+    return Case(
+        op="ensemble_stats",
+        shape=f"K={k} N={n} C={c}",
+        dtype=dtype,
+        bytes=k * n * c * dtype.itemsize,
+        flops=0,
+        bound="read",
+        make=make,
+        run=lambda z, y, _: ensemble_stats(z, y),
+        rivals={"ceiling": lambda z, y, logits: logits.sum(), "eager": lambda z, y, _: formulas(z, y)},
+        to_compile=lambda z, y, _: formulas(z, y),
+        ceiling="float32 sum",
+        rounds=9,
+    )
 
 
 # ---- on a GPU -------------------------------------------------------------------------------------------------------

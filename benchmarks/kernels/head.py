@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,10 +12,9 @@ from torch import Tensor
 
 import assay
 from assay.ops import head_scores, linear_cross_entropy, linear_ensemble_stats
+from benchmarks.case import DEVICE, Case, Target, here
 from benchmarks.gpu import peers
-from benchmarks.gpu.case import DEVICE, Case, Target, here
 from benchmarks.kernels.ensemble import formulas
-from benchmarks.timing import interleave
 
 ONE_SWEEP = ("nll", "mean_nll", "agreement", "expected_entropy", "vote_entropy")  # the mixture's take a second one
 SKETCH = assay.Kronecker(16, 16)
@@ -57,39 +56,41 @@ def scores_eager(hidden: Tensors, weight: Tensors, y: Tensor, directions: Tensor
     return formulas(z, y), dots, norms, residual @ projection.T
 
 
-def cases() -> list[dict[str, Any]]:
+def cases() -> list[Case]:
     """Two models on the CPU, against their GEMMs alone; eager's tensors of the logits' size would not all fit."""
-    torch.manual_seed(0)
-    (d, c), k = CPU_LAYER, 2
-    hidden, weight = torch.randn(k, CPU_ROWS, d), torch.randn(k, c, d) * 3 / d**0.5
-    directions, y = torch.randn(k, c, d), torch.randint(c, (CPU_ROWS,))
-    product = torch.empty(CPU_ROWS, c)
+    return [
+        _on_cpu("linear_ensemble_stats", lambda h, w, y, v, _: linear_ensemble_stats(h, w, y), 1),
+        _on_cpu("head_scores", lambda h, w, y, v, _: head_scores(h, w, y, directions=v, sketch=SKETCH), 2),
+    ]
 
-    def gemms(*matrices: Tensor) -> None:
-        for matrix in matrices:
+
+def _on_cpu(op: str, run: Callable[..., Any], products: int) -> Case:
+    """``products``: GEMMs per model, with the weight and with the directions."""
+    (d, c), k = CPU_LAYER, 2
+
+    def make() -> tuple[Tensor, ...]:
+        hidden, weight = torch.randn(k, CPU_ROWS, d), torch.randn(k, c, d) * 3 / d**0.5
+        return hidden, weight, torch.randint(c, (CPU_ROWS,)), torch.randn(k, c, d), torch.empty(CPU_ROWS, c)
+
+    def gemms(hidden: Tensor, weight: Tensor, y: Tensor, directions: Tensor, product: Tensor) -> None:
+        for matrix in (weight, directions)[:products]:
             for h, w in zip(hidden, matrix, strict=True):
                 torch.mm(h, w.T, out=product)
 
-    runs = {
-        "linear_ensemble_stats": (lambda: linear_ensemble_stats(hidden, weight, y), lambda: gemms(weight)),
-        "head_scores": (
-            lambda: head_scores(hidden, weight, y, directions=directions, sketch=SKETCH),
-            lambda: gemms(weight, directions),
-        ),
-    }
-    return [
-        {
-            "op": op,
-            "shape": f"K={k} N={CPU_ROWS} D={d} C={c}",
-            "dtype": "float32",
-            "bound": "compute",
-            "ceiling": "its GEMMs",
-            "bytes": 4 * k * d * (CPU_ROWS + c),
-            "flops": 2 * k * CPU_ROWS * d * c * (2 if op == "head_scores" else 1),
-            "timings": interleave({"assay": run, "ceiling": ceiling}, rounds=5, warmup=1),
-        }
-        for op, (run, ceiling) in runs.items()
-    ]
+    return Case(
+        op=op,
+        shape=f"K={k} N={CPU_ROWS} D={d} C={c}",
+        dtype=torch.float32,
+        bytes=4 * k * d * (CPU_ROWS + c),
+        flops=2 * k * CPU_ROWS * d * c * products,
+        bound="gemm",
+        make=make,
+        run=run,
+        rivals={"ceiling": gemms},
+        ceiling="its GEMMs",
+        rounds=5,
+        warmup=1,
+    )
 
 
 # ---- on a GPU -------------------------------------------------------------------------------------------------------

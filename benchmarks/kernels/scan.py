@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,7 @@ from torch import Tensor
 from assay.corpus.features import FeatureSpec, FeatureStore, FeatureWriter, quantize
 from assay.corpus.storage import Store
 from assay.ops import topk_scan
-from benchmarks.gpu.case import DEVICE, Case, Target, here
-from benchmarks.timing import interleave
+from benchmarks.case import DEVICE, Case, Target, here
 
 D, K = 512, 100
 STREAMED_ROWS = 2_000_000  # 2 GB of float16: far beyond any cache
@@ -30,87 +30,97 @@ def eager(features: Tensor, queries: Tensor, reduce: str) -> tuple[Tensor, Tenso
     return (scores.amax(1) if reduce == "max" else scores.T).topk(K)
 
 
-def case(shape: str, features: Tensor, queries: Tensor, reduce: str, variants: dict[str, Any], bound: str) -> dict:
-    return {
-        "op": "topk_scan",
-        "shape": shape,
-        "dtype": str(features.dtype).removeprefix("torch."),
-        "bound": bound,
-        "ceiling": "read-only sum" if bound == "memory" else "float32 GEMM",
-        "bytes": features.numel() * features.element_size(),
-        "flops": 2 * features.numel() * (1 if reduce == "mean" else len(queries)),
-        "timings": interleave(variants, rounds=5, warmup=1),
-    }
+def cases() -> list[Case]:
+    several = ((1, "mean"), (4, "max"), (16, "max"), (64, "max"), (64, "none"))
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+    return [_streamed(), _stored(), *(_tiled(dtype, m, reduce) for dtype in dtypes for m, reduce in several)]
 
 
-def streamed() -> list[dict[str, Any]]:
-    """The mean over queries: the time of reading the features, beside adding up the same bytes as integers."""
-    queries = torch.randn(64, D)
-    features = torch.empty(STREAMED_ROWS, D, dtype=torch.float16)
+def halves(n: int) -> Tensor:
+    features = torch.empty(n, D, dtype=torch.float16)
     for part in features.split(1 << 16):
         part.copy_(torch.randn(part.shape))
-    words = features.view(torch.int64)
-    out = [
-        case(
-            f"N={STREAMED_ROWS} d={D} M=64 mean",
-            features,
-            queries,
-            "mean",
-            {
-                "assay": lambda: topk_scan(features, queries, K),
-                "ceiling": lambda: words.sum(),
-            },
-            "memory",
-        )
-    ]
-    with tempfile.TemporaryDirectory() as folder:
-        for i in range(STORED_SHARDS):
-            with tempfile.TemporaryFile() as spool:
-                writer = FeatureWriter(FeatureSpec("benchmark", D), spool)
-                for start in range(0, STREAMED_ROWS, 1 << 16):
-                    piece = features[start : start + (1 << 16)]
-                    rows = np.arange(start, start + len(piece))
-                    writer.add(rows, [f"{i}-{row}" for row in rows], piece)
-                writer.save(Store.at(folder), f"{i}.arrow", {})
-        store = FeatureStore(folder)
-        variants = {
-            "assay": lambda: store.topk(queries, K),
-            "ceiling": lambda: [batch.features.view(torch.int64).sum() for batch in store.batches()],
-        }
-        out.append(
-            {
-                **out[0],
-                "shape": f"N={store.rows} d={D} M=64 mean, a store in page cache",
-                "bytes": store.rows * D * 2,
-                "flops": 2 * store.rows * D,
-                "timings": interleave(variants, rounds=5, warmup=1),
-            }
-        )
-    return out
+    return features
 
 
-def tiled() -> list[dict[str, Any]]:
+def _streamed() -> Case:
+    """The mean over queries: the time of reading the features, beside adding up the same bytes as integers."""
+
+    def make() -> tuple[Tensor, Tensor]:
+        return halves(STREAMED_ROWS), torch.randn(64, D)
+
+    return Case(
+        op="topk_scan",
+        shape=f"N={STREAMED_ROWS} d={D} M=64 mean",
+        dtype=torch.float16,
+        bytes=2 * STREAMED_ROWS * D,
+        flops=2 * STREAMED_ROWS * D,
+        bound="read",
+        make=make,
+        run=lambda x, q: topk_scan(x, q, K),
+        rivals={"ceiling": lambda x, q: x.view(torch.int64).sum()},
+        ceiling="read-only sum",
+        rounds=5,
+        warmup=1,
+    )
+
+
+def _stored() -> Case:
+    """The same from a folder of features on disk, in the page cache."""
+    rows = STREAMED_ROWS * STORED_SHARDS
+    return replace(
+        _streamed(),
+        shape=f"N={rows} d={D} M=64 mean, a store in page cache",
+        bytes=2 * rows * D,
+        flops=2 * rows * D,
+        make=_make_store,
+        run=lambda store, q, _: store.topk(q, K),
+        rivals={"ceiling": lambda store, q, _: [b.features.view(torch.int64).sum() for b in store.batches()]},
+    )
+
+
+def _make_store() -> tuple[FeatureStore, Tensor, Any]:
+    """The last is the folder, which lives as long."""
+    features, folder = halves(STREAMED_ROWS), tempfile.TemporaryDirectory()
+    for i in range(STORED_SHARDS):
+        with tempfile.TemporaryFile() as spool:
+            writer = FeatureWriter(FeatureSpec("benchmark", D), spool)
+            for start in range(0, STREAMED_ROWS, 1 << 16):
+                piece = features[start : start + (1 << 16)]
+                numbers = np.arange(start, start + len(piece))
+                writer.add(numbers, [f"{i}-{number}" for number in numbers], piece)
+            writer.save(Store.at(folder.name), f"{i}.arrow", {})
+    return FeatureStore(folder.name), torch.randn(64, D), folder
+
+
+def _tiled(dtype: torch.dtype, m: int, reduce: str) -> Case:
     """Several queries, each dtype, beside the GEMM of float32 features with the same queries."""
-    wide = torch.randn(TILED_ROWS, D)
-    out = []
-    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int8):
+
+    def make() -> tuple[Any, ...]:
+        wide = torch.randn(TILED_ROWS, D)
         features, scales = quantize(wide) if dtype == torch.int8 else (wide.to(dtype), None)
-        for m, reduce in ((1, "mean"), (4, "max"), (16, "max"), (64, "max"), (64, "none")):
-            queries = torch.randn(m, D)
-            variants = {
-                "assay": lambda x=features, s=scales, q=queries, r=reduce: topk_scan(x, q, K, reduce=r, scales=s),
-                "ceiling": lambda q=queries: wide @ q.T,
-                "sum": lambda x=features: x.view(torch.int64).sum(),
-            }
-            if scales is None:
-                variants["eager"] = lambda x=features, q=queries, r=reduce: eager(x, q, r)
-            out.append(case(f"N={TILED_ROWS} d={D} M={m} {reduce}", features, queries, reduce, variants, "compute"))
-    return out
+        return features, scales, torch.randn(m, D), wide
 
-
-def cases() -> list[dict[str, Any]]:
-    torch.manual_seed(0)
-    return streamed() + tiled()
+    rivals: dict[str, Any] = {
+        "ceiling": lambda x, s, q, wide: wide @ q.T,
+        "sum": lambda x, s, q, wide: x.view(torch.int64).sum(),
+    }
+    if dtype != torch.int8:
+        rivals["eager"] = lambda x, s, q, wide: eager(x, q, reduce)
+    return Case(
+        op="topk_scan",
+        shape=f"N={TILED_ROWS} d={D} M={m} {reduce}",
+        dtype=dtype,
+        bytes=TILED_ROWS * D * dtype.itemsize,
+        flops=2 * TILED_ROWS * D * (1 if reduce == "mean" else m),
+        bound="gemm",
+        make=make,
+        run=lambda x, s, q, wide: topk_scan(x, q, K, reduce=reduce, scales=s),
+        rivals=rivals,
+        ceiling="float32 GEMM",
+        rounds=5,
+        warmup=1,
+    )
 
 
 # ---- on a GPU -------------------------------------------------------------------------------------------------------

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from functools import cache
 
 import torch
 from torch import Tensor
 
 import assay
 from assay.ops import grad_sketch, project
-from benchmarks.gpu.case import DEVICE, Case, here
-from benchmarks.timing import interleave
+from benchmarks.case import DEVICE, Case, Target, here
+
+Run = Callable[[Tensor], Tensor]
 
 LAYERS = [  # (B, T, I, O)
     (8, 256, 768, 3072),  # GPT-2's MLP, up
@@ -26,119 +28,121 @@ ROWS = 16
 PEER_D, PEER_DIM = 1 << 18, 512
 
 
-def cases() -> list[dict[str, Any]]:
-    torch.manual_seed(0)
-    out = [sparse(dim, dtype) for dtype in DTYPES for dim in (512, 4096)]
-    out += [dense(), peers()]
-    return out + [layer(shape, dtype) for shape in LAYERS for dtype in DTYPES]
+def cases() -> list[Case]:
+    out = [_sparse(dim, dtype) for dtype in DTYPES for dim in (512, 4096)]
+    out += [_dense(), _beside_peers()]
+    return out + [_layer(*shape, dtype) for shape in LAYERS for dtype in DTYPES]
 
 
-def sparse(dim: int, dtype: torch.dtype, d: int = 1 << 24) -> dict[str, Any]:
-    vectors = torch.empty(ROWS, d, dtype=dtype).normal_()
+def _vectors(d: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(ROWS, d, dtype=dtype).normal_()
+
+
+def _sparse(dim: int, dtype: torch.dtype, d: int = 1 << 24) -> Case:
     sketch = assay.Sparse(dim)
-    timings = interleave({"assay": lambda: project(vectors, sketch), "ceiling": vectors.sum}, rounds=9)
-    return _case("project", f"Sparse({dim}) B={ROWS} D=2^24", dtype, "vectors.sum()", timings, vectors.nbytes)
+    return Case(
+        op="project",
+        shape=f"Sparse({dim}) B={ROWS} D=2^{d.bit_length() - 1}",
+        dtype=dtype,
+        bytes=ROWS * d * dtype.itemsize,
+        flops=0,
+        bound="read",
+        make=lambda: (_vectors(d, dtype),),
+        run=lambda x: project(x, sketch),
+        rivals={"ceiling": torch.sum},
+        ceiling="vectors.sum()",
+        rounds=9,
+    )
 
 
-def dense(dim: int = 512, d: int = 1 << 18) -> dict[str, Any]:
+def _dense(dim: int = 512, d: int = 1 << 18) -> Case:
     """Bound by its products: the ceiling is the GEMM alone, with a matrix that is already there."""
-    vectors, matrix = torch.randn(ROWS, d), torch.randn(dim, d)
     sketch = assay.Rademacher(dim)
 
-    def eager() -> Tensor:
-        return vectors @ (torch.randint(0, 2, (dim, d), dtype=torch.float32) * 2 - 1).T
+    def eager(x: Tensor, _: Tensor) -> Tensor:
+        return x @ (torch.randint(0, 2, (dim, d), dtype=torch.float32) * 2 - 1).T
 
-    timings = interleave(
-        {"assay": lambda: project(vectors, sketch), "ceiling": lambda: vectors @ matrix.T, "eager": eager}, rounds=9
+    return replace(
+        _sparse(dim, torch.float32, d),
+        shape=f"Rademacher({dim}) B={ROWS} D=2^{d.bit_length() - 1}",
+        flops=2 * ROWS * d * dim,
+        bound="gemm",
+        make=lambda: (_vectors(d, torch.float32), torch.randn(dim, d)),
+        run=lambda x, _: project(x, sketch),
+        rivals={"ceiling": lambda x, matrix: x @ matrix.T, "eager": eager},
+        ceiling="the GEMM",
     )
-    case = _case("project", f"Rademacher({dim}) B={ROWS} D=2^18", torch.float32, "the GEMM", timings, vectors.nbytes)
-    return {**case, "bound": "compute", "flops": 2 * ROWS * d * dim}
 
 
-def peers() -> dict[str, Any]:
-    vectors, sketch = torch.randn(ROWS, PEER_D), assay.Sparse(PEER_DIM)
+def _beside_peers() -> Case:
     rademacher = assay.Rademacher(PEER_DIM)
-    made = {name: _if_present(make, vectors) for name, make in PEERS.items()}
+    made = {name: _if_present(make) for name, make in PEERS.items()}
     runs = {name: run for name, run in made.items() if not isinstance(run, str)}
-    absent = {name: reason for name, reason in made.items() if isinstance(reason, str)}
-    timings = interleave(
-        {
-            "assay": lambda: project(vectors, sketch),
-            "ceiling": vectors.sum,
-            "assay, Rademacher": lambda: project(vectors, rademacher),
-            **runs,
-        },
+    return replace(
+        _sparse(PEER_DIM, torch.float32, PEER_D),
+        rivals={"ceiling": torch.sum, "assay, Rademacher": lambda x: project(x, rademacher), **runs},
         rounds=5,
         warmup=1,
+        absent={name: reason for name, reason in made.items() if isinstance(reason, str)},
     )
-    shape = f"Sparse({PEER_DIM}) B={ROWS} D=2^18"
-    return {**_case("project", shape, torch.float32, "vectors.sum()", timings, vectors.nbytes), "absent": absent}
 
 
-def _traker(vectors: Tensor) -> Callable[[], Tensor]:
+def _traker() -> Run:
     from trak.projectors import BasicProjector, ProjectionType
 
     projector = BasicProjector(PEER_D, PEER_DIM, 0, ProjectionType.rademacher, torch.device("cpu"), model_id=0)
-    return lambda: projector.project(vectors, model_id=0)
+    return lambda vectors: projector.project(vectors, model_id=0)
 
 
-def _dattri(vectors: Tensor) -> Callable[[], Tensor]:
+def _dattri() -> Run:
     from dattri.func.projection import BasicProjector, ProjectionType
 
     projector = BasicProjector(PEER_D, PEER_DIM, 0, ProjectionType.rademacher, torch.device("cpu"))
-    return lambda: projector.project(vectors, ensemble_id=0)
+    return lambda vectors: projector.project(vectors, ensemble_id=0)
 
 
-def _bergson(vectors: Tensor) -> Callable[[], Tensor]:
+def _bergson() -> Run:
     from bergson.collector.collector import project_global
 
-    return lambda: project_global("layer", vectors, PEER_DIM, "rademacher")
+    return lambda vectors: project_global("layer", vectors, PEER_DIM, "rademacher")
 
 
 PEERS = {"traker": _traker, "dattri": _dattri, "bergson": _bergson}
 
 
-def _if_present(make: Callable[[Tensor], Callable[[], Tensor]], vectors: Tensor) -> Callable[[], Tensor] | str:
+def _if_present(make: Callable[[], Run]) -> Run | str:
     try:
-        return make(vectors)
+        return make()
     except ImportError as error:
         return f"absent: {error}"
 
 
-def layer(shape: tuple[int, int, int, int], dtype: torch.dtype) -> dict[str, Any]:
-    b, t, i, o = shape
-    a, g = torch.randn(b, t, i).to(dtype), torch.randn(b, t, o).to(dtype)
+def _layer(b: int, t: int, i: int, o: int, dtype: torch.dtype) -> Case:
     sketch = assay.Kronecker(16, 16)
-    p_in, p_out = sketch.input_side(i).to(dtype), sketch.output_side(o).to(dtype)
 
-    def eager() -> Tensor:
+    def make() -> tuple[Tensor, ...]:
+        sides = sketch.input_side(i).to(dtype), sketch.output_side(o).to(dtype)
+        return torch.randn(b, t, i).to(dtype), torch.randn(b, t, o).to(dtype), *sides
+
+    def eager(a: Tensor, g: Tensor, p_in: Tensor, p_out: Tensor) -> Tensor:
         return torch.bmm((g.float() @ p_out.float().T).mT, a.float() @ p_in.float().T).flatten(1)
 
-    timings = interleave(
-        {
-            "assay": lambda: grad_sketch(a, g, sketch),
-            "ceiling": lambda: (a @ p_in.T, g @ p_out.T),  # in the factors' dtype, and rounded to it
+    return Case(
+        op="grad_sketch",
+        shape=f"Kronecker(16, 16) B={b} T={t} {i}→{o}",
+        dtype=dtype,
+        bytes=b * t * (i + o) * dtype.itemsize,
+        flops=0,
+        bound="read",
+        make=make,
+        run=lambda a, g, p_in, p_out: grad_sketch(a, g, sketch),
+        rivals={  # the GEMMs in the factors' dtype, and rounded to it
+            "ceiling": lambda a, g, p_in, p_out: (a @ p_in.T, g @ p_out.T),
             "eager": eager,
-            "sums": lambda: (a.sum(), g.sum()),
-        }
+            "sums": lambda a, g, p_in, p_out: (a.sum(), g.sum()),
+        },
+        ceiling="A P_inᵀ, G P_outᵀ",
     )
-    name = f"Kronecker(16, 16) B={b} T={t} {i}→{o}"
-    return _case("grad_sketch", name, dtype, "A P_inᵀ, G P_outᵀ", timings, a.nbytes + g.nbytes)
-
-
-def _case(
-    op: str, shape: str, dtype: torch.dtype, ceiling: str, timings: dict[str, Any], nbytes: int
-) -> dict[str, Any]:
-    return {
-        "op": op,
-        "shape": shape,
-        "dtype": str(dtype).removeprefix("torch."),
-        "bound": "memory",
-        "ceiling": ceiling,
-        "bytes": nbytes,
-        "flops": 0,
-        "timings": timings,
-    }
 
 
 # ---- on a GPU -------------------------------------------------------------------------------------------------------
@@ -151,10 +155,11 @@ GPU_VECTORS = here([(16, 1 << 24, 512), (16, 1 << 24, 4096), (1, 1 << 26, 512)],
 
 
 def gpu_cases() -> list[Case]:
-    """The contract sets no target: the ceiling is the read of the vectors, or of the factors."""
+    """The ceiling is the read of the vectors, or of the factors."""
     half, full = torch.bfloat16, torch.float32
     return [
         *(_gpu_sparse(*vectors, half) for vectors in GPU_VECTORS),
+        _gpu_rademacher(*GPU_VECTORS[0], half),
         _gpu_sparse(*GPU_VECTORS[0], full),
         *(_gpu_layer(*layer, 16, half) for layer in GPU_LAYERS),
         *(_gpu_layer(*GPU_LAYERS[0], side, half) for side in (64, 128)),
@@ -179,14 +184,35 @@ def _gpu_sparse(b: int, d: int, dim: int, dtype: torch.dtype) -> Case:
         make=lambda: (torch.empty(b, d, device=DEVICE, dtype=dtype).normal_(),),
         run=lambda x: project(x, sketch),
         rivals={"sum": torch.sum, "eager": reference},
+        target=Target("read", 0.75),
     )
+
+
+def _gpu_rademacher(b: int, d: int, dim: int, dtype: torch.dtype) -> Case:
+    """By its kernel or not at all: in plain torch it takes seconds."""
+    sketch = assay.Rademacher(dim)
+
+    def run(x: Tensor) -> Tensor:
+        with assay.backend(here("triton", "auto")):
+            return project(x, sketch)
+
+    case = _gpu_sparse(b, d, dim, dtype)
+    return replace(case, shape=f"Rademacher({dim}) B={b} D={d}", run=run, rivals={}, target=Target("read", 0.25))
 
 
 def _gpu_layer(b: int, t: int, i: int, o: int, side: int, dtype: torch.dtype) -> Case:
     sketch = assay.Kronecker(side, side)
-    p_in, p_out = (p.to(dtype).T for p in (sketch.input_side(i, DEVICE), sketch.output_side(o, DEVICE)))
+
+    @cache
+    def sides() -> tuple[Tensor, Tensor]:  # when they are first needed, on the device
+        return sketch.input_side(i, DEVICE).to(dtype).T, sketch.output_side(o, DEVICE).to(dtype).T
+
+    def gemms(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        p_in, p_out = sides()
+        return a @ p_in, g @ p_out
 
     def eager(a: Tensor, g: Tensor) -> Tensor:
+        p_in, p_out = sides()
         return torch.bmm((g.float() @ p_out.float()).mT, a.float() @ p_in.float()).flatten(1)
 
     return Case(
@@ -198,5 +224,6 @@ def _gpu_layer(b: int, t: int, i: int, o: int, side: int, dtype: torch.dtype) ->
         bound="read",
         make=lambda: tuple(torch.randn(b, t, n, device=DEVICE).to(dtype) for n in (i, o)),
         run=lambda a, g: grad_sketch(a, g, sketch),
-        rivals={"gemm": lambda a, g: (a @ p_in, g @ p_out), "eager": eager},
+        rivals={"gemm": gemms, "eager": eager},
+        target=Target("read", 0.85) if side <= 64 else None,
     )

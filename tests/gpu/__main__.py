@@ -1,62 +1,148 @@
-"""``make gpu``: build, test, sanitize and measure on an NVIDIA GPU, within a time that is fixed beforehand.
+"""``make gpu``: build, smoke, measure, test and sanitize on an NVIDIA GPU, within a time that is fixed beforehand.
 
-A phase that fails does not keep the next ones from running; the exit status is 1 if any did. Settings are environment
-variables, described in docs/gpu.md.
+    python -m tests.gpu first | second | PHASE...     a run; its outcomes go into GPU_RESULTS line by line
+    python -m tests.gpu report FOLDER                 the table of whatever a run left there
+    python -m tests.gpu publish FOLDER...             benchmarks/results, README's column and the roofline from it
+    python -m tests.gpu baseline                      packs the commit GPU_BASELINE for a machine without git
+
+docs/gpu.md has the plan for a card that is lent, and the settings.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
+import importlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent.parent
-SITE = ROOT / "build" / "gpu-site"  # where the package is installed: nothing is left in the environment
-REHEARSAL = os.environ.get("ASSAY_GPU_TESTS_ON") == "cpu"
-SECONDS = float(os.environ.get("GPU_SECONDS", "470"))
-SHARES = {"build": 0.27, "test": 0.30, "sanitize": 0.13, "bench": 0.30}  # of SECONDS; what is not used goes on
-GRACE = 10.0  # seconds between asking a process to finish and killing it
-TOOLS = ("memcheck", "racecheck", "initcheck")
+from tests.gpu import baseline, faults, phases, table
+from tests.gpu.outcomes import FILE, Journal, last, read
+from tests.gpu.settings import REHEARSAL, ROOT
+
+RESULTS = ROOT / "benchmarks" / "results" / "gpu"
+# Seconds of each phase, of the run's; what a phase does not use goes to the next.
+RUNS: dict[str, dict[str, float]] = {
+    "first": {"build": 50, "smoke": 45, "bench": 105, "test": 70, "sanitize": 30},
+    "second": {"build": 45, "again": 45, "changed": 55, "tier2": 65, "sanitize": 30},
+}
+PHASES: dict[str, Callable[[phases.Run, float], None]] = {
+    phase.__name__: phase
+    for phase in (
+        phases.build,
+        phases.smoke,
+        phases.bench,
+        phases.test,
+        phases.again,
+        phases.changed,
+        phases.tier2,
+        phases.sanitize,
+    )
+}
+LEAST = 3.0  # seconds: a phase is not begun with less
 
 
-def main(phases: Sequence[str]) -> int:
-    unknown = [p for p in phases if p not in SHARES]
-    if unknown or not phases:
-        print(f"make gpu: expected phases among {', '.join(SHARES)}, got {' '.join(phases) or 'none'}")
+def main(words: Sequence[str]) -> int:
+    command, *rest = words or [""]
+    try:
+        if command == "report" and len(rest) == 1:
+            return report(Path(rest[0]))
+        if command == "publish" and rest:
+            importlib.import_module("tests.gpu.publish").publish([Path(folder) for folder in rest])
+            return 0
+        if command == "baseline" and not rest:
+            print("packed", baseline.pack(os.environ.get(baseline.VARIABLE, "")).name, "from", baseline.name())
+            return 0
+    except (FileNotFoundError, RuntimeError) as error:
+        print(f"make gpu: {error}", file=sys.stderr)
+        return 1
+    if command in RUNS and not rest:
+        return start(command, RUNS[command])
+    if words and all(word in PHASES for word in words):
+        known = {**RUNS["second"], **RUNS["first"]}
+        return start("first", {word: known[word] for word in words})
+    print(__doc__, file=sys.stderr)
+    print(f"phases: {', '.join(PHASES)}; got {' '.join(words) or 'nothing'}", file=sys.stderr)
+    return 2
+
+
+def start(name: str, shares: dict[str, float]) -> int:
+    """A run where there is something to run on."""
+    faults.parse(os.environ.get(faults.VARIABLE, ""))
+    folder = Path(os.environ.get("GPU_RESULTS") or RESULTS / name).absolute()
+    if REHEARSAL and folder.is_relative_to(RESULTS.parent):
+        print("make gpu: a rehearsal measures nothing: set GPU_RESULTS to a folder outside the repository")
         return 2
     if not REHEARSAL and not torch_sees_a_gpu():
-        if not driver_lists_a_gpu():
-            print("make gpu: skipped: no NVIDIA GPU on this machine")
-            return 0
-        print(
-            f"make gpu: nvidia-smi lists a GPU, but {sys.executable} has no torch that sees it; "
-            "name a Python with a CUDA build of torch: make gpu PYTHON=..."
-        )
-        return 1
-    run = {"build": build, "test": test, "sanitize": sanitize, "bench": bench}
-    report, spare, failed = [], 0.0, False
-    for phase in phases:
-        limit = SECONDS * SHARES[phase] + spare
-        print(f"\n==== {phase} (at most {limit:.0f} s) ====", flush=True)
-        start = time.monotonic()
-        try:
-            outcome = run[phase](start + limit)
-        except Exception as error:  # the phases after this one still run
-            outcome = f"FAILED: {type(error).__name__}: {error}"
-        used = time.monotonic() - start
-        spare = max(0.0, limit - used)
-        failed |= outcome.startswith("FAILED")
-        report.append(f"{phase:<9}{used:6.0f} s   {outcome}")
-        print(report[-1], flush=True)
-    print("\n==== make gpu ====", *report, sep="\n")
-    return int(failed)
+        return nothing_to_run_on()
+    if (folder / FILE).exists():
+        print(f"make gpu: {folder / FILE} holds an earlier run; move it, or set GPU_RESULTS to another folder")
+        return 2
+    recorded = Path(os.environ.get("GPU_RECORDED") or RESULTS / "first")
+    if name == "second" and not (recorded / FILE).exists():
+        print(f"make gpu-second: no {FILE} of the first run in {recorded}; set GPU_RECORDED to its folder")
+        return 2
+    earlier = last(read(recorded)) if name == "second" else {}
+    return go(phases.Run(folder, Journal(folder), earlier), shares)
+
+
+def nothing_to_run_on() -> int:
+    if not driver_lists_a_gpu():
+        print("make gpu: skipped: no NVIDIA GPU on this machine")
+        return 0
+    print(
+        f"make gpu: nvidia-smi lists a GPU, but {sys.executable} has no torch that sees it; "
+        "name a Python with a CUDA build of torch: make gpu PYTHON=..."
+    )
+    return 1
+
+
+def go(run: phases.Run, shares: dict[str, float]) -> int:
+    """Every phase, whatever became of the one before; the table in any case."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    seconds = float(os.environ.get("GPU_SECONDS") or sum(shares.values()))
+    stop, spare = time.monotonic() + seconds, 0.0
+    run.journal.mark("run", shares, "planned")
+    try:
+        for phase, share in shares.items():
+            begun = time.monotonic()
+            limit = min(share * seconds / sum(shares.values()) + spare, stop - begun)
+            if limit >= LEAST:
+                print(f"==== {phase} (at most {limit:.0f} s)", flush=True)
+                _phase(run, phase, begun + limit)
+            spare = max(0.0, limit - (time.monotonic() - begun))
+    finally:
+        status = report(run.folder)
+    return status
+
+
+def _phase(run: phases.Run, phase: str, deadline: float) -> None:
+    begun, before = time.monotonic(), len(read(run.folder))
+    run.journal.add("run", phase, "begun")
+    try:
+        PHASES[phase](run, deadline)
+    except Exception as error:  # the phases after this one still run
+        detail = f"{type(error).__name__}: {error}"
+        run.journal.add("run", phase, "failed", detail, round(time.monotonic() - begun, 1))
+        return
+    ended = [o for o in last(read(run.folder)[before:]).values() if o.phase != "run"]
+    counts = {state: sum(o.state == state for o in ended) for state in dict.fromkeys(o.state for o in ended)}
+    detail = ", ".join(f"{count} {state}" for state, count in counts.items())
+    state = "failed" if any(o.bad for o in ended) else "ok"
+    run.journal.add("run", phase, state, detail, round(time.monotonic() - begun, 1))
+    print(f"     {detail}", flush=True)
+
+
+def report(folder: Path) -> int:
+    """Prints the table and keeps it beside the outcomes; 1 if anything is wrong."""
+    outcomes = last(read(folder))
+    text = table.render(outcomes)
+    (folder / "table.txt").write_text(text)
+    print(text, flush=True)
+    return int(any(o.bad for o in outcomes.values()))
 
 
 # ---- is there anything to do? ---------------------------------------------------------------------------------------
@@ -72,134 +158,6 @@ def driver_lists_a_gpu() -> bool:
         return "GPU 0" in subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
     except OSError:
         return False
-
-
-# ---- phases: each takes the time at which it must be done and says how it went --------------------------------------
-
-
-def build(deadline: float) -> str:
-    if build_with("ON", deadline):
-        return imported_from_site()
-    if REHEARSAL or time.monotonic() > deadline:
-        return "FAILED: the package does not build"
-    # The Triton kernels can be tested all the same; the status stays a failure.
-    without = build_with("OFF", deadline)
-    return (
-        f"FAILED: does not build with CUDA{'; built without, for the phases to come' if without else ', nor without'}"
-    )
-
-
-def imported_from_site() -> str:
-    """An editable install would win over PYTHONPATH, and the tests would run other code than was built."""
-    probe = [sys.executable, "-c", "import assay; print(assay.__file__)"]
-    run = subprocess.run(probe, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
-    if run.returncode != 0:
-        return f"FAILED: the built package does not import: {run.stderr.strip().splitlines()[-1]}"
-    if not Path(run.stdout.strip()).is_relative_to(SITE):
-        return f"FAILED: {sys.executable} imports assay from {run.stdout.strip()}, not from the build; uninstall that"
-    return "ok"
-
-
-def build_with(cuda: str, deadline: float) -> bool:
-    shutil.rmtree(SITE, ignore_errors=True)
-    settings = [f"cmake.define.ASSAY_CUDA={'OFF' if REHEARSAL else cuda}", *os.environ.get("GPU_BUILD", "").split()]
-    return (
-        call(
-            [
-                *(sys.executable, "-m", "pip", "install", ".", "--no-build-isolation", "--no-deps", "--no-index"),
-                *("--quiet", "--disable-pip-version-check", "--target", str(SITE)),
-                *(word for setting in settings for word in ("-C", setting)),
-            ],
-            deadline,
-        )
-        == 0
-    )
-
-
-def test(deadline: float) -> str:
-    # Triton compiles most of this time, on one core per process. Without --strict-config, pytest-timeout may be absent.
-    parallel = ["-n", os.environ.get("GPU_TEST_PROCESSES", "4")] if importlib.util.find_spec("xdist") else []
-    command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-o", "addopts=-ra --tb=short", *parallel]
-    code = call(command, deadline)
-    return "ok" if code == 0 else "FAILED: out of time" if code is None else f"FAILED: pytest's status is {code}"
-
-
-def bench(deadline: float) -> str:
-    seconds = max(10.0, deadline - time.monotonic() - 10)
-    code = call([sys.executable, "-m", "benchmarks.gpu", "--seconds", f"{seconds:.0f}"], deadline)
-    return "ok" if code == 0 else "FAILED: out of time" if code is None else f"FAILED: status {code}"
-
-
-def sanitize(deadline: float) -> str:
-    """All tools at once, and beside them a control: a wrong kernel that memcheck must find."""
-    script = [sys.executable, "-m", "tests.gpu.sanitize"]
-    if REHEARSAL:
-        return "ok (rehearsal: no sanitizer)" if call(script, deadline) == 0 else "FAILED: the script itself"
-    found = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
-    if not found:
-        return "skipped: no compute-sanitizer on this machine"
-    # Triton starts ptxas and a C compiler, which are not to be instrumented; torch probes the driver for what it lacks.
-    options = ["--target-processes", "application-only", "--report-api-errors", "no", "--error-exitcode", "86"]
-    runs = {tool: [found, "--tool", tool, *options, *script] for tool in TOOLS}
-    runs["control"] = [found, "--tool", "memcheck", *options, *script, "--out-of-bounds"]
-    if call(script, deadline) != 0:  # fills Triton's cache, and is wrong by itself if the kernels are
-        return "FAILED: the script itself, without a sanitizer"
-    logs = {name: ROOT / "build" / f"gpu-{name}.log" for name in runs}
-    started = {name: start(command, logs[name]) for name, command in runs.items()}
-    codes = {name: finish(process, deadline) for name, process in started.items()}
-    for name, code in codes.items():
-        print(f"{name}: {'out of time' if code is None else f'status {code}'}, log in {logs[name].relative_to(ROOT)}")
-    if "Invalid __global__ read" not in logs["control"].read_text(errors="replace"):
-        tail(logs["control"])
-        return "skipped: compute-sanitizer does not work here (it missed an out-of-bounds read made on purpose)"
-    wrong = [name for name in TOOLS if codes[name] != 0]
-    for name in wrong:
-        tail(logs[name])
-    return f"FAILED: {', '.join(wrong)}" if wrong else f"ok ({', '.join(TOOLS)}; the control was found)"
-
-
-# ---- processes ------------------------------------------------------------------------------------------------------
-
-
-def environment() -> dict[str, str]:
-    inherited = os.environ.get("PYTHONPATH")
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(SITE), *([inherited] if inherited else [])]),
-        "PYTHONUNBUFFERED": "1",
-    }
-
-
-def start(command: Sequence[str], log: Path | None = None) -> subprocess.Popen[bytes]:
-    """In a process group of its own, so that what it starts can be ended with it."""
-    env = environment()
-    if log is None:
-        return subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True)
-    env["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # every tensor an allocation: memcheck sees its bounds
-    with log.open("wb") as file:
-        return subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=file, start_new_session=True)
-
-
-def finish(process: subprocess.Popen[bytes], deadline: float) -> int | None:
-    """The exit status, or None out of time: interrupted first, so that pytest still says what it has."""
-    try:
-        return process.wait(max(0.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE)
-        return None
-    finally:
-        with contextlib.suppress(ProcessLookupError):  # what it started goes with it
-            os.killpg(process.pid, signal.SIGKILL)
-
-
-def call(command: Sequence[str], deadline: float) -> int | None:
-    return finish(start(command), deadline - GRACE)
-
-
-def tail(log: Path, lines: int = 40) -> None:
-    print("\n".join(log.read_text(errors="replace").splitlines()[-lines:]), flush=True)
 
 
 if __name__ == "__main__":

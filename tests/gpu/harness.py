@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -14,9 +13,8 @@ from torch import Tensor
 import assay
 from assay.ops import ensemble
 from assay.ops.ensemble import FIELDS, EnsembleStats
+from tests.gpu.settings import REHEARSAL
 
-# ASSAY_GPU_TESTS_ON=cpu runs the same lines at reduced sizes on the CPU's kernels: a rehearsal of the tests themselves.
-REHEARSAL = os.environ.get("ASSAY_GPU_TESTS_ON") == "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FLOAT_FIELDS = FIELDS[:-1]
 TOLERANCE = 2e-6  # of the numeric contract in docs/architecture.md

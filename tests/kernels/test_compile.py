@@ -14,7 +14,9 @@ import torch
 
 from assay.kernels._common import Launch
 from assay.kernels.dot import HALF_TILES
+from tests.kernels import loop
 from tests.kernels.aot import case_of
+from tests.kernels.loop import Loop
 from tests.kernels.table import Row, check, render
 
 ROW = Row("grad_dot large", "sm_90", 224, 0, 0, 147456, True)
@@ -29,16 +31,45 @@ def compiling(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_every_kernel_compiles_without_spills() -> None:
-    run = compiling("-m", "tests.kernels.compile_table")
+def test_every_tile_compiles_without_spills() -> None:
+    """``make test-long`` compiles every kernel with every tile and pair of types for every target."""
+    run = compiling("-m", "tests.kernels.compile_table", "--quick")
     assert run.returncode == 0, run.stdout + run.stderr
     assert {"sm_80", "sm_90", "sm_100"} <= set(run.stdout.split())
-    # Both operands' loads are pipelined: an address that lost its alignment on the way would take less.
-    (large,) = (
-        row for row in map(str.split, run.stdout.splitlines()) if row[1:4] == ["bf16*bf16*bf16", "large", "sm_90"]
-    )
+
+
+LARGE = """
+from tests.kernels import aot, cases_dot
+case = next(c for c in cases_dot.cases() if c.name.endswith("bf16*bf16*bf16 large") and c.capabilities == (90,))
+print(aot.compile_case(case, 90).shared_bytes)
+"""
+
+
+def test_both_operands_loads_are_pipelined() -> None:
+    """An address that lost its alignment on the way would take less shared memory."""
+    run = compiling("-c", LARGE)
+    assert run.returncode == 0, run.stderr
     tile = HALF_TILES[9].large
-    assert int(large[-2]) >= tile.stages * (tile.m + tile.n) * tile.k * 2
+    assert int(run.stdout) >= tile.stages * (tile.m + tile.n) * tile.k * 2
+
+
+HEAVIEST = """
+from tests.kernels import compile_table
+work = compile_table.collect()
+chosen = compile_table.heaviest(work)
+print(len(work), len(chosen))
+kernels = {(cc, case.fn.fn.__name__) for case, cc in work}
+assert {(cc, case.fn.fn.__name__) for case, cc in chosen} == kernels, kernels
+tiles = {(case.fn.fn.__name__, compile_table.tile(case)) for case, cc in work if cc == 90}
+assert {(case.fn.fn.__name__, compile_table.tile(case)) for case, cc in chosen if cc == 90} == tiles, tiles
+"""
+
+
+def test_the_quick_table_leaves_out_no_kernel_and_no_tile() -> None:
+    run = compiling("-c", HEAVIEST)
+    assert run.returncode == 0, run.stderr
+    every, chosen = map(int, run.stdout.split())
+    assert chosen < every / 3
 
 
 SPILLING = """
@@ -95,3 +126,36 @@ def test_the_table_is_aligned() -> None:
     assert head.split() == ["kernel", "target", "registers", "spill", "stack", "shared", "hot"]
     assert line.split()[-6:] == ["sm_90", "224", "0", "0", "147456", "hot"]
     assert line.index("224") + 3 == other.index(" 8 ") + 2
+
+
+LISTING = """\
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/                   LDS.128 R4, [R2] ;
+.L_x_0:
+        /*0020*/              @P0  LDGSTS.E.BYPASS.128 [R6], desc[UR4][R8.64] ;
+{steps}        /*0030*/              @!P1 BRA `(.L_x_0) ;
+        /*0040*/              @P2  BRA `(.L_x_1) ;
+        /*0050*/                   EXIT ;
+.L_x_2:
+        /*0060*/                   BRA `(.L_x_2) ;
+"""
+
+
+def test_the_longest_inner_loop_is_counted() -> None:
+    """Not the loop around it, nor the one that waits."""
+    steps = "/*0021*/ LDS R4, [R2] ;\n" * 3 + "/*0022*/ HMMA.16816.F32 R4, R4, R5, R6 ;\n" * 20
+    assert loop.in_listing(LISTING.format(steps=steps)) == Loop(25, LDGSTS=1, LDS=3, BRA=1)
+    assert loop.in_listing(LISTING.format(steps="")) == Loop(0, 0, 0, 0)
+
+
+def test_two_versions_whose_loops_differ_are_told_apart() -> None:
+    here, there = {"k sm_90": Loop(372, 4, 35, 1), "l sm_90": Loop(90, 8, 16, 1)}, {"k sm_90": Loop(691, 66, 253, 63)}
+    back = loop.from_json(loop.to_json(there, "3.6.0"))
+    assert back == (there, "3.6.0")
+    found = loop.differences(here, "3.9.0", *back)
+    assert [line.split(" per turn")[0] for line in found] == ["k sm_90: 4 LDGSTS", "k sm_90: 35 LDS"]
+    assert loop.differences(here, "3.9.0", here, "3.6.0") == []
+    head, line = loop.render(here, "3.9.0", *back).splitlines()
+    assert head.split()[-2:] == ["BRA", "3.6.0"]
+    assert line.split() == ["k", "sm_90", "372", "4", "35", "1", "691", "66", "253", "63"]

@@ -1,4 +1,4 @@
-"""One thing to measure: an op at a shape, its minimal work, and what it is compared with."""
+"""One thing to measure, on a CPU or a GPU: an op at a shape, its minimal work, and what it is compared with."""
 
 from __future__ import annotations
 
@@ -51,8 +51,15 @@ class Case:
     bound: str  # "read" or "gemm"
     make: Callable[[], tuple[Any, ...]]
     run: Callable[..., Any]
-    rivals: Mapping[str, Callable[..., Any]] = field(default_factory=dict)  # "gemm", "eager", peers by name
+    rivals: Mapping[str, Callable[..., Any]] = field(default_factory=dict)  # "gemm", "ceiling", "eager", peers by name
     to_compile: Callable[..., Any] | None = None  # for the comparison with torch.compile
+    # On the CPU, whose ceilings are calls beside the op: what the rival "ceiling" is; rounds, the first ones uncounted;
+    # and peers that are not there, with the reason.
+    ceiling: str = ""
+    rounds: int = 15
+    warmup: int = 2
+    absent: Mapping[str, str] = field(default_factory=dict)
+    # On a GPU:
     target: Target | None = None
     logits_bytes: int = 0  # of logits that the op must not store: its memory stays under 1 % of them
 

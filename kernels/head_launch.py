@@ -204,7 +204,7 @@ def sweep(
 
 
 def finish(
-    models: Models, merged: Merged, share: Sequence[float], fields: int, stats: Tensor, prediction: Tensor
+    models: Models, merged: Merged, kept: Kept, share: Sequence[float], fields: int, stats: Tensor, prediction: Tensor
 ) -> Iterator[Launch]:
     """From what is known of each model, and a second sweep if the mixture is asked for, to the statistics."""
     n, count = models.rows, len(models.hidden)
@@ -232,7 +232,21 @@ def finish(
         ignore_index=models.ignore_index,
         fields=fields,
         BLOCK=MERGE_ROWS,
+        KEPT_MOMENT=kept.moment,
+        KEPT_TOP=kept.top,
+        KEPT_SQUARES=kept.squares,
+        **mixture_flags(fields),
     )
+
+
+def mixture_flags(fields: int) -> dict[str, bool]:
+    """What the second sweep keeps."""
+    return {
+        "WANT_TOP": has(fields, "margin", "confidence", "prediction"),
+        "WANT_SQUARES": has(fields, "el2n"),
+        "WANT_ENTROPY": has(fields, "entropy"),
+        "WANT_KL": has(fields, "mutual_information"),
+    }
 
 
 def mix(
@@ -272,10 +286,7 @@ def mix(
         slices=count,
         ignore_index=models.ignore_index,
         **blocks(tile),
-        WANT_TOP=has(fields, "margin", "confidence", "prediction"),
-        WANT_SQUARES=has(fields, "el2n"),
-        WANT_ENTROPY=has(fields, "entropy"),
-        WANT_KL=has(fields, "mutual_information"),
+        **mixture_flags(fields),
         EVEN_D=all(h.shape[1] % tile.k == 0 for h in models.hidden),
         WIDEN=widen,
     )

@@ -156,6 +156,13 @@ def finish(
     ignore_index,
     fields,  # bit f: field f is asked for; the others become NaN, a prediction −1
     BLOCK: tl.constexpr,
+    KEPT_MOMENT: tl.constexpr,  # what the first sweep left: of the rest, ENTROPY, ...
+    KEPT_TOP: tl.constexpr,  # ... vote and ...
+    KEPT_SQUARES: tl.constexpr,  # ... ERROR2, nothing was written
+    WANT_TOP: tl.constexpr,  # and what the second left
+    WANT_SQUARES: tl.constexpr,
+    WANT_ENTROPY: tl.constexpr,
+    WANT_KL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = row < rows
@@ -165,6 +172,7 @@ def finish(
     if labels is not None:
         y = tl.load(labels + row, mask=mask, other=ignore_index)
         undefined = y == ignore_index
+    seen = mask & ~undefined  # neither sweep writes what is only its own for a block of ignored rows
 
     # The models one by one.
     high = tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -177,17 +185,20 @@ def finish(
         word = model + k * MODEL * stride + row
         log_sum = tl.load(word + LOG_SUM * stride, mask=mask, other=0.0)
         undefined = undefined | (log_sum != log_sum)
-        expected += w * tl.load(word + ENTROPY * stride, mask=mask, other=0.0)
-        choice = tl.load(vote + k * stride + row, mask=mask, other=0)
-        support = tl.zeros((BLOCK,), tl.float32)
-        for j in range(models):
-            other = tl.load(vote + j * stride + row, mask=mask, other=0)
-            support += tl.where(other == choice, pick(share, j), 0.0)
-        if w > 0:
-            vote_entropy -= w * tl.log(tl.minimum(support, 1.0))
+        if KEPT_MOMENT:
+            expected += w * tl.load(word + ENTROPY * stride, mask=mask, other=0.0)
+        if KEPT_TOP:
+            choice = tl.load(vote + k * stride + row, mask=mask, other=0)
+            support = tl.zeros((BLOCK,), tl.float32)
+            for j in range(models):
+                other = tl.load(vote + j * stride + row, mask=mask, other=0)
+                support += tl.where(other == choice, pick(share, j), 0.0)
+            if w > 0:
+                vote_entropy -= w * tl.log(tl.minimum(support, 1.0))
+            if labels is not None:
+                agreement += tl.where(choice == y, w, 0.0)
         if labels is not None:
             log_py = tl.load(word + LOG_PY * stride, mask=mask, other=0.0)
-            agreement += tl.where(choice == y, w, 0.0)
             if w > 0:  # 0 · −inf is not 0
                 mean_nll -= w * log_py
                 high = tl.maximum(high, log_py)
@@ -209,25 +220,29 @@ def finish(
     # The mixture: from the second sweep; of one model it is the model itself.
     margin = tl.full((BLOCK,), nan, tl.float32)
     error2 = tl.full((BLOCK,), nan, tl.float32)
+    best = tl.full((BLOCK,), -1, tl.int32)
     if state is not None:
         peak = tl.full((BLOCK,), -1.0, tl.float32)
-        best = tl.zeros((BLOCK,), tl.int32)
         others = tl.zeros((BLOCK,), tl.float32)
         squares = tl.zeros((BLOCK,), tl.float32)
         p_log_p = tl.zeros((BLOCK,), tl.float32)
         kl = tl.zeros((BLOCK,), tl.float32)
         for part in range(slices):
             word = state + part * MIX * stride + row
-            high = tl.load(word + PEAK * stride, mask=mask, other=0.0)
-            best = tl.where(high > peak, tl.load(top + part * stride + row, mask=mask, other=0), best)
-            peak = tl.maximum(peak, high)
-            others += tl.load(word + OTHERS * stride, mask=mask, other=0.0)
-            squares += tl.load(word + MIX_SQUARES * stride, mask=mask, other=0.0)
-            p_log_p += tl.load(word + P_LOG_P * stride, mask=mask, other=0.0)
-            kl += tl.load(word + KL * stride, mask=mask, other=0.0)
+            if WANT_TOP:
+                high = tl.load(word + PEAK * stride, mask=seen, other=0.0)
+                best = tl.where(high > peak, tl.load(top + part * stride + row, mask=seen, other=0), best)
+                peak = tl.maximum(peak, high)
+            if WANT_SQUARES:
+                others += tl.load(word + OTHERS * stride, mask=seen, other=0.0)
+                squares += tl.load(word + MIX_SQUARES * stride, mask=seen, other=0.0)
+            if WANT_ENTROPY:
+                p_log_p += tl.load(word + P_LOG_P * stride, mask=seen, other=0.0)
+            if WANT_KL:
+                kl += tl.load(word + KL * stride, mask=seen, other=0.0)
         confidence = peak
         if labels is not None:
-            mix_y = tl.load(at_label + row, mask=mask & ~undefined, other=0.0)  # elsewhere none was written
+            mix_y = tl.load(at_label + row, mask=seen & ~undefined, other=0.0)  # elsewhere none was written
             margin = mix_y - peak
             error2 = others * others + squares
             confidence = tl.maximum(peak, mix_y)
@@ -238,11 +253,13 @@ def finish(
         word = model + row
         if labels is not None:
             margin = tl.load(word + MARGIN * stride, mask=mask, other=0.0)
-            error2 = tl.load(word + ERROR2 * stride, mask=mask, other=0.0)
+            if KEPT_SQUARES:
+                error2 = tl.load(word + ERROR2 * stride, mask=mask, other=0.0)
         confidence = tl.load(word + CONFIDENCE * stride, mask=mask, other=0.0)
         entropy = expected
         information = tl.zeros((BLOCK,), tl.float32)
-        best = tl.load(vote + row, mask=mask, other=0)
+        if KEPT_TOP:
+            best = tl.load(vote + row, mask=mask, other=0)
 
     # In the order of fields.FIELDS, prediction last.
     values = (

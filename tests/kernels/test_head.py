@@ -412,6 +412,22 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_field_alone_reads_no_scratch_that_its_sweeps_left(k: int, labelled: bool) -> None:
+    """tests/kernels/scratch.py would notice. The second block of rows is ignored, and no sweep writes it."""
+    given = layer(k, 20, 40, d=5)
+    assert given.labels is not None
+    given.labels[16:] = -100
+    if not labelled:
+        given.labels = None
+    whole, best = given.statistics()
+    for i, name in enumerate(FIELDS):
+        stats, prediction = given.statistics([name])
+        got, want = (prediction, best) if name == "prediction" else (stats[i], whole[i])
+        assert torch.equal(got.double().nan_to_num(-7.5), want.double().nan_to_num(-7.5)), name
+
+
 def test_only_the_mixture_takes_a_second_sweep(launched: list[str]) -> None:
     one, two = layer(1, 3, 40), layer(2, 3, 40)
     whole, _ = two.statistics()

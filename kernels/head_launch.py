@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from assay.kernels import head_gradient, head_mixture, head_sweep
 from assay.kernels._common import Launch, Tile, ceil_div, round_up
 from assay.kernels.fields import FIELDS, MIXTURE_FIELDS, has
-from assay.kernels.head_tiles import GROUP_M, slices, tiles_for
+from assay.kernels.head_tiles import GROUP_M, slices, sweep_tile, tiles_for
 from assay.kernels.philox import OUTPUT_SIDE, ROWS_PER_COUNTER, plan_signs
 
 MIN_SKETCH = 16  # what tl.dot takes
@@ -121,8 +122,9 @@ def sweep(
     padded = sketch.padded if sketch else 0
     vector, along = direction or (None, None)
     operands = [hidden, weight] if vector is None else [hidden, weight, vector]
-    tiles, widen = tiles_for(operands)
-    tile = tiles.wide if padded > 32 else tiles.more if padded or direction else tiles.logits
+    tile, widen, described = sweep_tile(
+        operands, padded=padded, direction=direction is not None, bias=bias is not None, top=kept.top
+    )
     count, per_slice = slices(models.classes, tile, words=6 + (direction is not None) + padded)
 
     state = models.empty(count, head_sweep.STATE.value, n)
@@ -138,10 +140,10 @@ def sweep(
         head_sweep.sweep,
         ceil_div(n, tile.m) * count,
         tile,
-        hidden=hidden,
-        weight=weight,
+        hidden=blocks_of(hidden, tile.m, tile.k) if described else hidden,
+        weight=blocks_of(weight, tile.n, tile.k) if described else weight,
         bias=bias,
-        direction=vector,
+        direction=blocks_of(vector, tile.n, tile.k) if described and vector is not None else vector,
         labels=models.labels,
         state=state,
         top=top,
@@ -162,6 +164,7 @@ def sweep(
         **flags,
         EVEN_D=size % tile.k == 0,
         WIDEN=widen,
+        DESCRIBED=described,
     )
     yield from launch(
         head_sweep.merge,
@@ -362,8 +365,17 @@ def launch(
 ) -> Iterator[Launch]:
     """One launch; none for no programs."""
     if programs:
-        warps, stages = (tile.warps, tile.stages) if tile else (4, 1)
-        yield Launch(kernel, (programs,), arguments, warps, stages)
+        options = (tile.warps, tile.stages, tile.registers) if tile else (4, 1)
+        yield Launch(kernel, (programs,), arguments, *options)
+
+
+def blocks_of(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """A descriptor of the matrix ``x`` that loads blocks (rows, columns) of it.
+
+    Made here, not in the kernel: there each program would write one to global memory first, which an allocator of the
+    caller's would have to provide. A CUDA graph keeps it as it keeps an address.
+    """
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])
 
 
 def blocks(tile: Tile) -> dict[str, int]:

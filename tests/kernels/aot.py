@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from assay.kernels._common import FP_FUSION, MAX_REGISTERS, Launch
+from assay.kernels._common import FP_FUSION, Launch
 from tests.kernels.table import Row
 
 CAPABILITIES = (80, 90, 100)
@@ -89,7 +89,7 @@ def case_of(
         launch.num_stages,
         hot,
         capabilities,
-        MAX_REGISTERS,
+        launch.registers,
     )
 
 

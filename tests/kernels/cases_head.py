@@ -8,6 +8,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from assay.kernels import head, head_tiles
 from assay.kernels._common import Launch
@@ -27,8 +28,8 @@ def record(generation: int, plan: Callable[[], Iterable[Launch]]) -> list[Launch
 
 
 def compiled(name: str, launch: Launch, cc: int) -> Case:
-    """``case_of`` for a launch with tuples among its arguments: their elements are specialised one by one."""
-    tuples = {name: value for name, value in launch.arguments.items() if isinstance(value, tuple)}
+    """``case_of`` for a launch with descriptors, or tuples, whose elements are specialised one by one."""
+    tuples = {name: value for name, value in launch.arguments.items() if isinstance(value, tuple | TensorDescriptor)}
     hot = launch.kernel.fn.__name__ in ("sweep", "mix", "residual", "accumulate")
     plain = replace(launch, arguments={**launch.arguments, **dict.fromkeys(tuples)})
     case = case_of(name, plain, hot=hot, capabilities=(cc,))
@@ -37,6 +38,9 @@ def compiled(name: str, launch: Launch, cc: int) -> Case:
     attrs = dict(case.attrs)
     for index, parameter in enumerate(launch.kernel.params):
         values = tuples.get(parameter.name, ())
+        if isinstance(values, TensorDescriptor):
+            signature[parameter.name] = f"tensordesc<{element(values.base)[0][1:]}{values.block_shape}>"
+            continue
         elements = [element(value) for value in values]
         if elements:
             signature[parameter.name] = tuple(kind for kind, _ in elements)
@@ -96,6 +100,9 @@ def plans(dtype: torch.dtype, size: int) -> Iterator[tuple[str, Callable[[], Ite
     for rows in (16, 32, 64, 128):
         yield f"sketch{rows}", scores(layers, None, rows)
         yield f"direction+sketch{rows}", scores(layers, directions[one], rows)
+    unbiased = Models.of(hidden[one], weight[one], None, labels, -100)
+    for rows in (16, 32):
+        yield f"bare direction+sketch{rows}", scores(unbiased, directions[one], rows)
     yield "losses", losses(bare=False)
     yield "bare mixture", statistics(two, bare=True)
     yield "bare losses", losses(bare=True)

@@ -140,6 +140,13 @@ def is_column(c, N: tl.constexpr):
 
 
 @triton.jit
+def parts_with_labels(y, begin, size, M: tl.constexpr):
+    """Bit i is set where one of the labels, −1 for none, lies in the slice's i-th part of ``size`` columns."""
+    bit = tl.full((M,), 1, tl.int32) << ((tl.maximum(y, begin) - begin) // size)
+    return tl.reduce_or(tl.where(y >= 0, bit, 0), 0)
+
+
+@triton.jit
 def below(count, N: tl.constexpr):
     """(1, N/8, 4, 2): the first ``count`` columns."""
     eighth = 8 * tl.arange(0, N // 8)[None, :, None, None]
@@ -287,10 +294,8 @@ def sweep(
         if tl.max((y != ignore_index).to(tl.int32), 0) == 0:
             return  # nothing is predicted here: merge reads none of it
         y = tl.where((row < rows) & (y >= begin) & (y < end), y, -1).to(tl.int32)  # −1: in another slice, or in none
-        # Bit i is set where the slice's i-th part of 32 has a label.
         part_32 = tl.cdiv(tiles, 32) * BLOCK_N
-        bit = tl.full((BLOCK_M,), 1, tl.int32) << ((tl.maximum(y, begin) - begin) // part_32)
-        labelled = tl.reduce_or(tl.where(y >= 0, bit, 0), 0)
+        labelled = parts_with_labels(y, begin, part_32, BLOCK_M)
 
     m = tl.full((BLOCK_M,), LOWEST, tl.float32)
     d = tl.zeros((BLOCK_M,), tl.float32)

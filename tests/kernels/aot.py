@@ -93,8 +93,8 @@ def case_of(
     )
 
 
-def compile_case(case: Case, cc: int) -> Row:
-    """Compile for compute capability ``cc`` and read what the machine code takes."""
+def compile_kernel(case: Case, cc: int) -> Any:
+    """Triton's compiled kernel for compute capability ``cc``; its machine code is ``.asm["cubin"]``."""
     source = ASTSource(case.fn, dict(case.signature), dict(case.constexprs), dict(case.attrs))
     options = {
         "num_warps": case.num_warps,
@@ -102,7 +102,12 @@ def compile_case(case: Case, cc: int) -> Row:
         "enable_fp_fusion": FP_FUSION,
         "maxnreg": case.maxnreg,
     }
-    compiled = triton.compile(source, target=GPUTarget("cuda", cc, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", cc, 32), options=options)
+
+
+def compile_case(case: Case, cc: int) -> Row:
+    """Compile for compute capability ``cc`` and read what the machine code takes."""
+    compiled = compile_kernel(case, cc)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()

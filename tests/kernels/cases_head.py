@@ -115,6 +115,7 @@ def plans(dtype: torch.dtype, size: int) -> Iterator[tuple[str, Callable[[], Ite
 HEAVY = ("statistics", "mixture", "direction+sketch32", "direction+sketch128", "losses")
 CHOSEN: dict[tuple[torch.dtype, int], Sequence[str] | None] = {  # None: all of them
     (BF16, 1024): None,
+    (BF16, 576): ("statistics", "bare mixture", "bare losses"),
     (BF16, 1040): ("statistics", "direction+sketch128"),
     (BF16, 1023): (*HEAVY, "single"),
     (FP16, 1024): ("statistics", "direction+sketch16"),  # bfloat16's code but for the instruction's name

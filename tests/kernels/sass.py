@@ -13,7 +13,8 @@ from pathlib import Path
 import triton
 
 NVDISASM = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
-MATRIX = ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA", "FFMA2")  # what a product's loop is known by
+MATRIX = ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA")  # a product's loop has one of these ...
+LOADS = ("UTMALDG", "LDGSTS", "LDG")  # ... and one of these
 _LINE = re.compile(r"/\*[0-9a-f]+\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z0-9_.]+)\s*(.*?);")
 _LABEL = re.compile(r"^(\.L_x_\d+):")
 
@@ -35,39 +36,45 @@ class Code:
     targets: dict[int, int]  # from a branch to where it goes
 
     def loops(self) -> list[range]:
-        """Of every branch backwards, innermost first."""
+        """Of every branch backwards but those out of code that lies behind the kernel's end; innermost first."""
         found = [range(to, at + 1) for at, to in self.targets.items() if to <= at]
-        return sorted(found, key=len)
+        return sorted((loop for loop in found if not any(self._ends(i) for i in loop)), key=len)
 
-    def product_loops(self, matrix: Sequence[str] = MATRIX) -> list[range]:
-        """Loops that multiply and share nothing with a smaller one that does."""
+    def _ends(self, i: int) -> bool:
+        return self.instructions[i].name == "EXIT" and self.instructions[i].predicate is None
+
+    def product_loops(self) -> list[range]:
+        """Loops that load and multiply, and share nothing with a smaller one that does."""
         found: list[range] = []
         for loop in self.loops():
-            multiplies = any(self.instructions[i].name in matrix for i in loop)
-            if multiplies and not any(set(other) & set(loop) for other in found):
+            names = {self.instructions[i].name for i in loop}
+            product = names.intersection(MATRIX) and names.intersection(LOADS)
+            if product and not any(set(other) & set(loop) for other in found):
                 found.append(loop)
         return found
 
-    def tile_loop(self, matrix: Sequence[str] = MATRIX) -> range:
-        """The smallest loop around the first product's."""
-        first = self.product_loops(matrix)[0]
-        return next(loop for loop in self.loops() if within(first, loop) and loop != first)
+    def around(self, inner: range) -> range:
+        """The smallest loop with this one and more in it."""
+        return next(loop for loop in self.loops() if within(inner, loop) and len(loop) > len(inner))
 
-    def guarded(self, loop: range, matrix: Sequence[str] = MATRIX) -> set[int]:
-        """What branches within the loop jump over, unless it multiplies: the work of a label's tile, or of the last."""
+    def guarded(self, loop: range) -> set[int]:
+        """What branches within the loop jump over, unless it is a product: a label's work, or the last tile's."""
         skipped: set[int] = set()
-        products = set().union(*self.product_loops(matrix))
+        products = set().union(*self.product_loops())
         for at in loop:
             span = range(at + 1, self.targets.get(at, at))
             if within(span, loop) and not products & set(span):
                 skipped |= set(span)
         return skipped
 
-    def epilogue(self, matrix: Sequence[str] = MATRIX) -> list[Instruction]:
-        """The tile loop without its products' loops and without what only a label's tile runs."""
-        tile = self.tile_loop(matrix)
-        without = self.guarded(tile, matrix).union(*map(set, self.product_loops(matrix)))
-        return [self.instructions[i] for i in tile if i not in without]
+    def beside(self, inner: range) -> list[Instruction]:
+        """The loop around ``inner`` without it, and without what is guarded: of a product, a tile's epilogue."""
+        loop = self.around(inner)
+        without = self.guarded(loop).union(inner, *self.product_loops())
+        return [self.instructions[i] for i in loop if i not in without]
+
+    def epilogue(self) -> list[Instruction]:
+        return self.beside(self.product_loops()[0])
 
 
 def within(inner: range, outer: range) -> bool:
@@ -99,6 +106,7 @@ def disassemble(cubin: bytes) -> str:
 
 
 def per_logit(code: Code, logits: int, threads: int) -> float:
+    """Instructions that each of the threads runs per logit that it holds, beside the product."""
     return len(code.epilogue()) * threads / logits
 
 

@@ -24,8 +24,9 @@ class Tiles:
 class DescribedTiles:
     """The same where operands come by tensor descriptors, which leaves more registers."""
 
-    narrow: Tile  # one product of short rows, or a bias: two programs on a processor
+    narrow: Tile  # one product of short rows: two programs on a processor
     broad: Tile  # one of long rows
+    biased: Tile  # one and a bias
     more: Tile  # a second product, or up to 32 rows of a sketch
     most: Tile  # both
     wide: Tile
@@ -52,6 +53,7 @@ DESCRIBED_TILES = {
     9: DescribedTiles(
         narrow=Tile(128, 128, 64, 8, 3, registers=128),
         broad=Tile(128, 256, 64, 8, 3),
+        biased=Tile(128, 128, 64, 8, 3),
         more=Tile(128, 128, 64, 8, 3),
         most=Tile(128, 64, 64, 8, 3),
         wide=Tile(64, 64, 64, 8, 3),
@@ -59,6 +61,7 @@ DESCRIBED_TILES = {
     10: DescribedTiles(
         narrow=Tile(128, 128, 64, 8, 3),
         broad=Tile(128, 128, 64, 8, 3),
+        biased=Tile(128, 128, 64, 8, 3),
         more=Tile(128, 64, 64, 8, 3),
         most=Tile(128, 64, 64, 8, 3),
         wide=Tile(64, 64, 64, 8, 3),
@@ -67,7 +70,7 @@ DESCRIBED_TILES = {
 NARROW = 576  # up to here products are so short that a second program on a processor has to hide their epilogues
 # Under the interpreter: small, so that small tests cross every edge.
 INTERPRETED = Tiles(*[Tile(16, 32, 16, 4, 1)] * 4)
-INTERPRETED_DESCRIBED = DescribedTiles(*[Tile(16, 32, 16, 4, 1)] * 5)
+INTERPRETED_DESCRIBED = DescribedTiles(*[Tile(16, 32, 16, 4, 1)] * 6)
 EVEN = 64  # a row is whole steps of every tile above
 MAX_STRIDE = 1 << 40  # bytes from row to row that a tensor descriptor can hold
 GROUP_M = 8  # row blocks that run together: 1,024 rows of hidden states stay in L2, and share each weight tile
@@ -122,7 +125,9 @@ def sweep_tile(
         return plain.more if padded or direction or (bias and top) else plain.logits, widen, False
     if padded or direction:
         return described.most if padded and direction else described.more, widen, True
-    return described.narrow if bias or operands[0].shape[1] <= NARROW else described.broad, widen, True
+    if bias:
+        return described.biased, widen, True
+    return described.narrow if operands[0].shape[1] <= NARROW else described.broad, widen, True
 
 
 def slices(classes: int, tile: Tile, words: int) -> tuple[int, int]:

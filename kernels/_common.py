@@ -35,6 +35,7 @@ class Tile:
     k: int
     warps: int
     stages: int
+    registers: int = MAX_REGISTERS
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Launch:
     arguments: Mapping[str, Any]
     num_warps: int
     num_stages: int
+    registers: int = MAX_REGISTERS
 
     def run(self, tensor: Tensor) -> None:
         """Launch on the device of ``tensor``, whichever device is current."""
@@ -57,7 +59,7 @@ class Launch:
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
             "enable_fp_fusion": FP_FUSION,
-            "maxnreg": MAX_REGISTERS,
+            "maxnreg": self.registers,
         }
 
 

@@ -54,7 +54,7 @@ def plan_statistics(
     merged, kept = models.merged(), kept_for(fields, len(models.hidden))
     for k in range(len(models.hidden)):
         yield from sweep(models, k, merged, kept)
-    yield from finish(models, merged, share, fields, stats, prediction)
+    yield from finish(models, merged, kept, share, fields, stats, prediction)
 
 
 def scores(
@@ -107,7 +107,7 @@ def plan_scores(
             yield from sweep(models, k, merged, Kept(), sketch=sketch)
         direction = (directions[k], dot[k]) if directions is not None and dot is not None else None
         yield from sweep(models, k, merged, kept, direction, sqnorm[k], sketches[0])
-    yield from finish(models, merged, share, fields, stats, prediction)
+    yield from finish(models, merged, kept, share, fields, stats, prediction)
 
 
 def losses(

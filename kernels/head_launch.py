@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from assay.kernels import head_gradient, head_mixture, head_sweep
 from assay.kernels._common import Launch, Tile, ceil_div, round_up
 from assay.kernels.fields import FIELDS, MIXTURE_FIELDS, has
-from assay.kernels.head_tiles import GROUP_M, slices, tiles_for
+from assay.kernels.head_tiles import GROUP_M, slices, sweep_tile, tiles_for
 from assay.kernels.philox import OUTPUT_SIDE, ROWS_PER_COUNTER, plan_signs
 
 MIN_SKETCH = 16  # what tl.dot takes
@@ -127,8 +128,9 @@ def sweep(
     padded = sketch.padded if sketch else 0
     vector, along = direction or (None, None)
     operands = [hidden, weight] if vector is None else [hidden, weight, vector]
-    tiles, widen = tiles_for(operands)
-    tile = tiles.wide if padded > 32 else tiles.more if padded or direction else tiles.logits
+    tile, widen, described = sweep_tile(
+        operands, padded=padded, direction=direction is not None, bias=bias is not None, top=kept.top
+    )
     count, per_slice = slices(models.classes, tile, words=6 + (direction is not None) + padded)
 
     state = models.empty(count, head_sweep.STATE.value, n)
@@ -144,10 +146,10 @@ def sweep(
         head_sweep.sweep,
         ceil_div(n, tile.m) * count,
         tile,
-        hidden=hidden,
-        weight=weight,
+        hidden=blocks_of(hidden, tile.m, tile.k) if described else hidden,
+        weight=blocks_of(weight, tile.n, tile.k) if described else weight,
         bias=bias,
-        direction=vector,
+        direction=blocks_of(vector, tile.n, tile.k) if described and vector is not None else vector,
         labels=models.labels,
         state=state,
         top=top,
@@ -168,6 +170,7 @@ def sweep(
         **flags,
         EVEN_D=size % tile.k == 0,
         WIDEN=widen,
+        DESCRIBED=described,
     )
     yield from launch(
         head_sweep.merge,
@@ -210,7 +213,7 @@ def sweep(
 
 
 def finish(
-    models: Models, merged: Merged, share: Sequence[float], fields: int, stats: Tensor, prediction: Tensor
+    models: Models, merged: Merged, kept: Kept, share: Sequence[float], fields: int, stats: Tensor, prediction: Tensor
 ) -> Iterator[Launch]:
     """From what is known of each model, and a second sweep if the mixture is asked for, to the statistics."""
     n, count = models.rows, len(models.hidden)
@@ -238,7 +241,21 @@ def finish(
         ignore_index=models.ignore_index,
         fields=fields,
         BLOCK=MERGE_ROWS,
+        KEPT_MOMENT=kept.moment,
+        KEPT_TOP=kept.top,
+        KEPT_SQUARES=kept.squares,
+        **mixture_flags(fields),
     )
+
+
+def mixture_flags(fields: int) -> dict[str, bool]:
+    """What the second sweep keeps."""
+    return {
+        "WANT_TOP": has(fields, "margin", "confidence", "prediction"),
+        "WANT_SQUARES": has(fields, "el2n"),
+        "WANT_ENTROPY": has(fields, "entropy"),
+        "WANT_KL": has(fields, "mutual_information"),
+    }
 
 
 def mix(
@@ -278,10 +295,7 @@ def mix(
         slices=count,
         ignore_index=models.ignore_index,
         **blocks(tile),
-        WANT_TOP=has(fields, "margin", "confidence", "prediction"),
-        WANT_SQUARES=has(fields, "el2n"),
-        WANT_ENTROPY=has(fields, "entropy"),
-        WANT_KL=has(fields, "mutual_information"),
+        **mixture_flags(fields),
         EVEN_D=all(h.shape[1] % tile.k == 0 for h in models.hidden),
         WIDEN=widen,
     )
@@ -383,8 +397,17 @@ def launch(
 ) -> Iterator[Launch]:
     """One launch; none for no programs."""
     if programs:
-        warps, stages = (tile.warps, tile.stages) if tile else (4, 1)
-        yield Launch(kernel, (programs,), arguments, warps, stages)
+        options = (tile.warps, tile.stages, tile.registers) if tile else (4, 1)
+        yield Launch(kernel, (programs,), arguments, *options)
+
+
+def blocks_of(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """A descriptor of the matrix ``x`` that loads blocks (rows, columns) of it.
+
+    Made here, not in the kernel: there each program would write one to global memory first, which an allocator of the
+    caller's would have to provide. A CUDA graph keeps it as it keeps an address.
+    """
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])
 
 
 def blocks(tile: Tile) -> dict[str, int]:

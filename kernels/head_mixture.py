@@ -16,9 +16,15 @@ from assay.kernels.head_sweep import (
     MARGIN,
     MODEL,
     TOP,
+    below,
+    folded,
+    highest_and_index,
+    is_column,
+    parts_with_labels,
     place,
     product,
-    shift,
+    tile_bias,
+    total,
 )
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -36,6 +42,17 @@ def pick(values, k):
     for i in tl.static_range(1, len(values)):
         value = tl.where(k == i, values[i], value)
     return value
+
+
+@triton.jit
+def log2(x, QUICK: tl.constexpr):
+    """log₂ of normal numbers; in one instruction, to 2⁻²² (absolute from ½ to 2, relative elsewhere), if QUICK: as good
+    as the instruction that made x = 2^z, and a fifteenth of the library's function."""
+    if QUICK:
+        y = tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        y = tl.log2(x)
+    return y
 
 
 @triton.jit(do_not_specialize=["models", "rows", "tiles", "slices", "ignore_index"])
@@ -80,6 +97,8 @@ def mix(
         if tl.max((y != ignore_index).to(tl.int32), 0) == 0:
             return
         y = tl.where((row < rows) & (y >= begin) & (y < end), y, -1).to(tl.int32)
+        part_32 = tl.cdiv(tiles, 32) * BLOCK_N
+        labelled = parts_with_labels(y, begin, part_32, BLOCK_M)
 
     peak = tl.full((BLOCK_M,), -1.0, tl.float32)
     best = tl.zeros((BLOCK_M,), tl.int32)
@@ -87,46 +106,54 @@ def mix(
     squares = tl.zeros((BLOCK_M,), tl.float32)
     p_log_p = tl.zeros((BLOCK_M,), tl.float32)
     kl = tl.zeros((BLOCK_M,), tl.float32)
+    p_y = tl.zeros((BLOCK_M,), tl.float32)
 
     for c0 in range(begin, end, BLOCK_N):
-        c = c0 + tl.arange(0, BLOCK_N)
-        column = tl.minimum(c, classes - 1).to(tl.int64)
-        p = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)  # p̄
-        own = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)  # Σ_k w_k p_k log₂ p_k
+        column = tl.minimum(c0 + tl.arange(0, BLOCK_N), classes - 1).to(tl.int64)
+        p = folded(tl.zeros((BLOCK_M, BLOCK_N), tl.float32), BLOCK_M, BLOCK_N)  # p̄
+        own = p  # Σ_k w_k p_k log₂ p_k
         for k in range(models):
             x_row = pick(hidden, k) + inside * pick(hidden_row, k)
             w_row = pick(weight, k) + column * pick(weight_row, k)
             z, _ = product(x_row, w_row, None, pick(size, k), BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, WIDEN)
-            z += shift(pick(bias, k) if bias is not None else None, c, classes)[None, :]
+            z = folded(z, BLOCK_M, BLOCK_N)
+            if bias is not None:
+                z += tile_bias(pick(bias, k), c0, classes, BLOCK_N)
             known = model + k * MODEL * stride + inside
-            z = (z - tl.load(known + TOP * stride)[:, None]) - tl.load(known + LOG_SUM * stride)[:, None]
-            z *= LOG2E
+            top_k = tl.load(known + TOP * stride)[:, None, None, None]
+            log2_sum = tl.load(known + LOG_SUM * stride)[:, None, None, None] * LOG2E
+            z = (z - top_k) * LOG2E - log2_sum
             weighted = pick(share, k) * tl.exp2(z)
             p += weighted
             if WANT_KL:
                 own += weighted * tl.maximum(z, FLOOR)
 
+        if c0 + BLOCK_N > classes:
+            p = tl.where(below(classes - c0, BLOCK_N), p, 0.0)
+            own = tl.where(below(classes - c0, BLOCK_N), own, 0.0)
         if WANT_ENTROPY or WANT_KL:
-            plogp = p * tl.log2(tl.maximum(p, TINY))
+            plogp = p * log2(tl.maximum(p, TINY), not WIDEN)
             if WANT_ENTROPY:
-                p_log_p += tl.sum(plogp, 1)
+                p_log_p += total(plogp)
             if WANT_KL:
-                kl += tl.sum(own - plogp, 1)  # element by element: where the models agree, nothing is left to cancel
-        if labels is not None:
-            is_y = c[None, :] == y[:, None]
-            tl.store(at_label + row, tl.sum(tl.where(is_y, p, 0.0), 1), mask=(y >= c0) & (y < c0 + BLOCK_N))
-            p = tl.where(is_y, 0.0, p)
+                kl += total(own - plogp)  # element by element: where the models agree, nothing is left to cancel
+        if labels is not None:  # noqa: SIM102
+            if ((labelled >> ((c0 - begin) // part_32)) & 1) != 0:
+                is_y = is_column(y - c0, BLOCK_N)
+                p_y += total(tl.where(is_y, p, 0.0))
+                p = tl.where(is_y, 0.0, p)
         if WANT_TOP:
-            high = tl.max(p, 1)
-            first = tl.min(tl.where(p == high[:, None], c[None, :], classes), 1)
-            best = tl.where(high > peak, first, best)
+            high, first = highest_and_index(p, BLOCK_M, BLOCK_N)
+            best = tl.where(high > peak, c0 + first, best)
             peak = tl.maximum(peak, high)
         if WANT_SQUARES:
-            others += tl.sum(p, 1)
-            squares += tl.sum(p * p, 1)
+            others += total(p)
+            squares += total(p * p)
 
     mask = row < rows
     out = state + part.to(tl.int64) * MIX * stride + row
+    if labels is not None:
+        tl.store(at_label + row, p_y, mask=y >= 0)
     if WANT_TOP:
         tl.store(out + PEAK * stride, peak, mask=mask)
         tl.store(top + part.to(tl.int64) * stride + row, best, mask=mask)
@@ -156,6 +183,13 @@ def finish(
     ignore_index,
     fields,  # bit f: field f is asked for; the others become NaN, a prediction −1
     BLOCK: tl.constexpr,
+    KEPT_MOMENT: tl.constexpr,  # what the first sweep left: of the rest, ENTROPY, ...
+    KEPT_TOP: tl.constexpr,  # ... vote and ...
+    KEPT_SQUARES: tl.constexpr,  # ... ERROR2, nothing was written
+    WANT_TOP: tl.constexpr,  # and what the second left
+    WANT_SQUARES: tl.constexpr,
+    WANT_ENTROPY: tl.constexpr,
+    WANT_KL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = row < rows
@@ -165,6 +199,7 @@ def finish(
     if labels is not None:
         y = tl.load(labels + row, mask=mask, other=ignore_index)
         undefined = y == ignore_index
+    seen = mask & ~undefined  # neither sweep writes what is only its own for a block of ignored rows
 
     # The models one by one.
     high = tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -177,17 +212,20 @@ def finish(
         word = model + k * MODEL * stride + row
         log_sum = tl.load(word + LOG_SUM * stride, mask=mask, other=0.0)
         undefined = undefined | (log_sum != log_sum)
-        expected += w * tl.load(word + ENTROPY * stride, mask=mask, other=0.0)
-        choice = tl.load(vote + k * stride + row, mask=mask, other=0)
-        support = tl.zeros((BLOCK,), tl.float32)
-        for j in range(models):
-            other = tl.load(vote + j * stride + row, mask=mask, other=0)
-            support += tl.where(other == choice, pick(share, j), 0.0)
-        if w > 0:
-            vote_entropy -= w * tl.log(tl.minimum(support, 1.0))
+        if KEPT_MOMENT:
+            expected += w * tl.load(word + ENTROPY * stride, mask=mask, other=0.0)
+        if KEPT_TOP:
+            choice = tl.load(vote + k * stride + row, mask=mask, other=0)
+            support = tl.zeros((BLOCK,), tl.float32)
+            for j in range(models):
+                other = tl.load(vote + j * stride + row, mask=mask, other=0)
+                support += tl.where(other == choice, pick(share, j), 0.0)
+            if w > 0:
+                vote_entropy -= w * tl.log(tl.minimum(support, 1.0))
+            if labels is not None:
+                agreement += tl.where(choice == y, w, 0.0)
         if labels is not None:
             log_py = tl.load(word + LOG_PY * stride, mask=mask, other=0.0)
-            agreement += tl.where(choice == y, w, 0.0)
             if w > 0:  # 0 · −inf is not 0
                 mean_nll -= w * log_py
                 high = tl.maximum(high, log_py)
@@ -209,25 +247,29 @@ def finish(
     # The mixture: from the second sweep; of one model it is the model itself.
     margin = tl.full((BLOCK,), nan, tl.float32)
     error2 = tl.full((BLOCK,), nan, tl.float32)
+    best = tl.full((BLOCK,), -1, tl.int32)
     if state is not None:
         peak = tl.full((BLOCK,), -1.0, tl.float32)
-        best = tl.zeros((BLOCK,), tl.int32)
         others = tl.zeros((BLOCK,), tl.float32)
         squares = tl.zeros((BLOCK,), tl.float32)
         p_log_p = tl.zeros((BLOCK,), tl.float32)
         kl = tl.zeros((BLOCK,), tl.float32)
         for part in range(slices):
             word = state + part * MIX * stride + row
-            high = tl.load(word + PEAK * stride, mask=mask, other=0.0)
-            best = tl.where(high > peak, tl.load(top + part * stride + row, mask=mask, other=0), best)
-            peak = tl.maximum(peak, high)
-            others += tl.load(word + OTHERS * stride, mask=mask, other=0.0)
-            squares += tl.load(word + MIX_SQUARES * stride, mask=mask, other=0.0)
-            p_log_p += tl.load(word + P_LOG_P * stride, mask=mask, other=0.0)
-            kl += tl.load(word + KL * stride, mask=mask, other=0.0)
+            if WANT_TOP:
+                high = tl.load(word + PEAK * stride, mask=seen, other=0.0)
+                best = tl.where(high > peak, tl.load(top + part * stride + row, mask=seen, other=0), best)
+                peak = tl.maximum(peak, high)
+            if WANT_SQUARES:
+                others += tl.load(word + OTHERS * stride, mask=seen, other=0.0)
+                squares += tl.load(word + MIX_SQUARES * stride, mask=seen, other=0.0)
+            if WANT_ENTROPY:
+                p_log_p += tl.load(word + P_LOG_P * stride, mask=seen, other=0.0)
+            if WANT_KL:
+                kl += tl.load(word + KL * stride, mask=seen, other=0.0)
         confidence = peak
         if labels is not None:
-            mix_y = tl.load(at_label + row, mask=mask & ~undefined, other=0.0)  # elsewhere none was written
+            mix_y = tl.load(at_label + row, mask=seen & ~undefined, other=0.0)  # elsewhere none was written
             margin = mix_y - peak
             error2 = others * others + squares
             confidence = tl.maximum(peak, mix_y)
@@ -238,11 +280,13 @@ def finish(
         word = model + row
         if labels is not None:
             margin = tl.load(word + MARGIN * stride, mask=mask, other=0.0)
-            error2 = tl.load(word + ERROR2 * stride, mask=mask, other=0.0)
+            if KEPT_SQUARES:
+                error2 = tl.load(word + ERROR2 * stride, mask=mask, other=0.0)
         confidence = tl.load(word + CONFIDENCE * stride, mask=mask, other=0.0)
         entropy = expected
         information = tl.zeros((BLOCK,), tl.float32)
-        best = tl.load(vote + row, mask=mask, other=0)
+        if KEPT_TOP:
+            best = tl.load(vote + row, mask=mask, other=0)
 
     # In the order of fields.FIELDS, prediction last.
     values = (

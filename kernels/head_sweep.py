@@ -78,6 +78,132 @@ def product(
 
 
 @triton.jit
+def product_of_blocks(
+    x_blocks,  # descriptors of blocks (M, BLOCK_D) of x, ...
+    w_blocks,  # ... (N, BLOCK_D) of w ...
+    v_blocks,  # ... and of v, if there is one
+    row,
+    column,
+    size,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """``product`` of the blocks from a row of x and a row of w and v on. What lies outside of them is 0."""
+    tl.assume(size > 0)
+    z = tl.zeros((M, N), tl.float32)
+    u = tl.zeros((M, N), tl.float32)
+    for d in range(0, size, BLOCK_D):
+        x = x_blocks.load([row, d])
+        w = w_blocks.load([column, d])
+        if WIDEN:
+            x = x.to(tl.float32)
+            w = w.to(tl.float32)
+        z = tl.dot(x, tl.trans(w), z, input_precision="ieee")
+        if v_blocks is not None:
+            v = v_blocks.load([column, d])
+            if WIDEN:
+                v = v.to(tl.float32)
+            u = tl.dot(x, tl.trans(v), u, input_precision="ieee")
+    return z, u
+
+
+# A tile's columns in three parts, (N / 8, 4, 2): as matrix units leave them, a thread holds two neighbours in every
+# eight. What is reduced along the first and the last needs no other thread, and a column's number is the sum of a
+# constant and of little that differs from thread to thread: no register per column.
+
+
+@triton.jit
+def folded(x, M: tl.constexpr, N: tl.constexpr):
+    return tl.reshape(x, (M, N // 8, 4, 2))
+
+
+@triton.jit
+def total(x):
+    """The sum over a folded tile's columns."""
+    return tl.sum(tl.sum(tl.sum(x, 1), 2), 1)
+
+
+@triton.jit
+def highest(x):
+    return tl.max(tl.max(tl.max(x, 1), 2), 1)
+
+
+@triton.jit
+def is_column(c, N: tl.constexpr):
+    """(M, N/8, 4, 2) from (M,): which column is c."""
+    c = c[:, None, None, None]
+    eighth = 8 * tl.arange(0, N // 8)[None, :, None, None]
+    within = 2 * tl.arange(0, 4)[None, None, :, None] + tl.arange(0, 2)[None, None, None, :]
+    return ((c & -8) == eighth) & ((c & 7) == within)
+
+
+@triton.jit
+def parts_with_labels(y, begin, size, M: tl.constexpr):
+    """Bit i is set where one of the labels, −1 for none, lies in the slice's i-th part of ``size`` columns."""
+    bit = tl.full((M,), 1, tl.int32) << ((tl.maximum(y, begin) - begin) // size)
+    return tl.reduce_or(tl.where(y >= 0, bit, 0), 0)
+
+
+@triton.jit
+def below(count, N: tl.constexpr):
+    """(1, N/8, 4, 2): the first ``count`` columns."""
+    eighth = 8 * tl.arange(0, N // 8)[None, :, None, None]
+    within = 2 * tl.arange(0, 4)[None, None, :, None] + tl.arange(0, 2)[None, None, None, :]
+    return eighth < count - within
+
+
+@triton.jit
+def better(high, index, M: tl.constexpr, PAIRS: tl.constexpr):
+    """(M, PAIRS, 4) from twice as many: of two neighbours the higher, of equals the first."""
+    a, b = tl.split(tl.permute(tl.reshape(high, (M, PAIRS, 2, 4)), (0, 1, 3, 2)))
+    i, j = tl.split(tl.permute(tl.reshape(index, (M, PAIRS, 2, 4)), (0, 1, 3, 2)))
+    return tl.maximum(a, b), tl.where(b > a, j, i)
+
+
+@triton.jit
+def best_of(x, M: tl.constexpr, N: tl.constexpr):
+    """(M, 4) and (M, 4): the highest among a quarter's columns of x (M, N/8, 4, 2), and its lowest index but for what
+    the quarter adds. A match play: each costs a comparison and a choice, and nothing is compared with all again."""
+    a, b = tl.split(x)
+    first = tl.zeros((M, N // 8, 4), tl.int32) + 8 * tl.arange(0, N // 8)[None, :, None]
+    index = tl.where(b > a, first + 1, first)
+    high = tl.maximum(a, b)
+    if N >= 16:
+        high, index = better(high, index, M, N // 16)
+    if N >= 32:
+        high, index = better(high, index, M, N // 32)
+    if N >= 64:
+        high, index = better(high, index, M, N // 64)
+    if N >= 128:
+        high, index = better(high, index, M, N // 128)
+    tl.static_assert(N <= 128)
+    return tl.reshape(high, (M, 4)), tl.reshape(index, (M, 4))
+
+
+@triton.jit
+def highest_and_index(z, M: tl.constexpr, N: tl.constexpr):
+    """(M,) and (M,): the maximum of z (M, N/8, 4, 2) and the lowest column that has it."""
+    # One half after the other: never are there more candidates than half of one in registers.
+    left, right = tl.split(tl.permute(tl.reshape(z, (M, 2, N // 16, 4, 2)), (0, 2, 3, 4, 1)))
+    high, index = best_of(left, M, N // 2)
+    other, other_index = best_of(right, M, N // 2)
+    index = tl.where(other > high, other_index + N // 2, index) + 2 * tl.arange(0, 4)[None, :]
+    high = tl.maximum(high, other)
+    peak = tl.max(high, 1)
+    return peak, tl.min(tl.where(high == peak[:, None], index, N), 1)
+
+
+@triton.jit
+def tile_bias(bias, c0, classes, N: tl.constexpr):
+    """(1, N/8, 4, 2) float32: the bias of a tile's columns, 0 past the end."""
+    c = c0 + tl.arange(0, N)
+    b = tl.load(bias + c, mask=c < classes, other=0.0) if c0 + N > classes else tl.load(bias + c)
+    return folded(b, 1, N).to(tl.float32)
+
+
+@triton.jit
 def shift(bias, c, classes):
     """What to add to columns ``c`` of the logits: the bias, and −inf past the end, where nothing may count.
 
@@ -91,14 +217,32 @@ def shift(bias, c, classes):
     return added
 
 
+# Two numbers a, b: high = bfloat16 of each, low = bfloat16 of what that leaves. Left to itself the compiler converts
+# the first ones singly, at a quarter of the rate.
+TWO_WORDS = tl.constexpr("""{
+    .reg .b32 high_a, high_b;
+    .reg .f32 rest_a, rest_b;
+    cvt.rn.bf16x2.f32 $0, $3, $2;
+    shl.b32 high_a, $0, 16;
+    and.b32 high_b, $0, 0xffff0000;
+    sub.rn.f32 rest_a, $2, high_a;
+    sub.rn.f32 rest_b, $3, high_b;
+    cvt.rn.bf16x2.f32 $1, rest_b, rest_a;
+}""")
+
+
+@triton.jit
+def two_words(e):
+    return tl.inline_asm_elementwise(TWO_WORDS, "=&r,=r,r,r", [e], (tl.bfloat16, tl.bfloat16), is_pure=True, pack=2)
+
+
 @triton.jit
 def times_signs(sketch, e, sign, WIDEN: tl.constexpr):
     """sketch + e·sign, (M, R). Two bfloat16 words hold 17 bits of e; its signs they hold exactly."""
     if WIDEN:
         sketch = tl.dot(e, sign, sketch, input_precision="ieee")
     else:
-        high = e.to(tl.bfloat16)
-        low = (e - high.to(tl.float32)).to(tl.bfloat16)
+        high, low = two_words(e)
         sketch = tl.dot(high, sign.to(tl.bfloat16), sketch)
         sketch = tl.dot(low, sign.to(tl.bfloat16), sketch)
     return sketch
@@ -107,10 +251,10 @@ def times_signs(sketch, e, sign, WIDEN: tl.constexpr):
 # Not specialised: what changes from batch to batch and helps no load.
 @triton.jit(do_not_specialize=["rows", "tiles", "slices", "ignore_index"])
 def sweep(
-    hidden,  # (rows, size)
-    weight,  # (classes, size)
+    hidden,  # (rows, size), or a descriptor of it in blocks (BLOCK_M, BLOCK_D)
+    weight,  # (classes, size), or its descriptor in blocks (BLOCK_N, BLOCK_D)
     bias,  # (classes,) or None
-    direction,  # (classes, size) or None
+    direction,  # as the weight; or None
     labels,  # (rows,) int64 or None
     state,  # (slices, STATE, rows) float32
     top,  # (slices, rows) int32, the maximum's lowest index
@@ -136,11 +280,13 @@ def sweep(
     WANT_SQUARES: tl.constexpr,
     EVEN_D: tl.constexpr,
     WIDEN: tl.constexpr,
+    DESCRIBED: tl.constexpr,  # by tensor descriptors
 ):
     block, part = place(rows, slices, BLOCK_M, GROUP_M)
-    row = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = tl.minimum(row, rows - 1)  # rows and columns past the end read the last one again: no masks in the loop
-    x_row = hidden + inside * hidden_row
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = tl.minimum(row, rows - 1).to(
+        tl.int64
+    )  # rows and columns past the end read the last one again: no masks in the loop
     begin = part * tiles * BLOCK_N
     end = tl.minimum(begin + tiles * BLOCK_N, classes)
     if labels is not None:
@@ -148,6 +294,8 @@ def sweep(
         if tl.max((y != ignore_index).to(tl.int32), 0) == 0:
             return  # nothing is predicted here: merge reads none of it
         y = tl.where((row < rows) & (y >= begin) & (y < end), y, -1).to(tl.int32)  # −1: in another slice, or in none
+        part_32 = tl.cdiv(tiles, 32) * BLOCK_N
+        labelled = parts_with_labels(y, begin, part_32, BLOCK_M)
 
     m = tl.full((BLOCK_M,), LOWEST, tl.float32)
     d = tl.zeros((BLOCK_M,), tl.float32)
@@ -155,43 +303,55 @@ def sweep(
     q = tl.zeros((BLOCK_M,), tl.float32)
     t = tl.zeros((BLOCK_M,), tl.float32)
     best = tl.zeros((BLOCK_M,), tl.int32)
+    z_y = tl.zeros((BLOCK_M,), tl.float32)
+    u_y = tl.zeros((BLOCK_M,), tl.float32)
     if sketch is not None:
-        folded = tl.zeros((BLOCK_M, SKETCH), tl.float32)
+        sketched = tl.zeros((BLOCK_M, SKETCH), tl.float32)
 
     for c0 in range(begin, end, BLOCK_N):
-        c = c0 + tl.arange(0, BLOCK_N)
-        column = tl.minimum(c, classes - 1).to(tl.int64)
-        w_row = weight + column * weight_row
-        v_row = direction + column * direction_row if direction is not None else None
-        z, u = product(x_row, w_row, v_row, size, BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, WIDEN)
-        z += shift(bias, c, classes)[None, :]
-        if labels is not None:
-            is_y = c[None, :] == y[:, None]  # never a padded column: y < end ≤ classes
-            here = (y >= c0) & (y < c0 + BLOCK_N)
-            tl.store(at_label + row, tl.sum(tl.where(is_y, z, 0.0), 1), mask=here)
-            if direction is not None:
-                tl.store(at_label + rows + row, tl.sum(tl.where(is_y, u, 0.0), 1), mask=here)
-            z = tl.where(is_y, float("-inf"), z)
+        if DESCRIBED:
+            z, u = product_of_blocks(
+                hidden, weight, direction, block * BLOCK_M, c0, size, BLOCK_M, BLOCK_N, BLOCK_D, WIDEN
+            )
+        else:
+            column = tl.minimum(c0 + tl.arange(0, BLOCK_N), classes - 1).to(tl.int64)
+            v_row = direction + column * direction_row if direction is not None else None
+            x_row, w_row = hidden + inside * hidden_row, weight + column * weight_row
+            z, u = product(x_row, w_row, v_row, size, BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, WIDEN)
+        z = folded(z, BLOCK_M, BLOCK_N)
+        u = folded(u, BLOCK_M, BLOCK_N)
+        if bias is not None:
+            z += tile_bias(bias, c0, classes, BLOCK_N)
+        if c0 + BLOCK_N > classes:  # nothing past the end may count
+            z = tl.where(below(classes - c0, BLOCK_N), z, float("-inf"))
+        if labels is not None:  # noqa: SIM102
+            if ((labelled >> ((c0 - begin) // part_32)) & 1) != 0:
+                is_y = is_column(y - c0, BLOCK_N)  # never a padded column: y < end ≤ classes
+                z_y += total(tl.where(is_y, z, 0.0))
+                if direction is not None:
+                    u_y += total(tl.where(is_y, u, 0.0))
+                z = tl.where(is_y, float("-inf"), z)
 
-        peak = tl.max(z, 1)
         if WANT_TOP:
-            first = tl.min(tl.where(z == peak[:, None], tl.arange(0, BLOCK_N)[None, :], BLOCK_N), 1)
+            peak, first = highest_and_index(z, BLOCK_M, BLOCK_N)
             best = tl.where(peak > m, c0 + first, best)
+        else:
+            peak = highest(z)
         m_new = tl.maximum(m, peak)
         gap = tl.maximum(m - m_new, FLOOR)
         r = tl.exp2(gap * LOG2E)
-        x = z - m_new[:, None]
+        x = z - m_new[:, None, None, None]
         e = tl.exp2(x * LOG2E)  # NaN from a NaN or +inf logit: d carries it on, where max would drop it
         if WANT_MOMENT:
-            s = r * (s + gap * d) + tl.sum(tl.maximum(x, FLOOR) * e, 1)
-        d = d * r + tl.sum(e, 1)
+            s = r * (s + gap * d) + total(tl.maximum(x, FLOOR) * e)
+        d = d * r + total(e)
         if WANT_SQUARES:
-            q = q * (r * r) + tl.sum(e * e, 1)
+            q = q * (r * r) + total(e * e)
         if direction is not None:
-            t = t * r + tl.sum(e * u, 1)
+            t = t * r + total(e * u)
         if sketch is not None:
-            sign = signs(words, classes, tl.minimum(c, classes - 1), SKETCH)
-            folded = times_signs(folded * r[:, None], e, sign, WIDEN)
+            sign = signs(words, classes, tl.minimum(c0 + tl.arange(0, BLOCK_N), classes - 1), SKETCH)
+            sketched = times_signs(sketched * r[:, None], tl.reshape(e, (BLOCK_M, BLOCK_N)), sign, WIDEN)
         m = m_new
 
     mask = row < rows
@@ -204,11 +364,15 @@ def sweep(
         tl.store(out + SQUARES * rows.to(tl.int64), q, mask=mask)
     if WANT_TOP:
         tl.store(top + part.to(tl.int64) * rows + row, best, mask=mask)
+    if labels is not None:
+        tl.store(at_label + row, z_y, mask=y >= 0)
+        if direction is not None:
+            tl.store(at_label + rows + row, u_y, mask=y >= 0)
     if direction is not None:
         tl.store(out + DOT * rows.to(tl.int64), t, mask=mask)
     if sketch is not None:
         cell = (part.to(tl.int64) * rows + row)[:, None] * SKETCH + tl.arange(0, SKETCH)[None, :]
-        tl.store(sketch + cell, folded, mask=mask[:, None])
+        tl.store(sketch + cell, sketched, mask=mask[:, None])
 
 
 @triton.jit

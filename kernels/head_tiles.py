@@ -20,6 +20,18 @@ class Tiles:
     gradient: Tile  # residual times weight
 
 
+@dataclass(frozen=True)
+class DescribedTiles:
+    """The same where operands come by tensor descriptors, which leaves more registers."""
+
+    narrow: Tile  # one product of short rows: two programs on a processor
+    broad: Tile  # one of long rows
+    biased: Tile  # one and a bias
+    more: Tile  # a second product, or up to 32 rows of a sketch
+    most: Tile  # both
+    wide: Tile
+
+
 # The largest tiles that no supported Triton spills (tests/kernels): what a product reads falls as its tile grows. Not
 # yet tuned on a card. Half precision runs on tensor cores; an unlisted generation gets Ampere's tiles, which stay under
 # the 99 KB of shared memory that Ada has.
@@ -37,9 +49,30 @@ RAGGED_HALF_TILES = Tiles(
 RAGGED_FLOAT_TILES = Tiles(
     Tile(32, 64, 16, 4, 3), Tile(64, 64, 16, 8, 3), Tile(32, 32, 16, 8, 3), Tile(32, 64, 16, 4, 3)
 )
+DESCRIBED_TILES = {
+    9: DescribedTiles(
+        narrow=Tile(128, 128, 64, 8, 3, registers=128),
+        broad=Tile(128, 256, 64, 8, 3),
+        biased=Tile(128, 128, 64, 8, 3),
+        more=Tile(128, 128, 64, 8, 3),
+        most=Tile(128, 64, 64, 8, 3),
+        wide=Tile(64, 64, 64, 8, 3),
+    ),
+    10: DescribedTiles(
+        narrow=Tile(128, 128, 64, 8, 3),
+        broad=Tile(128, 128, 64, 8, 3),
+        biased=Tile(128, 128, 64, 8, 3),
+        more=Tile(128, 64, 64, 8, 3),
+        most=Tile(128, 64, 64, 8, 3),
+        wide=Tile(64, 64, 64, 8, 3),
+    ),
+}
+NARROW = 576  # up to here products are so short that a second program on a processor has to hide their epilogues
 # Under the interpreter: small, so that small tests cross every edge.
 INTERPRETED = Tiles(*[Tile(16, 32, 16, 4, 1)] * 4)
+INTERPRETED_DESCRIBED = DescribedTiles(*[Tile(16, 32, 16, 4, 1)] * 6)
 EVEN = 64  # a row is whole steps of every tile above
+MAX_STRIDE = 1 << 40  # bytes from row to row that a tensor descriptor can hold
 GROUP_M = 8  # row blocks that run together: 1,024 rows of hidden states stay in L2, and share each weight tile
 MAX_SLICES = 16
 # A slice is long enough for its partial states to stay under 1 % of its bfloat16 logits: 100 · 4 / 2 columns a word.
@@ -55,6 +88,46 @@ def tiles_for(operands: Sequence[Tensor]) -> tuple[Tiles, bool]:
     if first.dtype in HALF and all(x.dtype == first.dtype for x in operands):
         return HALF_TILES.get(generation(first), HALF_TILES[8]) if regular else RAGGED_HALF_TILES, False
     return FLOAT_TILES if regular else RAGGED_FLOAT_TILES, True
+
+
+def described_tiles(operands: Sequence[Tensor]) -> DescribedTiles | None:
+    """The tiles for matrices (.., D) of half precision that tensor descriptors can load; None if they cannot.
+
+    They need Hopper or newer, and rows at multiples of 16 bytes that do not overlap.
+    """
+    first = operands[0]
+    fits = all(
+        x.dtype == first.dtype
+        and x.numel() > 0
+        and x.data_ptr() % 16 == 0
+        and x.stride(0) * x.element_size() % 16 == 0
+        and x.shape[1] <= x.stride(0) < MAX_STRIDE // x.element_size()
+        for x in operands
+    )
+    if not fits:
+        return None
+    if first.device.type == "cpu":
+        return INTERPRETED_DESCRIBED
+    return DESCRIBED_TILES.get(generation(first)) if first.dtype in HALF else None
+
+
+def sweep_tile(
+    operands: Sequence[Tensor], *, padded: int, direction: bool, bias: bool, top: bool
+) -> tuple[Tile, bool, bool]:
+    """The tile for a first sweep, whether to widen, and whether to load by descriptors.
+
+    By what a program holds: ``padded`` rows of a sketch, a second product, a bias, the largest logit's index.
+    """
+    (plain, widen), described = tiles_for(operands), described_tiles(operands)
+    if padded > 32:
+        return (described or plain).wide, widen, described is not None
+    if described is None:
+        return plain.more if padded or direction or (bias and top) else plain.logits, widen, False
+    if padded or direction:
+        return described.most if padded and direction else described.more, widen, True
+    if bias:
+        return described.biased, widen, True
+    return described.narrow if operands[0].shape[1] <= NARROW else described.broad, widen, True
 
 
 def slices(classes: int, tile: Tile, words: int) -> tuple[int, int]:

@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from assay.kernels._common import FP_FUSION, MAX_REGISTERS, Launch
+from assay.kernels._common import FP_FUSION, Launch
 from tests.kernels.table import Row
 
 CAPABILITIES = (80, 90, 100)
@@ -89,12 +89,12 @@ def case_of(
         launch.num_stages,
         hot,
         capabilities,
-        MAX_REGISTERS,
+        launch.registers,
     )
 
 
 def compiled(case: Case, cc: int) -> Any:
-    """``case`` compiled for compute capability ``cc``."""
+    """Triton's kernel for compute capability ``cc``; its machine code is ``.asm["cubin"]``."""
     source = ASTSource(case.fn, dict(case.signature), dict(case.constexprs), dict(case.attrs))
     options = {
         "num_warps": case.num_warps,

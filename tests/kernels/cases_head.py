@@ -8,6 +8,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from assay.kernels import head, head_tiles
 from assay.kernels._common import Launch
@@ -27,8 +28,8 @@ def record(generation: int, plan: Callable[[], Iterable[Launch]]) -> list[Launch
 
 
 def compiled(name: str, launch: Launch, cc: int) -> Case:
-    """``case_of`` for a launch with tuples among its arguments: their elements are specialised one by one."""
-    tuples = {name: value for name, value in launch.arguments.items() if isinstance(value, tuple)}
+    """``case_of`` for a launch with descriptors, or tuples, whose elements are specialised one by one."""
+    tuples = {name: value for name, value in launch.arguments.items() if isinstance(value, tuple | TensorDescriptor)}
     hot = launch.kernel.fn.__name__ in ("sweep", "mix", "residual", "accumulate")
     plain = replace(launch, arguments={**launch.arguments, **dict.fromkeys(tuples)})
     case = case_of(name, plain, hot=hot, capabilities=(cc,))
@@ -37,6 +38,9 @@ def compiled(name: str, launch: Launch, cc: int) -> Case:
     attrs = dict(case.attrs)
     for index, parameter in enumerate(launch.kernel.params):
         values = tuples.get(parameter.name, ())
+        if isinstance(values, TensorDescriptor):
+            signature[parameter.name] = f"tensordesc<{element(values.base)[0][1:]}{values.block_shape}>"
+            continue
         elements = [element(value) for value in values]
         if elements:
             signature[parameter.name] = tuple(kind for kind, _ in elements)
@@ -100,6 +104,9 @@ def plans(dtype: torch.dtype, size: int) -> Iterator[tuple[str, Callable[[], Ite
         wide = [w.float() for w in weight]
         mixed = Models.of(hidden[one], wide[one], bias[one], labels, -100)
         yield "mixed", scores(mixed, directions[one], 16)
+    unbiased = Models.of(hidden[one], weight[one], None, labels, -100)
+    for rows in (16, 32):
+        yield f"bare direction+sketch{rows}", scores(unbiased, directions[one], rows)
     yield "losses", losses(bare=False)
     yield "bare mixture", statistics(two, bare=True)
     yield "bare losses", losses(bare=True)
@@ -113,6 +120,7 @@ HEAVY = ("statistics", "mixture", "direction+sketch32", "direction+sketch128", "
 CHOSEN: dict[tuple[torch.dtype, int], Sequence[str] | None] = {  # None: all of them
     (BF16, 1024): None,
     (BF16, 2048): ("losses",),  # whose chunks are not split
+    (BF16, 576): ("statistics", "bare mixture", "bare losses"),
     (BF16, 1040): ("statistics", "direction+sketch128"),
     (BF16, 1023): (*HEAVY, "single"),
     (FP16, 1024): ("statistics", "direction+sketch16"),  # bfloat16's code but for the instruction's name

@@ -413,6 +413,22 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_field_alone_reads_no_scratch_that_its_sweeps_left(k: int, labelled: bool) -> None:
+    """tests/kernels/scratch.py would notice. The second block of rows is ignored, and no sweep writes it."""
+    given = layer(k, 20, 40, d=5)
+    assert given.labels is not None
+    given.labels[16:] = -100
+    if not labelled:
+        given.labels = None
+    whole, best = given.statistics()
+    for i, name in enumerate(FIELDS):
+        stats, prediction = given.statistics([name])
+        got, want = (prediction, best) if name == "prediction" else (stats[i], whole[i])
+        assert torch.equal(got.double().nan_to_num(-7.5), want.double().nan_to_num(-7.5)), name
+
+
 def test_only_the_mixture_takes_a_second_sweep(launched: list[str]) -> None:
     one, two = layer(1, 3, 40), layer(2, 3, 40)
     whole, _ = two.statistics()
@@ -598,6 +614,36 @@ def test_the_gradients_launches_fill_a_gpu_in_little_memory(c: int, d: int) -> N
 
 
 # ---- addresses and shapes
+
+
+@pytest.mark.parametrize(("k", "n", "c", "d"), [(1, 17, 40, 20), (2, 1, SMALL + 1, 36), (2, 5, 75, 4)])
+def test_descriptors_and_addresses_load_the_same(
+    k: int, n: int, c: int, d: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, directions = layer(k, n, c, d=d), [grid(c, d) for _ in range(k)]
+    assert head_tiles.described_tiles([*given.hidden, *given.weight]) is not None
+    described = [*given.statistics(), *given.scores(directions, 16)]
+    monkeypatch.setattr(head_tiles, "described_tiles", lambda operands: None)
+    for got, want in zip([*given.statistics(), *given.scores(directions, 16)], described, strict=True):
+        assert got is not None
+        assert want is not None
+        assert torch.equal(got.double().nan_to_num(-7.5), want.double().nan_to_num(-7.5))
+
+
+def test_what_descriptors_cannot_load_is_loaded_by_addresses() -> None:
+    x = torch.zeros(8, 64)
+    assert head_tiles.described_tiles([x, x[:, :5], x[::2]]) is not None
+    apart = x.as_strided((1, 4), (1 << 40, 1))
+    for wrong in (x[:, 1:], x[:0], x.as_strided((8, 5), (62, 1)), x.half(), apart):
+        assert head_tiles.described_tiles([x, wrong]) is None
+    assert head_tiles.described_tiles([x.as_strided((8, 64), (4, 1))]) is None  # rows that overlap
+
+
+def test_a_label_in_every_column() -> None:
+    """Each of a tile's columns in turn is the label's, the last tile's too."""
+    given = layer(1, SMALL + 9, SMALL + 9, d=4)
+    given.labels = torch.arange(SMALL + 9, device=DEVICE)
+    assert_contract(given)
 
 
 def test_offsets_beyond_int32() -> None:

@@ -93,8 +93,8 @@ def case_of(
     )
 
 
-def compile_case(case: Case, cc: int) -> Row:
-    """Compile for compute capability ``cc`` and read what the machine code takes."""
+def compiled(case: Case, cc: int) -> Any:
+    """``case`` compiled for compute capability ``cc``."""
     source = ASTSource(case.fn, dict(case.signature), dict(case.constexprs), dict(case.attrs))
     options = {
         "num_warps": case.num_warps,
@@ -102,9 +102,14 @@ def compile_case(case: Case, cc: int) -> Row:
         "enable_fp_fusion": FP_FUSION,
         "maxnreg": case.maxnreg,
     }
-    compiled = triton.compile(source, target=GPUTarget("cuda", cc, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", cc, 32), options=options)
+
+
+def compile_case(case: Case, cc: int) -> Row:
+    """Compile for compute capability ``cc`` and read what the machine code takes."""
+    code = compiled(case, cc)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
+        cubin.write(code.asm["cubin"])
         cubin.flush()
         command = [CUOBJDUMP, "--dump-resource-usage", cubin.name]
         report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -117,6 +122,6 @@ def compile_case(case: Case, cc: int) -> Row:
         registers=usage["REG"],
         spill_bytes=usage["STACK"] + usage["LOCAL"],  # Triton has no arrays of its own: a frame is spilled registers
         stack_bytes=usage["STACK"],
-        shared_bytes=compiled.metadata.shared,
+        shared_bytes=code.metadata.shared,
         hot=case.hot,
     )

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from assay.kernels._common import Launch, ceil_div
 
-# The counter's last word says what its bits are for: rows of a Kronecker sketch, its columns, entries of a Sparse one.
-OUTPUT_SIDE, INPUT_SIDE, SPARSE = 0, 1, 2
+# The counter's last word says what its bits are for: rows of a Kronecker sketch, its columns, entries of a Sparse one,
+# of a Rademacher one.
+OUTPUT_SIDE, INPUT_SIDE, SPARSE, RADEMACHER = 0, 1, 2, 3
 ROWS_PER_COUNTER = 128  # one counter gives 4 words of 32 signs
 SIGN_BLOCK = 512
 SIGN_ROWS, SIGN_COLUMNS = 16, 256  # of a matrix of signs, at a time

@@ -276,7 +276,7 @@ def positions(inputs: Tensor, grads: Tensor, numbers: int) -> int:
 
 
 def padded(side: int) -> int:
-    return max(MIN_SIDE, triton.next_power_of_2(side))
+    return max(MIN_SIDE, 1 << (side - 1).bit_length())
 
 
 def sign_dtype(factor: Tensor) -> torch.dtype:

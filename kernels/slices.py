@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -46,7 +48,7 @@ def plan_sum(partial: Tensor, sums: Tensor) -> Launch:
     return Launch(_add_slices, *_over_slices(partial, sums, "sums"), WARPS, 1)
 
 
-def _over_slices(partial: Tensor, result: Tensor, name: str) -> tuple[tuple[int], dict[str, Tensor | int]]:
+def _over_slices(partial: Tensor, result: Tensor, name: str) -> tuple[tuple[int], dict[str, Any]]:
     count = result.numel()
     arguments = {"partial": partial, name: result, "count": count, "slices": len(partial), "BLOCK": BLOCK, "STEP": STEP}
     return (ceil_div(count, BLOCK),), arguments

@@ -182,12 +182,12 @@ def test_empty(shape: tuple[int, int]) -> None:
 
 def test_what_the_kernel_does_not_take_is_an_error() -> None:
     x = torch.randn(2, 100, device=DEVICE)
-    for sketch, what in ((assay.Sparse(8193), "Sparse sketches of 8193 numbers"), (assay.Rademacher(8), "Rademacher")):
-        words = f"no triton kernel for {what}.*only for Sparse ones of up to 8192; use backend 'auto' or 'reference'"
-        with pytest.raises(ValueError, match=f"project: .*{words}"):
-            triton_project(x, sketch)  # type: ignore[arg-type]
-        with assay.backend("triton"), pytest.raises(ValueError, match=f"grad_sketch: .*{words}"):
-            grad_sketch(x, x, sketch)
+    sketch = assay.Sparse(8193)
+    words = "no triton kernel for Sparse sketches of 8193 numbers, only for those of up to 8192; use backend 'auto' or"
+    with pytest.raises(ValueError, match=f"project: .*{words}"):
+        triton_project(x, sketch)
+    with assay.backend("triton"), pytest.raises(ValueError, match=f"grad_sketch: .*{words}"):
+        grad_sketch(x, x, sketch)
     for call in (project, lambda x, sketch: grad_sketch(x, x, sketch)):
         for mask in (assay.Mask(2, 3), assay.Mask(2, 3, assay.Sparse(4)), assay.Mask(200, 200)):
             with (

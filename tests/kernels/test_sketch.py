@@ -1,4 +1,4 @@
-"""The Kronecker kernels of grad_sketch against float64: on a GPU where there is one, under the interpreter elsewhere."""
+"""The Kronecker kernels of grad_sketch against float64: on a GPU where there is one, else under the interpreter."""
 
 from __future__ import annotations
 

@@ -30,10 +30,10 @@ def project(vectors: Tensor, sketch: Sketch) -> Tensor:
     Coordinate c of a row is coordinate c of the sketch's definition (``assay.Sparse``, ``assay.Rademacher``); 64-bit,
     so that D may exceed 2³². On the CPU the vectors are read once, nothing of size D × dim exists, and a row's result
     has the same bits whatever the other rows, the instruction set and the number of threads: float32 sums over
-    slices that follow from D and dim, added up in double in a fixed order. The same holds on a GPU for Sparse sketches
-    of up to 8,192 numbers (``kernels/project.py``); there a coordinate that is not finite makes NaN of several of its
-    row's numbers, not of ``nonzeros`` alone. Wider ones, Rademacher and Mask run in plain torch there, and are an error
-    under a GPU backend that is asked for by name.
+    slices that follow from D and dim, added up in double in a fixed order. The same holds on a GPU for Rademacher
+    (``kernels/rademacher.py``) and for Sparse sketches of up to 8,192 numbers (``kernels/project.py``); there a
+    coordinate that is not finite makes NaN of several of its row's numbers, not of ``nonzeros`` alone. Wider ones and
+    Mask run in plain torch there, and are an error under a GPU backend that is asked for by name.
 
     Args:
         vectors: (B, D) float32, bfloat16 or float16 (float64 runs the reference), any strides; adjacent columns are
@@ -84,20 +84,21 @@ def add_native(vectors: Tensor, first: int, key: tuple[int, int], dim: int, nonz
 
 
 def add_triton(vectors: Tensor, first: int, key: tuple[int, int], dim: int, nonzeros: int, sums: Tensor) -> None:
-    from assay.kernels import project
+    from assay.kernels import project, rademacher
 
-    project.add_sparse(vectors, first, key, dim, nonzeros, sums)
+    if nonzeros:
+        project.add_sparse(vectors, first, key, dim, nonzeros, sums)
+    else:
+        rademacher.add_dense(vectors, first, key, dim, sums)
 
 
 def without_kernel(dim: int, nonzeros: int) -> str | None:
-    """What the Triton kernel does not take. Wide sketches should be cheaper to sort, and a dense projection is a GEMM,
-    which torch does well."""
+    """What the Triton kernels do not take: wide sketches should be cheaper to sort."""
     from assay.kernels import project
 
-    if nonzeros and dim <= project.MAX_DIM:
+    if not nonzeros or dim <= project.MAX_DIM:
         return None
-    what = f"Sparse sketches of {dim} numbers" if nonzeros else "Rademacher sketches"
-    return f"there is no triton kernel for {what}, only for Sparse ones of up to {project.MAX_DIM}"
+    return f"there is no triton kernel for Sparse sketches of {dim} numbers, only for those of up to {project.MAX_DIM}"
 
 
 def add_reference(vectors: Tensor, first: int, key: tuple[int, int], dim: int, nonzeros: int, sums: Tensor) -> None:

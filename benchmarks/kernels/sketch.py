@@ -156,6 +156,7 @@ def gpu_cases() -> list[Case]:
     return [
         *(_gpu_sparse(*vectors, half) for vectors in GPU_VECTORS),
         _gpu_sparse(*GPU_VECTORS[0], full),
+        *(_gpu_dense(*GPU_VECTORS[0], dtype) for dtype in (full, half)),
         *(_gpu_layer(*layer, 16, half) for layer in GPU_LAYERS),
         *(_gpu_layer(*GPU_LAYERS[0], side, half) for side in (64, 128)),
         _gpu_layer(*GPU_LAYERS[0], 16, full),
@@ -179,6 +180,22 @@ def _gpu_sparse(b: int, d: int, dim: int, dtype: torch.dtype) -> Case:
         make=lambda: (torch.empty(b, d, device=DEVICE, dtype=dtype).normal_(),),
         run=lambda x: project(x, sketch),
         rivals={"sum": torch.sum, "eager": reference},
+    )
+
+
+def _gpu_dense(b: int, d: int, dim: int, dtype: torch.dtype) -> Case:
+    """No rival holds the matrix: at this D it has 2³³ numbers."""
+    sketch = assay.Rademacher(dim)
+    return Case(
+        op="project",
+        shape=f"Rademacher({dim}) B={b} D={d}",
+        dtype=dtype,
+        bytes=dtype.itemsize * b * d + 4 * b * dim,
+        flops=2 * b * d * dim,
+        bound="read",
+        make=lambda: (torch.empty(b, d, device=DEVICE, dtype=dtype).normal_(),),
+        run=lambda x: project(x, sketch),
+        rivals={"sum": torch.sum},
     )
 
 

@@ -47,7 +47,7 @@ def everything() -> Iterator[tuple[str, Any]]:
             yield f"grad_sqnorm {dtype} T={t}", kernel("grad_sqnorm")(a, g)
             for side in (16, 70):
                 yield f"grad_sketch {dtype} T={t} {side}", kernel("grad_sketch")(a, g, assay.Kronecker(side, 20))
-        for sketch in (assay.Sparse(7), assay.Sparse(300, 3), assay.Sparse(8000)):
+        for sketch in (assay.Sparse(7), assay.Sparse(300, 3), assay.Sparse(8000), assay.Rademacher(130)):
             yield f"project {dtype} {sketch}", kernel("project")(random(18, 1001, dtype=dtype), sketch)
     features, scales = torch.randint(-127, 128, (300, 77), dtype=torch.int8).to(DEVICE), random(300)
     for m, k in ((1, 10), (3, 10), (40, 10), (3, 200)):  # one query; a tile of them; two passes; ranked by torch

@@ -13,7 +13,7 @@ from assay.ops import _backend, _native
 from assay.ops._tensors import adjacent_columns, wide_dtype
 from assay.ops.dot import check_factors
 from assay.ops.masking import keep, mask_scale
-from assay.ops.projection import Add, add_native, add_reference, add_triton, entries, scaled, without_kernel
+from assay.ops.projection import Add, add_native, add_reference, add_triton, entries, scaled
 from assay.ops.sketch import (
     FACTOR_BYTES,
     INPUT_SIDE,
@@ -175,7 +175,6 @@ def _multiply_out(add: Add, inputs: Tensor, grads: Tensor, key: Sequence[int], d
     reference=partial(_multiply_out, add_reference),
     cpu=partial(_multiply_out, add_native),
     triton=partial(_multiply_out, add_triton),
-    lacks=lambda inputs, grads, key, dim, nonzeros: without_kernel(dim, nonzeros),
 )
 def _flat(inputs: Tensor, grads: Tensor, key: Sequence[int], dim: int, nonzeros: int) -> Tensor:
     return inputs.new_empty(len(inputs), dim, dtype=wide_dtype(inputs, grads))

@@ -28,11 +28,11 @@ def project(vectors: Tensor, sketch: Sketch) -> Tensor:
     """The sketch of every row of ``vectors``.
 
     Coordinate c of a row is coordinate c of the sketch's definition (``assay.Sparse``, ``assay.Rademacher``); 64-bit,
-    so that D may exceed 2³². On the CPU the vectors are read once, nothing of size D × dim exists, and a row's result
-    has the same bits whatever the other rows, the instruction set and the number of threads: float32 sums over
-    slices that follow from D and dim, added up in double in a fixed order. The same holds on a GPU (``kernels/project.py``,
-    ``kernels/rademacher.py``), where a Sparse sketch's entries are sorted when it is first used and kept from then on,
-    4 bytes each. Only Mask runs in plain torch there, and is an error under a GPU backend that is asked for by name.
+    so that D may exceed 2³². The vectors are read once, nothing of size D × dim exists, and a row's result has the same
+    bits whatever the other rows and, on the CPU, the instruction set and the number of threads: float32 sums over
+    slices that follow from D and dim, added up in double in a fixed order. On a GPU (``kernels/project.py``,
+    ``kernels/rademacher.py``) a Sparse sketch's entries are sorted when it is first used and kept from then on, 4 bytes
+    each. Only Mask runs in plain torch there, and is an error under a GPU backend that is asked for by name.
 
     Args:
         vectors: (B, D) float32, bfloat16 or float16 (float64 runs the reference), any strides; adjacent columns are

@@ -8,10 +8,12 @@ from torch import Tensor
 
 from assay.kernels._common import Launch, ceil_div
 
-# The counter's last word says what its bits are for: rows of a Kronecker sketch, its columns, entries of a Sparse one.
-OUTPUT_SIDE, INPUT_SIDE, SPARSE = 0, 1, 2
+# The counter's last word says what its bits are for: rows of a Kronecker sketch, its columns, entries of a Sparse one,
+# of a Rademacher one.
+OUTPUT_SIDE, INPUT_SIDE, SPARSE, RADEMACHER = 0, 1, 2, 3
 ROWS_PER_COUNTER = 128  # one counter gives 4 words of 32 signs
 SIGN_BLOCK = 512
+SIGN_ROWS, SIGN_COLUMNS = 16, 256  # of a matrix of signs, at a time
 
 
 def int32_key(key: tuple[int, int]) -> tuple[int, int]:
@@ -57,6 +59,46 @@ def signs(words, count, index, ROWS: tl.constexpr):
     for i in tl.static_range(1, (ROWS + 31) // 32):
         word = tl.where(row < 32 * i, word, tl.load(words + tl.full((), i, tl.int64) * count + index)[:, None])
     return 1.0 - 2.0 * ((word >> (row % 32)) & 1).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["rows", "count", "side", "key0", "key1"])
+def _sign_matrix(out, rows, count, out_row, side, key0, key1, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """out (.., out_row): ±1 where row < rows and column < count, 0 elsewhere; ROWS of the rows of one counter."""
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.program_id(1) * ROWS
+    c0 = column.to(tl.uint32)
+    zero = tl.zeros_like(c0)
+    k0, k1 = zero + key0.to(tl.uint32, bitcast=True), zero + key1.to(tl.uint32, bitcast=True)
+    words = philox4x32(c0, zero, zero + (first // 128).to(tl.uint32), zero + side, k0, k1)
+    row = first + tl.arange(0, ROWS)
+    word = zero[None, :]
+    for i in tl.static_range(4):
+        word = tl.where((row % 128 // 32 == i)[:, None], words[i][None, :], word)
+    bit = (word >> (row % 32).to(tl.uint32)[:, None] & 1).to(tl.float32)
+    sign = tl.where((row < rows)[:, None] & (column < count)[None, :], 1.0 - 2.0 * bit, 0.0)
+    at = out + row.to(tl.int64)[:, None] * out_row + column[None, :]
+    tl.store(at, sign.to(out.dtype.element_ty), mask=(column < out_row)[None, :])
+
+
+def fill_signs(out: Tensor, rows: int, count: int, side: int, key: tuple[int, int]) -> None:
+    """out: ±1 in its first ``rows`` rows, a multiple of SIGN_ROWS in all, and ``count`` columns; 0 beyond."""
+    plan_sign_matrix(out, rows, count, side, key).run(out)
+
+
+def plan_sign_matrix(out: Tensor, rows: int, count: int, side: int, key: tuple[int, int]) -> Launch:
+    key0, key1 = int32_key(key)
+    arguments = {
+        "out": out,
+        "rows": rows,
+        "count": count,
+        "out_row": out.stride(0),
+        "side": side,
+        "key0": key0,
+        "key1": key1,
+        "ROWS": SIGN_ROWS,
+        "BLOCK": SIGN_COLUMNS,
+    }
+    return Launch(_sign_matrix, (ceil_div(out.stride(0), SIGN_COLUMNS), len(out) // SIGN_ROWS), arguments, 4, 1)
 
 
 def plan_signs(out: Tensor, side: int, key: tuple[int, int], first_block: int = 0) -> list[Launch]:

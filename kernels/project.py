@@ -1,47 +1,45 @@
-"""project, Sparse: every coordinate is added to random buckets, by a matrix product.
+"""project, Sparse: every bucket gathers its coordinates, in one order.
 
-Triton can neither scatter into shared memory nor sort cheaply, and atomics add in the order of arrival. But a bucket
-has two digits, bucket = high · LOW + low, and so one row's signed sums are a small matrix
+Buckets do not depend on the data. So the entries of a chunk of coordinates are sorted by bucket once, and kept; then a
+bucket's sum over a run of the chunk (``TERMS`` entries of it, on average) is a loop of loads and additions of one
+thread: no atomics, and an order that follows from D and dim. A tile of rows is transposed first, into a scratch that
+an L2 cache holds, so that one load takes all rows of a coordinate; the vectors themselves are read once.
 
-    sums[high, low] = Σ_u (x_u if high_u = high else 0) · (sign_u if low_u = low else 0)
-
-over the entries u: two thin one-hot matrices made in registers and multiplied on tensor cores. The products are exact,
-since a factor is ±1 or 0, and the order of the sums is fixed: float32 in slices that follow from D and dim, float64
-beyond. It costs 2·dim FLOPs per entry and row, which hide behind the read of the vectors for some hundred buckets and
-grow from there; beyond MAX_DIM, sorting (the reference) is expected to win.
-
-A coordinate that is not finite spoils its own row only, but there 0 · ∞ makes NaN of all buckets of its high digit.
-Buckets and signs are hashed once for all rows, a chunk of entries at a time, into four bytes each.
+Triton has no gather from shared memory to speak of (``tl.gather`` becomes thousands of shuffles), hence the way through
+the L2 cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from assay.kernels._common import PROGRAMS, Launch, ceil_div, unit_stride
+from assay.kernels._common import Launch, ceil_div, run, unit_stride
 from assay.kernels.philox import SPARSE, int32_key, philox4x32
 from assay.kernels.slices import plan_sum
 
-MAX_DIM = 1 << 13  # the sums of one row, 128 × 64, fit the registers of a program
-CHUNK = 1 << 23  # entries hashed at a time: 32 MiB, which an L2 cache holds
-# A slice of the entries has so many for each bucket, at least: fewer would write partial sums as large as what is read.
-TERMS = 32
-
-PRODUCT_ROWS = 128  # rows of a matrix product: high digits times rows of the vectors ...
-MAX_ROWS = 16  # ... of which there are often no more
-WARPS = 8
-BLOCK, STAGES = 64, 4  # entries at a time, and times whose reads are in flight
+# Entries of a bucket in a run, on average: fewer would write sums as large as what is read, more would leave too few
+# threads.
+TERMS = 16
+ROWS = 16  # of the vectors in a tile, at most
+# A tile's rows of as many coordinates are transposed at a time: an L2 cache holds them.
+SCRATCH_BYTES = 24 << 20
+LANES, GATHER_WARPS = 128, 8  # buckets of a program
+UNROLL = 4  # loads of a thread in flight
+COLUMNS, TRANSPOSE_WARPS = 256, 4  # coordinates of a tile that is transposed
 CODE_BLOCK = 256
+
+# held(key, make): what ``make`` gives, from the last time if that is still there.
+Held = Callable[[object, Callable[[], Tensor]], Tensor]
 
 
 @triton.jit(do_not_specialize=["count", "first_block", "skip", "dim", "side", "key0", "key1"])
 def _codes(out, count, first_block, skip, dim, side, key0, key1, BLOCK: tl.constexpr):
-    """out (count,) int32: 2 bucket + (1 for a minus) of the entries from u = 4 first_block + skip on."""
+    """out (count,) int32, as bits: 2 bucket + (1 for a minus) of the entries from u = 4 first_block + skip on."""
     block = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     counter = block + first_block
     c0 = counter.to(tl.uint32)
@@ -55,98 +53,110 @@ def _codes(out, count, first_block, skip, dim, side, key0, key1, BLOCK: tl.const
         tl.store(out + at, code.to(tl.int32), mask=(at >= 0) & (at < count))
 
 
-@triton.jit
-def _add_word(sums, word, high, low, M: tl.constexpr, BLOCK: tl.constexpr):
-    """sums (M, LOW) += (rows × high digits, BLOCK) · (BLOCK, LOW), the first made of word (rows, BLOCK)."""
-    spread = tl.where(high[None, :, :], word[:, None, :], 0.0).to(low.dtype)
-    return tl.dot(tl.reshape(spread, (M, BLOCK)), low, sums, input_precision="ieee")
-
-
-@triton.jit
-def _upper_half(x):
-    """The part of a float32 that a bfloat16 holds: by truncation, which overflows nowhere."""
-    return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
-
-
 # Not specialised: the sizes that change from batch to batch and help no load.
-@triton.jit(do_not_specialize=["rows", "slices", "slice_blocks"])
-def _sparse(
-    vectors,  # (rows, count / nonzeros), last stride 1
-    codes,  # (count,) int32
-    partial,  # (slices, rows, dim) float32
+@triton.jit(do_not_specialize=["rows", "row0", "count"])
+def _transpose(vectors, out, rows, row0, row_stride, count, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """out (count, ROWS) = the rows of vectors (rows, count) from ``row0`` on, 0 where there are none."""
+    row = row0 + tl.arange(0, ROWS).to(tl.int64)
+    c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (row < rows)[:, None] & (c < count)[None, :]
+    x = tl.load(vectors + row[:, None] * row_stride + c[None, :], mask=inside, other=0.0)
+    at = out + c.to(tl.int64)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
+    tl.store(at, tl.trans(x), mask=(c < count)[:, None])
+
+
+@triton.jit(do_not_specialize=["rows", "row0", "lanes"])
+def _gather(
+    x,  # (.., ROWS): the rows of each coordinate
+    order,  # (lanes + 1 + entries,) int32: where each lane's entries begin and end, then 2 coordinate + (1 for a minus)
+    partial,  # (runs, rows, dim) float32
     rows,
-    row_stride,
-    count,
-    nonzeros,
+    row0,
+    lanes,  # runs · dim
     dim,
-    slices,  # of the entries ...
-    slice_blocks,  # ... of this many blocks
     ROWS: tl.constexpr,
-    HIGH: tl.constexpr,
-    LOW: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
-    EVEN: tl.constexpr,
-    SPLIT: tl.constexpr,  # float32 vectors: as three bfloat16 words each, which add up to them exactly
-    WIDEN: tl.constexpr,  # multiply in float32: the interpreter, whose bfloat16 arithmetic is wrong
+    LANES: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
-    M: tl.constexpr = ROWS * HIGH
-    s = tl.program_id(0) % slices
-    row0 = (tl.program_id(0) // slices).to(tl.int64) * ROWS
-    row = tl.minimum(row0 + tl.arange(0, ROWS), rows - 1)  # rows past the end read another one and are dropped
-    begin = s * slice_blocks * BLOCK
-    end = tl.minimum(begin + slice_blocks * BLOCK, count)
-    sums = tl.zeros((M, LOW), tl.float32)
-    # Stages given here, not to the launch, are for all loads, not only for those that are a product's operands.
-    for u0 in tl.range(begin, end, BLOCK, num_stages=STAGES):
-        u = u0 + tl.arange(0, BLOCK)
-        # Entries past the end read another one, and no high digit is theirs. The remainder keeps what the compiler
-        # knows of contiguous columns, a mask would not.
-        at = u if EVEN else u % count
-        code = tl.load(codes + at)
-        x = tl.load(vectors + row[:, None] * row_stride + (at // nonzeros)[None, :])
-        sign = (1 - 2 * (code & 1)).to(tl.float32)
-        digit = tl.where(u < end, code // (2 * LOW), -1)
-        high = digit[None, :] == tl.arange(0, HIGH)[:, None]
-        low = tl.where((code // 2 % LOW)[:, None] == tl.arange(0, LOW)[None, :], sign[:, None], 0.0)
-        if not WIDEN:
-            low = low.to(tl.bfloat16 if SPLIT else vectors.dtype.element_ty)
-        if SPLIT:
-            first = _upper_half(x)
-            second = _upper_half(x - first)
-            sums = _add_word(sums, first, high, low, M, BLOCK)
-            sums = _add_word(sums, second, high, low, M, BLOCK)
-            sums = _add_word(sums, x - first - second, high, low, M, BLOCK)
-        else:
-            sums = _add_word(sums, x.to(low.dtype), high, low, M, BLOCK)
-
-    m = tl.arange(0, M)
-    r = row0 + m // HIGH
-    d = (m % HIGH)[:, None] * LOW + tl.arange(0, LOW)[None, :]
-    at = partial + ((s.to(tl.int64) * rows + r) * dim)[:, None] + d
-    tl.store(at, sums, mask=(r < rows)[:, None] & (d < dim))
+    """A lane is a bucket of a run; its entries are added one after the other."""
+    lane = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
+    begin = tl.load(order + lane, mask=lane < lanes, other=0)
+    end = tl.load(order + lane + 1, mask=lane < lanes, other=0)
+    entries = order + lanes + 1
+    r = tl.arange(0, ROWS)
+    sums = tl.zeros((LANES, ROWS), tl.float32)
+    for j in range(0, tl.max(end - begin), UNROLL):
+        for i in tl.static_range(UNROLL):
+            at = begin + j + i
+            entry = tl.load(entries + at, mask=at < end, other=0)
+            coordinate = (entry >> 1).to(tl.int64)[:, None] * ROWS + r[None, :]
+            value = tl.load(x + coordinate, mask=(at < end)[:, None], other=0.0).to(tl.float32)
+            sums += value * (1 - 2 * (entry & 1)).to(tl.float32)[:, None]
+    row = row0 + r
+    to = partial + ((lane // dim)[:, None] * rows + row[None, :]) * dim + (lane % dim)[:, None]
+    tl.store(to, sums, mask=(lane < lanes)[:, None] & (row < rows)[None, :])
 
 
-def add_sparse(vectors: Tensor, first: int, key: tuple[int, int], dim: int, nonzeros: int, sums: Tensor) -> None:
+def add_sparse(
+    vectors: Tensor, first: int, key: tuple[int, int], dim: int, nonzeros: int, sums: Tensor, held: Held
+) -> None:
     """sums (B, dim) float64, contiguous, += the signed sums of vectors (B, n), whose coordinates begin at ``first``."""
-    for launches in plan(vectors, first, key, dim, nonzeros, sums, interpret=not vectors.is_cuda):
-        for launch in launches:
-            launch.run(vectors)
+    for launches in plan(vectors, first, key, dim, nonzeros, sums, held):
+        run(launches)
 
 
 def plan(
-    vectors: Tensor, first: int, key: tuple[int, int], dim: int, nonzeros: int, sums: Tensor, *, interpret: bool = False
-) -> Iterator[tuple[Launch, Launch, Launch]]:
-    """For each chunk of coordinates: the hash, the sums of slices, and their addition. Meta tensors will do."""
-    if not 0 < dim <= MAX_DIM:
-        raise ValueError(f"project: the kernel takes dim from 1 to {MAX_DIM}, got {dim}")
+    vectors: Tensor, first: int, key: tuple[int, int], dim: int, nonzeros: int, sums: Tensor, held: Held
+) -> Iterator[list[Launch]]:
+    """For each chunk of coordinates: the sums of its runs, a tile of rows at a time, and their addition."""
     vectors = unit_stride(vectors)
-    step = max(1, CHUNK // nonzeros)
+    rows = min(ROWS, triton.next_power_of_2(len(vectors)))
+    length = run_length(vectors, dim, nonzeros)
+    step = min(chunk(vectors) // length * length, vectors.shape[1])
+    scratch = vectors.new_empty(step, rows) if rows > 1 else None
     for c in range(0, vectors.shape[1], step):
         part = vectors[:, c : c + step]
-        codes = part.new_empty(part.shape[1] * nonzeros, dtype=torch.int32)
-        launch, partial = plan_sparse(part, codes, dim, nonzeros, interpret)
-        yield plan_codes(codes, (first + c) * nonzeros, key, dim), launch, plan_sum(partial, sums)
+        n = part.shape[1]
+
+        def make(begin: int = first + c, n: int = n) -> Tensor:
+            return sort_entries(begin, n, length, key, dim, nonzeros, vectors.device)
+
+        order = held(("sparse", key, dim, nonzeros, first + c, n, length), make)
+        runs = ceil_div(n, length)
+        partial = vectors.new_empty((runs, len(part), dim), dtype=torch.float32)
+        launches = []
+        for row0 in range(0, len(part), rows):
+            if scratch is not None:
+                launches.append(plan_transpose(part, scratch, row0))
+            launches.append(plan_gather(part if scratch is None else scratch, order, partial, row0))
+        yield [*launches, plan_sum(partial, sums)]
+
+
+def chunk(vectors: Tensor) -> int:
+    """Coordinates at a time, at most: by the type alone, as a row's bits are."""
+    return SCRATCH_BYTES // (ROWS * vectors.element_size())
+
+
+def run_length(vectors: Tensor, dim: int, nonzeros: int) -> int:
+    """Coordinates of a run."""
+    return min(chunk(vectors), max(1, TERMS * dim // nonzeros))
+
+
+def sort_entries(
+    first: int, count: int, length: int, key: tuple[int, int], dim: int, nonzeros: int, device: torch.device
+) -> Tensor:
+    """What ``_gather`` takes for ``count`` coordinates from number ``first`` on, in runs of ``length``.
+
+    The entries lie run by run and bucket by bucket; those of a bucket are in their order.
+    """
+    codes = torch.empty(count * nonzeros, dtype=torch.int32, device=device)
+    plan_codes(codes, first * nonzeros, key, dim).run(codes)
+    wide = codes.long() & 0xFFFFFFFF
+    coordinate = torch.arange(count, device=device).repeat_interleave(nonzeros, output_size=len(codes))
+    lane, at = (coordinate // length * dim + (wide >> 1)).sort(stable=True)
+    lanes = ceil_div(count, length) * dim
+    bounds = torch.searchsorted(lane, torch.arange(lanes + 1, device=device), out_int32=True)
+    return torch.cat([bounds, (2 * coordinate + (wide & 1))[at].int()])
 
 
 def plan_codes(codes: Tensor, first: int, key: tuple[int, int], dim: int) -> Launch:
@@ -167,38 +177,34 @@ def plan_codes(codes: Tensor, first: int, key: tuple[int, int], dim: int) -> Lau
     return Launch(_codes, (ceil_div(skip + len(codes), 4 * CODE_BLOCK),), arguments, 4, 1)
 
 
-def plan_sparse(vectors: Tensor, codes: Tensor, dim: int, nonzeros: int, interpret: bool) -> tuple[Launch, Tensor]:
-    """The launch and the partial sums it fills, (slices, B, dim)."""
-    b, count = len(vectors), len(codes)
-    rows, high, low = digits(dim)
-    slice_blocks = ceil_div(max(TERMS * dim, ceil_div(count, PROGRAMS)), BLOCK)
-    slices = ceil_div(count, slice_blocks * BLOCK)
-    partial = vectors.new_empty((slices, b, dim), dtype=torch.float32)
+def plan_transpose(vectors: Tensor, out: Tensor, row0: int) -> Launch:
+    rows, count = vectors.shape
     arguments = {
         "vectors": vectors,
-        "codes": codes,
-        "partial": partial,
-        "rows": b,
+        "out": out,
+        "rows": rows,
+        "row0": row0,
         "row_stride": vectors.stride(0),
         "count": count,
-        "nonzeros": nonzeros,
-        "dim": dim,
-        "slices": slices,
-        "slice_blocks": slice_blocks,
-        "ROWS": rows,
-        "HIGH": high,
-        "LOW": low,
-        "BLOCK": BLOCK,
-        "STAGES": STAGES,
-        "EVEN": count % BLOCK == 0,
-        "SPLIT": vectors.dtype == torch.float32,
-        "WIDEN": interpret,
+        "ROWS": out.shape[1],
+        "COLUMNS": COLUMNS,
     }
-    return Launch(_sparse, (ceil_div(b, rows) * slices,), arguments, WARPS, STAGES), partial
+    return Launch(_transpose, (ceil_div(count, COLUMNS),), arguments, TRANSPOSE_WARPS, 1)
 
 
-def digits(dim: int) -> tuple[int, int, int]:
-    """Rows of the vectors in a product, high digits and low digits, by the sketch's size alone."""
-    size = max(16, triton.next_power_of_2(dim))
-    high = max(size // 64, min(8, size // 16))
-    return min(MAX_ROWS, PRODUCT_ROWS // high), high, size // high
+def plan_gather(x: Tensor, order: Tensor, partial: Tensor, row0: int) -> Launch:
+    """``x``: (n, rows), or one row as it is, (1, n)."""
+    runs, rows, dim = partial.shape
+    arguments = {
+        "x": x,
+        "order": order,
+        "partial": partial,
+        "rows": rows,
+        "row0": row0,
+        "lanes": runs * dim,
+        "dim": dim,
+        "ROWS": 1 if len(x) == 1 else x.shape[1],
+        "LANES": LANES,
+        "UNROLL": UNROLL,
+    }
+    return Launch(_gather, (ceil_div(runs * dim, LANES),), arguments, GATHER_WARPS, 1)

@@ -1,14 +1,19 @@
-"""grad_sketch, Kronecker: both factors projected and multiplied out in one launch.
+"""grad_sketch, Kronecker: both factors are projected by two thin matrix products, then multiplied out.
 
-(P_out Σ_t G_tᵀ)(P_in A_tᵀ)ᵀ: a program holds a few positions of one sample, L = G P_outᵀ (t, rows) and R = A P_inᵀ
-(t, cols), and adds up Lᵀ R. Up to the largest tile, the factors are read once. Signs are exact in every type: half-
-precision factors are projected on tensor cores without a rounding. L, R and their product are float32.
+``(P_out Σ_t G_tᵀ)(P_in A_tᵀ)ᵀ``: two launches make L = G P_outᵀ and R = A P_inᵀ, a tile of positions and a chunk of
+features at a time, and read the factors once; another adds the chunks in their order and the outer products of L and R
+over a slice of positions; a last one, where there are several slices, adds those. The signs are a matrix of ±1 as
+wide as the factors' type, which is made once and stays in the L2 cache.
 
-The slices of T follow from one sample's shape, never from the batch: a sample's bits do not depend on its neighbours.
+Signs are exact in every type, so that half-precision factors are projected on tensor cores without a rounding; a
+float32 goes as three bfloat16 words, which add up to it exactly. L, R and their product are float32.
+
+Chunks and slices follow from one sample's shape, never from the batch: a sample's bits do not depend on its neighbours.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,206 +21,275 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from assay.kernels._common import Launch, aligned, ceil_div, round_up, unit_stride
-from assay.kernels.philox import ROWS_PER_COUNTER, plan_signs, signs
-from assay.kernels.slices import plan_sum
+from assay.kernels._common import Launch, aligned, ceil_div, round_up, run, unit_stride
+from assay.kernels.philox import fill_signs
+from assay.kernels.slices import plan_total
 
 MIN_SIDE = 16  # what tl.dot takes
-# A slice of T reads at least so many times the bytes of its partial sums, which are written and read again.
-READ_PER_WRITTEN = 8
+# What is read of a factor, or of both, is at least so many times the partial sums that come of it.
+READ_PER_WRITTEN = 16
+MIN_CHUNK = 512  # features: fewer would leave a pipeline that fills and drains
+MIN_SLICE = 64  # positions
+# L and R of as many samples as make this much are made before they are multiplied out: an L2 cache holds it.
+SCRATCH_BYTES = 24 << 20
 
 
 @dataclass(frozen=True)
 class Tile:
-    """``side`` rows and columns of the sketch at most, from ``t`` positions, ``k`` features at a time."""
+    """``m`` positions of the factors' rows, ``k`` features at a time, ``side`` rows of the sketch at most."""
 
-    side: int
-    t: int
+    m: int
     k: int
+    side: int
     warps: int
     stages: int
 
 
-# The first that holds both sides; a larger sketch is cut into the last. Few positions take a tile of FEW. Chosen by
+# The first that holds the side; a larger sketch is cut into the last, and reads the factors again for each. Chosen by
 # registers and shared memory (make compile-table), not by a clock yet.
-FEW = 16
-HALF_TILES = (Tile(32, 32, 128, 4, 5), Tile(64, 32, 64, 4, 5), Tile(128, 32, 64, 8, 5))
-FLOAT_TILES = (Tile(32, 32, 32, 4, 5), Tile(64, 32, 16, 8, 5))
-# Rows at addresses that are no multiples of 16 bytes: the registers go to them.
-RAGGED_TILES = (Tile(64, 16, 16, 8, 2),)
+HALF_TILES = (Tile(64, 64, 32, 4, 5), Tile(64, 64, 64, 4, 4), Tile(64, 64, 128, 4, 3))
+FLOAT_TILES = (Tile(64, 32, 32, 4, 5), Tile(64, 32, 64, 4, 4), Tile(64, 32, 128, 4, 3))
+# Rows at addresses that are no multiples of 16 bytes: read number by number.
+RAGGED_TILES = (Tile(64, 32, 32, 4, 2), Tile(64, 32, 64, 4, 2), Tile(64, 32, 128, 8, 2))
+PAD = 64  # features of the sign matrices are a multiple of every k
+OUTER, OUTER_T, OUTER_WARPS = 64, 32, 4  # the outer products: a tile of the sketch, positions at a time
 
 
 @triton.jit
-def _projected(
-    factor,  # (t,) pointers to rows of a factor, whose last stride is 1
-    words,  # (SIDE / 32, size): the signs, packed
-    size,
-    T: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SIDE: tl.constexpr,
-    EVEN: tl.constexpr,
-    WIDEN: tl.constexpr,
-):
-    """(T, SIDE) float32: the rows times the signs."""
-    k = tl.arange(0, BLOCK)
-    out = tl.zeros((T, SIDE), tl.float32)
-    for k0 in range(0, size, BLOCK):
-        if EVEN:
-            x = tl.load(factor[:, None] + (k0 + k)[None, :])
-            sign = signs(words, size, k0 + k, SIDE)
-        else:
-            x = tl.load(factor[:, None] + (k0 + k)[None, :], mask=(k0 + k < size)[None, :], other=0.0)
-            sign = signs(words, size, tl.minimum(k0 + k, size - 1), SIDE)
-        if WIDEN:
-            x = x.to(tl.float32)
-        out = tl.dot(x, sign.to(x.dtype), out, input_precision="ieee")
-    return out
+def split_words(x):
+    """A float32 as three numbers that bfloat16 holds and that add up to it, cut off and not rounded: nothing overflows.
+
+    An infinity is all in the first.
+    """
+    first = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    rest = tl.where(x == first, 0.0, x - first)
+    second = (rest.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    return first, second, rest - second
 
 
 # Not specialised: the sizes that change from batch to batch and help no load.
-@triton.jit(do_not_specialize=["t_size", "samples", "slices", "t_slice"])
-def _kronecker(
-    inputs,  # (B, T, I), last stride 1
-    grads,  # (B, T, O), last stride 1
-    in_words,  # (.., I) int32
-    out_words,  # (.., O) int32
-    partial,  # (slices, B, rows, cols) float32
+@triton.jit(do_not_specialize=["rows", "t_size"])
+def _project(
+    factor,  # (B, T, size), last stride 1
+    signs,  # (.., signs_row): ±1, and 0 beyond the sketch's side and the factor's size
+    partial,  # (splits, rows, side) float32
+    rows,  # B · T
+    t_size,
+    size,
+    stride_b,
+    stride_t,
+    signs_row,
+    side,
+    chunk,  # features of a split, a multiple of BLOCK_K
+    M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SIDE: tl.constexpr,
+    EVEN: tl.constexpr,  # size % BLOCK_K = 0
+    WIDEN: tl.constexpr,  # multiply in float32: the interpreter, whose bfloat16 arithmetic is wrong
+):
+    """partial[split], M rows × SIDE columns: the rows times the signs, over the split's features."""
+    SPLIT: tl.constexpr = factor.dtype.element_ty == tl.float32
+    split = tl.program_id(1)
+    row = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
+    inside = tl.minimum(row, rows - 1)  # rows past the end read another one and are dropped
+    at = factor + (inside // t_size) * stride_b + (inside % t_size) * stride_t
+    n = tl.program_id(2) * SIDE + tl.arange(0, SIDE)
+    k = tl.arange(0, BLOCK_K)
+    begin = split * chunk
+    total = tl.zeros((M, SIDE), tl.float32)
+    low = tl.zeros((M, SIDE), tl.float32)
+    for k0 in range(begin, tl.minimum(begin + chunk, size), BLOCK_K):
+        if EVEN:
+            x = tl.load(at[:, None] + (k0 + k)[None, :])
+        else:
+            x = tl.load(at[:, None] + (k0 + k)[None, :], mask=(k0 + k < size)[None, :], other=0.0)
+        sign = tl.trans(tl.load(signs + n.to(tl.int64)[:, None] * signs_row + (k0 + k)[None, :]))
+        if WIDEN:
+            sign = sign.to(tl.float32)
+        if SPLIT:
+            first, second, third = split_words(x)
+            total = tl.dot(first.to(sign.dtype), sign, total, input_precision="ieee")
+            low = tl.dot(second.to(sign.dtype), sign, low, input_precision="ieee")
+            low = tl.dot(third.to(sign.dtype), sign, low, input_precision="ieee")
+        else:
+            total = tl.dot(x.to(sign.dtype), sign, total, input_precision="ieee")
+    if SPLIT:
+        total += low
+    out = partial + (split.to(tl.int64) * rows + row)[:, None] * side + n[None, :]
+    tl.store(out, total, mask=(row < rows)[:, None] & (n < side)[None, :])
+
+
+@triton.jit
+def _added(partial, splits, rows, row, mask, side, n):
+    """(len(row), len(n)) float32: the splits, added up in their order."""
+    at = partial + row[:, None] * side + n[None, :]
+    total = tl.zeros((row.shape[0], n.shape[0]), tl.float32)
+    for s in range(splits):
+        total += tl.load(
+            at + tl.full((), s, tl.int64) * rows * side, mask=mask[:, None] & (n < side)[None, :], other=0.0
+        )
+    return total
+
+
+@triton.jit(do_not_specialize=["samples", "t_size", "slices", "t_slice", "in_splits", "out_splits"])
+def _multiply_out(
+    left,  # (out_splits, B · T, rows) float32
+    right,  # (in_splits, B · T, cols) float32
+    out,  # (slices, B, rows, cols) float32
     samples,
     t_size,
-    i_size,
-    o_size,
-    inputs_b,
-    inputs_t,
-    grads_b,
-    grads_t,
     rows,
     cols,
+    out_splits,
+    in_splits,
     scale,
     slices,  # of T ...
-    t_slice,  # ... of this many positions, a multiple of BLOCK_T
-    BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    t_slice,  # ... of this many positions, a multiple of T
+    T: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
-    EVEN_I: tl.constexpr,
-    EVEN_O: tl.constexpr,
-    WIDEN: tl.constexpr,  # multiply in float32: the interpreter, whose bfloat16 arithmetic is wrong
 ):
     b = (tl.program_id(0) // slices).to(tl.int64)
     s = tl.program_id(0) % slices
-    col_tiles = tl.cdiv(cols, COLS)
-    row_tile, col_tile = tl.program_id(1) // col_tiles, tl.program_id(1) % col_tiles
-    # Beyond one tile, ROWS and COLS are multiples of 32: a tile's words are its own.
-    out_words += (row_tile * ROWS // 32).to(tl.int64) * o_size
-    in_words += (col_tile * COLS // 32).to(tl.int64) * i_size
-
+    r = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    c = tl.program_id(2) * COLS + tl.arange(0, COLS)
     t_end = tl.minimum((s + 1) * t_slice, t_size)
     product = tl.zeros((ROWS, COLS), tl.float32)
-    for t0 in range(s * t_slice, t_end, BLOCK_T):
-        t = t0 + tl.arange(0, BLOCK_T)
-        inside = tl.minimum(t, t_end - 1).to(tl.int64)  # positions past the end read another one and are dropped
-        g_rows = grads + b * grads_b + inside * grads_t
-        a_rows = inputs + b * inputs_b + inside * inputs_t
-        left = _projected(g_rows, out_words, o_size, BLOCK_T, BLOCK_K, ROWS, EVEN_O, WIDEN)
-        right = _projected(a_rows, in_words, i_size, BLOCK_T, BLOCK_K, COLS, EVEN_I, WIDEN)
-        left = tl.where((t < t_end)[:, None], left, 0.0)
-        right = tl.where((t < t_end)[:, None], right, 0.0)
-        product = tl.dot(tl.trans(left), right, product, input_precision="ieee")
-
-    r = row_tile * ROWS + tl.arange(0, ROWS)
-    c = col_tile * COLS + tl.arange(0, COLS)
-    out = partial + (s.to(tl.int64) * samples + b) * rows * cols
-    at = out + r.to(tl.int64)[:, None] * cols + c[None, :]
+    for t0 in range(s * t_slice, t_end, T):
+        t = t0 + tl.arange(0, T)
+        row = b * t_size + t
+        of_left = _added(left, out_splits, samples.to(tl.int64) * t_size, row, t < t_end, rows, r)
+        of_right = _added(right, in_splits, samples.to(tl.int64) * t_size, row, t < t_end, cols, c)
+        product = tl.dot(tl.trans(of_left), of_right, product, input_precision="ieee")
+    at = out + (s.to(tl.int64) * samples + b) * rows * cols + r.to(tl.int64)[:, None] * cols + c[None, :]
     tl.store(at, product * scale, mask=(r < rows)[:, None] & (c < cols)[None, :])
 
 
-def kronecker(inputs: Tensor, grads: Tensor, in_words: Tensor, out_words: Tensor, rows: int, cols: int) -> Tensor:
+def kronecker(inputs: Tensor, grads: Tensor, in_signs: Tensor, out_signs: Tensor, rows: int, cols: int) -> Tensor:
     """(B, T, I), (B, T, O) -> (B, rows · cols) float32; checked by ops.grad_sketch, none of the sizes 0.
 
-    ``in_words``, ``out_words``: the signs of both sides, from ``pack_signs``.
+    ``in_signs``, ``out_signs``: the signs of both sides, from ``make_signs``, in the factors' ``sign_dtype``.
     """
-    launch, partial = plan(inputs, grads, in_words, out_words, rows, cols, interpret=not inputs.is_cuda)
-    launch.run(inputs)
-    if len(partial) == 1:
-        return partial[0].flatten(1)
-    sums = partial.new_zeros(partial.shape[1:], dtype=torch.float64)
-    plan_sum(partial, sums).run(inputs)
-    return sums.flatten(1).float()
+    inputs, grads = unit_stride(inputs), unit_stride(grads)
+    out = inputs.new_empty(len(inputs), rows, cols, dtype=torch.float32)
+    for launches in plan(inputs, grads, in_signs, out_signs, out, interpret=not inputs.is_cuda):
+        run(launches)
+    return out.flatten(1)
 
 
 def plan(
-    inputs: Tensor,
-    grads: Tensor,
-    in_words: Tensor,
-    out_words: Tensor,
-    rows: int,
-    cols: int,
-    *,
-    interpret: bool = False,
-) -> tuple[Launch, Tensor]:
-    """The launch and the sums it fills, (slices, B, rows, cols). Meta tensors will do."""
-    inputs, grads = unit_stride(inputs), unit_stride(grads)
-    b, t, i = inputs.shape
-    o = grads.shape[2]
-    tile = tile_for(inputs, grads, max(rows, cols))
-    block_t = FEW if t <= FEW else tile.t
-    row_side, col_side = (min(padded(side), tile.side) for side in (rows, cols))
-    t_slice = round_up(positions(inputs, grads, rows * cols), block_t)
+    inputs: Tensor, grads: Tensor, in_signs: Tensor, out_signs: Tensor, out: Tensor, *, interpret: bool = False
+) -> Iterator[list[Launch]]:
+    """The launches that fill ``out`` (B, rows, cols), for some samples at a time. Meta tensors will do."""
+    (b, t, i), o, (rows, cols) = inputs.shape, grads.shape[2], out.shape[1:]
+    in_splits, out_splits = ceil_div(i, chunk(inputs, cols)), ceil_div(o, chunk(grads, rows))
+    t_slice = positions(inputs, grads, rows * cols)
     slices = ceil_div(t, t_slice)
-    partial = inputs.new_empty((slices, b, rows, cols), dtype=torch.float32)
+    samples = min(b, max(1, SCRATCH_BYTES // (4 * t * (in_splits * cols + out_splits * rows))))
+    right = inputs.new_empty(in_splits * samples * t * cols, dtype=torch.float32)
+    left = inputs.new_empty(out_splits * samples * t * rows, dtype=torch.float32)
+    partial = out.new_empty(slices * samples, rows, cols) if slices > 1 else None
+    for first in range(0, b, samples):
+        a, g, some = (x[first : first + samples] for x in (inputs, grads, out))
+        sums = some[None] if partial is None else partial[: slices * len(a)].view(slices, len(a), rows, cols)
+        yield [
+            plan_project(a, in_signs, right, cols, interpret),
+            plan_project(g, out_signs, left, rows, interpret),
+            plan_outer(left, right, sums, t, out_splits, in_splits, t_slice),
+            *([] if partial is None else [plan_total(sums, some)]),
+        ]
+
+
+def plan_project(factor: Tensor, signs: Tensor, partial: Tensor, side: int, interpret: bool) -> Launch:
+    """Fills the beginning of ``partial`` with (splits, B · T, side)."""
+    b, t, size = factor.shape
+    tile, length = tile_for(factor, side), chunk(factor, side)
+    width = min(padded(side), tile.side)
     arguments = {
-        "inputs": inputs,
-        "grads": grads,
-        "in_words": in_words,
-        "out_words": out_words,
+        "factor": factor,
+        "signs": signs,
         "partial": partial,
-        "samples": b,
+        "rows": b * t,
         "t_size": t,
-        "i_size": i,
-        "o_size": o,
-        "inputs_b": inputs.stride(0),
-        "inputs_t": inputs.stride(1),
-        "grads_b": grads.stride(0),
-        "grads_t": grads.stride(1),
+        "size": size,
+        "stride_b": factor.stride(0),
+        "stride_t": factor.stride(1),
+        "signs_row": signs.stride(0),
+        "side": side,
+        "chunk": length,
+        "M": tile.m,
+        "BLOCK_K": tile.k,
+        "SIDE": width,
+        "EVEN": size % tile.k == 0,
+        "WIDEN": interpret,
+    }
+    grid = (ceil_div(b * t, tile.m), ceil_div(size, length), ceil_div(side, width))
+    return Launch(_project, grid, arguments, tile.warps, tile.stages)
+
+
+def plan_outer(
+    left: Tensor, right: Tensor, sums: Tensor, t: int, out_splits: int, in_splits: int, t_slice: int
+) -> Launch:
+    slices, samples, rows, cols = sums.shape
+    row_side, col_side = (min(padded(side), OUTER) for side in (rows, cols))
+    arguments = {
+        "left": left,
+        "right": right,
+        "out": sums,
+        "samples": samples,
+        "t_size": t,
         "rows": rows,
         "cols": cols,
+        "out_splits": out_splits,
+        "in_splits": in_splits,
         "scale": (rows * cols) ** -0.5,
         "slices": slices,
         "t_slice": t_slice,
-        "BLOCK_T": block_t,
-        "BLOCK_K": tile.k,
+        "T": MIN_SIDE if t <= MIN_SIDE else OUTER_T,
         "ROWS": row_side,
         "COLS": col_side,
-        "EVEN_I": i % tile.k == 0,
-        "EVEN_O": o % tile.k == 0,
-        "WIDEN": interpret,
     }
-    grid = (b * slices, ceil_div(rows, row_side) * ceil_div(cols, col_side))
-    return Launch(_kronecker, grid, arguments, tile.warps, tile.stages), partial
+    grid = (samples * slices, ceil_div(rows, row_side), ceil_div(cols, col_side))
+    return Launch(_multiply_out, grid, arguments, OUTER_WARPS, 1)
 
 
-def tile_for(inputs: Tensor, grads: Tensor, side: int) -> Tile:
-    if not all(aligned([x, x.shape[2], *x.stride()]) for x in (inputs, grads)):
-        tiles: tuple[Tile, ...] = RAGGED_TILES
+def tile_for(factor: Tensor, side: int) -> Tile:
+    if not aligned([factor, factor.shape[2], *factor.stride()]):
+        tiles = RAGGED_TILES
     else:
-        tiles = FLOAT_TILES if torch.float32 in (inputs.dtype, grads.dtype) else HALF_TILES
+        tiles = FLOAT_TILES if factor.dtype == torch.float32 else HALF_TILES
     return next((tile for tile in tiles if tile.side >= side), tiles[-1])
 
 
+def chunk(factor: Tensor, side: int) -> int:
+    """Features of a split: of one length, as far as PAD lets them be, and enough to be worth their sums."""
+    size = factor.shape[2]
+    least = max(MIN_CHUNK, ceil_div(READ_PER_WRITTEN * 4 * side, factor.element_size()))
+    return round_up(ceil_div(size, max(1, size // least)), PAD)
+
+
 def positions(inputs: Tensor, grads: Tensor, numbers: int) -> int:
-    """How many positions a slice should have, at least, to read enough for ``numbers`` sums."""
+    """Positions of a slice: enough to be worth their ``numbers`` sums, all of T if it is short."""
     read = inputs.shape[2] * inputs.element_size() + grads.shape[2] * grads.element_size()
-    return min(inputs.shape[1], ceil_div(READ_PER_WRITTEN * 2 * 4 * numbers, read))
+    t = inputs.shape[1]
+    return min(round_up(t, OUTER_T), round_up(max(MIN_SLICE, ceil_div(READ_PER_WRITTEN * 4 * numbers, read)), OUTER_T))
 
 
 def padded(side: int) -> int:
-    return max(MIN_SIDE, triton.next_power_of_2(side))
+    return max(MIN_SIDE, 1 << (side - 1).bit_length())
 
 
-def pack_signs(size: int, features: int, side: int, key: tuple[int, int], device: torch.device) -> Tensor:
-    """(words, features) int32: what ``sign_words`` makes of ``size`` rows, padded as the kernel's tiles are."""
-    rows = padded(size) if size <= ROWS_PER_COUNTER else round_up(size, ROWS_PER_COUNTER)
-    out = torch.empty(ceil_div(rows, 32), features, dtype=torch.int32, device=device)
-    for launch in plan_signs(out, side, key):
-        launch.run(out)
+def sign_dtype(factor: Tensor) -> torch.dtype:
+    """What a factor's signs are held in: what multiplies them."""
+    return torch.float16 if factor.dtype == torch.float16 else torch.bfloat16
+
+
+def make_signs(
+    size: int, features: int, side: int, key: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """±1, (size, features), with rows and columns of 0 up to what tiles read."""
+    widest = HALF_TILES[-1].side
+    rows = padded(size) if size <= widest else round_up(size, widest)
+    out = torch.empty(rows, round_up(features, PAD), dtype=dtype, device=device)
+    fill_signs(out, size, features, side, key)
     return out

@@ -96,7 +96,7 @@ def grad_sketch() -> Paths:
 
 def project() -> Paths:
     for dtype in HALF_AND_FULL:
-        for sketch in (assay.Sparse(7), assay.Sparse(300, 3), assay.Sparse(8000)):
+        for sketch in (assay.Sparse(7), assay.Sparse(300, 3), assay.Sparse(8000), assay.Rademacher(130)):
             yield f"{dtype} {sketch}", kernel("project")(random(18, 1001, dtype=dtype), sketch)
 
 

@@ -5,23 +5,16 @@ Triton 3.6 has pipelined loads that 3.9 does not: the same source, an inner loop
 
 from __future__ import annotations
 
-import re
-import subprocess
-import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, fields
-from pathlib import Path
 from typing import Any
 
-import triton
+from tests.kernels import sass
 
-NVDISASM = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
-SPIN = 16  # instructions: a shorter loop waits for a barrier
 # Copies to shared memory, and reads of it, per turn of a loop: how many times the other version's, and how many at
 # least, is another layout and no matter of scheduling.
 FACTOR, LEAST = 4, 24
-_LINE = re.compile(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)\s*(.*?);")
-_LABEL = re.compile(r"^(\.L_\w+):")
 
 
 @dataclass(frozen=True)
@@ -36,30 +29,13 @@ class Loop:
 
 def longest(cubin: bytes) -> Loop:
     """Of a compiled kernel; all 0 where it has no loop."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run([NVDISASM, "-c", file.name], check=True, capture_output=True, text=True).stdout
-    return in_listing(text)
+    return in_listing(sass.disassemble(cubin))
 
 
 def in_listing(text: str) -> Loop:
     """nvdisasm's."""
-    names: list[str] = []
-    labels: dict[str, int] = {}
-    branches: list[tuple[int, str]] = []
-    for line in text.splitlines():
-        if label := _LABEL.match(line.strip()):
-            labels[label[1]] = len(names)
-        elif found := _LINE.search(line):
-            name, to = found[1].partition(".")[0], re.search(r"\.L_\w+", found[2])
-            if name == "BRA" and to:
-                branches.append((len(names), to[0]))
-            names.append(name)
-    spans = [range(labels[to], at + 1) for at, to in branches if at - labels.get(to, at) >= SPIN]
-    inner = [s for s in spans if not any(t != s and s.start <= t.start and t.stop <= s.stop for t in spans)]
-    body = [names[i] for i in max(inner, key=len, default=range(0))]
-    return Loop(len(body), *(body.count(f.name) for f in fields(Loop)[1:]))
+    body = max(sass.parse(text).innermost(), key=Counter.total, default=Counter())
+    return Loop(body.total(), *(body[f.name] for f in fields(Loop)[1:]))
 
 
 def to_json(counts: Mapping[str, Loop], version: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Counts of a kernel's machine code: what a tile costs beside its product, instruction by instruction."""
+"""Counts of a kernel's machine code: what a turn of its loops issues, and what a tile costs beside its product."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ MATRIX = ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA")  # a product's loop has one of 
 LOADS = ("UTMALDG", "LDGSTS", "LDG")  # ... and one of these
 _LINE = re.compile(r"/\*[0-9a-f]+\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z0-9_.]+)\s*(.*?);")
 _LABEL = re.compile(r"^(\.L_x_\d+):")
+SPIN = 16  # instructions: a shorter loop waits for a barrier
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,12 @@ class Code:
 
     def _ends(self, i: int) -> bool:
         return self.instructions[i].name == "EXIT" and self.instructions[i].predicate is None
+
+    def innermost(self) -> list[Counter[str]]:
+        """What each loop without another in it holds, by name, in the order of addresses; none that waits for a barrier."""
+        loops = [loop for loop in self.loops() if len(loop) > SPIN]
+        inner = [loop for loop in loops if not any(other != loop and within(other, loop) for other in loops)]
+        return [Counter(self.instructions[i].name for i in loop) for loop in sorted(inner, key=lambda loop: loop.start)]
 
     def product_loops(self) -> list[range]:
         """Loops that load and multiply, and share nothing with a smaller one that does."""

@@ -1,4 +1,4 @@
-"""The Kronecker kernel of grad_sketch against float64: on a GPU where there is one, under the interpreter elsewhere."""
+"""The Kronecker kernels of grad_sketch against float64: on a GPU where there is one, else under the interpreter."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from torch import Tensor
 
 import assay
 from assay.kernels import sketch as kernel
+from assay.kernels._common import Launch
 from assay.kernels.philox import INPUT_SIDE, OUTPUT_SIDE
-from assay.kernels.slices import plan_sum
+from assay.kernels.slices import plan_sum, plan_total
 from assay.ops import grad_sketch
 from assay.ops.sketch import signs
 from tests.kernels.guarded import DEVICE, fence_intact, fenced
@@ -18,11 +19,10 @@ F32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 SHAPES = [  # (B, T, I, O); what it is there for
     (1, 1, 1, 1),
     (4, 1, 5, 7),  # one position, fewer features than a sketch has rows
-    (2, 16, 128, 64),  # the last of few positions; whole blocks of features
-    (2, 17, 129, 127),  # one more, one less
-    (3, 32, 33, 65),  # exactly a tile of positions
+    (4, 16, 128, 64),  # a tile of positions over the samples; whole blocks of features
+    (5, 13, 129, 127),  # one more, one less
     (2, 100, 40, 24),  # several tiles in a slice
-    (2, 130, 1030, 70),  # several slices, the last one ragged
+    (2, 70, 1100, 70),  # several slices, and splits of the features, the last ones ragged
 ]
 SIDES = [(16, 16), (1, 1), (17, 3), (33, 64), (65, 16), (128, 30)]
 TYPES = [(F32, F32), (BF16, BF16), (FP16, FP16)]  # of inputs and grads
@@ -79,12 +79,14 @@ def test_mixed_types(types: tuple[torch.dtype, torch.dtype]) -> None:
 @pytest.mark.parametrize(("seed", "name"), [(0, ""), (-1, "a"), (2**63 - 1, "lm_head")])
 @pytest.mark.parametrize("side", [OUTPUT_SIDE, INPUT_SIDE])
 def test_signs_are_those_of_the_definition(side: int, seed: int, name: str) -> None:
-    """To the last bit, for all sizes of the packed words, across blocks of 128 rows."""
+    """To the last bit, for all sizes, across blocks of 128 rows; what pads them is 0."""
     key = assay.Kronecker(1, 1, seed, name).key
-    for size in (1, 16, 33, 128, 129, 300):
-        words = kernel.pack_signs(size, 70, side, key, torch.device(DEVICE)).cpu()
-        bits = words[:, None] >> torch.arange(32)[:, None] & 1  # (words, 32, features)
-        assert torch.equal(1 - 2 * bits.flatten(0, 1)[:size].float(), signs(size, 70, side, key).sign())
+    for size, dtype in ((1, BF16), (16, FP16), (33, BF16), (128, BF16), (129, FP16), (300, BF16)):
+        matrix = kernel.make_signs(size, 70, side, key, dtype, torch.device(DEVICE)).cpu().float()
+        assert torch.equal(matrix[:size, :70], signs(size, 70, side, key).sign())
+        assert not matrix[size:].any()
+        assert not matrix[:, 70:].any()
+        assert matrix.shape[1] % kernel.PAD == 0
 
 
 def test_one_hot_factors_find_every_sign() -> None:
@@ -112,20 +114,26 @@ def test_strides() -> None:
 
 
 @pytest.mark.parametrize("types", TYPES)
-def test_a_sample_s_bits_are_its_own(types: tuple[torch.dtype, torch.dtype]) -> None:
-    """Whatever the batch, in several slices and in one; and the same every time."""
-    for t in (1, 20, 130):
-        a, g = draw(5, t, 530, 70, types)
+def test_a_sample_s_bits_are_its_own(types: tuple[torch.dtype, torch.dtype], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the batch, in several slices and in one, however many are made at a time; every time the same."""
+    for name, small in (("MIN_CHUNK", 64), ("MIN_SLICE", 32), ("READ_PER_WRITTEN", 1)):
+        monkeypatch.setattr(kernel, name, small)
+    for t in (1, 40):
+        a, g = draw(5, t, 130, 70, types)
         sketch = assay.Kronecker(16, 16, seed=2)
         found = triton_sketch(a, g, sketch)
         assert torch.equal(triton_sketch(a, g, sketch), found)
         assert torch.equal(triton_sketch(a[3:4], g[3:4], sketch), found[3:4])
         assert torch.equal(triton_sketch(a[1:4], g[1:4], sketch), found[1:4])
+        with monkeypatch.context() as patch:
+            patch.setattr(kernel, "SCRATCH_BYTES", 2 * 4 * t * 3 * 16)  # two at a time, then the last
+            assert torch.equal(triton_sketch(a, g, sketch), found)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy, under the interpreter
-def test_other_samples_infinities_stay_theirs() -> None:
-    a, g = draw(3, 43, 129, 48)
+@pytest.mark.parametrize("types", TYPES[:2])
+def test_other_samples_infinities_stay_theirs(types: tuple[torch.dtype, torch.dtype]) -> None:
+    a, g = draw(3, 43, 129, 48, types)
     a[1, 42, 128] = torch.inf
     g[2, 5, 47] = torch.nan
     sketch = assay.Kronecker(16, 16)
@@ -134,24 +142,47 @@ def test_other_samples_infinities_stay_theirs() -> None:
     assert not result[1:].isfinite().any()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy, under the interpreter
+def test_an_infinity_is_what_the_reference_makes_of_it() -> None:
+    """Infinite, with its sign: the words of a float32 must not cancel it to NaN."""
+    a, g = torch.ones(2, 1, 3, device=DEVICE), torch.ones(2, 1, 1, device=DEVICE)
+    a[0, 0, 1], a[1, 0, 2] = torch.inf, -torch.inf
+    sketch = assay.Kronecker(2, 4)
+    with assay.backend("reference"):
+        assert torch.equal(triton_sketch(a, g, sketch), grad_sketch(a, g, sketch))
+
+
+def test_float32_loses_nothing_to_three_words() -> None:
+    """All 24 bits, at every exponent: rounded words would overflow at the top."""
+    a = (torch.rand(200, 1) + 1) * 2.0 ** torch.arange(-100, 100)[:, None]
+    a = torch.cat([a, torch.tensor([[torch.finfo(F32).max], [-torch.finfo(F32).max], [0.0]])]).to(DEVICE)
+    assert torch.equal(triton_sketch(a, torch.ones_like(a), assay.Kronecker(1, 1)).abs(), a.abs())
+
+
 @pytest.mark.parametrize(
-    ("shape", "sides"), [((3, 43, 129, 48), (16, 16)), ((2, 300, 530, 70), (3, 5)), ((2, 1, 30, 20), (130, 20))]
+    ("shape", "sides"), [((3, 43, 129, 48), (16, 16)), ((2, 70, 1100, 70), (3, 5)), ((2, 1, 30, 20), (130, 20))]
 )
 def test_every_partial_sum_is_written_and_nothing_else(
     shape: tuple[int, int, int, int], sides: tuple[int, int]
 ) -> None:
     a, g = draw(*shape)
-    key = (1, 2)
-    words = [
-        kernel.pack_signs(size, x.shape[2], side, key, a.device)
+    made = [
+        kernel.make_signs(size, x.shape[2], side, (1, 2), BF16, a.device)
         for size, x, side in ((sides[1], a, INPUT_SIDE), (sides[0], g, OUTPUT_SIDE))
     ]
-    launch, partial = kernel.plan(a, g, *words, *sides, interpret=DEVICE == "cpu")
-    found = fenced(torch.full(partial.shape, torch.nan), 0)
-    launch.arguments["partial"] = found
-    launch.run(a)
-    assert not found.isnan().any()
-    assert fence_intact(found)
+    out = fenced(torch.full((shape[0], *sides), torch.nan), 0)
+    (launches,) = kernel.plan(a, g, *made, out, interpret=DEVICE == "cpu")
+    scratch = {}
+    for launch in launches:
+        for name in {"partial", "left", "right", "out"} & launch.arguments.keys():
+            given = launch.arguments[name]
+            if given.data_ptr() != out.data_ptr():  # poisoned and fenced, the same for all who use it
+                at = scratch.setdefault(given.data_ptr(), fenced(torch.full(given.shape, torch.nan), 0))
+                launch.arguments[name] = at
+        launch.run(a)
+    for found in (out, *scratch.values()):
+        assert not found.isnan().any()
+        assert fence_intact(found)
 
 
 def test_offsets_beyond_two_to_the_31() -> None:
@@ -172,38 +203,42 @@ def test_empty(shape: tuple[int, int, int, int]) -> None:
 
 
 def meta(b: int, t: int, i: int, o: int, dtype: torch.dtype = BF16) -> tuple[Tensor, ...]:
-    words = (torch.empty(8, n, dtype=torch.int32, device="meta") for n in (i, o))
-    return *(torch.empty(b, t, n, dtype=dtype, device="meta") for n in (i, o)), *words
+    signs = (torch.empty(256, n, dtype=dtype, device="meta") for n in (i, o))
+    return *(torch.empty(b, t, n, dtype=dtype, device="meta") for n in (i, o)), *signs
+
+
+def launches(shape: tuple[int, ...], rows: int, cols: int, dtype: torch.dtype = BF16) -> list[Launch]:
+    return next(kernel.plan(*meta(*shape, dtype), torch.empty(shape[0], rows, cols, device="meta")))
 
 
 def test_dispatch_on_both_sides_of_each_limit() -> None:
-    def tile_of(sides: tuple[int, int], dtype: torch.dtype = BF16, t: int = 512, i: int = 768) -> tuple[int, ...]:
-        arguments = kernel.plan(*meta(8, t, i, 3072, dtype), *sides)[0].arguments
-        return tuple(arguments[name] for name in ("ROWS", "COLS", "BLOCK_K", "BLOCK_T"))
+    def tiles(rows: int, cols: int, dtype: torch.dtype = BF16, i: int = 768) -> list[tuple[int, int]]:
+        some = launches((8, 512, i, 3072), rows, cols, dtype)[:2]
+        return [(launch.arguments["SIDE"], launch.arguments["BLOCK_K"]) for launch in some]
 
-    small, middle, large = kernel.HALF_TILES
-    assert tile_of((32, 5)) == (32, 16, small.k, small.t)
-    assert tile_of((33, 5)) == (64, 16, middle.k, middle.t)
-    assert tile_of((5, 65)) == (16, 128, large.k, large.t)
-    assert tile_of((129, 500)) == (128, 128, large.k, large.t)
-    (ragged,) = kernel.RAGGED_TILES
-    assert tile_of((128, 16), i=767) == (64, 16, ragged.k, ragged.t)
-    assert tile_of((64, 64), F32) == (64, 64, kernel.FLOAT_TILES[-1].k, kernel.FLOAT_TILES[-1].t)
-    assert tile_of((65, 64), F32)[:2] == (64, 64)
-    assert tile_of((16, 16), t=kernel.FEW)[3] == kernel.FEW
-    assert tile_of((16, 16), t=kernel.FEW + 1)[3] == small.t
-    # One launch, up to the largest tile; more tiles read the factors again.
-    assert kernel.plan(*meta(8, 512, 768, 3072), 128, 128)[0].grid[1] == 1
-    assert kernel.plan(*meta(8, 512, 768, 3072), 129, 128)[0].grid[1] == 2
+    (half, *_), (full, *_), (ragged, *_) = kernel.HALF_TILES, kernel.FLOAT_TILES, kernel.RAGGED_TILES
+    assert tiles(32, 5) == [(16, half.k), (32, half.k)]
+    assert tiles(33, 65) == [(128, half.k), (64, half.k)]
+    assert tiles(129, 500) == [(128, half.k), (128, half.k)]
+    assert tiles(128, 16, i=767) == [(16, ragged.k), (128, half.k)]
+    assert tiles(64, 65, F32) == [(128, full.k), (64, full.k)]
+    # The factors are read once up to the largest tile; beyond it, once for each.
+    assert [launch.grid[2] for launch in launches((8, 512, 768, 3072), 128, 129)[:2]] == [2, 1]
 
 
-def test_slices_read_more_than_they_write_and_ignore_the_batch() -> None:
-    for shape in ((768, 3072), (27, 64), (4096, 4096)):
+def test_splits_and_slices_read_more_than_they_write_and_ignore_the_batch() -> None:
+    for shape in ((768, 3072), (27, 64), (4096, 14336)):
         for side in (16, 64, 128):
-            launch, partial = kernel.plan(*meta(8, 4096, *shape), side, side)
-            read = launch.arguments["t_slice"] * sum(shape) * 2
-            assert len(partial) == 1 or read >= kernel.READ_PER_WRITTEN * 2 * 4 * side * side
-            assert len(kernel.plan(*meta(1, 4096, *shape), side, side)[1]) == len(partial)
+            for t in (1, 196, 4096):
+                some, one = (launches((b, t, *shape), side, side) for b in (8, 1))
+                for project, alone in zip(some[:2], one[:2], strict=True):
+                    splits, chunk = project.grid[1], project.arguments["chunk"]
+                    assert splits == alone.grid[1]
+                    assert splits == 1 or (chunk + kernel.PAD) * 2 >= kernel.READ_PER_WRITTEN * 4 * side
+                    assert chunk % kernel.PAD == 0
+                slices, t_slice = (some[2].arguments[name] for name in ("slices", "t_slice"))
+                assert slices == one[2].arguments["slices"]
+                assert slices == 1 or t_slice * sum(shape) * 2 >= kernel.READ_PER_WRITTEN * 4 * side * side
 
 
 def test_sums_of_slices_are_double_and_keep_their_order() -> None:
@@ -217,3 +252,6 @@ def test_sums_of_slices_are_double_and_keep_their_order() -> None:
     one = sums[1:2].clone()
     plan_sum(partial[:, 1:2].contiguous(), one).run(partial)
     assert torch.equal(one, found[1:2])
+    total = torch.empty(3, 50, device=DEVICE)
+    plan_total(partial, total).run(partial)
+    assert torch.equal(total, partial.double().sum(0).float())

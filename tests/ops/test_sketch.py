@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import pickle
+from collections import OrderedDict
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -255,6 +258,78 @@ def test_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for key in (a, b, a, c, a, b):
         cached(key, torch.device("cpu"), make)
     assert len(made) == 4  # a, b, c, and b again: a was used after it
+
+
+class Gpu:
+    """What a cache asks of a GPU, said by a test: the stream, whether it is captured, and what was done to it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.stream, self.capturing, self.waited, self.noted = 1, False, [], []
+        self.device = torch.device("cpu")  # where its tensors really are
+        monkeypatch.setattr("assay.ops.sketch._held", OrderedDict())
+        monkeypatch.setattr("assay.ops.sketch.CACHE_BYTES", 1000)
+        monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: self)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=0))
+        monkeypatch.setattr(Tensor, "record_stream", lambda _, gpu: self.noted.append(gpu.stream))
+        self.made: list[str] = []
+
+    def synchronize(self) -> None:
+        self.waited.append(self.stream)
+
+    def ask(self, name: str, size: int = 100) -> Tensor:
+        def make() -> Tensor:
+            self.made.append(name)
+            return torch.zeros(size)
+
+        return cached(name, torch.device("cuda", 0), make)
+
+
+def test_streams_share_what_was_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu(monkeypatch)
+    first = gpu.ask("a")
+    assert gpu.waited == [1]  # before anybody else can find it
+    gpu.stream = 2
+    assert gpu.ask("a") is first
+    assert gpu.noted == [2]  # its memory outlives that stream's reading
+    assert gpu.made == ["a"]
+    gpu.ask("wide", 1000)  # more than may be held: made each time, and not waited for
+    gpu.ask("wide", 1000)
+    assert gpu.made == ["a", "wide", "wide"]
+    assert gpu.waited == [1]
+    assert gpu.ask("a") is first
+
+
+def test_a_graph_reads_what_is_held_and_it_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu(monkeypatch)
+    kept, gpu.capturing = gpu.ask("a"), True
+    assert gpu.ask("a") is kept
+    assert gpu.ask("new") is not gpu.ask("new")  # what a graph makes is the graph's: a replay has yet to write it
+    gpu.capturing = False
+    for name in "bcdb":
+        gpu.ask(name)
+    assert gpu.ask("a") is kept  # used longest ago, but a replay reads it
+    gpu.capturing = True
+    before = len(gpu.made)
+    gpu.ask("b")  # 800 of 1,000 bytes would be held for good
+    assert len(gpu.made) == before + 1
+    assert gpu.ask("a") is kept
+    assert gpu.waited == [1] * (len(gpu.made) - 3)
+
+
+def test_a_layer_s_signs_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    sketch = assay.Kronecker(3, 5, seed=11, name="made once")
+    drawn = []
+    monkeypatch.setattr("assay.ops.sketch.signs", lambda *a: drawn.append(a) or signs(*a))
+    for _ in range(3):
+        left, right = sketch.output_side(7), sketch.input_side(9)
+        assert torch.equal(left, signs(3, 7, 0, sketch.key))
+        assert torch.equal(right, signs(5, 9, 1, sketch.key))
+        left.zero_()  # the caller's own
+        right.zero_()
+    assert len(drawn) == 2
 
 
 def test_errors() -> None:

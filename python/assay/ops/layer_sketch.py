@@ -13,7 +13,7 @@ from assay.ops import _backend, _native
 from assay.ops._tensors import adjacent_columns, wide_dtype
 from assay.ops.dot import check_factors
 from assay.ops.masking import keep, mask_scale
-from assay.ops.projection import Add, add_native, add_reference, add_triton, entries, scaled, without_kernel
+from assay.ops.projection import Add, add_native, add_reference, add_triton, entries, scaled
 from assay.ops.sketch import (
     FACTOR_BYTES,
     INPUT_SIDE,
@@ -137,13 +137,15 @@ def _kronecker_triton(inputs: Tensor, grads: Tensor, key: Sequence[int], rows: i
 
     keys = (key[0], key[1])
 
-    def words(size: int, features: int, side: int) -> Tensor:
-        """The signs at a bit each, kept for the next batch."""
-        make = partial(sketch.pack_signs, size, features, side, keys, inputs.device)
-        return cached(("words", keys, side, size, features), inputs.device, make)
+    def signs(x: Tensor, size: int, side: int) -> Tensor:
+        """A ±1 each, in what multiplies them, kept for the next batch."""
+        features, dtype = x.shape[2], sketch.sign_dtype(x)
+        make = partial(sketch.make_signs, size, features, side, keys, dtype, x.device)
+        return cached(("signs", keys, side, size, features, dtype), x.device, make)
 
-    in_words, out_words = words(cols, inputs.shape[2], INPUT_SIDE), words(rows, grads.shape[2], OUTPUT_SIDE)
-    out: Tensor = sketch.kronecker(inputs, grads, in_words, out_words, rows, cols)
+    out: Tensor = sketch.kronecker(
+        inputs, grads, signs(inputs, cols, INPUT_SIDE), signs(grads, rows, OUTPUT_SIDE), rows, cols
+    )
     return out
 
 
@@ -184,7 +186,6 @@ def _multiply_out(add: Add, inputs: Tensor, grads: Tensor, key: Sequence[int], d
     reference=partial(_multiply_out, add_reference),
     cpu=partial(_multiply_out, add_native),
     triton=partial(_multiply_out, add_triton),
-    lacks=lambda inputs, grads, key, dim, nonzeros: without_kernel(dim, nonzeros),
 )
 def _flat(inputs: Tensor, grads: Tensor, key: Sequence[int], dim: int, nonzeros: int) -> Tensor:
     return inputs.new_empty(len(inputs), dim, dtype=wide_dtype(inputs, grads))

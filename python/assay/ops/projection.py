@@ -12,7 +12,7 @@ from torch import Tensor
 from assay.ops import _backend, _native
 from assay.ops._tensors import adjacent_columns, check_tensor, wide_dtype
 from assay.ops.masking import keep, mask_scale
-from assay.ops.sketch import MASK_FLAT, RADEMACHER, Kronecker, Mask, Rademacher, Sketch, Sparse, buckets, signs
+from assay.ops.sketch import MASK_FLAT, RADEMACHER, Kronecker, Mask, Rademacher, Sketch, Sparse, buckets, cached, signs
 
 # Sums are held in double: this much of them at most.
 SUM_BYTES = 8 << 30
@@ -28,12 +28,11 @@ def project(vectors: Tensor, sketch: Sketch) -> Tensor:
     """The sketch of every row of ``vectors``.
 
     Coordinate c of a row is coordinate c of the sketch's definition (``assay.Sparse``, ``assay.Rademacher``); 64-bit,
-    so that D may exceed 2³². On the CPU the vectors are read once, nothing of size D × dim exists, and a row's result
-    has the same bits whatever the other rows, the instruction set and the number of threads: float32 sums over
-    slices that follow from D and dim, added up in double in a fixed order. The same holds on a GPU for Sparse sketches
-    of up to 8,192 numbers (``kernels/project.py``); there a coordinate that is not finite makes NaN of several of its
-    row's numbers, not of ``nonzeros`` alone. Wider ones, Rademacher and Mask run in plain torch there, and are an error
-    under a GPU backend that is asked for by name.
+    so that D may exceed 2³². The vectors are read once, nothing of size D × dim exists, and a row's result has the same
+    bits whatever the other rows and, on the CPU, the instruction set and the number of threads: float32 sums over
+    slices that follow from D and dim, added up in double in a fixed order. On a GPU (``kernels/project.py``,
+    ``kernels/rademacher.py``) a Sparse sketch's entries are sorted when it is first used and kept from then on, 4 bytes
+    each. Only Mask runs in plain torch there, and is an error under a GPU backend that is asked for by name.
 
     Args:
         vectors: (B, D) float32, bfloat16 or float16 (float64 runs the reference), any strides; adjacent columns are
@@ -84,20 +83,14 @@ def add_native(vectors: Tensor, first: int, key: tuple[int, int], dim: int, nonz
 
 
 def add_triton(vectors: Tensor, first: int, key: tuple[int, int], dim: int, nonzeros: int, sums: Tensor) -> None:
-    from assay.kernels import project
+    from assay.kernels import project, rademacher
 
-    project.add_sparse(vectors, first, key, dim, nonzeros, sums)
-
-
-def without_kernel(dim: int, nonzeros: int) -> str | None:
-    """What the Triton kernel does not take. Wide sketches should be cheaper to sort, and a dense projection is a GEMM,
-    which torch does well."""
-    from assay.kernels import project
-
-    if nonzeros and dim <= project.MAX_DIM:
-        return None
-    what = f"Sparse sketches of {dim} numbers" if nonzeros else "Rademacher sketches"
-    return f"there is no triton kernel for {what}, only for Sparse ones of up to {project.MAX_DIM}"
+    if nonzeros:
+        project.add_sparse(
+            vectors, first, key, dim, nonzeros, sums, lambda what, make: cached(what, vectors.device, make)
+        )
+    else:
+        rademacher.add_dense(vectors, first, key, dim, sums)
 
 
 def add_reference(vectors: Tensor, first: int, key: tuple[int, int], dim: int, nonzeros: int, sums: Tensor) -> None:
@@ -149,7 +142,6 @@ def _add_up(add: Add, vectors: Tensor, key: Sequence[int], dim: int, nonzeros: i
     reference=partial(_add_up, add_reference),
     cpu=partial(_add_up, add_native),
     triton=partial(_add_up, add_triton),
-    lacks=lambda vectors, key, dim, nonzeros: without_kernel(dim, nonzeros),
 )
 def _project(vectors: Tensor, key: Sequence[int], dim: int, nonzeros: int) -> Tensor:
     return vectors.new_empty(len(vectors), dim, dtype=wide_dtype(vectors))

@@ -34,6 +34,8 @@ _BITS = 128  # of one Philox block
 FACTOR_BYTES = 1 << 30
 # Such matrices are kept from batch to batch; making them anew would cost more than the products they serve.
 CACHE_BYTES = 256 << 20
+# ... at least so much, or on a GPU this share of its memory.
+GPU_SHARE = 32
 
 
 class _Keyed:
@@ -100,12 +102,12 @@ class Kronecker(_Keyed):
         return self.rows * self.cols
 
     def output_side(self, features: int, device: torch.device | None = None) -> Tensor:
-        """P_out, (rows, features) float32."""
-        return signs(self.rows, features, OUTPUT_SIDE, self.key, device)
+        """P_out, (rows, features) float32; the caller's own, made once and copied from then on."""
+        return _own(self.rows, features, OUTPUT_SIDE, self.key, device)
 
     def input_side(self, features: int, device: torch.device | None = None) -> Tensor:
-        """P_in, (cols, features) float32."""
-        return signs(self.cols, features, INPUT_SIDE, self.key, device)
+        """P_in, (cols, features) float32; the caller's own, made once and copied from then on."""
+        return _own(self.cols, features, INPUT_SIDE, self.key, device)
 
 
 @dataclass(frozen=True)
@@ -236,27 +238,82 @@ def factor(
     return cached(("factor", key, side, size, features, layout), device, make)
 
 
-_held: OrderedDict[object, Tensor] = OrderedDict()
+def _own(size: int, features: int, side: int, key: tuple[int, int], device: torch.device | None) -> Tensor:
+    """A copy of ``factor``; where a graph is traced, which can't look into a cache, what it holds is made in it."""
+    if torch.compiler.is_compiling():
+        return signs(size, features, side, key, device)
+    return factor(size, features, side, key, torch.empty(0, device=device).device).clone()
+
+
+@dataclass
+class _Entry:
+    tensor: Tensor
+    pinned: bool = False  # a captured graph reads it, and may be replayed at any time
+
+
+_held: OrderedDict[object, _Entry] = OrderedDict()
 _lock = threading.Lock()
 
 
 def cached(key: object, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
     """A tensor on ``device`` out of the ones used last, or made: entries of a sketch that serve every batch.
 
-    On a GPU each stream has its own, for nothing orders one stream's writing before another's reading; and a graph that
-    is being captured makes what it needs itself, for what is held may be gone when it is replayed.
+    On a GPU one tensor serves all streams. What is to be held is waited for, once, so that whoever finds it may read
+    it; and a reader on another stream is noted, so that its memory is not given away before that stream is done. A
+    graph that is being captured reads what is held, which then stays: up to half of the memory that the cache may take,
+    beyond which, as for what was never made before, the graph makes its own each time it is replayed.
     """
     if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            return make()
-        key = (key, device, torch.cuda.current_stream(device).cuda_stream)
+        with torch.cuda.device(device):
+            return _cached_on_gpu((key, torch.cuda.current_device()), make)
     with _lock:
         if key in _held:
             _held.move_to_end(key)
-            return _held[key]
+            return _held[key].tensor
     made = make()
     with _lock:
-        _held[key] = made
-        while sum(t.nbytes for t in _held.values()) > CACHE_BYTES:
-            _held.popitem(last=False)
+        _hold(key, made)
     return made
+
+
+def _cached_on_gpu(key: object, make: Callable[[], Tensor]) -> Tensor:
+    """The same on the current device."""
+    stream, capturing = torch.cuda.current_stream(), torch.cuda.is_current_stream_capturing()
+    with _lock:
+        found = _held.get(key)
+        if found is not None:
+            _held.move_to_end(key)
+            if not capturing:
+                found.tensor.record_stream(stream)
+                return found.tensor
+            if found.pinned or _bytes(found.tensor.device, pinned=True) + found.tensor.nbytes <= _budget(stream) // 2:
+                found.pinned = True
+                return found.tensor
+    made = make()
+    if not capturing and made.nbytes <= _budget(stream):
+        stream.synchronize()
+        with _lock:
+            _hold(key, made, _budget(stream))
+    return made
+
+
+def _hold(key: object, made: Tensor, budget: int | None = None) -> None:
+    """Keep ``made``, and drop what was used longest ago on its device until ``budget`` holds all that is there."""
+    budget = CACHE_BYTES if budget is None else budget
+    if key in _held or made.nbytes > budget:  # another thread was faster
+        return
+    _held[key] = _Entry(made)
+    loose = [k for k, entry in _held.items() if entry.tensor.device == made.device and not entry.pinned]
+    for old in loose:
+        if _bytes(made.device) <= budget:
+            break
+        del _held[old]
+
+
+def _bytes(device: torch.device, *, pinned: bool = False) -> int:
+    return sum(e.tensor.nbytes for e in _held.values() if e.tensor.device == device and (e.pinned or not pinned))
+
+
+def _budget(stream: torch.cuda.Stream) -> int:
+    """What a GPU keeps: of large models with wide sketches, the signs of all layers."""
+    return max(CACHE_BYTES, torch.cuda.get_device_properties(stream.device).total_memory // GPU_SHARE)

@@ -38,8 +38,8 @@ GPU_TILE_BYTES = 256 << 20
 def grad_sketch(inputs: Tensor, grads: Tensor, sketch: Sketch) -> Tensor:
     """The sketch of every sample's gradient Σ_t grads[b,t]ᵀ inputs[b,t] (O, I), which is never held.
 
-    Kronecker: row by row, (P_out Σ_t G_tᵀ)(P_in A_tᵀ)ᵀ, (B, rows · cols): both factors are read once; on a GPU (up to
-    128 × 128) by one kernel, which gives a sample the same bits whatever its neighbours. Sparse and Rademacher: the
+    Kronecker: row by row, (P_out Σ_t G_tᵀ)(P_in A_tᵀ)ᵀ, (B, rows · cols): both factors are read once, on a GPU up to
+    sides of 128, where a sample has the same bits whatever its neighbours. Sparse and Rademacher: the
     projection of the flattened gradient, coordinate o · I + i, which is multiplied out in tiles that stay in cache.
     Mask: of the features that are left.
 

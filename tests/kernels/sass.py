@@ -45,7 +45,7 @@ class Code:
         return self.instructions[i].name == "EXIT" and self.instructions[i].predicate is None
 
     def innermost(self) -> list[Counter[str]]:
-        """What each loop without another in it holds, by name, in the order of addresses; none that waits for a barrier."""
+        """What each loop without another in it holds, by name, in the order of addresses; not those that wait."""
         loops = [loop for loop in self.loops() if len(loop) > SPIN]
         inner = [loop for loop in loops if not any(other != loop and within(other, loop) for other in loops)]
         return [Counter(self.instructions[i].name for i in loop) for loop in sorted(inner, key=lambda loop: loop.start)]

@@ -58,6 +58,7 @@ FLOAT_TILES = {
 GROUP_M = 8
 # Twice as long as others: the result is one such product, not the square of one, and a fold reads `right` again.
 LONG_FOLD = 2 * FOLD
+FOLDING_TILE = 128 * 128  # a smaller tile's K is cut into slices that are short enough
 # A slice of K is worth a program of its own from this length: shorter ones spend their time in the epilogue.
 MIN_K_SLICE = 512
 # bfloat16 factors times a float32 direction run three times over.
@@ -66,9 +67,10 @@ SPLIT_NUMBERS = 1 << 22  # of a direction, that are split at a time
 
 
 @triton.jit
-def _times(product, r_ptr, mask):
-    """Row by row, the product times the other factor."""
-    other = tl.load(r_ptr, mask=mask, other=0.0).to(tl.float32)
+def _times(product, r_row, row, n, rows, n_size):
+    """Row by row, the product times the other factor; its addresses are made here, not held beside the product."""
+    mask = (row < rows)[:, None] & (n < n_size)[None, :]
+    other = tl.load(r_row[:, None] + n[None, :], mask=mask, other=0.0).to(tl.float32)
     return tl.sum(tl.where(mask, product * other, 0.0), axis=1)  # a select: 0 × inf would be NaN
 
 
@@ -125,8 +127,7 @@ def _grad_dot(
     m_ptr = m_ptr + k[:, None] * matrix_k + (n % n_size).to(tl.int64)[None, :] * matrix_n
     m_step = tl.full((), BLOCK_K, tl.int64) * matrix_k
 
-    mask = (row < rows)[:, None] & (n < n_size)[None, :]
-    r_ptr = right + (b * right_b + t * right_t)[:, None] + n[None, :]
+    r_row = right + b * right_b + t * right_t
     sums = tl.zeros((BLOCK_M,), tl.float32)
     product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k0 in range(k_begin, k_end, BLOCK_K):
@@ -143,12 +144,12 @@ def _grad_dot(
         if FOLD > 0:
             due = (k0 - k_begin + BLOCK_K) % FOLD == 0
             if due:
-                sums += _times(product, r_ptr, mask)
+                sums += _times(product, r_row, row, n, rows, n_size)
                 product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         l_ptr += BLOCK_K
         m_ptr += m_step
 
-    sums += _times(product, r_ptr, mask)
+    sums += _times(product, r_row, row, n, rows, n_size)
     out = partial + (tl.program_id(1).to(tl.int64) * n_tiles + tile_n) * rows + row
     tl.store(out, sums, mask=row < rows)
 
@@ -198,6 +199,8 @@ def plan(
             tile = HALF_TILES[10].large  # slices of K may be folded: the wider tile leaves no registers for that
     m_tiles, n_tiles = ceil_div(rows, tile.m), ceil_div(n, tile.n)
     splits = max(1, min(PROGRAMS // (m_tiles * n_tiles), k // MIN_K_SLICE))
+    if half and tile.m * tile.n < FOLDING_TILE:  # registers go to addresses, or products are quick: slices are cheaper
+        splits = max(splits, ceil_div(k, LONG_FOLD))
     k_slice = round_up(ceil_div(k, splits), tile.k)
     splits = ceil_div(k, k_slice)
     partial = left.new_empty((len(matrix) * splits, n_tiles, rows), dtype=torch.float32)

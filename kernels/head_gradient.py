@@ -118,7 +118,9 @@ def accumulate(
     if partial is not None:
         beside = partial + ((part - 1).to(tl.int64) * rows + first) * size + within
         at = tl.where(part == 0, at, beside)
-    tl.store(at, tl.load(at, mask=mask & (part == 0), other=0.0) + added, mask=mask)
+    if part == 0:
+        added += tl.load(at, mask=mask, other=0.0)
+    tl.store(at, added, mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows", "row_begin", "row_end", "splits", "ignore_index"])

@@ -243,6 +243,7 @@ class Products:
     narrow: Product  # the smaller side has up to NARROW features
     small: Product  # addresses that are no multiples of 16 bytes, or types mixed: the registers go to them
     large: Product
+    long: Product  # the same for more positions than one sum on tensor cores takes: they are folded
 
 
 NARROW = 32
@@ -258,12 +259,14 @@ HALF_GRAMS = {
 }
 FLOAT_GRAMS = RAGGED_GRAMS = {8: (Gram(16, 32, 2, 3), Gram(32, 32, 4, 3), Gram(64, 16, 8, 3))}
 # Tiles of the gradient: as in kernels/dot.py.
+_NARROW, _SMALL = Product(128, 32, 32, 8, 5), Product(64, 32, 32, 4, 3)
 HALF_PRODUCTS = {
-    8: Products(Product(128, 32, 32, 8, 5), Product(64, 32, 32, 4, 3), Product(128, 128, 64, 8, 3)),
-    9: Products(Product(128, 32, 32, 8, 5), Product(64, 32, 32, 4, 3), Product(128, 128, 64, 8, 4)),
-    10: Products(Product(128, 32, 32, 8, 5), Product(64, 32, 32, 4, 3), Product(128, 128, 64, 8, 4)),
+    8: Products(_NARROW, _SMALL, Product(128, 128, 64, 8, 3), Product(128, 64, 64, 8, 3)),
+    9: Products(_NARROW, _SMALL, Product(128, 128, 64, 8, 4), Product(128, 128, 64, 8, 4)),
+    10: Products(_NARROW, _SMALL, Product(128, 128, 64, 8, 4), Product(128, 128, 64, 8, 4)),
 }
-FLOAT_PRODUCTS = {8: Products(Product(64, 32, 16, 4, 3), Product(32, 32, 16, 4, 3), Product(128, 128, 16, 8, 3))}
+_FLOAT = Product(128, 128, 16, 8, 3)
+FLOAT_PRODUCTS = {8: Products(Product(64, 32, 16, 4, 3), Product(32, 32, 16, 4, 3), _FLOAT, _FLOAT)}
 # Elements of a row that one program of the single-position kernel reads at a time.
 SINGLE_BLOCK, SINGLE_WARPS = 1024, 8
 
@@ -338,7 +341,9 @@ def product_tile(inputs: Tensor, grads: Tensor, generation: int) -> Product:
     products = table.get(generation, table[8])
     if min(inputs.shape[2], grads.shape[2]) <= NARROW:
         return products.narrow
-    return products.large if _aligned(inputs, grads) and inputs.dtype == grads.dtype else products.small
+    if not _aligned(inputs, grads) or inputs.dtype != grads.dtype:
+        return products.small
+    return products.long if fold_of(inputs.shape[1], inputs, grads) else products.large
 
 
 def tiles_of(product: Product, i: int, o: int) -> int:

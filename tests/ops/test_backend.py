@@ -18,15 +18,15 @@ TRITON = [op for op in GOOD if op not in ("ensemble_stats", "grad_sketch", "proj
 SKETCHES: dict[str, Any] = {  # with a kernel
     "grad_sketch Kronecker": ("grad_sketch", assay.Kronecker(4, 3)),
     "grad_sketch Sparse": ("grad_sketch", assay.Sparse(9)),
+    "grad_sketch wide Sparse": ("grad_sketch", assay.Sparse(8193)),
+    "grad_sketch Rademacher": ("grad_sketch", assay.Rademacher(5)),
     "project Sparse": ("project", assay.Sparse(8192, 2)),
+    "project wide Sparse": ("project", assay.Sparse(8193)),
+    "project Rademacher": ("project", assay.Rademacher(5)),
 }
 WITHOUT: dict[str, Any] = {
-    "grad_sketch Sparse": ("grad_sketch", assay.Sparse(8193)),
-    "grad_sketch Rademacher": ("grad_sketch", assay.Rademacher(5)),
     "grad_sketch Mask": ("grad_sketch", assay.Mask(2, 2)),
     "grad_sketch Mask, then": ("grad_sketch", assay.Mask(2, 2, assay.Kronecker(2, 2))),
-    "project Sparse": ("project", assay.Sparse(8193)),
-    "project Rademacher": ("project", assay.Rademacher(5)),
     "project Mask": ("project", assay.Mask(2, 2)),
     "project Mask, then": ("project", assay.Mask(2, 2, assay.Sparse(5))),
     "project Mask of everything": ("project", assay.Mask(99, 99)),

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from assay.kernels._common import Launch, ceil_div, unit_stride
+from assay.kernels._common import Launch, ceil_div, generation, unit_stride
 from assay.kernels.folding import FOLD, fold, unfolded
 
 # Rows of a block, and how many of the best a program can keep: a sorted block's worth. Beyond that the scores are
@@ -30,6 +30,7 @@ PIECE_SCORES = 1 << 25
 MOST_ROWS = 2**32 - 1
 
 SHORT_FOLD = FOLD // 2  # of TF32
+UNFOLDED = 10  # from this generation on: Triton 3.6 cannot compile a second accumulator beside those in tensor memory
 
 NOTHING = tl.constexpr(-(2**63))  # behind the rank of every row
 NAN_SCORE = tl.constexpr(-(2**31))  # behind the high half of −inf's
@@ -264,8 +265,13 @@ def topk_scan(features: Tensor, scales: Tensor | None, queries: Tensor, k: int, 
     return rows_of(best)
 
 
-def plan(features: Tensor, scales: Tensor | None, queries: Tensor, maximum: bool, k: int = 0) -> tuple[Launch, Tensor]:
-    """The launch and what it fills: scores (columns, N), or with ``k`` ranks (columns, chunks, k). Meta tensors do."""
+def plan(
+    features: Tensor, scales: Tensor | None, queries: Tensor, maximum: bool, k: int = 0, cc: int | None = None
+) -> tuple[Launch, Tensor]:
+    """The launch and what it fills: scores (columns, N), or with ``k`` ranks (columns, chunks, k). Meta tensors do.
+
+    ``cc``: the GPU's generation, where it is not the features'.
+    """
     features, (n, d), m = unit_stride(features), features.shape, len(queries)
     maximum = maximum or m == 1
     split = m > 1 and features.dtype != torch.float32
@@ -298,7 +304,7 @@ def plan(features: Tensor, scales: Tensor | None, queries: Tensor, maximum: bool
         "EVEN_D": d % block_d == 0,
         "STAGES": tile.stages,
         "SPLIT": split,
-        "FOLD": SHORT_FOLD,
+        "FOLD": SHORT_FOLD if split and (cc or generation(features)) < UNFOLDED else 0,
         "MAXIMUM": maximum,
         "RANK": k > 0,
     }

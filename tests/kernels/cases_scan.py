@@ -18,11 +18,11 @@ QUERIES = {  # M, maximum; what takes them there. float32 has no tile of 32
 }
 
 
-def launch(dtype: torch.dtype, m: int, maximum: bool, k: int, d: int = 512) -> Launch:
+def launch(dtype: torch.dtype, m: int, maximum: bool, k: int, cc: int, d: int = 512) -> Launch:
     n = 1_000_000
     features, queries = torch.empty(n, d, dtype=dtype, device="meta"), torch.empty(m, d, device="meta")
     scales = torch.empty(n, device="meta") if dtype == torch.int8 else None
-    return scan.plan(features, scales, queries, maximum, k)[0]
+    return scan.plan(features, scales, queries, maximum, k, cc // 10)[0]
 
 
 def cases() -> list[Case]:
@@ -34,8 +34,9 @@ def cases() -> list[Case]:
                 continue
             for k in (100, 0):
                 name = f"topk_scan {kind} {what}" if k else f"scan_scores {kind} {what}"
-                found.append(case_of(name, launch(dtype, m, maximum, k), capabilities=CAPABILITIES))
-                if dtype in (torch.float32, torch.float16) and k:
-                    ragged = case_of(f"{name} ragged", launch(dtype, m, maximum, k, d=333), aligned=False)
-                    found.append(ragged)
+                for cc in CAPABILITIES:
+                    found.append(case_of(name, launch(dtype, m, maximum, k, cc), capabilities=(cc,)))
+                    if dtype in (torch.float32, torch.float16) and k:
+                        ragged = launch(dtype, m, maximum, k, cc, d=333)
+                        found.append(case_of(f"{name} ragged", ragged, capabilities=(cc,), aligned=False))
     return found

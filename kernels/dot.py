@@ -58,7 +58,8 @@ FLOAT_TILES = {
 GROUP_M = 8
 # Twice as long as others: the result is one such product, not the square of one, and a fold reads `right` again.
 LONG_FOLD = 2 * FOLD
-FOLDING_TILE = 128 * 128  # a smaller tile's K is cut into slices that are short enough
+# Where a fold has no registers, on Ampere and in tiles smaller than this, K is cut into slices that are short enough.
+FOLDING_TILE = 128 * 128
 # A slice of K is worth a program of its own from this length: shorter ones spend their time in the epilogue.
 MIN_K_SLICE = 512
 # bfloat16 factors times a float32 direction run three times over.
@@ -199,7 +200,7 @@ def plan(
             tile = HALF_TILES[10].large  # slices of K may be folded: the wider tile leaves no registers for that
     m_tiles, n_tiles = ceil_div(rows, tile.m), ceil_div(n, tile.n)
     splits = max(1, min(PROGRAMS // (m_tiles * n_tiles), k // MIN_K_SLICE))
-    if half and tile.m * tile.n < FOLDING_TILE:  # registers go to addresses, or products are quick: slices are cheaper
+    if half and (generation < 9 or tile.m * tile.n < FOLDING_TILE):
         splits = max(splits, ceil_div(k, LONG_FOLD))
     k_slice = round_up(ceil_div(k, splits), tile.k)
     splits = ceil_div(k, k_slice)

@@ -30,7 +30,6 @@ PIECE_SCORES = 1 << 25
 MOST_ROWS = 2**32 - 1
 
 SHORT_FOLD = FOLD // 2  # of TF32
-UNFOLDED = 10  # from this generation on: Triton 3.6 cannot compile a second accumulator beside those in tensor memory
 
 NOTHING = tl.constexpr(-(2**63))  # behind the rank of every row
 NAN_SCORE = tl.constexpr(-(2**31))  # behind the high half of −inf's
@@ -304,11 +303,16 @@ def plan(
         "EVEN_D": d % block_d == 0,
         "STAGES": tile.stages,
         "SPLIT": split,
-        "FOLD": SHORT_FOLD if split and (cc or generation(features)) < UNFOLDED else 0,
+        "FOLD": SHORT_FOLD if split and folds(cc or generation(features), d % block_d == 0) else 0,
         "MAXIMUM": maximum,
         "RANK": k > 0,
     }
     return Launch(_scan, (chunks * programs,), arguments, tile.warps, tile.stages), out
+
+
+def folds(generation: int, even: bool) -> bool:
+    """Not on Ampere where columns are masked, too: no registers."""
+    return generation > 8 or even
 
 
 def tile_for(queries: int, dtype: torch.dtype) -> Tile:

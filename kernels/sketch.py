@@ -48,7 +48,7 @@ class Tile:
 # The first that holds the side; a larger sketch is cut into the last, and reads the factors again for each. Chosen by
 # registers and shared memory (make compile-table), not by a clock yet.
 HALF_TILES = (Tile(64, 64, 32, 4, 5), Tile(64, 64, 64, 4, 4), Tile(64, 64, 128, 4, 3))
-FLOAT_TILES = (Tile(64, 32, 32, 4, 5), Tile(64, 32, 64, 4, 4), Tile(64, 32, 128, 4, 3))
+FLOAT_TILES = (Tile(64, 32, 32, 4, 5), Tile(64, 32, 64, 4, 4), Tile(64, 32, 128, 8, 3))
 # Rows at addresses that are no multiples of 16 bytes: read number by number.
 RAGGED_TILES = (Tile(64, 32, 32, 4, 2), Tile(64, 32, 64, 4, 2), Tile(64, 32, 128, 8, 2))
 PAD = 64  # features of the sign matrices are a multiple of every k

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
+import triton
 
 from assay.kernels import scan
 from assay.kernels._common import Launch
 from tests.kernels.aot import CAPABILITIES, Case, case_of
 
+OLD_TRITON = triton.__version__.startswith("3.6")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 QUERIES = {  # M, maximum; what takes them there. float32 has no tile of 32
     "one": (1, True),
@@ -35,6 +37,8 @@ def cases() -> list[Case]:
             for k in (100, 0):
                 name = f"topk_scan {kind} {what}" if k else f"scan_scores {kind} {what}"
                 for cc in CAPABILITIES:
+                    if cc == 100 and k and not maximum and OLD_TRITON:
+                        continue  # its pass OptimizeTMemLayouts fails an assertion (docs/gpu.md)
                     found.append(case_of(name, launch(dtype, m, maximum, k, cc), capabilities=(cc,)))
                     if dtype in (torch.float32, torch.float16) and k:
                         ragged = launch(dtype, m, maximum, k, cc, d=333)

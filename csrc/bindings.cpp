@@ -20,20 +20,9 @@ void ensemble(const std::string& isa, const std::vector<Address>& logits, const 
               Address prediction, int threads) {
   const assay::Kernels& k = kernels(isa);
   const std::vector<const void*> pointers = assay::pointers(logits);
-  const assay::EnsembleArgs args{pointers.data(),
-                                 row_strides.data(),
-                                 col_strides.data(),
-                                 static_cast<DType>(dtype),
-                                 static_cast<int64_t>(logits.size()),
-                                 N,
-                                 C,
-                                 reinterpret_cast<const int64_t*>(labels),
-                                 ignore_index,
-                                 weights.data(),
-                                 fields,
-                                 reinterpret_cast<float*>(out),
-                                 reinterpret_cast<int64_t*>(prediction),
-                                 threads};
+  const assay::EnsembleArgs args =
+      assay::ensemble_args(pointers, row_strides, col_strides, dtype, N, C, labels, ignore_index, weights, fields, out,
+                           prediction, threads);
   py::gil_scoped_release release;
   k.ensemble(args);
 }

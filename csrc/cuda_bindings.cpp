@@ -8,7 +8,6 @@
 namespace py = pybind11;
 using namespace pybind11::literals;
 using assay::Address;
-using assay::DType;
 
 namespace {
 
@@ -28,20 +27,9 @@ void ensemble(const std::vector<Address>& logits, const std::vector<int64_t>& ro
               int64_t ignore_index, const std::vector<double>& weights, uint32_t fields, Address out,
               Address prediction, const std::function<Address(size_t)>& allocate, Address stream) {
   const std::vector<const void*> pointers = assay::pointers(logits);
-  assay::EnsembleArgs args{};
-  args.logits = pointers.data();
-  args.row_strides = row_strides.data();
-  args.col_strides = col_strides.data();
-  args.dtype = static_cast<DType>(dtype);
-  args.K = static_cast<int64_t>(logits.size());
-  args.N = N;
-  args.C = C;
-  args.labels = reinterpret_cast<const int64_t*>(labels);
-  args.ignore_index = ignore_index;
-  args.weights = weights.data();
-  args.fields = fields;
-  args.out = reinterpret_cast<float*>(out);
-  args.prediction = reinterpret_cast<int64_t*>(prediction);
+  const assay::EnsembleArgs args =
+      assay::ensemble_args(pointers, row_strides, col_strides, dtype, N, C, labels, ignore_index, weights, fields, out,
+                           prediction, 0);
   const char* const failed = "ensemble_stats: the CUDA kernel could not be launched: ";
   size_t bytes = 0;
   check(assay::cuda::ensemble_workspace(args, &bytes), failed);

@@ -27,3 +27,16 @@ def fence_intact(view: Tensor) -> bool:
     """Whether a dense tensor from ``fenced(x, 0)`` still has its NaN around it."""
     buffer = torch.empty(0, dtype=view.dtype, device=view.device).set_(view.untyped_storage())
     return bool(buffer[:MARGIN].isnan().all() and buffer[-MARGIN:].isnan().all())
+
+
+def far_apart(*tensors: Tensor) -> list[Tensor]:
+    """Copies whose first dimension, of up to three, lies 2³⁰ elements apart: 32-bit offsets would wrap on the third.
+
+    All in one storage, whose pages take no memory where nothing touches them; of one dtype, up to 2¹¹ elements each.
+    """
+    storage = torch.empty(2**31 + 2**11 * len(tensors), dtype=tensors[0].dtype, device=DEVICE)
+    dense = [x[0].contiguous().stride() for x in tensors]
+    places = [storage.as_strided(x.shape, (2**30, *dense[i]), 2**11 * i) for i, x in enumerate(tensors)]
+    for place, x in zip(places, tensors, strict=True):
+        place.copy_(x)
+    return places

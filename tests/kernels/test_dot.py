@@ -9,7 +9,7 @@ from torch import Tensor
 import assay
 from assay.kernels import dot
 from assay.ops import grad_dot
-from tests.kernels.guarded import DEVICE, fence_intact, fenced
+from tests.kernels.guarded import DEVICE, far_apart, fence_intact, fenced
 
 F32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 SHAPES = [  # (B, T, I, O); what it is there for
@@ -151,12 +151,8 @@ def test_an_infinite_gradient_is_infinite() -> None:
 @pytest.mark.parametrize(("i", "o"), [(8, 3), (2, 3)])  # the direction's rows are columns of the product, or its K
 def test_offsets_beyond_two_to_the_31(i: int, o: int) -> None:
     """Samples, and rows of the direction, 2³⁰ elements apart: 32-bit offsets would wrap on the third."""
-    far = torch.empty(2**31 + 2**12, dtype=FP16, device=DEVICE)  # pages that nothing touches take no memory
     a, g, v = draw(3, 2, i, o, (FP16, FP16, FP16))
-    far_a = far.as_strided((3, 2, i), (2**30, i, 1))
-    far_v = far.as_strided((o, i), (2**30, 1), 2**11)
-    far_a.copy_(a)
-    far_v.copy_(v)
+    far_a, far_v = far_apart(a, v)
     assert torch.equal(triton_dot(far_a, g, far_v), check(a, g, v))
 
 

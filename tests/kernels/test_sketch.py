@@ -13,7 +13,7 @@ from assay.kernels.philox import INPUT_SIDE, OUTPUT_SIDE
 from assay.kernels.slices import plan_sum, plan_total
 from assay.ops import grad_sketch
 from assay.ops.sketch import signs
-from tests.kernels.guarded import DEVICE, fence_intact, fenced
+from tests.kernels.guarded import DEVICE, far_apart, fence_intact, fenced
 
 F32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 SHAPES = [  # (B, T, I, O); what it is there for
@@ -187,10 +187,8 @@ def test_every_partial_sum_is_written_and_nothing_else(
 
 def test_offsets_beyond_two_to_the_31() -> None:
     """Samples 2³⁰ elements apart: 32-bit offsets would wrap on the third."""
-    far = torch.empty(2**31 + 2**12, dtype=FP16, device=DEVICE)  # pages that nothing touches take no memory
     a, g = draw(3, 2, 8, 5, (FP16, FP16))
-    far_a = far.as_strided((3, 2, 8), (2**30, 8, 1))
-    far_a.copy_(a)
+    (far_a,) = far_apart(a)
     sketch = assay.Kronecker(4, 4)
     assert torch.equal(triton_sketch(far_a, g, sketch), check(a, g, sketch))
 

@@ -10,7 +10,7 @@ import assay
 from assay.kernels import sqnorm
 from assay.ops import grad_sqnorm
 from assay.ops.sqnorm import CANCELLED
-from tests.kernels.guarded import DEVICE, fence_intact, fenced
+from tests.kernels.guarded import DEVICE, far_apart, fence_intact, fenced
 
 F32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 SHAPES = [  # (B, T, I, O); what it is there for
@@ -180,13 +180,9 @@ def test_other_samples_infinities_stay_theirs(shape: tuple[int, int, int, int]) 
 @pytest.mark.parametrize(("t", "plan"), [(1, "_single"), (3, "_gram"), (200, "_product")])
 def test_offsets_beyond_two_to_the_31(t: int, plan: str) -> None:
     """Samples 2³⁰ elements apart: a 32-bit offset would wrap on the third."""
-    far = torch.empty(2**31 + 2**12, dtype=FP16, device=DEVICE)  # pages that nothing touches take no memory
     a, g = draw(3, t, 8, 3, (FP16, FP16))
-    far_a = far.as_strided((3, t, 8), (2**30, 8, 1))
-    far_g = far.as_strided((3, t, 3), (2**30, 3, 1), 2**11)
+    far_a, far_g = far_apart(a, g)
     assert plan_name(far_a, far_g) == plan
-    far_a.copy_(a)
-    far_g.copy_(g)
     assert torch.equal(triton_sqnorm(far_a, far_g), check(a, g))
 
 

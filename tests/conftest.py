@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ if not torch.cuda.is_available():
     interpreter.install()
 
 from assay import _native
-from tests.small_project import Project, make_project
+
+if TYPE_CHECKING:  # it needs more than the tests on a GPU do
+    from tests.small_project import Project
 
 USABLE_ISAS = [name for name, supported in _native.instruction_sets() if supported]
 ALL_ISAS = [name for name, _ in _native.instruction_sets()]
@@ -36,6 +39,8 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
     """A corpus, models and a recipe on disk."""
+    from tests.small_project import make_project
+
     return make_project(tmp_path)
 
 

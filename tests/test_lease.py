@@ -248,6 +248,28 @@ def test_every_op_with_a_kernel_is_in_every_phase() -> None:
     assert set(baseline.ALL) == set(phases.OPS) - scanning
 
 
+WITHOUT_EXTRAS = """
+import importlib, sys
+for name in sys.argv[1].split(): sys.modules[name] = None
+import tests.conftest, benchmarks.gpu.report, benchmarks.gpu.ceilings
+from pathlib import Path
+from tests.gpu import bench, phases
+for file in sorted(Path(bench.__file__).parent.glob("*.py")):
+    if file.stem not in ("__init__", "__main__"): importlib.import_module(f"tests.gpu.{file.stem}")
+print(sum(len(bench.rows(2, op)) for op in phases.OPS))
+"""
+
+
+def test_a_run_needs_none_of_the_extras() -> None:
+    """A lent machine had torch and Triton, and no pydantic: the first run measured nothing."""
+    extras = "pydantic pydantic_core typer rich yaml zstandard safetensors sklearn transformers gguf peft datasets"
+    environment = {**os.environ, "ASSAY_GPU_TESTS_ON": "cpu"}
+    words = [sys.executable, "-c", WITHOUT_EXTRAS, extras]
+    run = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) > 30
+
+
 def test_a_phase_that_raises_is_told_and_the_next_one_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

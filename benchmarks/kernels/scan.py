@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from assay.corpus.features import FeatureSpec, FeatureStore, FeatureWriter, quantize
-from assay.corpus.storage import Store
 from assay.ops import topk_scan
 from benchmarks.case import DEVICE, Case, Target, here
+
+if TYPE_CHECKING:  # the corpus needs more than the kernels: `make gpu` runs without
+    from assay.corpus.features import FeatureStore
 
 D, K = 512, 100
 STREAMED_ROWS = 2_000_000  # 2 GB of float16: far beyond any cache
@@ -81,6 +82,9 @@ def _stored() -> Case:
 
 def _make_store() -> tuple[FeatureStore, Tensor, Any]:
     """The last is the folder, which lives as long."""
+    from assay.corpus.features import FeatureSpec, FeatureStore, FeatureWriter
+    from assay.corpus.storage import Store
+
     features, folder = halves(STREAMED_ROWS), tempfile.TemporaryDirectory()
     for i in range(STORED_SHARDS):
         with tempfile.TemporaryFile() as spool:
@@ -95,6 +99,7 @@ def _make_store() -> tuple[FeatureStore, Tensor, Any]:
 
 def _tiled(dtype: torch.dtype, m: int, reduce: str) -> Case:
     """Several queries, each dtype, beside the GEMM of float32 features with the same queries."""
+    from assay.corpus.features import quantize
 
     def make() -> tuple[Any, ...]:
         wide = torch.randn(TILED_ROWS, D)

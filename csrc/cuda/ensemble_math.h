@@ -44,17 +44,31 @@ ASSAY_HD State merge(const State& a, const State& b) {
   return {m, x.d + y.d, x.s + y.s};
 }
 
-// One model's whole row. (m, log d) stay two words: their sum would lose digits under a large common offset.
+// One model's whole row. (m, log d) stay two words: their sum would lose digits under a large common offset. Entropies are
+// double until mutual information is taken from them: at 11 nats a float rounds by half a millionth.
 struct Model {
   float m, inverse;  // e^(z - m) inverse is the probability
-  float entropy, log_py;
+  double entropy;
+  float log_py;
 };
 
 ASSAY_HD bool is_defined(float m) { return m > -INF && m < INF; }
 
+// log x and a / b to about 1e-7, absolute and relative, by float operations: a GPU has few units for double.
+ASSAY_HD double log_of(double x) {
+  int exponent;
+  const float mantissa = static_cast<float>(std::frexp(x, &exponent));
+  return fma(static_cast<double>(exponent), LN2, static_cast<double>(std::log(mantissa)));
+}
+ASSAY_HD double quotient(double a, double b) {
+  const float inverse = 1.f / static_cast<float>(b);
+  const double q = static_cast<double>(static_cast<float>(a) * inverse);
+  return q + static_cast<double>(static_cast<float>(fma(-q, b, a)) * inverse);
+}
+
 ASSAY_HD Model finish_model(const State& a, float zy) {
-  const float d = static_cast<float>(a.d), log_d = std::log(d);
-  return {a.m, 1.f / d, log_d - static_cast<float>(a.s) / d, (zy - a.m) - log_d};
+  const float d = static_cast<float>(a.d);
+  return {a.m, 1.f / d, log_of(a.d) - quotient(a.s, a.d), (zy - a.m) - std::log(d)};
 }
 
 // The mixture over some columns, the label's left out of rest, squares and top_other.
@@ -64,6 +78,12 @@ struct Mixture {
   float top_other, p_label;
 };
 constexpr Mixture EMPTY_MIXTURE{0, 0, 0, 0, 0};
+
+// In nats, of probabilities that add up to 1 + eps: rounded weights and approximate exponentials let them miss it.
+ASSAY_HD double entropy_of(const Mixture& x) {
+  const double eps = x.rest + static_cast<double>(x.p_label) - 1;
+  return fma(x.entropy * LN2, 1 - eps, eps);
+}
 
 ASSAY_HD Mixture merge(const Mixture& a, const Mixture& b) {
   return {a.entropy + b.entropy, a.rest + b.rest, a.squares + b.squares,
@@ -93,7 +113,8 @@ ASSAY_HD float divergence_term(float weight, float q) {
 // The fields that each model's own softmax gives.
 struct ModelFields {
   bool defined;
-  float nll, mean_nll, agreement, expected_entropy, vote_entropy;
+  float nll, mean_nll, agreement, vote_entropy;
+  double expected_entropy;
 };
 
 // s_models, s_tops: (K,) states and argmaxes; weight(k). Sums are double: any K.
@@ -101,13 +122,14 @@ template <class Weight>
 ASSAY_HD ModelFields combine_models(const Model* s_models, const int* s_tops, int K, const Weight& weight, int label,
                                     bool votes) {
   ModelFields r{true, 0, 0, 0, 0, 0};
-  double mean_nll = 0, agreement = 0, expected_entropy = 0, vote_entropy = 0, sum = 0;
+  double mean_nll = 0, agreement = 0, expected_entropy = 0, vote_entropy = 0, sum = 0, shares = 0;
   float highest = -INF;
   for (int k = 0; k < K; ++k) {
     const Model& model = s_models[k];
     const float w = weight(k);
     r.defined = r.defined && is_defined(model.m);
-    expected_entropy = fma(static_cast<double>(w), static_cast<double>(model.entropy), expected_entropy);
+    expected_entropy = fma(static_cast<double>(w), model.entropy, expected_entropy);
+    shares += static_cast<double>(w);
     if (!(w > 0.f)) continue;  // 0 * inf must not be NaN
     mean_nll -= static_cast<double>(w) * static_cast<double>(model.log_py);
     highest = model.log_py > highest ? model.log_py : highest;
@@ -124,7 +146,7 @@ ASSAY_HD ModelFields combine_models(const Model* s_models, const int* s_tops, in
   r.nll = highest == -INF ? INF : -(highest + std::log(static_cast<float>(sum)));
   r.mean_nll = static_cast<float>(mean_nll);
   r.agreement = static_cast<float>(agreement);
-  r.expected_entropy = static_cast<float>(expected_entropy);
+  r.expected_entropy = expected_entropy * (2 - shares);  // the rounded weights' sum is almost 1
   r.vote_entropy = static_cast<float>(vote_entropy);
   return r;
 }

@@ -411,13 +411,14 @@ class EnsembleRows {
     const ModelFields own = combine_models(s_models, s_tops, p.K, [&](int k) { return p.model(k).weight; }, y,
                                            p.todo.tops);
     const bool defined = alive && own.defined;
-    float entropy = own.expected_entropy, information = 0.f, confidence = s_models[0].inverse;
+    float information = 0.f, confidence = s_models[0].inverse;
+    double entropy = own.expected_entropy;
     if (MIXTURE && p.K > 1) {
-      entropy = static_cast<float>(mix.entropy) * LN2;
-      information = entropy - own.expected_entropy;
+      entropy = entropy_of(mix);
+      information = static_cast<float>(entropy - own.expected_entropy);
       confidence = fmaxf(mix.top_other, mix.p_label);
     }
-    const bool divergence = defined && p.todo.information && information < SMALL_INFORMATION * (1.f + entropy);
+    const bool divergence = defined && p.todo.information && information < SMALL_INFORMATION * (1.f + static_cast<float>(entropy));
     verdicts()[r] = RowVerdict{confidence * NEARLY, divergence, defined};
     if (crew.slice != 0) return;
     if (!defined) return write_undefined(row_index);
@@ -428,8 +429,8 @@ class EnsembleRows {
     put(MARGIN, labelled ? mix.p_label - mix.top_other : NaN);
     put(AGREEMENT, labelled ? own.agreement : NaN);
     put(EL2N, labelled ? el2n(mix) : NaN);
-    put(ENTROPY, entropy);
-    put(EXPECTED_ENTROPY, own.expected_entropy);
+    put(ENTROPY, static_cast<float>(entropy));
+    put(EXPECTED_ENTROPY, static_cast<float>(own.expected_entropy));
     put(MUTUAL_INFORMATION, information);  // for now, if `divergence`
     put(CONFIDENCE, confidence);
     put(VOTE_ENTROPY, own.vote_entropy);

@@ -24,7 +24,7 @@ namespace assay::cuda {
 constexpr float INF = std::numeric_limits<float>::infinity();
 constexpr float NaN = std::numeric_limits<float>::quiet_NaN();
 constexpr float LOG2E = 1.44269504088896340736f;
-constexpr float LN2 = 0.693147180559945309417f;
+constexpr double LN2 = 0.693147180559945309417;
 
 ASSAY_HD float bits_to_float(uint32_t u) {
 #ifdef __CUDA_ARCH__
@@ -46,6 +46,13 @@ ASSAY_HD uint32_t float_to_bits(float f) {
 #endif
 }
 
+#ifndef __CUDA_ARCH__
+// Off by a unit in the last place, always away from 0: among equal logits a GPU's errors add up like that as well.
+inline float as_wrong_as_a_gpu(float x) {
+  return x == 0 || x == INF || x == -INF ? x : std::nextafter(x, x < 0 ? -INF : INF);
+}
+#endif
+
 // 2^x, relative error up to 2^-22; below 2^-126 it is 0.
 ASSAY_HD float exp2_approx(float x) {
 #ifdef __CUDA_ARCH__
@@ -53,7 +60,7 @@ ASSAY_HD float exp2_approx(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 #else
-  return std::exp2(x);
+  return x == 0 ? 1.f : as_wrong_as_a_gpu(std::exp2(x));
 #endif
 }
 
@@ -64,7 +71,7 @@ ASSAY_HD float log2_approx(float x) {
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 #else
-  return std::log2(x);
+  return as_wrong_as_a_gpu(std::log2(x));
 #endif
 }
 

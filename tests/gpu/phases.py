@@ -165,10 +165,12 @@ def sanitize(run: Run, deadline: float) -> None:
     if found and not REHEARSAL:
         # Triton starts ptxas and a C compiler, which are not to be instrumented; torch probes the driver.
         options = ["--target-processes", "application-only", "--report-api-errors", "no", "--error-exitcode", "86"]
-        memcheck = [found, "--tool", "memcheck", *options, *script]
+        # Memory of nobody behind every allocation: else a read past one's end may be inside the next.
+        tools = {tool: ["--tool", tool] for tool in TOOLS} | {"memcheck": ["--tool", "memcheck", "--padding", "4096"]}
+        memcheck = [found, *tools["memcheck"], *options, *script]
         commands.append(Command("sanitize", "control", [*memcheck, "--out-of-bounds"], env, judge=control))
         for tool in TOOLS:
-            words = [found, "--tool", tool, *options, *script]
+            words = [found, *tools[tool], *options, *script]
             commands += [Command("sanitize", f"{tool} {op}", [*words, op], env) for op in ops]
     run_all(commands, run.journal, deadline, PROCESSES)
     if not found or REHEARSAL:

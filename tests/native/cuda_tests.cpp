@@ -442,6 +442,10 @@ void test_dtype(std::mt19937& rng) {
     test_rows<T, 8>({"narrow, no labels", K, 20, narrow_plan(20, 16), 0, 1, 0, 1, ALL, false}, rng);
   }
   test_rows<T, 4>({"many models", 40, 300, wide_plan(Path::TWICE_GLOBAL, 300, SLOTS, 2, 4, 2), 0, 1, 0, 1, ALL, true}, rng);
+  // Entropies of 8 to 11 nats, of which mutual information is what is left.
+  constexpr uint32_t ENTROPIES = bit(ENTROPY) | bit(EXPECTED_ENTROPY) | bit(MUTUAL_INFORMATION);
+  constexpr int64_t WIDE = 71 * 1024 + 5;
+  test_rows<T, 1>({"large entropies", 3, WIDE, wide_plan(Path::TWICE, WIDE, SLOTS, 1, 1, 1), 0, 1, 0, 1, ENTROPIES, false}, rng);
   for (int f = 0; f < NUM_FIELDS; ++f) {
     test_rows<T, 4>({"one field", 2, 300, wide_plan(Path::KEPT, 300, SLOTS, 1, 4, 1), 0, 1, 0, 1, 1u << f, true}, rng);
     test_rows<T, 1>({"one field, one model", 1, 300, wide_plan(Path::TWICE, 300, SLOTS, 1, 1, 1), 0, 1, 0, 1, 1u << f, true}, rng);

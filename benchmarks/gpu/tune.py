@@ -1,0 +1,241 @@
+"""Which constants of the kernels are fastest on this card: variants of a case in the same rounds.
+
+    python -m benchmarks.gpu.tune warm I N      compiles every N-th variant from the I-th on, into Triton's cache
+    python -m benchmarks.gpu.tune FILE [PART]   measures those whose names have PART; JSON lines into FILE
+
+A variant is constants of the kernels with other values. What is fastest, and by how much, is printed and kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from assay.kernels import _common, dot, head_launch, head_tiles, project, rademacher, scan, sketch, sqnorm
+from assay.kernels._common import Tile
+from benchmarks.case import Case
+from benchmarks.gpu import measure
+from benchmarks.gpu.stopwatch import Replay, buffers, interleave
+
+SECONDS = 0.25
+Values = Mapping[tuple[Any, str], Any]  # (module, constant) -> value
+
+
+@dataclass(frozen=True)
+class Variants:
+    """Cases by a part of their names, and what is tried on each."""
+
+    case: str
+    values: Mapping[str, Values]
+
+
+def hopper(module: Any, **changed: Any) -> Values:
+    """Tiles of a table by generation, Hopper's with some of them changed."""
+    table = module.HALF_TILES
+    return {(module, "HALF_TILES"): {**table, 9: dataclasses.replace(table[9], **changed)}}
+
+
+def described(**changed: Tile) -> Values:
+    table = head_tiles.DESCRIBED_TILES
+    return {(head_tiles, "DESCRIBED_TILES"): {**table, 9: dataclasses.replace(table[9], **changed)}}
+
+
+def gram(tile: sqnorm.Gram) -> Values:
+    return {(sqnorm, "HALF_GRAMS"): {**sqnorm.HALF_GRAMS, 9: (*sqnorm.HALF_GRAMS[9][:-1], tile)}}
+
+
+def products(tile: sqnorm.Product) -> Values:
+    table = sqnorm.HALF_PRODUCTS
+    return {(sqnorm, "HALF_PRODUCTS"): {**table, 9: dataclasses.replace(table[9], large=tile, long=tile)}}
+
+
+def tiles(**named: Tile) -> dict[str, Tile]:
+    return named
+
+
+def variants() -> list[Variants]:
+    shapes = [
+        (128, 256, 8, 3),
+        (128, 256, 8, 4),
+        (256, 128, 8, 3),
+        (128, 128, 4, 4),
+        (128, 128, 8, 4),
+        (128, 128, 4, 3),
+    ]
+    large = {f"{m}×{n} {w}w {s}s": Tile(m, n, 64, w, s) for m, n, w, s in shapes}
+    groups = {f"group {g}": {(dot, "GROUP_M"): g} for g in (4, 16)}
+    both = {name: {**hopper(dot, large=tile), (dot, "LONG_FOLD"): 1 << 30} for name, tile in large.items()}
+    out = [
+        Variants("grad_dot B=8 T=1024 768→3072 bf", {n: hopper(dot, large=t) for n, t in large.items()} | groups),
+        Variants("grad_dot B=8 T=1024 4096→14336 bf", {f"{n}, never folded": v for n, v in both.items()} | groups),
+    ]
+    folds = {f"fold {f}": {(sqnorm, "FOLD"): f} for f in (64, 128, 256, 1 << 30)}
+    grams = {f"gram {s}s {w}w": gram(sqnorm.Gram(128, 64, w, s)) for s, w in ((3, 8), (2, 8), (4, 4))}
+    grams["gram 128 k128"] = gram(sqnorm.Gram(128, 128, 8, 2))
+    out += [Variants(f"grad_sqnorm B=8 T=1024 {layer} bf", folds | grams) for layer in ("768→3072", "4096→14336")]
+    blocks = {
+        f"product {m}×{n} k{t} {w}w {s}s": products(sqnorm.Product(m, n, t, w, s))
+        for m, n, t, w, s in ((128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (128, 128, 64, 4, 4), (128, 128, 128, 8, 2))
+    }
+    out += [
+        Variants(f"grad_sqnorm B={shape} bf", folds | blocks) for shape in ("4 T=8192 768→768", "2 T=16384 768→3072")
+    ]
+    rows = {f"{g} row blocks": {(head_launch, "GROUP_M"): g} for g in (4, 16, 32)}
+    narrow = {name: described(narrow=tile) for name, tile in large.items()}
+    narrow["128×128 8w 4s 128r"] = described(narrow=Tile(128, 128, 64, 8, 4, registers=128))
+    narrow["128×128 8w 2s 128r"] = described(narrow=Tile(128, 128, 64, 8, 2, registers=128))
+    out.append(Variants("one sweep K=1 N=8192 D=576 C=49152", narrow | rows))
+    broad = {name: described(broad=tile) for name, tile in large.items()}
+    broad["128×128 8w 3s 128r"] = described(broad=Tile(128, 128, 64, 8, 3, registers=128))
+    out.append(Variants("one sweep K=1 N=8192 D=2048 C=128256", broad | rows))
+    most = {
+        f"{m}×{n} {w}w {s}s": described(most=Tile(m, n, 64, w, s))
+        for m, n, w, s in (
+            (128, 64, 8, 4),
+            (128, 128, 8, 3),
+            (64, 128, 4, 3),
+            (64, 128, 8, 3),
+            (128, 64, 4, 3),
+            (64, 64, 4, 4),
+        )
+    }
+    out.append(Variants("head_scores, a direction and a sketch K=1 N=8192 D=576", most))
+    more = {
+        f"{m}×{n} {w}w {s}s": hopper(head_tiles, more=Tile(m, n, 64, w, s))
+        for m, n, w, s in ((128, 64, 8, 4), (128, 128, 8, 3), (64, 64, 4, 4), (128, 64, 4, 3))
+    }
+    out.append(Variants("all fields K=2 N=8192 D=576 C=49152", more))
+    gradient = {
+        f"{m}×{n} {w}w {s}s": hopper(head_tiles, gradient=Tile(m, n, 64, w, s))
+        for m, n, w, s in ((128, 128, 8, 4), (128, 256, 8, 3), (128, 128, 4, 4))
+    }
+    panels = {f"{n} panel blocks": {(head_launch, "PANEL_BLOCKS"): n} for n in (16, 32)}
+    chunks = {f"chunks {n} %": {(head_launch, "CHUNK_PERCENT"): n} for n in (4, 16)}
+    out.append(Variants("linear_cross_entropy, with its gradient N=8192 D=576", gradient | panels | chunks))
+    one = {
+        f"d{d} {w}w {s}s": {(scan, "HALF_TILES"): (scan.Tile(1, d, w, s), *scan.HALF_TILES[1:])}
+        for d, w, s in ((32, 8, 4), (32, 8, 8), (64, 8, 4), (64, 8, 3), (32, 4, 6), (64, 4, 4), (128, 8, 3))
+    }
+    ranking = {f"{n} programs": {(scan, "RANKING_PROGRAMS"): n} for n in (1056, 4096)}
+    out.append(Variants("topk_scan N=4000000 d=512 M=64 mean k=100 float16", one | ranking))
+    out.append(Variants("topk_scan N=20000000", one | ranking))
+    skinny = {
+        f"m{m} k{k} {w}w {s}s": {(sketch, "HALF_TILES"): (sketch.Tile(m, k, 32, w, s), *sketch.HALF_TILES[1:])}
+        for m, k, w, s in (
+            (64, 64, 4, 3),
+            (64, 64, 4, 8),
+            (64, 128, 4, 4),
+            (128, 64, 4, 4),
+            (128, 64, 8, 4),
+            (64, 256, 4, 3),
+        )
+    }
+    out += [
+        Variants(f"grad_sketch Kronecker(16, 16) B={b}", skinny)
+        for b in ("8 T=1024 768→3072 bf", "8 T=1024 4096→14336")
+    ]
+    gather: dict[str, Values] = {f"unroll {n}": {(project, "UNROLL"): n} for n in (2, 8)}
+    gather |= {f"{n} terms": {(project, "TERMS"): n} for n in (8, 32, 64)}
+    gather |= {
+        f"{n} lanes {w}w": {(project, "LANES"): n, (project, "GATHER_WARPS"): w}
+        for n, w in ((64, 4), (128, 4), (256, 8))
+    }
+    gather |= {f"scratch {n} MiB": {(project, "SCRATCH_BYTES"): n << 20} for n in (12, 36)}
+    out += [Variants(f"project Sparse({n}) B=16 D=16777216 bf", gather) for n in (512, 4096)]
+    dense: dict[str, Values] = {
+        f"{w}w {s}s": {(rademacher, "WARPS"): w, (rademacher, "STAGES"): s} for w, s in ((8, 2), (4, 3))
+    }
+    dense |= {f"tile {t}": {(rademacher, "HALF_TILE"): t} for t in ((1, 256), (2, 128), (2, 64))}
+    out.append(Variants("project Rademacher(512) B=16 D=16777216 bf", dense))
+    return out
+
+
+@contextmanager
+def patched(values: Values) -> Iterator[None]:
+    with ExitStack() as stack:
+        for (module, name), value in values.items():
+            stack.enter_context(mock.patch.object(module, name, value))
+        yield
+
+
+def chosen(part: str = "") -> Iterator[tuple[Case, Mapping[str, Values]]]:
+    for v in variants():
+        cases = [c for c in measure.cases() if v.case in c.name]
+        if len(cases) != 1:
+            raise LookupError(f"{v.case}: {len(cases)} cases have it in their names, expected one")
+        if part in v.case:
+            yield cases[0], {"as it is": {}, **v.values}
+
+
+def time_variants(case: Case, values: Mapping[str, Values]) -> Iterator[dict[str, Any]]:
+    torch.manual_seed(0)
+    inputs, pool = buffers(case), torch.cuda.graph_pool_handle()
+    replays: dict[str, Replay] = {}
+    for name, value in values.items():
+        with patched(value):
+            try:
+                replays[name] = Replay([lambda x=x: case.run(*x) for x in inputs], pool)
+            except Exception as error:
+                yield {"case": case.name, "variant": name, "error": f"{type(error).__name__}: {str(error)[:200]}"}
+    timings, _ = interleave(replays, SECONDS)
+    own = timings["as it is"].median
+    for name, timing in timings.items():
+        yield {"case": case.name, "variant": name, "ms": timing.median, "share": timing.median / own}
+
+
+def warm(first: int, step: int) -> None:
+    """Launches compiled instead of run; numbers that later launches would read are any."""
+
+    def compile_only(launch: Any, tensor: torch.Tensor) -> None:
+        with torch.cuda.device(tensor.device):
+            launch.kernel.warmup(**launch.arguments, grid=launch.grid, **launch.options())
+
+    every = [(case, value) for case, values in chosen() for value in values.values()]
+    with mock.patch.object(_common.Launch, "run", compile_only):
+        for case, value in every[first::step]:
+            with patched(value):
+                _attempt(lambda case=case: case.run(*case.make()))
+            torch.cuda.empty_cache()
+
+
+def _attempt(run: Callable[[], Any]) -> None:
+    try:
+        run()
+    except Exception as error:  # a tile that does not compile, or numbers that are any
+        print(type(error).__name__, str(error)[:200], file=sys.stderr)
+
+
+def main(words: list[str]) -> None:
+    measure.settle()
+    if words[0] == "warm":
+        warm(int(words[1]), int(words[2]))
+        return
+    with Path(words[0]).open("a") as file:
+        for case, values in chosen(*words[1:]):
+            results = sorted(time_variants(case, values), key=lambda r: r.get("ms", 1e9))
+            for result in results:
+                file.write(json.dumps(result, ensure_ascii=False) + "\n")
+            file.flush()
+            print(
+                case.name,
+                *(
+                    f"  {r['variant']}: {r['share']:.3f}" if "ms" in r else f"  {r['variant']}: {r['error']}"
+                    for r in results
+                ),
+                sep="\n",
+                flush=True,
+            )
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,71 +1,22 @@
-// ensemble_stats on NVIDIA GPUs: kernels around EnsembleRows, and their launch.
+// ensemble_stats on NVIDIA GPUs: how its kernels are launched.
 #include <cuda_runtime_api.h>
 
 #include <mutex>
 
 #include "assay_cuda.h"
-#include "crew.cuh"
-#include "ensemble_rows.h"
+#include "ensemble_kernel.cuh"
 
 namespace assay::cuda {
 namespace {
 
-struct Launch {
-  Problem problem;
-  char* g_scratch;         // TWICE_GLOBAL: a part per block
-  int64_t scratch_stride;  // bytes
-  unsigned* g_counters;    // TWICE_GLOBAL: one per crew, 0
-};
-
-constexpr int WIDE_THREADS = 32 * WIDE_MAX_WARPS;
-constexpr int max_threads(Path path) { return path == Path::NARROW ? NARROW_THREADS : WIDE_THREADS; }
-// Blocks that the registers of an SM must have room for: with fewer, too few loads are in flight.
-constexpr int min_blocks(Path path) { return path == Path::NARROW ? 6 : path == Path::KEPT ? 3 : 2; }
-
-template <class T, Path PATH, bool MIXTURE>
-__global__ void __launch_bounds__(max_threads(PATH), min_blocks(PATH))
-    ensemble_kernel(const __grid_constant__ Launch launch) {
-  extern __shared__ __align__(16) char s_memory[];
-  constexpr bool KEEP = MIXTURE && (PATH == Path::NARROW || PATH == Path::KEPT);
-  const Problem& p = launch.problem;
-  if constexpr (PATH == Path::TWICE_GLOBAL) {
-    const GlobalCrew crew(p.plan.slices, launch.g_counters, launch.scratch_stride);
-    char* g_memory = launch.g_scratch + blockIdx.x * launch.scratch_stride;
-    EnsembleRows<T, false, MIXTURE, KEEP, GlobalCrew>(p, crew, g_memory).run();
-  } else if constexpr (PATH == Path::NARROW) {
-    EnsembleRows<T, true, MIXTURE, KEEP, BlockCrew>(p, BlockCrew(), s_memory).run();
-  } else {
-    const ClusterCrew crew(p.plan.slices);
-    EnsembleRows<T, false, MIXTURE, KEEP, ClusterCrew>(p, crew, s_memory).run();
-  }
-}
-
-template <class T>
-const void* kernel(Path path, bool mixture) {
-  const auto pointer = [](auto* f) { return reinterpret_cast<const void*>(f); };
-  switch (path) {
-    case Path::NARROW:
-      return pointer(mixture ? ensemble_kernel<T, Path::NARROW, true> : ensemble_kernel<T, Path::NARROW, false>);
-    case Path::TWICE_GLOBAL:
-      return pointer(mixture ? ensemble_kernel<T, Path::TWICE_GLOBAL, true>
-                             : ensemble_kernel<T, Path::TWICE_GLOBAL, false>);
-    case Path::TWICE:
-      if (mixture) return pointer(ensemble_kernel<T, Path::TWICE, true>);
-      [[fallthrough]];  // without a second sweep there is nothing to keep or to read twice
-    case Path::KEPT:
-      return pointer(mixture ? ensemble_kernel<T, Path::KEPT, true> : ensemble_kernel<T, Path::KEPT, false>);
-  }
-  return nullptr;
-}
-
-const void* kernel(DType dtype, Path path, bool mixture) {
+const void* kernel(DType dtype, Path path, Sweeps sweeps) {
   switch (dtype) {
     case DType::f32:
-      return kernel<float>(path, mixture);
+      return kernel_for<float>(path, sweeps);
     case DType::bf16:
-      return kernel<bf16>(path, mixture);
+      return kernel_for<bf16>(path, sweeps);
     case DType::f16:
-      return kernel<f16>(path, mixture);
+      return kernel_for<f16>(path, sweeps);
   }
   return nullptr;
 }
@@ -91,10 +42,10 @@ cudaError_t max_cluster(const DeviceFacts& facts, int device, int* size) {
   *size = 1;
   ASSAY_RETURN_ON_ERROR(attribute(&clusters, cudaDevAttrClusterLaunch, device));
   if (!clusters) return cudaSuccess;
-  const void* f = kernel<float>(Path::KEPT, true);
+  const void* f = kernel_for<float>(Path::KEPT, Sweeps::TWO);
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(16);
-  config.blockDim = dim3(WIDE_THREADS);
+  config.blockDim = dim3(max_threads(Path::KEPT));
   config.dynamicSmemBytes = static_cast<size_t>(
       KEPT_BYTES_LAST < facts.device.shared_bytes ? KEPT_BYTES_LAST : facts.device.shared_bytes);
   ASSAY_RETURN_ON_ERROR(cudaFuncSetAttribute(f, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -150,7 +101,7 @@ cudaError_t set_up(const EnsembleArgs& a, Setup* s) {
   *s = Setup{};
   s->plan = plan;
   s->todo = wants(a.fields, a.labels != nullptr, a.K);
-  s->kernel = kernel(a.dtype, plan.path, s->todo.mixture);
+  s->kernel = kernel(a.dtype, plan.path, sweeps(s->todo));
   if (!s->kernel) return cudaErrorInvalidValue;
   s->layout = make_layout(plan, a.K, s->todo.mixture && plan.keeps());
   s->config.blockDim = dim3(static_cast<unsigned>(plan.threads()));
@@ -173,7 +124,7 @@ cudaError_t set_up(const EnsembleArgs& a, Setup* s) {
 
   // Rows that are read twice: as many as are resident and fit L2. Others: a crew per tile, up to a grid's sensible size.
   s->crews = tiles < 1 << 20 ? tiles : 1 << 20;
-  if (!plan.keeps()) {
+  if (plan.twice()) {
     int resident = 0;
     if (global || plan.slices == 1) {
       ASSAY_RETURN_ON_ERROR(

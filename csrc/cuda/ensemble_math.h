@@ -12,36 +12,33 @@ namespace assay::cuda {
 // is summed as a KL divergence instead.
 constexpr float SMALL_INFORMATION = 1e-4f;
 
-// Exponentials kept relative to different maxima agree to about 2e-6. The columns that come this close to the highest
-// are compared again relative to the row's maxima, where equal logits give equal bits and the lowest index wins.
-constexpr float NEARLY = 1 - 0x1p-17f;
-
 // Logits this far below the maximum count as this far: e^-200 is 0, and (z - m) e^(z - m) stays 0 for z = -inf.
 constexpr float FAR = -200.f;
 
 constexpr float TINY = std::numeric_limits<float>::min();
 
-// A model's softmax over some columns, relative to their maximum m: d = sum e^(z-m), s = sum (z-m) e^(z-m).
-// No columns, or nothing but -inf: m = -inf, d = s = 0. A NaN or +inf logit shows in m.
+// A model's softmax over some columns, relative to their maximum m: d = sum e^(z-m), s = sum (z-m) e^(z-m), and, of a
+// single model, q = sum e^2(z-m).
+// No columns, or nothing but -inf: m = -inf, d = s = q = 0. A NaN or +inf logit shows in m.
 struct State {
   float m;
-  double d, s;
+  double d, s, q;
 };
-constexpr State EMPTY_STATE{-INF, 0, 0};
+constexpr State EMPTY_STATE{-INF, 0, 0, 0};
 
 // The same sums relative to m >= a.m.
 ASSAY_HD State rescaled(const State& a, float m) {
   if (a.m == m) return a;
   const float shift = a.m - m;
-  if (shift < FAR) return {m, 0, 0};  // nothing is left, nor is there of -inf: 0 * inf must not be NaN
+  if (shift < FAR) return {m, 0, 0, 0};  // nothing is left, nor is there of -inf: 0 * inf must not be NaN
   const double r = static_cast<double>(exp2_approx(shift * LOG2E));
-  return {m, r * a.d, r * fma(static_cast<double>(shift), a.d, a.s)};
+  return {m, r * a.d, r * fma(static_cast<double>(shift), a.d, a.s), r * r * a.q};
 }
 
 ASSAY_HD State merge(const State& a, const State& b) {
   const float m = max_nan(a.m, b.m);
   const State x = rescaled(a, m), y = rescaled(b, m);
-  return {m, x.d + y.d, x.s + y.s};
+  return {m, x.d + y.d, x.s + y.s, x.q + y.q};
 }
 
 // One model's whole row. (m, log d) stay two words: their sum would lose digits under a large common offset. Entropies are
@@ -88,6 +85,14 @@ ASSAY_HD double entropy_of(const Mixture& x) {
 ASSAY_HD Mixture merge(const Mixture& a, const Mixture& b) {
   return {a.entropy + b.entropy, a.rest + b.rest, a.squares + b.squares,
           a.top_other > b.top_other ? a.top_other : b.top_other, a.p_label > b.p_label ? a.p_label : b.p_label};
+}
+
+// A single model is its own mixture: `others` is its state without the label's column, `model` that of all columns.
+ASSAY_HD Mixture mixture_of_one(const State& others, const Model& model, float zy) {
+  const State x = rescaled(others, model.m);
+  const double inverse = static_cast<double>(model.inverse);
+  return {0, x.d * inverse, x.q * inverse * inverse, exp2_approx((others.m - model.m) * LOG2E) * model.inverse,
+          exp2_approx((zy - model.m) * LOG2E) * model.inverse};
 }
 
 // What a second look gives: the KL sum, and the highest column as (probability, lowest index), which compares as a number.
@@ -159,16 +164,16 @@ ASSAY_HD float el2n(const Mixture& x) {
 ASSAY_HD constexpr uint32_t bit(Field f) { return 1u << f; }
 constexpr uint32_t LABEL_FIELDS = 1u << NLL | 1u << MEAN_NLL | 1u << MARGIN | 1u << AGREEMENT | 1u << EL2N;
 
-// Which work a mask of fields asks for. One model's mixture is that model: only the label's rivals need a second look.
+// Which work a mask of fields asks for. `squares`: a single model's, whose mixture takes no second sweep.
 struct Wants {
-  bool mixture, logs, tops, information, prediction;
+  bool mixture, squares, logs, tops, information, prediction;
 };
 ASSAY_HD constexpr Wants wants(uint32_t fields, bool labelled, int64_t K) {
   const uint32_t f = labelled ? fields : fields & ~LABEL_FIELDS;
-  const bool several = K > 1;
+  const bool several = K > 1, rivals = (f & (bit(MARGIN) | bit(EL2N))) != 0;
   return {
-      (f & (bit(MARGIN) | bit(EL2N))) != 0 ||
-          (several && (f & (bit(ENTROPY) | bit(MUTUAL_INFORMATION) | bit(CONFIDENCE) | bit(PREDICTION))) != 0),
+      several && (rivals || (f & (bit(ENTROPY) | bit(MUTUAL_INFORMATION) | bit(CONFIDENCE) | bit(PREDICTION))) != 0),
+      !several && rivals,
       several && (f & (bit(ENTROPY) | bit(MUTUAL_INFORMATION))) != 0,
       (f & (bit(AGREEMENT) | bit(VOTE_ENTROPY))) != 0 || (!several && (f & bit(PREDICTION)) != 0),
       several && (f & bit(MUTUAL_INFORMATION)) != 0,

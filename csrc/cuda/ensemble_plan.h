@@ -7,9 +7,10 @@ namespace assay::cuda {
 
 // ---- dispatch: every limit and its reason ---------------------------------------------------------------------------
 
-// Narrow rows: many rows per block, 1 to 32 lanes each, a column in eight to a lane: 32 lanes x 8 columns is the end.
+// Narrow rows: many rows per block, each up to 32 columns to a lane, eight of them at a time: what a row costs at its end,
+// once per lane, is as much as many columns. Fewer where many models' logits would fill the shared memory.
 constexpr int NARROW_MAX_C = 256;
-constexpr int NARROW_COLUMNS_PER_LANE = 8;
+constexpr int NARROW_COLUMNS_PER_LANE[] = {32, 16, 8}, NARROW_COLUMNS = 8;
 // Four warps: enough rows for coalesced results, small enough that five blocks and more share an SM.
 constexpr int NARROW_THREADS = 128;
 
@@ -17,11 +18,17 @@ constexpr int NARROW_THREADS = 128;
 // blocks fit an SM's registers.
 constexpr int WIDE_MAX_WARPS = 8;
 
-// The exponentials of a K x C row stay in shared memory, as float32 whatever the dtype: the second sweep then costs one
-// multiply-add per logit, where a second exponential per 16-bit logit would saturate the special function units before
-// the memory. A row is shared by as few blocks as keep a block's part within 72 KB, so that three blocks are on an SM
-// (227 KB) and one loads while others mix; with the most blocks a part may grow to 110 KB, two blocks on an SM.
-// Beyond, blocks would wait for each other with the memory idle: reading twice through L2 is the better half.
+// A warp has a row of up to a chunk to itself, and four warps share a block.
+constexpr int WARP_ROWS = 4;
+
+// A single model is read once and keeps nothing: blocks are few per row, since each row's meetings cost as much as many
+// columns, and enough that a few rows of a large vocabulary fill a card.
+constexpr int64_t ONCE_BYTES = 128 << 10;
+
+// The logits of a K x C row stay in shared memory for the second sweep, as they are. A row is shared by as few blocks as
+// keep a block's part within 72 KB, so that three blocks are on an SM (227 KB) and one loads while others mix; with the
+// most blocks a part may grow to 110 KB, two blocks on an SM. Beyond, blocks would wait for each other with the memory
+// idle: reading twice through L2 is the better half.
 constexpr int64_t KEPT_BYTES = 72 << 10, KEPT_BYTES_LAST = 110 << 10;
 // Blocks per row: a power of two up to the cluster size. 8 is portable; 16 needs the device's consent.
 constexpr int CLUSTER_SIZES[] = {1, 2, 4, 8, 16};
@@ -46,11 +53,19 @@ struct Device {
 };
 
 enum class Path : int32_t {
-  NARROW,        // rows of a few columns, packed into blocks; exponentials in shared memory
-  KEPT,          // a block or cluster per row; exponentials in shared memory
+  NARROW,        // rows of a few columns, packed into blocks; logits in shared memory
+  WARP,          // the same with a warp per row, which loads vectors
+  ONCE,          // a block or cluster per row of a single model, whose mixture needs no second sweep
+  KEPT,          // a block or cluster per row; logits in shared memory
   TWICE,         // a cluster per row, which it reads twice
   TWICE_GLOBAL,  // the same before Hopper or for very many models: blocks meet in global memory, state in the workspace
 };
+
+// How often the logits are gone through; of a single model once, with squares if its rivals' fields are asked for.
+enum class Sweeps : int32_t { ONE, SQUARES, TWO };
+ASSAY_HD constexpr Sweeps sweeps(const Wants& todo) {
+  return todo.mixture ? Sweeps::TWO : todo.squares ? Sweeps::SQUARES : Sweeps::ONE;
+}
 
 struct Plan {
   Path path;
@@ -59,11 +74,13 @@ struct Plan {
   int row_groups;  // groups of a block that share a row: 1 if narrow, else all
   int slices;      // blocks that share a row
   int chunks;      // chunks per group and model
-  int quads;       // of four slots that a chunk uses
+  int words;       // of 16 bytes that a lane keeps of a chunk
 
   ASSAY_HD int threads() const { return lanes * groups; }
   ASSAY_HD int rows() const { return groups / row_groups; }  // per block
-  ASSAY_HD bool keeps() const { return path == Path::NARROW || path == Path::KEPT; }
+  ASSAY_HD bool packed() const { return path == Path::NARROW || path == Path::WARP; }
+  ASSAY_HD bool keeps() const { return packed() || path == Path::KEPT; }
+  ASSAY_HD bool twice() const { return path == Path::TWICE || path == Path::TWICE_GLOBAL; }
   // The row's chunk that is a group's j-th: a slice's chunks are neighbours.
   ASSAY_HD int chunk(int slice, int j, int row_group) const { return (slice * chunks + j) * row_groups + row_group; }
 };
@@ -74,38 +91,39 @@ constexpr int power_of_two_from(int64_t n) {
   return p;
 }
 
-inline Plan narrow_plan(int64_t C, int threads) {
-  const int lanes = power_of_two_from(ceil_div(C, NARROW_COLUMNS_PER_LANE));
-  const int quads = static_cast<int>(ceil_div(ceil_div(C, lanes), 4));
-  return {Path::NARROW, lanes, threads / lanes, 1, 1, 1, quads};
+inline Plan narrow_plan(int64_t C, int threads, int columns_per_lane = NARROW_COLUMNS_PER_LANE[0]) {
+  const int lanes = power_of_two_from(ceil_div(C, columns_per_lane));
+  const int64_t columns = ceil_div(C, lanes), chunks = ceil_div(columns, NARROW_COLUMNS);
+  const int quads = columns <= 4 ? 1 : NARROW_COLUMNS / 4;
+  return {Path::NARROW, lanes, threads / lanes, 1, 1, static_cast<int>(chunks), quads};
 }
+
+constexpr int VECTORS = 4;  // of 16 bytes: a lane's part of a chunk
+
+inline Plan warp_plan(int warp, int rows) { return {Path::WARP, warp, rows, 1, 1, 1, VECTORS}; }
 
 // slot_count: a lane's columns in a chunk
 inline Plan wide_plan(Path path, int64_t C, int slot_count, int slices, int warp, int max_warps) {
   const int64_t per_slice = ceil_div(ceil_div(C, warp * slot_count), slices);
   const int64_t chunks = ceil_div(per_slice, max_warps), warps = ceil_div(per_slice, chunks);
-  return {path, warp, static_cast<int>(warps), static_cast<int>(warps), slices, static_cast<int>(chunks), slot_count / 4};
+  return {path, warp, static_cast<int>(warps), static_cast<int>(warps), slices, static_cast<int>(chunks), VECTORS};
 }
 
 // What the first two meetings say about a row.
 struct RowVerdict {
-  float nearly;  // columns from here on may be the highest
+  float highest;  // probability of the mixture
   bool divergence, defined;
-};
-
-struct alignas(16) Quad {
-  float v[4];
 };
 
 // Where things are in a block's memory: shared, or its part of the workspace. Offsets in bytes, made on the host, so that
 // they are constants to the kernel and take no registers.
 struct Layout {
-  int64_t e;         // Quad (K, chunks, quads, threads): exponentials relative to `base`; empty if they are not kept
+  int64_t logits;    // Granule (K, chunks, words, threads): empty if they are not kept
   int64_t states;    // State (rows, K, row_groups)
   int64_t mixtures;  // Mixture (rows, row_groups)
   int64_t refined;   // Refined (rows, row_groups)
   int64_t models;    // Model (rows, K)
-  int64_t base;      // float (K, chunks, groups): the group's maximum up to and with this chunk
+  int64_t firsts;    // int (K, groups): the group's first chunk with its maximum
   int64_t tops;      // int (rows, K): lowest column of this block's slice with the model's maximum
   int64_t votes;     // int (K,): the same of a whole wide row
   int64_t verdicts;  // RowVerdict (rows,)
@@ -120,14 +138,14 @@ inline Layout make_layout(const Plan& p, int64_t K, bool keep) {
     return at;
   };
   Layout l{};
-  l.e = take(keep ? K * p.chunks * p.quads * p.threads() : 0, sizeof(Quad));
+  l.logits = take(keep ? K * p.chunks * p.words * p.threads() : 0, 16);
   l.states = take(p.groups * K, sizeof(State));
   l.mixtures = take(p.groups, sizeof(Mixture));
   l.refined = take(p.groups, sizeof(Refined));
   l.models = take(p.rows() * K, sizeof(Model));
-  l.base = take(K * p.chunks * p.groups, sizeof(float));
+  l.firsts = take(p.packed() ? 0 : K * p.groups, sizeof(int));
   l.tops = take(p.rows() * K, sizeof(int));
-  l.votes = take(p.path == Path::NARROW ? 0 : K, sizeof(int));
+  l.votes = take(p.packed() ? 0 : K, sizeof(int));
   l.verdicts = take(p.rows(), sizeof(RowVerdict));
   l.bytes = end;
   return l;
@@ -135,7 +153,7 @@ inline Layout make_layout(const Plan& p, int64_t K, bool keep) {
 
 // The same for every N and every mask of fields.
 inline Plan make_plan(int64_t K, int64_t C, int itemsize, const Device& device) {
-  const int slot_count = 64 / itemsize;  // four loads of 16 bytes
+  const int slot_count = 16 * VECTORS / itemsize;
   const auto wide = [&](Path path, int slices) { return wide_plan(path, C, slot_count, slices, 32, WIDE_MAX_WARPS); };
   const auto twice = [&](Path path, int most) {  // no more slices than chunks: an empty block would only wait
     const int slices = power_of_two_from(ceil_div(C, 32 * slot_count));
@@ -145,8 +163,15 @@ inline Plan make_plan(int64_t K, int64_t C, int itemsize, const Device& device) 
     return make_layout(p, K, p.keeps()).bytes <= (limit < device.shared_bytes ? limit : device.shared_bytes);
   };
   if (K <= INLINE_MODELS) {
-    if (C <= NARROW_MAX_C)
-      if (const Plan p = narrow_plan(C, NARROW_THREADS); fits(p, KEPT_BYTES_LAST)) return p;
+    for (int columns : NARROW_COLUMNS_PER_LANE)
+      if (C <= NARROW_MAX_C)
+        if (const Plan p = narrow_plan(C, NARROW_THREADS, columns); fits(p, KEPT_BYTES)) return p;
+    if (C <= 32 * slot_count)
+      if (const Plan p = warp_plan(32, WARP_ROWS); fits(p, KEPT_BYTES_LAST)) return p;
+    if (K == 1) {
+      const int slices = power_of_two_from(ceil_div(C * itemsize, ONCE_BYTES));
+      return wide(Path::ONCE, slices < device.max_cluster ? slices : device.max_cluster);
+    }
     for (int slices : CLUSTER_SIZES) {
       if (slices > device.max_cluster) break;
       const bool last = slices == 16 || 2 * slices > device.max_cluster;

@@ -4,7 +4,8 @@
 // columns in chunks. Three meetings per row:
 //   1. every model's (max, sum) states are merged into its softmax                        -> log p_y, entropies
 //   2. the groups mix the models over their own columns, and the parts are merged         -> the mixture's fields
-//   3. only if asked for: the highest column compared exactly, a small mutual information summed as a divergence
+//   3. only if asked for: the highest column's index, a small mutual information summed as a divergence
+// A single model is its own mixture: its first sweep leaves the label's column out, and finds what else is wanted.
 // Every merge follows an order given by the plan: the same bits on every run.
 #pragma once
 #include "ensemble_plan.h"
@@ -35,11 +36,23 @@ struct Problem {
   ASSAY_HD const ModelLogits& model(int k) const { return g_models ? g_models[k] : inline_models[k]; }
 };
 
-template <class T, bool NARROW, bool MIXTURE, bool KEEP, class Crew>
+template <class T, Path PATH, Sweeps SWEEPS, class Crew>
 class EnsembleRows {
-  static constexpr int V = NARROW ? 1 : 16 / static_cast<int>(sizeof(T)), U = NARROW ? NARROW_COLUMNS_PER_LANE : 4;
+  static constexpr bool NARROW = PATH == Path::NARROW, PACKED = NARROW || PATH == Path::WARP;
+  static constexpr bool MIXTURE = SWEEPS == Sweeps::TWO, SQUARES = SWEEPS == Sweeps::SQUARES;
+  static constexpr bool KEEP = MIXTURE && (PACKED || PATH == Path::KEPT);
+  static constexpr int V = NARROW ? 1 : 16 / static_cast<int>(sizeof(T)), U = NARROW ? NARROW_COLUMNS : VECTORS;
   using S = Slots<V, U>;
-  static constexpr int SLOTS = S::COUNT, QUADS = SLOTS / 4;
+  static constexpr int SLOTS = S::COUNT;
+
+  // A lane's part of a chunk: as it is in memory, until it is used.
+  struct Vectors {
+    Granule g[U];
+  };
+  struct Columns {
+    float z[U];
+  };
+  using Part = std::conditional_t<NARROW, Columns, Vectors>;
 
  public:
   ASSAY_HD EnsembleRows(const Problem& problem, const Crew& its_crew, char* its_memory)
@@ -50,9 +63,9 @@ class EnsembleRows {
         lanes(NARROW ? plan.lanes : Crew::WARP),
         lane(crew.thread % lanes),
         group(crew.thread / lanes),
-        row(NARROW ? group : 0),
-        row_group(NARROW ? 0 : group),
-        item_lanes(NARROW ? 1 : Crew::WARP) {}
+        row(PACKED ? group : 0),
+        row_group(PACKED ? 0 : group),
+        item_lanes(PACKED ? 1 : Crew::WARP) {}
 
   ASSAY_HD void run() {
     n = static_cast<int64_t>(crew.first_tile()) * plan.rows() + row;
@@ -66,17 +79,20 @@ class EnsembleRows {
   ASSAY_HD int64_t first_row() const { return n - row; }
 
   ASSAY_HD void run_tile() {
+    const Part r_part = fetch(0, 0);  // on its way while the label comes
     label = NO_LABEL;
-    live = n < p.N && read_label(n, label);
-    if (!NARROW && !live) {  // the same for the whole crew
+    const bool live = n < p.N && read_label(n, label);
+    if (!PACKED && !live) {  // the same for the whole crew
       if (leads(0)) write_undefined(n);
       return;
     }
-    sweep_models();
+    const int first_item = crew.thread / item_lanes;
+    const float r_zy = label_logit(first_item);  // on its way while the rest comes
+    sweep_models(r_part);
     crew.sync();
-    each_item(plan.rows() * p.K, [&](int i) { finish_model_of(i); });
+    each_item(plan.rows() * p.K, [&](int i) { finish_model_of(i, i == first_item ? r_zy : label_logit(i)); });
     crew.sync_block();
-    if (!NARROW && p.todo.tops) find_tops();
+    if (!PACKED && p.todo.tops) find_tops();
     if constexpr (MIXTURE) sweep_mixture();
     crew.sync();
     each_item(plan.rows(), [&](int r) { finish_row(r, first_row() + r); });
@@ -90,17 +106,17 @@ class EnsembleRows {
     }
   }
 
-  // Calls f(i) for each i < count with the lanes of an item together: one thread each if narrow, else one warp.
+  // Calls f(i) for each i < count with the lanes of an item together: one thread each if packed, else one warp.
   template <class F>
   ASSAY_HD void each_item(int count, const F& f) const {
     ASSAY_NO_UNROLL
     for (int i = crew.thread / item_lanes; i < count; i += crew.threads / item_lanes) f(i);
   }
   // Merges `count` parts (i-th: part(i)) over an item's lanes; the result is lane 0's.
-  template <class Part, class F>
-  ASSAY_HD Part gather(int count, Part sum, const F& part) const {
+  template <class Sum, class F>
+  ASSAY_HD Sum gather(int count, Sum sum, const F& part) const {
     ASSAY_NO_UNROLL
-    for (int i = NARROW ? 0 : lane; i < count; i += item_lanes) sum = merge(sum, part(i));
+    for (int i = PACKED ? 0 : lane; i < count; i += item_lanes) sum = merge(sum, part(i));
     ASSAY_NO_UNROLL
     for (int offset = item_lanes / 2; offset > 0; offset /= 2) sum = merge(sum, shuffled(sum, offset));
     return sum;
@@ -108,7 +124,8 @@ class EnsembleRows {
   ASSAY_HD bool leads(int item) const { return crew.slice == 0 && crew.thread == item * item_lanes; }
 
   ASSAY_HD State shuffled(const State& x, int offset) const {
-    return {crew.shuffle_xor(x.m, offset), crew.shuffle_xor(x.d, offset), crew.shuffle_xor(x.s, offset)};
+    return {crew.shuffle_xor(x.m, offset), crew.shuffle_xor(x.d, offset), crew.shuffle_xor(x.s, offset),
+            SQUARES ? crew.shuffle_xor(x.q, offset) : 0};
   }
   ASSAY_HD Mixture shuffled(const Mixture& x, int offset) const {
     return {crew.shuffle_xor(x.entropy, offset), crew.shuffle_xor(x.rest, offset), crew.shuffle_xor(x.squares, offset),
@@ -117,14 +134,14 @@ class EnsembleRows {
   ASSAY_HD Refined shuffled(const Refined& x, int offset) const {
     return {crew.shuffle_xor(x.information, offset), crew.shuffle_xor(x.best, offset)};
   }
-  template <class Part>  // over a group's lanes
-  ASSAY_HD Part reduce(Part x) const {
+  template <class Sum>  // over a group's lanes
+  ASSAY_HD Sum reduce(Sum x) const {
     ASSAY_NO_UNROLL
     for (int offset = lanes / 2; offset > 0; offset /= 2) x = merge(x, shuffled(x, offset));
     return x;
   }
 
-  // False: the row is not read (ignored, or its label is no class, which a captured graph cannot report otherwise).
+  // False: the row counts for nothing (ignored, or its label is no class, which a captured graph cannot report otherwise).
   ASSAY_HD bool read_label(int64_t row_index, int& to) const {
     if (!p.g_labels) return true;
     const int64_t y = p.g_labels[row_index];
@@ -132,39 +149,71 @@ class EnsembleRows {
     to = static_cast<int>(y);
     return true;
   }
+  // The label of the tile's r-th row; NO_LABEL if that counts for nothing.
+  ASSAY_HD int label_of(int r) const {
+    int y = PACKED ? NO_LABEL : label;
+    if (PACKED && first_row() + r < p.N) read_label(first_row() + r, y);
+    return y;
+  }
+  // An item's: row i / K, model i % K. NaN without a label.
+  ASSAY_HD float label_logit(int item) const {
+    if (item >= plan.rows() * p.K) return NaN;
+    const int r = item / p.K, y = label_of(r);
+    if (y < 0) return NaN;
+    const ModelLogits& model = p.model(item % p.K);
+    return to_float(static_cast<const T*>(model.g_logits)[(first_row() + r) * model.row_stride + y * model.col_stride]);
+  }
 
   // ---- the logits -----------------------------------------------------------------------------------------------------
 
-  ASSAY_HD const T* row_logits(const ModelLogits& model) const {
-    return static_cast<const T*>(model.g_logits) + (!NARROW || live ? n : 0) * model.row_stride;
-  }
   ASSAY_HD int first_column(int j) const { return plan.chunk(crew.slice, j, row_group) * S::columns(lanes); }
   ASSAY_HD int column(int j, int slot) const { return first_column(j) + S::column(lane, lanes, slot); }
-  // COUNT vectors of model k's j-th chunk, from the u-th on.
-  template <int COUNT>
-  ASSAY_HD void load(int k, int j, int u, float (&r_z)[V * COUNT]) const {
+  // Whether the group's j-th chunk has columns. The same for its lanes.
+  ASSAY_HD bool holds(int j) const { return j < plan.chunks && first_column(j) < p.C; }
+
+  // Model k's j-th chunk; rows past the end, of a packed tile, are all -inf.
+  ASSAY_HD Part fetch(int k, int j) const {
     const ModelLogits& model = p.model(k);
-    load_chunk<T, V, COUNT>(row_logits(model), model.col_stride, !NARROW || live ? p.C : 0,
-                            first_column(j) + u * lanes * V, lane, lanes, r_z);
+    const bool inside = !PACKED || n < p.N;
+    const T* g_row = static_cast<const T*>(model.g_logits) + (inside ? n : 0) * model.row_stride;
+    const int C = inside ? p.C : 0;
+    Part r;
+    if constexpr (NARROW) {
+      load_columns(g_row, model.col_stride, C, first_column(j) + lane, lanes, r.z);
+    } else {
+      load_vectors(g_row, model.col_stride, C, first_column(j), lane, lanes, r.g);
+    }
+    return r;
   }
-  // Quads of the j-th chunk that hold columns; 0 beyond the row's end. The same for a group's lanes.
-  ASSAY_HD int quads_of(int j) const {
-    if constexpr (NARROW) return plan.quads;
-    const int left = p.C - first_column(j);
-    if (left <= 0) return 0;
-    const int vectors = (left + lanes * V - 1) / (lanes * V);
-    return vectors < U ? vectors * (V / 4) : QUADS;
-  }
-  // f(q) for the chunk's quads. Whole chunks, the usual ones, are unrolled without a branch per quad.
+
+  // f(slot, logit), a vector at a time: a whole chunk's floats would take too many registers.
   template <class F>
-  ASSAY_HD static void each_quad(int quads, const F& f) {
-    if (quads == QUADS) {
+  ASSAY_HD void each_logit(const Part& r, const F& f) const {
+    if constexpr (NARROW) {
       ASSAY_UNROLL
-      for (int q = 0; q < QUADS; ++q) f(q);
+      for (int i = 0; i < SLOTS; ++i)
+        if (i < 4 * plan.words) f(i, r.z[i]);
     } else {
       ASSAY_UNROLL
-      for (int q = 0; q < QUADS; ++q)
-        if (q < quads) f(q);
+      for (int u = 0; u < U; ++u) {
+        float r_z[V];
+        unpack(r.g[u], r_z, T{});
+        ASSAY_UNROLL
+        for (int v = 0; v < V; ++v) f(u * V + v, r_z[v]);
+      }
+    }
+  }
+  ASSAY_HD static float highest_of(const Part& r) {
+    if constexpr (NARROW) {
+      float m = r.z[0];
+      ASSAY_UNROLL
+      for (int i = 1; i < U; ++i) m = max_nan(m, r.z[i]);
+      return m;
+    } else {
+      Granule g = r.g[0];
+      ASSAY_UNROLL
+      for (int u = 1; u < U; ++u) g = max_nan(g, r.g[u], T{});
+      return max_of(g, T{});
     }
   }
 
@@ -181,96 +230,138 @@ class EnsembleRows {
   ASSAY_HD int* tops() const { return at<int>(p.layout.tops); }
   ASSAY_HD int* votes() const { return at<int>(p.layout.votes); }
   ASSAY_HD RowVerdict* verdicts() const { return at<RowVerdict>(p.layout.verdicts); }
-  ASSAY_HD float& base(int k, int j) const { return at<float>(p.layout.base)[(k * plan.chunks + j) * plan.groups + group]; }
-  ASSAY_HD Quad& kept(int k, int j, int q) const {
-    return at<Quad>(p.layout.e)[((k * plan.chunks + j) * plan.quads + q) * crew.threads + crew.thread];
+  ASSAY_HD int& first_chunk(int k) const { return at<int>(p.layout.firsts)[k * plan.groups + group]; }
+  ASSAY_HD Granule& kept(int k, int j, int w) const {
+    return at<Granule>(p.layout.logits)[((k * plan.chunks + j) * plan.words + w) * crew.threads + crew.thread];
+  }
+  ASSAY_HD void keep(int k, int j, const Part& r) const {
+    ASSAY_UNROLL
+    for (int w = 0; w < VECTORS; ++w) {
+      if constexpr (!NARROW) {
+        kept(k, j, w) = r.g[w];
+      } else if (4 * w < SLOTS && w < plan.words) {
+        kept(k, j, w) = {{float_to_bits(r.z[4 * w % SLOTS]), float_to_bits(r.z[(4 * w + 1) % SLOTS]),
+                          float_to_bits(r.z[(4 * w + 2) % SLOTS]), float_to_bits(r.z[(4 * w + 3) % SLOTS])}};
+      }
+    }
+  }
+  // The chunk once more.
+  ASSAY_HD Part again(int k, int j) const {
+    if constexpr (!KEEP) return fetch(k, j);
+    Part r;
+    if constexpr (NARROW) {
+      ASSAY_UNROLL
+      for (int i = 0; i < SLOTS; ++i) r.z[i] = i / 4 < plan.words ? bits_to_float(kept(k, j, i / 4).word[i % 4]) : -INF;
+    } else {
+      ASSAY_UNROLL
+      for (int u = 0; u < U; ++u) r.g[u] = kept(k, j, u);
+    }
+    return r;
   }
 
   // ---- first sweep: each model's softmax ------------------------------------------------------------------------------
 
-  ASSAY_HD void sweep_models() {
+  // r_next: the group's first chunk. Each is asked for while the one before is worked on.
+  ASSAY_HD void sweep_models(Part r_next) {
     ASSAY_NO_UNROLL
     for (int k = 0; k < p.K; ++k) {
       State r_state = EMPTY_STATE;
+      int first = 0;
       ASSAY_NO_UNROLL
-      for (int j = 0; j < plan.chunks; ++j) {
-        const int quads = quads_of(j);
-        if (quads == 0) break;
-        float r_z[SLOTS];
-        load<U>(k, j, 0, r_z);
-        add_chunk(k, j, quads, r_z, r_state);
+      for (int j = 0; j == 0 || holds(j); ++j) {
+        Part r_part = r_next;
+        const bool more = holds(j + 1);
+        if (more || k + 1 < p.K) r_next = fetch(more ? k : k + 1, more ? j + 1 : 0);
+        if constexpr (KEEP) keep(k, j, r_part);
+        if (p.K == 1) take_label_out(j, r_part);
+        const float m = highest_of(r_part);
+        if (!(m <= r_state.m)) {  // higher, or NaN
+          r_state = rescaled(r_state, max_nan(r_state.m, m));
+          first = PACKED && p.todo.tops ? column(j, first_slot(r_part, m)) : j;
+        }
+        add_chunk(r_part, r_state);
       }
-      r_state = reduce(r_state);  // the lanes agree on m: sums only
-      if (lane == 0) states()[(row * p.K + k) * plan.row_groups + row_group] = r_state;
+      join(k, r_state, first);
     }
   }
 
-  ASSAY_HD void add_chunk(int k, int j, int quads, const float (&r_z)[SLOTS], State& r_state) {
-    float m = r_state.m;
-    each_quad(quads, [&](int q) {
-      ASSAY_UNROLL
-      for (int i = 0; i < 4; ++i) m = max_nan(m, r_z[4 * q + i]);
-    });
-    ASSAY_NO_UNROLL
-    for (int offset = lanes / 2; offset > 0; offset /= 2) m = max_nan(m, crew.shuffle_xor(m, offset));
-    if (NARROW && p.todo.tops) find_top(k, m, r_z);
-    r_state = rescaled(r_state, m);
-    if (lane == 0) base(k, j) = m;
-
-    const float origin = m > -INF ? m : 0.f;  // nothing but -inf so far: -inf - 0 gives e = 0
-    float r_d[2] = {0, 0}, r_s[2] = {0, 0};
-    each_quad(quads, [&](int q) {
-      Quad r_e;
-      ASSAY_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const float x = fmaxf(r_z[4 * q + i] - origin, FAR);
-        r_e.v[i] = exp2_approx(x * LOG2E);
-        r_d[i % 2] += r_e.v[i];
-        r_s[i % 2] = fmaf(x, r_e.v[i], r_s[i % 2]);
+  ASSAY_HD void take_label_out(int j, Part& r_part) const {
+    const int y = label - first_column(j);
+    if (label < 0 || y < 0 || y >= S::columns(lanes)) return;
+    const int mine = S::slot(lane, lanes, y);
+    ASSAY_UNROLL
+    for (int i = 0; i < SLOTS; ++i) {
+      if (i != mine) continue;
+      if constexpr (NARROW) {
+        r_part.z[i] = -INF;
+      } else {
+        set_column(r_part.g[i / V], i % V, T{});
       }
-      if constexpr (KEEP) kept(k, j, q) = r_e;
+    }
+  }
+
+  // r_state.m is the chunk's maximum, or higher.
+  ASSAY_HD void add_chunk(const Part& r_part, State& r_state) const {
+    const float origin = r_state.m > -INF ? r_state.m : 0.f;  // nothing but -inf so far: -inf - 0 gives e = 0
+    float r_d[2] = {0, 0}, r_s[2] = {0, 0}, r_q[2] = {0, 0};
+    each_logit(r_part, [&](int i, float z) {
+      const float x = fmaxf(z - origin, FAR), e = exp2_approx(x * LOG2E);
+      r_d[i % 2] += e;
+      r_s[i % 2] = fmaf(x, e, r_s[i % 2]);
+      if constexpr (SQUARES) r_q[i % 2] = fmaf(e, e, r_q[i % 2]);
     });
     r_state.d += static_cast<double>(r_d[0] + r_d[1]);
     r_state.s += static_cast<double>(r_s[0] + r_s[1]);
+    if constexpr (SQUARES) r_state.q += static_cast<double>(r_q[0] + r_q[1]);
   }
 
-  ASSAY_HD void finish_model_of(int item) const {
-    const int r = item / p.K, k = item % p.K;
-    const int64_t row_index = first_row() + r;
+  // The lanes' states of model k become the group's. first: where a lane has met its maximum first, a column of a packed
+  // row, a chunk of a wide one.
+  ASSAY_HD void join(int k, State r_state, int first) const {
+    float m = r_state.m;
+    ASSAY_NO_UNROLL
+    for (int offset = lanes / 2; offset > 0; offset /= 2) m = max_nan(m, crew.shuffle_xor(m, offset));
+    if (p.todo.tops) {
+      first = r_state.m == m ? first : NO_TOP;
+      ASSAY_NO_UNROLL
+      for (int offset = lanes / 2; offset > 0; offset /= 2) {
+        const int other = crew.shuffle_xor(first, offset);
+        first = other < first ? other : first;
+      }
+      if (lane == 0) (PACKED ? tops()[row * p.K + k] : first_chunk(k)) = first;
+    }
+    r_state = rescaled(r_state, m);
+    ASSAY_NO_UNROLL
+    for (int offset = lanes / 2; offset > 0; offset /= 2) {
+      r_state.d += crew.shuffle_xor(r_state.d, offset);
+      r_state.s += crew.shuffle_xor(r_state.s, offset);
+      if constexpr (SQUARES) r_state.q += crew.shuffle_xor(r_state.q, offset);
+    }
+    if (lane == 0) states()[(row * p.K + k) * plan.row_groups + row_group] = r_state;
+  }
+
+  ASSAY_HD void finish_model_of(int item, float zy) const {
     const int parts = plan.row_groups;
     const State sum = gather(parts * plan.slices, EMPTY_STATE,
                              [&](int i) { return crew.peer(states(), i / parts)[item * parts + i % parts]; });
-    if (NARROW || lane == 0) {
-      int y = NO_LABEL;
-      float zy = NaN;
-      const ModelLogits& model = p.model(k);
-      if (row_index < p.N && read_label(row_index, y) && y >= 0)
-        zy = to_float(static_cast<const T*>(model.g_logits)[row_index * model.row_stride + y * model.col_stride]);
-      models()[item] = finish_model(sum, zy);
-      if (!NARROW) tops()[item] = NO_TOP;
-    }
+    if (!PACKED && lane != 0) return;
+    const int r = item / p.K, y = label_of(r);
+    const bool apart = p.K == 1 && y >= 0;  // the label's column is not in `sum`
+    const Model model = finish_model(apart ? merge(sum, State{zy, 1, 0, 1}) : sum, zy);
+    models()[item] = model;
+    if constexpr (SQUARES) mixtures()[r] = mixture_of_one(sum, model, zy);
+    if (PACKED && p.todo.tops && apart && zy == model.m)
+      tops()[item] = zy > sum.m || y < tops()[item] ? y : tops()[item];
+    if (!PACKED) tops()[item] = apart && zy == model.m ? y : NO_TOP;
   }
 
   // ---- argmax per model -----------------------------------------------------------------------------------------------
 
   // The first slot that holds m; SLOTS if none does.
-  ASSAY_HD static int first_slot(const float (&r_z)[SLOTS], float m) {
+  ASSAY_HD int first_slot(const Part& r_part, float m) const {
     int slot = SLOTS;
-    ASSAY_UNROLL
-    for (int i = SLOTS - 1; i >= 0; --i) slot = r_z[i] == m ? i : slot;
+    each_logit(r_part, [&](int i, float z) { slot = z == m && i < slot ? i : slot; });
     return slot;
-  }
-
-  // Of a narrow row, while its logits are at hand: m is the row's maximum.
-  ASSAY_HD void find_top(int k, float m, const float (&r_z)[SLOTS]) const {
-    const int slot = first_slot(r_z, m);
-    int top = slot < SLOTS ? S::column(lane, lanes, slot) : NO_TOP;
-    ASSAY_NO_UNROLL
-    for (int offset = lanes / 2; offset > 0; offset /= 2) {
-      const int other = crew.shuffle_xor(top, offset);
-      top = other < top ? other : top;
-    }
-    if (lane == 0) tops()[row * p.K + k] = top;
   }
 
   // Of a wide row: the groups that met a model's maximum look for it again in the first chunk where they did.
@@ -278,12 +369,9 @@ class EnsembleRows {
     ASSAY_NO_UNROLL
     for (int k = 0; k < p.K; ++k) {
       const float m = models()[k].m;
-      int j = 0;
-      while (j < plan.chunks && quads_of(j) > 0 && base(k, j) != m) ++j;
-      if (j == plan.chunks || quads_of(j) == 0) continue;
-      float r_z[SLOTS];
-      load<U>(k, j, 0, r_z);
-      const int slot = first_slot(r_z, m);
+      if (states()[k * plan.row_groups + row_group].m != m) continue;
+      const int j = first_chunk(k);
+      const int slot = first_slot(again(k, j), m);
       if (slot < SLOTS) crew.atomic_min(&tops()[k], column(j, slot));
     }
   }
@@ -306,69 +394,53 @@ class EnsembleRows {
 
   // ---- second sweep: the mixture --------------------------------------------------------------------------------------
 
-  // e times this is the model's probability.
-  ASSAY_HD float inverse(int k, int j) const {
+  // Adds a chunk's probabilities under model k, times its weight. The same logits give the same bits in every column.
+  ASSAY_HD void mix_model(int k, const Part& r_part, float (&r_p)[SLOTS]) const {
     const Model& model = models()[row * p.K + k];
-    return KEEP && !NARROW ? model.inverse * exp2_approx((base(k, j) - model.m) * LOG2E) : model.inverse;
-  }
-
-  // Adds a chunk's probabilities under model k, times its weight.
-  ASSAY_HD void mix_model(int k, int j, int quads, float (&r_p)[SLOTS]) const {
-    const float scale = p.model(k).weight * inverse(k, j);
-    if constexpr (KEEP) {
-      each_quad(quads, [&](int q) {
-        const Quad r_e = kept(k, j, q);
-        ASSAY_UNROLL
-        for (int i = 0; i < 4; ++i) r_p[4 * q + i] = fmaf(r_e.v[i], scale, r_p[4 * q + i]);
-      });
-    } else {
-      const float m = models()[row * p.K + k].m;
-      ASSAY_UNROLL
-      for (int u = 0; u < U; u += U / 2) {  // by halves: logits and sums of a whole chunk are more than the registers
-        float r_z[SLOTS / 2];
-        if (u * V >= 4 * quads) break;
-        load<U / 2>(k, j, u, r_z);
-        ASSAY_UNROLL
-        for (int i = 0; i < SLOTS / 2; ++i)
-          r_p[u * V + i] = fmaf(exp2_approx((r_z[i] - m) * LOG2E), scale, r_p[u * V + i]);
-      }
-    }
+    const float m = model.m, scale = p.model(k).weight * model.inverse;
+    each_logit(r_part, [&](int i, float z) { r_p[i] = fmaf(exp2_approx((z - m) * LOG2E), scale, r_p[i]); });
   }
 
   // r_p: the mixture's probabilities of the j-th chunk
-  ASSAY_HD void mix_chunk(int j, int quads, float (&r_p)[SLOTS]) const {
+  ASSAY_HD void mix_chunk(int j, float (&r_p)[SLOTS]) const {
     ASSAY_UNROLL
     for (int i = 0; i < SLOTS; ++i) r_p[i] = 0.f;
-    ASSAY_NO_UNROLL
-    for (int k = 0; k < p.K; ++k) mix_model(k, j, quads, r_p);
+    if constexpr (KEEP) {
+      ASSAY_NO_UNROLL
+      for (int k = 0; k < p.K; ++k) mix_model(k, again(k, j), r_p);
+    } else {
+      Part r_next = fetch(0, j);
+      ASSAY_NO_UNROLL
+      for (int k = 0; k < p.K; ++k) {
+        const Part r_part = r_next;
+        if (k + 1 < p.K) r_next = fetch(k + 1, j);
+        mix_model(k, r_part, r_p);
+      }
+    }
   }
 
   ASSAY_HD void sweep_mixture() {
     Mixture r_mix = EMPTY_MIXTURE;
     ASSAY_NO_UNROLL
-    for (int j = 0; j < plan.chunks; ++j) {
-      const int quads = quads_of(j);
-      if (quads == 0) break;
+    for (int j = 0; holds(j); ++j) {
       float r_p[SLOTS];
-      mix_chunk(j, quads, r_p);
-      add_mixture(j, quads, r_p, r_mix);
+      mix_chunk(j, r_p);
+      add_mixture(j, r_p, r_mix);
     }
     highest = r_mix.top_other > r_mix.p_label ? r_mix.top_other : r_mix.p_label;
     r_mix = reduce(r_mix);
     if (lane == 0) mixtures()[row * plan.row_groups + row_group] = r_mix;
   }
 
-  ASSAY_HD void add_mixture(int j, int quads, float (&r_p)[SLOTS], Mixture& r_mix) const {
+  ASSAY_HD void add_mixture(int j, float (&r_p)[SLOTS], Mixture& r_mix) const {
     if (p.todo.logs) {  // 0 log 0 = 0
       float r_h[4] = {0, 0, 0, 0};
-      each_quad(quads, [&](int q) {
-        ASSAY_UNROLL
-        for (int i = 0; i < 4; ++i) r_h[i] = fmaf(-r_p[4 * q + i], log2_approx(fmaxf(r_p[4 * q + i], TINY)), r_h[i]);
-      });
+      ASSAY_UNROLL
+      for (int i = 0; i < SLOTS; ++i) r_h[i % 4] = fmaf(-r_p[i], log2_approx(fmaxf(r_p[i], TINY)), r_h[i % 4]);
       r_mix.entropy += static_cast<double>((r_h[0] + r_h[1]) + (r_h[2] + r_h[3]));
     }
     const int y = label - first_column(j);
-    if (y >= 0 && y < S::columns(lanes)) {  // take the label's column out
+    if (label >= 0 && y >= 0 && y < S::columns(lanes)) {  // take the label's column out
       const int mine = S::slot(lane, lanes, y);
       ASSAY_UNROLL
       for (int i = 0; i < SLOTS; ++i) {
@@ -378,15 +450,12 @@ class EnsembleRows {
       }
     }
     float r_rest[4] = {0, 0, 0, 0}, r_squares[4] = {0, 0, 0, 0};
-    each_quad(quads, [&](int q) {
-      ASSAY_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const float x = r_p[4 * q + i];
-        r_rest[i] += x;
-        r_squares[i] = fmaf(x, x, r_squares[i]);
-        r_mix.top_other = fmaxf(x, r_mix.top_other);
-      }
-    });
+    ASSAY_UNROLL
+    for (int i = 0; i < SLOTS; ++i) {
+      r_rest[i % 4] += r_p[i];
+      r_squares[i % 4] = fmaf(r_p[i], r_p[i], r_squares[i % 4]);
+      r_mix.top_other = fmaxf(r_p[i], r_mix.top_other);
+    }
     r_mix.rest += static_cast<double>((r_rest[0] + r_rest[1]) + (r_rest[2] + r_rest[3]));
     r_mix.squares += static_cast<double>((r_squares[0] + r_squares[1]) + (r_squares[2] + r_squares[3]));
   }
@@ -399,14 +468,15 @@ class EnsembleRows {
     if constexpr (MIXTURE)
       mix = gather(parts * plan.slices, EMPTY_MIXTURE,
                    [&](int i) { return crew.peer(mixtures(), i / parts)[r * parts + i % parts]; });
-    const int* s_tops = NARROW ? tops() + r * p.K : gather_tops();
-    if (!(NARROW || lane == 0)) return;
-    if (row_index >= p.N) {  // the last rows of a narrow tile
+    if constexpr (SQUARES) mix = mixtures()[r];
+    const int* s_tops = PACKED ? tops() + r * p.K : gather_tops();
+    if (!(PACKED || lane == 0)) return;
+    if (row_index >= p.N) {  // the last rows of a packed tile
       verdicts()[r] = RowVerdict{0, false, false};
       return;
     }
-    int y = NO_LABEL;
-    const bool alive = read_label(row_index, y);
+    const int y = label_of(r);
+    const bool alive = y >= 0 || !p.g_labels;
     const Model* s_models = models() + r * p.K;
     const ModelFields own = combine_models(s_models, s_tops, p.K, [&](int k) { return p.model(k).weight; }, y,
                                            p.todo.tops);
@@ -419,7 +489,7 @@ class EnsembleRows {
       confidence = fmaxf(mix.top_other, mix.p_label);
     }
     const bool divergence = defined && p.todo.information && information < SMALL_INFORMATION * (1.f + static_cast<float>(entropy));
-    verdicts()[r] = RowVerdict{confidence * NEARLY, divergence, defined};
+    verdicts()[r] = RowVerdict{confidence, divergence, defined};
     if (crew.slice != 0) return;
     if (!defined) return write_undefined(row_index);
     const auto put = [&](Field f, float value) { write(f, row_index, value); };
@@ -454,89 +524,44 @@ class EnsembleRows {
   ASSAY_HD void look_again() const {
     const RowVerdict verdict = verdicts()[row];
     Refined r_sum = EMPTY_REFINED;
-    if (verdict.defined) {
-      const bool rivals = p.todo.prediction && highest >= verdict.nearly;
-      ASSAY_NO_UNROLL
-      for (int j = 0; j < plan.chunks; ++j) {
-        if (rivals) add_rivals(j, verdict.nearly, r_sum);
-        if (verdict.divergence) add_divergence(j, r_sum);
+    const bool rivals = verdict.defined && p.todo.prediction && highest >= verdict.highest;
+    ASSAY_NO_UNROLL
+    for (int j = 0; (rivals || (verdict.defined && verdict.divergence)) && holds(j); ++j) {
+      float r_p[SLOTS];
+      mix_chunk(j, r_p);
+      if (rivals) {
+        ASSAY_UNROLL
+        for (int i = SLOTS - 1; i >= 0; --i) {
+          const uint64_t best = make_best(r_p[i], column(j, i));
+          r_sum.best = r_p[i] >= verdict.highest && best > r_sum.best ? best : r_sum.best;
+        }
       }
+      if (verdict.divergence) add_divergence(j, r_p, r_sum);
     }
     r_sum = reduce(r_sum);
     if (lane == 0) refined()[row * plan.row_groups + row_group] = r_sum;
   }
 
-  ASSAY_HD void add_rivals(int j, float nearly, Refined& r_sum) const {
-    float r_p[SLOTS];
-    mix_chunk(j, quads_of(j), r_p);
-    uint32_t near = 0;
-    ASSAY_UNROLL
-    for (int i = 0; i < SLOTS; ++i) near |= r_p[i] >= nearly ? 1u << i : 0u;
+  ASSAY_HD void add_divergence(int j, const float (&r_p)[SLOTS], Refined& r_sum) const {
     ASSAY_NO_UNROLL
-    for (int i = 0; i < SLOTS && near >> i; ++i) {
-      if (!(near >> i & 1)) continue;
-      const int c = column(j, i);
-      const uint64_t best = make_best(exact_probability(c), c);
-      r_sum.best = best > r_sum.best ? best : r_sum.best;
+    for (int k = 0; k < p.K; ++k) {
+      const Model& model = models()[row * p.K + k];
+      const float m = model.m, inverse = model.inverse, weight = p.model(k).weight;
+      float sum = 0;
+      each_logit(again(k, j), [&](int i, float z) {
+        if (!(r_p[i] > 1e-37f)) return;
+        const float q = exp2_approx((z - m) * LOG2E) * inverse / r_p[i];
+        sum = fmaf(r_p[i], fmaxf(divergence_term(weight, q), 0.f), sum);
+      });
+      r_sum.information += static_cast<double>(sum);
     }
-  }
-
-  ASSAY_HD void add_divergence(int j, Refined& r_sum) const {
-    ASSAY_NO_UNROLL
-    for (int q = 0; q < quads_of(j); ++q) {
-      float r_p[4] = {0, 0, 0, 0}, r_terms[4] = {0, 0, 0, 0};
-      ASSAY_NO_UNROLL
-      for (int k = 0; k < p.K; ++k) {
-        const Quad r_e = quad(k, j, q);
-        const float scale = p.model(k).weight * inverse(k, j);
-        ASSAY_UNROLL
-        for (int i = 0; i < 4; ++i) r_p[i] = fmaf(r_e.v[i], scale, r_p[i]);
-      }
-      ASSAY_NO_UNROLL
-      for (int k = 0; k < p.K; ++k) {
-        const Quad r_e = quad(k, j, q);
-        const float scale = inverse(k, j), weight = p.model(k).weight;
-        ASSAY_UNROLL
-        for (int i = 0; i < 4; ++i)
-          r_terms[i] += r_p[i] > 1e-37f ? divergence_term(weight, r_e.v[i] * scale / r_p[i]) : 0.f;
-      }
-      ASSAY_UNROLL
-      for (int i = 0; i < 4; ++i) r_sum.information += static_cast<double>(r_p[i] * fmaxf(r_terms[i], 0.f));
-    }
-  }
-
-  // Slots 4q .. 4q + 3 of model k's j-th chunk, as e^(z - base).
-  ASSAY_HD Quad quad(int k, int j, int q) const {
-    if constexpr (KEEP) {
-      return kept(k, j, q);
-    } else {
-      Quad r_e;
-      ASSAY_UNROLL
-      for (int i = 0; i < 4; ++i) r_e.v[i] = exponential(k, column(j, 4 * q + i));
-      return r_e;
-    }
-  }
-
-  ASSAY_HD float exponential(int k, int c) const {
-    if (c >= p.C) return 0.f;
-    const ModelLogits& model = p.model(k);
-    return exp2_approx((to_float(row_logits(model)[c * model.col_stride]) - models()[row * p.K + k].m) * LOG2E);
-  }
-
-  // The mixture at column c relative to the row's maxima: the same bits for the same logits, wherever they stand.
-  ASSAY_HD float exact_probability(int c) const {
-    float sum = 0.f;
-    ASSAY_NO_UNROLL
-    for (int k = 0; k < p.K; ++k)
-      sum = fmaf(exponential(k, c), p.model(k).weight * models()[row * p.K + k].inverse, sum);
-    return sum;
   }
 
   ASSAY_HD void finish_refined(int r, int64_t row_index) const {
     const int parts = plan.row_groups;
     const Refined sum = gather(parts * plan.slices, EMPTY_REFINED,
                                [&](int i) { return crew.peer(refined(), i / parts)[r * parts + i % parts]; });
-    if (!(NARROW || lane == 0) || crew.slice != 0 || row_index >= p.N || !verdicts()[r].defined) return;
+    if (!(PACKED || lane == 0) || crew.slice != 0 || row_index >= p.N || !verdicts()[r].defined) return;
     if (verdicts()[r].divergence) write(MUTUAL_INFORMATION, row_index, static_cast<float>(sum.information));
     if (p.todo.prediction) write_prediction(row_index, best_column(sum.best));
   }
@@ -551,7 +576,6 @@ class EnsembleRows {
   const int lanes, lane, group, row, row_group, item_lanes;
   int64_t n = 0;  // this thread's row
   int label = NO_LABEL;
-  bool live = false;
   float highest = 0.f;  // this thread's highest probability of the mixture
 };
 

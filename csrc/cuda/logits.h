@@ -3,6 +3,8 @@
 //
 // g_, s_ and r_ say that a pointer or array is in global memory, shared memory or registers.
 #pragma once
+#include <type_traits>
+
 #include "portable.h"
 
 namespace assay::cuda {
@@ -77,6 +79,60 @@ ASSAY_HD void unpack(const Granule& g, float (&r_z)[8], T) {
   }
 }
 
+// Column `v` of a vector becomes -inf.
+ASSAY_HD constexpr uint32_t minus_infinity(float) { return 0xff800000u; }
+ASSAY_HD constexpr uint32_t minus_infinity(bf16) { return 0xff80u; }
+ASSAY_HD constexpr uint32_t minus_infinity(f16) { return 0xfc00u; }
+template <class T>
+ASSAY_HD void set_column(Granule& g, int v, T) {
+  constexpr int PER_WORD = 4 / static_cast<int>(sizeof(T)), BITS = 32 / PER_WORD;
+  constexpr uint32_t MASK = PER_WORD == 1 ? 0xffffffffu : 0xffffu;
+  const int shift = v % PER_WORD * BITS;
+  g.word[v / PER_WORD] = (g.word[v / PER_WORD] & ~(MASK << shift)) | minus_infinity(T{}) << shift;
+}
+
+// The larger of each column, and the largest of all; NaN if there is one.
+ASSAY_HD uint32_t max_word(uint32_t a, uint32_t b, float) {
+  return float_to_bits(max_nan(bits_to_float(a), bits_to_float(b)));
+}
+ASSAY_HD uint32_t max_halves(uint32_t a, uint32_t b, float x, float y) {  // a where x is the larger or NaN
+  return !(x < y) && !(y != y) ? a : b;
+}
+template <class T>  // bf16, f16
+ASSAY_HD uint32_t max_word(uint32_t a, uint32_t b, T) {
+#ifdef __CUDA_ARCH__
+  uint32_t r;
+  if constexpr (sizeof(T) == 2 && std::is_same_v<T, bf16>) {
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  } else {
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  }
+  return r;
+#else
+  const auto half = [](uint32_t w, int i) { return T{static_cast<uint16_t>(w >> 16 * i)}; };
+  uint32_t r = 0;
+  for (int i = 0; i < 2; ++i)
+    r |= max_halves(half(a, i).bits, half(b, i).bits, to_float(half(a, i)), to_float(half(b, i))) << 16 * i;
+  return r;
+#endif
+}
+template <class T>
+ASSAY_HD Granule max_nan(const Granule& a, const Granule& b, T type) {
+  Granule r;
+  ASSAY_UNROLL
+  for (int i = 0; i < 4; ++i) r.word[i] = max_word(a.word[i], b.word[i], type);
+  return r;
+}
+template <class T>
+ASSAY_HD float max_of(const Granule& g, T type) {
+  const uint32_t w = max_word(max_word(g.word[0], g.word[1], type), max_word(g.word[2], g.word[3], type), type);
+  if constexpr (sizeof(T) == 4) {
+    return bits_to_float(w);
+  } else {
+    return max_nan(to_float(T{static_cast<uint16_t>(w)}), to_float(T{static_cast<uint16_t>(w >> 16)}));
+  }
+}
+
 // A lane's slots of a chunk: U vectors of V adjacent columns, the lanes' vectors interleaved so that a group's loads are
 // coalesced. A lane's columns ascend with the slot.
 template <int V, int U>
@@ -92,56 +148,77 @@ struct Slots {
   }
 };
 
-// r_z[i] = logit of column first + Slots::column(lane, lanes, i), -inf from column C on. Reads no byte outside the row.
-template <class T, int V, int U>
-ASSAY_HD void load_chunk(const T* g_row, int64_t stride, int C, int first, int lane, int lanes, float (&r_z)[V * U]) {
+ASSAY_HD uint32_t bits_of(float x) { return float_to_bits(x); }
+ASSAY_HD uint32_t bits_of(bf16 x) { return x.bits; }
+ASSAY_HD uint32_t bits_of(f16 x) { return x.bits; }
+// A vector of which only `count` columns are there, one by one; -inf in the others.
+template <class T>
+ASSAY_HD Granule gather(const T* g, int64_t stride, int count) {
+  constexpr int PER_WORD = 4 / static_cast<int>(sizeof(T));
+  Granule r;
+  ASSAY_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    uint32_t word = 0;
+    ASSAY_UNROLL
+    for (int k = 0; k < PER_WORD; ++k) {
+      const int c = i * PER_WORD + k;
+      const uint32_t bits = c < count ? bits_of(g[c * stride]) : minus_infinity(T{});
+      word |= bits << (32 / PER_WORD * k % 32);
+    }
+    r.word[i] = word;
+  }
+  return r;
+}
+
+// A lane's U vectors of a chunk, as they are in memory; -inf from column C on. Reads no byte outside the row.
+template <class T, int U>
+ASSAY_HD void load_vectors(const T* g_row, int64_t stride, int C, int first, int lane, int lanes, Granule (&r_g)[U]) {
+  constexpr int V = 16 / static_cast<int>(sizeof(T));
   using S = Slots<V, U>;
-  if constexpr (V * sizeof(T) == 16) {
-    const T* g_first = g_row + first;
-    const uint32_t misaligned = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(g_first) & 15);  // the same for all lanes
-    // Misaligned columns come out of two aligned granules each: not at the row's ends, where those hold foreign bytes.
-    const bool inside = misaligned ? first > 0 && first + S::columns(lanes) + V <= C : first + S::columns(lanes) <= C;
-    if (stride == 1 && inside) {
-      const char* g_bytes = reinterpret_cast<const char*>(g_first) - misaligned + lane * 16;
-      Granule r_g[U];
-      if (misaligned == 0) {
-        ASSAY_UNROLL
-        for (int u = 0; u < U; ++u) r_g[u] = load_granule(g_bytes + u * lanes * 16);
-      } else {
-        const uint32_t bits = misaligned % 4 * 8;
-        switch (misaligned / 4) {
-          case 0:
-            load_realigned<0>(g_bytes, lanes, bits, r_g);
-            break;
-          case 1:
-            load_realigned<1>(g_bytes, lanes, bits, r_g);
-            break;
-          case 2:
-            load_realigned<2>(g_bytes, lanes, bits, r_g);
-            break;
-          default:
-            load_realigned<3>(g_bytes, lanes, bits, r_g);
-        }
-      }
+  const T* g_first = g_row + first;
+  const uint32_t misaligned = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(g_first) & 15);  // the same for all lanes
+  const char* g_bytes = reinterpret_cast<const char*>(g_first) - misaligned + lane * 16;
+  if (stride == 1 && misaligned == 0) {
+    if (first + S::columns(lanes) <= C) {
       ASSAY_UNROLL
-      for (int u = 0; u < U; ++u) {
-        float r_v[V];
-        unpack(r_g[u], r_v, T{});
-        ASSAY_UNROLL
-        for (int v = 0; v < V; ++v) r_z[u * V + v] = r_v[v];
-      }
+      for (int u = 0; u < U; ++u) r_g[u] = load_granule(g_bytes + u * lanes * 16);
       return;
     }
+    ASSAY_UNROLL
+    for (int u = 0; u < U; ++u) {  // the row's last chunk: whole vectors but for one
+      const int c = first + S::column(lane, lanes, u * V);
+      r_g[u] = c + V <= C ? load_granule(g_bytes + u * lanes * 16) : gather(g_row + c, 1, C - c);
+    }
+    return;
   }
-  const int64_t step = (lanes - 1) * V * stride;  // from the end of a vector to the lane's next
-  int c = first + lane * V;
-  const T* g = g_row + c * stride;
+  // Misaligned columns come out of two aligned granules each: not at the row's ends, where those hold foreign bytes.
+  if (stride == 1 && first > 0 && first + S::columns(lanes) + V <= C) {
+    const uint32_t bits = misaligned % 4 * 8;
+    switch (misaligned / 4) {
+      case 0:
+        return load_realigned<0>(g_bytes, lanes, bits, r_g);
+      case 1:
+        return load_realigned<1>(g_bytes, lanes, bits, r_g);
+      case 2:
+        return load_realigned<2>(g_bytes, lanes, bits, r_g);
+      default:
+        return load_realigned<3>(g_bytes, lanes, bits, r_g);
+    }
+  }
   ASSAY_UNROLL
-  for (int i = 0; i < S::COUNT; ++i) {
-    r_z[i] = c < C ? to_float(*g) : -INF;
-    const bool last = i % V == V - 1;
-    c += last ? (lanes - 1) * V + 1 : 1;
-    g += last ? step + stride : stride;
+  for (int u = 0; u < U; ++u) {
+    const int c = first + S::column(lane, lanes, u * V);
+    r_g[u] = gather(g_row + c * stride, stride, C - c);
+  }
+}
+
+// r_z[i] = logit of column first + i * step, -inf from column C on: of rows of so few columns that vectors are not aligned.
+template <class T, int U>
+ASSAY_HD void load_columns(const T* g_row, int64_t stride, int C, int first, int step, float (&r_z)[U]) {
+  ASSAY_UNROLL
+  for (int i = 0; i < U; ++i) {
+    const int c = first + i * step;
+    r_z[i] = c < C ? to_float(g_row[c * stride]) : -INF;
   }
 }
 

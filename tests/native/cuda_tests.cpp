@@ -53,7 +53,7 @@ void expect_plan(int64_t K, int64_t C, int itemsize, const Device& device, Path 
   check(p.path == path, where + "path " + std::to_string(static_cast<int>(p.path)));
   check(p.slices == slices, where + "slices " + std::to_string(p.slices));
   check(make_layout(p, K, p.keeps()).bytes <= device.shared_bytes || p.path == Path::TWICE_GLOBAL, where + "shared memory");
-  const int V = p.path == Path::NARROW ? 1 : 16 / itemsize, slots = p.path == Path::NARROW ? NARROW_COLUMNS_PER_LANE : 4 * V;
+  const int V = p.path == Path::NARROW ? 1 : 16 / itemsize, slots = p.path == Path::NARROW ? NARROW_COLUMNS : 4 * V;
   check(int64_t{p.slices} * p.chunks * p.row_groups * p.lanes * slots >= C, where + "columns left out");
   check(p.threads() % 32 == 0 && p.threads() <= 256 && 32 % p.lanes == 0, where + "threads");
 }
@@ -63,23 +63,30 @@ void test_plans() {
   expect_plan(8, 100, 4, HOPPER, Path::NARROW, 1);
   for (const Device& d : {HOPPER, PORTABLE, AMPERE}) {
     expect_plan(2, 256, 2, d, Path::NARROW, 1);
-    expect_plan(2, 257, 2, d, Path::KEPT, 1);
+    for (int K : {1, 8}) expect_plan(K, 257, 2, d, Path::WARP, 1);
+    expect_plan(2, 1024, 2, d, Path::WARP, 1);
+    expect_plan(2, 1025, 2, d, Path::KEPT, 1);
+    expect_plan(2, 513, 4, d, Path::KEPT, 1);
+    expect_plan(1, 1025, 2, d, Path::ONCE, 1);
     expect_plan(33, 10, 4, d, Path::TWICE_GLOBAL, 1);
   }
-  // 72 KB are 17 chunks of 1024 float32 exponentials and what else a row needs; 17 are dealt to 6 warps as 18.
-  expect_plan(1, 16 << 10, 2, HOPPER, Path::KEPT, 1);
-  expect_plan(1, 17 << 10, 2, HOPPER, Path::KEPT, 2);
-  expect_plan(2, 32 << 10, 2, HOPPER, Path::KEPT, 4);
-  expect_plan(1, 128256, 4, HOPPER, Path::KEPT, 8);
-  expect_plan(1, 262144, 2, HOPPER, Path::KEPT, 16);
-  expect_plan(2, 131072, 2, HOPPER, Path::KEPT, 16);
-  expect_plan(3, 131072, 2, HOPPER, Path::KEPT, 16);
-  expect_plan(4, 131072, 2, HOPPER, Path::TWICE, 16);
+  // 128 KB are 64 chunks of 1024 bfloat16 logits.
+  expect_plan(1, 64 << 10, 2, HOPPER, Path::ONCE, 1);
+  expect_plan(1, 65 << 10, 2, HOPPER, Path::ONCE, 2);
+  expect_plan(1, 262144, 4, HOPPER, Path::ONCE, 8);
+  expect_plan(1, 262144, 4, AMPERE, Path::ONCE, 1);
+  // 72 KB are 36 chunks and what else a row needs.
+  expect_plan(2, 16 << 10, 2, HOPPER, Path::KEPT, 1);
+  expect_plan(2, 18 << 10, 2, HOPPER, Path::KEPT, 2);
+  expect_plan(5, 32000, 2, HOPPER, Path::KEPT, 8);
+  expect_plan(2, 65536, 4, HOPPER, Path::KEPT, 8);
+  expect_plan(2, 65536, 4, PORTABLE, Path::KEPT, 8);
+  expect_plan(5, 151936, 2, HOPPER, Path::KEPT, 16);
+  expect_plan(8, 131072, 2, HOPPER, Path::TWICE, 16);
   expect_plan(8, 262144, 2, HOPPER, Path::TWICE, 16);
-  expect_plan(2, 65536, 2, PORTABLE, Path::KEPT, 8);
-  expect_plan(4, 65536, 2, PORTABLE, Path::TWICE, 8);
-  expect_plan(1, 24 << 10, 4, AMPERE, Path::KEPT, 1);
-  expect_plan(1, 32 << 10, 4, AMPERE, Path::TWICE_GLOBAL, 16);
+  expect_plan(8, 65536, 2, PORTABLE, Path::TWICE, 8);
+  expect_plan(4, 9 << 10, 2, AMPERE, Path::KEPT, 1);
+  expect_plan(4, 9 << 10, 4, AMPERE, Path::TWICE_GLOBAL, 16);
   expect_plan(4, 1000, 4, AMPERE, Path::KEPT, 1);
   expect_plan(40, 3000, 4, HOPPER, Path::TWICE_GLOBAL, 8);
   for (int64_t K : {1, 2, 5, 8, 31, 32, 33, 100})
@@ -143,8 +150,14 @@ void test_loads() {
         for (size_t i = 0; i < size; ++i) from_float(static_cast<float>(static_cast<int>(i) - 50), buffer[i]);
         for (int first = 0; first < C; first += S::columns(lanes))
           for (int lane = 0; lane < lanes; ++lane) {
+            Granule g[U];
+            load_vectors<T, U>(buffer + offset, stride, C, first, lane, lanes, g);
             float z[S::COUNT];
-            load_chunk<T, V, U>(buffer + offset, stride, C, first, lane, lanes, z);
+            for (int u = 0; u < U; ++u) {
+              float v[V];
+              unpack(g[u], v, T{});
+              std::copy(v, v + V, z + u * V);
+            }
             for (int i = 0; i < S::COUNT; ++i) {
               const int c = first + S::column(lane, lanes, i);
               const float want = c < C ? to_float(buffer[offset + c * stride]) : -INF;
@@ -158,23 +171,24 @@ void test_loads() {
 // ---- states -----------------------------------------------------------------------------------------------------------
 
 void test_states() {
-  const State a{2, 3, -1}, none = EMPTY_STATE, b{-5, 1.5, -0.25};
-  const auto same = [](const State& x, const State& y) { return x.m == y.m && x.d == y.d && x.s == y.s; };
+  const State a{2, 3, -1, 2}, none = EMPTY_STATE, b{-5, 1.5, -0.25, 1.25};
+  const auto same = [](const State& x, const State& y) { return x.m == y.m && x.d == y.d && x.s == y.s && x.q == y.q; };
   check(same(merge(a, none), a) && same(merge(none, a), a) && same(merge(none, none), none), "merge with nothing");
   const State ab = merge(a, b);
   const double r = std::exp(-7.0);
   check(ab.m == 2 && std::fabs(ab.d - (3 + 1.5 * r)) < 1e-6, "merged d");
   check(std::fabs(ab.s - (-1 + r * (-0.25 - 7 * 1.5))) < 1e-6, "merged s: the shift times d belongs to it");
-  check(merge(a, State{NaN, 1, 0}).m != merge(a, State{NaN, 1, 0}).m, "NaN must survive a merge");
-  check(!is_defined(merge(State{INF, 0, 0}, a).m) && !is_defined(NaN) && !is_defined(none.m), "undefined maxima");
-  const State tiny{-3e38f, 2, 0}, huge{3e38f, 1, 0};  // their difference overflows
+  check(std::fabs(ab.q - (2 + r * r * 1.25)) < 1e-6, "merged q");
+  check(merge(a, State{NaN, 1, 0, 1}).m != merge(a, State{NaN, 1, 0, 1}).m, "NaN must survive a merge");
+  check(!is_defined(merge(State{INF, 0, 0, 0}, a).m) && !is_defined(NaN) && !is_defined(none.m), "undefined maxima");
+  const State tiny{-3e38f, 2, 0, 2}, huge{3e38f, 1, 0, 1};  // their difference overflows
   check(same(merge(tiny, huge), huge), "a state out of reach adds nothing");
   check(make_best(0.5f, 3) > make_best(0.5f, 4) && make_best(0.6f, 9) > make_best(0.5f, 0), "best: highest, then lowest");
   check(best_column(make_best(0.25f, 123456)) == 123456, "best's column");
   check(std::fabs(divergence_term(1, 1)) < 1e-9 && divergence_term(0.5f, 0) == 0.5f, "divergence terms");
   // The work that masks ask for
   const uint32_t all = (1u << NUM_FIELDS) - 1;
-  check(wants(all, true, 1).mixture && !wants(all, false, 1).mixture && !wants(all, true, 1).logs, "one model");
+  check(wants(all, true, 1).squares && !wants(all, false, 1).squares && !wants(all, true, 1).mixture, "one model");
   check(!wants(bit(NLL) | bit(MEAN_NLL) | bit(AGREEMENT) | bit(EXPECTED_ENTROPY) | bit(VOTE_ENTROPY), true, 4).mixture,
         "fields of one sweep");
   for (Field f : {MARGIN, EL2N, ENTROPY, MUTUAL_INFORMATION, CONFIDENCE, PREDICTION})
@@ -317,11 +331,38 @@ struct Case {
   bool labelled;
 };
 
-template <class T, bool NARROW, int WARP>
-void run_path(const Problem& p, bool mixture, int crews) {
-  if (!mixture) return emulated::run<T, NARROW, false, false, WARP>(p, crews);
-  if (p.plan.keeps()) return emulated::run<T, NARROW, true, true, WARP>(p, crews);
-  if constexpr (!NARROW) emulated::run<T, false, true, false, WARP>(p, crews);
+template <class T, Path PATH, int WARP>
+void run_path(const Problem& p, int crews) {
+  constexpr bool ONE_MODEL = PATH == Path::NARROW || PATH == Path::WARP || PATH == Path::ONCE;
+  switch (sweeps(p.todo)) {
+    case Sweeps::ONE:
+      return emulated::run<T, PATH, Sweeps::ONE, WARP>(p, crews);
+    case Sweeps::SQUARES:
+      if constexpr (ONE_MODEL) return emulated::run<T, PATH, Sweeps::SQUARES, WARP>(p, crews);
+      break;
+    case Sweeps::TWO:
+      if constexpr (PATH != Path::ONCE) return emulated::run<T, PATH, Sweeps::TWO, WARP>(p, crews);
+      break;
+  }
+  check(false, "no such path");
+}
+
+template <class T, int WARP>
+void run(const Problem& p, int crews) {
+  switch (p.plan.path) {
+    case Path::NARROW:
+      return run_path<T, Path::NARROW, WARP>(p, crews);
+    case Path::WARP:
+      return run_path<T, Path::WARP, WARP>(p, crews);
+    case Path::ONCE:
+      return run_path<T, Path::ONCE, WARP>(p, crews);
+    case Path::KEPT:
+      return run_path<T, Path::KEPT, WARP>(p, crews);
+    case Path::TWICE:
+      return run_path<T, Path::TWICE, WARP>(p, crews);
+    case Path::TWICE_GLOBAL:
+      return run_path<T, Path::TWICE_GLOBAL, WARP>(p, crews);
+  }
 }
 
 template <class T, int WARP>
@@ -369,12 +410,7 @@ void test_rows(const Case& c, std::mt19937& rng) {
   p.g_prediction = prediction.data();
   p.plan = c.plan;
   p.todo = wants(c.fields, c.labelled, K);
-  const bool mixture = p.todo.mixture;
-  if (c.plan.path == Path::NARROW) {
-    run_path<T, true, WARP>(p, mixture, c.crews);
-  } else {
-    run_path<T, false, WARP>(p, mixture, c.crews);
-  }
+  run<T, WARP>(p, c.crews);
 
   static const char* names[] = {"nll", "mean_nll", "margin", "agreement", "el2n", "entropy", "expected_entropy",
                                 "mutual_information", "confidence", "vote_entropy"};
@@ -415,6 +451,11 @@ void test_rows(const Case& c, std::mt19937& rng) {
   for (T* b : buffers) std::free(b);
 }
 
+// A wide row's, by the number of models.
+std::vector<Path> paths(int64_t K) {
+  return K == 1 ? std::vector<Path>{Path::ONCE} : std::vector<Path>{Path::KEPT, Path::TWICE};
+}
+
 template <class T>
 void test_dtype(std::mt19937& rng) {
   constexpr uint32_t ALL = (1u << NUM_FIELDS) - 1, ONE_SWEEP = bit(NLL) | bit(MEAN_NLL) | bit(AGREEMENT) | bit(VOTE_ENTROPY);
@@ -422,23 +463,29 @@ void test_dtype(std::mt19937& rng) {
   // One thread does everything: quick, so every size.
   for (int64_t K : {1, 2, 3, 8})
     for (int64_t C : {1, 2, 3, 10, 63, 64, 65, 200, 1000}) {
-      for (Path path : {Path::KEPT, Path::TWICE})
+      for (Path path : paths(K))
         test_rows<T, 1>({"one thread", K, C, wide_plan(path, C, SLOTS, 1, 1, 1), K % 2, C == 10 ? 2 : 1, K % 3, 1, ALL, true}, rng);
-      if (C <= 8) test_rows<T, 1>({"one lane per row", K, C, narrow_plan(C, 1), 0, 1, 0, 2, ALL, true}, rng);
+      if (C <= 32) test_rows<T, 1>({"one lane per row", K, C, narrow_plan(C, 1), 0, 1, 0, 2, ALL, true}, rng);
     }
   // Real shapes in small: warps of 4 or 8 lanes, several warps, several blocks.
   for (int64_t K : {1, 3}) {
-    for (int64_t C : {1, 5, 10, 33, 64}) {
+    for (int64_t C : {1, 5, 10, 33, 64, 200}) {
       test_rows<T, 8>({"narrow", K, C, narrow_plan(C, 16), K, 1, 1, 2, ALL, true}, rng);
       test_rows<T, 8>({"narrow, one sweep", K, C, narrow_plan(C, 16), 0, 2, 0, 1, ONE_SWEEP, true}, rng);
     }
     for (int64_t C : {4 * SLOTS - 1, 4 * SLOTS + 1, 11 * SLOTS + 3, 40 * SLOTS + 1})
-      for (Path path : {Path::KEPT, Path::TWICE}) {
+      for (Path path : paths(K)) {
         test_rows<T, 4>({"block", K, C, wide_plan(path, C, SLOTS, 1, 4, 2), 1, 1, 0, 1, ALL, true}, rng);
         test_rows<T, 4>({"cluster", K, C, wide_plan(path, C, SLOTS, 2, 4, 2), 0, 1, 1, 2, ALL, true}, rng);
       }
-    test_rows<T, 4>({"cluster, one sweep", K, 2000, wide_plan(Path::KEPT, 2000, SLOTS, 2, 4, 2), 0, 1, 0, 1, ONE_SWEEP, true}, rng);
-    test_rows<T, 4>({"no labels", K, 500, wide_plan(Path::KEPT, 500, SLOTS, 2, 4, 2), 0, 1, 0, 1, ALL, false}, rng);
+    const Path path = paths(K)[0];
+    test_rows<T, 4>({"cluster, one sweep", K, 2000, wide_plan(path, 2000, SLOTS, 2, 4, 2), 0, 1, 0, 1, ONE_SWEEP, true}, rng);
+    test_rows<T, 4>({"no labels", K, 500, wide_plan(path, 500, SLOTS, 2, 4, 2), 0, 1, 0, 1, ALL, false}, rng);
+    for (int64_t C : {SLOTS - 1, 4 * SLOTS - 1, 8 * SLOTS - 3, 8 * SLOTS}) {
+      test_rows<T, 8>({"warps", K, C, warp_plan(8, 3), K, 1, 1, 2, ALL, true}, rng);
+      test_rows<T, 8>({"warps, no labels", K, C, warp_plan(8, 4), 0, 1, 0, 1, ALL, false}, rng);
+      test_rows<T, 8>({"warps, one sweep", K, C, warp_plan(8, 2), 0, 2, 0, 1, ONE_SWEEP, true}, rng);
+    }
     test_rows<T, 8>({"narrow, no labels", K, 20, narrow_plan(20, 16), 0, 1, 0, 1, ALL, false}, rng);
   }
   test_rows<T, 4>({"many models", 40, 300, wide_plan(Path::TWICE_GLOBAL, 300, SLOTS, 2, 4, 2), 0, 1, 0, 1, ALL, true}, rng);
@@ -448,7 +495,7 @@ void test_dtype(std::mt19937& rng) {
   test_rows<T, 1>({"large entropies", 3, WIDE, wide_plan(Path::TWICE, WIDE, SLOTS, 1, 1, 1), 0, 1, 0, 1, ENTROPIES, false}, rng);
   for (int f = 0; f < NUM_FIELDS; ++f) {
     test_rows<T, 4>({"one field", 2, 300, wide_plan(Path::KEPT, 300, SLOTS, 1, 4, 1), 0, 1, 0, 1, 1u << f, true}, rng);
-    test_rows<T, 1>({"one field, one model", 1, 300, wide_plan(Path::TWICE, 300, SLOTS, 1, 1, 1), 0, 1, 0, 1, 1u << f, true}, rng);
+    test_rows<T, 1>({"one field, one model", 1, 300, wide_plan(Path::ONCE, 300, SLOTS, 1, 1, 1), 0, 1, 0, 1, 1u << f, true}, rng);
   }
 }
 

@@ -95,14 +95,14 @@ struct Crew {
 };
 
 // Every row of the problem, by `crews` crews in turn, as the kernels of csrc/cuda/ensemble.cu do.
-template <class T, bool NARROW, bool MIXTURE, bool KEEP, int WARP>
+template <class T, assay::cuda::Path PATH, assay::cuda::Sweeps SWEEPS, int WARP>
 void run(assay::cuda::Problem p, int crews) {
-  p.layout = assay::cuda::make_layout(p.plan, p.K, KEEP);
+  p.layout = assay::cuda::make_layout(p.plan, p.K, SWEEPS == assay::cuda::Sweeps::TWO && p.plan.keeps());
   for (int crew = 0; crew < crews; ++crew) {
     Hardware hardware(WARP, p.plan.threads(), p.plan.slices, p.layout.bytes);
     const auto body = [&](int slice, int thread) {
       const Crew<WARP> c{&hardware, thread, p.plan.threads(), slice, p.plan.slices, crew, crews};
-      assay::cuda::EnsembleRows<T, NARROW, MIXTURE, KEEP, Crew<WARP>>(p, c, hardware.memory[static_cast<size_t>(slice)]).run();
+      assay::cuda::EnsembleRows<T, PATH, SWEEPS, Crew<WARP>>(p, c, hardware.memory[static_cast<size_t>(slice)]).run();
     };
     if (p.plan.threads() * p.plan.slices == 1) {
       body(0, 0);

@@ -1,0 +1,5 @@
+#include "ensemble_kernel.cuh"
+
+namespace assay::cuda {
+template const void* kernel_for<bf16>(Path, Sweeps);
+}

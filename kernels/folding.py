@@ -7,10 +7,14 @@ such sums up in a second accumulator, which rounds.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
 FOLD = 512  # a multiple of every tile's step
+# Of factors whose products are squared, which doubles the error. An H200 makes a norm of folds of n terms 3.3e-9 n too
+# small in bfloat16 and 6.8e-9 n in float16, whose products have bits below the sum's: both stay under 1.4e-6.
+FOLDS = {torch.bfloat16: 384, torch.float16: 192}
 
 
 @triton.jit

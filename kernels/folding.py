@@ -2,7 +2,7 @@
 
 Tensor cores truncate their float32 sums, once every 16 terms (8 of TF32): a sum of n positive terms comes out about
 n/16 · 2⁻²⁵ too small, where sums that are rounded err either way. Of FOLD terms that is a millionth; longer ones add
-such sums up in a second accumulator, which rounds.
+such sums up in a second accumulator, which rounds, or are sliced between programs (kernels/dot.py).
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ NARROW = 32
 # an H200, with whole sums over K, 128 × 256 took 5 % less time than 128 × 128 in four stages, of which one block fits.
 HALF_TILES = {
     8: Tiles(Tile(32, 64, 64, 8, 4), Tile(128, 32, 64, 8, 4), Tile(64, 64, 32, 4, 3), Tile(128, 128, 64, 8, 3)),
-    9: Tiles(Tile(32, 64, 64, 8, 6), Tile(128, 32, 64, 8, 4), Tile(64, 64, 32, 4, 3), Tile(128, 128, 64, 8, 3)),
+    9: Tiles(Tile(32, 64, 64, 8, 6), Tile(128, 32, 64, 8, 4), Tile(64, 64, 32, 4, 3), Tile(128, 128, 64, 8, 3, 128)),
     10: Tiles(Tile(32, 64, 64, 8, 6), Tile(128, 32, 64, 8, 4), Tile(64, 64, 32, 4, 3), Tile(128, 128, 64, 8, 4)),
 }
 # float32 runs on the ordinary units of every generation, a register per operand: short steps of K.
@@ -219,7 +219,7 @@ def plan(
         "WIDEN": interpret or not half,
     }
     grid = (m_tiles * n_tiles, len(matrix) * splits)
-    return Launch(_grad_dot, grid, arguments, tile.warps, tile.stages), partial
+    return Launch(_grad_dot, grid, arguments, tile.warps, tile.stages, tile.registers), partial
 
 
 def _tile(left: Tensor, right: Tensor, generation: int, *, easy: bool, half: bool) -> Tile:

@@ -2,7 +2,10 @@
 
 Σ_t G_t·(V A_t) = Σ_t A_t·(G_t V): with left × matrix = A Vᵀ or G V as the product, and right the factor that is left
 over, row r of the result is Σ_n right[r,n] Σ_k left[r,k] matrix[k,n]. It is bilinear, so tiles of n, slices of k and
-terms of a split matrix all write partial sums of their own, which are added in a fixed order in float64.
+terms of a split matrix all write partial sums of their own, which a second kernel adds up in a fixed order in float64.
+
+Tensor cores' sums are kept short (kernels/folding.py) by the slices: folds in the loop would make every step wait for
+its product.
 """
 
 from __future__ import annotations
@@ -24,10 +27,11 @@ from assay.kernels._common import (
     ceil_div,
     generation,
     round_up,
+    run,
     unit_stride,
 )
-from assay.kernels.folding import FOLD
-from assay.kernels.slices import plan_sum
+from assay.kernels.folding import FOLDS
+from assay.kernels.slices import plan_samples
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,12 @@ class Tiles:
 FEW_ROWS = 32
 NARROW = 32
 # Half-precision tiles run on tensor cores. Ampere's stay under 99 KB of shared memory, which Ada and consumer Blackwell
-# also have; they are what an unlisted generation gets. Hopper has registers for twice the columns, which halves the
-# reads of `left`; on data-centre Blackwell the epilogue of such a tile spills. Chosen by registers and shared memory
-# (make compile-table), not by a clock yet.
+# also have; they are what an unlisted generation gets. Of Hopper's large one two blocks share a processor, at 128
+# registers and 96 KB: one multiplies while the other reads `right`, at the end of its slice of K. On
+# an H200, with whole sums over K, 128 × 256 took 5 % less time than 128 × 128 in four stages, of which one block fits.
 HALF_TILES = {
     8: Tiles(Tile(32, 64, 64, 8, 4), Tile(128, 32, 64, 8, 4), Tile(64, 64, 32, 4, 3), Tile(128, 128, 64, 8, 3)),
-    9: Tiles(Tile(32, 64, 64, 8, 6), Tile(128, 32, 64, 8, 4), Tile(64, 64, 32, 4, 3), Tile(128, 256, 64, 8, 3)),
+    9: Tiles(Tile(32, 64, 64, 8, 6), Tile(128, 32, 64, 8, 4), Tile(64, 64, 32, 4, 3), Tile(128, 128, 64, 8, 3, 128)),
     10: Tiles(Tile(32, 64, 64, 8, 6), Tile(128, 32, 64, 8, 4), Tile(64, 64, 32, 4, 3), Tile(128, 128, 64, 8, 4)),
 }
 # float32 runs on the ordinary units of every generation, a register per operand: short steps of K.
@@ -56,33 +60,26 @@ FLOAT_TILES = {
     8: Tiles(Tile(32, 32, 32, 4, 3), Tile(64, 32, 16, 4, 3), Tile(64, 64, 16, 4, 3), Tile(128, 128, 16, 8, 3)),
 }
 GROUP_M = 8
-# Twice as long as others: the result is one such product, not the square of one, and a fold reads `right` again.
-LONG_FOLD = 2 * FOLD
-# Where a fold has no registers, on Ampere and in tiles smaller than this, K is cut into slices that are short enough.
-FOLDING_TILE = 128 * 128
+# A slice of K has twice as many terms as others' folds: the result is one such product, not the square of one.
+SLICE_FOLDS = 2
 # A slice of K is worth a program of its own from this length: shorter ones spend their time in the epilogue.
 MIN_K_SLICE = 512
+# Tiles of rows may end with each sample, for this share of rows that are computed in vain: then a tile writes one sum.
+SPARE_ROWS = 1 / 16
 # bfloat16 factors times a float32 direction run three times over.
 SPLIT_COST = 3
 SPLIT_NUMBERS = 1 << 22  # of a direction, that are split at a time
 
 
-@triton.jit
-def _times(product, r_row, row, n, rows, n_size):
-    """Row by row, the product times the other factor; its addresses are made here, not held beside the product."""
-    mask = (row < rows)[:, None] & (n < n_size)[None, :]
-    other = tl.load(r_row[:, None] + n[None, :], mask=mask, other=0.0).to(tl.float32)
-    return tl.sum(tl.where(mask, product * other, 0.0), axis=1)  # a select: 0 × inf would be NaN
-
-
 # Not specialised: the sizes that change from batch to batch and help no load.
-@triton.jit(do_not_specialize=["rows", "splits"], do_not_specialize_on_alignment=["t_size"])
+@triton.jit(do_not_specialize=["rows", "span", "splits"], do_not_specialize_on_alignment=["t_size"])
 def _grad_dot(
     left,  # (B, T, K), last stride 1
     right,  # (B, T, N), last stride 1
     matrix,  # (terms, K, N), any strides
-    partial,  # (terms * splits, n tiles, rows) float32
+    partial,  # (terms * splits, n tiles, rows) float32; or (terms * splits, n tiles, m tiles), if WHOLE
     rows,  # B * T
+    span,  # rows after which a tile ends: T if WHOLE, else all
     t_size,
     k_size,
     n_size,
@@ -100,12 +97,13 @@ def _grad_dot(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr,
-    FOLD: tl.constexpr,  # terms after which a product is multiplied out and begun anew (kernels/folding.py); 0: never
+    WHOLE: tl.constexpr,  # a tile's rows are one sample's, and their sum is what is wanted
     WIDEN: tl.constexpr,  # multiply in float32: mixed types, and the interpreter, whose bfloat16 arithmetic is wrong
 ):
     # Row tiles advance in groups, so that the tiles of left and matrix that run together are few and stay in L2.
     pid = tl.program_id(0)
-    m_tiles = tl.cdiv(rows, BLOCK_M)
+    span_tiles = tl.cdiv(span, BLOCK_M)
+    m_tiles = (rows // span) * span_tiles
     n_tiles = tl.cdiv(n_size, BLOCK_N)
     group = pid // (GROUP_M * n_tiles)
     group_size = tl.minimum(m_tiles - group * GROUP_M, GROUP_M)
@@ -118,9 +116,9 @@ def _grad_dot(
 
     # Rows and columns past the end read another one and are dropped below: no masks in the loop. The remainder keeps
     # what the compiler knows of contiguous columns, a minimum would not.
-    row = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = tl.minimum(row, rows - 1)
-    b, t = inside // t_size, inside % t_size
+    within_span = (tile_m % span_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = (tile_m // span_tiles).to(tl.int64) * span + tl.minimum(within_span, span - 1)
+    b, t = row // t_size, row % t_size
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = k_begin.to(tl.int64) + tl.arange(0, BLOCK_K)
     l_ptr = left + (b * left_b + t * left_t)[:, None] + k[None, :]
@@ -128,8 +126,6 @@ def _grad_dot(
     m_ptr = m_ptr + k[:, None] * matrix_k + (n % n_size).to(tl.int64)[None, :] * matrix_n
     m_step = tl.full((), BLOCK_K, tl.int64) * matrix_k
 
-    r_row = right + b * right_b + t * right_t
-    sums = tl.zeros((BLOCK_M,), tl.float32)
     product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k0 in range(k_begin, k_end, BLOCK_K):
         if EVEN_K:
@@ -142,32 +138,37 @@ def _grad_dot(
         if WIDEN:
             x, y = x.to(tl.float32), y.to(tl.float32)
         product = tl.dot(x, y, product, input_precision="ieee")
-        if FOLD > 0:
-            due = (k0 - k_begin + BLOCK_K) % FOLD == 0
-            if due:
-                sums += _times(product, r_row, row, n, rows, n_size)
-                product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         l_ptr += BLOCK_K
         m_ptr += m_step
 
-    sums += _times(product, r_row, row, n, rows, n_size)
-    out = partial + (tl.program_id(1).to(tl.int64) * n_tiles + tile_n) * rows + row
-    tl.store(out, sums, mask=row < rows)
+    # The other factor's addresses are made here, not held beside the product. A select: 0 × inf would be NaN. The kept
+    # dimension is for Triton 3.6, which fails to compile a sum of sums over a Blackwell tensor-core result otherwise.
+    mask = (within_span < span)[:, None] & (n < n_size)[None, :]
+    r_ptr = right + (b * right_b + t * right_t)[:, None] + n[None, :]
+    other = tl.load(r_ptr, mask=mask, other=0.0).to(tl.float32)
+    sums = tl.sum(tl.where(mask, product * other, 0.0), axis=1, keep_dims=True)
+    out = partial + (tl.program_id(1).to(tl.int64) * n_tiles + tile_n) * (m_tiles if WHOLE else rows)
+    if WHOLE:
+        tl.store(out + tile_m + tl.arange(0, 1), tl.sum(sums.to(tl.float64), axis=0).to(tl.float32))
+    else:
+        tl.store(out + row[:, None], sums, mask=(within_span < span)[:, None])
 
 
 def grad_dot(inputs: Tensor, grads: Tensor, direction: Tensor) -> Tensor:
     """(B, T, I), (B, T, O), (O, I) -> (B,) float32; checked by ops.grad_dot, none of the sizes 0."""
     launch, partial = plan(inputs, grads, direction, generation(inputs), interpret=not inputs.is_cuda)
-    launch.run(inputs)
-    sums = partial.new_zeros(partial.shape[2], dtype=torch.float64)
-    plan_sum(partial.flatten(0, 1), sums).run(inputs)
-    return sums.view(inputs.shape[:2]).sum(1).float()
+    result = partial.new_empty(len(inputs))
+    run([launch, *plan_samples(partial, result)])
+    return result
 
 
 def plan(
     inputs: Tensor, grads: Tensor, direction: Tensor, generation: int, *, interpret: bool = False
 ) -> tuple[Launch, Tensor]:
-    """The launch and the partial sums it fills, (terms * splits, n tiles, rows). Meta tensors will do."""
+    """The launch and the partial sums it fills, (terms * splits, n tiles, ...): one per row, or one per tile of rows.
+
+    Meta tensors will do.
+    """
     left, right, matrix = orient(inputs, grads, direction)
     left, right = unit_stride(left), unit_stride(right)
     half = left.dtype in HALF and cost(left.dtype, direction.dtype) < FLOAT_COST
@@ -185,26 +186,16 @@ def plan(
         "matrix_k": matrix.stride(1),
         "matrix_n": matrix.stride(2),
     }
-    table = HALF_TILES if half else FLOAT_TILES
-    # A float32 factor in a half-precision epilogue takes twice the registers: Ampere's tile everywhere.
-    tiles = table[8] if right.dtype.itemsize > left.dtype.itemsize else table.get(generation, table[8])
-    if rows <= FEW_ROWS:
-        tile = tiles.few_rows
-    elif n <= NARROW:
-        tile = tiles.narrow
-    else:
-        easy = aligned([left, right, matrix, k, n, *strides.values()]) and left.dtype == matrix.dtype
-        tile = tiles.large if easy else tiles.small
-        long = k > LONG_FOLD and 2 * k * ceil_div(rows, tile.m) * ceil_div(n, tile.n) > LONG_FOLD * PROGRAMS
-        if half and tile.n > 128 and long:
-            tile = HALF_TILES[10].large  # slices of K may be folded: the wider tile leaves no registers for that
-    m_tiles, n_tiles = ceil_div(rows, tile.m), ceil_div(n, tile.n)
+    easy = aligned([left, right, matrix, k, n, *strides.values()]) and left.dtype == matrix.dtype
+    tile = _tile(left, right, generation, easy=easy, half=half)
+    whole = rows > FEW_ROWS and round_up(t, tile.m) <= (1 + SPARE_ROWS) * t
+    m_tiles, n_tiles = b * ceil_div(t, tile.m) if whole else ceil_div(rows, tile.m), ceil_div(n, tile.n)
     splits = max(1, min(PROGRAMS // (m_tiles * n_tiles), k // MIN_K_SLICE))
-    if half and (generation < 9 or tile.m * tile.n < FOLDING_TILE):
-        splits = max(splits, ceil_div(k, LONG_FOLD))
+    if half:
+        splits = max(splits, ceil_div(k, SLICE_FOLDS * FOLDS[left.dtype]))
     k_slice = round_up(ceil_div(k, splits), tile.k)
     splits = ceil_div(k, k_slice)
-    partial = left.new_empty((len(matrix) * splits, n_tiles, rows), dtype=torch.float32)
+    partial = left.new_empty((len(matrix) * splits, n_tiles, m_tiles if whole else rows), dtype=torch.float32)
 
     arguments = {
         "left": left,
@@ -212,6 +203,7 @@ def plan(
         "matrix": matrix,
         "partial": partial,
         "rows": rows,
+        "span": t if whole else rows,
         "t_size": 1 if flat else t,
         "k_size": k,
         "n_size": n,
@@ -223,11 +215,22 @@ def plan(
         "BLOCK_K": tile.k,
         "GROUP_M": GROUP_M,
         "EVEN_K": k % tile.k == 0,
-        "FOLD": LONG_FOLD if half and k_slice > LONG_FOLD else 0,
+        "WHOLE": whole,
         "WIDEN": interpret or not half,
     }
     grid = (m_tiles * n_tiles, len(matrix) * splits)
-    return Launch(_grad_dot, grid, arguments, tile.warps, tile.stages), partial
+    return Launch(_grad_dot, grid, arguments, tile.warps, tile.stages, tile.registers), partial
+
+
+def _tile(left: Tensor, right: Tensor, generation: int, *, easy: bool, half: bool) -> Tile:
+    table = HALF_TILES if half else FLOAT_TILES
+    # A float32 factor in a half-precision epilogue takes twice the registers: Ampere's tile everywhere.
+    tiles = table[8] if right.dtype.itemsize > left.dtype.itemsize else table.get(generation, table[8])
+    if left.shape[0] * left.shape[1] <= FEW_ROWS:
+        return tiles.few_rows
+    if right.shape[2] <= NARROW:
+        return tiles.narrow
+    return tiles.large if easy else tiles.small
 
 
 def orient(inputs: Tensor, grads: Tensor, direction: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,15 +24,16 @@ from torch import Tensor
 from assay.kernels._common import (
     FLOAT_COST,
     HALF,
-    PROGRAMS,
     Launch,
     aligned,
     ceil_div,
     generation,
     round_up,
+    run,
     unit_stride,
 )
-from assay.kernels.folding import FOLD, fold, unfolded
+from assay.kernels.folding import FOLDS, fold, unfolded
+from assay.kernels.slices import plan_samples
 
 
 @triton.jit
@@ -51,13 +52,15 @@ def _gram_step(x_ptr, y_ptr, left, product, BLOCK: tl.constexpr, EVEN: tl.conste
 
 
 @triton.jit
-def _term_sums(x, y, mask):
+def _term_sums(x, y, mask, EVEN: tl.constexpr):
     """Sums of a tile's terms x·y and of their absolute values, (TILE, 1) float64: float32 within a row, float64 beyond.
 
     The kept dimension is for Triton 3.6, which fails to compile a sum of sums over a Blackwell tensor-core result
     otherwise.
     """
-    terms = tl.where(mask, x * y, 0.0)
+    terms = x * y
+    if not EVEN:
+        terms = tl.where(mask, terms, 0.0)
     total = tl.sum(terms, axis=1, keep_dims=True).to(tl.float64)
     return total, tl.sum(tl.abs(terms), axis=1, keep_dims=True).to(tl.float64)
 
@@ -78,6 +81,7 @@ def _gram(
     half,  # where in partial the absolute values begin: B * pairs
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
+    EVEN_T: tl.constexpr,
     EVEN_I: tl.constexpr,
     EVEN_O: tl.constexpr,
     FOLD_I: tl.constexpr,  # of features
@@ -117,13 +121,13 @@ def _gram(
         if FOLD_O > 0:
             due = (k0 + BLOCK) % FOLD_O == 0
             if due:
-                some, absolute = _term_sums(x, part, mask)
+                some, absolute = _term_sums(x, part, mask, EVEN_T)
                 totals += some
                 magnitudes += absolute
                 part = tl.zeros((TILE, TILE), tl.float32)
         x_ptr += BLOCK
         y_ptr += BLOCK
-    some, absolute = _term_sums(x, part, mask)
+    some, absolute = _term_sums(x, part, mask, EVEN_T)
     total, magnitude = tl.sum(totals + some, axis=0), tl.sum(magnitudes + absolute, axis=0)
     copies = tl.where(p < n, 1.0, 2.0)  # beyond the diagonal: the tile and its transpose
     out = partial + tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
@@ -247,6 +251,11 @@ class Products:
 
 
 NARROW = 32
+# Programs that look for samples to compute again: most find none, so no more than a card runs at a time.
+RECOMPUTING = 128
+# The largest Gram tile is taken from this many programs on, which fill half of an H200. There the next one made 260 to
+# 270 TFLOP/s, all processors busy; the product plan's 128 × 128, the same loop, 700 on those that had a tile.
+LARGE_GRAMS = 64
 # Up to this many positions, one Gram tile holds them all.
 MIDDLE_GRAM = 64
 # Gram tiles by size. Two accumulators are live at once, so 128 × 128 is for Hopper and later, whose accumulators leave
@@ -277,15 +286,14 @@ def grad_sqnorm(inputs: Tensor, grads: Tensor, cancelled: float) -> Tensor:
     Gram sums under ``cancelled`` times the sum of their terms' absolute values are computed again in product form.
     """
     launches, result = plan(inputs, grads, cancelled, generation(inputs), interpret=not inputs.is_cuda)
-    for launch in launches:
-        launch.run(inputs)
-    return result if result.dim() == 1 else result.sum(1).float()
+    run(launches)
+    return result
 
 
 def plan(
     inputs: Tensor, grads: Tensor, cancelled: float, generation: int, *, interpret: bool = False
 ) -> tuple[list[Launch], Tensor]:
-    """The launches and what they fill: the norms (B,), or float64 parts of them (B, splits). Meta tensors will do."""
+    """The launches and the norms (B,) that they make. Meta tensors will do."""
     inputs, grads = unit_stride(inputs), unit_stride(grads)
     if inputs.shape[1] == 1:
         return _plan_single(inputs, grads)
@@ -293,10 +301,13 @@ def plan(
     product = product_tile(inputs, grads, generation)
     if gram_is_cheaper(inputs, grads, gram, product):
         first, sums = _plan_gram(inputs, grads, gram, interpret)
-        second, result = _plan_product(inputs, grads, product, interpret, sums, cancelled)
-        return [first, second], result
-    only, result = _plan_product(inputs, grads, product, interpret)
-    return [only], result
+        second, parts = _plan_product(inputs, grads, product, interpret, sums, cancelled)
+        launches = [first, second]
+    else:
+        only, parts = _plan_product(inputs, grads, product, interpret)
+        launches = [only]
+    norms = inputs.new_empty(len(inputs), dtype=torch.float32)
+    return [*launches, *plan_samples(parts.flatten(), norms)], norms
 
 
 def gram_is_cheaper(inputs: Tensor, grads: Tensor, gram: Gram, product: Product) -> bool:
@@ -318,12 +329,13 @@ def flop_cost(*factors: Tensor) -> int:
 
 
 def fold_of(terms: int, *factors: Tensor) -> int:
-    """FOLD where tensor cores add up more terms than that, else 0."""
-    return FOLD if terms > FOLD and flop_cost(*factors) == 1 else 0
+    """After how many terms a sum on tensor cores is folded; 0: it has no more than that, or is not on them."""
+    longest = FOLDS[factors[0].dtype] if flop_cost(*factors) == 1 else terms
+    return longest if terms > longest else 0
 
 
 def gram_tile(inputs: Tensor, grads: Tensor, generation: int) -> Gram:
-    """The tile that holds T positions, up to MIDDLE_GRAM; beyond, the largest if there are PROGRAMS of it."""
+    """The tile that holds T positions, up to MIDDLE_GRAM; beyond, the largest if there are LARGE_GRAMS of it."""
     b, t, _ = inputs.shape
     if not _aligned(inputs, grads):
         table = RAGGED_GRAMS
@@ -331,7 +343,7 @@ def gram_tile(inputs: Tensor, grads: Tensor, generation: int) -> Gram:
         table = HALF_GRAMS if flop_cost(inputs) == flop_cost(grads) == 1 else FLOAT_GRAMS
     grams = table.get(generation, table[8])
     n = ceil_div(t, grams[-1].tile)
-    if t > MIDDLE_GRAM and b * n * (n + 1) // 2 >= PROGRAMS:
+    if t > MIDDLE_GRAM and b * n * (n + 1) // 2 >= LARGE_GRAMS:
         return grams[-1]
     return next(gram for gram in grams if gram.tile >= min(t, MIDDLE_GRAM))
 
@@ -389,6 +401,7 @@ def _plan_gram(inputs: Tensor, grads: Tensor, gram: Gram, interpret: bool) -> tu
         "half": partial.stride(0),
         "TILE": gram.tile,
         "BLOCK": gram.block,
+        "EVEN_T": t % gram.tile == 0,
         "EVEN_I": i % gram.block == 0,
         "EVEN_O": o % gram.block == 0,
         "FOLD_I": fold_of(i, inputs),
@@ -406,8 +419,8 @@ def _plan_product(
     b, t, m = left.shape
     n = right.shape[2]
     splits = tiles_of(product, m, n)
-    if sums is not None:  # most have nothing to do: a few programs each
-        splits = min(splits, max(1, PROGRAMS // b))
+    if sums is not None:
+        splits = min(splits, max(1, RECOMPUTING // b))
     partial = left.new_empty((b, splits), dtype=torch.float64)
     arguments = {
         "left": left,

@@ -73,18 +73,18 @@ def variants() -> list[Variants]:
     ]
     large = {f"{m}×{n} {w}w {s}s": Tile(m, n, 64, w, s) for m, n, w, s in shapes}
     groups = {f"group {g}": {(dot, "GROUP_M"): g} for g in (4, 16)}
-    both = {name: {**hopper(dot, large=tile), (dot, "LONG_FOLD"): 1 << 30} for name, tile in large.items()}
-    out = [
-        Variants("grad_dot B=8 T=1024 768→3072 bf", {n: hopper(dot, large=t) for n, t in large.items()} | groups),
-        Variants("grad_dot B=8 T=1024 4096→14336 bf", {f"{n}, never folded": v for n, v in both.items()} | groups),
-    ]
-    folds = {f"fold {f}": {(sqnorm, "FOLD"): f} for f in (64, 128, 256, 1 << 30)}
-    grams = {f"gram {s}s {w}w": gram(sqnorm.Gram(128, 64, w, s)) for s, w in ((3, 8), (2, 8), (4, 4))}
-    grams["gram 128 k128"] = gram(sqnorm.Gram(128, 128, 8, 2))
+    cuts = {f"slices of {n} folds": {(dot, "SLICE_FOLDS"): n} for n in (1, 3, 4, 1 << 20)}
+    cuts["128×256 8w 3s, slices of 4 folds"] = hopper(dot, large=large["128×256 8w 3s"]) | {(dot, "SLICE_FOLDS"): 4}
+    whole = {n: hopper(dot, large=t) for n, t in large.items()}
+    out = [Variants(f"grad_dot B=8 T=1024 {x} bf", whole | groups | cuts) for x in ("768→3072", "4096→14336")]
+    folds = {f"fold {f}": {(sqnorm, "FOLDS"): dict.fromkeys(sqnorm.FOLDS, f)} for f in (128, 192, 512, 1 << 30)}
+    grams = {f"gram {s}s": gram(sqnorm.Gram(128, 64, 8, s)) for s in (3, 2)}
+    grams |= {f"128 from {n} programs": {(sqnorm, "LARGE_GRAMS"): n} for n in (512,)}
+    grams |= {f"{n} programs look": {(sqnorm, "RECOMPUTING"): n} for n in (64, 512)}
     out += [Variants(f"grad_sqnorm B=8 T=1024 {layer} bf", folds | grams) for layer in ("768→3072", "4096→14336")]
     blocks = {
         f"product {m}×{n} k{t} {w}w {s}s": products(sqnorm.Product(m, n, t, w, s))
-        for m, n, t, w, s in ((128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (128, 128, 64, 4, 4), (128, 128, 128, 8, 2))
+        for m, n, t, w, s in ((64, 128, 64, 4, 4), (128, 64, 64, 4, 4), (128, 64, 64, 8, 4), (128, 64, 64, 4, 3))
     }
     out += [
         Variants(f"grad_sqnorm B={shape} bf", folds | blocks) for shape in ("4 T=8192 768→768", "2 T=16384 768→3072")

@@ -6,6 +6,7 @@ import torch
 
 from assay.kernels import dot
 from assay.kernels._common import Launch
+from assay.kernels.slices import plan_samples
 from tests.kernels.aot import CAPABILITIES, Case, case_of
 
 BF16, FP16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -20,7 +21,8 @@ TYPES = [  # of inputs, grads and direction
 ]
 SHAPES = {  # (B, T, I, O); what takes them there
     "large": (8, 512, 1024, 2048),
-    "folded": (64, 512, 1024, 4096),  # more terms to a program than one sum on tensor cores takes
+    "sliced": (64, 512, 1024, 4096),  # more terms than one sum on tensor cores takes
+    "flat": (64, 500, 1024, 4096),  # tiles of rows that go from one sample to the next
     "tail": (8, 512, 1040, 2064),  # K past the tile's multiple
     "wide": (8, 512, 2048, 1024),  # the other order, whose matrix is transposed
     "ragged": (8, 511, 1023, 1025),
@@ -40,8 +42,17 @@ def launch(
     return dot.plan(inputs, grads, torch.empty(o, i, dtype=types[2], device="meta"), generation)[0]
 
 
-def cases() -> list[Case]:
+def sums() -> list[tuple[str, Launch]]:
+    """Of partial sums, by sample: few to each, many, so many that they are added up over slices first."""
     found = []
+    for slices, b, size in ((4, 8192, 1), (16, 8, 256), (128, 8, 1000)):
+        partial, out = torch.empty(slices, b * size, device="meta"), torch.empty(b, device="meta")
+        found += [(f"grad_dot{x.kernel.__name__} {slices}*{b}*{size}", x) for x in plan_samples(partial, out)]
+    return found
+
+
+def cases() -> list[Case]:
+    found = [case_of(name, launch) for name, launch in sums()]
     for cc in CAPABILITIES:
         for types in TYPES:
             names = [str(x).removeprefix("torch.").replace("loat", "") for x in types]

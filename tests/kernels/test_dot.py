@@ -10,6 +10,7 @@ import assay
 from assay.kernels import dot
 from assay.ops import grad_dot
 from tests.kernels.guarded import DEVICE, far_apart, fence_intact, fenced
+from tests.kernels.work import work_of
 
 F32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 SHAPES = [  # (B, T, I, O); what it is there for
@@ -192,9 +193,39 @@ def test_dispatch_on_both_sides_of_each_limit() -> None:
     assert tile_of(*meta(8, 64, 512, 512, (F32, F32, F32))) == size(floats.large)
     assert tile_of(*meta(8, 64, 512, 512, (F32, F32, BF16))) == size(floats.small)
     assert tile_of(*meta(8, 64, 512, 512, (BF16, F32, BF16))) == size(dot.HALF_TILES[8].large)
-    # K is cut only where the tiles alone do not fill a card.
+    # K is cut where the tiles alone do not fill a card, or a sum on tensor cores would be too long.
     assert dot.plan(*meta(1, 1, 4096, 1024), 9)[0].grid == (1024 // tiles.few_rows.n, 8)
-    assert dot.plan(*meta(64, 1024, 4096, 4096), 9)[0].grid[1] == 1
+    assert dot.plan(*meta(64, 1024, 4096, 4096, (F32, F32, F32)), 9)[0].grid[1] == 1
+    for dtype, longest in ((BF16, 768), (FP16, 384)):
+        assert [dot.plan(*meta(64, 1024, k, k, (dtype,) * 3), 9)[0].grid[1] for k in (longest, longest + 16)] == [1, 2]
+
+
+def test_tiles_end_with_each_sample_where_few_rows_are_wasted() -> None:
+    """Then they write one sum each; a sample of a classifier's layer has no rows for a tile of its own."""
+    m = dot.HALF_TILES[9].large.m
+    for t, whole in ((m, True), (m + 1, False), (16 * m - m // 2, True), (8 * m - m // 2, False)):
+        launch, partial = dot.plan(*meta(3, t, 512, 512), 9)
+        tiles = -(-t // m)
+        assert launch.arguments["WHOLE"] == whole
+        assert launch.grid[0] == (3 * tiles if whole else -(-3 * t // m)) * partial.shape[1]
+        assert partial.shape[2] == (3 * tiles if whole else 3 * t)
+
+
+@pytest.mark.parametrize("b", [1, 3])
+@pytest.mark.parametrize("t", [124, 125, 128, 256])
+def test_a_sample_s_own_tiles(t: int, b: int) -> None:
+    """Full ones, and a last one whose spare rows are left out, as whole samples' sums, at any stride."""
+    a, g, v = draw(b, t, 40, 144, (BF16, BF16, BF16), gap=16)
+    assert dot.plan(a, g, v, 8)[0].arguments["WHOLE"]
+    plain = check(a, g, v)
+    assert torch.equal(check(a[:1], g[:1], v), plain[:1])
+    check(a.transpose(0, 1).contiguous().transpose(0, 1), g, v)
+
+
+def test_two_launches_and_nothing_else() -> None:
+    for shape in ((2, 128, 40, 144), (2, 3, 1100, 40), (40, 1, 20, 30)):
+        a, g, v = draw(*shape, (BF16, BF16, BF16))
+        assert work_of(lambda a=a, g=g, v=v: dot.grad_dot(a, g, v)) == ["_grad_dot", "_total_samples"]
 
 
 def test_the_order_of_the_product() -> None:

@@ -11,6 +11,7 @@ from assay.kernels import sqnorm
 from assay.ops import grad_sqnorm
 from assay.ops.sqnorm import CANCELLED
 from tests.kernels.guarded import DEVICE, far_apart, fence_intact, fenced
+from tests.kernels.work import work_of
 
 F32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 SHAPES = [  # (B, T, I, O); what it is there for
@@ -83,7 +84,7 @@ def test_every_generation_s_tiles(
     monkeypatch: pytest.MonkeyPatch, generation: int, types: tuple[torch.dtype, torch.dtype]
 ) -> None:
     monkeypatch.setattr(sqnorm, "generation", lambda tensor: generation)
-    monkeypatch.setattr(sqnorm, "PROGRAMS", 2)  # the largest Gram tile
+    monkeypatch.setattr(sqnorm, "LARGE_GRAMS", 2)  # the largest Gram tile
     for shape in ((1, 144, 400, 400), (1, 400, 80, 144), (1, 400, 80, 16)):
         check(*draw(*shape, types, gap=16))
 
@@ -216,7 +217,7 @@ def test_dispatch_on_both_sides_of_each_limit() -> None:
     grams, products = sqnorm.HALF_GRAMS[9], sqnorm.HALF_PRODUCTS[9]
     for t, tile in ((2, 16), (16, 16), (17, 32), (32, 32), (33, 64), (64, 64), (65, 64), (640, 64)):
         assert sqnorm.gram_tile(*meta(1, t, 512, 512), 9).tile == tile
-    full = sqnorm.PROGRAMS // 15  # 640 positions are 15 pairs of tiles of 128
+    full = (sqnorm.LARGE_GRAMS - 1) // 15  # 640 positions are 15 pairs of tiles of 128
     assert sqnorm.gram_tile(*meta(full, 640, 512, 512), 9) == grams[-2]
     assert sqnorm.gram_tile(*meta(full + 1, 640, 512, 512), 9) == grams[-1]
     assert sqnorm.gram_tile(*meta(full + 1, 640, 512, 513), 9) == sqnorm.RAGGED_GRAMS[8][-1]
@@ -225,6 +226,25 @@ def test_dispatch_on_both_sides_of_each_limit() -> None:
     assert sqnorm.product_tile(*meta(1, 64, 512, sqnorm.NARROW + 16), 9) == products.large
     assert sqnorm.product_tile(*meta(1, 64, 512, 511), 9) == products.small
     assert sqnorm.product_tile(*meta(1, 64, 512, 512, (BF16, F32)), 9) == sqnorm.FLOAT_PRODUCTS[8].small
+
+
+def test_no_more_launches_than_the_plans_have() -> None:
+    plans = {
+        (3, 1, 9, 8): ["_single"],
+        (3, 64, 256, 256): ["_gram", "_product", "_total_samples"],
+        (3, 300, 8, 6): ["_product", "_total_samples"],
+    }
+    for shape, names in plans.items():
+        a, g = draw(*shape)
+        assert work_of(lambda a=a, g=g: sqnorm.grad_sqnorm(a, g, CANCELLED)) == names
+
+
+def test_programs_that_look_for_cancelled_samples_fit_a_card() -> None:
+    """All at a time: most find none."""
+    for b in (1, 8, 1000):
+        second = sqnorm.plan(*meta(b, 512, 4096, 4096), CANCELLED, 9)[0][1]
+        assert second.kernel.__name__ == "_product"
+        assert second.grid[0] == max(b, sqnorm.RECOMPUTING)
 
 
 def test_each_pair_of_tiles_is_visited_once() -> None:

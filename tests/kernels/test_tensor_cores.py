@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,45 +23,61 @@ assert os.environ["TRITON_INTERPRET"] == "1"
 YARDSTICK = 2e-6
 
 
-def truncating(builder: Any, a: Any, b: Any, d: Any, *precision: Any) -> TensorHandle:
-    """``d + a @ b`` as an H100 adds it up: 16 terms, or 8 of TF32, and the sum so far, exactly; then towards zero."""
-    step = 8 if "TF32" in repr(precision) else 16
-    left, right, total = a.data.astype(np.float64), b.data.astype(np.float64), d.data
-    for k in range(0, left.shape[1], step):
-        exact = total.astype(np.float64) + left[:, k : k + step] @ right[k : k + step]
-        total = exact.astype(np.float32)
-        total = np.where(np.abs(total) > np.abs(exact), np.nextafter(total, np.float32(0)), total)
-    return TensorHandle(total, d.dtype.scalar)
+TERMS = {torch.bfloat16: 16, torch.float16: 8}  # an H200 makes twice bfloat16's error of float16, whichever its way
+
+
+def truncating(terms: int) -> Callable[..., TensorHandle]:
+    """``d + a @ b`` as tensor cores add it up: ``terms`` and the sum so far, exactly, then towards 0; of TF32, 8."""
+
+    def dot(builder: Any, a: Any, b: Any, d: Any, *precision: Any) -> TensorHandle:
+        step = 8 if "TF32" in repr(precision) else terms
+        left, right, total = a.data.astype(np.float64), b.data.astype(np.float64), d.data
+        for k in range(0, left.shape[1], step):
+            exact = total.astype(np.float64) + left[:, k : k + step] @ right[k : k + step]
+            total = exact.astype(np.float32)
+            total = np.where(np.abs(total) > np.abs(exact), np.nextafter(total, np.float32(0)), total)
+        return TensorHandle(total, d.dtype.scalar)
+
+    return dot
 
 
 @pytest.fixture(autouse=True)
 def _tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", truncating)
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", truncating(TERMS[torch.bfloat16]))
 
 
-def half(*shape: int) -> Tensor:
+@pytest.fixture(params=list(TERMS))
+def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """Of the factors, with its own tensor cores."""
+    kind: torch.dtype = request.param
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", truncating(TERMS[kind]))
+    return kind
+
+
+def half(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Positive numbers, whose sums grow and lose something every time."""
-    return torch.rand(shape).add_(0.5).bfloat16()
+    return torch.rand(shape).add_(0.5).to(dtype)
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:
     return float(((got.double() - exact) / exact).abs().max())
 
 
-@pytest.mark.parametrize(("t", "i", "o"), [(16, 4096, 64), (16, 64, 4096), (4100, 9, 7)])
-def test_grad_sqnorm(t: int, i: int, o: int) -> None:
-    """The Gram plan over either factor's features, the product plan over positions."""
-    a, g = half(1, t, i), half(1, t, o)
+@pytest.mark.parametrize(("t", "i", "o"), [(16, 4096, 64), (16, 64, 4096), (16, 1024, 1024), (4100, 9, 7)])
+def test_grad_sqnorm(t: int, i: int, o: int, dtype: torch.dtype) -> None:
+    """The Gram plan over either factor's features and over both, the product plan over positions."""
+    a, g = half(1, t, i, dtype=dtype), half(1, t, o, dtype=dtype)
     exact = (g.double().mT @ a.double()).square().sum((1, 2))
     with assay.backend("triton"):
         assert relative_error(ops.grad_sqnorm(a, g), exact) < YARDSTICK
 
 
-def test_grad_dot(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("t", [40, 128])  # tiles that go on with the next sample, and a sample's own
+def test_grad_dot(t: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     from assay.kernels import dot
 
-    monkeypatch.setattr(dot, "PROGRAMS", 1)  # one slice of K, as where a batch is large
-    a, g, v = half(1, 32, 16), half(1, 32, 4096), half(4096, 16)
+    monkeypatch.setattr(dot, "PROGRAMS", 1)  # no more slices of K than its length asks for, as where a batch is large
+    a, g, v = half(1, t, 16, dtype=dtype), half(1, t, 4096, dtype=dtype), half(4096, 16, dtype=dtype)
     exact = ((g.double().mT @ a.double()) * v.double()).sum((1, 2))
     with assay.backend("triton"):
         assert relative_error(ops.grad_dot(a, g, v), exact) < YARDSTICK

@@ -187,7 +187,8 @@ def reference(
         prediction = (z[0] == z[0].amax(-1, keepdim=True)).int().argmax(-1)  # exact, where exp may round to a tie
     votes = (z == z.amax(-1, keepdim=True)).int().argmax(-1)  # (K, N)
     share = torch.stack([(w * (votes == vote)).sum(0) for vote in votes])  # (K, N): support of model k's choice
-    kl = torch.where((p > 0) & (mix > 0), p * (log_p - mix.log()), zero).sum(-1)  # (K, N); w p may underflow where p > 0
+    some = (p > 0) & (mix > 0)  # w p may underflow where p does not
+    kl = torch.where(some, p * (log_p - mix.log()), zero).sum(-1)  # (K, N)
     columns = {
         "entropy": entropy(mix),
         "expected_entropy": (w * entropy(p)).sum(0),

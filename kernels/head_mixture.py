@@ -134,21 +134,21 @@ def mix(
         if WANT_ENTROPY or WANT_KL:
             plogp = p * log2(tl.maximum(p, TINY), not WIDEN)
             if WANT_ENTROPY:
-                p_log_p += total(plogp)
+                p_log_p += total(plogp, WIDEN)
             if WANT_KL:
-                kl += total(own - plogp)  # element by element: where the models agree, nothing is left to cancel
+                kl += total(own - plogp, WIDEN)  # element by element: where the models agree, nothing is left to cancel
         if labels is not None:  # noqa: SIM102
             if ((labelled >> ((c0 - begin) // part_32)) & 1) != 0:
                 is_y = is_column(y - c0, BLOCK_N)
-                p_y += total(tl.where(is_y, p, 0.0))
+                p_y += total(tl.where(is_y, p, 0.0), WIDEN)
                 p = tl.where(is_y, 0.0, p)
         if WANT_TOP:
             high, first = highest_and_index(p, BLOCK_M, BLOCK_N)
             best = tl.where(high > peak, c0 + first, best)
             peak = tl.maximum(peak, high)
         if WANT_SQUARES:
-            others += total(p)
-            squares += total(p * p)
+            others += total(p, WIDEN)
+            squares += total(p * p, WIDEN)
 
     mask = row < rows
     out = state + part.to(tl.int64) * MIX * stride + row

@@ -119,15 +119,23 @@ def folded(x, M: tl.constexpr, N: tl.constexpr):
     return tl.reshape(x, (M, N // 8, 4, 2))
 
 
-@triton.jit
-def total(x):
-    """The sum over a folded tile's columns."""
-    return tl.sum(tl.sum(tl.sum(x, 1), 2), 1)
+# In which order, decides whether every thread that holds a row's sum holds the same bits. Between threads it goes by
+# butterflies, a + b in one and b + a in the other; but where an addend is a product, and the addition with it one fused
+# multiply-add, that is ab + r(cd) in one and cd + r(ab) in the other, r for rounded. Matrix units leave a row in four
+# threads, and the first sums are each thread's own. Without them (WIDEN) a row of the tile lies along threads: the last
+# axis goes first, for its sums stay within a thread. tests/kernels/butterfly.py looks for the others.
 
 
 @triton.jit
-def highest(x):
-    return tl.max(tl.max(tl.max(x, 1), 2), 1)
+def total(x, WIDEN: tl.constexpr):
+    """(M,): the sum over a folded tile's columns."""
+    return tl.sum(tl.sum(tl.sum(x, 3), 2), 1) if WIDEN else tl.sum(tl.sum(tl.sum(x, 1), 2), 1)
+
+
+@triton.jit
+def highest(x, WIDEN: tl.constexpr):
+    """(M,): the maximum, in the order of ``total``'s sums."""
+    return tl.max(tl.max(tl.max(x, 3), 2), 1) if WIDEN else tl.max(tl.max(tl.max(x, 1), 2), 1)
 
 
 @triton.jit
@@ -327,28 +335,28 @@ def sweep(
         if labels is not None:  # noqa: SIM102
             if ((labelled >> ((c0 - begin) // part_32)) & 1) != 0:
                 is_y = is_column(y - c0, BLOCK_N)  # never a padded column: y < end ≤ classes
-                z_y += total(tl.where(is_y, z, 0.0))
+                z_y += total(tl.where(is_y, z, 0.0), WIDEN)
                 if direction is not None:
-                    u_y += total(tl.where(is_y, u, 0.0))
+                    u_y += total(tl.where(is_y, u, 0.0), WIDEN)
                 z = tl.where(is_y, float("-inf"), z)
 
         if WANT_TOP:
             peak, first = highest_and_index(z, BLOCK_M, BLOCK_N)
             best = tl.where(peak > m, c0 + first, best)
         else:
-            peak = highest(z)
+            peak = highest(z, WIDEN)
         m_new = tl.maximum(m, peak)
         gap = tl.maximum(m - m_new, FLOOR)
         r = tl.exp2(gap * LOG2E)
         x = z - m_new[:, None, None, None]
         e = tl.exp2(x * LOG2E)  # NaN from a NaN or +inf logit: d carries it on, where max would drop it
         if WANT_MOMENT:
-            s = r * (s + gap * d) + total(tl.maximum(x, FLOOR) * e)
-        d = d * r + total(e)
+            s = r * (s + gap * d) + total(tl.maximum(x, FLOOR) * e, WIDEN)
+        d = d * r + total(e, WIDEN)
         if WANT_SQUARES:
-            q = q * (r * r) + total(e * e)
+            q = q * (r * r) + total(e * e, WIDEN)
         if direction is not None:
-            t = t * r + total(e * u)
+            t = t * r + total(e * u, WIDEN)
         if sketch is not None:
             sign = signs(words, classes, tl.minimum(c0 + tl.arange(0, BLOCK_N), classes - 1), SKETCH)
             sketched = times_signs(sketched * r[:, None], tl.reshape(e, (BLOCK_M, BLOCK_N)), sign, WIDEN)

@@ -17,6 +17,7 @@ class Row:
     stack_bytes: int  # per thread, the stack frame (spilled registers are part of it)
     shared_bytes: int  # per block
     hot: bool
+    lopsided: int = 0  # sums between threads that leave them with different bits (butterfly.py)
 
 
 def render(rows: Sequence[Row]) -> str:
@@ -33,10 +34,16 @@ def render(rows: Sequence[Row]) -> str:
 
 
 def check(rows: Sequence[Row]) -> list[str]:
-    """One line for each hot kernel that spills or has a stack frame; none if all is well."""
-    return [
+    """A line for each hot kernel that spills or has a stack frame, each whose threads differ; none if all is well."""
+    spilling = [
         f"{r.kernel} for {r.target}: {r.spill_bytes} bytes spilled, {r.stack_bytes} bytes of stack; expected 0 and 0 "
         "in a hot kernel: make its tile smaller or its warps more"
         for r in rows
         if r.hot and (r.spill_bytes or r.stack_bytes)
+    ]
+    return spilling + [
+        f"{r.kernel} for {r.target}: {r.lopsided} sums between threads fuse a product on one side only, and the "
+        "threads that share a row hold different bits of it; expected 0: sum along each thread's own numbers first"
+        for r in rows
+        if r.lopsided
     ]

@@ -81,7 +81,8 @@ def product(
 def product_of_blocks(
     x_blocks,  # descriptors of blocks (M, BLOCK_D) of x, ...
     w_blocks,  # ... (N, BLOCK_D) of w ...
-    v_blocks,  # ... and of v, if there is one
+    v_blocks,  # ... and of v, if there is one ...
+    y_blocks,  # ... with another factor than x: as those of x
     row,
     column,
     size,
@@ -90,7 +91,7 @@ def product_of_blocks(
     BLOCK_D: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """``product`` of the blocks from a row of x and a row of w and v on. What lies outside of them is 0."""
+    """``product`` of the blocks from a row of x and y and a row of w and v on. What lies outside of them is 0."""
     tl.assume(size > 0)
     z = tl.zeros((M, N), tl.float32)
     u = tl.zeros((M, N), tl.float32)
@@ -105,6 +106,10 @@ def product_of_blocks(
             v = v_blocks.load([column, d])
             if WIDEN:
                 v = v.to(tl.float32)
+            if y_blocks is not None:
+                x = y_blocks.load([row, d])
+                if WIDEN:
+                    x = x.to(tl.float32)
             u = tl.dot(x, tl.trans(v), u, input_precision="ieee")
     return z, u
 
@@ -319,7 +324,7 @@ def sweep(
     for c0 in range(begin, end, BLOCK_N):
         if DESCRIBED:
             z, u = product_of_blocks(
-                hidden, weight, direction, block * BLOCK_M, c0, size, BLOCK_M, BLOCK_N, BLOCK_D, WIDEN
+                hidden, weight, direction, None, block * BLOCK_M, c0, size, BLOCK_M, BLOCK_N, BLOCK_D, WIDEN
             )
         else:
             column = tl.minimum(c0 + tl.arange(0, BLOCK_N), classes - 1).to(tl.int64)

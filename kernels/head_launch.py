@@ -385,22 +385,22 @@ def into_network(models: Models, merged: Merged, total: Tensor) -> Iterator[Laun
                 GROUP_M=GROUP_M,
                 WIDEN=widen,
             )
-            if partial is not None:
-                yield from launch(
-                    head_gradient.add_splits,
-                    ceil_div(row_end - row, SPLIT_ROWS) * ceil_div(size, SPLIT_COLUMNS),
-                    partial=partial,
-                    labels=models.labels,
-                    total=total,
-                    rows=rows,
-                    size=size,
-                    row_begin=row,
-                    row_end=row_end,
-                    splits=splits,
-                    ignore_index=models.ignore_index,
-                    BLOCK_M=SPLIT_ROWS,
-                    BLOCK=SPLIT_COLUMNS,
-                )
+        if partial is not None:
+            yield from launch(
+                head_gradient.add_splits,
+                ceil_div(row_end - row, SPLIT_ROWS) * ceil_div(size, SPLIT_COLUMNS),
+                partial=partial,
+                labels=models.labels,
+                total=total,
+                rows=rows,
+                size=size,
+                row_begin=row,
+                row_end=row_end,
+                splits=splits,
+                ignore_index=models.ignore_index,
+                BLOCK_M=SPLIT_ROWS,
+                BLOCK=SPLIT_COLUMNS,
+            )
 
 
 def launch(

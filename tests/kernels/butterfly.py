@@ -24,9 +24,10 @@ def lopsided(ptx: str) -> list[str]:
     for line in ptx.splitlines():
         if move := _MOVE.search(line):
             to, source = move.groups()
-            for known in (products, sent):
-                if source in known:
-                    known[to] = known[source]  # type: ignore[index]
+            if source in products:
+                products[to] = products[source]
+            if source in sent:
+                sent[to] = sent[source]
         elif product := _MULTIPLY.search(line):
             products[product[1]] = {product[2], product[3]}
         elif exchange := _EXCHANGE.search(line):

@@ -108,10 +108,14 @@ def plans(dtype: torch.dtype, size: int) -> Iterator[tuple[str, Callable[[], Ite
     for rows in (16, 32):
         yield f"bare direction+sketch{rows}", scores(unbiased, directions[one], rows)
     both = Models.of(hidden[two], weight[two], None, labels, -100)
+    lone = Models.of(hidden[one], weight[one], None, labels, -100)
+    yield "unbiased statistics", lambda: head.plan_statistics(lone, [1.0], ALL, *lone.statistics())
     yield "unbiased mixture", lambda: head.plan_statistics(both, [0.5, 0.5], ALL, *both.statistics())
     alike = Models.of([hidden[0]] * 2, [weight[0]] * 2, None, labels, -100)
     yield "mixture of one size", lambda: head.plan_statistics(alike, [0.5, 0.5], ALL, *alike.statistics())
     yield "mixture of three", statistics(slice(0, 3))  # by addresses
+    three = Models.of(hidden, weight, None, labels, -100)
+    yield "unbiased mixture of three", lambda: head.plan_statistics(three, [0.25] * 3, ALL, *three.statistics())
     yield "losses", losses(bare=False)
     yield "bare mixture", statistics(two, bare=True)
     yield "bare losses", losses(bare=True)
@@ -125,7 +129,7 @@ HEAVY = ("statistics", "mixture", "direction+sketch32", "direction+sketch128", "
 CHOSEN: dict[tuple[torch.dtype, int], Sequence[str] | None] = {  # None: all of them
     (BF16, 1024): None,
     (BF16, 2048): ("losses",),  # whose chunks are not split
-    (BF16, 576): ("statistics", "bare mixture", "mixture of one size", "bare losses"),
+    (BF16, 576): ("statistics", "unbiased statistics", "bare mixture", "mixture of one size", "bare losses"),
     (BF16, 1040): ("statistics", "direction+sketch128"),
     (BF16, 1023): (*HEAVY, "single"),
     (FP16, 1024): ("statistics", "direction+sketch16"),  # bfloat16's code but for the instruction's name

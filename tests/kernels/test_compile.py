@@ -18,7 +18,7 @@ from tests.kernels import loop
 from tests.kernels.aot import case_of
 from tests.kernels.butterfly import lopsided
 from tests.kernels.loop import Loop
-from tests.kernels.table import Row, check, render
+from tests.kernels.table import WORTH, Row, check, render
 
 ROW = Row("grad_dot large", "sm_90", 224, 0, 0, 147456, True)
 
@@ -120,6 +120,20 @@ def test_a_spill_or_a_stack_frame_fails_only_hot_kernels() -> None:
         assert len(check([ROW, worse])) == 1
         assert "grad_dot large for sm_90" in check([worse])[0]
         assert check([replace(worse, hot=False)]) == []
+
+
+def test_a_spill_that_a_card_measured_to_be_worth_it_is_allowed_and_no_more() -> None:
+    names = ["sweep bfloat16 D=1024 direction+sketch16", "sweep bfloat16 D=1024 unbiased mixture"]
+    names.append("mix bfloat16 D=1024 mixture of three")
+    for name, worth in zip(names, WORTH, strict=True):
+        row = Row(f"head.{name}", worth.target, 255, worth.bytes, worth.bytes, 0, True)
+        assert check([row]) == []
+        for worse in (
+            replace(row, spill_bytes=worth.bytes + 8),
+            replace(row, target="sm_80"),
+            replace(row, kernel="x"),
+        ):
+            assert len(check([worse])) == 1
 
 
 EXCHANGED = """\

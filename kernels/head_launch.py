@@ -29,6 +29,7 @@ CHUNK_PERCENT, CHUNK_TILES = 8, 16  # a chunk is no less than 16 tiles: launches
 # A split has 4 tiles of the chunk at least, for its sums are written and read again.
 FILL, SPLIT_TILES = 132, 4
 SPLIT_ROWS, SPLIT_COLUMNS = 16, 128
+TOGETHER = True  # the second sweep of two models of one size runs both products in one loop, whose pipeline fills once
 MERGE_ROWS = 128
 MERGE_SKETCH_ROWS = 32
 
@@ -299,7 +300,7 @@ def mix(
         **mixture_flags(fields),
         EVEN_D=all(h.shape[1] % tile.k == 0 for h in models.hidden),
         WIDEN=widen,
-        TOGETHER=described and models.hidden[0].shape[1] == models.hidden[1].shape[1],
+        TOGETHER=TOGETHER and described and models.hidden[0].shape[1] == models.hidden[1].shape[1],
     )
     return launches, (state, top, at_label), count
 

@@ -70,7 +70,7 @@ def accumulate(
     weight,  # (classes, size)
     labels,
     total,  # (rows, size) float32
-    partial,  # (splits - 1, rows of the panel, size) float32, or None
+    partial,  # (splits - 1, rows of the panel, size) float32, from the panel's first chunk on; or None
     rows,  # of the panel
     size,
     residual_row,
@@ -89,7 +89,7 @@ def accumulate(
     GROUP_M: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """residual · weight over a split of the chunk: the first is added to the total, the others lie beside it."""
+    """residual · weight over a split of the chunk: the first's is added to the total, each other's to its own sum."""
     block, tile = place(row_end - row_begin, d_tiles * splits, BLOCK_M, GROUP_M)
     part, tile = tile // d_tiles, tile % d_tiles
     first = block.to(tl.int64) * BLOCK_M
@@ -118,7 +118,7 @@ def accumulate(
     if partial is not None:
         beside = partial + ((part - 1).to(tl.int64) * rows + first) * size + within
         at = tl.where(part == 0, at, beside)
-    if part == 0:
+    if (part == 0) | (c_begin > 0):
         added += tl.load(at, mask=mask, other=0.0)
     tl.store(at, added, mask=mask)
 

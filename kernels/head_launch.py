@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from assay.kernels import head_gradient, head_mixture, head_sweep
 from assay.kernels._common import Launch, Tile, ceil_div, round_up
 from assay.kernels.fields import FIELDS, MIXTURE_FIELDS, has
-from assay.kernels.head_tiles import GROUP_M, slices, sweep_tile, tiles_for
+from assay.kernels.head_tiles import GROUP_M, mix_tile, slices, sweep_tile, tiles_for
 from assay.kernels.philox import OUTPUT_SIDE, ROWS_PER_COUNTER, plan_signs
 
 MIN_SKETCH = 16  # what tl.dot takes
@@ -29,6 +29,7 @@ CHUNK_PERCENT, CHUNK_TILES = 8, 16  # a chunk is no less than 16 tiles: launches
 # A split has 4 tiles of the chunk at least, for its sums are written and read again.
 FILL, SPLIT_TILES = 132, 4
 SPLIT_ROWS, SPLIT_COLUMNS = 16, 128
+TOGETHER = True  # the second sweep of two models of one size runs both products in one loop, whose pipeline fills once
 MERGE_ROWS = 128
 MERGE_SKETCH_ROWS = 32
 
@@ -263,21 +264,22 @@ def mix(
 ) -> tuple[Iterator[Launch], tuple[Tensor, Tensor, Tensor], int]:
     """The second sweep, (state, top, at_label) of the mixture that it fills, and its number of slices."""
     n = models.rows
-    tiles, widen = tiles_for([*models.hidden, *models.weight])
-    tile = tiles.more
+    biased = any(b is not None for b in models.bias)
+    tile, widen, described = mix_tile([*models.hidden, *models.weight], bias=biased)
     count, per_slice = slices(models.classes, tile, words=6)
     state = models.empty(count, head_mixture.MIX.value, n)
     top = models.empty(count, n, dtype=torch.int32)
     at_label = models.empty(n)
     bias = None
-    if any(b is not None for b in models.bias):  # in one dtype, and zeros where a model has none
+    if biased:  # in one dtype, and zeros where a model has none
         bias = tuple(models.empty(models.classes).zero_() if b is None else b.float() for b in models.bias)
     launches = launch(
         head_mixture.mix,
         ceil_div(n, tile.m) * count,
         tile,
-        hidden=tuple(models.hidden),
-        weight=tuple(models.weight),
+        hidden=None if described else tuple(models.hidden),
+        weight=None if described else tuple(models.weight),
+        **pair(models, tile, described),
         bias=bias,
         labels=models.labels,
         model=merged.model,
@@ -298,8 +300,18 @@ def mix(
         **mixture_flags(fields),
         EVEN_D=all(h.shape[1] % tile.k == 0 for h in models.hidden),
         WIDEN=widen,
+        TOGETHER=TOGETHER and described and models.hidden[0].shape[1] == models.hidden[1].shape[1],
     )
     return launches, (state, top, at_label), count
+
+
+def pair(models: Models, tile: Tile, described: bool) -> dict[str, TensorDescriptor | None]:
+    """``mix``'s arguments hidden_0, weight_0, hidden_1 and weight_1: descriptors of two models' matrices, or None."""
+    found: dict[str, TensorDescriptor | None] = {}
+    for k in range(2):
+        found[f"hidden_{k}"] = blocks_of(models.hidden[k], tile.m, tile.k) if described else None
+        found[f"weight_{k}"] = blocks_of(models.weight[k], tile.n, tile.k) if described else None
+    return found
 
 
 def into_network(models: Models, merged: Merged, total: Tensor) -> Iterator[Launch]:
@@ -374,22 +386,22 @@ def into_network(models: Models, merged: Merged, total: Tensor) -> Iterator[Laun
                 GROUP_M=GROUP_M,
                 WIDEN=widen,
             )
-            if partial is not None:
-                yield from launch(
-                    head_gradient.add_splits,
-                    ceil_div(row_end - row, SPLIT_ROWS) * ceil_div(size, SPLIT_COLUMNS),
-                    partial=partial,
-                    labels=models.labels,
-                    total=total,
-                    rows=rows,
-                    size=size,
-                    row_begin=row,
-                    row_end=row_end,
-                    splits=splits,
-                    ignore_index=models.ignore_index,
-                    BLOCK_M=SPLIT_ROWS,
-                    BLOCK=SPLIT_COLUMNS,
-                )
+        if partial is not None:
+            yield from launch(
+                head_gradient.add_splits,
+                ceil_div(row_end - row, SPLIT_ROWS) * ceil_div(size, SPLIT_COLUMNS),
+                partial=partial,
+                labels=models.labels,
+                total=total,
+                rows=rows,
+                size=size,
+                row_begin=row,
+                row_end=row_end,
+                splits=splits,
+                ignore_index=models.ignore_index,
+                BLOCK_M=SPLIT_ROWS,
+                BLOCK=SPLIT_COLUMNS,
+            )
 
 
 def launch(

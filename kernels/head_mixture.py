@@ -23,6 +23,7 @@ from assay.kernels.head_sweep import (
     parts_with_labels,
     place,
     product,
+    product_of_blocks,
     tile_bias,
     total,
 )
@@ -55,10 +56,44 @@ def log2(x, QUICK: tl.constexpr):
     return y
 
 
+@triton.jit
+def mixed_in(
+    p,  # folded tiles: p̄ of the models before ...
+    own,  # ... and Σ_k w_k p_k log₂ p_k; None of none
+    z,  # (M, N), this model's logits but for ...
+    bias,  # ... (classes,) or None
+    share,
+    known,  # addresses of the rows' first word of what is known of the model
+    stride,
+    c0,
+    classes,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    WANT_KL: tl.constexpr,
+):
+    """p and own with one more model's."""
+    z = folded(z, M, N)
+    if bias is not None:
+        z += tile_bias(bias, c0, classes, N)
+    peak = tl.load(known + TOP * stride)[:, None, None, None]
+    log2_sum = tl.load(known + LOG_SUM * stride)[:, None, None, None] * LOG2E
+    z = (z - peak) * LOG2E - log2_sum
+    weighted = share * tl.exp2(z)
+    p = weighted if p is None else p + weighted
+    if WANT_KL:
+        more = weighted * tl.maximum(z, FLOOR)
+        own = more if own is None else own + more
+    return p, own
+
+
 @triton.jit(do_not_specialize=["models", "rows", "tiles", "slices", "ignore_index"])
 def mix(
-    hidden,  # per model (rows, size)
+    hidden,  # per model (rows, size); None where there are ...
     weight,  # per model (classes, size)
+    hidden_0,  # ... descriptors of two models' blocks (BLOCK_M, BLOCK_D) and (BLOCK_N, BLOCK_D), one by one: ...
+    weight_0,
+    hidden_1,  # ... not all versions of Triton launch with a tuple of them
+    weight_1,
     bias,  # per model (classes,); or None
     labels,  # (rows,) int64 or None
     model,  # (models, MODEL, rows) float32
@@ -85,6 +120,7 @@ def mix(
     WANT_KL: tl.constexpr,
     EVEN_D: tl.constexpr,
     WIDEN: tl.constexpr,
+    TOGETHER: tl.constexpr,  # two models of one size: both products in one loop, whose pipeline fills once
 ):
     block, part = place(rows, slices, BLOCK_M, GROUP_M)
     row = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -109,46 +145,63 @@ def mix(
     p_y = tl.zeros((BLOCK_M,), tl.float32)
 
     for c0 in range(begin, end, BLOCK_N):
-        column = tl.minimum(c0 + tl.arange(0, BLOCK_N), classes - 1).to(tl.int64)
-        p = folded(tl.zeros((BLOCK_M, BLOCK_N), tl.float32), BLOCK_M, BLOCK_N)  # p̄
-        own = p  # Σ_k w_k p_k log₂ p_k
-        for k in range(models):
-            x_row = pick(hidden, k) + inside * pick(hidden_row, k)
-            w_row = pick(weight, k) + column * pick(weight_row, k)
-            z, _ = product(x_row, w_row, None, pick(size, k), BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, WIDEN)
-            z = folded(z, BLOCK_M, BLOCK_N)
-            if bias is not None:
-                z += tile_bias(pick(bias, k), c0, classes, BLOCK_N)
-            known = model + k * MODEL * stride + inside
-            top_k = tl.load(known + TOP * stride)[:, None, None, None]
-            log2_sum = tl.load(known + LOG_SUM * stride)[:, None, None, None] * LOG2E
-            z = (z - top_k) * LOG2E - log2_sum
-            weighted = pick(share, k) * tl.exp2(z)
-            p += weighted
-            if WANT_KL:
-                own += weighted * tl.maximum(z, FLOOR)
+        if hidden is None:
+            # Both products before either is looked at: the first waits as it is, where p and own would be two tiles.
+            first = block * BLOCK_M
+            if TOGETHER:
+                z, other = product_of_blocks(
+                    hidden_0, weight_0, weight_1, hidden_1, first, c0, size[0], BLOCK_M, BLOCK_N, BLOCK_D, WIDEN
+                )
+            else:
+                z, _ = product_of_blocks(
+                    hidden_0, weight_0, None, None, first, c0, size[0], BLOCK_M, BLOCK_N, BLOCK_D, WIDEN
+                )
+                other, _ = product_of_blocks(
+                    hidden_1, weight_1, None, None, first, c0, size[1], BLOCK_M, BLOCK_N, BLOCK_D, WIDEN
+                )
+            bias_0 = bias[0] if bias is not None else None
+            bias_1 = bias[1] if bias is not None else None
+            p, own = mixed_in(
+                None, None, z, bias_0, share[0], model + inside, stride, c0, classes, BLOCK_M, BLOCK_N, WANT_KL
+            )
+            known = model + MODEL * stride + inside
+            p, own = mixed_in(p, own, other, bias_1, share[1], known, stride, c0, classes, BLOCK_M, BLOCK_N, WANT_KL)
+        else:
+            column = tl.minimum(c0 + tl.arange(0, BLOCK_N), classes - 1).to(tl.int64)
+            p = folded(tl.zeros((BLOCK_M, BLOCK_N), tl.float32), BLOCK_M, BLOCK_N)
+            own = p
+            for k in range(models):
+                x_row = pick(hidden, k) + inside * pick(hidden_row, k)
+                w_row = pick(weight, k) + column * pick(weight_row, k)
+                z, _ = product(x_row, w_row, None, pick(size, k), BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, WIDEN)
+                bias_k = pick(bias, k) if bias is not None else None
+                known = model + k * MODEL * stride + inside
+                p, own = mixed_in(
+                    p, own, z, bias_k, pick(share, k), known, stride, c0, classes, BLOCK_M, BLOCK_N, WANT_KL
+                )
 
         if c0 + BLOCK_N > classes:
             p = tl.where(below(classes - c0, BLOCK_N), p, 0.0)
-            own = tl.where(below(classes - c0, BLOCK_N), own, 0.0)
+            if WANT_KL:
+                own = tl.where(below(classes - c0, BLOCK_N), own, 0.0)
         if WANT_ENTROPY or WANT_KL:
             plogp = p * log2(tl.maximum(p, TINY), not WIDEN)
             if WANT_ENTROPY:
-                p_log_p += total(plogp)
+                p_log_p += total(plogp, WIDEN)
             if WANT_KL:
-                kl += total(own - plogp)  # element by element: where the models agree, nothing is left to cancel
+                kl += total(own - plogp, WIDEN)  # element by element: where the models agree, nothing is left to cancel
         if labels is not None:  # noqa: SIM102
             if ((labelled >> ((c0 - begin) // part_32)) & 1) != 0:
                 is_y = is_column(y - c0, BLOCK_N)
-                p_y += total(tl.where(is_y, p, 0.0))
+                p_y += total(tl.where(is_y, p, 0.0), WIDEN)
                 p = tl.where(is_y, 0.0, p)
         if WANT_TOP:
             high, first = highest_and_index(p, BLOCK_M, BLOCK_N)
             best = tl.where(high > peak, c0 + first, best)
             peak = tl.maximum(peak, high)
         if WANT_SQUARES:
-            others += total(p)
-            squares += total(p * p)
+            others += total(p, WIDEN)
+            squares += total(p * p, WIDEN)
 
     mask = row < rows
     out = state + part.to(tl.int64) * MIX * stride + row

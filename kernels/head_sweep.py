@@ -81,7 +81,8 @@ def product(
 def product_of_blocks(
     x_blocks,  # descriptors of blocks (M, BLOCK_D) of x, ...
     w_blocks,  # ... (N, BLOCK_D) of w ...
-    v_blocks,  # ... and of v, if there is one
+    v_blocks,  # ... and of v, if there is one ...
+    y_blocks,  # ... with another factor than x: as those of x
     row,
     column,
     size,
@@ -90,7 +91,7 @@ def product_of_blocks(
     BLOCK_D: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """``product`` of the blocks from a row of x and a row of w and v on. What lies outside of them is 0."""
+    """``product`` of the blocks from a row of x and y and a row of w and v on. What lies outside of them is 0."""
     tl.assume(size > 0)
     z = tl.zeros((M, N), tl.float32)
     u = tl.zeros((M, N), tl.float32)
@@ -105,6 +106,10 @@ def product_of_blocks(
             v = v_blocks.load([column, d])
             if WIDEN:
                 v = v.to(tl.float32)
+            if y_blocks is not None:
+                x = y_blocks.load([row, d])
+                if WIDEN:
+                    x = x.to(tl.float32)
             u = tl.dot(x, tl.trans(v), u, input_precision="ieee")
     return z, u
 
@@ -119,15 +124,23 @@ def folded(x, M: tl.constexpr, N: tl.constexpr):
     return tl.reshape(x, (M, N // 8, 4, 2))
 
 
-@triton.jit
-def total(x):
-    """The sum over a folded tile's columns."""
-    return tl.sum(tl.sum(tl.sum(x, 1), 2), 1)
+# In which order, decides whether every thread that holds a row's sum holds the same bits. Between threads it goes by
+# butterflies, a + b in one and b + a in the other; but where an addend is a product, and the addition with it one fused
+# multiply-add, that is ab + r(cd) in one and cd + r(ab) in the other, r for rounded. Matrix units leave a row in four
+# threads, and the first sums are each thread's own. Without them (WIDEN) a row of the tile lies along threads: the last
+# axis goes first, for its sums stay within a thread. tests/kernels/butterfly.py looks for the others.
 
 
 @triton.jit
-def highest(x):
-    return tl.max(tl.max(tl.max(x, 1), 2), 1)
+def total(x, WIDEN: tl.constexpr):
+    """(M,): the sum over a folded tile's columns."""
+    return tl.sum(tl.sum(tl.sum(x, 3), 2), 1) if WIDEN else tl.sum(tl.sum(tl.sum(x, 1), 2), 1)
+
+
+@triton.jit
+def highest(x, WIDEN: tl.constexpr):
+    """(M,): the maximum, in the order of ``total``'s sums."""
+    return tl.max(tl.max(tl.max(x, 3), 2), 1) if WIDEN else tl.max(tl.max(tl.max(x, 1), 2), 1)
 
 
 @triton.jit
@@ -311,7 +324,7 @@ def sweep(
     for c0 in range(begin, end, BLOCK_N):
         if DESCRIBED:
             z, u = product_of_blocks(
-                hidden, weight, direction, block * BLOCK_M, c0, size, BLOCK_M, BLOCK_N, BLOCK_D, WIDEN
+                hidden, weight, direction, None, block * BLOCK_M, c0, size, BLOCK_M, BLOCK_N, BLOCK_D, WIDEN
             )
         else:
             column = tl.minimum(c0 + tl.arange(0, BLOCK_N), classes - 1).to(tl.int64)
@@ -327,28 +340,28 @@ def sweep(
         if labels is not None:  # noqa: SIM102
             if ((labelled >> ((c0 - begin) // part_32)) & 1) != 0:
                 is_y = is_column(y - c0, BLOCK_N)  # never a padded column: y < end ≤ classes
-                z_y += total(tl.where(is_y, z, 0.0))
+                z_y += total(tl.where(is_y, z, 0.0), WIDEN)
                 if direction is not None:
-                    u_y += total(tl.where(is_y, u, 0.0))
+                    u_y += total(tl.where(is_y, u, 0.0), WIDEN)
                 z = tl.where(is_y, float("-inf"), z)
 
         if WANT_TOP:
             peak, first = highest_and_index(z, BLOCK_M, BLOCK_N)
             best = tl.where(peak > m, c0 + first, best)
         else:
-            peak = highest(z)
+            peak = highest(z, WIDEN)
         m_new = tl.maximum(m, peak)
         gap = tl.maximum(m - m_new, FLOOR)
         r = tl.exp2(gap * LOG2E)
         x = z - m_new[:, None, None, None]
         e = tl.exp2(x * LOG2E)  # NaN from a NaN or +inf logit: d carries it on, where max would drop it
         if WANT_MOMENT:
-            s = r * (s + gap * d) + total(tl.maximum(x, FLOOR) * e)
-        d = d * r + total(e)
+            s = r * (s + gap * d) + total(tl.maximum(x, FLOOR) * e, WIDEN)
+        d = d * r + total(e, WIDEN)
         if WANT_SQUARES:
-            q = q * (r * r) + total(e * e)
+            q = q * (r * r) + total(e * e, WIDEN)
         if direction is not None:
-            t = t * r + total(e * u)
+            t = t * r + total(e * u, WIDEN)
         if sketch is not None:
             sign = signs(words, classes, tl.minimum(c0 + tl.arange(0, BLOCK_N), classes - 1), SKETCH)
             sketched = times_signs(sketched * r[:, None], tl.reshape(e, (BLOCK_M, BLOCK_N)), sign, WIDEN)

@@ -30,14 +30,16 @@ class DescribedTiles:
     more: Tile  # a second product, or up to 32 rows of a sketch
     most: Tile  # both
     wide: Tile
+    pair: Tile  # the mixture of two models: both their products ...
+    biased_pair: Tile  # ... and their biases
 
 
-# The largest tiles that no supported Triton spills (tests/kernels): what a product reads falls as its tile grows. Not
-# yet tuned on a card. Half precision runs on tensor cores; an unlisted generation gets Ampere's tiles, which stay under
-# the 99 KB of shared memory that Ada has.
+# Hopper's as an H200 has measured them (benchmarks/results/gpu), a few spilled bytes or not; the others the largest
+# that no supported Triton spills (tests/kernels), for what a product reads falls when its tile grows. Half precision
+# runs on tensor cores; an unlisted generation gets Ampere's tiles, which stay under Ada's 99 KB of shared memory.
 HALF_TILES = {
     8: Tiles(Tile(128, 128, 32, 8, 4), Tile(128, 64, 32, 8, 4), Tile(64, 32, 32, 8, 4), Tile(128, 128, 32, 8, 4)),
-    9: Tiles(Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 8, 3), Tile(128, 128, 64, 8, 3)),
+    9: Tiles(Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 8, 3), Tile(128, 128, 64, 8, 3)),
     10: Tiles(Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 8, 3), Tile(128, 128, 64, 8, 3)),
 }
 # float32 runs on the ordinary units, a register per operand.
@@ -51,12 +53,14 @@ RAGGED_FLOAT_TILES = Tiles(
 )
 DESCRIBED_TILES = {
     9: DescribedTiles(
-        narrow=Tile(128, 128, 64, 8, 3, registers=128),
+        narrow=Tile(128, 128, 64, 4, 3),
         broad=Tile(128, 256, 64, 8, 3),
         biased=Tile(128, 128, 64, 8, 3),
         more=Tile(128, 128, 64, 8, 3),
-        most=Tile(128, 64, 64, 8, 3),
+        most=Tile(128, 128, 64, 8, 3),
         wide=Tile(64, 64, 64, 8, 3),
+        pair=Tile(128, 128, 64, 8, 3),
+        biased_pair=Tile(128, 64, 64, 8, 3),
     ),
     10: DescribedTiles(
         narrow=Tile(128, 128, 64, 8, 3),
@@ -65,12 +69,14 @@ DESCRIBED_TILES = {
         more=Tile(128, 64, 64, 8, 3),
         most=Tile(128, 64, 64, 8, 3),
         wide=Tile(64, 64, 64, 8, 3),
+        pair=Tile(128, 64, 64, 8, 3),
+        biased_pair=Tile(128, 64, 64, 8, 3),
     ),
 }
 NARROW = 576  # up to here products are so short that a second program on a processor has to hide their epilogues
 # Under the interpreter: small, so that small tests cross every edge.
 INTERPRETED = Tiles(*[Tile(16, 32, 16, 4, 1)] * 4)
-INTERPRETED_DESCRIBED = DescribedTiles(*[Tile(16, 32, 16, 4, 1)] * 6)
+INTERPRETED_DESCRIBED = DescribedTiles(*[Tile(16, 32, 16, 4, 1)] * 8)
 EVEN = 64  # a row is whole steps of every tile above
 MAX_STRIDE = 1 << 40  # bytes from row to row that a tensor descriptor can hold
 GROUP_M = 8  # row blocks that run together: 1,024 rows of hidden states stay in L2, and share each weight tile
@@ -128,6 +134,14 @@ def sweep_tile(
     if bias:
         return described.biased, widen, True
     return described.narrow if operands[0].shape[1] <= NARROW else described.broad, widen, True
+
+
+def mix_tile(operands: Sequence[Tensor], *, bias: bool) -> tuple[Tile, bool, bool]:
+    """As ``sweep_tile``, for the second sweep of the models whose hidden states and weights these are."""
+    (plain, widen), described = tiles_for(operands), described_tiles(operands)
+    if described is None or len(operands) != 4:
+        return plain.more, widen, False
+    return described.biased_pair if bias else described.pair, widen, True
 
 
 def slices(classes: int, tile: Tile, words: int) -> tuple[int, int]:

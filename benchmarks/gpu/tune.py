@@ -97,23 +97,23 @@ def variants() -> list[Variants]:
     broad = {name: described(broad=tile) for name, tile in large.items()}
     broad["128×128 8w 3s 128r"] = described(broad=Tile(128, 128, 64, 8, 3, registers=128))
     out.append(Variants("one sweep K=1 N=8192 D=2048 C=128256", broad | rows))
-    most = {
-        f"{m}×{n} {w}w {s}s": described(most=Tile(m, n, 64, w, s))
-        for m, n, w, s in (
-            (128, 64, 8, 4),
-            (128, 128, 8, 3),
-            (64, 128, 4, 3),
-            (64, 128, 8, 3),
-            (128, 64, 4, 3),
-            (64, 64, 4, 4),
+    shapes = [(128, 128, 64, 8, 3), (128, 64, 64, 4, 3), (128, 64, 64, 8, 3), (64, 128, 64, 4, 3), (64, 64, 64, 4, 4)]
+    most = {f"{m}×{n} {w}w {s}s": described(most=Tile(m, n, k, w, s)) for m, n, k, w, s in shapes}
+    out.append(Variants("head_scores, a direction and a sketch K=1 N=8192 D=576", most))
+    pairs = {
+        f"{t.m}×{t.n} k{t.k} {t.warps}w {t.stages}s {t.registers}r": described(pair=t)
+        for t in (
+            Tile(128, 128, 32, 8, 4),
+            Tile(128, 128, 64, 8, 2),
+            Tile(128, 64, 64, 4, 2),
+            Tile(128, 64, 32, 4, 4),
+            Tile(64, 128, 64, 4, 2),
+            Tile(64, 64, 64, 4, 3, registers=128),
+            Tile(128, 64, 64, 8, 2, registers=128),
         )
     }
-    out.append(Variants("head_scores, a direction and a sketch K=1 N=8192 D=576", most))
-    more = {
-        f"{m}×{n} {w}w {s}s": hopper(head_tiles, more=Tile(m, n, 64, w, s))
-        for m, n, w, s in ((128, 64, 8, 4), (128, 128, 8, 3), (64, 64, 4, 4), (128, 64, 4, 3))
-    }
-    out.append(Variants("all fields K=2 N=8192 D=576 C=49152", more))
+    apart: dict[str, Values] = {"two loops": {(head_launch, "TOGETHER"): False}}
+    out += [Variants(f"all fields K=2 N=8192 {layer}", pairs | apart) for layer in ("D=576 C=49152", "D=2048 C=128256")]
     gradient = {
         f"{m}×{n} {w}w {s}s": hopper(head_tiles, gradient=Tile(m, n, 64, w, s))
         for m, n, w, s in ((128, 128, 8, 4), (128, 256, 8, 3), (128, 128, 4, 4))

@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from assay.kernels._common import FP_FUSION, Launch
+from tests.kernels.butterfly import lopsided
 from tests.kernels.table import Row
 
 CAPABILITIES = (80, 90, 100)
@@ -124,4 +125,5 @@ def compile_case(case: Case, cc: int) -> Row:
         stack_bytes=usage["STACK"],
         shared_bytes=code.metadata.shared,
         hot=case.hot,
+        lopsided=len(lopsided(code.asm["ptx"])),
     )

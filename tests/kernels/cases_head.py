@@ -68,14 +68,14 @@ def plans(dtype: torch.dtype, size: int) -> Iterator[tuple[str, Callable[[], Ite
         return [torch.empty(rows, width + more * k, dtype=dtype, device="meta") for k in range(count)]
 
     labels = torch.empty(N, dtype=torch.int64, device="meta")
-    hidden, weight, directions = tensors(2, N, size), tensors(2, C, size), tensors(2, C, size)
+    hidden, weight, directions = tensors(3, N, size), tensors(3, C, size), tensors(2, C, size)
     bias: list[torch.Tensor | None] = [torch.empty(C, dtype=dtype, device="meta") for _ in hidden]
     one, two = slice(0, 1), slice(0, 2)
 
     def statistics(models: slice, fields: int = ALL, bare: bool = False) -> Callable[[], Iterable[Launch]]:
         biases, given = (None, None) if bare else (bias[models], labels)
         layers = Models.of(hidden[models], weight[models], biases, given, -100)
-        share = [0.5] * len(hidden[models])
+        share = [0.25] * len(hidden[models])
         return lambda: head.plan_statistics(layers, share, fields, *layers.statistics())
 
     def scores(
@@ -107,11 +107,20 @@ def plans(dtype: torch.dtype, size: int) -> Iterator[tuple[str, Callable[[], Ite
     unbiased = Models.of(hidden[one], weight[one], None, labels, -100)
     for rows in (16, 32):
         yield f"bare direction+sketch{rows}", scores(unbiased, directions[one], rows)
+    both = Models.of(hidden[two], weight[two], None, labels, -100)
+    lone = Models.of(hidden[one], weight[one], None, labels, -100)
+    yield "unbiased statistics", lambda: head.plan_statistics(lone, [1.0], ALL, *lone.statistics())
+    yield "unbiased mixture", lambda: head.plan_statistics(both, [0.5, 0.5], ALL, *both.statistics())
+    alike = Models.of([hidden[0]] * 2, [weight[0]] * 2, None, labels, -100)
+    yield "mixture of one size", lambda: head.plan_statistics(alike, [0.5, 0.5], ALL, *alike.statistics())
+    yield "mixture of three", statistics(slice(0, 3))  # by addresses
+    three = Models.of(hidden, weight, None, labels, -100)
+    yield "unbiased mixture of three", lambda: head.plan_statistics(three, [0.25] * 3, ALL, *three.statistics())
     yield "losses", losses(bare=False)
     yield "bare mixture", statistics(two, bare=True)
     yield "bare losses", losses(bare=True)
     if size == 1023:  # sizes of 1 are constants to the compiler
-        small = [[x[:1, :1] for x in xs] for xs in (hidden, weight, directions)]
+        small = [[x[:1, :1] for x in xs[:2]] for xs in (hidden, weight, directions)]
         yield "single", scores(Models.of(small[0], small[1], None, labels[:1], -100), small[2], 5)
 
 
@@ -120,7 +129,7 @@ HEAVY = ("statistics", "mixture", "direction+sketch32", "direction+sketch128", "
 CHOSEN: dict[tuple[torch.dtype, int], Sequence[str] | None] = {  # None: all of them
     (BF16, 1024): None,
     (BF16, 2048): ("losses",),  # whose chunks are not split
-    (BF16, 576): ("statistics", "bare mixture", "bare losses"),
+    (BF16, 576): ("statistics", "unbiased statistics", "bare mixture", "mixture of one size", "bare losses"),
     (BF16, 1040): ("statistics", "direction+sketch128"),
     (BF16, 1023): (*HEAVY, "single"),
     (FP16, 1024): ("statistics", "direction+sketch16"),  # bfloat16's code but for the instruction's name

@@ -1,10 +1,10 @@
 """``python -m tests.kernels.compile_table``: every GPU kernel compiled for every target, and what the code takes.
 
 Collects ``cases()`` of each cases_*.py beside it (Triton) and ``rows()`` of nvcc_rows.py (CUDA C++). Prints one table;
-exits 1 if a hot kernel spills or has a stack frame. ``--quick`` compiles every tile once, for one target, and no CUDA
-C++: tests/cuda looks into that library. ``--counts FILE`` writes what each hot kernel's loop holds, too; ``--beside
-FILE`` prints such a file, another Triton's, beside its own and fails where the two compile a loop differently.
-``--only PART`` is for kernels with PART in their names.
+exits 1 if a hot kernel spills or has a stack frame, or a kernel's threads make different bits of one sum. ``--quick``
+compiles every tile once, for one target, and no CUDA C++: tests/cuda looks into that library. ``--counts FILE`` writes
+what each hot kernel's loop holds, too; ``--beside FILE`` prints such a file, another Triton's, beside its own and fails
+where the two compile a loop differently. ``--only PART`` is for kernels with PART in their names.
 """
 
 from __future__ import annotations

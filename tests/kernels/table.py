@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 
@@ -17,6 +18,30 @@ class Row:
     stack_bytes: int  # per thread, the stack frame (spilled registers are part of it)
     shared_bytes: int  # per block
     hot: bool
+    lopsided: int = 0  # sums between threads that leave them with different bits (butterfly.py)
+
+
+@dataclass(frozen=True)
+class Worth:
+    """Launches whose tile a card has measured to be worth the registers that it spills."""
+
+    kernel: str  # what their names match
+    target: str
+    bytes: int  # spilled by none more, with any Triton
+    why: str  # shares of time on an H200, benchmarks/results/gpu/h200-tune.jsonl
+
+
+WORTH = (
+    Worth(r"head\.sweep .*direction\+sketch(16|32)$", "sm_90", 56, "0.73 of the time of 128×64, which spills nothing"),
+    # Triton 3.9's spill alone: the card ran 3.6's code, of which none is spilled.
+    Worth(r"head\.sweep .*unbiased", "sm_90", 72, "128×128 takes 1.02 to 1.03 of the time of 128×256"),
+    Worth(r"head\.mix .*mixture of three$", "sm_90", 96, "0.77 of 128×64's time, measured with two models"),
+)
+
+
+def allowed(row: Row) -> int:
+    """Bytes that a hot kernel may spill."""
+    return max((w.bytes for w in WORTH if w.target == row.target and re.match(w.kernel, row.kernel)), default=0)
 
 
 def render(rows: Sequence[Row]) -> str:
@@ -33,10 +58,16 @@ def render(rows: Sequence[Row]) -> str:
 
 
 def check(rows: Sequence[Row]) -> list[str]:
-    """One line for each hot kernel that spills or has a stack frame; none if all is well."""
-    return [
-        f"{r.kernel} for {r.target}: {r.spill_bytes} bytes spilled, {r.stack_bytes} bytes of stack; expected 0 and 0 "
-        "in a hot kernel: make its tile smaller or its warps more"
+    """A line for each hot kernel that spills or has a stack frame, each whose threads differ; none if all is well."""
+    spilling = [
+        f"{r.kernel} for {r.target}: {r.spill_bytes} bytes spilled, {r.stack_bytes} bytes of stack; expected "
+        f"{allowed(r)} at most in a hot kernel: make its tile smaller or its warps more"
         for r in rows
-        if r.hot and (r.spill_bytes or r.stack_bytes)
+        if r.hot and max(r.spill_bytes, r.stack_bytes) > allowed(r)
+    ]
+    return spilling + [
+        f"{r.kernel} for {r.target}: {r.lopsided} sums between threads fuse a product on one side only, and the "
+        "threads that share a row hold different bits of it; expected 0: sum along each thread's own numbers first"
+        for r in rows
+        if r.lopsided
     ]

@@ -16,8 +16,9 @@ from assay.kernels._common import Launch
 from assay.kernels.dot import HALF_TILES
 from tests.kernels import loop
 from tests.kernels.aot import case_of
+from tests.kernels.butterfly import lopsided
 from tests.kernels.loop import Loop
-from tests.kernels.table import Row, check, render
+from tests.kernels.table import WORTH, Row, check, render
 
 ROW = Row("grad_dot large", "sm_90", 224, 0, 0, 147456, True)
 
@@ -125,10 +126,42 @@ def test_a_spill_or_a_stack_frame_fails_only_hot_kernels() -> None:
         assert check([replace(worse, hot=False)]) == []
 
 
+def test_a_spill_that_a_card_measured_to_be_worth_it_is_allowed_and_no_more() -> None:
+    names = ["sweep bfloat16 D=1024 direction+sketch16", "sweep bfloat16 D=1024 unbiased mixture"]
+    names.append("mix bfloat16 D=1024 mixture of three")
+    for name, worth in zip(names, WORTH, strict=True):
+        row = Row(f"head.{name}", worth.target, 255, worth.bytes, worth.bytes, 0, True)
+        assert check([row]) == []
+        for worse in (
+            replace(row, spill_bytes=worth.bytes + 8),
+            replace(row, target="sm_80"),
+            replace(row, kernel="x"),
+        ):
+            assert len(check([worse])) == 1
+
+
+EXCHANGED = """\
+ mul.f32 %r3, %r1, %r2;
+ mov.b32 %r4, %r3;
+ shfl.sync.bfly.b32 %r5|%p1, %r4, 1, 31, -1;
+ fma.rn.f32 %r6, %r2, %r1, %r5;
+ fma.rn.f32 %r7, %r1, %r8, %r5;
+ add.f32 %r9, %r3, %r5;
+"""
+
+
+def test_a_sum_between_threads_that_fuses_one_sides_product_is_caught() -> None:
+    """The kernels themselves: every row of the quick table."""
+    assert lopsided(EXCHANGED) == ["fma.rn.f32 %r6, %r2, %r1, %r5;"]
+    assert lopsided(EXCHANGED.replace("bfly", "idx")) == []
+    (line,) = check([ROW, replace(ROW, hot=False, lopsided=2)])
+    assert "grad_dot large for sm_90: 2 sums" in line
+
+
 def test_the_table_is_aligned() -> None:
     head, line, other = render([ROW, replace(ROW, kernel="x", registers=8, hot=False)]).splitlines()
-    assert head.split() == ["kernel", "target", "registers", "spill", "stack", "shared", "hot"]
-    assert line.split()[-6:] == ["sm_90", "224", "0", "0", "147456", "hot"]
+    assert head.split() == ["kernel", "target", "registers", "spill", "stack", "shared", "hot", "lopsided"]
+    assert line.split()[-7:] == ["sm_90", "224", "0", "0", "147456", "hot", "0"]
     assert line.index("224") + 3 == other.index(" 8 ") + 2
 
 

@@ -571,7 +571,7 @@ def test_gradient_in_panels_chunks_and_splits(launched: list[str]) -> None:
     given.hidden[0][32:48] = math.nan
     nll, gradient = head.losses(given.hidden[0], given.weight[0], given.bias[0], given.labels, -100, True)
     if DEVICE == "cpu":
-        assert [launched.count(name) for name in ("residual", "accumulate", "add_splits")] == [4, 4, 4]
+        assert [launched.count(name) for name in ("residual", "accumulate", "add_splits")] == [4, 4, 2]
     want = residuals(given)[0]
     want[32:48] = 0
     assert_near(gradient, want @ given.weight[0].cpu().double())
@@ -616,11 +616,19 @@ def test_the_gradients_launches_fill_a_gpu_in_little_memory(c: int, d: int) -> N
 # ---- addresses and shapes
 
 
-@pytest.mark.parametrize(("k", "n", "c", "d"), [(1, 17, 40, 20), (2, 1, SMALL + 1, 36), (2, 5, 75, 4)])
+@pytest.mark.parametrize(
+    ("n", "c", "widths", "bias"),
+    [
+        (17, 40, [20], True),
+        (1, SMALL + 1, [36, 36], True),
+        (5, 75, [4, 4], False),
+        (3, 40, [20, 4], False),
+    ],
+)
 def test_descriptors_and_addresses_load_the_same(
-    k: int, n: int, c: int, d: int, monkeypatch: pytest.MonkeyPatch
+    n: int, c: int, widths: list[int], bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given, directions = layer(k, n, c, d=d), [grid(c, d) for _ in range(k)]
+    given, directions = layer(len(widths), n, c, widths=widths, bias=bias), [grid(c, d) for d in widths]
     assert head_tiles.described_tiles([*given.hidden, *given.weight]) is not None
     described = [*given.statistics(), *given.scores(directions, 16)]
     monkeypatch.setattr(head_tiles, "described_tiles", lambda operands: None)
@@ -628,6 +636,20 @@ def test_descriptors_and_addresses_load_the_same(
         assert got is not None
         assert want is not None
         assert torch.equal(got.double().nan_to_num(-7.5), want.double().nan_to_num(-7.5))
+
+
+@pytest.mark.parametrize(("widths", "described"), [([4, 4], True), ([4, 8], True), ([4, 4, 4], False), ([4, 5], False)])
+def test_the_second_sweep_takes_descriptors_of_two_models(
+    widths: list[int], described: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[dict[str, Any]] = []
+    monkeypatch.setattr(Launch, "run", lambda launch, _: taken.append(dict(launch.arguments)))
+    layer(len(widths), 3, 40, widths=widths).statistics()
+    (mix,) = [arguments for arguments in taken if "hidden_0" in arguments]
+    for name in ("hidden_0", "weight_0", "hidden_1", "weight_1"):
+        assert (mix[name] is not None) == described
+    assert (mix["hidden"] is None) == described
+    assert mix["TOGETHER"] == (widths == [4, 4])
 
 
 def test_what_descriptors_cannot_load_is_loaded_by_addresses() -> None:

@@ -60,6 +60,29 @@ print(json.dumps(found))
 """
 
 
+PAIR = """
+import json, torch
+from tests.kernels import aot, cases_head, sass
+plan = dict(cases_head.plans(torch.bfloat16, 576))["mixture of one size"]
+(launch,) = [launch for launch in cases_head.record(9, plan) if launch.kernel.fn.__name__ == "mix"]
+kernel = aot.compiled(cases_head.compiled("mix", launch, 90), 90)
+code = sass.parse(sass.disassemble(kernel.asm["cubin"]))
+(product,) = code.product_loops()
+names = [code.instructions[i].name for i in product]
+columns = launch.arguments["BLOCK_M"] * launch.arguments["BLOCK_N"]
+print(json.dumps([sass.per_logit(code, columns, 32 * launch.num_warps), names.count("UTMALDG"), names.count("LDGSTS")]))
+"""
+
+
+def test_two_models_logits_cost_thirty_two_instructions_together_in_the_second_sweep() -> None:
+    """On Hopper, every field with labels, beside the one loop of both products."""
+    run = compiling("-c", PAIR)
+    assert run.returncode == 0, run.stderr
+    count, by_descriptor, by_address = json.loads(run.stdout)
+    assert 20 < count <= 32
+    assert (by_descriptor, by_address) == (4, 0)
+
+
 def test_a_logit_of_the_first_sweep_costs_twelve_instructions_at_most() -> None:
     """On Hopper, beside its product, whose loop has both operands loaded by descriptors."""
     run = compiling("-c", COUNTING)

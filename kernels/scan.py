@@ -77,7 +77,7 @@ def _keep(best, last, ranks, k):
 @triton.jit
 def _quarters(x):
     """Columns 4i, 4i + 1, 4i + 2 and 4i + 3 of x (…, D), each (…, D / 4). A thread's 16 bytes hold all four."""
-    even, odd = tl.split(tl.reshape(x, x.shape[:-1] + [x.shape[-1] // 4, 2, 2]))
+    even, odd = tl.split(tl.reshape(x, x.shape[:-1] + [x.shape[-1] // 4, 2, 2]))  # noqa: RUF005 (Triton has no unpacking)
     first, third = tl.split(even)
     second, fourth = tl.split(odd)
     return first, second, third, fourth

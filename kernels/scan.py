@@ -52,6 +52,7 @@ class Tile:
 # the others are chosen by registers and shared memory (make compile-table), not by a clock yet.
 HALF_TILES = (Tile(1, 64, 4, 4), Tile(16, 32, 8, 4), Tile(32, 32, 8, 4))
 FLOAT_TILES = (Tile(1, 32, 8, 4), Tile(16, 16, 8, 3))
+SHORT_STEP = 32  # columns at a time, of one query, where they are masked
 
 
 @triton.jit
@@ -304,6 +305,8 @@ def plan(
     split = m > 1 and features.dtype != torch.float32
     tile = tile_for(m, features.dtype)
     block_d = min(tile.d, max(16, triton.next_power_of_2(d)))
+    if m == 1 and d > block_d and d % block_d:  # masked: twice the registers
+        block_d = min(block_d, SHORT_STEP)
     passes, blocks = ceil_div(m, tile.queries), ceil_div(n, BLOCK_ROWS)
     programs = 1 if maximum else passes  # of a chunk
     chunk = ceil_div(blocks, max(1, RANKING_PROGRAMS // programs)) if k else 1

@@ -42,6 +42,34 @@ void ensemble(const std::vector<Address>& logits, const std::vector<int64_t>& ro
   check(error, failed);
 }
 
+int64_t sparse_chunk(int64_t dim, int64_t nonzeros, int dtype, bool one_row) {
+  int64_t chunk = 0;
+  check(assay::cuda::sparse_chunk(dim, nonzeros, static_cast<assay::DType>(dtype), one_row, &chunk));
+  return chunk;
+}
+
+void sparse(Address vectors, int dtype, int64_t rows, int64_t stride, int64_t count, Address order, int32_t dim,
+            int32_t nonzeros, int64_t slice, int64_t slices_of_piece, Address partial, Address sums, Address stream) {
+  const assay::cuda::SparseArgs args{reinterpret_cast<const void*>(vectors),
+                                     static_cast<assay::DType>(dtype),
+                                     rows,
+                                     stride,
+                                     count,
+                                     reinterpret_cast<const uint16_t*>(order),
+                                     dim,
+                                     nonzeros,
+                                     slice,
+                                     slices_of_piece,
+                                     reinterpret_cast<double*>(partial),
+                                     reinterpret_cast<double*>(sums)};
+  int32_t error = 0;
+  {
+    py::gil_scoped_release release;
+    error = assay::cuda::sparse(args, reinterpret_cast<void*>(stream));
+  }
+  check(error, "project: the CUDA kernel could not be launched: ");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -50,4 +78,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("compute_capability", &compute_capability, "10 * major + minor of the current device");
   m.def("ensemble", &ensemble, "logits"_a, "row_strides"_a, "col_strides"_a, "dtype"_a, "N"_a, "C"_a, "labels"_a,
         "ignore_index"_a, "weights"_a, "fields"_a, "out"_a, "prediction"_a, "allocate"_a, "stream"_a);
+  m.def("sparse_chunk", &sparse_chunk, "dim"_a, "nonzeros"_a, "dtype"_a, "one_row"_a,
+        "Coordinates whose entries the Sparse kernel takes at a time; 0 where it does not take the sketch");
+  m.def("sparse", &sparse, "vectors"_a, "dtype"_a, "rows"_a, "stride"_a, "count"_a, "order"_a, "dim"_a, "nonzeros"_a,
+        "slice"_a, "slices_of_piece"_a, "partial"_a, "sums"_a, "stream"_a);
 }

@@ -48,9 +48,11 @@ class Tile:
 # The first that holds all queries, else several passes of the last; the later ones find a block's rows in L2. One query
 # is multiplied lane by lane, at the speed of the memory: several steps in flight, at most 128 registers, so that one
 # program reads while another sorts. More are matrix products, float32's on the ordinary units with a register per
-# operand: short steps. Chosen by registers and shared memory (make compile-table), not by a clock yet.
-HALF_TILES = (Tile(1, 32, 8, 6), Tile(16, 32, 8, 4), Tile(32, 32, 8, 4))
+# operand: short steps. One query's half-precision tiles were the fastest of eight on an H200 (d = 512 and 64, float16);
+# the others are chosen by registers and shared memory (make compile-table), not by a clock yet.
+HALF_TILES = (Tile(1, 64, 4, 4), Tile(16, 32, 8, 4), Tile(32, 32, 8, 4))
 FLOAT_TILES = (Tile(1, 32, 8, 4), Tile(16, 16, 8, 3))
+SHORT_STEP = 32  # columns at a time, of one query, where they are masked
 
 
 @triton.jit
@@ -74,6 +76,35 @@ def _keep(best, last, ranks, k):
 
 
 @triton.jit
+def _quarters(x):
+    """Columns 4i, 4i + 1, 4i + 2 and 4i + 3 of x (…, D), each (…, D / 4). A thread's 16 bytes hold all four."""
+    even, odd = tl.split(tl.reshape(x, x.shape[:-1] + [x.shape[-1] // 4, 2, 2]))  # noqa: RUF005 (Triton has no unpacking)
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
+def _add_products(total, x_row, query, d0, d_size, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr):
+    """total (BLOCK_N, BLOCK_D / 4) + the products of four neighbours each, one after the other: a quarter of the sums
+    that a program would hold otherwise, and two steps less when they are added up."""
+    d = d0 + tl.arange(0, BLOCK_D)
+    if EVEN_D:
+        x = tl.load(x_row[:, None] + d[None, :])
+        q = tl.load(query + d)
+    else:
+        x = tl.load(x_row[:, None] + d[None, :], mask=(d < d_size)[None, :], other=0)
+        q = tl.load(query + d, mask=d < d_size, other=0.0)
+    x0, x1, x2, x3 = _quarters(x)
+    q0, q1, q2, q3 = _quarters(q)
+    total += x0.to(tl.float32) * q0[None, :]
+    total += x1.to(tl.float32) * q1[None, :]
+    total += x2.to(tl.float32) * q2[None, :]
+    total += x3.to(tl.float32) * q3[None, :]
+    return total
+
+
+@triton.jit
 def _dot(
     x_row,
     query,
@@ -83,21 +114,18 @@ def _dot(
     LOG_D: tl.constexpr,
     EVEN_D: tl.constexpr,
     STAGES: tl.constexpr,
+    WHOLE: tl.constexpr,  # d_size ≤ BLOCK_D
 ):
     """(BLOCK_N,) inner products of the rows at ``x_row`` with one query, in an order of additions no layout changes."""
-    total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for d0 in tl.range(0, d_size, BLOCK_D, num_stages=STAGES):  # named here: else only loads of a tl.dot run ahead
-        d = d0 + tl.arange(0, BLOCK_D)
-        if EVEN_D:
-            x = tl.load(x_row[:, None] + d[None, :])
-            q = tl.load(query + d)
-        else:
-            x = tl.load(x_row[:, None] + d[None, :], mask=(d < d_size)[None, :], other=0)
-            q = tl.load(query + d, mask=d < d_size, other=0.0)
-        total += x.to(tl.float32) * q[None, :]
+    total = tl.zeros((BLOCK_N, BLOCK_D // 4), tl.float32)
+    if WHOLE:  # no loop: the caller's is the one whose loads run ahead
+        total = _add_products(total, x_row, query, 0, d_size, BLOCK_D, EVEN_D)
+    else:
+        for d0 in tl.range(0, d_size, BLOCK_D, num_stages=STAGES):  # named here: else only loads of a tl.dot run ahead
+            total = _add_products(total, x_row, query, d0, d_size, BLOCK_D, EVEN_D)
     # tl.sum's order follows from where the compiler puts the columns, and so from the rows' alignment.
-    for halving in tl.static_range(LOG_D):
-        left, right = tl.split(tl.reshape(total, (BLOCK_N, BLOCK_D >> (halving + 1), 2)))
+    for halving in tl.static_range(LOG_D - 2):
+        left, right = tl.split(tl.reshape(total, (BLOCK_N, BLOCK_D >> (halving + 3), 2)))
         total = left + right
     return tl.reshape(total, (BLOCK_N,))
 
@@ -170,6 +198,7 @@ def _scan(
     LOG_D: tl.constexpr,
     EVEN_D: tl.constexpr,
     STAGES: tl.constexpr,
+    WHOLE: tl.constexpr,  # one query, and rows of a single step: blocks run ahead of each other
     SPLIT: tl.constexpr,  # queries in two terms of TF32, which the features are as they lie
     FOLD: tl.constexpr,
     MAXIMUM: tl.constexpr,  # over all queries; a program makes every pass. Else one, and neighbours share the rows
@@ -184,7 +213,7 @@ def _scan(
         best = tl.full((COLUMNS, BLOCK_N), NOTHING, tl.int64)
         last = tl.full((COLUMNS,), NOTHING, tl.int64)
 
-    for block in range(blocks):
+    for block in tl.range(0, blocks, num_stages=STAGES if WHOLE else 1):
         row = (chunk.to(tl.int64) * blocks + block) * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = row < rows
         # Rows past the end read the last one and are dropped below: no masks in the loop over d.
@@ -192,7 +221,7 @@ def _scan(
         x_row = features + at * stride
         scale = None if scales is None else tl.load(scales + at)
         if BLOCK_M == 1:
-            score = _dot(x_row, queries, d_size, BLOCK_N, BLOCK_D, LOG_D, EVEN_D, STAGES)
+            score = _dot(x_row, queries, d_size, BLOCK_N, BLOCK_D, LOG_D, EVEN_D, STAGES, WHOLE)
             score = (score if scale is None else score * scale)[None, :]
         elif MAXIMUM:
             largest = tl.full((BLOCK_N,), float("-inf"), tl.float32)
@@ -276,6 +305,8 @@ def plan(
     split = m > 1 and features.dtype != torch.float32
     tile = tile_for(m, features.dtype)
     block_d = min(tile.d, max(16, triton.next_power_of_2(d)))
+    if m == 1 and d > block_d and d % block_d:  # masked: twice the registers
+        block_d = min(block_d, SHORT_STEP)
     passes, blocks = ceil_div(m, tile.queries), ceil_div(n, BLOCK_ROWS)
     programs = 1 if maximum else passes  # of a chunk
     chunk = ceil_div(blocks, max(1, RANKING_PROGRAMS // programs)) if k else 1
@@ -302,6 +333,7 @@ def plan(
         "LOG_D": block_d.bit_length() - 1,
         "EVEN_D": d % block_d == 0,
         "STAGES": tile.stages,
+        "WHOLE": m == 1 and d <= block_d,
         "SPLIT": split,
         "FOLD": SHORT_FOLD if split and folds(cc or generation(features), d % block_d == 0) else 0,
         "MAXIMUM": maximum,

@@ -23,6 +23,8 @@ from torch import Tensor
 
 from assay.kernels._common import Launch, aligned, ceil_div, round_up, run, unit_stride
 from assay.kernels.philox import fill_signs
+from assay.kernels.sketch_fused import FUSED_M, MOST_SIDE, NARROW, plan_fused, plan_single
+from assay.kernels.sketch_rows import thin_product
 from assay.kernels.slices import plan_total
 
 MIN_SIDE = 16  # what tl.dot takes
@@ -32,6 +34,10 @@ MIN_CHUNK = 512  # features: fewer would leave a pipeline that fills and drains
 MIN_SLICE = 64  # positions
 # L and R of as many samples as make this much are made before they are multiplied out: an L2 cache holds it.
 SCRATCH_BYTES = 24 << 20
+# One launch projects both factors and multiplies them out (sketch_fused.py) where T is at least so much, or a tile of
+# positions so few bytes; a program takes at least so much of a sample, as far as there is.
+FUSED_LEAST, FUSED_BYTES, FUSED_LEAST_BYTES = 512, 512 << 10, 128 << 10
+SINGLE_NUMBERS = 256  # of a sketch whose single positions are multiplied out in registers
 
 
 @dataclass(frozen=True)
@@ -55,18 +61,6 @@ PAD = 64  # features of the sign matrices are a multiple of every k
 OUTER, OUTER_T, OUTER_WARPS = 64, 32, 4  # the outer products: a tile of the sketch, positions at a time
 
 
-@triton.jit
-def split_words(x):
-    """A float32 as three numbers that bfloat16 holds and that add up to it, cut off and not rounded: nothing overflows.
-
-    An infinity is all in the first.
-    """
-    first = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
-    rest = tl.where(x == first, 0.0, x - first)
-    second = (rest.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
-    return first, second, rest - second
-
-
 # Not specialised: the sizes that change from batch to batch and help no load.
 @triton.jit(do_not_specialize=["rows", "t_size"])
 def _project(
@@ -86,35 +80,17 @@ def _project(
     SIDE: tl.constexpr,
     EVEN: tl.constexpr,  # size % BLOCK_K = 0
     WIDEN: tl.constexpr,  # multiply in float32: the interpreter, whose bfloat16 arithmetic is wrong
+    STAGES: tl.constexpr,
 ):
     """partial[split], M rows × SIDE columns: the rows times the signs, over the split's features."""
-    SPLIT: tl.constexpr = factor.dtype.element_ty == tl.float32
     split = tl.program_id(1)
     row = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     inside = tl.minimum(row, rows - 1)  # rows past the end read another one and are dropped
     at = factor + (inside // t_size) * stride_b + (inside % t_size) * stride_t
     n = tl.program_id(2) * SIDE + tl.arange(0, SIDE)
-    k = tl.arange(0, BLOCK_K)
     begin = split * chunk
-    total = tl.zeros((M, SIDE), tl.float32)
-    low = tl.zeros((M, SIDE), tl.float32)
-    for k0 in range(begin, tl.minimum(begin + chunk, size), BLOCK_K):
-        if EVEN:
-            x = tl.load(at[:, None] + (k0 + k)[None, :])
-        else:
-            x = tl.load(at[:, None] + (k0 + k)[None, :], mask=(k0 + k < size)[None, :], other=0.0)
-        sign = tl.trans(tl.load(signs + n.to(tl.int64)[:, None] * signs_row + (k0 + k)[None, :]))
-        if WIDEN:
-            sign = sign.to(tl.float32)
-        if SPLIT:
-            first, second, third = split_words(x)
-            total = tl.dot(first.to(sign.dtype), sign, total, input_precision="ieee")
-            low = tl.dot(second.to(sign.dtype), sign, low, input_precision="ieee")
-            low = tl.dot(third.to(sign.dtype), sign, low, input_precision="ieee")
-        else:
-            total = tl.dot(x.to(sign.dtype), sign, total, input_precision="ieee")
-    if SPLIT:
-        total += low
+    end = tl.minimum(begin + chunk, size)
+    total = thin_product(at, signs, size, signs_row, begin, end, n, BLOCK_K, EVEN, WIDEN, STAGES, 0)
     out = partial + (split.to(tl.int64) * rows + row)[:, None] * side + n[None, :]
     tl.store(out, total, mask=(row < rows)[:, None] & (n < side)[None, :])
 
@@ -182,6 +158,17 @@ def plan(
 ) -> Iterator[list[Launch]]:
     """The launches that fill ``out`` (B, rows, cols), for some samples at a time. Meta tensors will do."""
     (b, t, i), o, (rows, cols) = inputs.shape, grads.shape[2], out.shape[1:]
+    if t == 1 and rows * cols <= SINGLE_NUMBERS:
+        yield [plan_single(inputs, grads, in_signs, out_signs, out, k_of(inputs, cols), k_of(grads, rows), interpret)]
+        return
+    if fuses(inputs, grads, rows, cols):
+        t_slice = fused_positions(inputs, grads, rows * cols)
+        slices = ceil_div(t, t_slice)
+        sums = out[None] if slices == 1 else out.new_empty(slices, *out.shape)
+        ks = k_of(inputs, cols), k_of(grads, rows)
+        launch = plan_fused(inputs, grads, in_signs, out_signs, sums, t_slice, *ks, interpret, light(inputs, grads))
+        yield [launch] if slices == 1 else [launch, plan_total(sums, out)]
+        return
     in_splits, out_splits = ceil_div(i, chunk(inputs, cols)), ceil_div(o, chunk(grads, rows))
     t_slice = positions(inputs, grads, rows * cols)
     slices = ceil_div(t, t_slice)
@@ -198,6 +185,35 @@ def plan(
             plan_outer(left, right, sums, t, out_splits, in_splits, t_slice),
             *([] if partial is None else [plan_total(sums, some)]),
         ]
+
+
+def fuses(inputs: Tensor, grads: Tensor, rows: int, cols: int) -> bool:
+    """Whether one program projects both factors of some positions: where a sample has enough of them for several, or so
+    few features that one is soon done. By one sample's shape, as all else."""
+    t = inputs.shape[1]
+    return max(rows, cols) <= (MOST_SIDE if light(inputs, grads) else NARROW) and (
+        t >= FUSED_LEAST or (t >= FUSED_M // 2 and FUSED_M * position_bytes(inputs, grads) <= FUSED_BYTES)
+    )
+
+
+def light(inputs: Tensor, grads: Tensor) -> bool:
+    return all(tile_for(x, MIN_SIDE) == HALF_TILES[0] for x in (inputs, grads))
+
+
+def fused_positions(inputs: Tensor, grads: Tensor, numbers: int) -> int:
+    """Positions of a program: enough to be worth their sums, and some reading."""
+    read = position_bytes(inputs, grads)
+    least = max(ceil_div(READ_PER_WRITTEN * 4 * numbers, read), ceil_div(FUSED_LEAST_BYTES, read))
+    return min(round_up(inputs.shape[1], FUSED_M), round_up(least, FUSED_M))
+
+
+def position_bytes(inputs: Tensor, grads: Tensor) -> int:
+    return inputs.shape[2] * inputs.element_size() + grads.shape[2] * grads.element_size()
+
+
+def k_of(factor: Tensor, side: int) -> int:
+    """Features at a time."""
+    return tile_for(factor, side).k
 
 
 def plan_project(factor: Tensor, signs: Tensor, partial: Tensor, side: int, interpret: bool) -> Launch:
@@ -222,6 +238,7 @@ def plan_project(factor: Tensor, signs: Tensor, partial: Tensor, side: int, inte
         "SIDE": width,
         "EVEN": size % tile.k == 0,
         "WIDEN": interpret,
+        "STAGES": tile.stages,
     }
     grid = (ceil_div(b * t, tile.m), ceil_div(size, length), ceil_div(side, width))
     return Launch(_project, grid, arguments, tile.warps, tile.stages)
@@ -270,8 +287,7 @@ def chunk(factor: Tensor, side: int) -> int:
 
 def positions(inputs: Tensor, grads: Tensor, numbers: int) -> int:
     """Positions of a slice: enough to be worth their ``numbers`` sums, all of T if it is short."""
-    read = inputs.shape[2] * inputs.element_size() + grads.shape[2] * grads.element_size()
-    t = inputs.shape[1]
+    read, t = position_bytes(inputs, grads), inputs.shape[1]
     return min(round_up(t, OUTER_T), round_up(max(MIN_SLICE, ceil_div(READ_PER_WRITTEN * 4 * numbers, read)), OUTER_T))
 
 

@@ -20,8 +20,9 @@ from unittest import mock
 
 import torch
 
-from assay.kernels import _common, dot, head_launch, head_tiles, project, rademacher, scan, sketch, sqnorm
+from assay.kernels import _common, dot, head_launch, head_tiles, rademacher, scan, sketch, sketch_fused, sparse, sqnorm
 from assay.kernels._common import Tile
+from assay.ops import _cuda
 from benchmarks.case import Case
 from benchmarks.gpu import measure
 from benchmarks.gpu.stopwatch import Replay, buffers, interleave
@@ -60,6 +61,10 @@ def products(tile: sqnorm.Product) -> Values:
 
 def tiles(**named: Tile) -> dict[str, Tile]:
     return named
+
+
+def never(*_: Any) -> bool:
+    return False
 
 
 def variants() -> list[Variants]:
@@ -121,38 +126,44 @@ def variants() -> list[Variants]:
     panels = {f"{n} panel blocks": {(head_launch, "PANEL_BLOCKS"): n} for n in (16, 32)}
     chunks = {f"chunks {n} %": {(head_launch, "CHUNK_PERCENT"): n} for n in (4, 16)}
     out.append(Variants("linear_cross_entropy, with its gradient N=8192 D=576", gradient | panels | chunks))
-    one = {
+    one: dict[str, Values] = {
         f"d{d} {w}w {s}s": {(scan, "HALF_TILES"): (scan.Tile(1, d, w, s), *scan.HALF_TILES[1:])}
-        for d, w, s in ((32, 8, 4), (32, 8, 8), (64, 8, 4), (64, 8, 3), (32, 4, 6), (64, 4, 4), (128, 8, 3))
+        for d, w, s in ((64, 4, 3), (64, 4, 6), (32, 4, 6), (64, 8, 4), (128, 8, 3), (128, 4, 3), (128, 8, 4))
     }
-    ranking = {f"{n} programs": {(scan, "RANKING_PROGRAMS"): n} for n in (1056, 4096)}
-    out.append(Variants("topk_scan N=4000000 d=512 M=64 mean k=100 float16", one | ranking))
+    ranking: dict[str, Values] = {f"{n} programs": {(scan, "RANKING_PROGRAMS"): n} for n in (792, 1056, 4096)}
+    out += [
+        Variants(f"topk_scan N=4000000 d=512 M=64 mean k=100 {kind}", one | ranking) for kind in ("float16", "int8")
+    ]
     out.append(Variants("topk_scan N=20000000", one | ranking))
-    skinny = {
-        f"m{m} k{k} {w}w {s}s": {(sketch, "HALF_TILES"): (sketch.Tile(m, k, 32, w, s), *sketch.HALF_TILES[1:])}
-        for m, k, w, s in (
-            (64, 64, 4, 3),
-            (64, 64, 4, 8),
-            (64, 128, 4, 4),
-            (128, 64, 4, 4),
-            (128, 64, 8, 4),
-            (64, 256, 4, 3),
-        )
+    several: Values = {(sketch, "fuses"): never, (sketch, "SINGLE_NUMBERS"): 0}
+    together: dict[str, Values] = {"several launches": several}
+    together |= {f"{n} stages": {(sketch_fused, "FUSED_STAGES"): n} for n in (4, 6, 10)}
+    together |= {
+        "8 warps": {(sketch_fused, "FUSED_WARPS"): 8},
+        "m32": {(m, "FUSED_M"): 32 for m in (sketch, sketch_fused)},
+    }
+    together["k128 5s"] = {
+        (sketch, "HALF_TILES"): (sketch.Tile(64, 128, 32, 4, 4), *sketch.HALF_TILES[1:]),
+        (sketch_fused, "FUSED_STAGES"): 5,
     }
     out += [
-        Variants(f"grad_sketch Kronecker(16, 16) B={b}", skinny)
-        for b in ("8 T=1024 768→3072 bf", "8 T=1024 4096→14336")
+        Variants(f"grad_sketch Kronecker(16, 16) B={b}", together)
+        for b in ("8 T=1024 768→3072 bf", "8 T=1024 4096→14336", "512 T=196")
     ]
-    gather: dict[str, Values] = {f"unroll {n}": {(project, "UNROLL"): n} for n in (2, 8)}
-    gather |= {f"{n} terms": {(project, "TERMS"): n} for n in (8, 32, 64)}
-    gather |= {
-        f"{n} lanes {w}w": {(project, "LANES"): n, (project, "GATHER_WARPS"): w}
-        for n, w in ((64, 4), (128, 4), (256, 8))
+    single: dict[str, Values] = {
+        f"single m{m} {s}s": {(sketch_fused, "SINGLE_M"): m, (sketch_fused, "SINGLE_STAGES"): s}
+        for m, s in ((16, 6), (16, 8), (32, 4))
     }
-    gather |= {f"scratch {n} MiB": {(project, "SCRATCH_BYTES"): n << 20} for n in (12, 36)}
-    out += [Variants(f"project Sparse({n}) B=16 D=16777216 bf", gather) for n in (512, 4096)]
+    out.append(Variants("grad_sketch Kronecker(16, 16) B=4096 T=1", {"several launches": several, **single}))
+    cuts: dict[str, Values] = {"Triton": {(sparse, "takes"): never}}
+    cuts |= {f"{n} terms": {(sparse, "MOST_TERMS"): n} for n in (32, 128)}
+    cuts |= {f"{n} pieces": {(sparse, "PIECES"): n} for n in (132, 264, 528)}
+    out += [
+        Variants(f"project Sparse({n}) {shape} bf", cuts)
+        for n, shape in ((512, "B=16 D=16777216"), (4096, "B=16 D=16777216"), (512, "B=1 D=67108864"))
+    ]
     dense: dict[str, Values] = {
-        f"{w}w {s}s": {(rademacher, "WARPS"): w, (rademacher, "STAGES"): s} for w, s in ((8, 2), (4, 3))
+        f"{w}w {s}s": {(rademacher, "WARPS"): w, (rademacher, "STAGES"): s} for w, s in ((4, 2), (4, 4))
     }
     dense |= {f"tile {t}": {(rademacher, "HALF_TILE"): t} for t in ((1, 256), (2, 128), (2, 64))}
     out.append(Variants("project Rademacher(512) B=16 D=16777216 bf", dense))
@@ -200,7 +211,7 @@ def warm(first: int, step: int) -> None:
             launch.kernel.warmup(**launch.arguments, grid=launch.grid, **launch.options())
 
     every = [(case, value) for case, values in chosen() for value in values.values()]
-    with mock.patch.object(_common.Launch, "run", compile_only):
+    with mock.patch.object(_common.Launch, "run", compile_only), mock.patch.object(_cuda, "sparse"):
         for case, value in every[first::step]:
             with patched(value):
                 _attempt(lambda case=case: case.run(*case.make()))

@@ -22,4 +22,22 @@ int32_t compute_capability(int32_t* capability);
 int32_t ensemble_workspace(const EnsembleArgs& args, size_t* bytes);
 int32_t ensemble(const EnsembleArgs& args, void* workspace, size_t bytes, void* stream);
 
+// project, Sparse, of (rows, count) vectors in device memory, adjacent along a row. `order`: what kernels/sparse.py sorts,
+// 16-byte aligned, for the chunks of sparse_chunk. The sums of slices of `slice` coordinates, a multiple of 8192, are
+// float32, added up in double over a piece of `slices_of_piece` slices in `partial` (pieces, rows, dim), and then over the
+// pieces, which are added to `sums` (rows, dim).
+struct SparseArgs {
+  const void* vectors;
+  DType dtype;
+  int64_t rows, stride, count;
+  const uint16_t* order;
+  int32_t dim, nonzeros;
+  int64_t slice, slices_of_piece;
+  double* partial;
+  double* sums;
+};
+// Coordinates of a chunk, or 0 where the kernel does not take such a sketch on the current device.
+int32_t sparse_chunk(int64_t dim, int64_t nonzeros, DType dtype, bool one_row, int64_t* chunk);
+int32_t sparse(const SparseArgs& args, void* stream);
+
 }  // namespace assay::cuda

@@ -19,3 +19,24 @@ def ensemble(
     allocate: collections.abc.Callable[[int], typing.SupportsInt | typing.SupportsIndex],
     stream: typing.SupportsInt | typing.SupportsIndex,
 ) -> None: ...
+def sparse(
+    vectors: typing.SupportsInt | typing.SupportsIndex,
+    dtype: typing.SupportsInt | typing.SupportsIndex,
+    rows: typing.SupportsInt | typing.SupportsIndex,
+    stride: typing.SupportsInt | typing.SupportsIndex,
+    count: typing.SupportsInt | typing.SupportsIndex,
+    order: typing.SupportsInt | typing.SupportsIndex,
+    dim: typing.SupportsInt | typing.SupportsIndex,
+    nonzeros: typing.SupportsInt | typing.SupportsIndex,
+    slice: typing.SupportsInt | typing.SupportsIndex,
+    slices_of_piece: typing.SupportsInt | typing.SupportsIndex,
+    partial: typing.SupportsInt | typing.SupportsIndex,
+    sums: typing.SupportsInt | typing.SupportsIndex,
+    stream: typing.SupportsInt | typing.SupportsIndex,
+) -> None: ...
+def sparse_chunk(
+    dim: typing.SupportsInt | typing.SupportsIndex,
+    nonzeros: typing.SupportsInt | typing.SupportsIndex,
+    dtype: typing.SupportsInt | typing.SupportsIndex,
+    one_row: bool,
+) -> int: ...

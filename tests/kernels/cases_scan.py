@@ -40,7 +40,7 @@ def cases() -> list[Case]:
                     if cc == 100 and k and not maximum and OLD_TRITON and dtype != torch.float32:
                         continue  # its pass OptimizeTMemLayouts fails an assertion (docs/gpu.md)
                     found.append(case_of(name, launch(dtype, m, maximum, k, cc), capabilities=(cc,)))
-                    if dtype in (torch.float32, torch.float16) and k:
+                    if dtype in (torch.float32, torch.float16, torch.int8)[: 3 if m == 1 else 2] and k:
                         ragged = launch(dtype, m, maximum, k, cc, d=333)
                         found.append(case_of(f"{name} ragged", ragged, capabilities=(cc,), aligned=False))
     return found

@@ -211,7 +211,7 @@ def launches(shape: tuple[int, ...], rows: int, cols: int, dtype: torch.dtype = 
 
 def test_dispatch_on_both_sides_of_each_limit() -> None:
     def tiles(rows: int, cols: int, dtype: torch.dtype = BF16, i: int = 768) -> list[tuple[int, int]]:
-        some = launches((8, 512, i, 3072), rows, cols, dtype)[:2]
+        some = launches((8, 31, i, 3072), rows, cols, dtype)[:2]  # too few positions for one launch
         return [(launch.arguments["SIDE"], launch.arguments["BLOCK_K"]) for launch in some]
 
     (half, *_), (full, *_), (ragged, *_) = kernel.HALF_TILES, kernel.FLOAT_TILES, kernel.RAGGED_TILES
@@ -224,7 +224,31 @@ def test_dispatch_on_both_sides_of_each_limit() -> None:
     assert [launch.grid[2] for launch in launches((8, 512, 768, 3072), 128, 129)[:2]] == [2, 1]
 
 
-def test_splits_and_slices_read_more_than_they_write_and_ignore_the_batch() -> None:
+def test_one_launch_where_a_sample_has_the_positions_or_few_features() -> None:
+    def names(*shape: int, rows: int = 16, cols: int = 16) -> list[str]:
+        return [launch.kernel.__name__ for launch in launches(shape, rows, cols)]
+
+    several = ["_project", "_project", "_multiply_out"]
+    for b in (1, 8):
+        assert names(b, 196, 27, 64) == ["_fused"]
+        assert names(b, 512, 4096, 14336) == ["_fused", "_total_slices"]
+        assert names(b, 511, 4096, 14336)[:3] == several
+        assert names(b, 32, 768, 3072, rows=64) == ["_fused"]
+        assert names(b, 32, 768, 3072, rows=65) == names(b, 31, 768, 3072) == several
+        assert names(b, 1, 768, 3072) == ["_single"]
+        assert names(b, 1, 768, 3072, rows=17) == several
+    for shape in ((768, 3072), (27, 64), (4096, 14336)):
+        for t in (512, 4096):
+            some, one = (launches((b, t, *shape), 16, 16)[0].arguments for b in (8, 1))
+            assert some["slices"] == one["slices"]
+            assert some["t_slice"] == one["t_slice"]
+            assert some["slices"] == 1 or some["t_slice"] * sum(shape) * 2 >= kernel.FUSED_LEAST_BYTES
+            assert (some["slices"] - 1) * some["t_slice"] < t <= some["slices"] * some["t_slice"]
+
+
+def test_splits_and_slices_read_more_than_they_write_and_ignore_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "fuses", lambda *_: False)
+    monkeypatch.setattr(kernel, "SINGLE_NUMBERS", 0)
     for shape in ((768, 3072), (27, 64), (4096, 14336)):
         for side in (16, 64, 128):
             for t in (1, 196, 4096):
@@ -237,6 +261,16 @@ def test_splits_and_slices_read_more_than_they_write_and_ignore_the_batch() -> N
                 slices, t_slice = (some[2].arguments[name] for name in ("slices", "t_slice"))
                 assert slices == one[2].arguments["slices"]
                 assert slices == 1 or t_slice * sum(shape) * 2 >= kernel.READ_PER_WRITTEN * 4 * side * side
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 40, 20), (2, 150, 33, 17), (1, 70, 20, 9)])
+def test_one_launch_and_several_agree(shape: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    a, g = draw(*shape)
+    sketch = assay.Kronecker(5, 16)
+    found = check(a, g, sketch)
+    monkeypatch.setattr(kernel, "fuses", lambda *_: False)
+    monkeypatch.setattr(kernel, "SINGLE_NUMBERS", 0)
+    torch.testing.assert_close(triton_sketch(a, g, sketch), found, rtol=1e-5, atol=1e-5 * float(found.abs().max()))
 
 
 def test_sums_of_slices_are_double_and_keep_their_order() -> None:

@@ -9,6 +9,7 @@
 
 #include "emulated_crew.h"
 #include "philox.h"
+#include "sparse_tests.h"
 
 using namespace assay;
 using namespace assay::cuda;
@@ -499,6 +500,30 @@ void test_dtype(std::mt19937& rng) {
   }
 }
 
+template <class T>
+void test_sparse_sums(DType dtype, std::mt19937& rng) {
+  const SparseShape shapes[] = {
+      {17, 0, 20000, 300, 1, 2, 0},   // two planes, a tile of one row, slices and pieces, a chunk that ends early
+      {3, 1, 4099, 512, 2, 1, 0},     // rows that can't be read in pairs
+      {16, 2, 8192, 512, 1, 1, 1},    // nor where the first isn't at a multiple of 4 bytes
+      {9, 0, 9000, 1000, 1, 1, 0},    // one plane
+      {2, 0, 17001, 4096, 1, 3, 0},   // four buckets of a thread
+      {1, 0, 20001, 300, 2, 2, 0},    // one row
+      {1, 0, 8200, 700, 1, 1, 3},
+      {1, 0, 16384, 4096, 1, 1, 0},
+  };
+  for (const SparseShape& shape : shapes) {
+    const std::string wrong = test_sparse<T>(shape, dtype, rng);
+    check(wrong.empty(), wrong);
+  }
+}
+
+void test_sparse_limits() {
+  check(sparse_fits(512, 1, 2, 227 << 10) && sparse_fits(4096, 1, 4, 227 << 10), "sparse: Hopper takes 4096");
+  check(sparse_fits(512, 1, 2, 163 << 10) && !sparse_fits(4096, 1, 2, 163 << 10), "sparse: Ampere takes 512");
+  check(!sparse_fits(4097, 1, 2, 1 << 30) && !sparse_fits(8, 8, 2, 1 << 30), "sparse: what 16 bits don't hold");
+}
+
 }  // namespace
 
 int main() {
@@ -516,6 +541,10 @@ int main() {
   test_dtype<float>(rng);
   test_dtype<bf16>(rng);
   test_dtype<f16>(rng);
+  test_sparse_limits();
+  test_sparse_sums<float>(DType::f32, rng);
+  test_sparse_sums<bf16>(DType::bf16, rng);
+  test_sparse_sums<f16>(DType::f16, rng);
   std::printf("%d failures\n", failures);
   return failures ? 1 : 0;
 }

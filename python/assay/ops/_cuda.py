@@ -70,3 +70,46 @@ def ensemble(
         stream = torch.cuda.current_stream(out.device).cuda_stream
         kernels.ensemble(**arguments, allocate=allocate, stream=stream)
     return out, prediction
+
+
+def sparse_chunk(vectors: Tensor, dim: int, nonzeros: int, *, one_row: bool) -> int:
+    """Coordinates of a chunk of what ``sparse`` takes, or 0 where the vectors' device doesn't take such a sketch."""
+    from assay import _cuda as kernels
+
+    with torch.cuda.device(vectors.device):
+        return kernels.sparse_chunk(dim, nonzeros, _native.DTYPES[vectors.dtype], one_row)
+
+
+def sparse(
+    vectors: Tensor,
+    order: Tensor,
+    nonzeros: int,
+    slice_length: int,
+    slices_of_piece: int,
+    partial: Tensor,
+    sums: Tensor,
+) -> None:
+    """sums (B, dim) float64, contiguous, += the signed sums of vectors (B, n), last stride 1; see kernels/sparse.py.
+
+    ``partial``: (pieces, B, dim) float64, to work in.
+    """
+    from assay import _cuda as kernels
+
+    (rows, count), dim = vectors.shape, sums.shape[1]
+    with torch.cuda.device(vectors.device):
+        stream = torch.cuda.current_stream(vectors.device).cuda_stream
+        kernels.sparse(
+            vectors.data_ptr(),
+            _native.DTYPES[vectors.dtype],
+            rows,
+            vectors.stride(0),
+            count,
+            order.data_ptr(),
+            dim,
+            nonzeros,
+            slice_length,
+            slices_of_piece,
+            partial.data_ptr(),
+            sums.data_ptr(),
+            stream,
+        )

@@ -20,11 +20,11 @@ from unittest import mock
 
 import torch
 
-from assay.kernels import _common, dot, head_launch, head_tiles, rademacher, scan, sketch, sketch_fused, sparse, sqnorm
+from assay.kernels import dot, head_launch, head_tiles, rademacher, scan, sketch, sketch_fused, sparse, sqnorm
 from assay.kernels._common import Tile
-from assay.ops import _cuda
 from benchmarks.case import Case
 from benchmarks.gpu import measure
+from benchmarks.gpu.compiling import compile_only
 from benchmarks.gpu.stopwatch import Replay, buffers, interleave
 
 SECONDS = 0.25
@@ -204,14 +204,8 @@ def time_variants(case: Case, values: Mapping[str, Values]) -> Iterator[dict[str
 
 
 def warm(first: int, step: int) -> None:
-    """Launches compiled instead of run; numbers that later launches would read are any."""
-
-    def compile_only(launch: Any, tensor: torch.Tensor) -> None:
-        with torch.cuda.device(tensor.device):
-            launch.kernel.warmup(**launch.arguments, grid=launch.grid, **launch.options())
-
     every = [(case, value) for case, values in chosen() for value in values.values()]
-    with mock.patch.object(_common.Launch, "run", compile_only), mock.patch.object(_cuda, "sparse"):
+    with compile_only():
         for case, value in every[first::step]:
             with patched(value):
                 _attempt(lambda case=case: case.run(*case.make()))

@@ -10,11 +10,8 @@ import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
-from unittest import mock
 
 import torch
-from torch import Tensor
 
 from benchmarks.case import DEVICE, Case
 from benchmarks.gpu import ceilings, measure, peers, report
@@ -51,20 +48,12 @@ def free() -> None:
 
 def compiled(op: str) -> End:
     """Every launch of the op's cases, compiled instead of run; numbers that later launches would read are any."""
-    from assay.kernels import _common
-
-    launches = 0
-
-    def compile_only(launch: Any, tensor: Tensor) -> None:
-        nonlocal launches
-        launches += 1
-        with torch.cuda.device(tensor.device):
-            launch.kernel.warmup(**launch.arguments, grid=launch.grid, **launch.options())
-
     if REHEARSAL:
         return End("skipped", "a rehearsal compiles nothing")
+    from benchmarks.gpu.compiling import compile_only
+
     raised = []
-    with mock.patch.object(_common.Launch, "run", compile_only):
+    with compile_only() as launches:
         for case in measure.cases():
             if measure.op_of(case) == op and measure.in_contract(case):
                 try:
@@ -72,7 +61,7 @@ def compiled(op: str) -> End:
                 except Exception as error:  # with numbers that are any, it may; the launches before it are compiled
                     raised.append(one_line(error))
                 free()
-    return End("ok", "; ".join([f"{launches} launches", *raised])[:400])
+    return End("ok", "; ".join([f"{launches.total()} launches", *raised])[:400])
 
 
 def rows(tier: int, op: str) -> dict[str, Callable[[], End]]:

@@ -30,7 +30,6 @@ from assay.kernels._common import (
     run,
     unit_stride,
 )
-from assay.kernels.folding import FOLDS
 from assay.kernels.slices import plan_samples
 
 
@@ -47,12 +46,11 @@ class Tiles:
 FEW_ROWS = 32
 NARROW = 32
 # Half-precision tiles run on tensor cores. Ampere's stay under 99 KB of shared memory, which Ada and consumer Blackwell
-# also have; they are what an unlisted generation gets. Of Hopper's large one two blocks share a processor, at 128
-# registers and 96 KB: one multiplies while the other reads `right`, at the end of its slice of K. On
-# an H200, with whole sums over K, 128 × 256 took 5 % less time than 128 × 128 in four stages, of which one block fits.
+# also have; they are what an unlisted generation gets. On an H200, 128 × 256 took 4 to 6 % less time than two blocks of
+# 128 × 128 on a processor, where slices of K were long enough; with short ones it took 2 % more.
 HALF_TILES = {
     8: Tiles(Tile(32, 64, 64, 8, 4), Tile(128, 32, 64, 8, 4), Tile(64, 64, 32, 4, 3), Tile(128, 128, 64, 8, 3)),
-    9: Tiles(Tile(32, 64, 64, 8, 6), Tile(128, 32, 64, 8, 4), Tile(64, 64, 32, 4, 3), Tile(128, 128, 64, 8, 3, 128)),
+    9: Tiles(Tile(32, 64, 64, 8, 6), Tile(128, 32, 64, 8, 4), Tile(64, 64, 32, 4, 3), Tile(128, 256, 64, 8, 3)),
     10: Tiles(Tile(32, 64, 64, 8, 6), Tile(128, 32, 64, 8, 4), Tile(64, 64, 32, 4, 3), Tile(128, 128, 64, 8, 4)),
 }
 # float32 runs on the ordinary units of every generation, a register per operand: short steps of K.
@@ -60,8 +58,9 @@ FLOAT_TILES = {
     8: Tiles(Tile(32, 32, 32, 4, 3), Tile(64, 32, 16, 4, 3), Tile(64, 64, 16, 4, 3), Tile(128, 128, 16, 8, 3)),
 }
 GROUP_M = 8
-# A slice of K has twice as many terms as others' folds: the result is one such product, not the square of one.
-SLICE_FOLDS = 2
+# Terms of a slice of K, by the truncation that kernels/folding.py gives for a square, of which this is half: the result
+# is 1.9e-6 too small. Longer ones are faster (an H200: whole sums in 0.72 of the time of 768 terms).
+SLICE = {torch.bfloat16: 1152, torch.float16: 512}
 # A slice of K is worth a program of its own from this length: shorter ones spend their time in the epilogue.
 MIN_K_SLICE = 512
 # Tiles of rows may end with each sample, for this share of rows that are computed in vain: then a tile writes one sum.
@@ -192,7 +191,7 @@ def plan(
     m_tiles, n_tiles = b * ceil_div(t, tile.m) if whole else ceil_div(rows, tile.m), ceil_div(n, tile.n)
     splits = max(1, min(PROGRAMS // (m_tiles * n_tiles), k // MIN_K_SLICE))
     if half:
-        splits = max(splits, ceil_div(k, SLICE_FOLDS * FOLDS[left.dtype]))
+        splits = max(splits, ceil_div(k, SLICE[left.dtype]))
     k_slice = round_up(ceil_div(k, splits), tile.k)
     splits = ceil_div(k, k_slice)
     partial = left.new_empty((len(matrix) * splits, n_tiles, m_tiles if whole else rows), dtype=torch.float32)

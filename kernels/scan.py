@@ -22,8 +22,8 @@ from assay.kernels.folding import FOLD, fold, unfolded
 BLOCK_ROWS = 128
 MOST_KEPT = BLOCK_ROWS
 # Programs of a launch that ranks: several waves on any card, long enough chunks that most blocks hold no better row
-# (they are not sorted), and few candidates to merge.
-RANKING_PROGRAMS = 2048
+# (they are not sorted), and few candidates to merge. On an H200, 792 took 0.86 to 0.98 of 2,048's time.
+RANKING_PROGRAMS = 792
 # Scores that are there at a time where torch ranks them; their ranks take twice the memory.
 PIECE_SCORES = 1 << 25
 # A row's index is the low half of its rank, the lower one the larger.
@@ -48,9 +48,11 @@ class Tile:
 # The first that holds all queries, else several passes of the last; the later ones find a block's rows in L2. One query
 # is multiplied lane by lane, at the speed of the memory: several steps in flight, at most 128 registers, so that one
 # program reads while another sorts. More are matrix products, float32's on the ordinary units with a register per
-# operand: short steps. One query's half-precision tiles were the fastest of eight on an H200 (d = 512 and 64, float16);
-# the others are chosen by registers and shared memory (make compile-table), not by a clock yet.
+# operand: short steps. One query's half-precision tiles were the fastest of eight on an H200 (d = 512 in float16; for
+# short rows, d = 64 in float16 and 512 in int8); the others are chosen by registers and shared memory (make
+# compile-table), not by a clock yet.
 HALF_TILES = (Tile(1, 64, 4, 4), Tile(16, 32, 8, 4), Tile(32, 32, 8, 4))
+SHORT_ROW, SHORT_ROW_TILE = 512, Tile(1, 32, 4, 6)  # up to so many bytes
 FLOAT_TILES = (Tile(1, 32, 8, 4), Tile(16, 16, 8, 3))
 SHORT_STEP = 32  # columns at a time, of one query, where they are masked
 
@@ -303,7 +305,7 @@ def plan(
     features, (n, d), m = unit_stride(features), features.shape, len(queries)
     maximum = maximum or m == 1
     split = m > 1 and features.dtype != torch.float32
-    tile = tile_for(m, features.dtype)
+    tile = tile_for(m, features.dtype, d)
     block_d = min(tile.d, max(16, triton.next_power_of_2(d)))
     if m == 1 and d > block_d and d % block_d:  # masked: twice the registers
         block_d = min(block_d, SHORT_STEP)
@@ -347,8 +349,10 @@ def folds(generation: int, even: bool) -> bool:
     return generation > 8 or even
 
 
-def tile_for(queries: int, dtype: torch.dtype) -> Tile:
+def tile_for(queries: int, dtype: torch.dtype, d: int) -> Tile:
     tiles = FLOAT_TILES if dtype == torch.float32 else HALF_TILES
+    if queries == 1 and tiles is HALF_TILES and d * dtype.itemsize <= SHORT_ROW:
+        return SHORT_ROW_TILE
     return next((tile for tile in tiles if tile.queries >= queries), tiles[-1])
 
 

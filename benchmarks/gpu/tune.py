@@ -78,8 +78,8 @@ def variants() -> list[Variants]:
     ]
     large = {f"{m}×{n} {w}w {s}s": Tile(m, n, 64, w, s) for m, n, w, s in shapes}
     groups = {f"group {g}": {(dot, "GROUP_M"): g} for g in (4, 16)}
-    cuts = {f"slices of {n} folds": {(dot, "SLICE_FOLDS"): n} for n in (1, 3, 4, 1 << 20)}
-    cuts["128×256 8w 3s, slices of 4 folds"] = hopper(dot, large=large["128×256 8w 3s"]) | {(dot, "SLICE_FOLDS"): 4}
+    cuts = {f"slices of {n}": {(dot, "SLICE"): dict.fromkeys(dot.SLICE, n)} for n in (768, 1536, 2048, 1 << 20)}
+    cuts["128×128 two blocks"] = hopper(dot, large=Tile(128, 128, 64, 8, 3, 128))
     whole = {n: hopper(dot, large=t) for n, t in large.items()}
     out = [Variants(f"grad_dot B=8 T=1024 {x} bf", whole | groups | cuts) for x in ("768→3072", "4096→14336")]
     folds = {f"fold {f}": {(sqnorm, "FOLDS"): dict.fromkeys(sqnorm.FOLDS, f)} for f in (128, 192, 512, 1 << 30)}
@@ -127,10 +127,13 @@ def variants() -> list[Variants]:
     chunks = {f"chunks {n} %": {(head_launch, "CHUNK_PERCENT"): n} for n in (4, 16)}
     out.append(Variants("linear_cross_entropy, with its gradient N=8192 D=576", gradient | panels | chunks))
     one: dict[str, Values] = {
-        f"d{d} {w}w {s}s": {(scan, "HALF_TILES"): (scan.Tile(1, d, w, s), *scan.HALF_TILES[1:])}
-        for d, w, s in ((64, 4, 3), (64, 4, 6), (32, 4, 6), (64, 8, 4), (128, 8, 3), (128, 4, 3), (128, 8, 4))
+        f"d{d} {w}w {s}s": {
+            (scan, "HALF_TILES"): (scan.Tile(1, d, w, s), *scan.HALF_TILES[1:]),
+            (scan, "SHORT_ROW_TILE"): scan.Tile(1, d, w, s),
+        }
+        for d, w, s in ((64, 4, 3), (64, 4, 6), (32, 4, 6), (64, 4, 4), (128, 8, 3), (128, 4, 3), (128, 8, 4))
     }
-    ranking: dict[str, Values] = {f"{n} programs": {(scan, "RANKING_PROGRAMS"): n} for n in (792, 1056, 4096)}
+    ranking: dict[str, Values] = {f"{n} programs": {(scan, "RANKING_PROGRAMS"): n} for n in (528, 1056, 2048)}
     out += [
         Variants(f"topk_scan N=4000000 d=512 M=64 mean k=100 {kind}", one | ranking) for kind in ("float16", "int8")
     ]

@@ -21,9 +21,12 @@ constexpr int WIDE_MAX_WARPS = 8;
 // A warp has a row of up to a chunk to itself, and four warps share a block.
 constexpr int WARP_ROWS = 4;
 
-// A single model is read once and keeps nothing: blocks are few per row, since each row's meetings cost as much as many
-// columns, and enough that a few rows of a large vocabulary fill a card.
-constexpr int64_t ONCE_BYTES = 128 << 10;
+// A single model is read once and keeps nothing: a row has as few warps as there are in one block, since a warp's part in
+// its meetings costs as much as four chunks. On an H200, 4 warps took 0.77 of 8 warps' time at 64 KB a row; at 512 KB, 8
+// warps of one block took 0.86 of 4 warps' in each of four blocks.
+constexpr int64_t ONCE_BYTES = 1 << 20;
+constexpr int64_t ONCE_FEW_BYTES = 128 << 10;  // up to here
+constexpr int ONCE_FEW_WARPS = 4;
 
 // The logits of a K x C row stay in shared memory for the second sweep, as they are. A row is shared by as few blocks as
 // keep a block's part within 72 KB, so that three blocks are on an SM (227 KB) and one loads while others mix; with the
@@ -170,7 +173,8 @@ inline Plan make_plan(int64_t K, int64_t C, int itemsize, const Device& device) 
       if (const Plan p = warp_plan(32, WARP_ROWS); fits(p, KEPT_BYTES_LAST)) return p;
     if (K == 1) {
       const int slices = power_of_two_from(ceil_div(C * itemsize, ONCE_BYTES));
-      return wide(Path::ONCE, slices < device.max_cluster ? slices : device.max_cluster);
+      return wide_plan(Path::ONCE, C, slot_count, slices < device.max_cluster ? slices : device.max_cluster, 32,
+                       C * itemsize <= ONCE_FEW_BYTES ? ONCE_FEW_WARPS : WIDE_MAX_WARPS);
     }
     for (int slices : CLUSTER_SIZES) {
       if (slices > device.max_cluster) break;

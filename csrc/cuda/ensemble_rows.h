@@ -434,10 +434,14 @@ class EnsembleRows {
 
   ASSAY_HD void add_mixture(int j, float (&r_p)[SLOTS], Mixture& r_mix) const {
     if (p.todo.logs) {  // 0 log 0 = 0
-      float r_h[4] = {0, 0, 0, 0};
+      float r_e[2] = {0, 0}, r_h[2] = {0, 0};
       ASSAY_UNROLL
-      for (int i = 0; i < SLOTS; ++i) r_h[i % 4] = fmaf(-r_p[i], log2_approx(fmaxf(r_p[i], TINY)), r_h[i % 4]);
-      r_mix.entropy += static_cast<double>((r_h[0] + r_h[1]) + (r_h[2] + r_h[3]));
+      for (int i = 0; i < SLOTS; ++i) {
+        const Log2 log = log2_of(fmaxf(r_p[i], TINY));
+        r_e[i % 2] = fmaf(-r_p[i], log.exponent, r_e[i % 2]);
+        r_h[i % 2] = fmaf(-r_p[i], log.rest, r_h[i % 2]);
+      }
+      r_mix.entropy += static_cast<double>(r_e[0] + r_e[1]) + static_cast<double>(r_h[0] + r_h[1]);
     }
     const int y = label - first_column(j);
     if (label >= 0 && y >= 0 && y < S::columns(lanes)) {  // take the label's column out

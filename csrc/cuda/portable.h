@@ -47,9 +47,9 @@ ASSAY_HD uint32_t float_to_bits(float f) {
 }
 
 #ifndef __CUDA_ARCH__
-// Off by a unit in the last place, always away from 0: among equal logits a GPU's errors add up like that as well.
-inline float as_wrong_as_a_gpu(float x) {
-  return x == 0 || x == INF || x == -INF ? x : std::nextafter(x, x < 0 ? -INF : INF);
+// The largest error that is documented, always away from 0: among equal logits a GPU's errors add up like that as well.
+inline float as_wrong_as_a_gpu(float x, float absolute = 0) {
+  return x == 0 || x == INF || x == -INF ? x : x + std::copysign(std::fmax(std::fabs(x) * 0x1p-22f, absolute), x);
 }
 #endif
 
@@ -71,8 +71,19 @@ ASSAY_HD float log2_approx(float x) {
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 #else
-  return as_wrong_as_a_gpu(std::log2(x));
+  return as_wrong_as_a_gpu(std::log2(x), x > 0.5f && x < 2 ? 0x1p-22f : 0);
 #endif
+}
+
+// log2(x) as its two parts, of a normal x: the special function unit's error is relative to all of it otherwise, and among
+// equal probabilities always the same, so that millionths of 16 bits would add up.
+struct Log2 {
+  float exponent, rest;
+};
+ASSAY_HD Log2 log2_of(float x) {
+  const uint32_t bits = float_to_bits(x);
+  const float exponent = bits_to_float(0x4b000000u | bits >> 23) - 8388735.f;  // 2^23 + 127
+  return {exponent, log2_approx(bits_to_float((bits & 0x7fffffu) | 0x3f800000u))};
 }
 
 // The larger one, or NaN if either is NaN: fmaxf drops NaN, and then a poisoned row would look healthy.

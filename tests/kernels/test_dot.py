@@ -196,7 +196,7 @@ def test_dispatch_on_both_sides_of_each_limit() -> None:
     # K is cut where the tiles alone do not fill a card, or a sum on tensor cores would be too long.
     assert dot.plan(*meta(1, 1, 4096, 1024), 9)[0].grid == (1024 // tiles.few_rows.n, 8)
     assert dot.plan(*meta(64, 1024, 4096, 4096, (F32, F32, F32)), 9)[0].grid[1] == 1
-    for dtype, longest in ((BF16, 768), (FP16, 384)):
+    for dtype, longest in ((BF16, 1152), (FP16, 512)):
         assert [dot.plan(*meta(64, 1024, k, k, (dtype,) * 3), 9)[0].grid[1] for k in (longest, longest + 16)] == [1, 2]
 
 

@@ -71,11 +71,11 @@ void test_plans() {
     expect_plan(1, 1025, 2, d, Path::ONCE, 1);
     expect_plan(33, 10, 4, d, Path::TWICE_GLOBAL, 1);
   }
-  // 128 KB are 64 chunks of 1024 bfloat16 logits.
-  expect_plan(1, 64 << 10, 2, HOPPER, Path::ONCE, 1);
-  expect_plan(1, 65 << 10, 2, HOPPER, Path::ONCE, 2);
-  expect_plan(1, 262144, 4, HOPPER, Path::ONCE, 8);
-  expect_plan(1, 262144, 4, AMPERE, Path::ONCE, 1);
+  expect_plan(1, 262144, 4, HOPPER, Path::ONCE, 1);
+  expect_plan(1, 262145, 4, HOPPER, Path::ONCE, 2);
+  expect_plan(1, 1 << 20, 4, AMPERE, Path::ONCE, 1);
+  check(make_plan(1, 64 << 10, 2, HOPPER).threads() == 128, "a short row has few warps");
+  check(make_plan(1, 65 << 10, 2, HOPPER).threads() == 256, "a long row has more");
   // 72 KB are 36 chunks and what else a row needs.
   expect_plan(2, 16 << 10, 2, HOPPER, Path::KEPT, 1);
   expect_plan(2, 18 << 10, 2, HOPPER, Path::KEPT, 2);

@@ -27,8 +27,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
     import assay
 
-    commit = os.environ.get("GPU_COMMIT") or _output("git", "rev-parse", "--short", "HEAD") or "unknown"
-    facts = {"commit": commit, "assay": assay.__version__, "torch": torch.__version__, "triton": triton.__version__}
+    facts = {"commit": commit(), "assay": assay.__version__, "torch": torch.__version__, "triton": triton.__version__}
     if REHEARSAL:
         return {"device": "rehearsal on a CPU: no measurements", **facts}
     properties = torch.cuda.get_device_properties(device)
@@ -42,6 +41,13 @@ def machine(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         **facts,
     }
+
+
+def commit() -> str:
+    """GPU_COMMIT, or git's word: a copy of a working tree may hold more than its last commit."""
+    head = _output("git", "rev-parse", "--short", "HEAD") or "unknown"
+    changed = ", with changes" if _output("git", "status", "--porcelain", "--untracked-files=no") else ""
+    return os.environ.get("GPU_COMMIT") or head + changed
 
 
 def _output(*command: str) -> str:

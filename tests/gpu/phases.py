@@ -96,8 +96,7 @@ def imported_from(site: Path) -> str:
 
 def smoke(run: Run, deadline: float) -> None:
     """An op to a process, all at once. Beside them the compiler gets to work for the measurements."""
-    pools = [_bench(run, "machine", 1, "machine")]
-    pools += [_smoke(run, op) for op in OPS]
+    pools = _machine(run) + [_smoke(run, op) for op in OPS]
     if not REHEARSAL:
         pools += [_bench(run, "warm", 1, op) for op in OPS if op not in ("ensemble_stats", "scan_scores")]
     supervise(pools, run.journal, deadline)
@@ -145,7 +144,7 @@ def again(run: Run, deadline: float) -> None:
         return pick
 
     phases = {phase for phase, _ in wrong | unknown}
-    pools = [_bench(run, "machine", 1, "machine")]
+    pools = _machine(run)
     pools += [_smoke(run, op, chosen("smoke")) for op in OPS] if "smoke" in phases else []
     if "test" in phases:
         pools.append(_test(run, "small", PROCESSES, chosen("test")))
@@ -188,7 +187,7 @@ def control(status: int, text: str) -> str:
 
 def bench(run: Run, deadline: float) -> None:
     """The contract's cases, op by op in turn, beside the GEMMs alone. A process measures while all others wait."""
-    pools = [_bench(run, "bench", 1, op) for op in ("ceilings", *OPS) if op != "scan_scores"]
+    pools = _machine(run) + [_bench(run, "bench", 1, op) for op in ("ceilings", *OPS) if op != "scan_scores"]
     supervise(pools, run.journal, deadline, one_at_a_time=True)
 
 
@@ -212,6 +211,12 @@ def tier2(run: Run, deadline: float) -> None:
     """Every case beside torch eager, torch.compile and the peers that are installed; float32 too."""
     pools = [_bench(run, "tier2", 2, op) for op in OPS if op != "scan_scores"]
     supervise(pools, run.journal, deadline, one_at_a_time=True)
+
+
+def _machine(run: Run) -> list[Pool]:
+    """What it runs on, once a run."""
+    known = any(phase == "machine" for phase, _ in last(read(run.folder)))
+    return [] if known else [_bench(run, "machine", 1, "machine")]
 
 
 def _bench(run: Run, phase: str, tier: int, op: str, site: Path = SITE) -> Pool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -55,7 +56,8 @@ def publish(folders: Sequence[Path], results: Path = RESULTS, readme: Path = REA
         baseline |= {o.row: dict(o.facts) for o in of(run, "baseline") if "median" in o.facts}
         problems += [problem(o) for o in run.values() if o.bad and o.phase in ("bench", "tier2", "baseline")]
     ceilings = next((c for c in map(ceilings_of, reversed(runs)) if c), None)
-    for path in report.write(results, facts[-1], ceilings, list(cases.values()), problems, list(baseline.values())):
+    machine = {**facts[-1], "commit": os.environ.get("GPU_COMMIT") or facts[-1].get("commit", "unknown")}
+    for path in report.write(results, machine, ceilings, list(cases.values()), problems, list(baseline.values())):
         print("written to", path)
     readme.write_text(with_column(readme.read_text(), str(facts[-1]["device"]), list(cases.values())))
     print(f"{readme}: {sum(find(cases.values(), *row) is not None for row in ROWS.values())} of {len(ROWS)} rows")

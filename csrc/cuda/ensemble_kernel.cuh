@@ -45,7 +45,8 @@ const void* kernel_of(Sweeps sweeps) {
   constexpr bool ONE_MODEL = PATH == Path::NARROW || PATH == Path::WARP || PATH == Path::ONCE;
   switch (sweeps) {
     case Sweeps::ONE:
-      return pointer(ensemble_kernel<T, PATH, Sweeps::ONE>);
+      if constexpr (PATH != Path::TWICE) return pointer(ensemble_kernel<T, PATH, Sweeps::ONE>);
+      break;
     case Sweeps::SQUARES:
       if constexpr (ONE_MODEL) return pointer(ensemble_kernel<T, PATH, Sweeps::SQUARES>);
       break;

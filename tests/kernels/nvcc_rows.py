@@ -16,8 +16,9 @@ TARGETS = ("sm_80", "sm_90", "sm_100")
 # Copies a few kilobytes once per call, where there are more models than fit the kernel's arguments.
 COLD = {"upload_models"}
 
-# `Path` in csrc/cuda/ensemble_plan.h: c++filt prints an enumerator as a cast of its number.
-PATHS = ("narrow", "kept", "twice", "twice_global")
+# `Path` and `Sweeps` in csrc/cuda/ensemble_plan.h: c++filt prints an enumerator as a cast of its number.
+PATHS = ("narrow", "warp", "once", "kept", "twice", "twice_global")
+SWEEPS = ("one sweep", "squares", "mixture")
 
 _ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\w+)'.*?\n"
@@ -76,5 +77,5 @@ def _readable(mangled: str) -> str:
     text = subprocess.run([filt, mangled], capture_output=True, text=True, check=True).stdout.strip()
     text = re.sub(r"\(anonymous namespace\)::|assay::cuda::|_GLOBAL__N__\w+::|^void ", "", text)
     text = re.sub(r"\(Path\)(\d)", lambda path: PATHS[int(path[1])], text)
-    text = text.replace(", true>", ", mixture>").replace(", false>", ", one sweep>")
+    text = re.sub(r"\(Sweeps\)(\d)", lambda sweeps: SWEEPS[int(sweeps[1])], text)
     return text.partition("(assay")[0].partition("(Launch")[0].partition("(ModelBatch")[0]

@@ -20,8 +20,9 @@ from unittest import mock
 
 import torch
 
-from assay.kernels import dot, head_launch, head_tiles, rademacher, scan, sketch, sketch_fused, sparse, sqnorm
+from assay.kernels import dot, head_launch, head_tiles, rademacher, scan, sketch, sketch_fused, sqnorm
 from assay.kernels._common import Tile
+from assay.ops import _sparse
 from benchmarks.case import Case
 from benchmarks.gpu import measure
 from benchmarks.gpu.compiling import compile_only
@@ -158,9 +159,9 @@ def variants() -> list[Variants]:
         for m, s in ((16, 6), (16, 8), (32, 4))
     }
     out.append(Variants("grad_sketch Kronecker(16, 16) B=4096 T=1", {"several launches": several, **single}))
-    cuts: dict[str, Values] = {"Triton": {(sparse, "takes"): never}}
-    cuts |= {f"{n} terms": {(sparse, "MOST_TERMS"): n} for n in (32, 128)}
-    cuts |= {f"{n} pieces": {(sparse, "PIECES"): n} for n in (132, 264, 528)}
+    cuts: dict[str, Values] = {"Triton": {(_sparse, "takes"): never}}
+    cuts |= {f"{n} terms": {(_sparse, "MOST_TERMS"): n} for n in (32, 128)}
+    cuts |= {f"{n} pieces": {(_sparse, "PIECES"): n} for n in (132, 264, 528)}
     out += [
         Variants(f"project Sparse({n}) {shape} bf", cuts)
         for n, shape in ((512, "B=16 D=16777216"), (4096, "B=16 D=16777216"), (512, "B=1 D=67108864"))

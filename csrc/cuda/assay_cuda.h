@@ -22,7 +22,7 @@ int32_t compute_capability(int32_t* capability);
 int32_t ensemble_workspace(const EnsembleArgs& args, size_t* bytes);
 int32_t ensemble(const EnsembleArgs& args, void* workspace, size_t bytes, void* stream);
 
-// project, Sparse, of (rows, count) vectors in device memory, adjacent along a row. `order`: what kernels/sparse.py sorts,
+// project, Sparse, of (rows, count) vectors in device memory, adjacent along a row. `order`: what ops/_sparse.py sorts,
 // 16-byte aligned, for the chunks of sparse_chunk. The sums of slices of `slice` coordinates, a multiple of 8192, are
 // float32, added up in double over a piece of `slices_of_piece` slices in `partial` (pieces, rows, dim), and then over the
 // pieces, which are added to `sums` (rows, dim).

@@ -1,7 +1,7 @@
 // project, Sparse: every bucket's sum over the coordinates that its entries name, in their order.
 //
 // Buckets do not depend on the data, so each chunk of coordinates comes with its entries sorted by bucket, 2 bytes each
-// (kernels/sparse.py). A block of threads takes a piece of the coordinates, chunk by chunk: the values go to shared memory,
+// (ops/_sparse.py). A block of threads takes a piece of the coordinates, chunk by chunk: the values go to shared memory,
 // several rows of a coordinate side by side in a unit of 16 bytes, or one row as it lies; then a thread that owns a bucket
 // adds up what its entries name, in registers: no atomics, and an order that no other row has a part in. At the end of a
 // slice the float32 sums are added to the piece's, in double.

@@ -21,7 +21,9 @@ SOURCE = ROOT / "build" / "gpu-baseline"
 CONTENT = ("CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE", "csrc", "kernels", "python")
 # Which ops a file that differs may change; one that is nowhere here may change all of them.
 FILES = {
-    "csrc/cuda/*": ("ensemble_stats",),
+    "csrc/cuda/ensemble*": ("ensemble_stats",),
+    "csrc/cuda/crew*": ("ensemble_stats",),
+    "csrc/cuda/[!ces]*": ("ensemble_stats", "project"),
     "python/assay/ops/ensemble.py": ("ensemble_stats",),
     "*/*head*": ("linear_ensemble_stats", "head_scores", "linear_cross_entropy"),
     "kernels/fields.py": ("linear_ensemble_stats", "head_scores"),
@@ -30,8 +32,9 @@ FILES = {
     "*/*scan.py": ("topk_scan",),
     "*/project*.py": ("project",),
     "*/*rademacher*.py": ("project",),
-    "*/*sparse*.py": ("project",),
-    "kernels/sketch.py": ("grad_sketch",),
+    "*/*sparse*": ("project",),
+    "kernels/sketch*.py": ("grad_sketch",),
+    "kernels/sketch_rows.py": ("project",),
     "python/assay/ops/layer_sketch.py": ("grad_sketch",),
     "kernels/philox.py": ("grad_sketch", "project", "head_scores"),
     "python/assay/ops/sketch.py": ("grad_sketch", "project", "head_scores"),
@@ -91,7 +94,7 @@ def changed_ops() -> list[str]:
 
 def _differing(folder: str) -> list[str]:
     def content(root: Path) -> dict[str, bytes]:
-        files = (path for path in (root / folder).rglob("*") if path.suffix in (".py", ".cu", ".h"))
+        files = (path for path in (root / folder).rglob("*") if path.suffix in (".py", ".cu", ".cuh", ".h"))
         return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
 
     old, new = content(SOURCE), content(ROOT)

@@ -15,7 +15,7 @@ struct SparseShape {
   int64_t offset;  // of the first number from a 16-byte boundary
 };
 
-// entries[c * nonzeros + j]: 2 bucket + (1 for a minus). As kernels/sparse.py sorts them.
+// entries[c * nonzeros + j]: 2 bucket + (1 for a minus). As ops/_sparse.py sorts them.
 inline std::vector<uint16_t> sparse_order(const std::vector<uint32_t>& entries, const SparseShape& s,
                                           const SparsePlan& p) {
   const int64_t chunks = ceil_div(s.count, p.chunk);

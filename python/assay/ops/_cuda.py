@@ -89,7 +89,7 @@ def sparse(
     partial: Tensor,
     sums: Tensor,
 ) -> None:
-    """sums (B, dim) float64, contiguous, += the signed sums of vectors (B, n), last stride 1; see kernels/sparse.py.
+    """sums (B, dim) float64, contiguous, += the signed sums of vectors (B, n), last stride 1; see ops/_sparse.py.
 
     ``partial``: (pieces, B, dim) float64, to work in.
     """

@@ -83,10 +83,11 @@ def add_native(vectors: Tensor, first: int, key: tuple[int, int], dim: int, nonz
 
 
 def add_triton(vectors: Tensor, first: int, key: tuple[int, int], dim: int, nonzeros: int, sums: Tensor) -> None:
-    from assay.kernels import project, rademacher, sparse
+    from assay.kernels import project, rademacher
+    from assay.ops import _sparse
 
     if nonzeros:
-        add = sparse.add_sparse if sparse.takes(vectors, dim, nonzeros) else project.add_sparse
+        add = _sparse.add_sparse if _sparse.takes(vectors, dim, nonzeros) else project.add_sparse
         add(vectors, first, key, dim, nonzeros, sums, lambda what, make: cached(what, vectors.device, make))
     else:
         rademacher.add_dense(vectors, first, key, dim, sums)

@@ -5,6 +5,7 @@
 namespace assay {
 
 enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
+constexpr int itemsize_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 // Thrown where memory whose size follows from the arguments cannot be had.
 struct OutOfMemory {

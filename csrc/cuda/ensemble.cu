@@ -93,7 +93,7 @@ cudaError_t set_up(const EnsembleArgs& a, Setup* s) {
   if (a.K < 1 || a.N < 0 || a.C < 1 || a.C > MAX_C || a.K > MAX_C) return cudaErrorInvalidValue;
   DeviceFacts facts;
   ASSAY_RETURN_ON_ERROR(current_device(&facts));
-  const int itemsize = a.dtype == DType::f32 ? 4 : 2;
+  const int itemsize = itemsize_of(a.dtype);
   const Plan plan = make_plan(a.K, a.C, itemsize, facts.device);
   const int64_t tiles = ceil_div(a.N, plan.rows());
   const bool global = plan.path == Path::TWICE_GLOBAL;

@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(max_threads(PATH), min_blocks(PATH))
     const GlobalCrew crew(p.plan.slices, launch.g_counters, launch.scratch_stride);
     char* g_memory = launch.g_scratch + blockIdx.x * launch.scratch_stride;
     EnsembleRows<T, PATH, SWEEPS, GlobalCrew>(p, crew, g_memory).run();
-  } else if constexpr (PATH == Path::NARROW || PATH == Path::WARP) {
+  } else if constexpr (is_packed(PATH)) {
     EnsembleRows<T, PATH, SWEEPS, BlockCrew>(p, BlockCrew(), s_memory).run();
   } else {
     const ClusterCrew crew(p.plan.slices);
@@ -39,20 +39,21 @@ __global__ void __launch_bounds__(max_threads(PATH), min_blocks(PATH))
   }
 }
 
+template <class T, Path PATH, Sweeps SWEEPS>
+const void* kernel_or_null() {
+  if constexpr (has_kernel(PATH, SWEEPS)) return reinterpret_cast<const void*>(&ensemble_kernel<T, PATH, SWEEPS>);
+  return nullptr;
+}
+
 template <class T, Path PATH>
 const void* kernel_of(Sweeps sweeps) {
-  const auto pointer = [](auto* f) { return reinterpret_cast<const void*>(f); };
-  constexpr bool ONE_MODEL = PATH == Path::NARROW || PATH == Path::WARP || PATH == Path::ONCE;
   switch (sweeps) {
     case Sweeps::ONE:
-      if constexpr (PATH != Path::TWICE) return pointer(ensemble_kernel<T, PATH, Sweeps::ONE>);
-      break;
+      return kernel_or_null<T, PATH, Sweeps::ONE>();
     case Sweeps::SQUARES:
-      if constexpr (ONE_MODEL) return pointer(ensemble_kernel<T, PATH, Sweeps::SQUARES>);
-      break;
+      return kernel_or_null<T, PATH, Sweeps::SQUARES>();
     case Sweeps::TWO:
-      if constexpr (PATH != Path::ONCE) return pointer(ensemble_kernel<T, PATH, Sweeps::TWO>);
-      break;
+      return kernel_or_null<T, PATH, Sweeps::TWO>();
   }
   return nullptr;
 }

@@ -70,6 +70,15 @@ ASSAY_HD constexpr Sweeps sweeps(const Wants& todo) {
   return todo.mixture ? Sweeps::TWO : todo.squares ? Sweeps::SQUARES : Sweeps::ONE;
 }
 
+// What follows from a path. TWICE without a second sweep is KEPT: there is nothing to read twice.
+ASSAY_HD constexpr bool is_packed(Path path) { return path == Path::NARROW || path == Path::WARP; }
+ASSAY_HD constexpr bool keeps_logits(Path path) { return is_packed(path) || path == Path::KEPT; }
+ASSAY_HD constexpr bool has_kernel(Path path, Sweeps sweeps) {
+  return sweeps == Sweeps::ONE       ? path != Path::TWICE
+         : sweeps == Sweeps::SQUARES ? is_packed(path) || path == Path::ONCE
+                                     : path != Path::ONCE;
+}
+
 struct Plan {
   Path path;
   int lanes;       // threads of a warp that share a row's chunk: a group
@@ -81,8 +90,8 @@ struct Plan {
 
   ASSAY_HD int threads() const { return lanes * groups; }
   ASSAY_HD int rows() const { return groups / row_groups; }  // per block
-  ASSAY_HD bool packed() const { return path == Path::NARROW || path == Path::WARP; }
-  ASSAY_HD bool keeps() const { return packed() || path == Path::KEPT; }
+  ASSAY_HD bool packed() const { return is_packed(path); }
+  ASSAY_HD bool keeps() const { return keeps_logits(path); }
   ASSAY_HD bool twice() const { return path == Path::TWICE || path == Path::TWICE_GLOBAL; }
   // The row's chunk that is a group's j-th: a slice's chunks are neighbours.
   ASSAY_HD int chunk(int slice, int j, int row_group) const { return (slice * chunks + j) * row_groups + row_group; }

@@ -38,9 +38,9 @@ struct Problem {
 
 template <class T, Path PATH, Sweeps SWEEPS, class Crew>
 class EnsembleRows {
-  static constexpr bool NARROW = PATH == Path::NARROW, PACKED = NARROW || PATH == Path::WARP;
+  static constexpr bool NARROW = PATH == Path::NARROW, PACKED = is_packed(PATH);
   static constexpr bool MIXTURE = SWEEPS == Sweeps::TWO, SQUARES = SWEEPS == Sweeps::SQUARES;
-  static constexpr bool KEEP = MIXTURE && (PACKED || PATH == Path::KEPT);
+  static constexpr bool KEEP = MIXTURE && keeps_logits(PATH);
   static constexpr int V = NARROW ? 1 : 16 / static_cast<int>(sizeof(T)), U = NARROW ? NARROW_COLUMNS : VECTORS;
   using S = Slots<V, U>;
   static constexpr int SLOTS = S::COUNT;
@@ -295,7 +295,7 @@ class EnsembleRows {
       if constexpr (NARROW) {
         r_part.z[i] = -INF;
       } else {
-        set_column(r_part.g[i / V], i % V, T{});
+        take_column_out(r_part.g[i / V], i % V, T{});
       }
     }
   }

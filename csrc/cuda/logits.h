@@ -79,12 +79,12 @@ ASSAY_HD void unpack(const Granule& g, float (&r_z)[8], T) {
   }
 }
 
-// Column `v` of a vector becomes -inf.
 ASSAY_HD constexpr uint32_t minus_infinity(float) { return 0xff800000u; }
 ASSAY_HD constexpr uint32_t minus_infinity(bf16) { return 0xff80u; }
 ASSAY_HD constexpr uint32_t minus_infinity(f16) { return 0xfc00u; }
+// Column v of a vector becomes -inf.
 template <class T>
-ASSAY_HD void set_column(Granule& g, int v, T) {
+ASSAY_HD void take_column_out(Granule& g, int v, T) {
   constexpr int PER_WORD = 4 / static_cast<int>(sizeof(T)), BITS = 32 / PER_WORD;
   constexpr uint32_t MASK = PER_WORD == 1 ? 0xffffffffu : 0xffffu;
   const int shift = v % PER_WORD * BITS;
@@ -102,7 +102,7 @@ template <class T>  // bf16, f16
 ASSAY_HD uint32_t max_word(uint32_t a, uint32_t b, T) {
 #ifdef __CUDA_ARCH__
   uint32_t r;
-  if constexpr (sizeof(T) == 2 && std::is_same_v<T, bf16>) {
+  if constexpr (std::is_same_v<T, bf16>) {
     asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
   } else {
     asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));

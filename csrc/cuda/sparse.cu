@@ -18,7 +18,7 @@ __device__ __forceinline__ void wait_for_copies() {
 template <class T, int PLANES, int BUCKETS>
 __global__ void __launch_bounds__(SPARSE_THREADS, 1)
     sparse_rows_kernel(const __grid_constant__ SparseArgs a, const __grid_constant__ SparsePlan p) {
-  extern __shared__ SparseUnit s_memory[];
+  extern __shared__ Granule s_memory[];
   using Thread = SparseThread<T, PLANES, BUCKETS>;
   constexpr int N = BUCKETS == 1 ? Thread::ITEMS / PARTS_OF_A_CHUNK : 1;
   Thread me(a, p, s_memory, blockIdx.x, threadIdx.x);
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(SPARSE_THREADS, 1)
 template <class T, int BUCKETS>
 __global__ void __launch_bounds__(SPARSE_THREADS, 1)
     sparse_row_kernel(const __grid_constant__ SparseArgs a, const __grid_constant__ SparsePlan p) {
-  extern __shared__ SparseUnit s_memory[];
+  extern __shared__ Granule s_memory[];
   SparseThread<T, 0, BUCKETS> me(a, p, s_memory, blockIdx.x, threadIdx.x);
   me.copy(me.begin);
   start_copies();
@@ -97,8 +97,6 @@ const void* kernel_of(const SparsePlan& p) {
   return p.buckets == 1 ? reinterpret_cast<const void*>(&sparse_row_kernel<T, 1>)
                         : reinterpret_cast<const void*>(&sparse_row_kernel<T, 4>);
 }
-
-int itemsize_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 }  // namespace
 

@@ -20,10 +20,6 @@ constexpr int SPARSE_THREADS = 1024;   // of a block, at most
 constexpr int SPARSE_UNITS = 8192;     // of a chunk, 128 KB
 constexpr int SPARSE_ROW_CHUNK = 8192;  // values of one row
 
-struct alignas(16) SparseUnit {
-  uint32_t word[4];
-};
-
 // How a shape is cut up. A function of dim and of whether there is one row: a row's bits do not depend on it.
 struct SparsePlan {
   int planes;   // units of a coordinate, 1 or 2; 0: one row
@@ -53,8 +49,8 @@ inline SparsePlan sparse_plan(int dim, int nonzeros, bool one_row) {
 // The values, once or, of one row, twice; a unit of zeros; and the order, twice: the next chunk's comes while this one is
 // added up.
 ASSAY_HD constexpr int64_t sparse_value_bytes(int planes, int itemsize) {
-  return (planes ? SPARSE_UNITS * int64_t{sizeof(SparseUnit)} : 2 * int64_t{SPARSE_ROW_CHUNK} * itemsize) +
-         int64_t{sizeof(SparseUnit)};
+  return (planes ? SPARSE_UNITS * int64_t{sizeof(Granule)} : 2 * int64_t{SPARSE_ROW_CHUNK} * itemsize) +
+         int64_t{sizeof(Granule)};
 }
 inline int64_t sparse_shared(const SparsePlan& p, int itemsize) {
   return sparse_value_bytes(p.planes, itemsize) + 2 * 2 * int64_t{p.width};
@@ -79,11 +75,6 @@ ASSAY_HD void copy_16(void* to, const void* from) {
 #endif
 }
 
-ASSAY_HD float low_float(uint32_t w, bf16) { return bits_to_float(w << 16); }
-ASSAY_HD float high_float(uint32_t w, bf16) { return bits_to_float(w & 0xffff0000u); }
-ASSAY_HD float low_float(uint32_t w, f16) { return to_float(f16{static_cast<uint16_t>(w)}); }
-ASSAY_HD float high_float(uint32_t w, f16) { return to_float(f16{static_cast<uint16_t>(w >> 16)}); }
-
 // One thread of a block. PLANES of 16 / sizeof(T) rows, or 0: one row.
 template <class T, int PLANES, int BUCKETS>
 struct SparseThread {
@@ -94,7 +85,7 @@ struct SparseThread {
   static constexpr int LANES = SPARSE_THREADS / (PLANES ? PLANES : 1);      // threads of a plane
   static constexpr int ZERO = PLANES ? SPARSE_UNITS : 2 * CHUNK;            // of the units, or values: it is 0
   static constexpr int UNROLL = 4;  // entries in flight
-  using Value = std::conditional_t<PLANES == 0, T, SparseUnit>;
+  using Value = std::conditional_t<PLANES == 0, T, Granule>;
 
   const SparseArgs& a;
   const SparsePlan& p;
@@ -104,7 +95,7 @@ struct SparseThread {
   int row0, piece, begin, end;  // chunks from begin to end
   float sums[BUCKETS][R];
 
-  ASSAY_HD SparseThread(const SparseArgs& a_, const SparsePlan& p_, SparseUnit* s_memory, int64_t block, int t_)
+  ASSAY_HD SparseThread(const SparseArgs& a_, const SparsePlan& p_, Granule* s_memory, int64_t block, int t_)
       : a(a_), p(p_), s_values(reinterpret_cast<Value*>(s_memory)), t(t_), plane(PLANES > 1 && t_ >= LANES) {
     s_orders = reinterpret_cast<uint16_t*>(reinterpret_cast<char*>(s_memory) + sparse_value_bytes(PLANES, sizeof(T)));
     const int64_t rows = PLANES ? PLANES * R : 1, tiles = ceil_div(a.rows, rows), chunks = ceil_div(a.count, CHUNK);
@@ -202,8 +193,8 @@ struct SparseThread {
 
   // ... and from registers into units.
   ASSAY_HD void store(int q, const Item& item) const {
-    SparseUnit* s_units = s_values + plane_of(q) * CHUNK;
-    SparseUnit first, second;
+    Granule* s_units = s_values + plane_of(q) * CHUNK;
+    Granule first, second;
     ASSAY_UNROLL
     for (int k = 0; k < 4; ++k) {
       if constexpr (NEIGHBOURS == 1) {
@@ -246,16 +237,11 @@ struct SparseThread {
   }
 
   static ASSAY_HD void add(float* sum, const T& value, float sign) { sum[0] = fmaf(sign, to_float(value), sum[0]); }
-  static ASSAY_HD void add(float* sum, const SparseUnit& unit, float sign) {
+  static ASSAY_HD void add(float* sum, const Granule& unit, float sign) {
+    float r_x[16 / sizeof(T)];
+    unpack(unit, r_x, T{});
     ASSAY_UNROLL
-    for (int k = 0; k < 4; ++k) {
-      if constexpr (NEIGHBOURS == 1) {
-        sum[k] = fmaf(sign, bits_to_float(unit.word[k]), sum[k]);
-      } else {
-        sum[2 * k] = fmaf(sign, low_float(unit.word[k], T{}), sum[2 * k]);
-        sum[2 * k + 1] = fmaf(sign, high_float(unit.word[k], T{}), sum[2 * k + 1]);
-      }
-    }
+    for (int r = 0; r < R; ++r) sum[r] = fmaf(sign, r_x[r], sum[r]);
   }
 
   // Where a slice ends with this chunk, its sums go to the piece's.

@@ -334,18 +334,14 @@ struct Case {
 
 template <class T, Path PATH, int WARP>
 void run_path(const Problem& p, int crews) {
-  constexpr bool ONE_MODEL = PATH == Path::NARROW || PATH == Path::WARP || PATH == Path::ONCE;
-  switch (sweeps(p.todo)) {
-    case Sweeps::ONE:
-      return emulated::run<T, PATH, Sweeps::ONE, WARP>(p, crews);
-    case Sweeps::SQUARES:
-      if constexpr (ONE_MODEL) return emulated::run<T, PATH, Sweeps::SQUARES, WARP>(p, crews);
-      break;
-    case Sweeps::TWO:
-      if constexpr (PATH != Path::ONCE) return emulated::run<T, PATH, Sweeps::TWO, WARP>(p, crews);
-      break;
-  }
-  check(false, "no such path");
+  const Sweeps asked = sweeps(p.todo);
+  check(has_kernel(PATH, asked), "no such kernel");
+  if constexpr (has_kernel(PATH, Sweeps::ONE))
+    if (asked == Sweeps::ONE) emulated::run<T, PATH, Sweeps::ONE, WARP>(p, crews);
+  if constexpr (has_kernel(PATH, Sweeps::SQUARES))
+    if (asked == Sweeps::SQUARES) emulated::run<T, PATH, Sweeps::SQUARES, WARP>(p, crews);
+  if constexpr (has_kernel(PATH, Sweeps::TWO))
+    if (asked == Sweeps::TWO) emulated::run<T, PATH, Sweeps::TWO, WARP>(p, crews);
 }
 
 // Warps of 8 have packed rows, of 4 wide ones, single threads both: each pair is minutes of compiling under sanitizers.

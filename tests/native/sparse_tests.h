@@ -40,9 +40,9 @@ inline std::vector<uint16_t> sparse_order(const std::vector<uint32_t>& entries, 
 }
 
 template <class T, int PLANES, int BUCKETS>
-void run_sparse_block(const SparseArgs& a, const SparsePlan& p, int64_t block, std::vector<SparseUnit>& memory) {
+void run_sparse_block(const SparseArgs& a, const SparsePlan& p, int64_t block, std::vector<Granule>& memory) {
   using Thread = SparseThread<T, PLANES, BUCKETS>;
-  for (SparseUnit& u : memory) u = {{0x7fc07fc0u, 0x7fc07fc0u, 0x7fc07fc0u, 0x7fc07fc0u}};  // NaN in every type
+  for (Granule& u : memory) u = {{0x7fc07fc0u, 0x7fc07fc0u, 0x7fc07fc0u, 0x7fc07fc0u}};  // NaN in every type
   std::vector<Thread> threads;
   for (int t = 0; t < p.threads; ++t) threads.emplace_back(a, p, memory.data(), block, t);
   for (int chunk = threads[0].begin; chunk < threads[0].end; ++chunk) {
@@ -62,7 +62,7 @@ void run_sparse_block(const SparseArgs& a, const SparsePlan& p, int64_t block, s
 }
 
 template <class T>
-void run_sparse(const SparseArgs& a, const SparsePlan& p, int64_t block, std::vector<SparseUnit>& memory) {
+void run_sparse(const SparseArgs& a, const SparsePlan& p, int64_t block, std::vector<Granule>& memory) {
   if (p.planes == 2) return run_sparse_block<T, 2, 1>(a, p, block, memory);
   if (p.planes == 1 && p.buckets == 1) return run_sparse_block<T, 1, 1>(a, p, block, memory);
   if (p.planes == 1) return run_sparse_block<T, 1, 4>(a, p, block, memory);
@@ -76,13 +76,13 @@ std::vector<double> emulated_sparse(const T* x, DType dtype, const SparseShape& 
                                     int64_t slice) {
   const SparsePlan p = sparse_plan(s.dim, s.nonzeros, s.rows == 1);
   const std::vector<uint16_t> order = sparse_order(entries, s, p);
-  std::vector<SparseUnit> aligned(order.size() / 8 + 1);
+  std::vector<Granule> aligned(order.size() / 8 + 1);
   std::memcpy(aligned.data(), order.data(), 2 * order.size());
   SparseArgs a{x, dtype, s.rows, s.count + s.gap, s.count, reinterpret_cast<uint16_t*>(aligned.data()), s.dim,
                s.nonzeros, slice, s.slices_of_piece, nullptr, nullptr};
   std::vector<double> partial(static_cast<size_t>(sparse_pieces(a) * s.rows * s.dim), 1e30);
   a.partial = partial.data();
-  std::vector<SparseUnit> memory(static_cast<size_t>(ceil_div(sparse_shared(p, sizeof(T)), 16)));
+  std::vector<Granule> memory(static_cast<size_t>(ceil_div(sparse_shared(p, sizeof(T)), 16)));
   for (int64_t block = 0; block < sparse_blocks(a, p, sizeof(T)); ++block) run_sparse<T>(a, p, block, memory);
   return partial;
 }
@@ -111,7 +111,7 @@ std::vector<double> plain_sparse(const T* x, const SparseShape& s, const std::ve
 template <class T>
 std::string test_sparse(const SparseShape& s, DType dtype, std::mt19937& rng) {
   constexpr int64_t SLICE = 8192;
-  std::vector<SparseUnit> memory(static_cast<size_t>((s.offset + s.rows * (s.count + s.gap)) * int64_t{sizeof(T)} / 16 + 1));
+  std::vector<Granule> memory(static_cast<size_t>((s.offset + s.rows * (s.count + s.gap)) * int64_t{sizeof(T)} / 16 + 1));
   T* x = reinterpret_cast<T*>(memory.data()) + s.offset;
   std::uniform_int_distribution<uint32_t> bits(0, 1023), bucket(0, static_cast<uint32_t>(s.dim) - 1);
   for (int64_t i = 0; i < s.rows * (s.count + s.gap); ++i) {

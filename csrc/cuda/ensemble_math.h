@@ -54,7 +54,8 @@ ASSAY_HD bool is_defined(float m) { return m > -INF && m < INF; }
 // log x and a / b to about 1e-7, absolute and relative, by float operations: a GPU has few units for double.
 ASSAY_HD double log_of(double x) {
   int exponent;
-  const float mantissa = static_cast<float>(std::frexp(x, &exponent));
+  float mantissa = static_cast<float>(std::frexp(x, &exponent));
+  if (mantissa < 0.70710678f) mantissa *= 2, --exponent;  // log 1 is 0, and nothing cancels near it
   return fma(static_cast<double>(exponent), LN2, static_cast<double>(std::log(mantissa)));
 }
 ASSAY_HD double quotient(double a, double b) {

@@ -184,6 +184,9 @@ void test_states() {
   check(!is_defined(merge(State{INF, 0, 0, 0}, a).m) && !is_defined(NaN) && !is_defined(none.m), "undefined maxima");
   const State tiny{-3e38f, 2, 0, 2}, huge{3e38f, 1, 0, 1};  // their difference overflows
   check(same(merge(tiny, huge), huge), "a state out of reach adds nothing");
+  for (double x : {1e-3, 0.3, 0.999, 1 + 1e-6, 1.5, 7.0, 3e5})
+    check(std::fabs(log_of(x) - std::log(x)) <= 1e-7 * std::max(1.0, std::fabs(std::log(x))), "log of " + std::to_string(x));
+  check(log_of(1) == 0 && finish_model(State{3, 1, 0, 1}, 3).entropy == 0, "a sure row's entropy is 0");
   check(make_best(0.5f, 3) > make_best(0.5f, 4) && make_best(0.6f, 9) > make_best(0.5f, 0), "best: highest, then lowest");
   check(best_column(make_best(0.25f, 123456)) == 123456, "best's column");
   check(std::fabs(divergence_term(1, 1)) < 1e-9 && divergence_term(0.5f, 0) == 0.5f, "divergence terms");

@@ -149,14 +149,23 @@ def sort_entries(
 
     The entries lie run by run and bucket by bucket; those of a bucket are in their order.
     """
+    lane, coordinate, minus = by_bucket(first, count, length, key, dim, nonzeros, device)
+    lanes = ceil_div(count, length) * dim
+    bounds = torch.searchsorted(lane, torch.arange(lanes + 1, device=device), out_int32=True)
+    return torch.cat([bounds, (2 * coordinate + minus).int()])
+
+
+def by_bucket(
+    first: int, count: int, length: int, key: tuple[int, int], dim: int, nonzeros: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of ``count`` coordinates from number ``first`` on, in runs of ``length``: every entry's lane (run · dim + bucket),
+    its coordinate, and 1 for a minus, int64; lane by lane, and a lane's in their order."""
     codes = torch.empty(count * nonzeros, dtype=torch.int32, device=device)
     plan_codes(codes, first * nonzeros, key, dim).run(codes)
     wide = codes.long() & 0xFFFFFFFF
     coordinate = torch.arange(count, device=device).repeat_interleave(nonzeros, output_size=len(codes))
     lane, at = (coordinate // length * dim + (wide >> 1)).sort(stable=True)
-    lanes = ceil_div(count, length) * dim
-    bounds = torch.searchsorted(lane, torch.arange(lanes + 1, device=device), out_int32=True)
-    return torch.cat([bounds, (2 * coordinate + (wide & 1))[at].int()])
+    return lane, coordinate[at], (wide & 1)[at]
 
 
 def plan_codes(codes: Tensor, first: int, key: tuple[int, int], dim: int) -> Launch:

@@ -60,10 +60,6 @@ def products(tile: sqnorm.Product) -> Values:
     return {(sqnorm, "HALF_PRODUCTS"): {**table, 9: dataclasses.replace(table[9], large=tile, long=tile)}}
 
 
-def tiles(**named: Tile) -> dict[str, Tile]:
-    return named
-
-
 def never(*_: Any) -> bool:
     return False
 

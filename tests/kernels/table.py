@@ -28,7 +28,7 @@ class Worth:
     kernel: str  # what their names match
     target: str
     bytes: int  # spilled by none more, with any Triton
-    why: str  # shares of time on an H200, benchmarks/results/gpu/h200-tune.jsonl
+    why: str  # shares of time on an H200, benchmarks/results/gpu/second/tune.jsonl
 
 
 WORTH = (

@@ -8,14 +8,13 @@ alone, as a row's bits are.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from assay.kernels._common import ceil_div, round_up, unit_stride
-from assay.kernels.project import plan_codes
+from assay.kernels.project import Held, by_bucket
 from assay.ops import _cuda
 
 # Of a bucket in a slice, which is a float32 sum: entries on average, and fewer where that makes SLICES slices.
@@ -30,9 +29,6 @@ PARTIAL_BYTES = 256 << 20
 ROW_STEP = 16  # rows of a block of threads
 # Coordinates at a time, in the order that is kept, and while it is sorted.
 SPAN, SORT_SPAN = 1 << 26, 1 << 21
-
-# held(key, make): what ``make`` gives, from the last time if that is still there.
-Held = Callable[[object, Callable[[], Tensor]], Tensor]
 
 
 def takes(vectors: Tensor, dim: int, nonzeros: int) -> bool:
@@ -81,15 +77,12 @@ def sort_entries(
     out = torch.zeros(ceil_div(count, chunk), head + chunk * nonzeros, dtype=torch.int16, device=device)
     for c in range(0, count, SORT_SPAN):
         n = min(SORT_SPAN, count - c)
-        codes = torch.empty(n * nonzeros, dtype=torch.int32, device=device)
-        plan_codes(codes, (first + c) * nonzeros, key, dim).run(codes)
-        coordinate = torch.arange(n, device=device).repeat_interleave(nonzeros, output_size=n * nonzeros)
-        bucket, at = (coordinate // chunk * dim + (codes >> 1)).sort(stable=True)
+        bucket, coordinate, minus = by_bucket(first + c, n, chunk, key, dim, nonzeros, device)
         place = coordinate % chunk
         if not one:
             place ^= place >> 3 & 1  # sparse_place, csrc/cuda/sparse.h
-        entries = codes.new_zeros(ceil_div(n, chunk) * chunk * nonzeros)
-        entries[: n * nonzeros] = (2 * place + (codes & 1))[at]
+        entries = place.new_zeros(ceil_div(n, chunk) * chunk * nonzeros)
+        entries[: n * nonzeros] = 2 * place + minus
         part = out[c // chunk : ceil_div(c + n, chunk)]
         number = torch.arange(len(part), device=device)[:, None]
         bounds = torch.searchsorted(bucket, number * dim + torch.arange(dim + 1, device=device))

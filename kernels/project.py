@@ -158,8 +158,8 @@ def sort_entries(
 def by_bucket(
     first: int, count: int, length: int, key: tuple[int, int], dim: int, nonzeros: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of ``count`` coordinates from number ``first`` on, in runs of ``length``: every entry's lane (run · dim + bucket),
-    its coordinate, and 1 for a minus, int64; lane by lane, and a lane's in their order."""
+    """Of ``count`` coordinates from number ``first`` on, in runs of ``length``: every entry's lane
+    (run · dim + bucket), its coordinate, and 1 for a minus, int64; lane by lane, and a lane's in their order."""
     codes = torch.empty(count * nonzeros, dtype=torch.int32, device=device)
     plan_codes(codes, first * nonzeros, key, dim).run(codes)
     wide = codes.long() & 0xFFFFFFFF

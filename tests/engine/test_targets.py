@@ -23,7 +23,7 @@ from assay.engine.pool import draw_samples
 from assay.methods import TRAK, AdamState
 from assay.recipe.errors import ChangedError, EngineError, RecipeError
 from assay.recipe.recipe import load_recipe
-from assay.recipe.tasks import FeatureEncoder
+from assay.recipe.tasks.classification import FeatureEncoder
 from assay.tasks import Classification
 from tests.small_project import CLASSES, SIZE, make_rows, save_mlp
 

@@ -40,6 +40,10 @@ class ModelSpec(Part):
         """Load the model."""
         raise NotImplementedError
 
+    def build_for(self, auto_class: str) -> nn.Module:
+        """Load the model for a task, of which ``auto_class`` is what transformers calls its models' class."""
+        return self.build()
+
     def tokenizer(self) -> Any | None:
         """The model's own tokenizer, for models of text."""
         return None
@@ -170,12 +174,12 @@ class TransformersSpec(ModelSpec):
         return folder, None
 
 
-def build_models(specs: Mapping[str, ModelSpec]) -> dict[str, nn.Module]:
-    """Load a recipe's models; errors begin with the key of theirs."""
+def build_models(specs: Mapping[str, ModelSpec], auto_class: str) -> dict[str, nn.Module]:
+    """Load a recipe's models for its task; errors begin with the key of theirs."""
     models = {}
     for name, spec in specs.items():
         with naming(f"models.{name}"):
-            models[name] = spec.build()
+            models[name] = spec.build_for(auto_class)
     return models
 
 

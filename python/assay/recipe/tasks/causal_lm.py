@@ -1,12 +1,10 @@
-"""The tasks of a recipe: which columns a row needs, when it is fit to be scored, how rows become a batch."""
+"""Next-token prediction over the documents of a text column."""
 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol, TypeVar
+from collections.abc import Collection, Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,68 +12,18 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from assay.corpus.checks import check_features, check_label, check_text
+from assay.corpus.checks import check_text
 from assay.corpus.errors import BadRow
 from assay.corpus.footer import canonical_hash
 from assay.recipe.causal_checks import check_causal_lm, right_padded
 from assay.recipe.errors import EngineError
 from assay.recipe.model_files import one_line, shortened
 from assay.recipe.models import ModelSpec, shared_tokenizer
-from assay.recipe.parts import Part, Registry
+from assay.recipe.tasks.base import TASKS, Encoded, Encoder, TaskSpec, attempt
 from assay.recipe.tokenizer import behaviour
-from assay.tasks import CausalLM, Classification, Task
+from assay.tasks import CausalLM, Task
 
 log = logging.getLogger("assay")
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A row as its task wants it: what it costs in a batch, in tokens, and in memory while it waits."""
-
-    data: Any
-    length: int
-    nbytes: int
-
-
-class Encoder(Protocol):
-    """Turns rows into samples and samples into batches."""
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The columns that it reads."""
-        ...
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """Beside the task's keys: what decides which rows are samples, and what becomes of them, as plain JSON."""
-        ...
-
-    def encode(self, rows: Sequence[tuple[Any, ...]]) -> list[Encoded | BadRow]:
-        """One result per row; a row holds the values of ``columns``."""
-        ...
-
-    def collate(self, data: Sequence[Any]) -> Any:
-        """A batch of the task, from the ``data`` of several samples."""
-        ...
-
-
-class TaskSpec(Part):
-    """What a sample is."""
-
-    kind: str
-
-    def task(self) -> Task:
-        """The task that methods get."""
-        raise NotImplementedError
-
-    def encoder(self, models: Mapping[str, tuple[ModelSpec, nn.Module]]) -> Encoder:
-        """How this task's rows become batches for these models."""
-        raise NotImplementedError
-
-
-TASKS: Registry[TaskSpec] = Registry("kind")
 
 
 @TASKS.add("causal_lm")
@@ -86,6 +34,10 @@ class CausalLMSpec(TaskSpec):
     text_column: str = "text"
     max_length: Annotated[int, Field(ge=2)] = 1024
     reduction: Literal["mean", "sum"] = "mean"
+
+    @property
+    def auto_class(self) -> str:
+        return "AutoModelForCausalLM"
 
     def task(self) -> Task:
         return CausalLM(reduction=self.reduction)
@@ -131,35 +83,6 @@ def _special_tokens(model: nn.Module) -> set[int]:
     config = getattr(model, "config", None)
     values = vars(config).items() if config is not None else ()
     return {value for key, value in values if key.endswith(("_token_id", "_token_index")) and isinstance(value, int)}
-
-
-@TASKS.add("classification")
-class ClassificationSpec(TaskSpec):
-    """Vectors (or, with ``shape``, tensors) with a class index each."""
-
-    kind: Literal["classification"]
-    classes: Annotated[int, Field(ge=1)]
-    input_column: str = "input"
-    label_column: str = "label"
-    shape: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] | None = None
-
-    def task(self) -> Task:
-        return Classification()
-
-    def encoder(self, models: Mapping[str, tuple[ModelSpec, nn.Module]]) -> Encoder:
-        for name, (spec, model) in models.items():
-            outputs = spec.output_size(model)
-            if outputs is not None and outputs != self.classes:
-                raise EngineError(f"task.classes is {self.classes}, but models.{name} has {outputs} outputs")
-        sizes = [spec.input_size(model) for spec, model in models.values()]
-        known = {size for size in sizes if size is not None}
-        if self.shape is not None:
-            known.add(math.prod(self.shape))
-        if len(known) != 1:
-            what = f"they want inputs of {sorted(known)} numbers" if known else "they do not tell their input's size"
-            raise EngineError(f"task.shape: the models leave it open ({what}); give the shape of one input")
-        size = known.pop()
-        return FeatureEncoder(self.input_column, self.label_column, self.classes, tuple(self.shape or (size,)), size)
 
 
 class TextEncoder:
@@ -213,38 +136,3 @@ class TextEncoder:
 
     def collate(self, data: Sequence[npt.NDArray[np.int32]]) -> dict[str, torch.Tensor]:
         return right_padded([torch.from_numpy(tokens) for tokens in data])
-
-
-class FeatureEncoder:
-    """Lists of numbers and labels to a pair of tensors."""
-
-    def __init__(self, inputs: str, labels: str, classes: int, shape: tuple[int, ...], size: int) -> None:
-        self.columns = (inputs, labels)
-        self._classes = classes
-        self._shape = shape
-        self._size = size
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return {}
-
-    def encode(self, rows: Sequence[tuple[Any, ...]]) -> list[Encoded | BadRow]:
-        return [attempt(self._encode_row, *row) for row in rows]
-
-    def _encode_row(self, value: Any, label: Any) -> Encoded:
-        inputs, labels = self.columns
-        features = check_features(inputs, value, self._size)
-        return Encoded((features, check_label(labels, label, self._classes)), 1, features.nbytes)
-
-    def collate(self, data: Sequence[tuple[npt.NDArray[np.float32], int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        inputs = np.stack([features for features, _ in data]).reshape(len(data), *self._shape)
-        # A copy of torch's own making: numpy aligns to 16 bytes, and a matrix product may round by alignment.
-        return torch.from_numpy(inputs).clone(), torch.tensor([label for _, label in data], dtype=torch.int64)
-
-
-def attempt(check: Callable[..., T], *arguments: Any) -> T | BadRow:
-    """The check's result, or the BadRow it raised."""
-    try:
-        return check(*arguments)
-    except BadRow as fault:
-        return fault

@@ -1,0 +1,77 @@
+"""What a task of a recipe is: which columns a row needs, when it is fit to be scored, how rows become a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from torch import nn
+
+from assay.corpus.errors import BadRow
+from assay.recipe.models import ModelSpec
+from assay.recipe.parts import Part, Registry
+from assay.tasks import Task
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A row as its task wants it: what it costs in a batch, in tokens, and in memory while it waits."""
+
+    data: Any
+    length: int
+    nbytes: int
+
+
+class Encoder(Protocol):
+    """Turns rows into samples and samples into batches."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that it reads."""
+        ...
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Beside the task's keys: what decides which rows are samples, and what becomes of them, as plain JSON."""
+        ...
+
+    def encode(self, rows: Sequence[tuple[Any, ...]]) -> list[Encoded | BadRow]:
+        """One result per row; a row holds the values of ``columns``."""
+        ...
+
+    def collate(self, data: Sequence[Any]) -> Any:
+        """A batch of the task, from the ``data`` of several samples."""
+        ...
+
+
+class TaskSpec(Part):
+    """What a sample is."""
+
+    kind: str
+
+    @property
+    def auto_class(self) -> str:
+        """The class of transformers that loads a model for this task."""
+        return "AutoModel"
+
+    def task(self) -> Task:
+        """The task that methods get."""
+        raise NotImplementedError
+
+    def encoder(self, models: Mapping[str, tuple[ModelSpec, nn.Module]]) -> Encoder:
+        """How this task's rows become batches for these models."""
+        raise NotImplementedError
+
+
+TASKS: Registry[TaskSpec] = Registry("kind")
+
+
+def attempt(check: Callable[..., T], *arguments: Any) -> T | BadRow:
+    """The check's result, or the BadRow it raised."""
+    try:
+        return check(*arguments)
+    except BadRow as fault:
+        return fault

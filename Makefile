@@ -80,7 +80,7 @@ native-sanitize: setup
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCMAKE_BUILD_TYPE=Debug \
 	  -DASSAY_NATIVE_TESTS=ON -DASSAY_WERROR=ON -DASSAY_SANITIZE=address,undefined > /dev/null
 	$(BIN)/cmake --build build/sanitize
-	cd build/sanitize && $(CURDIR)/$(BIN)/ctest --output-on-failure
+	cd build/sanitize && $(CURDIR)/$(BIN)/ctest -j 2 --output-on-failure
 
 bench: setup
 	$(BIN)/python -m benchmarks.kernels

@@ -13,7 +13,7 @@ from fsspec.utils import glob_translate
 
 from assay.corpus.compression import Compression
 from assay.corpus.errors import CorpusError
-from assay.corpus.formats import SUFFIXES, Format, format_of, images
+from assay.corpus.formats import SUFFIXES, Format, folder_of, format_of, images
 from assay.corpus.listing import LeftOut, Listing, list_files, list_matches, name_fault, shown
 from assay.corpus.media import IMAGES
 from assay.corpus.saved_data_sets import SIDECARS, STATE, listed_files
@@ -47,7 +47,7 @@ class Shard:
 
     @property
     def stem(self) -> str:
-        """The path without its suffixes, which a folder has not: what is written about it carries the same."""
+        """The path, of a file without its suffixes: what is written about it carries the same."""
         if self.is_folder:
             return self.path
         stem = self.path
@@ -105,7 +105,7 @@ def find_shards(url: str) -> Corpus:
     if wildcard and not fs.exists(full):
         store = Store(fs, os.path.dirname(full[: wildcard.start()]) or "/")
         listing, folders = list_matches(store, store.relative(full))
-    elif fs.isdir(full):
+    elif fs.isdir(full) and not folder_of(f"{os.path.basename(full)}/"):
         store, listing, folders = Store(fs, full), Listing({}), [""]
     else:
         store = Store(fs, os.path.dirname(full) or "/")
@@ -227,7 +227,8 @@ class _Search:
             # A saved data set says itself which of its Arrow files count: others are what `map` cached.
             if listed is not None and path.endswith(".arrow") and path not in listed:
                 continue
-            if not self.add(path, fingerprint):
+            within = folder_of(path)
+            if not (self.add(within) if within else self.add(path, fingerprint)):
                 self._leave(path)
         for listed in states.values():  # a file that is listed and missing is a shard that cannot be read
             for path in listed - paths.keys():

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 
 from assay.corpus.compression import COMPRESSIONS, Compression
 from assay.corpus.format import Format, Source
-from assay.corpus.formats import arrow, csv, images, json_lines, npy, parquet, safetensors, webdataset
+from assay.corpus.formats import arrow, csv, images, json_lines, lance, npy, parquet, safetensors, webdataset
 
-__all__ = ["FORMATS", "SUFFIXES", "Format", "Source", "format_of"]
+__all__ = ["FORMATS", "SUFFIXES", "Format", "Source", "folder_of", "format_of"]
 
 FORMATS: tuple[Format, ...] = (
     *(parquet.FORMAT, arrow.FORMAT, json_lines.FORMAT, csv.FORMAT, webdataset.FORMAT),
-    *(npy.FORMAT, safetensors.FORMAT, images.FORMAT),
+    *(npy.FORMAT, safetensors.FORMAT, lance.FORMAT, images.FORMAT),
 )
 
 _BY_SUFFIX = {suffix: form for form in FORMATS for suffix in form.suffixes}
@@ -28,6 +29,15 @@ def format_of(path: str) -> tuple[Format, Compression | None] | None:
     if form is None or (compression and not form.compressible):
         return None
     return form, compression
+
+
+def folder_of(path: str) -> str | None:
+    """The folder on the way to a file that is a shard of its own by its name; None if there is none."""
+    for end in (match.start() for match in re.finditer("/", path)):
+        known = format_of(path[:end])
+        if known and known[0].files:
+            return path[:end]
+    return None
 
 
 def _suffixes() -> str:

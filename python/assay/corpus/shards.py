@@ -75,7 +75,10 @@ class Shard:
         """The file's fingerprint as it is now, or one of all files' names and fingerprints."""
         if not self.is_folder:
             return self.store.fingerprint(self.path)
-        facts = {path: self.store.fingerprint(path) for path in self.files()}
+        self.store.fs.invalidate_cache()
+        # Elsewhere one listing tells of all files what a request for each would.
+        listed = {} if self.store.is_local else list_files(self.store, self.path).files
+        facts = {path: listed.get(path) or self.store.fingerprint(path) for path in self.files()}
         texts = (f"{path}\0{sorted(fact.to_json().items())}\n" for path, fact in facts.items())
         digest = hashlib.sha256("".join(texts).encode("utf-8", "surrogateescape")).hexdigest()
         return Fingerprint(sum(fact.size for fact in facts.values()), etag=f"sha256:{digest}")

@@ -31,13 +31,16 @@ def format_of(path: str) -> tuple[Format, Compression | None] | None:
     return form, compression
 
 
+_FOLDERS = re.compile(
+    rf".*?({'|'.join(re.escape(suffix) for form in FORMATS if form.files for suffix in form.suffixes)})(?=/)",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
 def folder_of(path: str) -> str | None:
     """The folder on the way to a file that is a shard of its own by its name; None if there is none."""
-    for end in (match.start() for match in re.finditer("/", path)):
-        known = format_of(path[:end])
-        if known and known[0].files:
-            return path[:end]
-    return None
+    match = _FOLDERS.match(path)
+    return match[0] if match else None
 
 
 def _suffixes() -> str:

@@ -15,8 +15,13 @@ def copy_rows(shard: Shard, keep: Mask, target: Store) -> None:
     ``keep`` holds one value per physical row; a shard of another length is a ShardError, and then nothing
     appears. Parquet keeps its schema, metadata and codecs; JSONL lines are copied byte for byte; Arrow files
     and streams stay what they are, uncompressed except `.feather` (lz4, as its own writer has it), since
-    Arrow does not tell its codec.
+    Arrow does not tell its codec. Of a folder of images, the chosen files are copied.
     """
+    if shard.is_folder:
+        target.refuse_detours([f"{shard.path}/"])
+        with shard_errors(), opened(shard) as source:
+            shard.format.copy(source, keep, Store(target.fs, target.full(shard.path)))
+        return
     with opened(shard) as source, target.write(shard.path) as file, shard_errors():
         shard.format.copy(source, keep, file)
 

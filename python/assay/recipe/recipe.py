@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, ValidationInfo, model_validator
 
 from assay.recipe.errors import RecipeError
-from assay.recipe.methods import METHODS, MethodSpec
+from assay.recipe.groups import expanded
+from assay.recipe.methods import METHODS, MethodSpec, model_keys
 from assay.recipe.models import MODELS, ModelSpec
 from assay.recipe.parts import AnyPath, CorpusPath, Part, located, nearest
 from assay.recipe.tasks import TASKS, TaskSpec
@@ -57,6 +58,11 @@ class Recipe(Part):
     fit: FitSpec = FitSpec()
     batch: BatchSpec = BatchSpec()
     seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _globs_of_models(cls, data: Any, info: ValidationInfo) -> Any:
+        return expanded(data, (info.context or {}).get("base", ""), model_keys) if isinstance(data, Mapping) else data
 
     @model_validator(mode="after")
     def _models_are_defined(self) -> Recipe:

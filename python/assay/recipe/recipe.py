@@ -11,6 +11,7 @@ import yaml
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, ValidationInfo, model_validator
 
 from assay.recipe.errors import RecipeError
+from assay.recipe.factories import check_trust
 from assay.recipe.groups import expanded
 from assay.recipe.methods import METHODS, MethodSpec, model_keys
 from assay.recipe.models import MODELS, ModelSpec
@@ -131,8 +132,13 @@ class Recipe(Part):
         return text
 
 
-def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe; ``overrides`` are ``dotted.key=value``, in YAML. RecipeError says what is wrong."""
+def load_recipe(path: str, overrides: Sequence[str] = (), trust: Sequence[str] = ()) -> Recipe:
+    """Read a recipe; ``overrides`` are ``dotted.key=value``, in YAML. RecipeError says what is wrong.
+
+    ``trust`` names the modules of Python that the recipe's models may be made by (``kind: python``): those modules, and
+    the ones below them. No other is imported.
+    """
+    context = {"base": os.path.dirname(os.path.abspath(path)), "trust": check_trust(trust)}
     try:
         with open(path, encoding="utf-8") as file:
             data = yaml.load(file, _Loader)
@@ -145,7 +151,7 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _override(path, data, override)
     try:
-        return Recipe.model_validate(data, context={"base": os.path.dirname(os.path.abspath(path))})
+        return Recipe.model_validate(data, context=context)
     except ValidationError as error:
         raise _first_error(path, error) from error
 

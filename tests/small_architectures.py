@@ -26,7 +26,7 @@ def config(name: str, **changes: Any) -> Any:
         "gemma2": ("Gemma2Config", _CAUSAL | {"head_dim": 8, "final_logit_softcapping": 2.0}),
         "t5": (
             "T5Config",
-            {"vocab_size": TOKENS, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2},
+            {"vocab_size": TOKENS, "d_model": 16, "d_kv": 8, "d_ff": 24} | _T5,
         ),
         "bart": ("BartConfig", {"vocab_size": TOKENS, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1}),
         "vit": ("ViTConfig", _SIDES | {"image_size": 16, "patch_size": 8}),

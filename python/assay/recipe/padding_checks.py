@@ -20,7 +20,7 @@ _SHORT, _LONG = "gold", "A vein of gold runs north for two miles before it thins
 
 
 def padding_token(model: nn.Module) -> int:
-    """What a model's texts are padded with: its config's ``pad_token_id``, or 0 where the mask alone says what counts."""
+    """What a model's texts are padded with: its config's ``pad_token_id``, or 0 where a mask says what counts."""
     config = getattr(model, "config", None)
     found = getattr(config.get_text_config(), "pad_token_id", None) if config is not None else None
     return found if isinstance(found, int) and found >= 0 else 0

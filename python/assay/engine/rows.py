@@ -10,6 +10,7 @@ from assay.corpus.errors import BadRow
 from assay.corpus.format import Chunk
 from assay.corpus.quarantine import row_id
 from assay.corpus.shards import Shard
+from assay.engine.columns import for_shard
 from assay.recipe.tasks import Encoded, Encoder, attempt
 
 
@@ -32,11 +33,11 @@ class Rejected:
 
 
 class RowReader:
-    """Turns one shard's chunks into samples and rejections, in row order."""
+    """Turns one shard's chunks into samples and rejections, in row order. ShardError if its columns do not fit."""
 
     def __init__(self, shard: Shard, encoder: Encoder, id_column: str | None) -> None:
         self._shard = shard
-        self._encoder = encoder
+        self._encoder = for_shard(encoder, shard)
         self._id_column = id_column
         self._seen = SeenIds()
 

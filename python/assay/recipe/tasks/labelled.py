@@ -3,22 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from assay.corpus.errors import BadRow
-from assay.recipe.tasks.base import Encoded, Encoder, attempt
+from assay.recipe.tasks.base import Columns, Encoded, Encoder, attempt
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Inputs(Encoder, Protocol):
+    """What a model is called with: an encoder whose batches are that."""
+
+    def examples(self, count: int) -> list[Any]:
+        """``data`` of some samples that a model can be tried out on."""
+        ...
 
 
 class Labels(Protocol):
     """What a label is: a class, probabilities, numbers."""
 
-    column: str
+    @property
+    def column(self) -> str:
+        """The column that it reads."""
+        ...
 
     @property
     def identity(self) -> dict[str, Any]:
         """As an encoder's."""
+        ...
+
+    def for_columns(self, columns: Columns) -> Self:
+        """The labels of a shard with these columns. ShardError if they are none."""
         ...
 
     def encode(self, value: Any) -> Any:
@@ -33,13 +51,16 @@ class Labels(Protocol):
 class LabelledEncoder:
     """Rows to pairs (x, y): ``inputs`` reads and collates x, which may be a tensor or a mapping, ``labels`` y."""
 
-    def __init__(self, inputs: Encoder, labels: Labels) -> None:
+    def __init__(self, inputs: Inputs, labels: Labels) -> None:
         self.columns = (*inputs.columns, labels.column)
         self._inputs, self._labels = inputs, labels
 
     @property
     def identity(self) -> dict[str, Any]:
         return self._inputs.identity | self._labels.identity
+
+    def for_columns(self, columns: Columns) -> LabelledEncoder:
+        return LabelledEncoder(self._inputs, self._labels.for_columns(columns))
 
     def encode(self, rows: Sequence[tuple[Any, ...]]) -> list[Encoded | BadRow]:
         inputs = self._inputs.encode([row[:-1] for row in rows])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from collections.abc import Iterator, Sequence
@@ -11,21 +12,29 @@ from assay.corpus import compression
 from assay.corpus import format as limits
 from assay.corpus.compression import compressed, lines
 from assay.corpus.errors import BadRow, ShardError
-from assay.corpus.format import Chunk, Format, Mask, Source, check_length
+from assay.corpus.facts import facts_of_values
+from assay.corpus.format import Chunk, ColumnFacts, Format, Mask, Source, check_length, parts
 
 _BYTE_ORDER_MARK = "\ufeff".encode()
 
 
 def _read(source: Source, columns: Sequence[str]) -> Iterator[Chunk]:
-    first, held, rows = 0, 0, []
-    for line in _checked(lines(source.file, source.compression)):
-        rows.append(line)
-        held += len(line)
-        if len(rows) == limits.CHUNK_ROWS or held >= limits.CHUNK_BYTES:
-            yield _chunk(first, rows, columns, source.file.tell() / max(1, source.size))
-            first, held, rows = first + len(rows), 0, []
-    if rows:
-        yield _chunk(first, rows, columns, 1.0)
+    for first, rows in _parts(source):
+        yield _chunk(first, rows, columns, source.file.tell() / max(1, source.size))
+
+
+def _facts(source: Source) -> dict[str, ColumnFacts]:
+    _, rows = next(_parts(source), (0, []))
+    columns: dict[str, list[Any]] = {}
+    for i, line in enumerate(rows):
+        with contextlib.suppress(BadRow):
+            for name, value in _record(line, (), is_first=i == 0).items():
+                columns.setdefault(name, []).append(value)
+    return facts_of_values(columns)
+
+
+def _parts(source: Source) -> Iterator[tuple[int, list[bytes]]]:
+    return parts((line, line) for line in _checked(lines(source.file, source.compression)))
 
 
 def _copy(source: Source, keep: Mask, file: BinaryIO) -> None:
@@ -109,4 +118,4 @@ def _record(line: bytes, columns: Sequence[str], is_first: bool) -> dict[str, An
     return record
 
 
-FORMAT = Format("jsonl", (".jsonl", ".ndjson", ".json"), _read, _copy, compressible=True)
+FORMAT = Format("jsonl", (".jsonl", ".ndjson", ".json"), _read, _copy, _facts, compressible=True)

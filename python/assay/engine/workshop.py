@@ -80,6 +80,13 @@ def open_workshop(plan: Plan, fit: bool = True, device: torch.device = CPU) -> W
     return Workshop(recipe, plan.identity, encoder, methods, feature_methods, scorer, Budget(recipe.batch.tokens))
 
 
+def open_encoder(recipe: Recipe) -> Encoder:
+    """What makes samples of a recipe's rows, checked against the first of its models alone."""
+    first = dict(list(recipe.models_used.items())[:1])
+    models = build_models(first, recipe.task.auto_class)
+    return recipe.task.encoder({name: (first[name], model) for name, model in models.items()})
+
+
 def _targets(plan: Plan, encoder: Encoder) -> dict[str, Batches]:
     """Each target is read once, whoever wants it."""
     split = partial(make_batches, limits=plan.recipe.batch)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 
 from assay.corpus.arrow_values import extension_name, is_any
+from assay.corpus.dotted import fields_below
 from assay.corpus.format import ColumnFacts
 
 MIXED = "mixed"
@@ -33,13 +36,16 @@ def facts_of_schema(
     ``features`` replace those of the schema's own metadata; ``dictionaries`` are the values of columns that are one.
     """
     features = features if features is not None else _features_in(schema.metadata or {})
-    columns = {field.name: field for field in schema if schema.names.count(field.name) == 1}
+    # A column's own name wins over a path through a struct.
+    found = [(".".join(path), path, field) for column in schema for path, field in fields_below((), column)]
+    found = [(name, path, field) for name, path, field in found if len(path) == 1 or name not in schema.names]
+    times = Counter(name for name, *_ in found)
     facts: dict[str, ColumnFacts] = {}
-    for column in columns.values():
-        for name, field, feature in _with_fields(column.name, column, features.get(column.name)):
-            if name not in columns or field is column:  # a column's own name wins over a path through a struct
-                classes = _classes(field.type, feature) or (dictionaries or {}).get(name)
-                facts.setdefault(name, ColumnFacts(_type_text(field, feature), classes))
+    for name, path, field in found:
+        if times[name] == 1:
+            feature = functools.reduce(_feature_of, path, features)
+            classes = _classes(field.type, feature) or (dictionaries or {}).get(name)
+            facts[name] = ColumnFacts(_type_text(field, feature), classes)
     return facts
 
 
@@ -87,16 +93,6 @@ def features_of(info: Any) -> Mapping[str, Feature]:
     """The features in what describes a data set: its dataset_info.json, or the same in a schema."""
     features = info.get("features") if isinstance(info, dict) else None
     return features if isinstance(features, dict) else {}
-
-
-def _with_fields(name: str, field: pa.Field, feature: Feature) -> Iterator[tuple[str, pa.Field, Feature]]:
-    """A column and, of a struct, every field below it."""
-    yield name, field, feature
-    if pa.types.is_struct(field.type):
-        fields = [field.type.field(i) for i in range(field.type.num_fields)]
-        for below in fields:
-            if [other.name for other in fields].count(below.name) == 1:
-                yield from _with_fields(f"{name}.{below.name}", below, _feature_of(feature, below.name))
 
 
 def _feature_of(feature: Feature, name: str) -> Feature:

@@ -6,6 +6,7 @@ Xiao & Zhu, *Foundations of Large Language Models*, chapter 4 (the idea); ``ops.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,8 @@ class Ensemble(Method):
         weights: (K,), not negative; None: equal. ``label_quality.model_weights`` finds them from accuracy or log loss.
         name: prefix of the columns.
     """
+
+    gathers: ClassVar[int | None] = 0
 
     def __init__(
         self,

@@ -16,9 +16,10 @@ import pyarrow as pa
 
 from assay.corpus.arrow_values import is_any
 from assay.corpus.columnar import Piece, check, chunks_of, filtered, joined, pieces
+from assay.corpus.dotted import paths_of
 from assay.corpus.errors import ShardError
 from assay.corpus.facts import facts_of_schema
-from assay.corpus.format import Chunk, ColumnFacts, Format, Mask, Source, check_columns
+from assay.corpus.format import Chunk, ColumnFacts, Format, Mask, Source
 
 _FILE_MAGIC = b"ARROW1"
 # A dictionary of more texts is a way to store them, not a list of classes.
@@ -30,8 +31,9 @@ _STREAM_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 
 def _read(source: Source, columns: Sequence[str]) -> Iterator[Chunk]:
     with _opened(source) as opened:
-        check_columns(columns, opened.schema.names)
-        yield from chunks_of(joined(opened.pieces(columns)), columns)
+        paths = paths_of(opened.schema, columns)
+        whole = list(dict.fromkeys(path[0] for path in paths.values()))
+        yield from chunks_of(joined(opened.pieces(whole)), paths)
 
 
 def _facts(source: Source) -> dict[str, ColumnFacts]:

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 from assay.corpus import compression
 from assay.corpus import format as limits
 from assay.corpus.compression import compressed, lines
+from assay.corpus.dotted import value_at
 from assay.corpus.errors import BadRow, ShardError
 from assay.corpus.facts import facts_of_values
 from assay.corpus.format import Chunk, ColumnFacts, Format, Mask, Source, check_length, parts
@@ -28,7 +29,7 @@ def _facts(source: Source) -> dict[str, ColumnFacts]:
     columns: dict[str, list[Any]] = {}
     for i, line in enumerate(rows):
         with contextlib.suppress(BadRow):
-            for name, value in _record(line, (), is_first=i == 0).items():
+            for name, value in _record(line, is_first=i == 0).items():
                 columns.setdefault(name, []).append(value)
     return facts_of_values(columns)
 
@@ -90,16 +91,17 @@ def _chunk(first: int, rows: Sequence[bytes], columns: Sequence[str], progress: 
     faults: dict[int, str] = {}
     for offset, line in enumerate(rows):
         try:
-            record = _record(line, columns, is_first=first + offset == 0)
+            record = _record(line, is_first=first + offset == 0)
+            found = [value_at(record, name) for name in columns]
         except BadRow as fault:  # noqa: PERF203 - a fault concerns its own line only
             faults[offset] = str(fault)
         else:
-            for name in columns:
-                values[name][offset] = record[name]
+            for name, value in zip(columns, found, strict=True):
+                values[name][offset] = value
     return Chunk(first, values, faults, len(rows), min(progress, 1.0))
 
 
-def _record(line: bytes, columns: Sequence[str], is_first: bool) -> dict[str, Any]:
+def _record(line: bytes, is_first: bool) -> dict[str, Any]:
     if len(line) > compression.MAX_LINE_BYTES:
         raise BadRow(f"line is longer than {compression.MAX_LINE_BYTES >> 20} MiB")
     if not line.strip():
@@ -112,9 +114,6 @@ def _record(line: bytes, columns: Sequence[str], is_first: bool) -> dict[str, An
         raise BadRow(f"line is not valid JSON ({type(error).__name__})") from error
     if not isinstance(record, dict):
         raise BadRow(f"line is a JSON {type(record).__name__}, expected an object")
-    for name in columns:
-        if name not in record:
-            raise BadRow(f"line has no key {name!r}")
     return record
 
 

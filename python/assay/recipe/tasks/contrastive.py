@@ -129,8 +129,10 @@ class PairEncoder:
 
 
 def _pair(image: Encoded | BadRow, tokens: Tensor | BadRow) -> Encoded | BadRow:
-    if isinstance(image, BadRow) or isinstance(tokens, BadRow):
-        return image if isinstance(image, BadRow) else tokens
+    if isinstance(image, BadRow):
+        return image
+    if isinstance(tokens, BadRow):
+        return tokens
     return Encoded((image.data, tokens), image.length + len(tokens), image.nbytes + tokens.nbytes)
 
 
@@ -145,8 +147,8 @@ def _check_kind(key: str, model: nn.Module) -> None:
         raise EngineError(f"{key}: is a {found}, without a logit_scale; a contrastive task needs a model like CLIP")
     if getattr(model, "logit_bias", None) is not None:
         raise EngineError(
-            f"{key}: is a {found}, which judges every pair by itself (it has a logit_bias, as SigLIP); the loss here is "
-            "CLIP's, which compares the pairs of a group"
+            f"{key}: is a {found}, which judges every pair by itself (it has a logit_bias, as SigLIP has); the loss "
+            "here is CLIP's, which compares the pairs of a group"
         )
 
 
@@ -164,7 +166,9 @@ def _try_out(key: str, model: nn.Module, images: ImageInputs, texts: Captions) -
     other = max(others, key=len)
     alone, beside = (_text_embeddings(key, model, images, rows) for rows in ([short], [short, other]))
     if not torch.allclose(alone[0], beside[0], rtol=0, atol=_TOLERANCE):
-        raise EngineError(f"{key}: a longer text in the batch changes a text's embedding; it cannot be scored in batches")
+        raise EngineError(
+            f"{key}: a longer text in the batch changes a text's embedding; it cannot be scored in batches"
+        )
     if torch.equal(beside[0], beside[1]):
         raise EngineError(
             f"{key}: gives texts of different tokens the same embedding; does the eos_token_id of its config end its "

@@ -1,7 +1,13 @@
 """The tasks of a recipe, one file each: what a row holds, and how rows become batches."""
 
-from assay.recipe.tasks import causal_lm, classification, regression, token_classification  # they register themselves
-from assay.recipe.tasks.base import TASKS, Columns, Encoded, Encoder, ReadsColumns, TaskSpec, attempt
+from assay.recipe.tasks import (  # they register themselves
+    causal_lm,
+    classification,
+    contrastive,
+    regression,
+    token_classification,
+)
+from assay.recipe.tasks.base import TASKS, Columns, Encoded, Encoder, ReadsColumns, ReadsFiles, TaskSpec, attempt
 
 __all__ = [
     "TASKS",
@@ -9,10 +15,12 @@ __all__ = [
     "Encoded",
     "Encoder",
     "ReadsColumns",
+    "ReadsFiles",
     "TaskSpec",
     "attempt",
     "causal_lm",
     "classification",
+    "contrastive",
     "regression",
     "token_classification",
 ]

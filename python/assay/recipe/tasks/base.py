@@ -10,6 +10,7 @@ from torch import nn
 
 from assay.corpus.errors import BadRow
 from assay.corpus.format import ColumnFacts
+from assay.corpus.shards import Shard
 from assay.recipe.models import ModelSpec
 from assay.recipe.parts import Part, Registry
 from assay.tasks import Task
@@ -61,6 +62,15 @@ class ReadsColumns(Protocol):
         ...
 
 
+@runtime_checkable
+class ReadsFiles(Protocol):
+    """An encoder whose values may be paths of files, which lead from where their shard lies."""
+
+    def beside(self, shard: Shard) -> Encoder:
+        """The encoder of this shard's rows."""
+        ...
+
+
 class TaskSpec(Part):
     """What a sample is."""
 
@@ -77,6 +87,11 @@ class TaskSpec(Part):
         What is filled in is part of the recipe's identity.
         """
         return self
+
+    @property
+    def group_rows(self) -> int | None:
+        """How many rows after one another share a loss; None where every sample has its own."""
+        return None
 
     @property
     def auto_class(self) -> str:

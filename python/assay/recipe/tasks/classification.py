@@ -1,4 +1,4 @@
-"""A class per sample: numbers, texts or pairs of texts, with a label each."""
+"""A class per sample: numbers, texts, pairs of texts or images, with a label each."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, PrivateAttr, model_validator
 
 from assay.recipe.parts import located
-from assay.recipe.tasks.base import TASKS, Columns, Encoder, TaskSpec
+from assay.recipe.tasks.base import TASKS, Columns, Encoder
+from assay.recipe.tasks.images import ImageTaskSpec, try_out
 from assay.recipe.tasks.labelled import Inputs, LabelledEncoder
 from assay.recipe.tasks.labels import (
     LabelKeys,
@@ -26,37 +27,53 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class InputKeys(TaskSpec):
-    """The keys of a task whose samples are numbers or texts: one of ``input_column`` and ``text_column``."""
+# Which column a sample's input is in, and the keys that go with it.
+_INPUTS = {
+    "input_column": ("shape",),
+    "text_column": ("text_pair_column", "max_length"),
+    "image_column": ("preprocessor", "max_pixels", "max_bytes"),
+}
+
+
+class InputKeys(ImageTaskSpec):
+    """The keys of a task whose samples are numbers, texts or images: one of ``input_column``, ``text_column`` and
+    ``image_column``."""
 
     input_column: str | None = None
     text_column: str | None = None
     text_pair_column: str | None = None
+    image_column: str | None = None
     max_length: Annotated[int, Field(ge=2)] | None = None
     shape: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] | None = None
 
     @model_validator(mode="after")
     def _one_input(self) -> Self:
-        given = [key for key in ("input_column", "text_column") if getattr(self, key) is not None]
+        given = [key for key in _INPUTS if getattr(self, key) is not None]
         if len(given) > 1:
             raise located((given[1],), f"is given beside {given[0]}; a sample has one of them", getattr(self, given[1]))
-        of_texts, of_numbers = ("text_pair_column", "max_length"), ("shape",)
-        wrong, needs = (of_numbers, "input_column") if self.text_column is not None else (of_texts, "text_column")
-        for key in wrong:
-            if getattr(self, key) is not None:
-                raise located((key,), f"goes with {needs}", getattr(self, key))
+        for needs, keys in _INPUTS.items():
+            for key in keys if [needs] != (given or ["input_column"]) else ():
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    raise located((key,), f"goes with {needs}", getattr(self, key))
         return self
 
     @property
     def auto_class(self) -> str:
+        if self.image_column is not None:
+            return "AutoModelForImageClassification"
         return "AutoModelForSequenceClassification" if self.text_column is not None else "AutoModel"
 
     def column_keys(self) -> dict[str, str]:
         named = super().column_keys()
-        return named if self.text_column is not None else {"input_column": "input"} | named
+        return named if self.text_column or self.image_column else {"input_column": "input"} | named
 
     def inputs(self, models: Models) -> Inputs:
         """What reads a sample's input."""
+        if self.image_column is not None:
+            images = self.images(self.image_column, models)
+            for name, (_, model) in models.items():
+                try_out(f"models.{name}", model, images)
+            return images
         if self.text_column is None:
             return NumberInputs.of(self.column_keys()["input_column"], self.shape, models)
         columns = [self.text_column, *([self.text_pair_column] if self.text_pair_column is not None else [])]
@@ -65,7 +82,7 @@ class InputKeys(TaskSpec):
 
 @TASKS.add("classification")
 class ClassificationSpec(InputKeys, LabelKeys):
-    """Numbers, texts or pairs of texts, with a class each, or with probabilities of all classes."""
+    """Numbers, texts, pairs of texts or images, with a class each, or with probabilities of all classes."""
 
     kind: Literal["classification"]
     label_column: str = "label"

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from assay.corpus.errors import BadRow
-from assay.recipe.tasks.base import Columns, Encoded, Encoder, attempt
+from assay.corpus.shards import Shard
+from assay.recipe.tasks.base import Columns, Encoded, Encoder, ReadsFiles, attempt
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -51,7 +52,7 @@ class Labels(Protocol):
 class LabelledEncoder:
     """Rows to pairs (x, y): ``inputs`` reads and collates x, which may be a tensor or a mapping, ``labels`` y."""
 
-    def __init__(self, inputs: Inputs, labels: Labels) -> None:
+    def __init__(self, inputs: Encoder, labels: Labels) -> None:
         self.columns = (*inputs.columns, labels.column)
         self._inputs, self._labels = inputs, labels
 
@@ -61,6 +62,10 @@ class LabelledEncoder:
 
     def for_columns(self, columns: Columns) -> LabelledEncoder:
         return LabelledEncoder(self._inputs, self._labels.for_columns(columns))
+
+    def beside(self, shard: Shard) -> LabelledEncoder:
+        inputs = self._inputs.beside(shard) if isinstance(self._inputs, ReadsFiles) else self._inputs
+        return LabelledEncoder(inputs, self._labels)
 
     def encode(self, rows: Sequence[tuple[Any, ...]]) -> list[Encoded | BadRow]:
         inputs = self._inputs.encode([row[:-1] for row in rows])

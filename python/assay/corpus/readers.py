@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import lzma
 import os
 import zlib
@@ -11,8 +12,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import pyarrow as pa
 
 from assay.corpus.errors import ShardError
-from assay.corpus.format import Chunk
+from assay.corpus.format import Chunk, ColumnFacts
 from assay.corpus.formats import Source
+from assay.corpus.saved_data_sets import features_beside
 from assay.corpus.shards import Shard
 
 # A file of a few bytes can unfold to any number of blank lines or nulls, each of which would be listed.
@@ -28,6 +30,16 @@ def read(shard: Shard, columns: Sequence[str]) -> Iterator[Chunk]:
     """The shard's rows in physical order, every one. ShardError if it cannot be read to its end."""
     with shard_errors(), opened(shard) as source:
         yield from _unless_empty(shard.format.read(source, columns), source.size)
+
+
+def columns_of(shard: Shard) -> dict[str, ColumnFacts]:
+    """The shard's columns and, after each struct, what is in it by dotted names; a few rows are read at most.
+
+    A column that is there twice, which cannot be read, is not among them. Of a data set that `datasets` saved, the
+    description beside it counts before what its files say. ShardError if the shard's beginning cannot be read.
+    """
+    with shard_errors(), opened(shard) as source:
+        return shard.format.facts(dataclasses.replace(source, features=features_beside(shard.store, shard.folder)))
 
 
 @contextlib.contextmanager

@@ -18,8 +18,9 @@ from torch import nn
 
 from assay._lazy import require
 from assay.corpus.storage import sha256
+from assay.recipe import model_labels
 from assay.recipe.adapters import find_base, is_adapter, load_adapter
-from assay.recipe.checkpoints import load_folder, load_gguf
+from assay.recipe.checkpoints import Dtype, Wanted, load_folder, load_gguf
 from assay.recipe.errors import EngineError
 from assay.recipe.library_calls import refusing
 from assay.recipe.model_files import ModelFolder, check_file, find_model_folder, read_safetensors, shortened
@@ -54,6 +55,10 @@ class ModelSpec(Part):
 
     def output_size(self, model: nn.Module) -> int | None:
         """How many logits one input gives, if the model tells."""
+        return None
+
+    def label_names(self, model: nn.Module) -> tuple[str, ...] | None:
+        """The names of the classes in the order of its logits, if the model tells."""
         return None
 
     def identity(self) -> dict[str, Any]:
@@ -123,17 +128,29 @@ class MlpSpec(ModelSpec):
 
 @MODELS.add("transformers")
 class TransformersSpec(ModelSpec):
-    """A Hugging Face causal language model in float32: a folder with safetensors, one ``.gguf`` file, or a folder with
-    a LoRA adapter of peft, whose ``base`` is the model that it names unless it is given."""
+    """A model of Hugging Face transformers, of the class that the task wants: a folder with safetensors, one ``.gguf``
+    file, or a folder with a LoRA adapter of peft, whose ``base`` is the model that it names unless it is given.
+    ``dtype`` is the type of its numbers; scores are float32 all the same."""
 
     kind: Literal["transformers"]
     base: ExistingPath | None = None
+    dtype: Dtype = "float32"
 
     def build(self) -> nn.Module:
+        return self.build_for("AutoModelForCausalLM")
+
+    def build_for(self, auto_class: str) -> nn.Module:
+        wanted = Wanted(auto_class, self.dtype)
         if self._is_gguf:
-            return load_gguf(self.path)
+            return load_gguf(self.path, wanted)
         folder, base = self._folders()
-        return load_folder(folder) if base is None else load_adapter(folder, base)
+        return load_folder(folder, wanted) if base is None else load_adapter(folder, base, wanted)
+
+    def output_size(self, model: nn.Module) -> int | None:
+        return model_labels.output_size(model)
+
+    def label_names(self, model: nn.Module) -> tuple[str, ...] | None:
+        return model_labels.label_names(model)
 
     def tokenizer(self) -> Any:
         if self._is_gguf:

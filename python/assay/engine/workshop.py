@@ -22,7 +22,7 @@ from assay.recipe.errors import EngineError
 from assay.recipe.models import build_models
 from assay.recipe.recipe import Recipe
 from assay.recipe.signatures import Given
-from assay.recipe.tasks import Encoder
+from assay.recipe.tasks import Encoder, ShowsTokens
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def open_workshop(plan: Plan, fit: bool = True) -> Workshop:
     with _refusals(recipe):
         all_columns(methods)
         feature_methods = _feature_methods(plan, methods, encoder)
-        _refuse_unsupported(methods)
+        _refuse_unsupported(methods, encoder)
         Scorer([method for method in methods if not _fits(method)])  # it taps the models, which may be refused too
     scorer = None
     if fit:
@@ -107,13 +107,11 @@ def _feature_methods(plan: Plan, methods: Sequence[Any], encoder: Encoder) -> di
     }
 
 
-def _refuse_unsupported(methods: Sequence[Method]) -> None:
+def _refuse_unsupported(methods: Sequence[Method], encoder: Encoder) -> None:
     """ValueError for what the contract allows and a recipe has no data or table for."""
     for method in methods:
-        if any(column.width is None for column in method.columns):
-            raise ValueError(
-                f"{method.name}: gives a number per token; a recipe's tables have columns of a fixed width"
-            )
+        if any(column.width is None for column in method.columns) and not isinstance(encoder, ShowsTokens):
+            raise ValueError(f"{method.name}: gives a number per token, and the task's samples are no tokens")
         if not _fits(method) and any(need.raw or need.view for need in method.needs().values()):
             raise ValueError(
                 f"{method.name}: wants raw columns or another view, which a recipe does not give; use assay.score"

@@ -52,9 +52,9 @@ class Workshop:
 def open_workshop(plan: Plan, fit: bool = True) -> Workshop:
     """Load a recipe's models, check that they, the task and the methods fit together, and ``fit`` the methods."""
     recipe, task = plan.recipe, plan.recipe.task.task()
-    recipe.task.check_models(recipe.models_used)
+    make_encoder = recipe.task.open(recipe.models_used)
     models = build_models(recipe.models_used, recipe.task.auto_class)
-    encoder = recipe.task.encoder({name: (recipe.models_used[name], model) for name, model in models.items()})
+    encoder = make_encoder(models)
     given = Given(models, task, _targets(plan, encoder), recipe.seed)
     methods = []
     for i, spec in enumerate(recipe.methods):

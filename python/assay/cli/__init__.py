@@ -16,7 +16,7 @@ from assay.cli.demos import demo_digits, demo_text
 from assay.cli.machine import doctor
 from assay.cli.recipes import validate
 from assay.cli.runs import score
-from assay.cli.scores import list_scores
+from assay.cli.scores import list_scores, show
 from assay.cli.selection import select
 from assay.cli.terminal import BAD, INTERRUPTED, OK, fail
 
@@ -86,8 +86,10 @@ def _help_without_command(context: typer.Context) -> None:
         print(context.get_help())
 
 
-for _command in (score, validate, select):
-    app.command()(_command)
+app.command()(score)
+app.command()(validate)
+app.command()(select)
+app.command()(show)
 app.command("ls")(list_scores)
 app.command()(doctor)
 demo.command("digits")(demo_digits)

@@ -51,9 +51,7 @@ def _value(name: str, offset: int, scalar: pa.Scalar, faults: dict[int, str]) ->
 
 def _check_meaning(field: pa.Field) -> None:
     """ShardError for an extension type, anywhere in the field, of which only the storage could be read."""
-    kind = field.type
-    name = kind.extension_name if isinstance(kind, pa.BaseExtensionType) else None
-    name = name or (field.metadata or {}).get(EXTENSION_KEY, b"").decode("utf-8", "replace")
+    kind, name = field.type, extension_name(field)
     is_tensor = name == _TENSOR and isinstance(kind, pa.FixedShapeTensorType)
     if name and not is_tensor and not name.startswith(_PLAIN_EXTENSIONS):
         raise ShardError(f"column {field.name!r} has the extension type {name}, which is not supported")
@@ -65,6 +63,14 @@ def _check_meaning(field: pa.Field) -> None:
         if isinstance(below.type, pa.FixedShapeTensorType):
             raise ShardError(f"column {field.name!r} holds tensors inside of {storage}, which is not supported")
         _check_meaning(below)
+
+
+def extension_name(field: pa.Field) -> str:
+    """The name of the extension type that a field has or, where its type is not registered, says it has; or empty."""
+    if isinstance(field.type, pa.BaseExtensionType):
+        return str(field.type.extension_name)
+    name: bytes = (field.metadata or {}).get(EXTENSION_KEY, b"")
+    return name.decode("utf-8", "replace")
 
 
 def _logical_order(kind: pa.DataType) -> Callable[[Any], Any] | None:

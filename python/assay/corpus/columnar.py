@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,7 @@ import pyarrow.compute as pc
 
 from assay.corpus import format as limits
 from assay.corpus.arrow_values import dense_type, is_any, run_places, values_of
+from assay.corpus.dotted import Path
 from assay.corpus.errors import ShardError
 from assay.corpus.format import Chunk, check_length
 
@@ -21,14 +23,30 @@ _MOST_BATCH_ROWS = (1 << 31) - 1
 Piece = tuple[pa.RecordBatch, float]
 
 
-def chunks_of(pieces: Iterable[Piece], columns: Sequence[str]) -> Iterator[Chunk]:
-    """Pieces of a shard as chunks of the columns' values."""
+def chunks_of(pieces: Iterable[Piece], paths: Mapping[str, Path]) -> Iterator[Chunk]:
+    """Pieces of a shard as chunks of the values at some paths, by name."""
     first = 0
     for piece, progress in pieces:
         faults: dict[int, str] = {}
-        values = {name: values_of(piece.schema.field(name), piece.column(name), faults) for name in columns}
+        values = {name: _values_at(piece, name, path, faults) for name, path in paths.items()}
         yield Chunk(first, values, faults, piece.num_rows, progress)
         first += piece.num_rows
+
+
+def _values_at(piece: pa.RecordBatch, name: str, path: Path, faults: dict[int, str]) -> Sequence[Any]:
+    """The values of a column, or of a struct's field: null where one of the structs is."""
+    field, array = piece.schema.field(path[0]), piece.column(path[0])
+    if len(path) == 1:
+        return values_of(field, array, faults)
+    is_null = np.zeros(len(array), bool)
+    for key in path[1:]:
+        is_null |= array.is_null().to_numpy(zero_copy_only=False)
+        place = array.type.get_field_index(key)
+        field, array = array.type.field(place), array.field(place)
+    own: dict[int, str] = {}
+    values = values_of(field.with_name(name), array, own)
+    faults |= {i: fault for i, fault in own.items() if not is_null[i]}
+    return [None if null else value for null, value in zip(is_null.tolist(), values, strict=True)]
 
 
 def pieces(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from assay.corpus.compression import Compression
 from assay.corpus.errors import ShardError
+from assay.corpus.storage import Store
 
+T = TypeVar("T")
 Mask = npt.NDArray[np.bool_]
 
 CHUNK_ROWS = 1024
 # Tokenizers need some thirty times a text's size while they work, so a chunk of texts must stay small.
 CHUNK_BYTES = 2 << 20
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder that is a shard: its files in the order of rows, relative to ``store``, which is the folder itself."""
+
+    store: Store
+    files: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -31,6 +41,25 @@ class Source:
     compression: Compression | None = None
     is_local: bool = False
     """Whether ``file`` is a plain file of this machine, with a descriptor."""
+    features: Mapping[str, Any] | None = None
+    """The Hugging Face features that a saved data set's own description tells, as JSON has them."""
+    folder: Folder | None = None
+    """Of a format whose shards are folders: the folder. ``file`` is empty then, and ``size`` the number of files."""
+
+
+@dataclass(frozen=True)
+class ColumnFacts:
+    """What a shard says of a column without being read whole.
+
+    ``type`` is what its values are: Arrow's name of the type, in which a dictionary is its values, every kind of text
+    `string`, of bytes `binary` and of list `list<…>`; `image`, `audio` and the like for encoded media (bytes, or a
+    struct of bytes and path as Hugging Face has it); `mixed` where rows differ. ``classes`` are the names of a Hugging
+    Face ClassLabel, whose values are their places, or the values of an Arrow dictionary where the file has them at
+    hand; of a list, those of its items. None where the file does not tell.
+    """
+
+    type: str
+    classes: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -54,15 +83,33 @@ class Format:
     """A kind of file, as `assay.corpus.formats` lists it.
 
     ``read`` gives the rows in physical order with the values of the named columns. ``copy`` writes the rows
-    for which the mask, one Boolean per physical row, is true. Both raise ShardError, or whatever their
-    library raises for a damaged file. ``compressible`` says whether a suffix like `.gz` may follow the format's own.
+    for which the mask, one Boolean per physical row, is true. ``facts`` tells the columns, a struct's own ones by
+    dotted names after it, from a schema or the first rows. All raise ShardError, or whatever their library raises for
+    a damaged file. ``compressible`` says whether a suffix like `.gz` may follow the format's own. ``files`` makes it a
+    format of folders: it gives a folder's files, relative to it, one for each row; they are copied as they are, and
+    ``copy`` is None.
     """
 
     name: str
     suffixes: tuple[str, ...]
     read: Callable[[Source, Sequence[str]], Iterator[Chunk]]
-    copy: Callable[[Source, Mask, BinaryIO], None]
+    copy: Callable[[Source, Mask, BinaryIO], None] | None
+    facts: Callable[[Source], dict[str, ColumnFacts]]
     compressible: bool = False
+    files: Callable[[Store, str], list[str]] | None = None
+
+
+def parts(rows: Iterable[tuple[int, T]]) -> Iterator[tuple[int, list[T]]]:
+    """Rows, each with the number of bytes that it takes, in chunks; each with the index of its first row."""
+    first, held, part = 0, 0, []
+    for size, row in rows:
+        part.append(row)
+        held += size
+        if len(part) == CHUNK_ROWS or held >= CHUNK_BYTES:
+            yield first, part
+            first, held, part = first + len(part), 0, []
+    if part:
+        yield first, part
 
 
 def check_columns(columns: Sequence[str], present: Sequence[str]) -> None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import io
 import lzma
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 
 import pyarrow as pa
 
 from assay.corpus.errors import ShardError
-from assay.corpus.format import Chunk
+from assay.corpus.format import Chunk, ColumnFacts, Folder
 from assay.corpus.formats import Source
+from assay.corpus.saved_data_sets import features_beside
 from assay.corpus.shards import Shard
+from assay.corpus.storage import Store
 
 # A file of a few bytes can unfold to any number of blank lines or nulls, each of which would be listed.
 MOST_EMPTY_ROWS = 1 << 20
@@ -24,15 +28,30 @@ _DAMAGE = (
 )
 
 
-def read(shard: Shard, columns: Sequence[str]) -> Iterator[Chunk]:
+def read(shard: Shard, columns: Sequence[str]) -> Generator[Chunk, None, None]:
     """The shard's rows in physical order, every one. ShardError if it cannot be read to its end."""
     with shard_errors(), opened(shard) as source:
         yield from _unless_empty(shard.format.read(source, columns), source.size)
 
 
+def columns_of(shard: Shard) -> dict[str, ColumnFacts]:
+    """The shard's columns and, after each struct, what is in it by dotted names; a few rows are read at most.
+
+    A column that is there twice, which cannot be read, is not among them. Of a data set that `datasets` saved, the
+    description beside it counts before what its files say. ShardError if the shard's beginning cannot be read.
+    """
+    with shard_errors(), opened(shard) as source:
+        return shard.format.facts(dataclasses.replace(source, features=features_beside(shard.store, shard.folder)))
+
+
 @contextlib.contextmanager
 def opened(shard: Shard) -> Iterator[Source]:
-    """The shard's file, open at its beginning."""
+    """The shard's file, open at its beginning, or its folder."""
+    if shard.is_folder:
+        store = Store(shard.store.fs, shard.store.full(shard.path))
+        files = tuple(path[len(shard.path) + 1 :] for path in shard.files())
+        yield Source(io.BytesIO(), os.path.basename(shard.path), len(files), folder=Folder(store, files))
+        return
     with shard.store.open(shard.path) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from assay.corpus.errors import CorpusError
+from assay.corpus.facts import features_of
 from assay.corpus.storage import Store
 
 # What `save_to_disk` writes beside the Arrow files. The first marks a data set's folder.
 STATE = "state.json"
-SIDECARS = (STATE, "dataset_info.json", "dataset_dict.json")
+INFO = "dataset_info.json"
+SIDECARS = (STATE, INFO, "dataset_dict.json")
 
 
 def listed_files(store: Store, state_path: str) -> list[str]:
@@ -28,6 +31,15 @@ def listed_files(store: Store, state_path: str) -> list[str]:
         if not isinstance(name, str) or "/" in name or "\0" in name or name in ("", ".", ".."):
             raise CorpusError(f"lists {name!r}; expected plain file names")
     return names
+
+
+def features_beside(store: Store, folder: str) -> Mapping[str, Any] | None:
+    """The features that a saved data set's description tells; None if the folder holds no such data set, or it
+    tells none."""
+    place = f"{folder}/" if folder else ""
+    if not all(store.exists(place + name) for name in (STATE, INFO)):
+        return None
+    return features_of(json.loads(store.read_text(place + INFO))) or None
 
 
 def copy_sidecars(sidecars: tuple[str, ...], source: Store, target: Store, rule: str) -> None:
@@ -51,7 +63,7 @@ def _changed(name: str, text: str, rule: str) -> str:
     if name == STATE:
         origin = f"{content.get('_fingerprint')}:{rule}"
         content["_fingerprint"] = hashlib.sha256(origin.encode()).hexdigest()[:16]
-    if name == "dataset_info.json":
+    if name == INFO:
         for stale in ("splits", "dataset_size", "size_in_bytes", "download_size"):
             content.pop(stale, None)
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

@@ -14,11 +14,16 @@ from typing import BinaryIO, cast
 
 import pyarrow as pa
 
-from assay.corpus.columnar import Piece, chunks_of, filtered, joined, pieces
+from assay.corpus.arrow_values import is_any
+from assay.corpus.columnar import Piece, check, chunks_of, filtered, joined, pieces
+from assay.corpus.dotted import paths_of
 from assay.corpus.errors import ShardError
-from assay.corpus.format import Chunk, Format, Mask, Source, check_columns
+from assay.corpus.facts import facts_of_schema
+from assay.corpus.format import Chunk, ColumnFacts, Format, Mask, Source
 
 _FILE_MAGIC = b"ARROW1"
+# A dictionary of more texts is a way to store them, not a list of classes.
+_MOST_CLASSES = 100_000
 # Every message of a stream starts with the first, and the second ends the stream.
 _STREAM_MARK = b"\xff\xff\xff\xff"
 _STREAM_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
@@ -26,8 +31,14 @@ _STREAM_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 
 def _read(source: Source, columns: Sequence[str]) -> Iterator[Chunk]:
     with _opened(source) as opened:
-        check_columns(columns, opened.schema.names)
-        yield from chunks_of(joined(opened.pieces(columns)), columns)
+        paths = paths_of(opened.schema, columns)
+        whole = list(dict.fromkeys(path[0] for path in paths.values()))
+        yield from chunks_of(joined(opened.pieces(whole)), paths)
+
+
+def _facts(source: Source) -> dict[str, ColumnFacts]:
+    with _opened(source) as opened:
+        return facts_of_schema(opened.schema, source.features, opened.dictionaries())
 
 
 def _copy(source: Source, keep: Mask, file: BinaryIO) -> None:
@@ -79,6 +90,23 @@ class _Opened:
             # The pages that were read go back; whoever needs one again finds it in the system's cache.
             self.memory.madvise(mmap.MADV_DONTNEED)
 
+    def dictionaries(self) -> dict[str, tuple[str, ...]]:
+        """The texts that columns are made of. A stream may replace them as it goes on, so it tells none."""
+        wanted = [i for i, field in enumerate(self.schema) if _is_text_dictionary(field.type)]
+        if not wanted or not self.is_file:
+            return {}
+        options = pa.ipc.IpcReadOptions(included_fields=wanted, use_threads=False)
+        reader = pa.ipc.open_file(pa.BufferReader(self.buffer), options=options)
+        if not reader.num_record_batches:
+            return {}
+        batch = reader.get_batch(0)
+        check(batch)
+        found = {name: column.dictionary for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+        try:
+            return {name: tuple(own.to_pylist()) for name, own in found.items() if _are_classes(own)}
+        except UnicodeDecodeError:  # a fault of the rows that have such a text
+            return {}
+
     def _check_size(self) -> None:
         """To touch a mapped page that a shorter file no longer has would end the process."""
         if os.fstat(self.file.fileno()).st_size < len(self.memory):
@@ -115,6 +143,15 @@ def _check_kind(memory: mmap.mmap) -> bool:
     return False
 
 
+def _is_text_dictionary(kind: pa.DataType) -> bool:
+    return pa.types.is_dictionary(kind) and is_any(kind.value_type, "string", "large_string")
+
+
+def _are_classes(values: pa.Array) -> bool:
+    """Whether they can be anything but a way to store a column of texts."""
+    return len(values) <= _MOST_CLASSES and not values.null_count and len(values.unique()) == len(values)
+
+
 def _is_compressed(buffer: pa.Buffer) -> bool:
     """Whether the first record batch of an Arrow file says so: the field `compression` of Arrow's Message.fbs, which
     pyarrow does not show. Taken for true where that cannot be found."""
@@ -142,4 +179,4 @@ def _number(table: bytes, place: int, kind: str) -> int:
     return value
 
 
-FORMAT = Format("arrow", (".arrow", ".feather"), _read, _copy)
+FORMAT = Format("arrow", (".arrow", ".feather"), _read, _copy, _facts)

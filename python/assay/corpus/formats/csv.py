@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO
 
 from assay.corpus import compression
-from assay.corpus import format as limits
 from assay.corpus.compression import compressed, lines
 from assay.corpus.errors import BadRow, ShardError
-from assay.corpus.format import Chunk, Format, Mask, Source, check_columns, check_length
+from assay.corpus.facts import facts_of_values
+from assay.corpus.format import Chunk, ColumnFacts, Format, Mask, Source, check_columns, check_length, parts
 
 csv.field_size_limit(compression.MAX_LINE_BYTES)
 
@@ -26,19 +26,36 @@ Record = tuple[bytes, "list[str] | BadRow"]
 
 
 def _read(source: Source, columns: Sequence[str]) -> Iterator[Chunk]:
-    records = _records(source)
-    _, header = next(records, (b"", []))
-    if isinstance(header, BadRow):
-        raise ShardError(f"its header cannot be read: {header}")
+    header, read = _opened(source)
     check_columns(columns, header)
     kinds: dict[str, _Kind] = {}
-    for first, rows in _parts(records):
-        rows = [row if isinstance(row, BadRow) or len(row) == len(header) else _uneven(row, header) for row in rows]
+    for first, rows in read:
         cells = {name: _cells(rows, header.index(name)) for name in columns}
         kinds = kinds or {name: _kind_of(own) for name, own in cells.items()}
         faults = {i: str(row) for i, row in enumerate(rows) if isinstance(row, BadRow)}
         values = {name: kinds[name].values(name, own, faults) for name, own in cells.items()}
         yield Chunk(first, values, faults, len(rows), min(source.file.tell() / max(1, source.size), 1.0))
+
+
+def _facts(source: Source) -> dict[str, ColumnFacts]:
+    header, read = _opened(source)
+    _, rows = next(read, (0, []))
+    names = [name for name in header if header.count(name) == 1]
+    cells = {name: _cells(rows, header.index(name)) for name in names}
+    return facts_of_values({name: _kind_of(own).values(name, own, {}) for name, own in cells.items()})
+
+
+def _opened(source: Source) -> tuple[list[str], Iterator[tuple[int, list[list[str] | BadRow]]]]:
+    """The header, and the rows in chunks, each with the index of its first."""
+    records = _records(source)
+    _, header = next(records, (b"", []))
+    if isinstance(header, BadRow):
+        raise ShardError(f"its header cannot be read: {header}")
+    rows = (
+        (len(raw), row if isinstance(row, BadRow) or len(row) == len(header) else _uneven(row, header))
+        for raw, row in records
+    )
+    return header, parts(rows)
 
 
 def _copy(source: Source, keep: Mask, file: BinaryIO) -> None:
@@ -49,19 +66,6 @@ def _copy(source: Source, keep: Mask, file: BinaryIO) -> None:
             if seen <= len(keep) and keep[seen - 1]:
                 out.write(raw)
     check_length(seen, keep)
-
-
-def _parts(records: Iterator[Record]) -> Iterator[tuple[int, list[list[str] | BadRow]]]:
-    """The records in chunks, each with the index of its first row."""
-    first, held, rows = 0, 0, []
-    for raw, row in records:
-        rows.append(row)
-        held += len(raw)
-        if len(rows) == limits.CHUNK_ROWS or held >= limits.CHUNK_BYTES:
-            yield first, rows
-            first, held, rows = first + len(rows), 0, []
-    if rows:
-        yield first, rows
 
 
 def _records(source: Source) -> Iterator[Record]:
@@ -157,4 +161,4 @@ def _kind_of(cells: Sequence[str]) -> _Kind:
     return next((kind for kind in _KINDS if filled and all(map(kind.fits, filled))), _TEXT)
 
 
-FORMAT = Format("csv", (".csv", ".tsv"), _read, _copy, compressible=True)
+FORMAT = Format("csv", (".csv", ".tsv"), _read, _copy, _facts, compressible=True)

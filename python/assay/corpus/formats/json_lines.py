@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from collections.abc import Iterator, Sequence
@@ -10,22 +11,31 @@ from typing import Any, BinaryIO
 from assay.corpus import compression
 from assay.corpus import format as limits
 from assay.corpus.compression import compressed, lines
+from assay.corpus.dotted import value_at
 from assay.corpus.errors import BadRow, ShardError
-from assay.corpus.format import Chunk, Format, Mask, Source, check_length
+from assay.corpus.facts import facts_of_values
+from assay.corpus.format import Chunk, ColumnFacts, Format, Mask, Source, check_length, parts
 
 _BYTE_ORDER_MARK = "\ufeff".encode()
 
 
 def _read(source: Source, columns: Sequence[str]) -> Iterator[Chunk]:
-    first, held, rows = 0, 0, []
-    for line in _checked(lines(source.file, source.compression)):
-        rows.append(line)
-        held += len(line)
-        if len(rows) == limits.CHUNK_ROWS or held >= limits.CHUNK_BYTES:
-            yield _chunk(first, rows, columns, source.file.tell() / max(1, source.size))
-            first, held, rows = first + len(rows), 0, []
-    if rows:
-        yield _chunk(first, rows, columns, 1.0)
+    for first, rows in _parts(source):
+        yield _chunk(first, rows, columns, source.file.tell() / max(1, source.size))
+
+
+def _facts(source: Source) -> dict[str, ColumnFacts]:
+    _, rows = next(_parts(source), (0, []))
+    columns: dict[str, list[Any]] = {}
+    for i, line in enumerate(rows):
+        with contextlib.suppress(BadRow):
+            for name, value in _record(line, is_first=i == 0).items():
+                columns.setdefault(name, []).append(value)
+    return facts_of_values(columns)
+
+
+def _parts(source: Source) -> Iterator[tuple[int, list[bytes]]]:
+    return parts((len(line), line) for line in _checked(lines(source.file, source.compression)))
 
 
 def _copy(source: Source, keep: Mask, file: BinaryIO) -> None:
@@ -81,16 +91,17 @@ def _chunk(first: int, rows: Sequence[bytes], columns: Sequence[str], progress: 
     faults: dict[int, str] = {}
     for offset, line in enumerate(rows):
         try:
-            record = _record(line, columns, is_first=first + offset == 0)
+            record = _record(line, is_first=first + offset == 0)
+            found = [value_at(record, name) for name in columns]
         except BadRow as fault:  # noqa: PERF203 - a fault concerns its own line only
             faults[offset] = str(fault)
         else:
-            for name in columns:
-                values[name][offset] = record[name]
+            for name, value in zip(columns, found, strict=True):
+                values[name][offset] = value
     return Chunk(first, values, faults, len(rows), min(progress, 1.0))
 
 
-def _record(line: bytes, columns: Sequence[str], is_first: bool) -> dict[str, Any]:
+def _record(line: bytes, is_first: bool) -> dict[str, Any]:
     if len(line) > compression.MAX_LINE_BYTES:
         raise BadRow(f"line is longer than {compression.MAX_LINE_BYTES >> 20} MiB")
     if not line.strip():
@@ -103,10 +114,7 @@ def _record(line: bytes, columns: Sequence[str], is_first: bool) -> dict[str, An
         raise BadRow(f"line is not valid JSON ({type(error).__name__})") from error
     if not isinstance(record, dict):
         raise BadRow(f"line is a JSON {type(record).__name__}, expected an object")
-    for name in columns:
-        if name not in record:
-            raise BadRow(f"line has no key {name!r}")
     return record
 
 
-FORMAT = Format("jsonl", (".jsonl", ".ndjson", ".json"), _read, _copy, compressible=True)
+FORMAT = Format("jsonl", (".jsonl", ".ndjson", ".json"), _read, _copy, _facts, compressible=True)

@@ -9,8 +9,10 @@ import pyarrow.parquet as pq
 
 from assay.corpus import format as limits
 from assay.corpus.columnar import Piece, chunks_of, filtered, gathered, pieces
+from assay.corpus.dotted import paths_of
 from assay.corpus.errors import ShardError
-from assay.corpus.format import Chunk, Format, Mask, Source, check_columns, check_length
+from assay.corpus.facts import facts_of_schema
+from assay.corpus.format import Chunk, ColumnFacts, Format, Mask, Source, check_length
 from assay.corpus.score_files import regroup
 
 _MAX_GROUP_ROWS = 1 << 16
@@ -21,8 +23,14 @@ _DICTIONARY_ENCODINGS = {"RLE_DICTIONARY", "PLAIN_DICTIONARY"}
 
 def _read(source: Source, columns: Sequence[str]) -> Iterator[Chunk]:
     parquet = _open(source)
-    check_columns(columns, parquet.schema_arrow.names)
-    yield from chunks_of(_batches(parquet, columns), columns)
+    paths = paths_of(parquet.schema_arrow, columns)
+    # What lies below a column that is read comes with it, and must not be named again.
+    own = [path for path in paths.values() if not any(path[:i] in paths.values() for i in range(1, len(path)))]
+    yield from chunks_of(_batches(parquet, [".".join(path) for path in own]), paths)
+
+
+def _facts(source: Source) -> dict[str, ColumnFacts]:
+    return facts_of_schema(_open(source).schema_arrow, source.features)
 
 
 def _copy(source: Source, keep: Mask, file: BinaryIO) -> None:
@@ -79,4 +87,4 @@ def _codecs(facts: pq.FileMetaData) -> str | dict[str, str]:
     return {c.path_in_schema: "NONE" if c.compression == "UNCOMPRESSED" else c.compression for c in columns}
 
 
-FORMAT = Format("parquet", (".parquet",), _read, _copy)
+FORMAT = Format("parquet", (".parquet",), _read, _copy, _facts)

@@ -26,6 +26,7 @@ from assay.corpus.scores_folder import Scored, Scores, State, open_scores
 from assay.corpus.shards import Shard, find_shards, refuse_overlap
 from assay.corpus.storage import TEMPORARY_SUFFIX, Store
 from assay.corpus.tables import ROW_AND_ID
+from assay.curate.ranking import score_name
 from assay.curate.rules import Rule
 from assay.select import Selection
 
@@ -87,8 +88,8 @@ def curate(scores_url: str, by: str | None, rule: Rule, output_url: str, corpus_
     Scores that do not cover the corpus as it is now are an CorpusError, before anything is written.
     """
     scores = open_scores(scores_url, corpus_path)
-    name = by if by is not None else scores.columns[0]
-    tables = _complete(scores, name)
+    name = score_name(scores, by)
+    tables = _complete(scores)
     output = Store.at(output_url)
     _refuse_inputs(output, scores, [shard for shard, _ in tables])
     selection, shards = _select(scores, tables, name, rule)
@@ -162,10 +163,8 @@ def _is_selection(output: Store) -> bool:
     return isinstance(manifest, dict) and {"rule", "by", "scores"} <= manifest.keys()
 
 
-def _complete(scores: Scores, name: str) -> list[tuple[Shard, Scored]]:
-    """The score tables, if they cover every readable shard of the corpus and have the score."""
-    if name not in scores.columns:
-        raise CorpusError(f"--by {name}: {scores.store.url} has no such score, only {', '.join(scores.columns)}")
+def _complete(scores: Scores) -> list[tuple[Shard, Scored]]:
+    """The score tables, if they cover every readable shard of the corpus."""
     for state, advice in (
         (State.MISSING, "have no score table; finish the run with `assay score`"),
         (State.CHANGED, "do not match their score table; score them again with `assay score`"),

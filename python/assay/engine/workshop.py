@@ -4,24 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from assay.corpus.footer import Identity
-from assay.engine.batches import is_out_of_memory, make_batches
+from assay.engine.batches import Budget, is_out_of_memory
+from assay.engine.devices import place, take
+from assay.engine.groups import splitter
 from assay.engine.kept_features import FeatureMethod
 from assay.engine.plan import Plan
 from assay.engine.pool import Batches, draw_samples, read_target
+from assay.engine.timing import Times
 from assay.methods import Column, Method, Scorer
 from assay.methods.scorer import all_columns
 from assay.recipe.errors import EngineError
 from assay.recipe.models import build_models
 from assay.recipe.recipe import Recipe
 from assay.recipe.signatures import Given
-from assay.recipe.tasks import Encoder
+from assay.recipe.tasks import Encoder, ShowsTokens
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,10 @@ class Workshop:
     """In place of the methods that keep their features, by their place in the recipe."""
     scorer: Scorer | None
     """Of the methods, or of what keeps their features; None if they are not fitted."""
+    budget: Budget
+    """What batches have found out about the memory."""
+    times: Times = field(default_factory=Times)
+    """What it was used for, so far."""
 
     @property
     def columns(self) -> list[Column]:
@@ -44,11 +52,17 @@ class Workshop:
         return all_columns(self.methods)
 
 
-def open_workshop(plan: Plan, fit: bool = True) -> Workshop:
-    """Load a recipe's models, check that they, the task and the methods fit together, and ``fit`` the methods."""
+def open_workshop(plan: Plan, fit: bool = True, device: torch.device = CPU) -> Workshop:
+    """Load a recipe's models, check that they, the task and the methods fit together, and ``fit`` the methods.
+
+    The models, and what the methods learn of them, are on ``device``; scores come back from there.
+    """
     recipe, task = plan.recipe, plan.recipe.task.task()
+    take(device)
+    make_encoder = recipe.task.open(recipe.models_used)
     models = build_models(recipe.models_used, recipe.task.auto_class)
-    encoder = recipe.task.encoder({name: (recipe.models_used[name], model) for name, model in models.items()})
+    models = {name: place(name, model, device) for name, model in models.items()}
+    encoder = make_encoder(models)
     given = Given(models, task, _targets(plan, encoder), recipe.seed)
     methods = []
     for i, spec in enumerate(recipe.methods):
@@ -57,19 +71,26 @@ def open_workshop(plan: Plan, fit: bool = True) -> Workshop:
     with _refusals(recipe):
         all_columns(methods)
         feature_methods = _feature_methods(plan, methods, encoder)
-        _refuse_unsupported(methods)
+        _refuse_unsupported(methods, encoder)
         Scorer([method for method in methods if not _fits(method)])  # it taps the models, which may be refused too
     scorer = None
     if fit:
         _fit(plan, methods, encoder)
         with _refusals(recipe):
             scorer = Scorer([feature_methods.get(i, method) for i, method in enumerate(methods)])
-    return Workshop(recipe, plan.identity, encoder, methods, feature_methods, scorer)
+    return Workshop(recipe, plan.identity, encoder, methods, feature_methods, scorer, Budget(recipe.batch.tokens))
+
+
+def open_encoder(recipe: Recipe) -> Encoder:
+    """What makes samples of a recipe's rows, checked against the first of its models alone."""
+    first = dict(list(recipe.models_used.items())[:1])
+    models = build_models(first, recipe.task.auto_class)
+    return recipe.task.encoder({name: (first[name], model) for name, model in models.items()})
 
 
 def _targets(plan: Plan, encoder: Encoder) -> dict[str, Batches]:
     """Each target is read once, whoever wants it."""
-    split = partial(make_batches, limits=plan.recipe.batch)
+    split = splitter(plan.recipe)
     paths = {name: target.path for name, target in plan.recipe.targets_used.items()}
     return {
         name: Batches(read_target(name, plan.corpora[path], encoder), encoder, split) for name, path in paths.items()
@@ -80,7 +101,7 @@ def _fit(plan: Plan, methods: Sequence[Method], encoder: Encoder) -> None:
     recipe, samples = plan.recipe, []
     if recipe.uses_pool:
         samples = draw_samples(plan.corpora[recipe.fitted_to()["fit"]], encoder, recipe.fit.samples, recipe.seed)
-    pool = Batches(samples, encoder, partial(make_batches, limits=recipe.batch))
+    pool = Batches(samples, encoder, splitter(recipe))
     for i, method in enumerate(methods):
         torch.manual_seed(recipe.seed)  # labels may be drawn from the model
         with _refusals(recipe, i):
@@ -101,13 +122,11 @@ def _feature_methods(plan: Plan, methods: Sequence[Any], encoder: Encoder) -> di
     }
 
 
-def _refuse_unsupported(methods: Sequence[Method]) -> None:
+def _refuse_unsupported(methods: Sequence[Method], encoder: Encoder) -> None:
     """ValueError for what the contract allows and a recipe has no data or table for."""
     for method in methods:
-        if any(column.width is None for column in method.columns):
-            raise ValueError(
-                f"{method.name}: gives a number per token; a recipe's tables have columns of a fixed width"
-            )
+        if any(column.width is None for column in method.columns) and not isinstance(encoder, ShowsTokens):
+            raise ValueError(f"{method.name}: gives a number per token, and the task's samples are no tokens")
         if not _fits(method) and any(need.raw or need.view for need in method.needs().values()):
             raise ValueError(
                 f"{method.name}: wants raw columns or another view, which a recipe does not give; use assay.score"

@@ -37,8 +37,8 @@ _DROPPED = {
 _IDLE = {"version", "truncation", "padding", "decoder"}
 
 
-def load_tokenizer(folder: ModelFolder, model: ModelFolder) -> Any:
-    """A folder's tokenizer, with the ``model``'s config to tell its class.
+def load_tokenizer(folder: ModelFolder, model: ModelFolder | None) -> Any:
+    """A folder's tokenizer, with the ``model``'s config to tell its class; without one, its own settings tell.
 
     Raises:
         EngineError: a file cannot be read, or there is none.
@@ -49,7 +49,7 @@ def load_tokenizer(folder: ModelFolder, model: ModelFolder) -> Any:
         if name.endswith(".json"):
             # Some vocabularies are lists; everything else is a mapping.
             _ = name.startswith("vocab") or read_mapping(folder.full(name))
-    written = {CONFIG: read_config(model, len(read_weights(model)))}
+    written = {} if model is None else {CONFIG: read_config(model, len(read_weights(model)))}
     if _SETTINGS in folder.tokenizer:
         written[_SETTINGS] = without(read_mapping(folder.full(_SETTINGS)), _DROPPED)
     linked = {name: folder.full(name) for name in folder.tokenizer if name not in written}
@@ -110,5 +110,10 @@ def _in_words(key: str, one: Any, other: Any) -> str:
         first, second = tokens
         contents = sorted(c for c in first.keys() | second.keys() if first.get(c) != second.get(c))
         return f"added tokens {shortened(map(repr, contents))}"
-    words = {"post_processor": "post-processor (tokens added at the ends)", "pre_tokenizer": "pre-tokenizer"}
+    words = {
+        "post_processor": "post-processor (tokens added at the ends)",
+        "pre_tokenizer": "pre-tokenizer",
+        "bos_token_id": "tokens that begin a text",
+        "eos_token_id": "tokens that end a text",
+    }
     return words.get(key, key.replace("_", " "))

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from assay.engine.batches import is_out_of_memory, make_batches, score_samples
+from assay.engine.batches import Budget, is_out_of_memory, make_batches, score_samples
 from assay.engine.rows import Sample
 from assay.methods import Column
 from assay.recipe.recipe import BatchSpec
@@ -103,3 +103,68 @@ def test_a_scorer_that_gives_too_few_scores_is_an_error():
 
     with pytest.raises(ValueError, match="scores for a batch of 2"):
         score_samples(Short(), Short(), samples_of([1, 1]), BatchSpec())
+
+
+def test_what_halving_found_is_remembered():
+    scorer, budget = Halves(capacity=4), Budget(8192)
+    for _ in range(2):
+        scorer.sizes.clear()
+        scores, failed = score_samples(scorer, scorer, samples_of([10] * 16), BatchSpec(samples=16), budget)
+        np.testing.assert_array_equal(scores["half"], np.arange(16) / 2)
+        assert failed == {}
+    assert scorer.sizes == [4, 4, 4, 4]  # the first time it was [16, 8, 4, 4, 8, …] without memory of it
+    assert budget.tokens == 40
+
+
+def test_the_first_shortage_costs_no_more_than_its_own_halving():
+    scorer, budget = Halves(capacity=4), Budget(8192)
+    score_samples(scorer, scorer, samples_of([10] * 32), BatchSpec(samples=16), budget)
+    assert scorer.sizes == [16, 8, *[4] * 8]
+
+
+def test_the_budget_grows_again_and_more_slowly_when_that_was_too_early():
+    budget = Budget(100)
+    budget.ran_out(100)
+    for needed in (16, 32):
+        for _ in range(needed - 1):
+            budget.passed()
+            assert budget.tokens == 50
+        budget.passed()
+        assert budget.tokens == 100
+        budget.ran_out(100)
+
+
+def test_long_samples_that_did_not_fit_do_not_keep_short_ones_small():
+    class Quadratic(Halves):
+        """Memory goes with the square of the length, which no count of tokens knows."""
+
+        def __init__(self):
+            super().__init__()
+            self.padded = []
+
+        def collate(self, data):
+            return torch.tensor(data, dtype=torch.float32)
+
+        def __call__(self, batch):
+            length = 64 if batch.min() < 8 else 1
+            if len(batch) * length**2 > 8192:
+                raise NO_MEMORY
+            self.padded.append(len(batch) * length)
+            return {"half": batch / 2}
+
+    scorer, budget = Quadratic(), Budget(512)
+    lengths = [64] * 8 + [1] * 4096
+    scores, _ = score_samples(scorer, scorer, samples_of(lengths), BatchSpec(tokens=512, samples=256), budget)
+    np.testing.assert_array_equal(scores["half"], np.arange(len(lengths)) / 2)
+    assert scorer.padded[:4] == [128] * 4
+    assert scorer.padded[-1] == 256  # as many as the recipe allows
+    assert budget.tokens >= 256
+
+
+@given(st.lists(st.integers(1, 9), max_size=40), st.integers(1, 6), st.integers(1, 60))
+def test_no_budget_changes_a_score_or_loses_a_row(lengths, capacity, tokens):
+    scorer, budget = Halves(capacity), Budget(64)
+    budget.ran_out(tokens)
+    scores, failed = score_samples(scorer, scorer, samples_of(lengths), BatchSpec(tokens=64, samples=16), budget)
+    np.testing.assert_array_equal(scores["half"], np.arange(len(lengths)) / 2)
+    assert failed == {}

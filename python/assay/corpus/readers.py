@@ -7,7 +7,7 @@ import dataclasses
 import lzma
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 
 import pyarrow as pa
 
@@ -26,7 +26,7 @@ _DAMAGE = (
 )
 
 
-def read(shard: Shard, columns: Sequence[str]) -> Iterator[Chunk]:
+def read(shard: Shard, columns: Sequence[str]) -> Generator[Chunk, None, None]:
     """The shard's rows in physical order, every one. ShardError if it cannot be read to its end."""
     with shard_errors(), opened(shard) as source:
         yield from _unless_empty(shard.format.read(source, columns), source.size)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from assay.engine.kept_features import Scores
 from assay.engine.rows import Sample
+from assay.engine.timing import Times
 from assay.methods import Column
 from assay.recipe.recipe import BatchSpec
 from assay.recipe.tasks import Encoder
@@ -26,21 +27,58 @@ class BatchScorer(Protocol):
     def __call__(self, batch: Any) -> Mapping[str, Tensor]: ...
 
 
+class Budget:
+    """How many padded tokens a batch may have: as many as the recipe says, and less where memory has run out.
+
+    What halving has found is remembered for the batches to come. It doubles again after a number of batches that
+    passed, which doubles itself whenever that was too early: for what fits depends on more than the tokens.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.tokens = self._most = most
+        self._passed, self._needed, self._grown = 0, 16, False
+
+    def ran_out(self, padded: int) -> None:
+        """Memory did not suffice for a batch of so many tokens."""
+        if self._grown:
+            self._needed = min(2 * self._needed, 1024)
+        self.tokens, self._passed, self._grown = max(1, min(self.tokens, padded) // 2), 0, False
+
+    def passed(self) -> None:
+        """It did for a batch within the budget."""
+        self._passed += self.tokens < self._most
+        if self._passed >= self._needed:
+            self.tokens, self._passed, self._grown = min(2 * self.tokens, self._most), 0, True
+
+
 def score_samples(
-    scorer: BatchScorer, encoder: Encoder, samples: Sequence[Sample], limits: BatchSpec
+    scorer: BatchScorer,
+    encoder: Encoder,
+    samples: Sequence[Sample],
+    limits: BatchSpec,
+    budget: Budget | None = None,
+    times: Times | None = None,
 ) -> tuple[Scores, dict[int, str]]:
     """One score per sample and column, in the samples' order, and the samples that did not fit into memory.
 
-    A batch that runs out of memory is halved until it passes; a sample that fails on its own is listed with
-    its reason, and its scores are NaN.
+    A batch that is beyond the ``budget``, or runs out of memory, is halved until it passes; a sample that fails on its
+    own is listed with its reason, and its scores are NaN.
     """
+    budget, times = budget or Budget(limits.tokens), times or Times()
     widths = {c.name: () if c.width == 1 else (c.width,) for c in scorer.columns}
     scores: Scores = {name: np.full((len(samples), *width), np.nan, np.float32) for name, width in widths.items()}
     failed: dict[int, str] = {}
     waiting = deque(make_batches([sample.encoded.length for sample in samples], limits))
     while waiting:
         batch = waiting.popleft()
-        result = _unless_out_of_memory(scorer, encoder, [samples[i] for i in batch])
+        padded = len(batch) * max(samples[i].encoded.length for i in batch)
+        result = None
+        if len(batch) == 1 or padded <= budget.tokens:
+            result = _unless_out_of_memory(scorer, encoder, [samples[i] for i in batch], times)
+            if result is not None:
+                budget.passed()
+            elif len(batch) > 1:
+                budget.ran_out(padded)
         if result is not None:
             for name, values in result.items():
                 if values.shape != (len(batch), *widths[name]):
@@ -72,15 +110,19 @@ def make_batches(lengths: Sequence[int], limits: BatchSpec) -> list[list[int]]:
 
 
 def _unless_out_of_memory(
-    scorer: BatchScorer, encoder: Encoder, samples: Sequence[Sample]
+    scorer: BatchScorer, encoder: Encoder, samples: Sequence[Sample], times: Times
 ) -> Mapping[str, Tensor] | None:
     try:
-        return scorer(encoder.collate([sample.encoded.data for sample in samples]))
+        with times.measure("collate"):
+            batch = encoder.collate([sample.encoded.data for sample in samples])
+        return scorer(batch)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
     # Out of the except block the traceback no longer holds the tensors of the failed attempt.
     gc.collect()
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()  # what is cached in pieces of the failed batch's sizes may not serve a smaller one
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import time
 from dataclasses import dataclass, field
 
 from assay.corpus.claim import claim
@@ -17,6 +18,7 @@ from assay.corpus.storage import Store
 from assay.engine.plan import Plan, find_corpora, make_plan, write_manifest
 from assay.engine.progress import Progress
 from assay.engine.shard import score_shard, score_stored
+from assay.engine.timing import Times
 from assay.engine.workshop import Workshop, open_workshop
 from assay.recipe.recipe import Recipe
 
@@ -35,6 +37,9 @@ class RunSummary(Tally):
     unreadable: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     """What the corpus and the targets hold beside their shards and may be data, and why it is not read."""
+    times: Times = field(default_factory=Times)
+    workers: int = 0
+    """How many scored; 0 if there was nothing left to score."""
 
     @property
     def clean(self) -> bool:
@@ -51,6 +56,7 @@ class RunSummary(Tally):
         ]
         nan = ", ".join(f"{name} {count:,}" for name, count in sorted(self.nan.items()) if count)
         lines += [f"NaN scores: {nan}"] if nan else []
+        lines += [self.times.line(self.workers)] if self.workers else []
         return lines + ([summarise_left_out(self.left_out)] if self.left_out else [])
 
 
@@ -71,10 +77,14 @@ def run(
         left_out = {entry.path: entry.reason for corpus in corpora.values() for entry in corpus.left_out}
         summary = RunSummary(**vars(plan.done), done_before=plan.done.shards, left_out=left_out)
         if plan.todo:
-            workshop = open_workshop(plan)
+            began = time.perf_counter()
+            with summary.times.measure("load"):
+                workshop = open_workshop(plan)
             write_manifest(plan, workshop.columns)
             with progress or Progress() as shown:
                 _score(plan, workshop, summary, shown)
+            summary.times.add(workshop.times)
+            summary.times.total, summary.workers = time.perf_counter() - began, 1
     return summary
 
 

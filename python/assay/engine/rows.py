@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from assay.corpus.checks import SeenIds, check_id
@@ -46,16 +46,21 @@ class RowReader:
         wanted = [*self._encoder.columns, *([self._id_column] if self._id_column else [])]
         return list(dict.fromkeys(wanted))
 
-    def rows(self, chunk: Chunk) -> Iterator[Sample | Rejected]:
-        """Every row of the chunk. The first row with an id uses it up, whatever becomes of that row."""
+    def rows(self, chunk: Chunk, wanted: Callable[[int], bool] = lambda row: True) -> Iterator[Sample | Rejected]:
+        """Every row of the chunk whose number in the shard is ``wanted``; of the others only their ids are looked at.
+
+        The first row with an id uses it up, whatever becomes of that row.
+        """
         ids = self._ids(chunk)
         faults: dict[int, str] = {i: str(id_) for i, id_ in enumerate(ids) if isinstance(id_, BadRow)}
         faults |= self._repeated(ids)
         faults |= chunk.faults
-        good = [i for i in range(chunk.length) if i not in faults]
+        own = [i for i in range(chunk.length) if wanted(chunk.first + i)]
+        good = [i for i in own if i not in faults]
         values = [tuple(chunk.columns[name][i] for name in self._encoder.columns) for i in good]
         encoded = dict(zip(good, self._encoder.encode(values), strict=True))
-        for i, id_ in enumerate(ids):
+        for i in own:
+            id_ = ids[i]
             row, known = chunk.first + i, None if isinstance(id_, BadRow) else id_
             result = encoded.get(i)
             if known is not None and isinstance(result, Encoded):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from typing import IO
 
 import numpy as np
@@ -17,15 +18,63 @@ from assay.corpus.quarantine import QuarantineWriter
 from assay.corpus.readers import read, shard_errors
 from assay.corpus.score_files import ScoreWriter
 from assay.corpus.shards import Shard
-from assay.corpus.storage import Store
+from assay.corpus.storage import Fingerprint, Store
+from assay.engine.ahead import read_ahead
 from assay.engine.batches import score_samples
 from assay.engine.kept_features import FeatureWriters, Scores, open_stored
 from assay.engine.rows import Rejected, RowReader, Sample
+from assay.engine.timing import Times
 from assay.engine.workshop import Workshop
+from assay.methods import Scorer
 from assay.recipe.errors import EngineError
 
 WINDOW_ROWS = 4096
 WINDOW_BYTES = 64 << 20
+# No window crosses a multiple of so many rows, so that which windows there are does not depend on who scores them.
+BLOCK_WINDOWS = 4
+# What a row takes beside its encoded data, roughly.
+_ROW_BYTES = 256
+
+
+@dataclass(frozen=True)
+class Share:
+    """Part ``index`` of ``count`` of a shard: of its blocks of rows every ``count``-th, from that on."""
+
+    index: int = 0
+    count: int = 1
+
+    def holds(self, row: int) -> bool:
+        """Whether the row is in this part."""
+        return _block(row) % self.count == self.index
+
+
+def _block(row: int) -> int:
+    return row // (BLOCK_WINDOWS * WINDOW_ROWS)
+
+
+@dataclass(frozen=True)
+class Window:
+    """Rows after one another that are batched together: of one block, and how far into the shard they reach."""
+
+    rows: Sequence[Sample | Rejected]
+    nbytes: int
+    progress: float
+
+    @property
+    def block(self) -> int:
+        """The block that they are of."""
+        return _block(self.rows[0].row)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A window's rows that have scores, and those that have none, each in order."""
+
+    window: Window
+    rows: Sequence[int]
+    ids: Sequence[str]
+    scores: Scores
+    rejected: Sequence[Rejected]
 
 
 def score_shard(
@@ -38,9 +87,6 @@ def score_shard(
 
     A shard that cannot be read to its end, or that changes meanwhile, is a ShardError, and no table appears.
     """
-    with shard_errors():
-        before = shard.fingerprint()
-    reader = RowReader(shard, workshop.encoder, workshop.recipe.corpus.id_column)
     assert workshop.scorer is not None
     scorer, feature_methods = workshop.scorer.fresh(), workshop.feature_methods.values()
     with ExitStack() as spools:
@@ -52,24 +98,72 @@ def score_shard(
         quarantine = QuarantineWriter(shard, spool())
         features = FeatureWriters(feature_methods, shard, spool)
         writers = _ShardWriters(table, quarantine, features)
-        for window, progress in _windows(shard, reader, features.bytes_per_row):
-            samples = [row for row in window if isinstance(row, Sample)]
-            try:
-                scores, failed = score_samples(scorer, workshop.encoder, samples, workshop.recipe.batch)
-            except Exception as error:  # whatever a model or a method may raise
-                where = f"{shard.path}, rows {window[0].row} to {window[-1].row}"
-                raise EngineError(f"{where}: scoring failed: {type(error).__name__}: {error}") from error
-            writers.record(window, samples, scores, failed)
-            on_progress(len(window), progress)
-        with shard_errors():
-            if shard.fingerprint() != before:
-                raise ShardError("changed while it was being scored; run again when nobody writes to it")
+        before = score_windows(workshop, scorer, shard, writers.record, on_progress, features.bytes_per_row)
         facts = InputFacts(path=shard.path, rows=writers.rows, **vars(before))
         footer = Footer.make(workshop.identity, facts, writers.counts(), writers.nan, scorer.metadata())
-        quarantine.save(output)
-        features.save(output, facts, footer.rows)
-        table.save(output, table_path(shard), footer.to_json())
+        with workshop.times.measure("write"):
+            quarantine.save(output)
+            features.save(output, facts, footer.rows)
+            table.save(output, table_path(shard), footer.to_json())
     return footer
+
+
+def score_windows(
+    workshop: Workshop,
+    scorer: Scorer,
+    shard: Shard,
+    record: Callable[[Scored], None],
+    on_progress: Callable[[int, float], None] = lambda rows, progress: None,
+    bytes_per_row: int = 0,
+    share: Share = Share(),
+) -> Fingerprint:
+    """Score a shard, or a share of it, window by window -> the shard's fingerprint, which is the same afterwards.
+
+    Args:
+        scorer: gathers what the methods find out.
+        record: is called with every window in order.
+        bytes_per_row: what scoring makes of a row, beside its scores.
+
+    Raises:
+        ShardError: the shard cannot be read to its end, or has changed meanwhile.
+        EngineError: a model or a method failed.
+    """
+    with shard_errors():
+        before = shard.fingerprint()
+    times, limits = workshop.times, workshop.recipe.batch
+    reader = RowReader(shard, workshop.encoder, workshop.recipe.corpus.id_column)
+    made = _windows(shard, reader, bytes_per_row, share, times)
+    with read_ahead(made, _size, WINDOW_BYTES, times) as windows:
+        for window in windows:
+            samples = [row for row in window.rows if isinstance(row, Sample)]
+            try:
+                scores, failed = score_samples(scorer, workshop.encoder, samples, limits, workshop.budget, times)
+            except Exception as error:  # whatever a model or a method may raise
+                where = f"{shard.path}, rows {window.rows[0].row} to {window.rows[-1].row}"
+                raise EngineError(f"{where}: scoring failed: {type(error).__name__}: {error}") from error
+            with times.measure("write"):
+                record(_scored(window, samples, scores, failed))
+            on_progress(len(window.rows), window.progress)
+    on_progress(0, 1.0)
+    times.model += scorer.model_seconds
+    times.ops += scorer.method_seconds
+    with shard_errors():
+        if shard.fingerprint() != before:
+            raise ShardError("changed while it was being scored; run again when nobody writes to it")
+    return before
+
+
+def _size(window: Window) -> int:
+    return window.nbytes + _ROW_BYTES * len(window.rows)
+
+
+def _scored(window: Window, samples: Sequence[Sample], scores: Scores, failed: Mapping[int, str]) -> Scored:
+    rejected = [row for row in window.rows if isinstance(row, Rejected)]
+    rejected += [Rejected(samples[i].row, samples[i].id, reason) for i, reason in failed.items()]
+    good = [i for i in range(len(samples)) if i not in failed]
+    rows, ids = [samples[i].row for i in good], [samples[i].id for i in good]
+    kept = {name: values[good] for name, values in scores.items()}
+    return Scored(window, rows, ids, kept, sorted(rejected, key=lambda bad: bad.row))
 
 
 def score_stored(workshop: Workshop, shard: Shard, output: Store) -> Footer | None:
@@ -112,24 +206,14 @@ class _ShardWriters:
         self._quarantine = quarantine
         self._features = features
 
-    def record(
-        self,
-        window: Sequence[Sample | Rejected],
-        samples: Sequence[Sample],
-        scores: Scores,
-        failed: Mapping[int, str],
-    ) -> None:
-        """Book a window: the scores of its samples, the samples that failed, the rows that never were any."""
-        rejected = [row for row in window if isinstance(row, Rejected)]
-        rejected += [Rejected(samples[i].row, samples[i].id, reason) for i, reason in failed.items()]
-        for bad in sorted(rejected, key=lambda bad: bad.row):
+    def record(self, scored: Scored) -> None:
+        """Book a window: the scores of its samples, the rows that have none."""
+        for bad in scored.rejected:
             self._quarantine.add(bad.row, bad.id, bad.reason)
-        good = [i for i in range(len(samples)) if i not in failed]
-        rows, ids = [samples[i].row for i in good], [samples[i].id for i in good]
-        kept = self._features.add(rows, ids, {name: values[good] for name, values in scores.items()})
-        self._table.add(rows, ids, kept)
+        kept = self._features.add(scored.rows, scored.ids, scored.scores)
+        self._table.add(scored.rows, scored.ids, kept)
         self.nan.update({name: int(np.isnan(values).sum()) for name, values in kept.items()})
-        self.rows += len(window)
+        self.rows += len(scored.window.rows)
 
     def counts(self) -> RowCounts:
         """Rows scored and quarantined. They add up to the rows seen, or something is wrong with assay."""
@@ -139,15 +223,28 @@ class _ShardWriters:
         return counts
 
 
-def _windows(shard: Shard, reader: RowReader, bytes_per_row: int) -> Iterator[tuple[list[Sample | Rejected], float]]:
-    """Rows of a few chunks; ``bytes_per_row`` is what scoring makes of one, beside its scores."""
+def _windows(
+    shard: Shard, reader: RowReader, bytes_per_row: int, share: Share, times: Times
+) -> Generator[Window, None, None]:
+    """The share's rows, those of a few chunks at a time, and never of two blocks."""
     window: list[Sample | Rejected] = []
     held = 0
-    for chunk in read(shard, reader.columns):
-        for row in reader.rows(chunk):
-            window.append(row)
-            held += row.encoded.nbytes + bytes_per_row if isinstance(row, Sample) else 0
-        if len(window) >= WINDOW_ROWS or held >= WINDOW_BYTES:
-            yield window, chunk.progress
-            window, held = [], 0
-    yield window, 1.0
+    with closing(read(shard, reader.columns)) as chunks:
+        while True:
+            with times.measure("read"):
+                chunk = next(chunks, None)
+            if chunk is None:
+                break
+            with times.measure("encode"):
+                rows = list(reader.rows(chunk, share.holds))
+            for row in rows:
+                if window and _block(row.row) != _block(window[0].row):
+                    yield Window(window, held, chunk.progress)
+                    window, held = [], 0
+                window.append(row)
+                held += row.encoded.nbytes + bytes_per_row if isinstance(row, Sample) else 0
+            if len(window) >= WINDOW_ROWS or held >= WINDOW_BYTES:
+                yield Window(window, held, chunk.progress)
+                window, held = [], 0
+    if window:
+        yield Window(window, held, 1.0)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 
 from assay.corpus.footer import Identity
-from assay.engine.batches import is_out_of_memory, make_batches
+from assay.engine.batches import Budget, is_out_of_memory, make_batches
 from assay.engine.kept_features import FeatureMethod
 from assay.engine.plan import Plan
 from assay.engine.pool import Batches, draw_samples, read_target
+from assay.engine.timing import Times
 from assay.methods import Column, Method, Scorer
 from assay.methods.scorer import all_columns
 from assay.recipe.errors import EngineError
@@ -37,6 +38,10 @@ class Workshop:
     """In place of the methods that keep their features, by their place in the recipe."""
     scorer: Scorer | None
     """Of the methods, or of what keeps their features; None if they are not fitted."""
+    budget: Budget
+    """What batches have found out about the memory."""
+    times: Times = field(default_factory=Times)
+    """What it was used for, so far."""
 
     @property
     def columns(self) -> list[Column]:
@@ -47,6 +52,7 @@ class Workshop:
 def open_workshop(plan: Plan, fit: bool = True) -> Workshop:
     """Load a recipe's models, check that they, the task and the methods fit together, and ``fit`` the methods."""
     recipe, task = plan.recipe, plan.recipe.task.task()
+    recipe.task.check_models(recipe.models_used)
     models = build_models(recipe.models_used, recipe.task.auto_class)
     encoder = recipe.task.encoder({name: (recipe.models_used[name], model) for name, model in models.items()})
     given = Given(models, task, _targets(plan, encoder), recipe.seed)
@@ -64,7 +70,7 @@ def open_workshop(plan: Plan, fit: bool = True) -> Workshop:
         _fit(plan, methods, encoder)
         with _refusals(recipe):
             scorer = Scorer([feature_methods.get(i, method) for i, method in enumerate(methods)])
-    return Workshop(recipe, plan.identity, encoder, methods, feature_methods, scorer)
+    return Workshop(recipe, plan.identity, encoder, methods, feature_methods, scorer, Budget(recipe.batch.tokens))
 
 
 def open_encoder(recipe: Recipe) -> Encoder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,6 +69,9 @@ class Scorer:
         methods: objects with the ``Method`` protocol; their column names must not clash.
         verify: let each probe check itself against autograd.
 
+    Attributes:
+        model_seconds, method_seconds: how long the models ran so far, and the methods' formulas.
+
     Raises:
         ValueError: two methods give a column of the same name, or a model cannot be tapped as a method needs it.
     """
@@ -91,6 +95,7 @@ class Scorer:
                 roles[role] = _Role(need, key, names)
             self._roles.append(roles)
         self._probes = {key: run.probe(verify) for key, run in runs.items()}
+        self.model_seconds = self.method_seconds = 0.0
         self._places = {key: {task: i for i, task in enumerate(run.readings)} for key, run in runs.items()}
 
     def fresh(self) -> Scorer:
@@ -98,6 +103,7 @@ class Scorer:
         itself, they have gathered nothing."""
         other = copy.copy(self)
         other.methods = [copy.copy(method) for method in self.methods]
+        other.model_seconds = other.method_seconds = 0.0
         return other
 
     def __call__(self, batch: Any) -> dict[str, Tensor]:
@@ -119,7 +125,11 @@ class Scorer:
         size = _same_size({_described(key[2]): key[1].size(part) for key, part in parts.items()}, raw)
         if size == 0:
             return {c.name: torch.zeros((0,) if c.width == 1 else (0, c.width or 0)) for c in self.columns}
+        began = time.perf_counter()
         signals = {key: probe.read(parts[key]) for key, probe in self._probes.items()}
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize()  # else the next to wait, a method, would be booked the models' time
+        self.model_seconds += (scoring := time.perf_counter()) - began
         scores: dict[str, Tensor] = {}
         for method, roles in zip(self.methods, self._roles, strict=True):
             given: dict[str, Signals] = {}
@@ -131,6 +141,7 @@ class Scorer:
                 given[name] = own.with_reduced(reduced, {column: raw[column] for column in role.need.raw})
             with torch.no_grad():
                 scores |= _checked(method, method.score(given), size)
+        self.method_seconds += time.perf_counter() - scoring
         return {column.name: scores[column.name] for column in self.columns}
 
     def metadata(self) -> dict[str, str]:

@@ -41,6 +41,7 @@ class Signals:
         row_losses: (B,) or (B, T): the cross entropies that the losses are made of, 0 where nothing is predicted; None
             if the task has none.
         raw: by name, the samples' own columns, each of B values; the probe gives none.
+        prediction, target: (B, ...), a regression's, if logits were asked for.
         left_out: parameters that could not be tapped: nothing here holds their gradients.
         size: B, where it is known before the losses are; see ``samples``.
     """
@@ -55,6 +56,8 @@ class Signals:
     output_layer: OutputLayer | None = None
     row_losses: Tensor | None = Lazy()  # type: ignore[assignment]
     raw: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    prediction: Tensor | None = None
+    target: Tensor | None = None
     left_out: frozenset[str] = frozenset()
     size: int | None = None
 
@@ -301,6 +304,8 @@ class Probe:
             reduced=reduced,
             output_layer=outputs.output_layer if self._logits else None,
             row_losses=later(outputs, "row_losses", lambda rows: None if rows is None else rows.detach()),
+            prediction=outputs.prediction.detach() if self._logits and outputs.prediction is not None else None,
+            target=outputs.target if self._logits else None,
             size=size,
             left_out=frozenset(self.left_out),
         )

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from assay._lazy import require
-from assay.recipe.checkpoints import eval_mode, load_folder, staged
+from assay.recipe.checkpoints import Wanted, eval_mode, load_folder, staged
 from assay.recipe.errors import EngineError
 from assay.recipe.library_calls import quietly, refusing
 from assay.recipe.model_files import (
@@ -52,7 +52,7 @@ def find_base(folder: ModelFolder, given: str | None) -> ModelFolder:
     return base
 
 
-def load_adapter(folder: ModelFolder, base: ModelFolder) -> nn.Module:
+def load_adapter(folder: ModelFolder, base: ModelFolder, wanted: Wanted) -> nn.Module:
     """The base model with the adapter in it: the adapter's parameters train, the others are frozen.
 
     Raises:
@@ -61,7 +61,7 @@ def load_adapter(folder: ModelFolder, base: ModelFolder) -> nn.Module:
     path, stored = folder.full(ADAPTER_CONFIG), read_weights(folder)
     values = _lora_values(path, stored)
     peft = require("peft", "text")
-    model: Any = load_folder(base)
+    model: Any = load_folder(base, wanted)
     weights = require("safetensors.torch", "cli").load_file(folder.full(ADAPTER_WEIGHTS))
     with quietly(), refusing(f"{folder.path}: peft cannot put the adapter into {base.path}"):
         with staged({ADAPTER_CONFIG: values}) as private:

@@ -18,8 +18,9 @@ from torch import nn
 
 from assay._lazy import require
 from assay.corpus.storage import sha256
+from assay.recipe import model_labels
 from assay.recipe.adapters import find_base, is_adapter, load_adapter
-from assay.recipe.checkpoints import load_folder, load_gguf
+from assay.recipe.checkpoints import Dtype, Wanted, load_folder, load_gguf
 from assay.recipe.errors import EngineError
 from assay.recipe.library_calls import refusing
 from assay.recipe.model_files import ModelFolder, check_file, find_model_folder, read_safetensors, shortened
@@ -54,6 +55,10 @@ class ModelSpec(Part):
 
     def output_size(self, model: nn.Module) -> int | None:
         """How many logits one input gives, if the model tells."""
+        return None
+
+    def label_names(self, model: nn.Module) -> tuple[str, ...] | None:
+        """The names of the classes in the order of its logits, if the model tells."""
         return None
 
     def identity(self) -> dict[str, Any]:
@@ -123,17 +128,29 @@ class MlpSpec(ModelSpec):
 
 @MODELS.add("transformers")
 class TransformersSpec(ModelSpec):
-    """A Hugging Face causal language model in float32: a folder with safetensors, one ``.gguf`` file, or a folder with
-    a LoRA adapter of peft, whose ``base`` is the model that it names unless it is given."""
+    """A model of Hugging Face transformers, of the class that the task wants: a folder with safetensors, one ``.gguf``
+    file, or a folder with a LoRA adapter of peft, whose ``base`` is the model that it names unless it is given.
+    ``dtype`` is the type of its numbers; scores are float32 all the same."""
 
     kind: Literal["transformers"]
     base: ExistingPath | None = None
+    dtype: Dtype = "float32"
 
     def build(self) -> nn.Module:
+        return self.build_for("AutoModelForCausalLM")
+
+    def build_for(self, auto_class: str) -> nn.Module:
+        wanted = Wanted(auto_class, self.dtype)
         if self._is_gguf:
-            return load_gguf(self.path)
+            return load_gguf(self.path, wanted)
         folder, base = self._folders()
-        return load_folder(folder) if base is None else load_adapter(folder, base)
+        return load_folder(folder, wanted) if base is None else load_adapter(folder, base, wanted)
+
+    def output_size(self, model: nn.Module) -> int | None:
+        return model_labels.output_size(model)
+
+    def label_names(self, model: nn.Module) -> tuple[str, ...] | None:
+        return model_labels.label_names(model)
 
     def tokenizer(self) -> Any:
         if self._is_gguf:
@@ -194,23 +211,32 @@ def fingerprints(specs: Mapping[str, ModelSpec]) -> dict[str, str]:
 
 def shared_tokenizer(specs: Mapping[str, ModelSpec]) -> Any:
     """The one tokenizer of a text recipe's models: unless they do the same, a text means different tokens."""
-    first: tuple[str, Any, dict[str, Any]] | None = None
+    return next(iter(own_tokenizers(specs).values()))
+
+
+def own_tokenizers(specs: Mapping[str, ModelSpec]) -> dict[str, Any]:
+    """By model the tokenizers of a text recipe, one at least; EngineError unless they do the same."""
+    found: dict[str, Any] = {}
     for name, spec in specs.items():
         with naming(f"models.{name}"):
             tokenizer = spec.tokenizer()
-        if tokenizer is None:
-            continue
-        own = behaviour(tokenizer)
-        if first is None:
-            first = name, tokenizer, own
-        elif parts := differences(first[2], own):
+        if tokenizer is not None:
+            found[name] = tokenizer
+    if not found:
+        raise EngineError("none of the recipe's models has a tokenizer; a causal_lm task needs one")
+    refuse_differences({name: behaviour(tokenizer) for name, tokenizer in found.items()})
+    return found
+
+
+def refuse_differences(behaviours: Mapping[str, Mapping[str, Any]]) -> None:
+    """EngineError if the tokenizers of two models behave differently."""
+    (first, ours), *others = behaviours.items()
+    for name, theirs in others:
+        if parts := differences(ours, theirs):
             raise EngineError(
-                f"models.{first[0]} and models.{name} have tokenizers with different {'; '.join(parts)}; score them in "
+                f"models.{first} and models.{name} have tokenizers with different {'; '.join(parts)}; score them in "
                 "recipes of their own"
             )
-    if first is None:
-        raise EngineError("none of the recipe's models has a tokenizer; a causal_lm task needs one")
-    return first[1]
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import nn
 
@@ -47,6 +47,15 @@ class Encoder(Protocol):
         ...
 
 
+@runtime_checkable
+class ShowsTokens(Protocol):
+    """An encoder whose samples are tokens."""
+
+    def tokens(self, data: Any) -> list[tuple[str, bool]]:
+        """A sample's tokens as text, from its ``data``, and which of them its loss and scores are about."""
+        ...
+
+
 class TaskSpec(Part):
     """What a sample is."""
 
@@ -60,6 +69,9 @@ class TaskSpec(Part):
     def task(self) -> Task:
         """The task that methods get."""
         raise NotImplementedError
+
+    def check_models(self, specs: Mapping[str, ModelSpec]) -> None:
+        """EngineError for models that do not fit the task, as far as it shows before their weights are read."""
 
     def encoder(self, models: Mapping[str, tuple[ModelSpec, nn.Module]]) -> Encoder:
         """How this task's rows become batches for these models."""

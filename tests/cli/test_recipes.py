@@ -11,8 +11,11 @@ import pytest
 import yaml
 
 from assay.cli import main
-from tests.small_models import TEXTS, save_model
+from tests.small_models import TEXTS, byte_tokenizer, save_model
 from tests.small_project import make_project, make_rows, save_mlp
+
+CHAT = "{% for m in messages %}{{ m['role'][0] + ':' + m['content'] + '\\n' }}{% endfor %}"
+CHAT += "{% if add_generation_prompt %}a:{% endif %}"
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +24,7 @@ def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     save_model(root / "llama")
     save_model(root / "better", seed=1)
+    save_model(root / "chat", tokenizer=byte_tokenizer(chat_template=CHAT))
     save_mlp(root / "mlp.safetensors", 0)
     save_mlp(root / "better.safetensors", 1)
     return root
@@ -74,6 +78,34 @@ def test_numbers_with_classes(folder, models):
     recipe = started("--model", str(models / "mlp.safetensors"), "--reference", str(models / "better.safetensors"))
     assert recipe["task"]["input_column"] == "pixels"
     assert "mimic" in columns("scores/a.parquet")
+
+
+def test_conversations(folder, models, capsys):
+    turns = [[{"role": "user", "content": "Gold?"}, {"role": "assistant", "content": text}] for text in TEXTS]
+    lines(folder / "a.jsonl", [{"messages": its, "text": "x y"} for its in turns])
+    recipe = started("--model", str(models / "chat"))
+    assert recipe["task"]["messages_column"] == "messages"
+    assert "it could also be read so: text is the only column of texts" in capsys.readouterr().out
+    assert main(["show", "scores", "--worst", "1", "--best", "0", "--tokens"]) == 0
+    out = capsys.readouterr().out
+    assert "assistant: " in out
+    assert "tokens count in the loss (+)" in out
+    lines(folder / "a.jsonl", [{"messages": its} for its in turns])
+    assert main(["init", "data", "--model", str(models / "llama"), "--out", "other.yaml"]) == 2
+    assert "has no chat_template, and messages holds turns" in capsys.readouterr().err
+
+
+def test_prompts_with_completions(folder, models, capsys):
+    rows = [f'"Question {i}?","{text}"' for i, text in enumerate(TEXTS)]
+    (folder / "a.csv").write_text("\n".join(["instruction,output", *rows]) + "\n")
+    recipe = started("--model", str(models / "llama"))
+    assert (recipe["task"]["prompt_column"], recipe["task"]["completion_column"]) == ("instruction", "output")
+    capsys.readouterr()
+    assert main(["show", "scores", "--worst", "8", "--best", "0", "--json", "--tokens"]) == 0
+    for card in json.loads(capsys.readouterr().out):
+        counted = "".join(token for token, counts in card["tokens"] if counts)
+        assert counted.replace("Ġ", " ").startswith(card["sample"]["output"][:20])
+        assert not any(counts for token, counts in card["tokens"][:9])
 
 
 def test_another_kind_of_reference_joins_the_ensemble(folder, models, tmp_path):

@@ -13,7 +13,7 @@ from assay.corpus.scores_folder import Scores
 from assay.curate import Ranked, Ranking, read_samples
 from assay.engine import open_encoder
 from assay.recipe import load_recipe
-from assay.recipe.tasks import Encoder
+from assay.recipe.tasks import Encoder, ShowsTokens
 
 _INDENT = "    "
 
@@ -121,7 +121,7 @@ def _token_encoder(scores: Scores) -> Encoder:
         raise CorpusError(f"--tokens: {scores.store.url} is not on this machine, where the recipe's models are")
     recipe = load_recipe(scores.store.full(RESOLVED_RECIPE))
     encoder = open_encoder(recipe)
-    if not hasattr(encoder, "tokens"):
+    if not isinstance(encoder, ShowsTokens):
         raise CorpusError(f"--tokens: the samples of a {recipe.task.kind} task have no tokens that count in a loss")
     return encoder
 
@@ -130,5 +130,5 @@ def _tokens(encoder: Encoder, values: Mapping[str, Any]) -> Sequence[tuple[str, 
     (encoded,) = encoder.encode([tuple(values[name] for name in encoder.columns)])
     if isinstance(encoded, BadRow):
         return encoded
-    shown: Sequence[tuple[str, bool]] = encoder.tokens(encoded.data)  # type: ignore[attr-defined]
-    return shown
+    assert isinstance(encoder, ShowsTokens)
+    return encoder.tokens(encoded.data)

@@ -74,10 +74,10 @@ def open_workshop(plan: Plan, fit: bool = True) -> Workshop:
 
 
 def open_encoder(recipe: Recipe) -> Encoder:
-    """What makes samples of a recipe's rows, checked against the first of its models alone."""
-    first = dict(list(recipe.models_used.items())[:1])
-    models = build_models(first, recipe.task.auto_class)
-    return recipe.task.encoder({name: (first[name], model) for name, model in models.items()})
+    """What makes samples of a recipe's rows, for its models as they are loaded for it."""
+    recipe.task.check_models(recipe.models_used)
+    models = build_models(recipe.models_used, recipe.task.auto_class)
+    return recipe.task.encoder({name: (recipe.models_used[name], model) for name, model in models.items()})
 
 
 def _targets(plan: Plan, encoder: Encoder) -> dict[str, Batches]:

@@ -11,6 +11,7 @@ import transformers
 TOKENS = 97
 _TEXT = {"vocab_size": TOKENS, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 _CAUSAL = _TEXT | {"intermediate_size": 24, "num_key_value_heads": 1, "max_position_embeddings": 64, "pad_token_id": 0}
+_T5 = {"num_layers": 2, "num_heads": 2}
 _SIDES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 
 

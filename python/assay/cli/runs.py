@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from assay.cli.terminal import INCOMPLETE, OK, Overrides, RecipeFile, fail, log_to_stderr, say
+from assay.cli.terminal import INCOMPLETE, OK, Overrides, RecipeFile, Trust, fail, log_to_stderr, say
 
 if TYPE_CHECKING:
     from assay.engine.progress import Progress
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 def score(
     recipe: RecipeFile,
     overrides: Overrides = None,
+    trust: Trust = None,
     rescore: Annotated[
         bool, typer.Option("--rescore", help="Replace tables that another recipe or model made.")
     ] = False,
@@ -37,7 +38,7 @@ def score(
     from assay.recipe import load_recipe
 
     part = _part(shard)
-    loaded = load_recipe(recipe, overrides or ())
+    loaded = load_recipe(recipe, overrides or (), trust or ())
     if dry_run:
         plan = make_plan(loaded, part, rescore)
         say(f"{len(plan.todo)} shards to score ({len(plan.stale)} of them again), {plan.done.shards} done")

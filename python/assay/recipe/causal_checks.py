@@ -18,7 +18,8 @@ from assay.recipe.library_calls import quietly, refusing
 from assay.tasks import CausalLM
 
 _SHORT, _LONG = 8, 16
-_TOLERANCE = 1e-4  # of the largest logit: rounding is below 1e-5, what is looked for above 1e-3
+_TOLERANCE = 1e-4  # of the largest logit, in float32: rounding is below 1e-5, what is looked for above 1e-3
+_ROUNDINGS = 8  # in types of fewer bits, that many of their steps: rounding adds up over the layers to about two
 _DRAWS = 2  # a router of experts may tip over by rounding, but not twice
 _MULTIPLY_ADDS, _LOGITS = 2e10, 2e7
 
@@ -127,11 +128,11 @@ class _Trial:
 
     @staticmethod
     def _differ(one: Tensor, other: Tensor) -> bool:
-        finite = one.isfinite()
+        finite, tolerance = one.isfinite(), max(_TOLERANCE, _ROUNDINGS * torch.finfo(one.dtype).eps)
         if not torch.equal(finite, other.isfinite()):
             return True
         one, other = one[finite].double(), other[finite].double()
-        return bool(((one - other).abs() > _TOLERANCE * one.abs().max()).any()) if len(one) else False
+        return bool(((one - other).abs() > tolerance * one.abs().max()).any()) if len(one) else False
 
 
 def right_padded(rows: Sequence[Tensor]) -> dict[str, Tensor]:

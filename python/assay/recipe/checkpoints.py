@@ -101,6 +101,7 @@ def load_folder(folder: ModelFolder, wanted: Wanted) -> nn.Module:
     with refusing(f"{config_file}: transformers cannot tell which weights are tied"):
         _check_ties(config_file, model)
     check_padding_token(config_file, model)
+    _check_range(folder.path, model, wanted)
     return eval_mode(model)
 
 
@@ -124,6 +125,7 @@ def load_gguf(path: str, wanted: Wanted) -> nn.Module:
         )
     _check_report(path, model, report)
     check_padding_token(path, model)
+    _check_range(path, model, wanted)
     return eval_mode(model)
 
 
@@ -259,6 +261,14 @@ def _check_dtypes(folder: ModelFolder, skeleton: Any, stored: Mapping[str, Store
             f"{folder.path}: {shortened(packed)} hold no floating-point numbers of 16 bits or more; take the model "
             "before quantisation, or GGUF"
         )
+
+
+def _check_range(path: str, model: nn.Module, wanted: Wanted) -> None:
+    """float16 ends at 65504: what lies beyond has become infinite."""
+    if wanted.dtype == "float16":
+        beyond = [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]
+        if beyond:
+            raise EngineError(f"{path}: {shortened(beyond)} hold numbers that float16 has not; take bfloat16")
 
 
 def _check_ties(config_file: str, model: Any) -> None:

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 from torch import nn
@@ -69,12 +69,8 @@ class ModelSpec(Part):
         """SHA-256 of the contents of the model's files."""
         if os.path.isfile(self.path):
             return f"sha256:{file_sha256(self.path)}"
-        digest = hashlib.sha256()
-        for name in sorted(os.listdir(self.path)):
-            full = os.path.join(self.path, name)
-            if name.endswith(_MODEL_FILES) and os.path.isfile(full):
-                digest.update(os.fsencode(f"{name}\0{file_sha256(full)}\n"))
-        return f"sha256:{digest.hexdigest()}"
+        names = (name for name in os.listdir(self.path) if name.endswith(_MODEL_FILES))
+        return files_sha256((n, f) for n in sorted(names) if os.path.isfile(f := os.path.join(self.path, n)))
 
 
 MODELS: Registry[ModelSpec] = Registry("kind", "assay.models")
@@ -163,15 +159,13 @@ class TransformersSpec(ModelSpec):
         return self.model_dump(exclude={"path", "base"})
 
     def fingerprint(self) -> str:
-        """SHA-256 of all that decides outputs: config, weights, tokenizer, processor; of an adapter, also its base."""
+        """SHA-256 of all that decides outputs: config, weights, tokenizer, processor; of an adapter, also its base; and
+        the type of the numbers."""
         if self._is_gguf:
             check_file(self.path)
-            return super().fingerprint()
-        digest = hashlib.sha256()
-        for folder in filter(None, self._folders()):
-            for name in folder.fingerprint_files():
-                digest.update(os.fsencode(f"{name}\0{file_sha256(folder.full(name))}\n"))
-        return f"sha256:{digest.hexdigest()}"
+            return files_sha256([("model.gguf", self.path)], self.dtype)
+        files = [(n, folder.full(n)) for folder in filter(None, self._folders()) for n in folder.fingerprint_files()]
+        return files_sha256(files, self.dtype)
 
     @property
     def _is_gguf(self) -> bool:
@@ -246,6 +240,16 @@ def naming(key: str) -> Iterator[None]:
         yield
     except EngineError as error:
         raise type(error)(f"{key}: {error}") from error
+
+
+def files_sha256(files: Iterable[tuple[str, str]], *more: str) -> str:
+    """SHA-256 of files' names and contents, given as (name, path), and of what ``more`` decides outputs."""
+    digest = hashlib.sha256()
+    for name, path in files:
+        digest.update(os.fsencode(f"{name}\0{file_sha256(path)}\n"))
+    for text in more:
+        digest.update(os.fsencode(f"{text}\n"))
+    return f"sha256:{digest.hexdigest()}"
 
 
 def file_sha256(path: str) -> str:

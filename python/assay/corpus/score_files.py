@@ -38,6 +38,12 @@ class ScoreWriter:
         self._stream.write_table(table)
         self.rows += table.num_rows
 
+    def add_batch(self, batch: pa.RecordBatch) -> None:
+        """Append scored rows that another writer has put into a batch of this table's columns."""
+        if batch.num_rows:
+            self._stream.write_batch(batch)
+        self.rows += batch.num_rows
+
     def save(self, store: Store, path: str, metadata: Mapping[str, Any]) -> None:
         """Write the table under its final name, with ``metadata`` in its footer."""
         self._stream.close()

@@ -108,6 +108,17 @@ def score_shard(
     return footer
 
 
+def score_anew_or_stored(
+    workshop: Workshop, shard: Shard, output: Store, on_progress: Callable[[int, float], None]
+) -> tuple[Footer, bool]:
+    """Score a shard, from its stored features where that can be -> its table's footer, and whether it could."""
+    stored = score_stored(workshop, shard, output)
+    if stored is None:
+        return score_shard(workshop, shard, output, on_progress), False
+    on_progress(stored.input.rows, 1.0)
+    return stored, True
+
+
 def score_windows(
     workshop: Workshop,
     scorer: Scorer,

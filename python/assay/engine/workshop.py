@@ -12,6 +12,7 @@ import torch
 
 from assay.corpus.footer import Identity
 from assay.engine.batches import Budget, is_out_of_memory, make_batches
+from assay.engine.devices import place, take
 from assay.engine.kept_features import FeatureMethod
 from assay.engine.plan import Plan
 from assay.engine.pool import Batches, draw_samples, read_target
@@ -23,6 +24,8 @@ from assay.recipe.models import build_models
 from assay.recipe.recipe import Recipe
 from assay.recipe.signatures import Given
 from assay.recipe.tasks import Encoder
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,16 @@ class Workshop:
         return all_columns(self.methods)
 
 
-def open_workshop(plan: Plan, fit: bool = True) -> Workshop:
-    """Load a recipe's models, check that they, the task and the methods fit together, and ``fit`` the methods."""
+def open_workshop(plan: Plan, fit: bool = True, device: torch.device = CPU) -> Workshop:
+    """Load a recipe's models, check that they, the task and the methods fit together, and ``fit`` the methods.
+
+    The models, and what the methods learn of them, are on ``device``; scores come back from there.
+    """
     recipe, task = plan.recipe, plan.recipe.task.task()
     recipe.task.check_models(recipe.models_used)
+    take(device)
     models = build_models(recipe.models_used, recipe.task.auto_class)
+    models = {name: place(name, model, device) for name, model in models.items()}
     encoder = recipe.task.encoder({name: (recipe.models_used[name], model) for name, model in models.items()})
     given = Given(models, task, _targets(plan, encoder), recipe.seed)
     methods = []

@@ -6,6 +6,7 @@ Xiao & Zhu, *Foundations of Large Language Models*, chapter 4 (the idea); ``ops.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,8 @@ class Ensemble(Method):
     Raises:
         ValueError: no model, weights that are none, output layers of different sizes, or labels that are probabilities.
     """
+
+    gathers: ClassVar[int | None] = 0
 
     def __init__(
         self,

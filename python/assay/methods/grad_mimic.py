@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,8 @@ class GradMimic(Method):
     Raises:
         ValueError: the models' parameters differ in name or shape, in which of them are tied, or in nothing.
     """
+
+    gathers: ClassVar[int | None] = LINEAGE_SAMPLES
 
     def __init__(
         self,

@@ -46,6 +46,12 @@ class BatchSpec(Part):
     samples: Annotated[int, Field(ge=1)] = 256
 
 
+class RunSpec(Part):
+    """Where it runs: ``auto``, or devices by name, a worker each. It does not change what a score means."""
+
+    devices: str | Annotated[list[str], Field(min_length=1)] = "auto"
+
+
 class Recipe(Part):
     """A whole recipe, resolved: paths are absolute and every default is filled in."""
 
@@ -58,6 +64,7 @@ class Recipe(Part):
     targets: dict[str, TargetSpec] = Field(default_factory=dict)
     fit: FitSpec = FitSpec()
     batch: BatchSpec = BatchSpec()
+    run: RunSpec = RunSpec()
     seed: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="before")

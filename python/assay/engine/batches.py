@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -65,8 +65,7 @@ def score_samples(
     own is listed with its reason, and its scores are NaN.
     """
     budget, times = budget or Budget(limits.tokens), times or Times()
-    widths = {c.name: () if c.width == 1 else (c.width,) for c in scorer.columns}
-    scores: Scores = {name: np.full((len(samples), *width), np.nan, np.float32) for name, width in widths.items()}
+    scores = empty_scores(scorer.columns, len(samples))
     failed: dict[int, str] = {}
     waiting = deque(make_batches([sample.encoded.length for sample in samples], limits))
     while waiting:
@@ -74,14 +73,14 @@ def score_samples(
         padded = len(batch) * max(samples[i].encoded.length for i in batch)
         result = None
         if len(batch) == 1 or padded <= budget.tokens:
-            result = _unless_out_of_memory(scorer, encoder, [samples[i] for i in batch], times)
+            result = unless_out_of_memory(scorer, encoder.collate, [samples[i] for i in batch], times)
             if result is not None:
                 budget.passed()
             elif len(batch) > 1:
                 budget.ran_out(padded)
         if result is not None:
             for name, values in result.items():
-                if values.shape != (len(batch), *widths[name]):
+                if values.shape != (len(batch), *scores[name].shape[1:]):
                     raise ValueError(f"{name}: {tuple(values.shape)} scores for a batch of {len(batch)} samples")
                 scores[name][batch] = values.numpy()
         elif len(batch) == 1:
@@ -90,6 +89,12 @@ def score_samples(
             middle = len(batch) // 2
             waiting.extendleft([batch[middle:], batch[:middle]])
     return scores, failed
+
+
+def empty_scores(columns: Sequence[Column], count: int) -> Scores:
+    """NaN for every sample and column."""
+    widths = {c.name: () if c.width == 1 else (c.width,) for c in columns}
+    return {name: np.full((count, *width), np.nan, np.float32) for name, width in widths.items()}
 
 
 def make_batches(lengths: Sequence[int], limits: BatchSpec) -> list[list[int]]:
@@ -109,12 +114,13 @@ def make_batches(lengths: Sequence[int], limits: BatchSpec) -> list[list[int]]:
     return batches
 
 
-def _unless_out_of_memory(
-    scorer: BatchScorer, encoder: Encoder, samples: Sequence[Sample], times: Times
+def unless_out_of_memory(
+    scorer: BatchScorer, collate: Callable[[Sequence[Any]], Any], samples: Sequence[Sample], times: Times
 ) -> Mapping[str, Tensor] | None:
+    """The scores of a batch; None if memory runs out."""
     try:
         with times.measure("collate"):
-            batch = encoder.collate([sample.encoded.data for sample in samples])
+            batch = collate([sample.encoded.data for sample in samples])
         return scorer(batch)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 
 from assay.corpus.footer import Identity
-from assay.engine.batches import Budget, is_out_of_memory, make_batches
+from assay.engine.batches import Budget, is_out_of_memory
 from assay.engine.devices import place, take
+from assay.engine.groups import splitter
 from assay.engine.kept_features import FeatureMethod
 from assay.engine.plan import Plan
 from assay.engine.pool import Batches, draw_samples, read_target
@@ -90,7 +90,7 @@ def open_encoder(recipe: Recipe) -> Encoder:
 
 def _targets(plan: Plan, encoder: Encoder) -> dict[str, Batches]:
     """Each target is read once, whoever wants it."""
-    split = partial(make_batches, limits=plan.recipe.batch)
+    split = splitter(plan.recipe)
     paths = {name: target.path for name, target in plan.recipe.targets_used.items()}
     return {
         name: Batches(read_target(name, plan.corpora[path], encoder), encoder, split) for name, path in paths.items()
@@ -101,7 +101,7 @@ def _fit(plan: Plan, methods: Sequence[Method], encoder: Encoder) -> None:
     recipe, samples = plan.recipe, []
     if recipe.uses_pool:
         samples = draw_samples(plan.corpora[recipe.fitted_to()["fit"]], encoder, recipe.fit.samples, recipe.seed)
-    pool = Batches(samples, encoder, partial(make_batches, limits=recipe.batch))
+    pool = Batches(samples, encoder, splitter(recipe))
     for i, method in enumerate(methods):
         torch.manual_seed(recipe.seed)  # labels may be drawn from the model
         with _refusals(recipe, i):

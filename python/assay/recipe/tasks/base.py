@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 from torch import nn
 
 from assay.corpus.errors import BadRow
+from assay.corpus.shards import Shard
 from assay.recipe.models import ModelSpec
 from assay.recipe.parts import Part, Registry
 from assay.tasks import Task
@@ -62,6 +63,11 @@ class TaskSpec(Part):
     kind: str
 
     @property
+    def group_rows(self) -> int | None:
+        """How many rows after one another share a loss; None where every sample has its own."""
+        return None
+
+    @property
     def auto_class(self) -> str:
         """The class of transformers that loads a model for this task."""
         return "AutoModel"
@@ -87,3 +93,10 @@ def attempt(check: Callable[..., T], *arguments: Any) -> T | BadRow:
         return check(*arguments)
     except BadRow as fault:
         return fault
+
+
+def beside(encoder: Encoder, shard: Shard) -> Encoder:
+    """The encoder for a shard's rows: one whose values may be paths is told where the shard lies."""
+    told = getattr(encoder, "beside", None)
+    own: Encoder = encoder if told is None else told(shard)
+    return own

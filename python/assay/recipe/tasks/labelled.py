@@ -8,7 +8,8 @@ from typing import Any, Protocol
 import torch
 
 from assay.corpus.errors import BadRow
-from assay.recipe.tasks.base import Encoded, Encoder, attempt
+from assay.corpus.shards import Shard
+from assay.recipe.tasks.base import Encoded, Encoder, attempt, beside
 
 
 class Labels(Protocol):
@@ -40,6 +41,10 @@ class LabelledEncoder:
     @property
     def identity(self) -> dict[str, Any]:
         return self._inputs.identity | self._labels.identity
+
+    def beside(self, shard: Shard) -> LabelledEncoder:
+        """For the rows of this shard."""
+        return LabelledEncoder(beside(self._inputs, shard), self._labels)
 
     def encode(self, rows: Sequence[tuple[Any, ...]]) -> list[Encoded | BadRow]:
         inputs = self._inputs.encode([row[:-1] for row in rows])

@@ -64,8 +64,8 @@ class Wanted:
         return found
 
 
-def load_folder(folder: ModelFolder, wanted: Wanted) -> nn.Module:
-    """The model of a folder.
+def load_folder(folder: ModelFolder, wanted: Wanted, elsewhere: Mapping[str, Stored] | None = None) -> nn.Module:
+    """The model of a folder, whose weights may lack those that come from ``elsewhere``.
 
     Raises:
         EngineError: a file cannot be read or lies about another; a tensor is missing, left over, or of another
@@ -82,6 +82,9 @@ def load_folder(folder: ModelFolder, wanted: Wanted) -> nn.Module:
             auto_class = _auto_class(config_file, config, wanted.auto_class)
             with torch.device("meta"), budget.enforced():
                 skeleton = auto_class.from_config(copy.deepcopy(config), **options, trust_remote_code=False)
+                if labels := _labels_of(skeleton, elsewhere or {}, values):
+                    config.num_labels = labels
+                    skeleton = auto_class.from_config(copy.deepcopy(config), **options, trust_remote_code=False)
                 if _lacks_pooler(skeleton, stored):
                     options["add_pooling_layer"] = False
                     skeleton = type(skeleton)._from_config(copy.deepcopy(config), **options)
@@ -96,7 +99,7 @@ def load_folder(folder: ModelFolder, wanted: Wanted) -> nn.Module:
                 local_files_only=True,
                 **options,
             )
-    _check_report(folder.path, model, report)
+    _check_report(folder.path, model, report, elsewhere or {})
     _check_duplicates(folder.path, model, stored)
     with refusing(f"{config_file}: transformers cannot tell which weights are tied"):
         _check_ties(config_file, model)
@@ -123,7 +126,7 @@ def load_gguf(path: str, wanted: Wanted) -> nn.Module:
             local_files_only=True,
             trust_remote_code=False,
         )
-    _check_report(path, model, report)
+    _check_report(path, model, report, {})
     check_padding_token(path, model)
     _check_range(path, model, wanted)
     return eval_mode(model)
@@ -152,6 +155,18 @@ def _auto_class(config_file: str, config: Any, name: str) -> Any:
             f"{config_file}: {shortened([config.model_type])} is an encoder with a decoder; embeddings need an encoder"
         )
     return auto_class
+
+
+def _labels_of(skeleton: Any, elsewhere: Mapping[str, Stored], values: Mapping[str, Any]) -> int | None:
+    """How many labels a head from ``elsewhere`` has, where the config does not say: its own number does not fit."""
+    if not has_labels(type(skeleton).__name__) or LABEL_KEYS & values.keys():
+        return None
+    other = {
+        elsewhere[name].shape[:1]
+        for name, p in skeleton.named_parameters()
+        if name in elsewhere and p.shape != elsewhere[name].shape
+    }
+    return other.pop()[0] if len(other) == 1 and () not in other else None
 
 
 def _lacks_pooler(skeleton: Any, stored: Mapping[str, Stored]) -> bool:
@@ -211,12 +226,13 @@ def _slices(folder: ModelFolder) -> dict[str, Any]:
     return slices
 
 
-def _check_report(path: str, model: Any, report: Mapping[str, Any]) -> None:
+def _check_report(path: str, model: Any, report: Mapping[str, Any], elsewhere: Mapping[str, Stored]) -> None:
     """What the library only warns of: random numbers in place of weights, or weights that it did not use."""
     other = [f"{name} {_shape(own)} for {_shape(wants)}" for name, own, wants in sorted(report["mismatched_keys"])]
-    missing, unused = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    missing, unused = sorted(set(report["missing_keys"]) - elsewhere.keys()), sorted(report["unexpected_keys"])
     heads = _beside_base(model, missing)
-    if model.base_model is model:  # it has no head itself: that of another task is no loss
+    # Where the file's head is not asked for, because there is to be none or another one, it is no loss.
+    if model.base_model is model or len(missing) < len(report["missing_keys"]):
         unused = sorted(set(unused) - set(_beside_base(model, unused)))
     faults = [
         (missing, "lack", "which its config wants"),

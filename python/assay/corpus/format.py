@@ -85,12 +85,12 @@ class Format:
     compressible: bool = False
 
 
-def parts(rows: Iterable[tuple[bytes, T]]) -> Iterator[tuple[int, list[T]]]:
-    """Rows, each with the bytes that it takes, in chunks; each with the index of its first row."""
+def parts(rows: Iterable[tuple[int, T]]) -> Iterator[tuple[int, list[T]]]:
+    """Rows, each with the number of bytes that it takes, in chunks; each with the index of its first row."""
     first, held, part = 0, 0, []
-    for raw, row in rows:
+    for size, row in rows:
         part.append(row)
-        held += len(raw)
+        held += size
         if len(part) == CHUNK_ROWS or held >= CHUNK_BYTES:
             yield first, part
             first, held, part = first + len(part), 0, []

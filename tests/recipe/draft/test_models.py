@@ -82,3 +82,14 @@ def test_what_is_no_model_is_named(tmp_path):
     ):
         with pytest.raises(EngineError, match=message):
             model_facts(str(path))
+
+
+def test_an_adapter_has_its_base_model_beside_it(llama, tmp_path):
+    save_file({"x": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
+    settings = {"base_model_name_or_path": str(llama), "task_type": "CAUSAL_LM"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    facts = model_facts(str(tmp_path))
+    assert (facts.path, facts.adapter, facts.use) == (str(llama), str(tmp_path), "causal_lm")
+    edit_json(tmp_path / "adapter_config.json", base_model_name_or_path="org/base")
+    with pytest.raises(EngineError, match="is a LoRA adapter of org/base, which is no folder here"):
+        model_facts(str(tmp_path))

@@ -62,10 +62,11 @@ def draft_recipe(
         raise EngineError(f"--model is missing: {data} has {columns.described()}; {_needed(possible)}")
     facts = model_facts(model)
     taken, notes = _choose(data, columns, possible, facts)
-    better = _reference(facts, reference)
+    other = _reference(facts, reference)
+    further = other is not None and facts.shapes is not None and facts.shapes == other.shapes
     if target is not None:
         _check_target(target, taken)
-    choices = Choices(data, facts, taken, out, better, reference, target, _id_column(shard, columns), columns)
+    choices = Choices(data, facts, taken, out, further, other, target, _id_column(shard, columns), columns)
     text, score = write(choices)
     return Draft(text, tuple(notes), score)
 
@@ -124,15 +125,14 @@ def _keys(reading: Reading) -> str:
     return ", ".join(f"{key}: {name}" for key, name in reading.keys.items())
 
 
-def _reference(model: ModelFacts, path: str | None) -> bool:
-    """Whether the reference is the same model further on, so that a direction leads to it. EngineError if it cannot
-    score the same samples."""
+def _reference(model: ModelFacts, path: str | None) -> ModelFacts | None:
+    """What the reference is. EngineError if it cannot score the same samples."""
     if path is None:
-        return False
+        return None
     other = model_facts(path)
     if other.use != model.use:
         raise EngineError(f"{path}: is {other.name}, but {model.path} is {model.name}; both must do the same task")
-    return model.shapes is not None and model.shapes == other.shapes
+    return other
 
 
 def _check_target(path: str, reading: Reading) -> None:

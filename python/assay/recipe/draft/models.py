@@ -8,15 +8,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from assay.recipe.adapters import find_base, is_adapter
+from assay.recipe.adapters import refuse_adapter
 from assay.recipe.errors import EngineError
 from assay.recipe.model_files import (
+    ADAPTER_CONFIG,
     CONFIG,
     ModelFolder,
     find_model_folder,
     read_mapping,
     read_safetensors,
     read_weights,
+    shortened,
 )
 
 # What transformers' class names end in, and what such a model can be scored on.
@@ -47,6 +49,8 @@ class ModelFacts:
     positions: int | None = None
     shapes: Mapping[str, tuple[int, ...]] | None = None
     """Its tensors; None of a .gguf file or an adapter."""
+    adapter: str | None = None
+    """The adapter's folder; ``path`` is then its base model's."""
 
 
 def model_facts(path: str) -> ModelFacts:
@@ -62,7 +66,7 @@ def model_facts(path: str) -> ModelFacts:
     if os.path.isfile(path):
         return _file_facts(path)
     folder = find_model_folder(path)
-    if is_adapter(folder):
+    if folder.config == ADAPTER_CONFIG:
         return _adapter_facts(folder)
     return _folder_facts(folder, {name: tensor.shape for name, tensor in read_weights(folder).items()})
 
@@ -80,11 +84,21 @@ def _file_facts(path: str) -> ModelFacts:
 
 def _adapter_facts(folder: ModelFolder) -> ModelFacts:
     settings = read_mapping(folder.full(folder.config))
-    base = _folder_facts(find_base(folder, None), None)
-    task = settings.get("task_type")
-    use = _PEFT_TASKS.get(task, base.use) if isinstance(task, str) else base.use
-    name, chat = f"an adapter of {base.name}", base.chat or _has_chat_template(folder)
-    return replace(base, path=folder.path, use=use, name=name, chat=chat)
+    named = settings.get("base_model_name_or_path")
+    found = [os.path.join(folder.path, named), named] if isinstance(named, str) and "\0" not in named else []
+    base = next((path for path in found if os.path.isdir(path)), None)
+    if base is None:
+        said = f" of {shortened([str(named)])}, which is no folder here" if named else ""
+        raise EngineError(
+            f"{folder.path}: is a LoRA adapter{said}; write the recipe's model by hand: its base model as path, this "
+            "folder as adapter"
+        )
+    whole = find_model_folder(base)
+    refuse_adapter(whole)
+    facts = _folder_facts(whole, None)
+    use = _PEFT_TASKS.get(str(settings.get("task_type")), facts.use)
+    name, chat = f"an adapter of {facts.name}", facts.chat or _has_chat_template(folder)
+    return replace(facts, adapter=folder.path, use=use, name=name, chat=chat)
 
 
 def _folder_facts(folder: ModelFolder, shapes: Mapping[str, tuple[int, ...]] | None) -> ModelFacts:

@@ -30,7 +30,7 @@ class Choices:
     out: str
     further: bool
     """Whether the reference has the model's own parameters, further trained."""
-    reference: str | None
+    reference: ModelFacts | None
     target: str | None
     id_column: str | None
     columns: Columns
@@ -68,9 +68,10 @@ def _corpus(choices: Choices) -> dict[str, Any]:
 
 
 def _models(choices: Choices) -> Iterator[tuple[str, dict[str, str]]]:
-    for name, path in (("model", choices.model.path), ("reference", choices.reference)):
-        if path is not None:
-            yield name, {"kind": choices.model.kind, "path": _path(choices, path)}
+    for name, facts in (("model", choices.model), ("reference", choices.reference)):
+        if facts is not None:
+            adapter = {} if facts.adapter is None else {"adapter": _path(choices, facts.adapter)}
+            yield name, {"kind": facts.kind, "path": _path(choices, facts.path)} | adapter
 
 
 def _task(choices: Choices) -> Iterator[str]:

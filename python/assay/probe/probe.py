@@ -15,7 +15,7 @@ from assay.probe.jvp import Jvp
 from assay.probe.layers import Factors
 from assay.probe.pooling import Pooling
 from assay.probe.recording import Recorder, undisturbed
-from assay.probe.reductions import Feature, Reduction
+from assay.probe.reductions import Feature, Reduction, TokenDot
 from assay.probe.selection import coverage, make_taps, select
 from assay.probe.verify import Check, prepare_check
 from assay.tasks import OutputLayer, Outputs, Task
@@ -232,6 +232,9 @@ class Probe:
         each = []
         for reading, (own, reduced, factors) in zip(self._readings, found, strict=True):
             moved = {key: jvp(self._model, self._task, batch) for key, jvp in reading.jvps.items()}
+            for key, reduction in reading.reductions.items():
+                if isinstance(reduction, TokenDot) and mask is not None:
+                    reduced[key] = reduced[key].masked_fill(~mask.to(reduced[key].device), torch.nan)
             each.append(self._signals(own, size, reduced | moved, factors, embeddings))
         return each
 
@@ -346,6 +349,7 @@ class _Reading:
         """The signals of a batch without samples: no logits, whose width nobody knows, and no factors."""
         none = torch.zeros(0)
         widths = {key: (r.size,) if isinstance(r, Feature) else () for key, r in self.reductions.items()}
+        widths |= {key: (0,) for key, r in self.reductions.items() if isinstance(r, TokenDot)}
         reduced = {key: none.new_zeros(0, *width) for key, width in widths.items()}
         return Signals(none, None, none.long(), reduced=reduced, row_losses=none)
 

@@ -76,8 +76,10 @@ class TaskSpec(Part):
         """The task that methods get."""
         raise NotImplementedError
 
-    def check_models(self, specs: Mapping[str, ModelSpec]) -> None:
-        """EngineError for models that do not fit the task, as far as it shows before their weights are read."""
+    def open(self, specs: Mapping[str, ModelSpec]) -> Callable[[Mapping[str, nn.Module]], Encoder]:
+        """What makes the encoder of the models, once they are loaded; EngineError for what does not fit, as far as it
+        shows before their weights are read."""
+        return lambda models: self.encoder({name: (specs[name], model) for name, model in models.items()})
 
     def encoder(self, models: Mapping[str, tuple[ModelSpec, nn.Module]]) -> Encoder:
         """How this task's rows become batches for these models."""

@@ -84,18 +84,19 @@ class CausalLMSpec(TaskSpec):
     def task(self) -> Task:
         return CausalLM(reduction=self.reduction)
 
-    def check_models(self, specs: Mapping[str, ModelSpec]) -> None:
-        if self.text_column is None:  # documents ask for nothing that loading them does not ask for
-            self._rows(own_tokenizers(specs))
+    def open(self, specs: Mapping[str, ModelSpec]) -> Callable[[Mapping[str, nn.Module]], Encoder]:
+        tokenizer, make = self._rows(own_tokenizers(specs))
+        return lambda models: self._encoder(models, tokenizer, make)
 
     def encoder(self, models: Mapping[str, tuple[ModelSpec, nn.Module]]) -> Encoder:
-        for name, (_, model) in models.items():
+        opened = self.open({name: spec for name, (spec, _) in models.items()})
+        return opened({name: model for name, (_, model) in models.items()})
+
+    def _encoder(self, models: Mapping[str, nn.Module], tokenizer: Any, make: Callable[[Reader], Encoder]) -> Encoder:
+        for name, model in models.items():
             self._check_positions(name, model)
-        tokenizer, make = self._rows(own_tokenizers({name: spec for name, (spec, _) in models.items()}))
         vocabulary = tokenizer.get_vocab().values()
-        limit, owner = min(
-            (self._check(name, model, tokenizer, vocabulary), name) for name, (_, model) in models.items()
-        )
+        limit, owner = min((self._check(name, model, tokenizer, vocabulary), name) for name, model in models.items())
         return make(Reader(tokenizer, self.max_length, self.truncate, limit, f"models.{owner}"))
 
     def _rows(self, tokenizers: Mapping[str, Any]) -> tuple[Any, Callable[[Reader], Encoder]]:

@@ -23,7 +23,9 @@ from assay.engine.pool import draw_samples
 from assay.methods import TRAK, AdamState
 from assay.recipe.errors import ChangedError, EngineError, RecipeError
 from assay.recipe.recipe import load_recipe
-from assay.recipe.tasks.classification import FeatureEncoder
+from assay.recipe.tasks.labelled import LabelledEncoder
+from assay.recipe.tasks.labels import ClassLabels
+from assay.recipe.tasks.numbers import NumberInputs
 from assay.tasks import Classification
 from tests.small_project import CLASSES, SIZE, make_rows, save_mlp
 
@@ -214,7 +216,7 @@ def test_grass_from_a_recipe(targeted):
 
 
 def encoder():
-    return FeatureEncoder("pixels", "label", CLASSES, (SIZE,), SIZE)
+    return LabelledEncoder(NumberInputs("pixels", (SIZE,)), ClassLabels("label", CLASSES))
 
 
 def test_the_fit_sample_is_uniform_seeded_and_of_good_rows(project):

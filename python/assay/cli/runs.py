@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from assay.cli.terminal import INCOMPLETE, OK, Overrides, RecipeFile, fail, log_to_stderr, say
+from assay.cli.terminal import INCOMPLETE, OK, Overrides, RecipeFile, Trust, fail, log_to_stderr, say
 
 if TYPE_CHECKING:
     from assay.engine.progress import Progress
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 def score(
     recipe: RecipeFile,
     overrides: Overrides = None,
+    trust: Trust = None,
     rescore: Annotated[
         bool, typer.Option("--rescore", help="Replace tables that another recipe or model made.")
     ] = False,
@@ -42,7 +43,7 @@ def score(
 
     part = _part(shard)
     named = [] if devices is None else [f"run.devices={devices}"]
-    loaded = load_recipe(recipe, [*(overrides or ()), *named])
+    loaded = load_recipe(recipe, [*(overrides or ()), *named], trust or ())
     if dry_run:
         say(f"devices: {', '.join(map(str, find_devices(loaded.run.devices)))}")
         plan = make_plan(loaded, part, rescore)

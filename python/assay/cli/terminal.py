@@ -16,6 +16,10 @@ ScoresFolder = Annotated[str, typer.Argument(metavar="SCORES", help="A folder th
 CorpusNow = Annotated[
     str | None, typer.Option("--corpus", metavar="PATH", help="Where the corpus is now, if it has moved.")
 ]
+Trust = Annotated[
+    list[str] | None,
+    typer.Option("--trust", metavar="MODULE", help="Let the recipe run Python of this module, and of those below it."),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Replace a key of the recipe: batch.tokens=4096"),

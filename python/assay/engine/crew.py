@@ -242,7 +242,8 @@ class _Crew:
         sizes, workers = sizes_of(self._plan.todo), len(self._workers)
         total = sum(sizes.values())
         for shard, size in sorted(sizes.items(), key=lambda item: -item[1]):
-            count = _shares(size, total, workers) if self._ready.gathers is not None else 1
+            whole = self._ready.gathers is None or self._plan.recipe.task.group_rows is not None
+            count = 1 if whole else _shares(size, total, workers)
             self._waiting += [_Job(shard, size / count, Share(i, count)) for i in range(count)]
 
     def work(self) -> None:

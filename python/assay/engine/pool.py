@@ -15,7 +15,7 @@ from assay.corpus.format import Chunk
 from assay.corpus.readers import read
 from assay.corpus.shards import Corpus, Shard
 from assay.recipe.errors import EngineError
-from assay.recipe.tasks import Encoded, Encoder
+from assay.recipe.tasks import Encoded, Encoder, beside
 
 log = logging.getLogger("assay")
 
@@ -56,7 +56,7 @@ def read_target(name: str, corpus: Corpus, encoder: Encoder) -> list[Encoded]:
     for shard in corpus.shards:
         try:
             for chunk in read(shard, list(dict.fromkeys(encoder.columns))):
-                for row, result in _encoded(chunk, range(chunk.length), encoder):
+                for row, result in _encoded(chunk, range(chunk.length), beside(encoder, shard)):
                     if isinstance(result, Encoded):
                         samples.append(result)
                     else:
@@ -81,7 +81,7 @@ def draw_samples(corpus: Corpus, encoder: Encoder, count: int, seed: int) -> lis
         try:
             for chunk in read(shard, list(dict.fromkeys(encoder.columns))):
                 keys = rng.random(chunk.length)
-                for row, result in _encoded(chunk, np.flatnonzero(keys < bound).tolist(), encoder):
+                for row, result in _encoded(chunk, np.flatnonzero(keys < bound).tolist(), beside(encoder, shard)):
                     if isinstance(result, Encoded):
                         drawn.append((float(keys[row - chunk.first]), shard.path, row, result))
                 if len(drawn) >= 2 * count:

@@ -17,7 +17,8 @@ from assay.methods.label_quality import COLUMNS as LABEL_QUALITY
 from assay.methods.label_quality import label_quality
 from assay.methods.weights import shares
 from assay.probe import Signals
-from assay.tasks import Classification, Task
+from assay.tasks import Classification, Regression, Task
+from assay.tasks.base import ByToken, base_task
 
 STATISTICS = (
     Column("nll", "low", "−log Σ_k w_k p_k,y: the mixture's loss on the label, nats"),
@@ -32,6 +33,15 @@ STATISTICS = (
     Column("vote_entropy", "none", "entropy of the models' votes, nats; does not see the label"),
 )
 PREDICTION = Column("prediction", "none", "argmax_c p̄_c, the class the mixture would give")
+TOKENS = (
+    Column("mean_nll_tokens", "low", "−Σ_k w_k log p_k,y of each token, nats; NaN where none is predicted", None),
+    Column("entropy_tokens", "none", "H(p̄) where each token is predicted, nats; does not see the token", None),
+)
+REGRESSION = (
+    Column("mean", "none", "Σ_k w_k f_k: the models' mean prediction; of several outputs their mean"),
+    Column("variance", "none", "Σ_k w_k (f_k − mean)², averaged over outputs; does not see the target"),
+    Column("residual", "low", "(mean − y)², averaged over outputs"),
+)
 
 
 class Ensemble(Method):
@@ -39,13 +49,20 @@ class Ensemble(Method):
 
     Columns, prefixed ``ensemble_``: the fields of ``ops.EnsembleStats``; for classification also the predicted class
     and cleanlab's label-quality scores. A sample with several rows (a text) gets the mean over its predicted tokens.
+    For regression: ``mean``, ``variance`` and ``residual`` of the models' predictions, w_k normalised to sum 1: the
+    models' own losses have the weighted mean residual + variance.
 
     Args:
         models: K modules of any architectures over the same classes or vocabulary. To find wrong labels they must not
             have been trained on the samples they judge: see ``retrain.out_of_fold``.
         task: what a sample and a label are.
         weights: (K,), not negative; None: equal. ``label_quality.model_weights`` finds them from accuracy or log loss.
+        tokens: also a list with a number for each of the sample's tokens, of ``mean_nll`` and of ``entropy``.
         name: prefix of the columns.
+
+    Raises:
+        ValueError: no model, weights that are none, output layers of different sizes, labels that are probabilities, or
+            ``tokens`` of samples that are none.
     """
 
     gathers: ClassVar[int | None] = 0
@@ -56,22 +73,32 @@ class Ensemble(Method):
         task: Task,
         weights: Sequence[float] | None = None,
         *,
+        tokens: bool = False,
         name: str = "ensemble",
     ) -> None:
         if not models:
             raise ValueError("Ensemble: expected at least one model, got none")
         shares(weights, len(models))  # an error now, not after the models have run
         _check_same_classes(models)
-        self.name = name
+        if getattr(task, "soft", False):
+            raise ValueError(
+                "Ensemble: compares predictions with one class per sample, and the task's labels are probabilities "
+                "(soft); use methods that take losses or gradients, or labels that are classes"
+            )
+        if tokens and not isinstance(base_task(task), ByToken):
+            raise ValueError(f"Ensemble: tokens: {type(task).__name__}'s samples are no tokens; leave it out")
+        self.name, self.tokens = name, tokens
         self.models = list(models)
         self.task = task
         self.weights = [float(w) for w in weights] if weights is not None else None
         self._per_sample = isinstance(task, Classification)
+        self._numbers = isinstance(task, Regression)
 
     @property
     def columns(self) -> Sequence[Column]:
-        extra = (PREDICTION, *LABEL_QUALITY) if self._per_sample else ()
-        return [Column(f"{self.name}_{c.name}", c.keep, c.description) for c in (*STATISTICS, *extra)]
+        extra = (PREDICTION, *LABEL_QUALITY) if self._per_sample else TOKENS if self.tokens else ()
+        columns = REGRESSION if self._numbers else (*STATISTICS, *extra)
+        return [Column(f"{self.name}_{c.name}", c.keep, c.description, c.width) for c in columns]
 
     def needs(self) -> Mapping[str, Need]:
         return {f"model{k}": Need(model, self.task, logits=True) for k, model in enumerate(self.models)}
@@ -79,17 +106,28 @@ class Ensemble(Method):
     def score(self, signals: Mapping[str, Signals]) -> dict[str, Tensor]:
         members = [signals[f"model{k}"] for k in range(len(self.models))]
         first = members[0]
-        scores = self._fused_scores(members) or self._scores(members)
-        assert first.labels is not None
-        if first.rows is not None:
-            scores = {f: sample_means(v, first.labels, first.rows, first.samples) for f, v in scores.items()}
+        if self._numbers:
+            scores = self._regression_scores(members)
+        else:
+            scores = self._fused_scores(members) or self._scores(members)
+        if first.rows is not None and first.labels is not None:
+            by_row = scores
+            scores = {f: sample_means(v, first.labels, first.rows, first.samples) for f, v in by_row.items()}
+            task = base_task(self.task)
+            if self.tokens and isinstance(task, ByToken):
+                for column in TOKENS:
+                    values = by_row[column.name.removesuffix("_tokens")]
+                    scores[column.name] = task.by_token(values, first.labels, first.samples)
         return {f"{self.name}_{field}": value for field, value in scores.items()}
 
     def _scores(self, members: Sequence[Signals]) -> dict[str, Tensor]:
         logits = []
         for k, member in enumerate(members):
             if member.logits is None or member.labels is None:
-                raise ValueError(f"Ensemble: model {k} gives no logits and labels under {type(self.task).__name__}")
+                raise ValueError(
+                    f"Ensemble: model {k} gives no logits and labels under {type(self.task).__name__} (labels that are "
+                    "probabilities are none)"
+                )
             logits.append(member.logits)
         labels = members[0].labels
         assert labels is not None
@@ -108,6 +146,13 @@ class Ensemble(Method):
             weights=self.weights,
         )
         return {column.name: getattr(stats, column.name) for column in STATISTICS}
+
+    def _regression_scores(self, members: Sequence[Signals]) -> dict[str, Tensor]:
+        predictions = [member.prediction for member in members if member.prediction is not None]
+        target = members[0].target
+        if target is None or len(predictions) < len(members):
+            raise ValueError(f"Ensemble: a model gives no prediction under {type(self.task).__name__}")
+        return regression_scores(predictions, target, self.weights)
 
     def metadata(self) -> dict[str, str]:
         return {"models": str(len(self.models)), "weights": str(self.weights or "equal")}
@@ -135,6 +180,31 @@ def ensemble_scores(
         scores["prediction"] = prediction.masked_fill(prediction < 0, torch.nan)
         scores |= label_quality(logits, labels, weights if weights is not None else "uniform")
     return scores
+
+
+def regression_scores(
+    predictions: Sequence[Tensor], target: Tensor, weights: Sequence[float] | None = None
+) -> dict[str, Tensor]:
+    """The ensemble's columns (without prefix) of a regression.
+
+    Args:
+        predictions: K tensors of the target's shape.
+        target: (B, ...).
+        weights: (K,) or None for equal.
+
+    Returns:
+        (B,) float32 per name; sums are taken in float64.
+    """
+    stacked = torch.stack([prediction.double().to(target.device) for prediction in predictions])
+    stacked = stacked.flatten(2) if stacked.ndim > 2 else stacked[:, :, None]
+    w = torch.as_tensor(shares(weights, len(stacked)), dtype=torch.float64, device=target.device)[:, None, None]
+    mean = (w * stacked).sum(0)
+    scores = {
+        "mean": mean.mean(1),
+        "variance": (w * (stacked - mean).square()).sum(0).mean(1),
+        "residual": (mean - target.double().view(mean.shape)).square().mean(1),
+    }
+    return {name: values.float() for name, values in scores.items()}
 
 
 def _check_same_classes(models: Sequence[nn.Module]) -> None:

@@ -15,7 +15,7 @@ from assay.probe.jvp import Jvp
 from assay.probe.layers import Factors
 from assay.probe.pooling import Pooling
 from assay.probe.recording import Recorder, undisturbed
-from assay.probe.reductions import Feature, Reduction
+from assay.probe.reductions import Feature, Reduction, TokenDot
 from assay.probe.selection import coverage, make_taps, select
 from assay.probe.verify import Check, prepare_check
 from assay.tasks import OutputLayer, Outputs, Task
@@ -41,6 +41,7 @@ class Signals:
         row_losses: (B,) or (B, T): the cross entropies that the losses are made of, 0 where nothing is predicted; None
             if the task has none.
         raw: by name, the samples' own columns, each of B values; the probe gives none.
+        prediction, target: (B, ...), a regression's, if logits were asked for.
         left_out: parameters that could not be tapped: nothing here holds their gradients.
         size: B, where it is known before the losses are; see ``samples``.
     """
@@ -55,6 +56,8 @@ class Signals:
     output_layer: OutputLayer | None = None
     row_losses: Tensor | None = Lazy()  # type: ignore[assignment]
     raw: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    prediction: Tensor | None = None
+    target: Tensor | None = None
     left_out: frozenset[str] = frozenset()
     size: int | None = None
 
@@ -234,6 +237,9 @@ class Probe:
         each = []
         for reading, (own, reduced, factors) in zip(self._readings, found, strict=True):
             moved = {key: jvp(self._model, self._task, batch) for key, jvp in reading.jvps.items()}
+            for key, reduction in reading.reductions.items():
+                if isinstance(reduction, TokenDot) and mask is not None:
+                    reduced[key] = reduced[key].masked_fill(~mask.to(reduced[key].device), torch.nan)
             each.append(self._signals(own, size, reduced | moved, factors, embeddings))
         return each
 
@@ -306,6 +312,8 @@ class Probe:
             reduced=reduced,
             output_layer=outputs.output_layer if self._logits else None,
             row_losses=later(outputs, "row_losses", lambda rows: None if rows is None else rows.detach()),
+            prediction=outputs.prediction.detach() if self._logits and outputs.prediction is not None else None,
+            target=outputs.target if self._logits else None,
             size=size,
             left_out=frozenset(self.left_out),
         )
@@ -346,6 +354,7 @@ class _Reading:
         """The signals of a batch without samples: no logits, whose width nobody knows, and no factors."""
         none = torch.zeros(0)
         widths = {key: (r.size,) if isinstance(r, Feature) else () for key, r in self.reductions.items()}
+        widths |= {key: (0,) for key, r in self.reductions.items() if isinstance(r, TokenDot)}
         reduced = {key: none.new_zeros(0, *width) for key, width in widths.items()}
         return Signals(none, None, none.long(), reduced=reduced, row_losses=none)
 

@@ -1,4 +1,4 @@
-"""Causal language models from safetensors and GGUF files, whole or not at all.
+"""Models of transformers from safetensors and GGUF files, whole or not at all.
 
 transformers gets tensors and a private folder with copies of the small files that were looked at, never the
 model's own folder: what lies there besides, or where a config points to, cannot be opened.
@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -30,8 +32,9 @@ from assay.recipe.model_files import (
     read_weights,
     shortened,
 )
+from assay.recipe.model_labels import LABEL_KEYS, check_architecture, check_padding_token, has_labels, read_labels
 
-# Keys of a config that name code or files, choose kernels from elsewhere, or are about other tasks.
+# Keys of a config that name code or files, or choose kernels from elsewhere; those of labels go through `read_labels`.
 _DROPPED = {
     "auto_map",
     "custom_generate",
@@ -42,50 +45,71 @@ _DROPPED = {
     "_attn_implementation_internal",
     "experts_implementation",
     "_experts_implementation",
-    "num_labels",
-    "id2label",
-    "label2id",
+    *LABEL_KEYS,
 }
 
+Dtype = Literal["float32", "bfloat16", "float16"]
 
-def load_folder(folder: ModelFolder) -> nn.Module:
-    """The causal language model of a folder, in float32.
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a recipe wants of a model: the class of transformers that its task names, and the type of its numbers."""
+
+    auto_class: str = "AutoModelForCausalLM"
+    dtype: Dtype = "float32"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        found: torch.dtype = getattr(torch, self.dtype)
+        return found
+
+
+def load_folder(folder: ModelFolder, wanted: Wanted, elsewhere: Mapping[str, Stored] | None = None) -> nn.Module:
+    """The model of a folder, whose weights may lack those that come from ``elsewhere``.
 
     Raises:
         EngineError: a file cannot be read or lies about another; a tensor is missing, left over, or of another
-            shape than the config says.
+            shape than the config says; the architecture has no model for the task.
     """
     config_file, stored = folder.full(CONFIG), read_weights(folder)
-    values = read_config(folder, len(stored))
+    values = read_config(folder, len(stored), wanted.auto_class)
     budget = Budget(config_file, len(stored), sum(tensor.numbers for tensor in stored.values()))
     transformers = require("transformers", "text")
+    options: dict[str, Any] = {"dtype": wanted.torch_dtype}
     with quietly():
         with refusing(f"{config_file}: transformers cannot load it"), staged({CONFIG: values}) as private:
             config = transformers.AutoConfig.from_pretrained(private, local_files_only=True, trust_remote_code=False)
+            auto_class = _auto_class(config_file, config, wanted.auto_class)
             with torch.device("meta"), budget.enforced():
-                skeleton = transformers.AutoModelForCausalLM.from_config(
-                    copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False
-                )
+                skeleton = auto_class.from_config(copy.deepcopy(config), **options, trust_remote_code=False)
+                if labels := _labels_of(skeleton, elsewhere or {}, values):
+                    config.num_labels = labels
+                    skeleton = auto_class.from_config(copy.deepcopy(config), **options, trust_remote_code=False)
+                if _lacks_pooler(skeleton, stored):
+                    options["add_pooling_layer"] = False
+                    skeleton = type(skeleton)._from_config(copy.deepcopy(config), **options)
         _check_dtypes(folder, skeleton, stored)
         with refusing(f"{folder.path}: transformers cannot load its weights"):
             model, report = type(skeleton).from_pretrained(
                 None,
                 config=config,
                 state_dict=_slices(folder),
-                dtype=torch.float32,
                 ignore_mismatched_sizes=True,  # they are in the report
                 output_loading_info=True,
                 local_files_only=True,
+                **options,
             )
-    _check_report(folder.path, report)
+    _check_report(folder.path, model, report, elsewhere or {})
     _check_duplicates(folder.path, model, stored)
     with refusing(f"{config_file}: transformers cannot tell which weights are tied"):
         _check_ties(config_file, model)
+    check_padding_token(config_file, model)
+    _check_range(folder.path, model, wanted)
     return eval_mode(model)
 
 
-def load_gguf(path: str) -> nn.Module:
-    """The causal language model of a GGUF file, in float32. Raises as `load_folder` does."""
+def load_gguf(path: str, wanted: Wanted) -> nn.Module:
+    """The model of a GGUF file. Raises as `load_folder` does."""
     header = read_gguf(path)
     check_counts(path, header.values, len(header.tensors))
     budget = Budget(path, len(header.tensors), sum(tensor.numbers for tensor in header.tensors.values()))
@@ -93,16 +117,18 @@ def load_gguf(path: str) -> nn.Module:
     require("gguf", "text")
     refusals = refusing(f"{path}: transformers cannot load it")
     with staged({}, {"model.gguf": path}) as private, quietly(), refusals, budget.enforced():
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        model, report = getattr(transformers, wanted.auto_class).from_pretrained(
             private,
             gguf_file="model.gguf",
-            dtype=torch.float32,
+            dtype=wanted.torch_dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             local_files_only=True,
             trust_remote_code=False,
         )
-    _check_report(path, report)
+    _check_report(path, model, report, {})
+    check_padding_token(path, model)
+    _check_range(path, model, wanted)
     return eval_mode(model)
 
 
@@ -111,10 +137,54 @@ def eval_mode(model: Any) -> nn.Module:
     return module
 
 
-def read_config(folder: ModelFolder, tensors: int) -> dict[str, Any]:
-    """The folder's config.json without the keys that could lead out of it; its weights hold so many ``tensors``."""
+def _auto_class(config_file: str, config: Any, name: str) -> Any:
+    """The class of transformers that makes models of this config for a task."""
+    transformers = require("transformers", "text")
+    if name == "AutoModel" and type(config) in transformers.AutoModelForTextEncoding._model_mapping:
+        encoder = transformers.AutoModelForTextEncoding._model_mapping[type(config)]
+        if encoder.__name__.endswith("EncoderModel"):  # T5's: the half that needs nothing but the text
+            return transformers.AutoModelForTextEncoding
+    auto_class = getattr(transformers, name, None)
+    if auto_class is None or type(config) not in auto_class._model_mapping:
+        raise EngineError(
+            f"{config_file}: transformers has no model of the architecture {shortened([config.model_type])} for this "
+            f"task ({name})"
+        )
+    if name == "AutoModel" and getattr(config, "is_encoder_decoder", False):
+        raise EngineError(
+            f"{config_file}: {shortened([config.model_type])} is an encoder with a decoder; embeddings need an encoder"
+        )
+    return auto_class
+
+
+def _labels_of(skeleton: Any, elsewhere: Mapping[str, Stored], values: Mapping[str, Any]) -> int | None:
+    """How many labels a head from ``elsewhere`` has, where the config does not say: its own number does not fit."""
+    if not has_labels(type(skeleton).__name__) or LABEL_KEYS & values.keys():
+        return None
+    other = {
+        elsewhere[name].shape[:1]
+        for name, p in skeleton.named_parameters()
+        if name in elsewhere and p.shape != elsewhere[name].shape
+    }
+    return other.pop()[0] if len(other) == 1 and () not in other else None
+
+
+def _lacks_pooler(skeleton: Any, stored: Mapping[str, Stored]) -> bool:
+    """Whether the weights have no pooler, as those of most trained heads: a model without one can be made of them."""
+    names = [name for name, _ in skeleton.named_parameters() if name.startswith("pooler.")]
+    found = any(name.startswith(f"{at}pooler.") for name in stored for at in ("", f"{skeleton.base_model_prefix}."))
+    return bool(names) and not found and "add_pooling_layer" in inspect.signature(type(skeleton)).parameters
+
+
+def read_config(folder: ModelFolder, tensors: int, auto_class: str = "") -> dict[str, Any]:
+    """The folder's config.json without the keys that could lead out of it, and without labels where the ``auto_class``
+    has none; its weights hold so many ``tensors``."""
     path = folder.full(CONFIG)
-    values: dict[str, Any] = without(read_mapping(path), _DROPPED)
+    given = read_mapping(path)
+    values: dict[str, Any] = without(given, _DROPPED)
+    if has_labels(auto_class):
+        check_architecture(path, given, auto_class)
+        values |= read_labels(path, given)
     if not isinstance(values.get("model_type"), str):
         raise EngineError(f"{path}: has no model_type; expected the name of an architecture, such as llama")
     quantised = values.get("quantization_config")
@@ -156,17 +226,34 @@ def _slices(folder: ModelFolder) -> dict[str, Any]:
     return slices
 
 
-def _check_report(path: str, report: Mapping[str, Any]) -> None:
+def _check_report(path: str, model: Any, report: Mapping[str, Any], elsewhere: Mapping[str, Stored]) -> None:
     """What the library only warns of: random numbers in place of weights, or weights that it did not use."""
     other = [f"{name} {_shape(own)} for {_shape(wants)}" for name, own, wants in sorted(report["mismatched_keys"])]
+    missing, unused = sorted(set(report["missing_keys"]) - elsewhere.keys()), sorted(report["unexpected_keys"])
+    heads = _beside_base(model, missing)
+    # Where the file's head is not asked for, because there is to be none or another one, it is no loss.
+    if model.base_model is model or len(missing) < len(report["missing_keys"]):
+        unused = sorted(set(unused) - set(_beside_base(model, unused)))
     faults = [
-        (sorted(report["missing_keys"]), "lack", "which its config wants"),
-        (sorted(report["unexpected_keys"]), "hold", "which its config does not want"),
+        (missing, "lack", "which its config wants"),
+        (unused, "hold", "which its config does not want"),
         (other, "hold", "the shape that its config wants"),
     ]
     said = "; ".join(f"{verb} {shortened(names)}, {why}" for names, verb, why in faults if names)
     if said:
-        raise EngineError(f"{path}: the weights do not fit the config: they {said}")
+        hint = f" (they are a model without the head of {type(model).__name__}: train it on the task first)"
+        raise EngineError(
+            f"{path}: the weights do not fit the config: they {said}{hint if heads and heads == missing else ''}"
+        )
+
+
+def _beside_base(model: Any, names: Iterable[str]) -> list[str]:
+    """Those of the ``names`` that are no part of the model below its head, with or without its prefix."""
+    prefix = f"{model.base_model_prefix}."
+    own = {name for name, _ in model.base_model.named_children()}
+    if model.base_model is not model:
+        return [name for name in names if not name.startswith(prefix) or name.startswith(f"{prefix}pooler.")]
+    return [name for name in names if name.removeprefix(prefix).split(".")[0] not in own]
 
 
 def _shape(shape: Iterable[int]) -> str:
@@ -190,6 +277,14 @@ def _check_dtypes(folder: ModelFolder, skeleton: Any, stored: Mapping[str, Store
             f"{folder.path}: {shortened(packed)} hold no floating-point numbers of 16 bits or more; take the model "
             "before quantisation, or GGUF"
         )
+
+
+def _check_range(path: str, model: nn.Module, wanted: Wanted) -> None:
+    """float16 ends at 65504: what lies beyond has become infinite."""
+    if wanted.dtype == "float16":
+        beyond = [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]
+        if beyond:
+            raise EngineError(f"{path}: {shortened(beyond)} hold numbers that float16 has not; take bfloat16")
 
 
 def _check_ties(config_file: str, model: Any) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, ValidationInfo, model_validator
 
 from assay.recipe.errors import RecipeError
-from assay.recipe.methods import METHODS, MethodSpec
+from assay.recipe.factories import check_trust
+from assay.recipe.groups import expanded
+from assay.recipe.methods import METHODS, MethodSpec, model_keys
 from assay.recipe.models import MODELS, ModelSpec
 from assay.recipe.parts import AnyPath, CorpusPath, Part, located, nearest
 from assay.recipe.tasks import TASKS, TaskSpec
@@ -64,6 +66,11 @@ class Recipe(Part):
     batch: BatchSpec = BatchSpec()
     run: RunSpec = RunSpec()
     seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _globs_of_models(cls, data: Any, info: ValidationInfo) -> Any:
+        return expanded(data, (info.context or {}).get("base", ""), model_keys) if isinstance(data, Mapping) else data
 
     @model_validator(mode="after")
     def _models_are_defined(self) -> Recipe:
@@ -132,8 +139,13 @@ class Recipe(Part):
         return text
 
 
-def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe; ``overrides`` are ``dotted.key=value``, in YAML. RecipeError says what is wrong."""
+def load_recipe(path: str, overrides: Sequence[str] = (), trust: Sequence[str] = ()) -> Recipe:
+    """Read a recipe; ``overrides`` are ``dotted.key=value``, in YAML. RecipeError says what is wrong.
+
+    ``trust`` names the modules of Python that the recipe's models may be made by (``kind: python``): those modules, and
+    the ones below them. No other is imported.
+    """
+    context = {"base": os.path.dirname(os.path.abspath(path)), "trust": check_trust(trust)}
     try:
         with open(path, encoding="utf-8") as file:
             data = yaml.load(file, _Loader)
@@ -146,7 +158,7 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _override(path, data, override)
     try:
-        return Recipe.model_validate(data, context={"base": os.path.dirname(os.path.abspath(path))})
+        return Recipe.model_validate(data, context=context)
     except ValidationError as error:
         raise _first_error(path, error) from error
 

@@ -13,6 +13,7 @@ from assay.tasks.margin import Margin
 from assay.tasks.output_layer import OutputLayer
 from assay.tasks.sampled import Sampled
 from assay.tasks.supervised import Classification, Regression
+from assay.tasks.token_classification import TokenClassification
 
 __all__ = [
     "IGNORE",
@@ -25,5 +26,6 @@ __all__ = [
     "Regression",
     "Sampled",
     "Task",
+    "TokenClassification",
     "row_losses",
 ]

@@ -17,6 +17,10 @@ IGNORE = -100
 """The label of a row at which nothing is predicted."""
 
 
+SUM_TOLERANCE = 1e-4
+"""How far the sum of a soft label's probabilities may be from 1."""
+
+
 class Lazy:
     """A data class' field that may be given as a function without arguments: it is called when first read."""
 
@@ -54,7 +58,8 @@ class Outputs:
     per position, ``labels`` being -100 where nothing is predicted; ``rows`` (N,) int64, the sample that owns
     each row, or None when row i is sample i. With an ``output_layer`` the logits have not been made: reading
     them makes them. ``row_losses``, (B,) or (B, T) with their graph, are the cross entropies that the losses are made
-    of, 0 where nothing is predicted. Without a graph, both may be given as functions.
+    of, 0 where nothing is predicted. Without a graph, both may be given as functions. ``prediction`` and ``target``,
+    (B, ...) both, are a regression's, which has neither logits nor labels.
     """
 
     losses: Tensor = Lazy()  # type: ignore[assignment]
@@ -63,6 +68,8 @@ class Outputs:
     rows: Tensor | None = None
     output_layer: OutputLayer | None = None
     row_losses: Tensor | None = Lazy()  # type: ignore[assignment]
+    prediction: Tensor | None = None
+    target: Tensor | None = None
 
     def with_losses(self, losses: Tensor) -> Outputs:
         """The same outputs with other losses; logits that have not been made stay so."""
@@ -120,6 +127,15 @@ class Relabels(Protocol):
         ...
 
 
+@runtime_checkable
+class ByToken(Protocol):
+    """A task whose samples are tokens, (B, T), and that knows which token each row of its outputs is about."""
+
+    def by_token(self, values: Tensor, labels: Tensor, samples: int) -> Tensor:
+        """Rows' numbers and labels, (N,) both -> (B, T), the number of each token; NaN where none is predicted."""
+        ...
+
+
 def unfused(task: Task) -> Task:
     """The same task with every loss taken from the model's own logits: what a fused loss is checked against."""
     make = getattr(task, "unfused", None)
@@ -170,6 +186,20 @@ def check_range(labels: Tensor, classes: int, ignore: int | None) -> None:
     if bool(wrong.any()):
         allowed = f"[0, {classes})" + (f" or {ignore}" if ignore is not None else "")
         raise ValueError(f"label {int(labels[wrong][0])} lies outside {allowed}, the classes of the model's logits")
+
+
+def check_probabilities(labels: Tensor) -> None:
+    """ValueError unless every row of (B, C) is a distribution: not negative, and of sum 1 within ``SUM_TOLERANCE``."""
+    values = labels.detach().double()
+    off = (values.sum(1) - 1).abs()
+    wrong = ~((values >= 0).all(1) & (off <= SUM_TOLERANCE))  # NaN is neither
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        least, total = float(values[row].min()), float(values[row].sum())
+        raise ValueError(
+            f"soft label of row {row}: its smallest value is {least:.6g}, its sum {total:.6g}; expected probabilities, "
+            f"not negative and of sum 1 within {SUM_TOLERANCE:g}"
+        )
 
 
 def to_device(value: Any, device: torch.device) -> Any:

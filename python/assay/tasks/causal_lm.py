@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from assay.tasks.base import IGNORE, Outputs, as_bool, check_range, describe, logits_of, outside_range, to_device
-from assay.tasks.losses import row_losses
+from assay.tasks.losses import row_losses, sample_losses
 from assay.tasks.output_layer import OutputLayer, find_output_layer, fused, remember_changed
 
 
@@ -96,7 +97,8 @@ class CausalLM:
         """Losses by position (B, T), 0 where nothing is predicted, or what makes them -> by sample."""
 
         def losses() -> Tensor:
-            return self._sample_losses(row_losses if isinstance(row_losses, Tensor) else row_losses(), labels)
+            made = row_losses if isinstance(row_losses, Tensor) else row_losses()
+            return sample_losses(made, labels, self.reduction)
 
         by_sample: Any = losses() if isinstance(row_losses, Tensor) else losses
         by_row: Any = row_losses
@@ -106,19 +108,17 @@ class CausalLM:
             return Outputs(by_sample, unmade, labels.flatten(), rows, logits, by_row)
         return Outputs(by_sample, logits, labels.flatten(), rows, row_losses=by_row)
 
-    def _sample_losses(self, row_losses: Tensor, labels: Tensor) -> Tensor:
-        totals = row_losses.sum(1)
-        predicted = (labels != IGNORE).sum(1)
-        losses = totals / predicted.clamp(min=1) if self.reduction == "mean" else totals
-        # where() sends no gradient to what it did not choose: a NaN here harms nobody's gradient.
-        return torch.where(predicted > 0, losses, torch.nan).float()
-
     def relabelled(self, batch: Mapping[str, Any], labels: Tensor) -> dict[str, Any]:
         """The label of row (b, t) is the token at t + 1."""
         ids = self._ids(batch)
         moved = torch.full_like(ids, IGNORE, dtype=torch.int64)
         moved[:, 1:] = labels.view(ids.shape)[:, :-1]
         return {**batch, "labels": moved}
+
+    def by_token(self, values: Tensor, labels: Tensor, samples: int) -> Tensor:
+        """Row (b, t) is about token t + 1; nothing predicts the first."""
+        rows = values.masked_fill(labels == IGNORE, torch.nan).view(samples, -1)
+        return F.pad(rows[:, :-1], (1, 0), value=torch.nan)
 
     def mask(self, batch: Any) -> Tensor:
         ids = self._ids(batch)

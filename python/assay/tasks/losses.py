@@ -1,8 +1,8 @@
-"""Cross entropy of rows of logits."""
+"""Cross entropy of rows of logits, and what samples make of their rows'."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -58,6 +58,28 @@ def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """
     losses: Tensor = _RowLosses.apply(logits, labels)  # type: ignore[no-untyped-call]
     return losses
+
+
+def soft_losses(logits: Tensor, probabilities: Tensor) -> Tensor:
+    """(N, C), (N, C) -> (N,): −Σ_c p_c log q_c with q = softmax(logits), in float32 or float64, with its graph.
+
+    A class of probability 0 adds nothing, also where q is 0.
+    """
+    log_q = wide(logits).log_softmax(1)
+    p = probabilities.to(log_q.dtype)
+    return -torch.where(p > 0, p * log_q, 0.0).sum(1)
+
+
+def sample_losses(row_losses: Tensor, labels: Tensor, reduction: Literal["mean", "sum"]) -> Tensor:
+    """(B, T), (B, T) -> (B,) float32: the mean or sum over a sample's rows with a label; NaN, of gradient 0, without.
+
+    ``row_losses`` are 0 where the label is -100.
+    """
+    totals = row_losses.sum(1)
+    predicted = (labels != IGNORE).sum(1)
+    losses = totals / predicted.clamp(min=1) if reduction == "mean" else totals
+    # where() sends no gradient to what it did not choose: a NaN here harms nobody's gradient.
+    return torch.where(predicted > 0, losses, torch.nan).float()
 
 
 def _row_parts(logits: Tensor) -> list[slice]:

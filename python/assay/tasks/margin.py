@@ -23,10 +23,17 @@ class Margin:
     summed). Its gradient is that of the row's loss divided by 1 − p. Losses, because lower is better in all of assay.
 
     Args:
-        task: Classification or CausalLM; each row's loss must be −log p.
+        task: Classification, TokenClassification or CausalLM; each row's loss must be −log p.
+
+    Raises:
+        ValueError: the task's labels are probabilities, so that there is no margin.
     """
 
     task: Task
+
+    def __post_init__(self) -> None:
+        if getattr(self.task, "soft", False):
+            raise ValueError("Margin: needs one class per sample, and the task's labels are probabilities (soft)")
 
     def size(self, batch: Any) -> int:
         return self.task.size(batch)
@@ -48,7 +55,8 @@ class Margin:
         nll, labels = outputs.row_losses, outputs.labels
         if nll is None or labels is None:
             raise ValueError(
-                f"Margin: {type(self.task).__name__} has no probability of a label; use Classification or CausalLM"
+                f"Margin: {type(self.task).__name__} has no probability of one label per row; use "
+                "Classification with classes, TokenClassification or CausalLM"
             )
         if nll.ndim == 1 and outputs.logits is not None:
             return outputs.with_losses(_from_logits(outputs.logits, labels))

@@ -19,7 +19,7 @@ class Sampled:
     with the data's labels it is only the "empirical" Fisher.
 
     Args:
-        task: Classification or CausalLM; the model runs once more, for its predictions.
+        task: Classification, TokenClassification or CausalLM; the model runs once more, for its predictions.
         seed: of the draws. Row i of every batch has the same random numbers: give every batch a seed of its own.
         plain: whether the losses of the drawn labels are taken from the model's own logits. The draws are the same.
     """
@@ -42,12 +42,13 @@ class Sampled:
 
     def forward(self, model: nn.Module, batch: Any) -> Outputs:
         predicted = self.task.forward(model, batch)  # with gradients: a probe's taps refuse to run without
-        if predicted.logits is None or predicted.labels is None or not isinstance(self.task, Relabels):
+        if predicted.logits is None or not isinstance(self.task, Relabels):
             raise ValueError(f"Sampled: {type(self.task).__name__} has no distribution of labels to draw from")
         generator = torch.Generator(predicted.logits.device).manual_seed(self.seed)
         p = predicted.logits.detach().float().softmax(1)
         p = p.where(p.isfinite().all(1, keepdim=True), 1.0)  # multinomial refuses NaN; its loss is NaN under any label
         drawn = torch.multinomial(p, 1, generator=generator)[:, 0]
-        drawn = torch.where(predicted.labels == IGNORE, IGNORE, drawn)
+        if predicted.labels is not None:  # soft labels are none, and every row has one
+            drawn = torch.where(predicted.labels == IGNORE, IGNORE, drawn)
         task = unfused(self.task) if self.plain else self.task
         return task.forward(model, self.task.relabelled(batch, drawn))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import nn
 
 from assay.corpus.errors import BadRow
+from assay.corpus.shards import Shard
 from assay.recipe.models import ModelSpec
 from assay.recipe.parts import Part, Registry
 from assay.tasks import Task
@@ -47,10 +48,24 @@ class Encoder(Protocol):
         ...
 
 
+@runtime_checkable
+class ShowsTokens(Protocol):
+    """An encoder whose samples are tokens."""
+
+    def tokens(self, data: Any) -> list[tuple[str, bool]]:
+        """A sample's tokens as text, from its ``data``, and which of them its loss and scores are about."""
+        ...
+
+
 class TaskSpec(Part):
     """What a sample is."""
 
     kind: str
+
+    @property
+    def group_rows(self) -> int | None:
+        """How many rows after one another share a loss; None where every sample has its own."""
+        return None
 
     @property
     def auto_class(self) -> str:
@@ -60,6 +75,11 @@ class TaskSpec(Part):
     def task(self) -> Task:
         """The task that methods get."""
         raise NotImplementedError
+
+    def open(self, specs: Mapping[str, ModelSpec]) -> Callable[[Mapping[str, nn.Module]], Encoder]:
+        """What makes the encoder of the models, once they are loaded; EngineError for what does not fit, as far as it
+        shows before their weights are read."""
+        return lambda models: self.encoder({name: (specs[name], model) for name, model in models.items()})
 
     def encoder(self, models: Mapping[str, tuple[ModelSpec, nn.Module]]) -> Encoder:
         """How this task's rows become batches for these models."""
@@ -75,3 +95,10 @@ def attempt(check: Callable[..., T], *arguments: Any) -> T | BadRow:
         return check(*arguments)
     except BadRow as fault:
         return fault
+
+
+def beside(encoder: Encoder, shard: Shard) -> Encoder:
+    """The encoder for a shard's rows: one whose values may be paths is told where the shard lies."""
+    told = getattr(encoder, "beside", None)
+    own: Encoder = encoder if told is None else told(shard)
+    return own

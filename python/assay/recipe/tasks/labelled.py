@@ -1,0 +1,60 @@
+"""A sample and its label, each read by an object of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from assay.corpus.errors import BadRow
+from assay.corpus.shards import Shard
+from assay.recipe.tasks.base import Encoded, Encoder, attempt, beside
+
+
+class Labels(Protocol):
+    """What a label is: a class, probabilities, numbers."""
+
+    column: str
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """As an encoder's."""
+        ...
+
+    def encode(self, value: Any) -> Any:
+        """A row's label. BadRow if it is none."""
+        ...
+
+    def collate(self, labels: Sequence[Any]) -> torch.Tensor:
+        """The labels of a batch."""
+        ...
+
+
+class LabelledEncoder:
+    """Rows to pairs (x, y): ``inputs`` reads and collates x, which may be a tensor or a mapping, ``labels`` y."""
+
+    def __init__(self, inputs: Encoder, labels: Labels) -> None:
+        self.columns = (*inputs.columns, labels.column)
+        self._inputs, self._labels = inputs, labels
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return self._inputs.identity | self._labels.identity
+
+    def beside(self, shard: Shard) -> LabelledEncoder:
+        """For the rows of this shard."""
+        return LabelledEncoder(beside(self._inputs, shard), self._labels)
+
+    def encode(self, rows: Sequence[tuple[Any, ...]]) -> list[Encoded | BadRow]:
+        inputs = self._inputs.encode([row[:-1] for row in rows])
+        return [self._labelled(own, row[-1]) for own, row in zip(inputs, rows, strict=True)]
+
+    def _labelled(self, own: Encoded | BadRow, value: Any) -> Encoded | BadRow:
+        if isinstance(own, BadRow):
+            return own
+        label = attempt(self._labels.encode, value)
+        return label if isinstance(label, BadRow) else Encoded((own.data, label), own.length, own.nbytes)
+
+    def collate(self, data: Sequence[tuple[Any, Any]]) -> tuple[Any, torch.Tensor]:
+        return self._inputs.collate([x for x, _ in data]), self._labels.collate([y for _, y in data])

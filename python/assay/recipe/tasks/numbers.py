@@ -1,0 +1,55 @@
+"""Samples that are numbers: vectors, or tensors of one shape."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from assay.corpus.checks import check_features
+from assay.corpus.errors import BadRow
+from assay.recipe.errors import EngineError
+from assay.recipe.models import ModelSpec
+from assay.recipe.tasks.base import Encoded, attempt
+
+
+class NumberInputs:
+    """Lists of numbers, flat or nested, to tensors of ``shape``."""
+
+    def __init__(self, column: str, shape: Sequence[int]) -> None:
+        self.columns = (column,)
+        self._shape, self._size = tuple(shape), math.prod(shape)
+
+    @classmethod
+    def of(
+        cls, column: str, shape: Sequence[int] | None, models: Mapping[str, tuple[ModelSpec, nn.Module]]
+    ) -> NumberInputs:
+        """For these models, which may tell the size of an input. EngineError if they differ, or none tells."""
+        known = {size for spec, model in models.values() if (size := spec.input_size(model)) is not None}
+        if shape is not None:
+            known.add(math.prod(shape))
+        if len(known) != 1:
+            what = f"they want inputs of {sorted(known)} numbers" if known else "they do not tell their input's size"
+            raise EngineError(f"task.shape: the models leave it open ({what}); give the shape of one input")
+        return cls(column, tuple(shape or known))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {}
+
+    def encode(self, rows: Sequence[tuple[Any, ...]]) -> list[Encoded | BadRow]:
+        return [attempt(self._encode_row, *row) for row in rows]
+
+    def _encode_row(self, value: Any) -> Encoded:
+        features = check_features(self.columns[0], value, self._size)
+        return Encoded(features, 1, features.nbytes)
+
+    def collate(self, data: Sequence[npt.NDArray[np.float32]]) -> torch.Tensor:
+        inputs = np.stack(data).reshape(len(data), *self._shape)
+        # A copy of torch's own making: numpy aligns to 16 bytes, and a matrix product may round by alignment.
+        return torch.from_numpy(inputs).clone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import multiprocessing.forkserver
 import os
@@ -10,9 +11,11 @@ import signal
 import threading
 import time
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 
 from assay.corpus.errors import CorpusError
 from assay.corpus.storage import Store
@@ -23,7 +26,7 @@ from assay.engine.progress import Progress
 from assay.engine.shard import BLOCK_WINDOWS
 from assay.recipe.errors import EngineError
 from assay.recipe.recipe import load_recipe
-from tests.engine import odd_workers, unimportable
+from tests.engine import odd_workers, test_text, unimportable
 from tests.small_project import make_project, make_rows
 
 TWO = "run.devices='cpu,cpu'"
@@ -208,6 +211,54 @@ def test_a_worker_that_is_killed_as_it_starts_has_a_second_chance(project, monke
     odd(monkeypatch, "killed_while_it_starts")
     with pytest.raises(EngineError, match=r"ended before it could start \(killed by SIGKILL\)"):
         score(project, TWO)
+
+
+def test_workers_trust_the_modules_that_the_caller_trusts(project, monkeypatch):
+    (project.root / "mymodels.py").write_text(
+        "import torch\n\ndef make(seed):\n    torch.manual_seed(seed)\n    return torch.nn.Linear(6, 3)\n"
+    )
+    monkeypatch.syspath_prepend(str(project.root))
+    models = {
+        name: {"kind": "python", "factory": "mymodels:make", "arguments": {"seed": i}} for i, name in enumerate("ab")
+    }
+    task = {**project.recipe["task"], "shape": [6]}
+    project.write_recipe(models=models, task=task, methods=[{"method": "ensemble", "models": ["a", "b"]}])
+    for devices in ("cpu", "cpu,cpu"):
+        loaded = load_recipe(str(project.path), [f"run.devices='{devices}'", f"output={devices}"], ["mymodels"])
+        assert run(loaded).clean
+    assert written(project.root / "cpu") == written(project.root / "cpu,cpu")
+
+
+@pytest.mark.slow
+def test_numbers_per_token_of_a_language_model_in_parts(tmp_path, monkeypatch):
+    """Lists in a table, a tokenizer in every worker, and batches by length."""
+    monkeypatch.setattr(crew, "SPLIT_BYTES", 1)
+    odd(monkeypatch, "small_windows")
+    for seed, name in enumerate(("small", "ref")):
+        test_text.save_model(tmp_path / name, seed)
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices(test_text.WORDS[1:], k=rng.randint(1, 20))) for _ in range(2 * BLOCK + 9)]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    recipe = {
+        "version": 1,
+        "corpus": {"path": "data"},
+        "task": {"kind": "causal_lm", "max_length": 16},
+        "models": {name: {"kind": "transformers", "path": name} for name in ("small", "ref")},
+        "methods": [
+            {"method": "ensemble", "models": ["small", "ref"], "tokens": True},
+            {"method": "grad_mimic", "model": "small", "reference": "ref"},
+        ],
+        "output": "scores",
+    }
+    path, overrides = tmp_path / "recipe.yaml", ["batch.tokens=500"]
+    path.write_text(yaml.safe_dump(recipe))
+    with monkeypatch.context() as patch:
+        patch.setattr(shard, "WINDOW_ROWS", odd_workers.SMALL_WINDOW)
+        run(load_recipe(str(path), [*overrides, "output=one", "run.devices=cpu"]))
+    run(load_recipe(str(path), [*overrides, "output=two", TWO]))
+    assert any(pa.types.is_list(field.type) for field in pq.read_schema(tmp_path / "one/a.parquet"))
+    assert written(tmp_path / "one") == written(tmp_path / "two")
 
 
 def test_what_does_not_fit_together_is_said_as_by_one(project):

@@ -13,7 +13,7 @@ from assay.corpus.scores_folder import Scores
 from assay.curate import Ranked, Ranking, read_samples
 from assay.engine import open_encoder
 from assay.recipe import load_recipe
-from assay.recipe.tasks import Encoder
+from assay.recipe.tasks import Encoder, ShowsTokens
 
 _INDENT = "    "
 
@@ -78,7 +78,7 @@ def ranking_lines(ranking: Ranking, cards: Sequence[Card], width: int) -> Iterat
         yield cut(f"{ranking.nan:,} rows have NaN for {ranking.by} (--nan 5 shows some)", width)
 
 
-def make_cards(scores: Scores, ranking: Ranking, tokens: bool) -> list[Card]:
+def make_cards(scores: Scores, ranking: Ranking, tokens: bool, trust: Sequence[str] = ()) -> list[Card]:
     """The ranking's samples with their rows of the corpus: the worst, the best, those without a score.
 
     Raises:
@@ -86,7 +86,7 @@ def make_cards(scores: Scores, ranking: Ranking, tokens: bool) -> list[Card]:
     """
     ends = {"worst": ranking.worst, "best": ranking.best, "nan": ranking.without}
     task = scores.identity.recipe.get("task")
-    encoder = _token_encoder(scores) if tokens else None
+    encoder = _token_encoder(scores, trust) if tokens else None
     columns = list(dict.fromkeys([*_task_columns(task), *(encoder.columns if encoder else ())]))
     samples = read_samples([ranked for end in ends.values() for ranked in end], columns)
     cards = []
@@ -115,13 +115,13 @@ def _classes(task: Any) -> dict[str, Sequence[str]]:
     return {column: [str(label) for label in labels]} if isinstance(labels, list) and isinstance(column, str) else {}
 
 
-def _token_encoder(scores: Scores) -> Encoder:
+def _token_encoder(scores: Scores, trust: Sequence[str]) -> Encoder:
     """The encoder of the recipe that lies beside the scores. CorpusError if it has no tokens to show."""
     if not scores.store.is_local:
         raise CorpusError(f"--tokens: {scores.store.url} is not on this machine, where the recipe's models are")
-    recipe = load_recipe(scores.store.full(RESOLVED_RECIPE))
+    recipe = load_recipe(scores.store.full(RESOLVED_RECIPE), trust=trust)
     encoder = open_encoder(recipe)
-    if not hasattr(encoder, "tokens"):
+    if not isinstance(encoder, ShowsTokens):
         raise CorpusError(f"--tokens: the samples of a {recipe.task.kind} task have no tokens that count in a loss")
     return encoder
 
@@ -130,5 +130,5 @@ def _tokens(encoder: Encoder, values: Mapping[str, Any]) -> Sequence[tuple[str, 
     (encoded,) = encoder.encode([tuple(values[name] for name in encoder.columns)])
     if isinstance(encoded, BadRow):
         return encoded
-    shown: Sequence[tuple[str, bool]] = encoder.tokens(encoded.data)  # type: ignore[attr-defined]
-    return shown
+    assert isinstance(encoder, ShowsTokens)
+    return encoder.tokens(encoded.data)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 
+import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
 
 from assay.cli import main
+from tests.recipe.tasks.chat_tokenizers import word_tokenizer
+from tests.small_architectures import save
 from tests.small_models import TEXTS, byte_tokenizer, save_model
 from tests.small_project import make_project, make_rows, save_mlp
 
@@ -106,6 +111,47 @@ def test_prompts_with_completions(folder, models, capsys):
         counted = "".join(token for token, counts in card["tokens"] if counts)
         assert counted.replace("Ġ", " ").startswith(card["sample"]["output"][:20])
         assert not any(counts for token, counts in card["tokens"][:9])
+
+
+def pictures(count: int) -> list[dict]:
+    """As `datasets` saves images: files' bytes."""
+    image = pytest.importorskip("PIL.Image")
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(count):
+        file = io.BytesIO()
+        image.fromarray(rng.integers(0, 256, (18, 20, 3), dtype=np.uint8)).save(file, "PNG")
+        found.append({"bytes": file.getvalue(), "path": None})
+    return found
+
+
+def picture_model(path, name: str, auto_class: str, **changes) -> str:
+    save(path, name, auto_class, **changes)
+    settings = {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}}
+    (path / "preprocessor_config.json").write_text(json.dumps(settings))
+    return str(path)
+
+
+def test_images_with_classes(folder, tmp_path, capsys):
+    images = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    rows = {"image": pictures(6), "label": [0, 1] * 3}
+    datasets.Dataset.from_dict(rows, features=images).to_parquet(folder / "a.parquet")
+    vit = picture_model(tmp_path / "vit", "vit", "AutoModelForImageClassification", id2label={0: "cat", 1: "dog"})
+    recipe = started("--model", vit)
+    assert (recipe["task"]["image_column"], recipe["task"]["label_column"]) == ("image", "label")
+    capsys.readouterr()
+    assert main(["show", "scores", "--by", "ensemble_margin", "--worst", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "image  PNG 20×18, " in out
+    assert "(cat)" in out or "(dog)" in out
+
+
+def test_images_with_texts(folder, tmp_path):
+    pq.write_table(pa.table({"image": pictures(6), "caption": TEXTS[:6]}), folder / "a.parquet")
+    clip = picture_model(tmp_path / "clip", "clip", "AutoModel")
+    word_tokenizer().save_pretrained(clip)
+    recipe = started("--model", clip)
+    assert recipe["task"] == {"kind": "contrastive", "image_column": "image", "text_column": "caption"}
 
 
 def test_another_kind_of_reference_joins_the_ensemble(folder, models, tmp_path):

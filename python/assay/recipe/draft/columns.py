@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from assay.corpus.format import ColumnFacts
 
 # Names that people give, the likeliest first.
-IDS = ("id", "_id", "uuid", "guid", "sample_id", "doc_id", "example_id", "__key__", "key")
+PATHS = ("path", "file_name", "filename", "file", "filepath", "image_path", "url", "source_url", "__url__")
+IDS = ("id", "_id", "uuid", "guid", "sample_id", "doc_id", "example_id", "__key__", "key", *PATHS)
 TEXTS = (
     *("text", "content", "document", "sentence", "body", "review", "code", "article", "story", "passage", "abstract"),
     *("comment", "tweet", "message", "title", "description"),
@@ -39,7 +40,7 @@ _IMAGE_STRUCT = re.compile(r"struct<(bytes: binary, path: string|path: string, b
 
 
 def form(name: str, facts: ColumnFacts) -> str:
-    """text, messages, words, tags, numbers, image, class, whole, float, bool, or other."""
+    """text, path, messages, words, tags, numbers, image, class, whole, float, bool, or other."""
     kind = facts.type
     if kind == "image" or _IMAGE_STRUCT.fullmatch(kind) or (kind == "binary" and name.lower() in IMAGES):
         return "image"
@@ -54,7 +55,7 @@ def form(name: str, facts: ColumnFacts) -> str:
     if _NESTED_NUMBERS.fullmatch(kind):
         return "numbers"
     if kind in ("string", "bool"):
-        return "text" if kind == "string" else kind
+        return kind if kind == "bool" else "path" if name.lower() in PATHS else "text"
     return "whole" if _WHOLE.fullmatch(kind) else "float" if _FLOAT.fullmatch(kind) else "other"
 
 
@@ -65,7 +66,7 @@ class Columns:
         self.facts = facts
         tops = [name for name in facts if not any(name.startswith(f"{other}.") for other in facts if other != name)]
         self.forms = {name: form(name, facts[name]) for name in tops}
-        self.id = self.named(("text", "whole", "other"), IDS)
+        self.id = self.named(("text", "path", "whole", "other"), IDS)
 
     def of(self, *forms: str) -> list[str]:
         """The columns of these forms, the id aside."""

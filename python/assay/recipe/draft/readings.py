@@ -80,7 +80,8 @@ def _pairs(columns: Columns) -> Iterator[Reading]:
 
 def _two_towers(columns: Columns) -> Iterator[Reading]:
     image = columns.likely(("image",), IMAGES)
-    caption = columns.named(("text",), CAPTIONS) or columns.likely(("text",), CAPTIONS)
+    labels = [name for name in columns.of("text") if name.lower() in LABELS]
+    caption = columns.likely(("text",), CAPTIONS, labels)
     if image and caption:
         why = f"{image} holds images and {caption} texts"
         yield Reading("contrastive", "contrastive", {"image_column": image, "text_column": caption}, why)

@@ -19,7 +19,7 @@ from assay.recipe.library_calls import quietly, refusing
 from assay.recipe.models import ModelSpec
 from assay.recipe.preprocessor import Preprocessor, shared_preprocessor
 from assay.recipe.tasks.base import Encoded, TaskSpec, attempt
-from assay.tasks import Task
+from assay.tasks.base import call, logits_of
 
 # An image takes part in the batch's budget of tokens as if these were its patches, as most transformers' are.
 _PIXELS_PER_TOKEN = 256
@@ -91,6 +91,10 @@ class ImageInputs:
         pixels = self.preprocessor.pixels(self.columns[0], image, self._limits.pixels)
         return Encoded(pixels, max(1, pixels.shape[1] * pixels.shape[2] // _PIXELS_PER_TOKEN), pixels.nbytes)
 
+    def examples(self, count: int) -> list[npt.NDArray[np.uint8]]:
+        """Some that a model can be tried out on."""
+        return list(np.random.default_rng(0).integers(0, 256, (count, *self.shape), np.uint8))
+
     def collate(self, data: Sequence[npt.NDArray[np.uint8]]) -> torch.Tensor:
         return self.preprocessor.batch(data)
 
@@ -102,9 +106,13 @@ def _channels(model: nn.Module) -> int:
     return told if isinstance(told, int) else 3
 
 
-def try_out(key: str, task: Task, model: nn.Module, batch: Any, shape: Sequence[int]) -> None:
-    """Run the model once. An EngineError that begins with ``key`` if it does not take images of this shape."""
+def try_out(key: str, model: nn.Module, images: ImageInputs) -> None:
+    """Run a model that takes nothing else. An EngineError that begins with ``key`` if it does not take these images."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    what = f"{key}: cannot be run on images of {' × '.join(map(str, shape))}, as its preprocessor makes them"
-    with torch.no_grad(), quietly(), refusing(what):
-        task.forward(model, task.to(batch, device))
+    shape = " × ".join(map(str, images.shape))
+    with (
+        torch.no_grad(),
+        quietly(),
+        refusing(f"{key}: cannot be run on images of {shape}, as its preprocessor makes them"),
+    ):
+        logits_of(call(model, images.collate(images.examples(1)).to(device)))

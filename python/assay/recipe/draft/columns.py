@@ -21,6 +21,10 @@ PAIRS = (
     *(("question", "answer"), ("question", "response"), ("query", "answer"), ("query", "response")),
     *(("problem", "solution"), ("input", "output"), ("source", "target"), ("docstring", "code")),
 )
+TEXT_PAIRS = (
+    *(("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("question", "sentence")),
+    *(("text1", "text2"), ("text", "text_pair"), ("query", "passage"), ("query", "document")),
+)
 LABELS = (
     *("label", "labels", "class", "category", "coarse_label", "fine_label", "intent", "topic", "sentiment", "emotion"),
     *("target", "y", "cls", "label_text"),
@@ -36,7 +40,7 @@ _WHOLE = re.compile(r"u?int\d+")
 _FLOAT = re.compile(r"float|double|halffloat|float\d+|decimal\d*.*")
 _NESTED_NUMBERS = re.compile(r"(list<)+(u?int\d+|float|double|halffloat|bool)>+")
 _TURNS = re.compile(r"list<struct<.*\brole: string\b.*>>")
-_IMAGE_STRUCT = re.compile(r"struct<(bytes: binary, path: string|path: string, bytes: binary)>")
+_IMAGE_STRUCT = re.compile(r"struct<(bytes: binary, path: (string|null)|path: (string|null), bytes: binary)>")
 
 
 def form(name: str, facts: ColumnFacts) -> str:

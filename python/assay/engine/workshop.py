@@ -77,7 +77,7 @@ def open_workshop(plan: Plan, fit: bool = True, device: torch.device = CPU) -> W
     if fit:
         _fit(plan, methods, encoder)
         with _refusals(recipe):
-            scorer = Scorer([feature_methods.get(i, method) for i, method in enumerate(methods)])
+            scorer = Scorer([feature_methods.get(i, m) for i, m in enumerate(methods)], inference=True)
     return Workshop(recipe, plan.identity, encoder, methods, feature_methods, scorer, Budget(recipe.batch.tokens))
 
 

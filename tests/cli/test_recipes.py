@@ -15,7 +15,6 @@ import yaml
 
 from assay.cli import main
 from tests.recipe.tasks import word_models
-from tests.recipe.tasks.chat_tokenizers import word_tokenizer
 from tests.small_architectures import save
 from tests.small_models import TEXTS, byte_tokenizer, save_model
 from tests.small_project import make_project, make_rows, save_mlp
@@ -216,9 +215,11 @@ def test_a_folder_of_images_per_class(folder, tmp_path):
 
 
 def test_images_with_texts(folder, tmp_path):
-    pq.write_table(pa.table({"image": pictures(6), "caption": TEXTS[:6]}), folder / "a.parquet")
+    pq.write_table(pa.table({"image": pictures(6), "caption": [f"w{i} w3" for i in range(6)]}), folder / "a.parquet")
+    from tests.engine.test_contrastive import make_tokenizer  # which needs Pillow
+
     clip = picture_model(tmp_path / "clip", "clip", "AutoModel")
-    word_tokenizer().save_pretrained(clip)
+    make_tokenizer().save_pretrained(clip)
     recipe = started("--model", clip)
     assert recipe["task"] == {"kind": "contrastive", "image_column": "image", "text_column": "caption"}
 

@@ -63,13 +63,18 @@ def form(name: str, facts: ColumnFacts) -> str:
     return "whole" if _WHOLE.fullmatch(kind) else "float" if _FLOAT.fullmatch(kind) else "other"
 
 
+def _is_inside(name: str, facts: Mapping[str, ColumnFacts]) -> bool:
+    """Whether it is a field of a struct. Those of a WebDataset's `.json` member are as good as columns."""
+    outer = name.removeprefix("json.") if "json" in facts else name
+    return "." in outer and any(name.startswith(f"{other}.") for other in facts if other not in (name, "json"))
+
+
 class Columns:
     """A shard's top-level columns by what they may be for; each is asked for once at most."""
 
     def __init__(self, facts: Mapping[str, ColumnFacts]) -> None:
         self.facts = facts
-        tops = [name for name in facts if not any(name.startswith(f"{other}.") for other in facts if other != name)]
-        self.forms = {name: form(name, facts[name]) for name in tops}
+        self.forms = {name: form(name, facts[name]) for name in facts if not _is_inside(name, facts)}
         self.id = self.named(("text", "path", "whole", "other"), IDS)
 
     def of(self, *forms: str) -> list[str]:
@@ -78,7 +83,7 @@ class Columns:
 
     def named(self, forms: Iterable[str], names: Sequence[str]) -> str | None:
         """Of these forms the first that bears one of the names, whatever its case."""
-        by_name = {name.lower(): name for name in reversed(self.of(*forms))}
+        by_name = {name.lower().removeprefix("json."): name for name in reversed(self.of(*forms))}
         return next((by_name[name] for name in names if name in by_name), None)
 
     def likely(self, forms: Iterable[str], names: Sequence[str], taken: Iterable[str | None] = ()) -> str | None:

@@ -103,7 +103,8 @@ def _choose(data: str, columns: Columns, possible: Sequence[Reading], model: Mod
                 "tokenizer, or write the conversations out as texts"
             )
         said = f"is {model.name}" + (f" with {model.outputs} outputs" if model.outputs else "")
-        raise EngineError(f"{model.path}: {said}, for which {data} has no columns; {_needed(possible)}")
+        why = "which no task of a recipe scores with" if model.use == "unknown" else f"for which {data} has no columns"
+        raise EngineError(f"{model.path}: {said}, {why}; {_needed(possible)}")
     taken, *others = fit
     notes = [f"task: {taken.task}, because {taken.why}, and {model.path} is {model.name}"]
     notes += [f"it could also be read so: {reading.why} ({_keys(reading)})" for reading in others]

@@ -110,6 +110,8 @@ def _folder_facts(folder: ModelFolder, shapes: Mapping[str, tuple[int, ...]] | N
     use = next((use for pattern, use in _HEADS if pattern.search(name)), "unknown")
     if _TWO_TOWERS.fullmatch(name):
         use = "contrastive"
+    if use == "causal_lm" and config.get("is_encoder_decoder"):
+        use = "unknown"
     labels, number = config.get("id2label"), config.get("num_labels")
     outputs = len(labels) if isinstance(labels, dict) else number if type(number) is int else None
     if outputs is None and use.endswith("classification"):

@@ -120,6 +120,7 @@ def _others(columns: Columns, taken: str) -> list[str]:
 
 def _classes(columns: Columns) -> Iterator[Reading]:
     label = columns.likely(("class",), LABELS) or columns.named(("class", "whole", "bool", "text"), LABELS)
+    label = label or columns.named(("float",), LABELS[:3])  # as pandas saves whole numbers with gaps
     if label is None and not columns.of("text"):  # beside texts a lone number may count anything
         label = columns.likely(("whole", "bool"), ())
     if label is None:

@@ -18,7 +18,7 @@ _REQUIREMENT = re.compile(r"([\w.-]+)(?:\[[^]]*\])?\s*(?:>=\s*([\d.]+))?[^;]*;\s
 _EXTRAS = {
     "cli": "the command, recipes, compressed files, filters",
     "text": "language models and data sets of Hugging Face",
-    "images": "image files",
+    "image": "image files",
     "gpu": "kernels on NVIDIA GPUs",
     "ray": "many machines",
     "report": "figures and pages",

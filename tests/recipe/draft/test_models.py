@@ -37,6 +37,7 @@ def test_a_language_model(llama):
         ("ViTForImageClassification", {"num_labels": 7}, "image classification", 7, False),
         ("CLIPModel", {}, "contrastive", None, False),
         ("BertModel", {}, "unknown", None, False),
+        ("T5ForConditionalGeneration", {"is_encoder_decoder": True}, "unknown", None, False),
     ],
 )
 def test_the_class_in_a_config_says_the_use(llama, tmp_path, name, more, use, outputs, regression):

@@ -67,13 +67,24 @@ TEXT = ("causal_lm", "causal_lm", {"text_column": "text"})
             [("token_classification", "token_classification", {"tokens_column": "tokens", "tags_column": "tags"})],
         ),
         (
+            {"features": "list<float>", "label": "double"},
+            [
+                ("classification", "numbers", {"input_column": "features", "label_column": "label"}),
+                ("regression", "numbers", {"input_column": "features", "target_column": "label"}),
+            ],
+        ),
+        (
             {"features": "list<float>", "price": "double"},
             [("regression", "numbers", {"input_column": "features", "target_column": "price"})],
+        ),
+        (
+            {"image": "image", "label": "string", "path": "string"},
+            [("classification", "image classification", {"image_column": "image", "label_column": "label"})],
         ),
         ({"a": "int64", "b": "timestamp[ns]"}, []),
         ({}, []),
     ],
-    ids=range(16),
+    ids=range(18),
 )
 def test_columns_are_read_as(columns, expected):
     found = read(**columns)
@@ -89,3 +100,9 @@ def test_what_is_left_out_of_a_prompt_is_said():
 def test_fields_of_structs_are_no_columns_of_their_own():
     facts = {"meta": ColumnFacts("struct<text: string>"), "meta.text": ColumnFacts("string")}
     assert Columns(facts).forms == {"meta": "other"}
+    archive = {"png": ColumnFacts("image"), "json": ColumnFacts("struct<caption: string>")}
+    archive["json.caption"] = ColumnFacts("string")
+    (pair, *_) = readings(Columns(archive))
+    assert pair.keys == {"image_column": "png", "text_column": "json.caption"}
+    dotted = Columns({"a.b": ColumnFacts("string"), "json": ColumnFacts("string")})
+    assert dotted.forms == {"a.b": "text", "json": "text"}

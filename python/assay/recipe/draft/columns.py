@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from assay.corpus.format import ColumnFacts
 
 # Names that people give, the likeliest first.
-IDS = ("id", "_id", "uuid", "guid", "sample_id", "doc_id", "example_id", "__key__", "key")
+PATHS = ("path", "file_name", "filename", "file", "filepath", "image_path", "url", "source_url", "__url__")
+IDS = ("id", "_id", "uuid", "guid", "sample_id", "doc_id", "example_id", "__key__", "key", *PATHS)
 TEXTS = (
     *("text", "content", "document", "sentence", "body", "review", "code", "article", "story", "passage", "abstract"),
     *("comment", "tweet", "message", "title", "description"),
@@ -19,6 +20,10 @@ PAIRS = (
     *(("instruction", "output"), ("instruction", "response"), ("instruction", "completion")),
     *(("question", "answer"), ("question", "response"), ("query", "answer"), ("query", "response")),
     *(("problem", "solution"), ("input", "output"), ("source", "target"), ("docstring", "code")),
+)
+TEXT_PAIRS = (
+    *(("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("question", "sentence")),
+    *(("text1", "text2"), ("text", "text_pair"), ("query", "passage"), ("query", "document")),
 )
 LABELS = (
     *("label", "labels", "class", "category", "coarse_label", "fine_label", "intent", "topic", "sentiment", "emotion"),
@@ -35,11 +40,11 @@ _WHOLE = re.compile(r"u?int\d+")
 _FLOAT = re.compile(r"float|double|halffloat|float\d+|decimal\d*.*")
 _NESTED_NUMBERS = re.compile(r"(list<)+(u?int\d+|float|double|halffloat|bool)>+")
 _TURNS = re.compile(r"list<struct<.*\brole: string\b.*>>")
-_IMAGE_STRUCT = re.compile(r"struct<(bytes: binary, path: string|path: string, bytes: binary)>")
+_IMAGE_STRUCT = re.compile(r"struct<(bytes: binary, path: (string|null)|path: (string|null), bytes: binary)>")
 
 
 def form(name: str, facts: ColumnFacts) -> str:
-    """text, messages, words, tags, numbers, image, class, whole, float, bool, or other."""
+    """text, path, messages, words, tags, numbers, image, class, whole, float, bool, or other."""
     kind = facts.type
     if kind == "image" or _IMAGE_STRUCT.fullmatch(kind) or (kind == "binary" and name.lower() in IMAGES):
         return "image"
@@ -54,8 +59,14 @@ def form(name: str, facts: ColumnFacts) -> str:
     if _NESTED_NUMBERS.fullmatch(kind):
         return "numbers"
     if kind in ("string", "bool"):
-        return "text" if kind == "string" else kind
+        return kind if kind == "bool" else "path" if name.lower() in PATHS else "text"
     return "whole" if _WHOLE.fullmatch(kind) else "float" if _FLOAT.fullmatch(kind) else "other"
+
+
+def _is_inside(name: str, facts: Mapping[str, ColumnFacts]) -> bool:
+    """Whether it is a field of a struct. Those of a WebDataset's `.json` member are as good as columns."""
+    outer = name.removeprefix("json.") if "json" in facts else name
+    return "." in outer and any(name.startswith(f"{other}.") for other in facts if other not in (name, "json"))
 
 
 class Columns:
@@ -63,9 +74,8 @@ class Columns:
 
     def __init__(self, facts: Mapping[str, ColumnFacts]) -> None:
         self.facts = facts
-        tops = [name for name in facts if not any(name.startswith(f"{other}.") for other in facts if other != name)]
-        self.forms = {name: form(name, facts[name]) for name in tops}
-        self.id = self.named(("text", "whole", "other"), IDS)
+        self.forms = {name: form(name, facts[name]) for name in facts if not _is_inside(name, facts)}
+        self.id = self.named(("text", "path", "whole", "other"), IDS)
 
     def of(self, *forms: str) -> list[str]:
         """The columns of these forms, the id aside."""
@@ -73,7 +83,7 @@ class Columns:
 
     def named(self, forms: Iterable[str], names: Sequence[str]) -> str | None:
         """Of these forms the first that bears one of the names, whatever its case."""
-        by_name = {name.lower(): name for name in reversed(self.of(*forms))}
+        by_name = {name.lower().removeprefix("json."): name for name in reversed(self.of(*forms))}
         return next((by_name[name] for name in names if name in by_name), None)
 
     def likely(self, forms: Iterable[str], names: Sequence[str], taken: Iterable[str | None] = ()) -> str | None:

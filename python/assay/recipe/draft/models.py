@@ -44,6 +44,8 @@ class ModelFacts:
     name: str
     """Its class, as its config has it."""
     outputs: int | None = None
+    labels: tuple[str, ...] | None = None
+    """The names of its classes in their order, where its config gives them names of their own."""
     regression: bool = False
     chat: bool = False
     positions: int | None = None
@@ -108,6 +110,8 @@ def _folder_facts(folder: ModelFolder, shapes: Mapping[str, tuple[int, ...]] | N
     use = next((use for pattern, use in _HEADS if pattern.search(name)), "unknown")
     if _TWO_TOWERS.fullmatch(name):
         use = "contrastive"
+    if use == "causal_lm" and config.get("is_encoder_decoder"):
+        use = "unknown"
     labels, number = config.get("id2label"), config.get("num_labels")
     outputs = len(labels) if isinstance(labels, dict) else number if type(number) is int else None
     if outputs is None and use.endswith("classification"):
@@ -119,11 +123,20 @@ def _folder_facts(folder: ModelFolder, shapes: Mapping[str, tuple[int, ...]] | N
         use,
         name[:80] or str(config.get("model_type"))[:80],
         outputs,
+        _names(labels),
         regression,
         _has_chat_template(folder),
         _positions(config),
         shapes,
     )
+
+
+def _names(labels: Any) -> tuple[str, ...] | None:
+    """id2label in order; None if it has transformers' own LABEL_0, LABEL_1, … or is none."""
+    if not isinstance(labels, dict) or labels.keys() != {str(i) for i in range(len(labels))}:
+        return None
+    names = tuple(str(labels[str(i)]) for i in range(len(labels)))
+    return None if all(name == f"LABEL_{i}" for i, name in enumerate(names)) else names
 
 
 def _positions(config: Mapping[str, Any]) -> int | None:

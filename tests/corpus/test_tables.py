@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from assay.corpus.tables import make_table, read_metadata, score_schema
+from assay.corpus.tables import count_nan, make_table, read_metadata, score_schema
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,12 @@ def test_several_numbers_per_sample_and_one_per_token():
     np.testing.assert_array_equal(first, [1, nan, 3])
     assert second == []
     np.testing.assert_array_equal(third, [nan, 2])
+    rows = np.empty(3, object)
+    rows[:] = [np.float32([1, nan]), np.float32([]), np.float32([nan])]  # of known lengths: nothing is padding
+    table = make_table([0, 1, 2], ["a", "b", "c"], {"pair": np.zeros((3, 2)), "token": rows}, columns, {})
+    assert [len(values) for values in table["token"].to_pylist()] == [2, 0, 1]
+    assert table["token"].null_count == 0
+    assert (count_nan(rows), count_nan(np.float32([nan, 1]))) == (2, 1)
     empty = make_table([], [], {"pair": np.empty((0, 2)), "token": np.empty((0, 0))}, columns, {})
     assert (empty.schema, len(empty)) == (table.schema, 0)
     for name, wrong in (("pair", np.zeros((3, 3))), ("pair", np.zeros(3)), ("token", np.zeros(3))):

@@ -51,8 +51,8 @@ def make_table(
     """Build a score table.
 
     ``rows`` are positions in the source, ``ids`` the samples' ids, ``scores`` one value per row for every
-    column in ``columns`` and nothing else: (N,), (N, width), or for a number per token (N, T), whose NaN at a row's end
-    are not kept. A missing or surplus score, or one of the wrong shape, is a ValueError.
+    column in ``columns`` and nothing else: (N,), (N, width), or for a number per token N arrays, or (N, T), of which
+    NaN at a row's end are not kept. A missing or surplus score, or one of the wrong shape, is a ValueError.
     """
     schema = score_schema(columns, metadata)
     row_array = np.asarray(rows, dtype=np.int64)
@@ -63,7 +63,7 @@ def make_table(
     if len(set(lengths.values())) > 1:
         raise ValueError(f"columns of a score table differ in length: {lengths}")
     arrays = [pa.array(row_array), pa.array(ids, pa.string())]
-    arrays += [_array(np.asarray(scores[c.name], dtype=np.float32), c) for c in columns]
+    arrays += [_array(scores[c.name], c) for c in columns]
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
@@ -72,8 +72,18 @@ def _type(column: ScoreColumn) -> pa.DataType:
     return pa.float32() if width == 1 else pa.list_(pa.float32(), -1 if width is None else width)
 
 
-def _array(values: npt.NDArray[np.float32], column: ScoreColumn) -> pa.Array:
+def count_nan(values: npt.NDArray[Any]) -> int:
+    """How many rows of a score are not a number; of one of a number per token, how many have no number at all."""
+    if values.dtype.kind == "O":
+        return sum(bool(np.isnan(row).all()) for row in values)
+    return int(np.isnan(values).sum())
+
+
+def _array(values: npt.NDArray[Any], column: ScoreColumn) -> pa.Array:
     width = getattr(column, "width", 1)
+    if width is None and isinstance(values, np.ndarray) and values.dtype.kind == "O":
+        return _lists(list(values))
+    values = np.asarray(values, dtype=np.float32)
     shape = () if width == 1 else values.shape[1:2] if width is None else (width,)
     if values.shape[1:] != shape or (width is None and values.ndim != 2):
         expected = "(N,)" if width == 1 else f"(N, {'T' if width is None else width})"
@@ -85,9 +95,13 @@ def _array(values: npt.NDArray[np.float32], column: ScoreColumn) -> pa.Array:
         return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel(), from_pandas=False), width)
     held = ~np.isnan(values)
     lengths = np.where(held.any(1), values.shape[1] - held[:, ::-1].argmax(1), 0) if values.size else held.sum(1)
-    kept = values[np.arange(values.shape[1]) < lengths[:, None]]
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    return pa.ListArray.from_arrays(offsets, pa.array(kept, from_pandas=False))
+    return _lists([row[:length] for row, length in zip(values, lengths.tolist(), strict=True)])
+
+
+def _lists(rows: Sequence[npt.NDArray[np.float32]]) -> pa.Array:
+    offsets = np.cumsum([0, *map(len, rows)]).astype(np.int32)
+    flat = np.concatenate([np.empty(0, np.float32), *rows])
+    return pa.ListArray.from_arrays(offsets, pa.array(flat, from_pandas=False))
 
 
 def read_metadata(schema: pa.Schema) -> dict[str, Any]:

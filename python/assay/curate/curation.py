@@ -130,7 +130,8 @@ def _refuse_inputs(output: Store, scores: Scores, shards: Sequence[Shard]) -> No
     refuse_overlap(output, scores.corpus_path, scores.corpus)
     if output.holds(scores.store) or scores.store.holds(output):
         raise CorpusError(f"{output.url}: the output and the scores {scores.store.url} must not lie in each other")
-    output.refuse_detours(path for shard in shards for path in (shard.path, selection_path(shard)))
+    ours = {path for shard in shards for path in (*shard.files(), selection_path(shard))}
+    output.refuse_detours(ours)
     for path in scores.inputs:
         try:
             found = find_shards(path)
@@ -138,9 +139,7 @@ def _refuse_inputs(output: Store, scores: Scores, shards: Sequence[Shard]) -> No
             continue
         refuse_overlap(output, path, found)
     # A folder with other files would become a mixture of two corpora; and files of these names may be another corpus.
-    ours = {MANIFEST, CLAIM, *scores.corpus.sidecars}
-    for shard in shards:
-        ours |= {shard.path, selection_path(shard)}
+    ours |= {MANIFEST, CLAIM, *scores.corpus.sidecars}
     there = [path for path in output.files() if not path.endswith(TEMPORARY_SUFFIX)]
     strangers = [path for path in there if path not in ours]
     if strangers:

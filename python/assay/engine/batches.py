@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -65,6 +66,7 @@ def score_samples(
     own is listed with its reason, and its scores are NaN.
     """
     budget, times = budget or Budget(limits.tokens), times or Times()
+    columns = {column.name: column for column in scorer.columns}
     scores = empty_scores(scorer.columns, len(samples))
     failed: dict[int, str] = {}
     waiting = deque(make_batches([sample.encoded.length for sample in samples], limits))
@@ -80,9 +82,7 @@ def score_samples(
                 budget.ran_out(padded)
         if result is not None:
             for name, values in result.items():
-                if values.shape != (len(batch), *scores[name].shape[1:]):
-                    raise ValueError(f"{name}: {tuple(values.shape)} scores for a batch of {len(batch)} samples")
-                scores[name][batch] = values.numpy()
+                _put(scores[name], columns[name], batch, values.numpy(), samples)
         elif len(batch) == 1:
             failed[batch[0]] = f"ran out of memory on its own, at length {samples[batch[0]].encoded.length}"
         else:
@@ -93,8 +93,31 @@ def score_samples(
 
 def empty_scores(columns: Sequence[Column], count: int) -> Scores:
     """NaN for every sample and column."""
-    widths = {c.name: () if c.width == 1 else (c.width,) for c in columns}
-    return {name: np.full((count, *width), np.nan, np.float32) for name, width in widths.items()}
+    return {column.name: _no_scores(column, count) for column in columns}
+
+
+def _no_scores(column: Column, count: int) -> npt.NDArray[Any]:
+    """NaN for every sample; of a number per token an empty array."""
+    if column.width is None:
+        empty = np.empty(count, object)
+        empty[:] = [np.empty(0, np.float32)] * count
+        return empty
+    return np.full((count,) if column.width == 1 else (count, column.width), np.nan, np.float32)
+
+
+def _put(
+    scores: npt.NDArray[Any], column: Column, batch: Sequence[int], values: npt.NDArray[Any], samples: Sequence[Sample]
+) -> None:
+    """A batch's scores at its samples' places, without those of padding."""
+    lengths = [samples[i].encoded.length for i in batch]
+    per_token = (len(batch), max(lengths))
+    if values.shape != (per_token if column.width is None else (len(batch), *scores.shape[1:])):
+        raise ValueError(f"{column.name}: {values.shape} scores for a batch of {len(batch)} samples")
+    if column.width is not None:
+        scores[batch] = values
+        return
+    for i, row, length in zip(batch, values, lengths, strict=True):
+        scores[i] = row[:length].copy()  # a view would hold the whole batch's
 
 
 def make_batches(lengths: Sequence[int], limits: BatchSpec) -> list[list[int]]:

@@ -37,7 +37,8 @@ ROWS = 4096
 # Parameters that make scores of features, which do not depend on them.
 _LATER = ("models", "damping", "target_share", "weights", "name", "keep_features")
 
-Scores = dict[str, npt.NDArray[np.float32]]
+Scores = dict[str, npt.NDArray[Any]]
+"""float32, a row per sample; of a number per token, objects: an array for each."""
 
 
 class FeatureMethod(Method):

@@ -19,6 +19,7 @@ from assay.corpus.readers import read, shard_errors
 from assay.corpus.score_files import ScoreWriter
 from assay.corpus.shards import Shard
 from assay.corpus.storage import Fingerprint, Store
+from assay.corpus.tables import count_nan
 from assay.engine.ahead import read_ahead
 from assay.engine.batches import score_samples
 from assay.engine.groups import make_groups, score_groups
@@ -230,7 +231,7 @@ class _ShardWriters:
             self._quarantine.add(bad.row, bad.id, bad.reason)
         kept = self._features.add(scored.rows, scored.ids, scored.scores)
         self._table.add(scored.rows, scored.ids, kept)
-        self.nan.update({name: int(np.isnan(values).sum()) for name, values in kept.items()})
+        self.nan.update({name: count_nan(values) for name, values in kept.items()})
         self.rows += len(scored.window.rows)
 
     def counts(self) -> RowCounts:

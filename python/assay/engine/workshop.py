@@ -23,7 +23,7 @@ from assay.recipe.errors import EngineError
 from assay.recipe.models import build_models
 from assay.recipe.recipe import Recipe
 from assay.recipe.signatures import Given
-from assay.recipe.tasks import Encoder
+from assay.recipe.tasks import Encoder, ShowsTokens
 
 CPU = torch.device("cpu")
 
@@ -59,9 +59,10 @@ def open_workshop(plan: Plan, fit: bool = True, device: torch.device = CPU) -> W
     """
     recipe, task = plan.recipe, plan.recipe.task.task()
     take(device)
+    make_encoder = recipe.task.open(recipe.models_used)
     models = build_models(recipe.models_used, recipe.task.auto_class)
     models = {name: place(name, model, device) for name, model in models.items()}
-    encoder = recipe.task.encoder({name: (recipe.models_used[name], model) for name, model in models.items()})
+    encoder = make_encoder(models)
     given = Given(models, task, _targets(plan, encoder), recipe.seed)
     methods = []
     for i, spec in enumerate(recipe.methods):
@@ -70,21 +71,20 @@ def open_workshop(plan: Plan, fit: bool = True, device: torch.device = CPU) -> W
     with _refusals(recipe):
         all_columns(methods)
         feature_methods = _feature_methods(plan, methods, encoder)
-        _refuse_unsupported(methods)
+        _refuse_unsupported(methods, encoder)
         Scorer([method for method in methods if not _fits(method)])  # it taps the models, which may be refused too
     scorer = None
     if fit:
         _fit(plan, methods, encoder)
         with _refusals(recipe):
-            scorer = Scorer([feature_methods.get(i, method) for i, method in enumerate(methods)])
+            scorer = Scorer([feature_methods.get(i, m) for i, m in enumerate(methods)], inference=True)
     return Workshop(recipe, plan.identity, encoder, methods, feature_methods, scorer, Budget(recipe.batch.tokens))
 
 
 def open_encoder(recipe: Recipe) -> Encoder:
-    """What makes samples of a recipe's rows, checked against the first of its models alone."""
-    first = dict(list(recipe.models_used.items())[:1])
-    models = build_models(first, recipe.task.auto_class)
-    return recipe.task.encoder({name: (first[name], model) for name, model in models.items()})
+    """What makes samples of a recipe's rows, for its models as they are loaded for it."""
+    make_encoder = recipe.task.open(recipe.models_used)
+    return make_encoder(build_models(recipe.models_used, recipe.task.auto_class))
 
 
 def _targets(plan: Plan, encoder: Encoder) -> dict[str, Batches]:
@@ -121,13 +121,11 @@ def _feature_methods(plan: Plan, methods: Sequence[Any], encoder: Encoder) -> di
     }
 
 
-def _refuse_unsupported(methods: Sequence[Method]) -> None:
+def _refuse_unsupported(methods: Sequence[Method], encoder: Encoder) -> None:
     """ValueError for what the contract allows and a recipe has no data or table for."""
     for method in methods:
-        if any(column.width is None for column in method.columns):
-            raise ValueError(
-                f"{method.name}: gives a number per token; a recipe's tables have columns of a fixed width"
-            )
+        if any(column.width is None for column in method.columns) and not isinstance(encoder, ShowsTokens):
+            raise ValueError(f"{method.name}: gives a number per token, and the task's samples are no tokens")
         if not _fits(method) and any(need.raw or need.view for need in method.needs().values()):
             raise ValueError(
                 f"{method.name}: wants raw columns or another view, which a recipe does not give; use assay.score"

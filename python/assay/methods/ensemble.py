@@ -18,6 +18,7 @@ from assay.methods.label_quality import label_quality
 from assay.methods.weights import shares
 from assay.probe import Signals
 from assay.tasks import Classification, Regression, Task
+from assay.tasks.base import ByToken, base_task
 
 STATISTICS = (
     Column("nll", "low", "−log Σ_k w_k p_k,y: the mixture's loss on the label, nats"),
@@ -32,6 +33,10 @@ STATISTICS = (
     Column("vote_entropy", "none", "entropy of the models' votes, nats; does not see the label"),
 )
 PREDICTION = Column("prediction", "none", "argmax_c p̄_c, the class the mixture would give")
+TOKENS = (
+    Column("mean_nll_tokens", "low", "−Σ_k w_k log p_k,y of each token, nats; NaN where none is predicted", None),
+    Column("entropy_tokens", "none", "H(p̄) where each token is predicted, nats; does not see the token", None),
+)
 REGRESSION = (
     Column("mean", "none", "Σ_k w_k f_k: the models' mean prediction; of several outputs their mean"),
     Column("variance", "none", "Σ_k w_k (f_k − mean)², averaged over outputs; does not see the target"),
@@ -52,10 +57,12 @@ class Ensemble(Method):
             have been trained on the samples they judge: see ``retrain.out_of_fold``.
         task: what a sample and a label are.
         weights: (K,), not negative; None: equal. ``label_quality.model_weights`` finds them from accuracy or log loss.
+        tokens: also a list with a number for each of the sample's tokens, of ``mean_nll`` and of ``entropy``.
         name: prefix of the columns.
 
     Raises:
-        ValueError: no model, weights that are none, output layers of different sizes, or labels that are probabilities.
+        ValueError: no model, weights that are none, output layers of different sizes, labels that are probabilities, or
+            ``tokens`` of samples that are none.
     """
 
     gathers: ClassVar[int | None] = 0
@@ -66,6 +73,7 @@ class Ensemble(Method):
         task: Task,
         weights: Sequence[float] | None = None,
         *,
+        tokens: bool = False,
         name: str = "ensemble",
     ) -> None:
         if not models:
@@ -77,7 +85,9 @@ class Ensemble(Method):
                 "Ensemble: compares predictions with one class per sample, and the task's labels are probabilities "
                 "(soft); use methods that take losses or gradients, or labels that are classes"
             )
-        self.name = name
+        if tokens and not isinstance(base_task(task), ByToken):
+            raise ValueError(f"Ensemble: tokens: {type(task).__name__}'s samples are no tokens; leave it out")
+        self.name, self.tokens = name, tokens
         self.models = list(models)
         self.task = task
         self.weights = [float(w) for w in weights] if weights is not None else None
@@ -86,9 +96,9 @@ class Ensemble(Method):
 
     @property
     def columns(self) -> Sequence[Column]:
-        extra = (PREDICTION, *LABEL_QUALITY) if self._per_sample else ()
+        extra = (PREDICTION, *LABEL_QUALITY) if self._per_sample else TOKENS if self.tokens else ()
         columns = REGRESSION if self._numbers else (*STATISTICS, *extra)
-        return [Column(f"{self.name}_{c.name}", c.keep, c.description) for c in columns]
+        return [Column(f"{self.name}_{c.name}", c.keep, c.description, c.width) for c in columns]
 
     def needs(self) -> Mapping[str, Need]:
         return {f"model{k}": Need(model, self.task, logits=True) for k, model in enumerate(self.models)}
@@ -101,7 +111,13 @@ class Ensemble(Method):
         else:
             scores = self._fused_scores(members) or self._scores(members)
         if first.rows is not None and first.labels is not None:
-            scores = {f: sample_means(v, first.labels, first.rows, first.samples) for f, v in scores.items()}
+            by_row = scores
+            scores = {f: sample_means(v, first.labels, first.rows, first.samples) for f, v in by_row.items()}
+            task = base_task(self.task)
+            if self.tokens and isinstance(task, ByToken):
+                for column in TOKENS:
+                    values = by_row[column.name.removesuffix("_tokens")]
+                    scores[column.name] = task.by_token(values, first.labels, first.samples)
         return {f"{self.name}_{field}": value for field, value in scores.items()}
 
     def _scores(self, members: Sequence[Signals]) -> dict[str, Tensor]:

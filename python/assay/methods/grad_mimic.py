@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from assay.methods.base import Column, Method, Need
 from assay.methods.checks import difference
 from assay.methods.sums import cosines
-from assay.probe import Dot, Reduction, Signals, SqNorm, tapped_parameters
+from assay.probe import Dot, Reduction, Signals, SqNorm, TokenDot, tapped_parameters
+from assay.probe.selection import make_taps
 from assay.tasks import Task
+from assay.tasks.base import ByToken, base_task
 
 _log = logging.getLogger("assay")
 
@@ -46,11 +48,14 @@ class GradMimic(Method):
         task: what a sample and its loss are.
         layers: glob or globs of layer names to take the direction over; None: every supported layer.
         cosine, grad_norm: give these columns too (they need per-sample gradient norms).
+        tokens: also ``mimic_tokens``, a list with each token's share of ``mimic``, which is their sum: what the layers'
+            gradients at the token's position give of it.
         skip_unsupported: score without the layers that cannot be tapped exactly, instead of raising.
         name: name of the first column, and prefix of the others if it is not ``mimic``.
 
     Raises:
-        ValueError: the models' parameters differ in name or shape, in which of them are tied, or in nothing.
+        ValueError: the models' parameters differ in name or shape, in which of them are tied, or in nothing; or
+            ``tokens`` of samples that are none, or of a layer whose gradient is not made of single positions'.
     """
 
     gathers: ClassVar[int | None] = LINEAGE_SAMPLES
@@ -64,14 +69,17 @@ class GradMimic(Method):
         *,
         cosine: bool = False,
         grad_norm: bool = False,
+        tokens: bool = False,
         skip_unsupported: bool = False,
         name: str = "mimic",
     ) -> None:
         self.name = name
         self.model, self.reference, self.task = model, reference, task
-        self.cosine, self.grad_norm = cosine, grad_norm
+        self.cosine, self.grad_norm, self.tokens = cosine, grad_norm, tokens
         self.layers, self.skip_unsupported = layers, skip_unsupported
         self.parameters = tapped_parameters(model, layers, skip_unsupported=skip_unsupported)
+        if tokens:
+            _check_positions(model, task, self.parameters)
         check_reference(model, reference, self.parameters)
         self._taken: Direction | None = None
         self._left_out: frozenset[str] = frozenset()  # parameters that could not be tapped after all
@@ -115,6 +123,9 @@ class GradMimic(Method):
             columns.append(Column(self._named("mimic_cosine"), "high", "mimic / grad_norm, in [−1, 1]"))
         if self.grad_norm:
             columns.append(Column(self._named("grad_norm"), "none", "‖∇ℓ‖ over the chosen layers"))
+        if self.tokens:
+            description = "each token's share of mimic, which is their sum"
+            columns.append(Column(self._named("mimic_tokens"), "high", description, None))
         return columns
 
     def _named(self, score: str) -> str:
@@ -124,6 +135,8 @@ class GradMimic(Method):
         reductions: dict[str, Reduction] = {"direction": Dot(self.direction)}
         if self.cosine or self.grad_norm:
             reductions["sqnorm"] = SqNorm(tuple(self.parameters))
+        if self.tokens:
+            reductions["tokens"] = TokenDot(self.direction)
         return {
             "model": Need(
                 self.model,
@@ -154,6 +167,9 @@ class GradMimic(Method):
                 scores[self._named("mimic_cosine")] = cosines(mimic, sqnorm)
             if self.grad_norm:
                 scores[self._named("grad_norm")] = sqnorm.sqrt()
+        if self.tokens:
+            shares = -model.reduced["tokens"] / self.norm
+            scores[self._named("mimic_tokens")] = shares.masked_fill(nothing[:, None].to(shares.device), torch.nan)
         self._check_lineage(-dot, rho)
         return scores
 
@@ -191,6 +207,17 @@ class GradMimic(Method):
             if not self._lineage >= LINEAGE_MINIMUM:
                 facts["warning"] = self._lineage_warning()
         return facts
+
+
+def _check_positions(model: nn.Module, task: Task, parameters: Sequence[str]) -> None:
+    if not isinstance(base_task(task), ByToken):
+        raise ValueError(f"GradMimic: tokens: {type(task).__name__}'s samples are no tokens; leave it out")
+    for tap in make_taps(model, parameters):
+        if tap.rule is None or not tap.rule.by_position:
+            raise ValueError(
+                f"GradMimic: tokens: the gradient of layer {tap.layer!r} ({type(tap.module).__name__}) is not made of "
+                f"single tokens'; leave the layer out: layers=['*', '!{tap.layer}']"
+            )
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from assay.probe.gradient import Convolution, Dense, Outer, PerSampleGradient, S
 from assay.probe.jvp import Jvp
 from assay.probe.layers import Factors
 from assay.probe.probe import Probe, Signals
-from assay.probe.reductions import Displaced, Dot, Feature, Reduction, Sketched, SqNorm
+from assay.probe.reductions import Displaced, Dot, Feature, Reduction, Sketched, SqNorm, TokenDot
 from assay.probe.selection import tapped_parameters
 
 __all__ = [
@@ -25,5 +25,6 @@ __all__ = [
     "Signals",
     "Sketched",
     "SqNorm",
+    "TokenDot",
     "tapped_parameters",
 ]

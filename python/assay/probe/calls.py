@@ -60,6 +60,25 @@ class Call:
         head = self._head()
         return [head if local == "weight" else Dense(head.bias_gradient())]
 
+    def dot_by_position(self, local: str, direction: Tensor, positions: int | None) -> Tensor:
+        """⟨the gradient that each position gives the layer's parameter ``local``, direction⟩, (B, positions)."""
+        if self.grads is not None and self.labels is not None:
+            head = self._head()
+            return head.dot_by_position(direction) if local == "weight" else head.bias_dot_by_position(direction)
+        rule = self.tap.rule
+        if rule is None or not rule.by_position or self.grads is None or positions is None:
+            raise ValueError(f"layer {self.tap.layer!r} ({type(self.tap.module).__name__}) has no positions of its own")
+        inputs, grads = self._inputs(), self._grads()
+        dots = rule.dot_by_position(self.tap.module, local, inputs, grads, direction)
+        if dots.shape[1] != positions and inputs.shape[1:2] == (positions,):
+            dots = dots.reshape(len(dots), positions, -1).sum(2)  # attention heads, say, at every position
+        if dots.shape[1] != positions:
+            raise ValueError(
+                f"layer {self.tap.layer!r} ({type(self.tap.module).__name__}) ran on {tuple(inputs.shape)}, which are "
+                f"not the {positions} tokens of each sample"
+            )
+        return dots
+
     def _inputs(self) -> Tensor:
         """(B, ...)."""
         inputs = self.checked_inputs()

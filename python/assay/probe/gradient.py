@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 
@@ -229,12 +229,14 @@ class PerSampleGradient:
         shape: the parameter's shape.
         terms: what it is the sum of, each in the parameter's own orientation. At most one of a kind: several
             uses are laid end to end along T; where one is dense, all are.
+        by_position: a direction of the parameter's shape -> each position's part of ``dot``, (B, T).
 
     Results are (B,) float32, or float64 where a factor is float64.
     """
 
     shape: torch.Size
     terms: Sequence[Term]
+    by_position: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         if not self.terms:
@@ -250,13 +252,23 @@ class PerSampleGradient:
         """
         if direction.shape != self.shape:
             raise ValueError(f"direction of shape {tuple(direction.shape)}; expected {tuple(self.shape)}")
-        return _total([term.dot(direction) for term in self.terms])
+        return sum_of([term.dot(direction) for term in self.terms])
+
+    def dot_by_position(self, direction: Tensor) -> Tensor:
+        """What each position gives of ``dot``, (B, T), in the task's positions.
+
+        Raises:
+            ValueError: a use of the parameter has other positions, or none.
+        """
+        if self.by_position is None:
+            raise ValueError("the positions of this gradient are not known any more")
+        return self.by_position(direction)
 
     def sqnorm(self) -> Tensor:
         """‖gradient of sample b‖² -> (B,), with every cross term between uses and positions."""
         if isinstance(self.terms[0], Head) and isinstance(self.terms[-1], Scatter):
             return self.terms[0].sqnorm(self.terms[-1].grads, self.terms[-1].ids)
-        own = _total([term.sqnorm() for term in self.terms])
+        own = sum_of([term.sqnorm() for term in self.terms])
         if len(self.terms) == 1:
             return own
         outer, scatter = self.terms
@@ -265,7 +277,7 @@ class PerSampleGradient:
         total = own + 2 * _outer_scatter(outer, scatter)
         for b in torch.nonzero(total < _CANCELLED * own).flatten().tolist():
             one = slice(b, b + 1)
-            total[b] = _total([term.part(one).dense(self.shape) for term in (outer, scatter)]).square().sum()
+            total[b] = sum_of([term.part(one).dense(self.shape) for term in (outer, scatter)]).square().sum()
         return total
 
     @property
@@ -307,22 +319,22 @@ class PerSampleGradient:
                 fine = dense.isfinite().reshape(len(dense), -1).all(1)
                 totals.append(dense[fine].sum(0))
             finite.append(fine)
-        return _total(totals), torch.cat(finite)
+        return sum_of(totals), torch.cat(finite)
 
     def sketch(self, sketch: Sketch) -> Tensor:
         """A projection of the gradient -> (B, sketch.dim): the uses' sketches, summed, for sketching is linear."""
-        return _total([term.sketch(sketch, self.shape) for term in self.terms])
+        return sum_of([term.sketch(sketch, self.shape) for term in self.terms])
 
     def dense(self) -> Tensor:
         """The gradient multiplied out, (B, *shape): for small parameters and for tests."""
-        return _total([term.dense(self.shape) for term in self.terms])
+        return sum_of([term.dense(self.shape) for term in self.terms])
 
 
 def _merge(terms: Sequence[Term], shape: Sequence[int]) -> tuple[Term, ...]:
     if len(terms) == 1:
         return tuple(terms)
     if any(isinstance(term, Dense | Experts) for term in terms):
-        return (Dense(_total([term.dense(shape) for term in terms])),)
+        return (Dense(sum_of([term.dense(shape) for term in terms])),)
     merged: list[Term] = []
     terms = [term.outer() if isinstance(term, Convolution) else term for term in terms]
     heads = [term for term in terms if isinstance(term, Head)]
@@ -354,5 +366,5 @@ def _join(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), 1)
 
 
-def _total(tensors: Sequence[Tensor]) -> Tensor:
+def sum_of(tensors: Sequence[Tensor]) -> Tensor:
     return sum(tensors[1:], start=tensors[0])

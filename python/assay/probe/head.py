@@ -31,6 +31,10 @@ class Head:
     scale: Tensor
 
     def dot(self, direction: Tensor) -> Tensor:
+        return self.dot_by_position(direction).sum(1)
+
+    def dot_by_position(self, direction: Tensor) -> Tensor:
+        """Each position's part of ``dot``, (B, T)."""
         scores = head_scores(
             self.hidden.flatten(0, 1),
             self.weight,
@@ -40,7 +44,7 @@ class Head:
             fields=(),
         )
         assert scores.grad_dot is not None
-        return (scores.grad_dot[0].view(self.labels.shape) * self.scale).sum(1)
+        return scores.grad_dot[0].view(self.labels.shape) * self.scale
 
     def sqnorm(self, others: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
         """‖gradient‖² (B,); with ``others`` (B, S, D), that of the gradient plus others[b,s] in row ids[b,s].
@@ -109,6 +113,10 @@ class Head:
     def bias_gradient(self) -> Tensor:
         """(B, C)."""
         return torch.cat([one.residual().sum(1) for one in self._one_by_one()])
+
+    def bias_dot_by_position(self, direction: Tensor) -> Tensor:
+        """Each position's part of the bias' gradient times a direction (C,), (B, T)."""
+        return torch.cat([one.residual() @ direction.to(self._wide) for one in self._one_by_one()])
 
     @property
     def samples(self) -> int:

@@ -88,6 +88,25 @@ class Rule:
             return Outer(factors.inputs, factors.grads)
         return Outer(factors.grads, factors.inputs)
 
+    @property
+    def by_position(self) -> bool:
+        """Whether what a position gives of the gradient follows from that position alone, and is known."""
+        return self.trailing and not self.routed
+
+    def dot_by_position(self, module: nn.Module, name: str, inputs: Tensor, grads: Tensor, direction: Tensor) -> Tensor:
+        """What each position gives of the inner product of a gradient, as in ``term``, and a direction, (B, T)."""
+        if name == "bias":
+            return wide(self.rows(module, grads)) @ wide(direction.flatten())
+        factors = self.factors(module, inputs, grads)
+        left = wide(factors.grads)
+        if factors.kind == "scatter":
+            return (wide(direction[factors.inputs]) * left).sum(2)
+        right = wide(factors.inputs)
+        if factors.kind == "elementwise":
+            return (right * left) @ wide(direction.flatten())
+        matrix = wide(direction.T if self.transposed else direction)
+        return (left @ matrix * right).sum(2)
+
 
 def find_rule(module: nn.Module) -> Rule | str:
     """The rule for a module that owns parameters, or the reason why there is none."""

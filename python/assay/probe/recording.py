@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from assay.probe.calls import Call
 from assay.probe.experts import Routing
-from assay.probe.gradient import PerSampleGradient
+from assay.probe.gradient import PerSampleGradient, sum_of
 from assay.probe.layers import Factors
 from assay.probe.reductions import Reduced, Reduction
 from assay.probe.selection import Tap
@@ -154,7 +155,7 @@ class Recorder:
             reductions: folded as soon as the last use of a parameter has its gradient.
             last: whether nobody needs the graph and the layers' inputs any more.
         """
-        reduced = Reduced(self.size, reductions, losses.detach())
+        reduced = Reduced(self.size, reductions, losses.detach(), self.positions)
         self._begin(reduced, last)
         # A forward pass under autocast is differentiated outside of it; its casts are in the graph.
         with torch.autocast(losses.device.type, enabled=False):
@@ -335,11 +336,15 @@ class Recorder:
         if reduced.wants(name) and (terms := [term for call, local in calls for term in call.terms(local)]):
             (call, local), *_ = calls
             shape = call.tap.module._parameters[local].shape  # type: ignore[union-attr]
-            reduced.add(name, PerSampleGradient(shape, terms))
+            reduced.add(name, PerSampleGradient(shape, terms, partial(self._dot_by_position, calls)))
         for call, _ in calls:
             call.open -= 1
             if call.open == 0 and call.tap.layer not in self.keep:
                 call.release(last)
+
+    def _dot_by_position(self, calls: Sequence[tuple[Call, str]], direction: Tensor) -> Tensor:
+        reached = [(call, local) for call, local in calls if call.grads is not None or call.tap.rule is None]
+        return sum_of([call.dot_by_position(local, direction, self.positions) for call, local in reached])
 
 
 class _Untapped(Exception):

@@ -72,6 +72,26 @@ class Dot:
 
 
 @dataclass(frozen=True)
+class TokenDot:
+    """Each token's part of ``Dot``, (B, T): what the positions at which the model reads the token give of the gradient.
+
+    NaN where the task's mask says that there is no token.
+    """
+
+    direction: Mapping[str, Tensor]
+
+    @property
+    def parameters(self) -> Collection[str]:
+        return self.direction.keys()
+
+    def __call__(self, parameter: str, gradient: PerSampleGradient) -> Tensor:
+        try:
+            return gradient.dot_by_position(self.direction[parameter])
+        except ValueError as error:
+            raise ValueError(f"{parameter}: {error}; scores per token need another choice of layers") from error
+
+
+@dataclass(frozen=True)
 class SqNorm:
     """‖gradient of sample b‖² over ``parameters``."""
 
@@ -126,18 +146,23 @@ class Sketched:
 
 @dataclass
 class Reduced:
-    """What reductions have given so far, (B,) or (B, width) by key."""
+    """What reductions have given so far, (B,), (B, width) or (B, positions) by key."""
 
     size: int
     reductions: Mapping[str, Reduction]
     like: Tensor
+    positions: int | None = None
     values: dict[str, Tensor] = field(default_factory=dict)
     touched: set[str] = field(default_factory=set)  # parameters in which a sample has a gradient
 
     def __post_init__(self) -> None:
         self._features = {key: r for key, r in self.reductions.items() if isinstance(r, Feature)}
-        for key in self.reductions:
+        for key, reduction in self.reductions.items():
             width = (self._features[key].size,) if key in self._features else ()
+            if isinstance(reduction, TokenDot):
+                if self.positions is None:
+                    raise ValueError(f"reduction {key!r} is by token, and the task does not tell how many there are")
+                width = (self.positions,)
             self.values[key] = self.like.new_zeros(self.size, *width)
 
     def wants(self, name: str) -> bool:

@@ -38,6 +38,11 @@ class ModelSpec(Part):
     kind: str
     path: ExistingPath
 
+    @property
+    def trust(self) -> tuple[str, ...]:
+        """The modules whose Python it may run, as the caller allowed."""
+        return ()
+
     def build(self) -> nn.Module:
         """Load the model."""
         raise NotImplementedError
@@ -213,23 +218,32 @@ def fingerprints(specs: Mapping[str, ModelSpec]) -> dict[str, str]:
 
 def shared_tokenizer(specs: Mapping[str, ModelSpec]) -> Any:
     """The one tokenizer of a text recipe's models: unless they do the same, a text means different tokens."""
-    first: tuple[str, Any, dict[str, Any]] | None = None
+    return next(iter(own_tokenizers(specs).values()))
+
+
+def own_tokenizers(specs: Mapping[str, ModelSpec]) -> dict[str, Any]:
+    """By model the tokenizers of a text recipe, one at least; EngineError unless they do the same."""
+    found: dict[str, Any] = {}
     for name, spec in specs.items():
         with naming(f"models.{name}"):
             tokenizer = spec.tokenizer()
-        if tokenizer is None:
-            continue
-        own = behaviour(tokenizer)
-        if first is None:
-            first = name, tokenizer, own
-        elif parts := differences(first[2], own):
+        if tokenizer is not None:
+            found[name] = tokenizer
+    if not found:
+        raise EngineError("none of the recipe's models has a tokenizer; a causal_lm task needs one")
+    refuse_differences({name: behaviour(tokenizer) for name, tokenizer in found.items()})
+    return found
+
+
+def refuse_differences(behaviours: Mapping[str, Mapping[str, Any]]) -> None:
+    """EngineError if the tokenizers of two models behave differently."""
+    (first, ours), *others = behaviours.items()
+    for name, theirs in others:
+        if parts := differences(ours, theirs):
             raise EngineError(
-                f"models.{first[0]} and models.{name} have tokenizers with different {'; '.join(parts)}; score them in "
+                f"models.{first} and models.{name} have tokenizers with different {'; '.join(parts)}; score them in "
                 "recipes of their own"
             )
-    if first is None:
-        raise EngineError("none of the recipe's models has a tokenizer; a causal_lm task needs one")
-    return first[1]
 
 
 @contextlib.contextmanager

@@ -1,95 +1,62 @@
-"""What scoring takes for granted of a model of whole texts, tried out on a few random tokens when it is loaded.
-
-What it makes of a text must follow from that text: neither padding nor a neighbour in the batch changes it.
-"""
+"""What scoring asks of a model of whole texts beyond ``padding_checks``, tried out on a few random tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from assay.recipe.causal_checks import differ, in_eval_mode
 from assay.recipe.errors import EngineError
 from assay.recipe.library_calls import quietly, refusing
 from assay.tasks.base import call, logits_of, to_device
 
 Row = tuple[int, int, Sequence[int]]
-Sampler = Callable[[Iterable[Row]], dict[str, Tensor]]
+Sampler = Callable[[Sequence[Row]], dict[str, Tensor]]
 """Rows (draw, number of tokens, tokens at the beginning) -> a batch as in scoring."""
 
-_SHORT, _LONG = 8, 16
-_TOLERANCE = 1e-4  # of the largest output: rounding is below 1e-5, what is looked for above 1e-3
+_LENGTH = 16
 _MULTIPLY_ADDS = 2e10
 
 
-def check_text_model(key: str, model: nn.Module, sample: Sampler, max_length: int, end: int | None) -> bool:
-    """Run ``model`` (called ``key`` in errors) on random texts; whether it looks for the token ``end`` in each.
+def check_longest(key: str, model: nn.Module, sample: Sampler, max_length: int) -> None:
+    """EngineError unless ``model`` (called ``key``) reads texts of ``max_length`` tokens, and a shorter one beside them
+    as it does alone. Not tried out where it would take long."""
+    if max_length * sum(p.numel() for p in model.parameters()) > _MULTIPLY_ADDS:
+        return
+    short = (1, min(_LENGTH, max_length), ())
+    what = f"{key}: cannot be run on texts of {max_length} tokens; set task.max_length to what it can"
+    with refusing(what):
+        same = not differ(_outputs(model, sample, [short])[0], _outputs(model, sample, [short, (2, max_length, ())])[0])
+    if not same:
+        raise EngineError(
+            f"{key}: a text gets other outputs beside one of {max_length} tokens than alone; set task.max_length lower"
+        )
 
-    Raises:
-        EngineError: it cannot be run on token ids, or a text's outputs depend on its neighbours in the batch, up to
-            ``max_length`` tokens.
+
+def looks_for_end(model: nn.Module, sample: Sampler, max_length: int, end: int | None) -> bool:
+    """Whether the model finds a text's end by the token ``end``, so that one more in a text matters to its neighbours.
+
+    Some then cannot be run at all on texts with different numbers of it.
     """
-    trial = _Trial(key, model, sample)
-    long = min(_LONG, max_length)
-    with quietly():
-        if not trial.same([(1, max(1, long // 2), ()), (2, long, ())]):
-            raise EngineError(
-                f"{key}: a text in a batch with a longer one gets other outputs than alone, so that its scores would "
-                "depend on the batch (it sees padding, or finds a text's last token by a pad_token_id that is not the "
-                "other models'; score those in a recipe of their own)"
-            )
-        parameters = sum(p.numel() for p in model.parameters())
-        if (
-            max_length > long
-            and max_length * parameters <= _MULTIPLY_ADDS
-            and not trial.same([(1, long, ()), (3, max_length, ())])
-        ):
-            raise EngineError(
-                f"{key}: a text gets other outputs beside one of {max_length} tokens than alone; set "
-                "task.max_length to less"
-            )
-        return end is not None and long >= 4 and not trial.same([(1, long, ()), (2, long, (end,))], refuse=False)
-
-
-class _Trial:
-    def __init__(self, key: str, model: nn.Module, sample: Sampler) -> None:
-        self._key, self._model, self._sample = key, model, sample
-        self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
-
-    def same(self, rows: Sequence[Row], refuse: bool = True) -> bool:
-        """Whether each row has the same outputs in a batch with the others as alone.
-
-        With ``refuse`` a batch that cannot be run is an EngineError; else it is a no.
-        """
-        try:
-            alone = [self._outputs([row])[0] for row in rows]
-            together = self._outputs(rows)
-        except EngineError:
-            if refuse:
-                raise
-            return False
-        return not any(_differ(a, b) for a, b in zip(alone, together, strict=True))
-
-    def _outputs(self, rows: Sequence[Row]) -> list[Tensor]:
-        batch = self._sample(rows)
-        lengths = batch["attention_mask"].sum(1).tolist()
-        training = self._model.training
-        what = f"{self._key}: cannot be run on texts of {max(lengths)} tokens; its config may be at fault"
-        try:
-            with torch.no_grad(), refusing(what):
-                outputs = logits_of(call(self._model.eval(), to_device(batch, self._device)))
-        finally:
-            self._model.train(training)
-        if outputs.ndim < 2 or len(outputs) != len(rows):
-            outputs = outputs.reshape(len(rows), -1)
-        # (B, T, C): only the rows that are a sample's own
-        return [own[:length] if outputs.ndim == 3 else own for own, length in zip(outputs, lengths, strict=True)]
-
-
-def _differ(one: Tensor, other: Tensor) -> bool:
-    finite = one.isfinite()
-    if one.shape != other.shape or not torch.equal(finite, other.isfinite()):
+    length = min(_LENGTH, max_length)
+    if end is None or length < 4:
+        return False
+    rows: list[Row] = [(1, length, ()), (2, length, (end,))]
+    try:
+        alone = [_outputs(model, sample, [row])[0] for row in rows]
+        together = _outputs(model, sample, rows)
+    except Exception:  # of the model's own classes; that it can be run on one end each has been seen
         return True
-    one, other = one[finite].double(), other[finite].double()
-    return bool(((one - other).abs() > _TOLERANCE * one.abs().max()).any()) if len(one) else False
+    return any(differ(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def _outputs(model: nn.Module, sample: Sampler, rows: Sequence[Row]) -> list[Tensor]:
+    """Each row's outputs, (C,) or those of its own tokens."""
+    batch = sample(rows)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with quietly(), in_eval_mode(model), torch.no_grad():
+        outputs = logits_of(call(model, to_device(batch, device)))
+    own = batch["attention_mask"].to(outputs.device) != 0
+    return [row[mask] if outputs.ndim > 2 else row for row, mask in zip(outputs, own, strict=True)]

@@ -110,5 +110,10 @@ def _in_words(key: str, one: Any, other: Any) -> str:
         first, second = tokens
         contents = sorted(c for c in first.keys() | second.keys() if first.get(c) != second.get(c))
         return f"added tokens {shortened(map(repr, contents))}"
-    words = {"post_processor": "post-processor (tokens added at the ends)", "pre_tokenizer": "pre-tokenizer"}
+    words = {
+        "post_processor": "post-processor (tokens added at the ends)",
+        "pre_tokenizer": "pre-tokenizer",
+        "bos_token_id": "tokens that begin a text",
+        "eos_token_id": "tokens that end a text",
+    }
     return words.get(key, key.replace("_", " "))

@@ -127,6 +127,15 @@ class Relabels(Protocol):
         ...
 
 
+@runtime_checkable
+class ByToken(Protocol):
+    """A task whose samples are tokens, (B, T), and that knows which token each row of its outputs is about."""
+
+    def by_token(self, values: Tensor, labels: Tensor, samples: int) -> Tensor:
+        """Rows' numbers and labels, (N,) both -> (B, T), the number of each token; NaN where none is predicted."""
+        ...
+
+
 def unfused(task: Task) -> Task:
     """The same task with every loss taken from the model's own logits: what a fused loss is checked against."""
     make = getattr(task, "unfused", None)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from assay.tasks.base import IGNORE, Outputs, as_bool, check_range, describe, logits_of, outside_range, to_device
@@ -113,6 +114,11 @@ class CausalLM:
         moved = torch.full_like(ids, IGNORE, dtype=torch.int64)
         moved[:, 1:] = labels.view(ids.shape)[:, :-1]
         return {**batch, "labels": moved}
+
+    def by_token(self, values: Tensor, labels: Tensor, samples: int) -> Tensor:
+        """Row (b, t) is about token t + 1; nothing predicts the first."""
+        rows = values.masked_fill(labels == IGNORE, torch.nan).view(samples, -1)
+        return F.pad(rows[:, :-1], (1, 0), value=torch.nan)
 
     def mask(self, batch: Any) -> Tensor:
         ids = self._ids(batch)

@@ -55,6 +55,10 @@ class TokenClassification:
     def relabelled(self, batch: Mapping[str, Any], labels: Tensor) -> dict[str, Any]:
         return {**batch, "labels": labels.view(batch["labels"].shape)}
 
+    def by_token(self, values: Tensor, labels: Tensor, samples: int) -> Tensor:
+        """Row (b, t) is about token t."""
+        return values.masked_fill(labels == IGNORE, torch.nan).view(samples, -1)
+
     def mask(self, batch: Any) -> Tensor | None:
         labels, mask = self._labels(batch), batch.get("attention_mask")
         if mask is not None and mask.shape != labels.shape:

@@ -7,7 +7,17 @@ from assay.recipe.tasks import (  # they register themselves
     regression,
     token_classification,
 )
-from assay.recipe.tasks.base import TASKS, Columns, Encoded, Encoder, ReadsColumns, ReadsFiles, TaskSpec, attempt
+from assay.recipe.tasks.base import (
+    TASKS,
+    Columns,
+    Encoded,
+    Encoder,
+    ReadsColumns,
+    ReadsFiles,
+    ShowsTokens,
+    TaskSpec,
+    attempt,
+)
 
 __all__ = [
     "TASKS",
@@ -16,6 +26,7 @@ __all__ = [
     "Encoder",
     "ReadsColumns",
     "ReadsFiles",
+    "ShowsTokens",
     "TaskSpec",
     "attempt",
     "causal_lm",

@@ -54,6 +54,15 @@ class Encoder(Protocol):
 
 
 @runtime_checkable
+class ShowsTokens(Protocol):
+    """An encoder whose samples are tokens."""
+
+    def tokens(self, data: Any) -> list[tuple[str, bool]]:
+        """A sample's tokens as text, from its ``data``, and which of them its loss and scores are about."""
+        ...
+
+
+@runtime_checkable
 class ReadsColumns(Protocol):
     """An encoder to which a value means what its shard's column says."""
 
@@ -101,6 +110,11 @@ class TaskSpec(Part):
     def task(self) -> Task:
         """The task that methods get."""
         raise NotImplementedError
+
+    def open(self, specs: Mapping[str, ModelSpec]) -> Callable[[Mapping[str, nn.Module]], Encoder]:
+        """What makes the encoder of the models, once they are loaded; EngineError for what does not fit, as far as it
+        shows before their weights are read."""
+        return lambda models: self.encoder({name: (specs[name], model) for name, model in models.items()})
 
     def encoder(self, models: Mapping[str, tuple[ModelSpec, nn.Module]]) -> Encoder:
         """How this task's rows become batches for these models."""

@@ -1,39 +1,81 @@
-"""Next-token prediction over the documents of a text column."""
+"""Next-token prediction over documents, completions of prompts, and conversations."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, Literal
 
-import numpy as np
-import numpy.typing as npt
-import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
-from assay.corpus.checks import check_text
-from assay.corpus.errors import BadRow
-from assay.corpus.footer import canonical_hash
-from assay.recipe.causal_checks import check_causal_lm, right_padded
+from assay.recipe.causal_checks import check_causal_lm
+from assay.recipe.chat_template import ChatTemplate, chat_behaviour
 from assay.recipe.errors import EngineError
-from assay.recipe.model_files import one_line, shortened
-from assay.recipe.models import ModelSpec, shared_tokenizer
-from assay.recipe.tasks.base import TASKS, Encoded, Encoder, TaskSpec, attempt
-from assay.recipe.tokenizer import behaviour
+from assay.recipe.models import ModelSpec, own_tokenizers, refuse_differences
+from assay.recipe.parts import located
+from assay.recipe.tasks.base import TASKS, Encoder, TaskSpec
+from assay.recipe.tasks.conversations import ChatEncoder, LossOn
+from assay.recipe.tasks.documents import CompletionEncoder, Reader, TextEncoder, ends
 from assay.tasks import CausalLM, Task
 
 log = logging.getLogger("assay")
 
+# What a sample is, by the column that says so, with what of it may count; the first is the default.
+_FORMS: Mapping[str, tuple[LossOn, ...]] = {
+    "text_column": ("all",),
+    "messages_column": ("assistant", "completion", "all"),
+    "prompt_column": ("completion", "all"),
+}
+
 
 @TASKS.add("causal_lm")
 class CausalLMSpec(TaskSpec):
-    """Documents, cut to their first ``max_length`` tokens."""
+    """Texts, cut to ``max_length`` tokens, and which of their tokens count (``loss_on``)."""
 
     kind: Literal["causal_lm"]
-    text_column: str = "text"
+    text_column: str | None = None
+    messages_column: str | None = None
+    tools_column: str | None = None
+    prompt_column: str | None = None
+    completion_column: str | None = None
+    loss_on: LossOn | None = None
     max_length: Annotated[int, Field(ge=2)] = 1024
+    truncate: Literal["right", "left", "drop"] = "right"
     reduction: Literal["mean", "sum"] = "mean"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _filled_in(cls, data: Any) -> Any:
+        """A recipe without a column means ``text``; what counts follows from the column."""
+        if not isinstance(data, Mapping):
+            return data
+        columns = ("text_column", "messages_column", "tools_column", "prompt_column", "completion_column")
+        filled = dict(data)
+        if all(data.get(name) is None for name in columns):
+            filled["text_column"] = "text"
+        if data.get("loss_on") is None:
+            form = next((name for name in _FORMS if filled.get(name) is not None), "prompt_column")
+            filled["loss_on"] = _FORMS[form][0]
+        return filled
+
+    @model_validator(mode="after")
+    def _of_one_form(self) -> CausalLMSpec:
+        forms = [name for name in _FORMS if getattr(self, name) is not None]
+        expected = "one of text_column, messages_column, or prompt_column with completion_column"
+        if len(forms) > 1:
+            raise located((forms[1],), f"stands beside {forms[0]}; expected {expected}", getattr(self, forms[1]))
+        for name, needed in (("completion_column", "prompt_column"), ("prompt_column", "completion_column")):
+            if getattr(self, name) is not None and getattr(self, needed) is None:
+                raise located((needed,), f"is missing; {name} goes with it", None)
+        if self.tools_column is not None and self.messages_column is None:
+            raise located(("tools_column",), "goes with messages_column alone", self.tools_column)
+        (form,) = forms
+        if self.loss_on not in _FORMS[form]:
+            raise located(
+                ("loss_on",), f"{self.loss_on} means nothing for {form}; expected {' or '.join(_FORMS[form])}", None
+            )
+        return self
 
     @property
     def auto_class(self) -> str:
@@ -42,15 +84,50 @@ class CausalLMSpec(TaskSpec):
     def task(self) -> Task:
         return CausalLM(reduction=self.reduction)
 
+    def open(self, specs: Mapping[str, ModelSpec]) -> Callable[[Mapping[str, nn.Module]], Encoder]:
+        tokenizer, make = self._rows(own_tokenizers(specs))
+        return lambda models: self._encoder(models, tokenizer, make)
+
     def encoder(self, models: Mapping[str, tuple[ModelSpec, nn.Module]]) -> Encoder:
-        for name, (_, model) in models.items():
+        opened = self.open({name: spec for name, (spec, _) in models.items()})
+        return opened({name: model for name, (_, model) in models.items()})
+
+    def _encoder(self, models: Mapping[str, nn.Module], tokenizer: Any, make: Callable[[Reader], Encoder]) -> Encoder:
+        for name, model in models.items():
             self._check_positions(name, model)
-        tokenizer = shared_tokenizer({name: spec for name, (spec, _) in models.items()})
         vocabulary = tokenizer.get_vocab().values()
-        limit, owner = min(
-            (self._check(name, model, tokenizer, vocabulary), name) for name, (_, model) in models.items()
-        )
-        return TextEncoder(self.text_column, tokenizer, self.max_length, limit, f"models.{owner}")
+        limit, owner = min((self._check(name, model, tokenizer, vocabulary), name) for name, model in models.items())
+        return make(Reader(tokenizer, self.max_length, self.truncate, limit, f"models.{owner}"))
+
+    def _rows(self, tokenizers: Mapping[str, Any]) -> tuple[Any, Callable[[Reader], Encoder]]:
+        """The tokenizer that makes tokens of rows, and how; EngineError if it cannot."""
+        name, tokenizer = next(iter(tokenizers.items()))
+        if self.text_column is not None:
+            column = self.text_column
+            return tokenizer, lambda reader: TextEncoder(column, reader)
+        if not getattr(tokenizer, "is_fast", False):
+            raise EngineError(
+                f"models.{name}: its tokenizer ({type(tokenizer).__name__}) does not tell which characters a token is, "
+                "which prompts and conversations need; take one with a tokenizer.json, or task.text_column"
+            )
+        if self.prompt_column is not None and self.completion_column is not None:
+            refuse_differences({name: ends(one) for name, one in tokenizers.items()})
+            prompt, completion, everything = self.prompt_column, self.completion_column, self.loss_on == "all"
+            return tokenizer, lambda reader: CompletionEncoder(prompt, completion, everything, reader)
+        return self._conversations(tokenizers)
+
+    def _conversations(self, tokenizers: Mapping[str, Any]) -> tuple[Any, Callable[[Reader], Encoder]]:
+        # A chat model's base has no template; what it is given is the chat model's.
+        own = {name: one for name, one in tokenizers.items() if getattr(one, "chat_template", None) is not None}
+        refuse_differences({name: chat_behaviour(one) for name, one in (own or tokenizers).items()})
+        name, tokenizer = next(iter((own or tokenizers).items()))
+        template = ChatTemplate(f"models.{name}", tokenizer, tools=self.tools_column is not None)
+        if self.loss_on != "all" and (fault := template.check_assistant(last=self.loss_on == "completion")):
+            log.warning("models.%s: conversations of several turns are not scored: %s", name, fault)
+        messages, tools, loss_on = self.messages_column, self.tools_column, self.loss_on
+        assert messages is not None
+        assert loss_on is not None
+        return tokenizer, lambda reader: ChatEncoder(messages, tools, loss_on, template, reader)
 
     def _check_positions(self, name: str, model: nn.Module) -> None:
         positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
@@ -83,56 +160,3 @@ def _special_tokens(model: nn.Module) -> set[int]:
     config = getattr(model, "config", None)
     values = vars(config).items() if config is not None else ()
     return {value for key, value in values if key.endswith(("_token_id", "_token_index")) and isinstance(value, int)}
-
-
-class TextEncoder:
-    """Texts to tokens; padded on the right, where the mask is 0."""
-
-    def __init__(self, column: str, tokenizer: Any, max_length: int, limit: int, owner: str) -> None:
-        """``limit``: how many tokens the model ``owner`` knows, the least of all models."""
-        self.columns = (column,)
-        self._tokenizer = tokenizer
-        self._max_length = max_length
-        self._limit, self._owner = limit, owner
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        tokens = max(self._tokenizer.get_vocab().values(), default=0) + 1
-        return {"tokenizer": canonical_hash(behaviour(self._tokenizer)), "tokens": min(self._limit, tokens)}
-
-    def encode(self, rows: Sequence[tuple[Any, ...]]) -> list[Encoded | BadRow]:
-        name = self.columns[0]
-        checked = [attempt(check_text, name, value) for (value,) in rows]
-        texts = [text for text in checked if isinstance(text, str)]
-        encoded = iter(self._encode(texts))
-        return [text if isinstance(text, BadRow) else next(encoded) for text in checked]
-
-    def _encode(self, texts: list[str]) -> list[Encoded | BadRow]:
-        if not texts:
-            return []
-        try:
-            return [self._encoded(ids) for ids in self._tokens(texts)]
-        except Exception as error:  # of the tokenizer's own classes: it is one text's fault, or all of theirs
-            if len(texts) == 1:
-                return [BadRow(f"{self.columns[0]} cannot be cut into tokens ({one_line(error)})")]
-            return [result for text in texts for result in self._encode([text])]
-
-    def _tokens(self, texts: list[str]) -> list[list[int]]:
-        ids: list[list[int]] = self._tokenizer(texts, truncation=True, max_length=self._max_length)["input_ids"]
-        return ids
-
-    def _encoded(self, ids: list[int]) -> Encoded | BadRow:
-        if len(ids) < 2:
-            return BadRow(f"{self.columns[0]} is {len(ids)} token long; nothing in it can be predicted")
-        tokens = np.asarray(ids, np.int32)
-        highest = int(tokens.max())
-        if highest >= self._limit:
-            word = self._tokenizer.convert_ids_to_tokens(highest)
-            return BadRow(
-                f"{self.columns[0]} has the token {shortened([repr(word)])} (number {highest}); {self._owner} knows "
-                f"those below {self._limit}"
-            )
-        return Encoded(tokens, len(tokens), tokens.nbytes)
-
-    def collate(self, data: Sequence[npt.NDArray[np.int32]]) -> dict[str, torch.Tensor]:
-        return right_padded([torch.from_numpy(tokens) for tokens in data])

@@ -168,7 +168,7 @@ class ClassLabels:
 
     def encode(self, value: Any) -> int:
         """The class of a value. BadRow if it has none."""
-        if isinstance(value, Decimal) and value == value.to_integral_value():
+        if isinstance(value, Decimal) and value.is_finite() and value == value.to_integral_value():
             value = int(value)
         if self.names is not None:
             return self._place(self.names[check_label(self.column, value, len(self.names))])

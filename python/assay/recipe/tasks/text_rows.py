@@ -18,8 +18,9 @@ from assay.corpus.footer import canonical_hash
 from assay.recipe.errors import EngineError
 from assay.recipe.model_files import one_line, shortened
 from assay.recipe.models import ModelSpec, shared_tokenizer
+from assay.recipe.padding_checks import check_padding, padding_token
 from assay.recipe.tasks.base import Encoded, attempt
-from assay.recipe.text_checks import check_text_model
+from assay.recipe.text_checks import check_longest, looks_for_end
 from assay.recipe.tokenizer import behaviour
 
 Ids = npt.NDArray[np.int32]
@@ -33,6 +34,11 @@ class Tokens(NamedTuple):
 
     ids: Ids
     types: Ids | None = None
+
+    @classmethod
+    def of(cls, ids: Sequence[int], types: Sequence[int] | None) -> Tokens:
+        """Of a tokenizer's lists."""
+        return cls(np.asarray(ids, np.int32), None if types is None else np.asarray(types, np.int32))
 
 
 @dataclass(frozen=True)
@@ -83,9 +89,15 @@ class Reader:
             **options,
         )
 
-    def encoded(self, what: str, ids: Sequence[int], types: Sequence[int] | None) -> Encoded | BadRow:
+    def cut(self, texts: Sequence[Any], pairs: Sequence[str] | None = None) -> list[Tokens]:
+        """The texts as tokens."""
+        encoded = self.call(texts, pairs)
+        types = encoded["token_type_ids"] if self.types else [None] * len(texts)
+        return [Tokens.of(*own) for own in zip(encoded["input_ids"], types, strict=True)]
+
+    def encoded(self, what: str, own: Tokens) -> Encoded | BadRow:
         """A sample, unless a model cannot read it; ``what`` names it in the reason."""
-        tokens = np.asarray(ids, np.int32)
+        tokens = own.ids
         if not len(tokens):
             return BadRow(f"{what} becomes no token")
         highest = int(tokens.max())
@@ -97,8 +109,7 @@ class Reader:
             )
         if self.ends is not None and (found := int((tokens == self.ends[0]).sum())) != self.ends[1]:
             return BadRow(f"{what} has the token that ends a text {found} times, expected {self.ends[1]}")
-        own = Tokens(tokens, np.asarray(types, np.int32) if types is not None else None)
-        return Encoded(own, len(tokens), tokens.nbytes * (1 if types is None else 2))
+        return Encoded(own, len(tokens), tokens.nbytes * (1 if own.types is None else 2))
 
     def collate(self, samples: Sequence[Tokens]) -> dict[str, Tensor]:
         """Padded on the right, where the mask is 0."""
@@ -140,9 +151,7 @@ class TextInputs:
         return tuple(check_text(name, value) for name, value in zip(self.columns, row, strict=True))
 
     def _encode(self, rows: Sequence[tuple[str, ...]]) -> list[Encoded | BadRow]:
-        encoded = self._reader.call(*zip(*rows, strict=True))
-        types = encoded["token_type_ids"] if self._reader.types else [None] * len(rows)
-        return [self._reader.encoded(self._what, *own) for own in zip(encoded["input_ids"], types, strict=True)]
+        return [self._reader.encoded(self._what, own) for own in self._reader.cut(*zip(*rows, strict=True))]
 
     def examples(self, count: int) -> list[Tokens]:
         return [self._reader.example] * count
@@ -176,20 +185,20 @@ def make_reader(
     vocabulary = tokenizer.get_vocab().values()
     limit, owner = min((_known(name, model, vocabulary), name) for name, (_, model) in models.items())
     length = _length(models, max_length)
-    pad = next(
-        (token for _, model in models.values() if (token := _pad(model)) is not None), tokenizer.pad_token_id or 0
-    )
-    takes = [name for name, (_, model) in models.items() if "token_type_ids" in _arguments(model)]
-    types = bool(takes) and "token_type_ids" in tokenizer.model_input_names
+    pad = max(padding_token(model) for _, model in models.values())  # 0 where it makes no difference
+    takes = any("token_type_ids" in inspect.signature(model.forward).parameters for _, model in models.values())
+    types = takes and "token_type_ids" in tokenizer.model_input_names
     special = {*tokenizer.all_special_ids, pad}
     usable = sorted({i for i in vocabulary if i < limit} - special) or list(range(limit))
     trial, end = Trial(tokenizer, usable, pad, types), tokenizer.eos_token_id
     reader = Reader(tokenizer, length, limit, f"models.{owner}", pad, types, trial.row(0, min(8, length)))
-    looked_for = [check_text_model(f"models.{n}", model, trial.sample, length, end) for n, (_, model) in models.items()]
-    if not any(looked_for):
+    for name, (_, model) in models.items():
+        check_padding(f"models.{name}", model, lambda texts: reader.collate(reader.cut(list(texts))))
+        check_longest(f"models.{name}", model, trial.sample, length)
+    if not any(looks_for_end(model, trial.sample, length, end) for _, model in models.values()):
         return reader
-    plain = reader.call(["a"], ["a"] if pairs else None)["input_ids"][0]
-    return replace(reader, ends=(end, plain.count(end)))
+    (plain,) = reader.cut(["a"], ["a"] if pairs else None)
+    return replace(reader, ends=(end, int((plain.ids == end).sum())))
 
 
 class Trial:
@@ -202,7 +211,7 @@ class Trial:
         inner = [i for i, own in enumerate(special) if not own] or [len(ids)]
         self._before, self._after = ids[: inner[0]], ids[inner[-1] + 1 :]
 
-    def sample(self, rows: Iterable[tuple[int, int, Sequence[int]]]) -> dict[str, Tensor]:
+    def sample(self, rows: Sequence[tuple[int, int, Sequence[int]]]) -> dict[str, Tensor]:
         """A batch of rows (draw, number of tokens, tokens that stand at the beginning)."""
         return padded([self.row(*row) for row in rows], self._pad)
 
@@ -241,12 +250,3 @@ def _positions(model: nn.Module) -> int | None:
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             return int(module.num_embeddings) - int(module.padding_idx) - 1
     return positions
-
-
-def _pad(model: nn.Module) -> int | None:
-    token = getattr(getattr(model, "config", None), "pad_token_id", None)
-    return token if isinstance(token, int) and token >= 0 else None
-
-
-def _arguments(model: nn.Module) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(model.forward).parameters

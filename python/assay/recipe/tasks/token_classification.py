@@ -116,21 +116,19 @@ class TagEncoder:
         encoded = self._reader.call([words for words, _ in rows], is_split_into_words=True)
         types = encoded["token_type_ids"] if self._reader.types else [None] * len(rows)
         return [
-            self._sample(ids, own_types, encoded.word_ids(i), tags)
+            self._sample(Tokens.of(ids, own_types), encoded.word_ids(i), tags)
             for i, (ids, own_types, (_, tags)) in enumerate(zip(encoded["input_ids"], types, rows, strict=True))
         ]
 
-    def _sample(
-        self, ids: Sequence[int], types: Any, words: Sequence[int | None], tags: npt.NDArray[np.int64]
-    ) -> Encoded | BadRow:
-        sample = self._reader.encoded(self.columns[0], ids, types)
+    def _sample(self, tokens: Tokens, words: Sequence[int | None], tags: npt.NDArray[np.int64]) -> Encoded | BadRow:
+        sample = self._reader.encoded(self.columns[0], tokens)
         if isinstance(sample, BadRow):
             return sample
         before = [None, *words[:-1]]
         firsts = [i for i, word in enumerate(words) if word is not None and word != before[i]]
         if not firsts:
             return BadRow(f"{self.columns[0]} has no word of which a token is left; nothing can be predicted")
-        labels = np.full(len(ids), IGNORE, np.int64)
+        labels = np.full(len(words), IGNORE, np.int64)
         labels[firsts] = [tags[word] for i in firsts if (word := words[i]) is not None]
         return Encoded(Tagged(sample.data, labels), sample.length, sample.nbytes + labels.nbytes)
 

@@ -1,0 +1,137 @@
+"""Conversations: lists of messages, through the tokenizer's chat template."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from assay.corpus.checks import check_text
+from assay.corpus.errors import BadRow
+from assay.recipe.chat_template import ChatTemplate, Message, Span, chat_behaviour
+from assay.recipe.tasks.base import Encoded, attempt
+from assay.recipe.tasks.documents import Reader, TokenEncoder, ends, holding
+
+LossOn = Literal["all", "completion", "assistant"]
+
+# Roles that templates know by name; any other must show in the text.
+_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+
+
+class _Conversation(NamedTuple):
+    """A conversation as text, and which characters of it count; None: all."""
+
+    text: str
+    spans: list[Span] | None
+
+
+class ChatEncoder(TokenEncoder):
+    """Conversations to tokens. The template alone says which special tokens there are."""
+
+    def __init__(
+        self, messages: str, tools: str | None, loss_on: LossOn, template: ChatTemplate, reader: Reader
+    ) -> None:
+        super().__init__((messages,) if tools is None else (messages, tools), messages, reader)
+        self._loss_on, self._template = loss_on, template
+
+    def _more_behaviour(self) -> dict[str, Any]:
+        return ends(self._tokenizer) | dict(chat_behaviour(self._tokenizer))
+
+    def encode(self, rows: Sequence[tuple[Any, ...]]) -> list[Encoded | BadRow]:
+        rendered = [attempt(self._render, *row) for row in rows]
+        texts = [row.text for row in rendered if isinstance(row, _Conversation)]
+        cut = iter(self._each(texts, self._in_tokens))
+        return [row if isinstance(row, BadRow) else self._sample(row, next(cut)) for row in rendered]
+
+    def _render(self, value: Any, given: Any = None) -> _Conversation:
+        messages, tools = check_messages(self._what, value), check_tools(self.columns[-1], given)
+        if not self._template.knows("tool_calls"):
+            for i, message in enumerate(messages):
+                if "tool_calls" in message:
+                    raise BadRow(f"{self._what}[{i}] has tool calls, which the chat template makes nothing of")
+        try:
+            text, spans = self._mark(messages, tools)
+        except BadRow as fault:
+            raise BadRow(f"{self._what}: {fault}") from fault
+        check_text(self._what, text)
+        for i, message in enumerate(messages):
+            if message["role"] not in _ROLES and message.get("content", "").strip() not in text:
+                raise BadRow(f"{self._what}[{i}]: the chat template leaves out what {message['role']!r} says")
+        return _Conversation(text, spans)
+
+    def _mark(self, messages: list[Message], tools: Any) -> tuple[str, list[Span] | None]:
+        if self._loss_on == "all":
+            return self._template.render(messages, tools).text, None
+        find = self._template.completion if self._loss_on == "completion" else self._template.assistant
+        return find(messages, tools)
+
+    def _in_tokens(self, texts: list[str]) -> list[Any]:
+        encoded = self._tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+        return list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
+
+    def _sample(self, row: _Conversation, cut: Any) -> Encoded | BadRow:
+        if isinstance(cut, BadRow):
+            return cut
+        ids, offsets = cut
+        predicted = np.ones(len(ids), bool) if row.spans is None else holding(offsets, row.spans)
+        return self._cut(ids, predicted)
+
+
+def check_messages(name: str, value: object) -> list[Message]:
+    """A list of messages, each with a role and a text, or a JSON text of one. Keys without a value are left out."""
+    value = _from_json(name, value)
+    if not isinstance(value, list):
+        raise BadRow(f"{name} is of type {type(value).__name__}, expected a list of messages")
+    if not value:
+        raise BadRow(f"{name} is empty")
+    return [_check_message(f"{name}[{i}]", message) for i, message in enumerate(value)]
+
+
+def _check_message(name: str, value: object) -> Message:
+    if not isinstance(value, dict):
+        raise BadRow(f"{name} is of type {type(value).__name__}, expected a message with role and content")
+    message: Message = {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
+    if not isinstance(role, str) or not role:
+        has = ", ".join(sorted(map(str, value))[:6])
+        raise BadRow(f"{name} has no role (it has {has or 'nothing'}); expected role and content")
+    if calls is not None:
+        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+            raise BadRow(f"{name}.tool_calls is of type {type(calls).__name__}, expected a list of mappings")
+        if not calls:
+            del message["tool_calls"]
+    if content is None and not calls:
+        raise BadRow(f"{name} has no content")
+    if content is not None and not isinstance(content, str):
+        raise BadRow(f"{name}.content is of type {type(content).__name__}, expected a text")
+    return message
+
+
+def check_tools(name: str, value: object) -> list[dict[str, Any]] | None:
+    """A list of tools, or a JSON text of one; None: there are none."""
+    if value is None or value == "":
+        return None
+    value = _from_json(name, value)
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise BadRow(f"{name} is of type {type(value).__name__}, expected a list of tools, each a mapping")
+    return [_without_nulls(tool) for tool in value] or None
+
+
+def _from_json(name: str, value: object) -> Any:
+    if value is None:
+        raise BadRow(f"{name} is null")
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise BadRow(f"{name} is a text that is no JSON ({type(error).__name__})") from error
+
+
+def _without_nulls(value: Any) -> Any:
+    """What a table with the keys of all rows adds to each is not there."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

@@ -180,20 +180,18 @@ def _conv(module: _Conv, inputs: Tensor, grads: Tensor) -> Factors:
 
 def _transposed(module: _ConvTranspose, inputs: Tensor, grads: Tensor) -> Convolution:
     """It is the adjoint of a convolution of the output with the same weight: ⟨y(x), g⟩ = ⟨x, conv(g)⟩."""
+    kernel: Any = module.kernel_size
     sizes: Any = module.padding
     padded = F.pad(grads, [n for size in reversed(sizes) for n in (size, size)])
-    return Convolution(padded, inputs, module.kernel_size, module.stride, module.dilation, module.groups)
+    for axis, (size, stride, dilation) in enumerate(zip(kernel, module.stride, module.dilation, strict=True), 2):
+        # An output padding as large as the stride adds outputs that no input reaches.
+        padded = padded.narrow(axis, 0, (inputs.shape[axis] - 1) * stride + dilation * (size - 1) + 1)
+    return Convolution(padded, inputs, kernel, module.stride, module.dilation, module.groups)
 
 
 def _conv_transpose(module: _ConvTranspose, inputs: Tensor, grads: Tensor) -> Factors:
     outer = _transposed(module, inputs, grads).outer()
     return Factors(outer.right, outer.left)
-
-
-def _conv_transpose_refusal(module: _ConvTranspose) -> str | None:
-    if any(extra >= stride for extra, stride in zip(module.output_padding, module.stride, strict=True)):
-        return "an output_padding as large as the stride gives outputs that no input reaches"
-    return None
 
 
 # ---- PReLU: the gradient of the slope is what it was multiplied with
@@ -279,7 +277,7 @@ def _two(module: nn.Module) -> int:
 
 
 _CONV1D = Rule(_linear, _last, _two, transposed=True, trailing=True)
-_CONV_TRANSPOSE = Rule(_conv_transpose, _channels, _conv_ndim, _conv_transpose_refusal, weight=_transposed)
+_CONV_TRANSPOSE = Rule(_conv_transpose, _channels, _conv_ndim, weight=_transposed)
 _CONVOLUTION = Rule(_conv, _channels, _conv_ndim, weight=_convolution)
 _LLAMA_RMS_NORM = Rule(_llama_rms_norm, _last, _two, trailing=True)
 _EXPERTS = Rule(_linear, _last, _two, routed=True)

@@ -69,6 +69,27 @@ USES: dict[str, tuple[Callable[[Bare, Tensor], Tensor], tuple[int, ...]]] = {
     "a product": (lambda m, h: h @ m.own, (4, 4)),
     "a linear map": (lambda m, h: F.linear(h, m.own), (5, 4)),
     "a linear map with a bias": (lambda m, h: F.linear(h, m.own, m.twin.sum(1) * 0 + 1), (5, 4)),
+    "a product on the right": (lambda m, h: (m.own @ h.mT).mT, (5, 4)),
+    "a transposed weight": (lambda m, h: h @ m.own.T, (5, 4)),
+    "some rows of a weight": (lambda m, h: F.linear(h, m.own[1:5], m.twin[0, :4]), (6, 4)),
+    "a weight used twice": (lambda m, h: F.linear(F.linear(h, m.own).tanh(), m.own), (4, 4)),
+    "a computed weight": (lambda m, h: F.linear(h, m.own.tanh() * m.twin.sum(0)), (5, 4)),
+    "rows by ids": (lambda m, h: F.embedding((h[..., 0] > 0).long() + 1, m.own[1:], padding_idx=-1), (4, 4)),
+    "a layer norm by hand": (lambda m, h: F.layer_norm(h, (4,), m.own, m.twin), (4,)),
+    "an RMS norm by hand": (lambda m, h: F.rms_norm(h, (4,), m.own), (4,)),
+    "a group norm by hand": (lambda m, h: F.group_norm(h.mT, 2, m.own, m.twin).mT, (4,)),
+    "a batch norm by hand": (
+        lambda m, h: F.batch_norm(h.mT, torch.ones(4).double(), torch.ones(4).double(), m.own, m.twin).mT,
+        (4,),
+    ),
+    "a PReLU by hand": (lambda m, h: F.prelu(h.mT, m.own).mT, (4,)),
+    "a convolution by hand": (
+        lambda m, h: F.conv1d(h.mT, m.own, m.twin[:, 0, 0], padding="same", groups=2).mT,
+        (4, 2, 3),
+    ),
+    "a convolution of a view": (lambda m, h: F.conv1d(h.mT, m.own.unsqueeze(1), None, 1, 2, 1, 4).mT, (4, 3)),
+    "a convolution backwards": (lambda m, h: F.conv_transpose1d(h.mT, m.own, m.twin[0, :, 0], 2, 1, 1).mT, (4, 4, 3)),
+    "a bilinear map": (lambda m, h: F.bilinear(h, h.tanh(), m.own, m.twin[:, 0, 0]), (4, 4, 4)),
     "scores' bias": (
         lambda m, h: F.scaled_dot_product_attention(h[:, None], h[:, None], h[:, None], attn_mask=m.own)[:, 0],
         (6, 6),
@@ -90,13 +111,13 @@ def test_bare_parameters(name: str, size: int) -> None:
         with pytest.raises(RuntimeError, match="parameter 'own'"):
             check_probe(model, Classification(), batch(size), cross_entropy)
         return
-    forward_mode = name != "scores' bias"  # the operation has none
+    forward_mode = name not in ("scores' bias", "rows by ids")  # the one has none, the other's sees the padding
     check_probe(model, Classification(), batch(size), cross_entropy, tolerance=1e-9, forward_mode=forward_mode)
 
 
 REFUSED: dict[str, tuple[Callable[[Bare, Tensor], Tensor], tuple[int, ...], str]] = {
     "a product of samples": (lambda m, h: torch.einsum("bti,io->bto", h, m.own), (4, 4), "einsum"),
-    "a norm by hand": (lambda m, h: F.layer_norm(h, (4,), m.own), (4,), "layer_norm"),
+    "a norm by hand": (lambda m, h: F.instance_norm(h.mT, weight=m.own).mT, (4,), "instance_norm"),
     "windows by row": (lambda m, h: (h.transpose(0, 1) + m.own).transpose(0, 1), (6, 1, 4), "add"),
 }
 

@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from assay.probe.experts import Routing
-from assay.probe.gradient import Dense, Term
+from assay.probe.formulas import Factors
 from assay.probe.head import Head
-from assay.probe.layers import Factors
 from assay.probe.selection import Tap
-from assay.probe.shared import Start
+from assay.probe.starts import Start
+from assay.probe.terms import Dense, Term
 
 
 @dataclass
@@ -95,5 +95,7 @@ class Call:
     def release(self, last: bool) -> None:
         # The graph's hooks hold this object until the whole backward pass is over.
         self.grads = None
+        if self.start is not None:
+            self.start.terms = []
         if last:
             self.inputs = self.inputs.new_empty(0)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from assay.probe.formulas import Factors
 from assay.probe.jvp import Jvp
-from assay.probe.layers import Factors
 from assay.probe.pooling import Pooling
 from assay.probe.recording import Recorder, undisturbed
 from assay.probe.reductions import Feature, Reduction

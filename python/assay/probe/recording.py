@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from assay.probe.calls import Call
 from assay.probe.experts import Routing
+from assay.probe.formulas import Factors
 from assay.probe.gradient import PerSampleGradient
-from assay.probe.layers import Factors
 from assay.probe.reductions import Reduced, Reduction
 from assay.probe.selection import Tap
-from assay.probe.shared import Region, Shared, coincidences, untapped
+from assay.probe.shared import Region, Shared
+from assay.probe.starts import coincidences, untapped
 from assay.tasks.output_layer import UnmadeLogits
 
 
@@ -26,17 +29,21 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Run with the model in eval mode and all parameters frozen; afterwards it is exactly as it was found.
 
     Frozen, because a weight that asks for its gradient gets it: a third of the work of a training step,
-    thrown away.
+    thrown away. Attention layers run their formula, not the shortcut that torch has for them without gradients: it
+    passes their layers by.
     """
+    shortcut = torch.backends.mha.get_fastpath_enabled()
     training = [(module, module.training) for module in model.modules()]
     trainable = [p for p in model.parameters() if p.requires_grad]
     try:
+        torch.backends.mha.set_fastpath_enabled(False)
         for module, _ in training:
             module.training = False  # not eval(): models override it, and it could not be undone module by module
         for parameter in trainable:
             parameter.requires_grad_(False)
         yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(shortcut)
         for parameter in trainable:
             parameter.requires_grad_(True)
         for module, was_training in training:
@@ -103,17 +110,32 @@ class Recorder:
     def _exchange(self, tap: Tap, stack: ExitStack) -> None:
         """Put shared values into the places of a module's bare parameters."""
         own = tap.module._parameters
+        if isinstance(tap.module, ParametrizationList):
+            self._wrap(tap.module, self._region.without_samples, stack)
         for local, name in tap.parameters.items():
             parameter = own[local]
             assert parameter is not None
             owner = f"parameter {name!r} of layer {tap.layer!r} ({type(tap.module).__name__})"
-            start, value = self._region.begin(parameter, owner, (name,))
+            start, value = self._region.begin(parameter, owner, (name,), copy=False)
             value._is_param = True  # an nn.Parameter to isinstance()
             own[local] = value  # type: ignore[assignment]
             stack.callback(own.__setitem__, local, parameter)
             call = Call(tap, {local: name}, parameter, parameter._version, start=start)
+            start.complete = partial(self._arrived, call)
             self._calls[name].append((call, local))
             self.patterns.add(((name,),))
+
+    def _wrap(self, module: nn.Module, context: Callable[[], AbstractContextManager[None]], stack: ExitStack) -> None:
+        """Run the module's forward pass within a context."""
+        forward = module.forward
+
+        def within(*args: Any, **kwargs: Any) -> Any:
+            with context():
+                return forward(*args, **kwargs)
+
+        own = "forward" in vars(module)
+        module.forward = within
+        stack.callback(setattr, module, "forward", forward) if own else stack.callback(delattr, module, "forward")
 
     def settle(self, gradients: Mapping[str, Tensor]) -> None:
         """After the forward pass: what turned out not to be tapped is dropped, or an error.
@@ -314,13 +336,16 @@ class Recorder:
 
         def arrived(grads: Tensor) -> None:
             call.grads = grads.detach()
-            for name in call.parameters.values():
-                if name in self._open:
-                    self._waiting[name] -= 1
-                    if self._waiting[name] == 0:
-                        self._fold_into(name)
+            self._arrived(call)
 
         output.register_hook(arrived)  # type: ignore[no-untyped-call]
+
+    def _arrived(self, call: Call) -> None:
+        for name in call.parameters.values():
+            if name in self._open:
+                self._waiting[name] -= 1
+                if self._waiting[name] == 0:
+                    self._fold_into(name)
 
     def _record(self, call: Call) -> None:
         if call.tap.layer in self.keep:

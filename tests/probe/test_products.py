@@ -157,6 +157,22 @@ def test_a_transformers_layer_takes_no_shortcut(mode: bool) -> None:
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+def test_attention_as_a_function_with_the_weights_of_layers() -> None:
+    """CLIP's pooling: a query for each sample and the projections of other layers."""
+
+    def pool(m: Any, x: Tensor) -> Tensor:
+        x = x.transpose(0, 1)
+        pooled, _ = F.multi_head_attention_forward(
+            x.mean(0, keepdim=True), x, x, 4, 2, None, torch.cat([m[n].bias for n in "qkv"]), None, None, False, 0.0,
+            m["out"].weight, m["out"].bias, training=False, use_separate_proj_weight=True,
+            q_proj_weight=m["q"].weight, k_proj_weight=m["k"].weight, v_proj_weight=m["v"].weight,
+        )  # fmt: skip
+        return pooled[0]
+
+    layers = {name: nn.Linear(4, 4) for name in ("q", "k", "v", "out")}
+    check_followed(Head(pool, 4, **layers), labelled(random(3, 5, 4)))
+
+
 # ---- bags of embeddings
 
 

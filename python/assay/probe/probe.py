@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from assay.probe.formulas import Factors
 from assay.probe.jvp import Jvp
 from assay.probe.pooling import Pooling
-from assay.probe.recording import Recorder, undisturbed
+from assay.probe.quiet import undisturbed
+from assay.probe.recording import Behind, Recorder
 from assay.probe.reductions import Feature, Reduction
 from assay.probe.selection import coverage, make_taps, select
 from assay.probe.verify import Check, prepare_check
@@ -144,6 +145,7 @@ class Probe:
             self._droppable = set()
         self._verified: set[Any] = set()  # patterns of calls that were checked
         self._shared: set[str] = set()  # layers whose inputs all samples share, whatever their shape
+        self._may_follow = True  # what is used behind its layer's back
         self._constants = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
 
     @property
@@ -193,6 +195,8 @@ class Probe:
                 return self._run(batch, size, self._prepare_check(batch))
             except _Misread as misread:
                 return self._reread(batch, size, misread)
+            except Behind as behind:
+                return self._follow(batch, size, behind)
 
     def _prepare_check(self, batch: Any) -> Check:
         return prepare_check(self._model, self._readings[self._differentiated[0]].task, batch, self.parameters)
@@ -206,6 +210,7 @@ class Probe:
         mask = self._task.mask(batch)
         positions = None if mask is None or mask.ndim != 2 else mask.shape[1]
         recorder = Recorder(self._taps, size, self._keep, positions, self._constants, self._droppable, self._shared)
+        recorder.may_follow = self._may_follow
         embeddings = None
         with recorder.attached():
             if self._pooling is None:
@@ -273,6 +278,16 @@ class Probe:
             self._shared = before
             misread.check.finish()
             raise
+
+    def _follow(self, batch: Any, size: int, behind: Behind) -> list[Signals]:
+        """Take the layers' parameters for bare ones. If that is not right either, they are refused as they were."""
+        before = self._taps
+        self._taps = [replace(tap, rule=None) if tap.layer in behind.layers else tap for tap in before]
+        try:
+            return self._run(batch, size, self._prepare_check(batch))
+        except (RuntimeError, _Misread):
+            self._taps, self._may_follow = before, False
+        return self._run(batch, size, self._prepare_check(batch))
 
     def _drop(self, dropped: Mapping[str, str], check: Check | None) -> None:
         if not dropped:

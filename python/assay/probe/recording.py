@@ -17,37 +17,12 @@ from assay.probe.calls import Call
 from assay.probe.experts import Routing
 from assay.probe.formulas import Factors
 from assay.probe.gradient import PerSampleGradient
+from assay.probe.quiet import other_leaves
 from assay.probe.reductions import Reduced, Reduction
 from assay.probe.selection import Tap
 from assay.probe.shared import Region, Shared
 from assay.probe.starts import coincidences, untapped
 from assay.tasks.output_layer import UnmadeLogits
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run with the model in eval mode and all parameters frozen; afterwards it is exactly as it was found.
-
-    Frozen, because a weight that asks for its gradient gets it: a third of the work of a training step,
-    thrown away. Attention layers run their formula, not the shortcut that torch has for them without gradients: it
-    passes their layers by.
-    """
-    shortcut = torch.backends.mha.get_fastpath_enabled()
-    training = [(module, module.training) for module in model.modules()]
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        for module, _ in training:
-            module.training = False  # not eval(): models override it, and it could not be undone module by module
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(shortcut)
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-        for module, was_training in training:
-            module.training = was_training
 
 
 @dataclass
@@ -62,6 +37,7 @@ class Recorder:
         constants: ids of the model's parameters and buffers.
         droppable: names of the parameters that may be left out instead of raising.
         shared: names of layers whose inputs are shared by all samples, also where they look like a batch.
+        may_follow: whether parameters that are used behind their layers' backs may be followed instead.
 
     Attributes:
         dropped: those that were, with the reason.
@@ -76,6 +52,7 @@ class Recorder:
     constants: Collection[int] = ()
     droppable: Collection[str] = ()
     shared: Collection[str] = ()
+    may_follow: bool = True
     dropped: dict[str, str] = field(default_factory=dict)
     patterns: set[tuple[Any, ...]] = field(default_factory=set)
     ambiguous: dict[str, Tap] = field(default_factory=dict)
@@ -144,6 +121,7 @@ class Recorder:
             gradients: autograd's own by parameter, as far as they were taken.
 
         Raises:
+            Behind: layers did not run although the losses depend on their parameters, which may be followed instead.
             RuntimeError: a shared value met the samples in a way that cannot be followed, or a layer did not run
                 although the losses depend on its parameter.
         """
@@ -152,14 +130,27 @@ class Recorder:
         for start in self._region.starts:
             if start.obstacle is not None:
                 self._refuse(start.parameters, untapped(start.what, start.obstacle))
-        for name, gradient in gradients.items():
-            if name not in self._calls and name not in self.dropped and bool((gradient != 0).any()):
-                self._refuse((name,), untapped(f"parameter {name!r}", "it is used behind its layer's back"))
+        behind = [
+            name
+            for name, gradient in gradients.items()
+            if name not in self._calls and name not in self.dropped and bool((gradient != 0).any())
+        ]
+        if layers := self._to_follow(behind):
+            raise Behind(layers)
+        for name in behind:
+            self._refuse((name,), untapped(f"parameter {name!r}", "it is used behind its layer's back"))
         for name in self.dropped:
             self._calls.pop(name, None)
         for layer, calls in list(self._kept.items()):
             if any(name in self.dropped for call in calls for name in call.parameters.values()):
                 del self._kept[layer]
+
+    def _to_follow(self, behind: Collection[str]) -> set[str]:
+        """The layers that own these parameters, where nothing speaks against following them."""
+        if not self.may_follow:
+            return set()
+        owners = [tap for tap in self.taps if not set(behind).isdisjoint(tap.parameters.values())]
+        return {tap.layer for tap in owners if tap.rule is not None and not tap.rule.routed} - set(self.keep)
 
     def _refuse(self, names: Collection[str], message: str) -> None:
         if not all(name in self.droppable for name in names):
@@ -181,7 +172,7 @@ class Recorder:
         # A forward pass under autocast is differentiated outside of it; its casts are in the graph.
         with torch.autocast(losses.device.type, enabled=False):
             if losses.requires_grad and (leaves := [*self._region.leaves, *self._leaves]):
-                leaves += _other_leaves(losses, leaves)
+                leaves += other_leaves(losses, leaves)
                 arrived = torch.autograd.grad(losses.sum(), leaves, allow_unused=True, retain_graph=not last)
                 self._region.finish(arrived[: len(self._region.leaves)])
                 del arrived
@@ -367,6 +358,13 @@ class Recorder:
                 call.release(last)
 
 
+class Behind(Exception):
+    """Parameters are used behind their layers' backs, ``layers``."""
+
+    def __init__(self, layers: set[str]) -> None:
+        self.layers = layers
+
+
 class _Untapped(Exception):
     """A layer cannot be tapped as the model calls it."""
 
@@ -377,23 +375,3 @@ def _called(tap: Tap, inputs: Tensor, output: Any, size: int) -> str:
         f"layer {tap.layer!r} ({type(tap.module).__name__}) was called with an input of shape {tuple(inputs.shape)} "
         f"and gave {shape}, in a batch of {size}"
     )
-
-
-def _other_leaves(losses: Tensor, own: Collection[Tensor]) -> list[Tensor]:
-    """Tensors that ask for gradients and are not ours: a hook of the model's, or a tensor that it keeps.
-
-    Without them autograd would not enter the part of the graph that starts there, nor reach the layers tapped in it.
-    """
-    known, found = {id(leaf) for leaf in own}, []
-    stack, seen = [losses.grad_fn], set()
-    while stack:
-        node = stack.pop()
-        for after, _ in node.next_functions if node is not None else ():
-            if after is not None and after not in seen:
-                seen.add(after)
-                leaf = getattr(after, "variable", None)
-                if leaf is None:
-                    stack.append(after)
-                elif id(leaf) not in known:
-                    found.append(leaf)
-    return found

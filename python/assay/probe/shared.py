@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from assay.probe import products
 from assay.probe.pulling import pulled
-from assay.probe.starts import Start, coincidences, untapped
+from assay.probe.starts import Start, broadcast, coincidences, untapped
 from assay.probe.terms import Dense, Term
 from assay.tasks.base import wide
 
@@ -71,6 +71,12 @@ class _Border:
     def add(self, grads: Tensor) -> None:
         self.grads = grads if self.grads is None else self.grads + grads
 
+    def take(self, term: Term) -> None:
+        if isinstance(term, Dense):
+            self.add(term.values)
+        else:
+            self.terms.append(term)
+
 
 @dataclass(eq=False)
 class Region:
@@ -90,8 +96,8 @@ class Region:
     leaves: list[Tensor] = field(default_factory=list)
     patterns: set[tuple[Any, ...]] = field(default_factory=set)
     _borders: dict[int, _Border] = field(default_factory=dict)
-    _second: bool = False  # the samples lie in the second dimension
-    _alone: bool = False  # no samples are about
+    _second: bool = False  # samples lie in the second dimension
+    _alone: bool = False  # there are none
 
     @contextmanager
     def batch_second(self) -> Iterator[None]:
@@ -173,7 +179,7 @@ class Region:
             return True
         if name not in _ELEMENTWISE or any(x.requires_grad for x in others):
             return False
-        return isinstance(result, Tensor) and result.shape == _broadcast(shared)
+        return isinstance(result, Tensor) and result.shape == broadcast(shared)
 
     def _groups(self, shape: Sequence[int], value: Tensor) -> bool:
         """Whether a result of this shape holds the value once or several times for each sample."""
@@ -183,11 +189,11 @@ class Region:
     def _meeting(self, name: str, shared: list[Shared], others: list[Tensor]) -> Sequence[int] | None:
         """The shape up to which an operation broadcasts its arguments, if it does."""
         if name in _ELEMENTWISE:
-            return _broadcast([*shared, *others])
+            return broadcast([*shared, *others])
         if name == "scaled_dot_product_attention" and len(others) > 2:  # what is shared is added to the scores
             return others[0].shape
         if name in ("matmul", "__matmul__") and shared[0].ndim > 2 and others[0].ndim > 1:
-            return (*_broadcast([x[..., 0, 0] for x in (shared[0], others[0])]), 1, 1)
+            return (*broadcast([x[..., 0, 0] for x in (shared[0], others[0])]), 1, 1)
         return None
 
     def _meet(self, func: Any, leaves: list[Any], spec: Any, shared: list[Shared], shape: Sequence[int]) -> Any:
@@ -305,11 +311,7 @@ class Region:
         if value.start is not None and len(value.sources) == 1:
             value.start.take(term)
             return
-        border = self._borders.setdefault(id(value), _Border(value))
-        if isinstance(term, Dense):
-            border.add(term.values)
-        else:
-            border.terms.append(term)
+        self._borders.setdefault(id(value), _Border(value)).take(term)
 
     def _arrange(self, lead: Sequence[int]) -> products.Arrange | None:
         """How dimensions of which one is the batch's become (B, T)."""
@@ -396,8 +398,3 @@ class Region:
 def _region(args: Any, kwargs: Any) -> Region | None:
     values = tree_flatten((args, kwargs or {}))[0]
     return next((x.region for x in values if isinstance(x, Shared) and hasattr(x, "region")), None)
-
-
-def _broadcast(tensors: Sequence[Tensor]) -> torch.Size:
-    shape: torch.Size = torch.broadcast_shapes(*(x.shape for x in tensors))  # type: ignore[no-untyped-call]
-    return shape

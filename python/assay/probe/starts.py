@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from assay.probe.terms import Dense, Term
@@ -63,3 +64,8 @@ def untapped(what: str, why: str) -> str:
 def coincidences(shape: Sequence[int], size: int) -> tuple[int, ...]:
     """The dimensions that are as long as the batch: any of them may be the batch's."""
     return tuple(axis for axis, n in enumerate(shape) if n == size)
+
+
+def broadcast(tensors: Sequence[Tensor]) -> torch.Size:
+    shape: torch.Size = torch.broadcast_shapes(*(x.shape for x in tensors))  # type: ignore[no-untyped-call]
+    return shape

@@ -54,7 +54,10 @@ class Call:
         if self.grads is None:
             return []
         if self.routing is not None:
-            return [self.routing.term(self.tap.module, local, self.checked_inputs(), self.grads)]
+            term = self.routing.term(self.tap.module, local, self.checked_inputs(), self.grads)
+            if local.endswith("_bias"):
+                return [Dense(term.dense((*self.tap.module.get_parameter(local).shape, 1)).squeeze(-1))]
+            return [term]
         if self.labels is None:
             return [self.tap.rule.term(self.tap.module, local, self._inputs(), self._grads())]
         head = self._head()

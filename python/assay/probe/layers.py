@@ -85,7 +85,8 @@ def follows_parameters(module: nn.Module) -> bool:
         return cls not in _RULES and not refused
     containers = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
     layers = [c for c in cls.__mro__ if c.__module__.startswith("torch.") and c not in containers]
-    return not layers and not cls.__name__.endswith("Experts")  # whose tokens are gathered by expert
+    # Experts gather tokens; Llama 4's all get all of them.
+    return not layers and (not cls.__name__.endswith("Experts") or cls.__name__ == "Llama4TextExperts")
 
 
 def _by_class_name(module: nn.Module) -> Rule | None:

@@ -229,7 +229,8 @@ def _bilinear(given: Any, lead: Lead) -> Gradients | None:
 def _baddbmm(given: Any, lead: Lead) -> Gradients | None:
     """b_h + x_h W_h for heads h, each with a weight of its own: x (H, B·T, I), W (H, I, O)."""
     left = given.batch1
-    if left.ndim != 3 or (given.beta, given.alpha) != (1, 1) or given.input.shape[1] != 1:
+    plain = given.input is None or given.input.shape[1] == 1
+    if left.ndim != 3 or (given.beta, given.alpha) != (1, 1) or not plain:
         return None
     if (arrange := lead.arrange(left.shape[1:2])) is None:
         return None
@@ -312,6 +313,7 @@ _TABLE: tuple[tuple[Sequence[Any], Any, Sequence[str], Mapping[str, Any]], ...] 
     ([F.prelu], _prelu, ("input", "weight"), {}),
     ([F.bilinear], _bilinear, ("input1", "input2", "weight", "bias"), {}),
     ([torch.baddbmm], _baddbmm, ("input", "batch1", "batch2", "beta", "alpha"), {"beta": 1, "alpha": 1}),
+    ([torch.bmm, Tensor.bmm], _baddbmm, ("batch1", "batch2"), {"input": None, "beta": 1, "alpha": 1}),
 )
 _NAMES = {func: names for funcs, _, names, _ in _TABLE for func in funcs}
 _FORMULAS = {func: formula for funcs, formula, _, _ in _TABLE for func in funcs}

@@ -11,6 +11,7 @@ from torch import Tensor
 from assay.probe.experts import Routing
 from assay.probe.formulas import Factors
 from assay.probe.head import Head
+from assay.probe.layouts import Layout, arranged
 from assay.probe.selection import Tap
 from assay.probe.starts import Start
 from assay.probe.terms import Dense, Term
@@ -23,7 +24,8 @@ class Call:
     A fused output layer's ``grads`` (B, T) are those of its row losses, and ``labels`` (B, T) say of which.
 
     Attributes:
-        lead: what the first dimensions of ``inputs`` are reshaped to where the first is not the batch's alone.
+        layout: how the samples lie in ``inputs`` and ``grads``.
+        size: B.
         start: of values that all samples share.
         routing: of a mixture's experts.
     """
@@ -33,7 +35,8 @@ class Call:
     inputs: Tensor
     version: int
     labels: Tensor | None = None
-    lead: tuple[int, ...] | None = None
+    layout: Layout = "first"
+    size: int = 0
     start: Start | None = None
     routing: Routing | None = None
     open: int = 0
@@ -69,11 +72,11 @@ class Call:
         if self.start is not None:  # the same for all samples
             assert self.grads is not None
             return inputs[None].expand(len(self.grads), *inputs.shape)
-        return inputs if self.lead is None else inputs.reshape(*self.lead, *inputs.shape[1:])
+        return arranged(inputs, self.layout, self.size)
 
     def _grads(self) -> Tensor:
         assert self.grads is not None
-        return self.grads if self.lead is None else self.grads.reshape(*self.lead, *self.grads.shape[1:])
+        return arranged(self.grads, self.layout, self.size)
 
     def _head(self) -> Head:
         assert self.labels is not None

@@ -17,6 +17,7 @@ from assay.probe.calls import Call
 from assay.probe.experts import Routing
 from assay.probe.formulas import Factors
 from assay.probe.gradient import PerSampleGradient
+from assay.probe.layouts import Layout, possible, remaining
 from assay.probe.quiet import other_leaves
 from assay.probe.reductions import Reduced, Reduction
 from assay.probe.selection import Tap
@@ -36,13 +37,15 @@ class Recorder:
         positions: T where the task has a mask of (B, T).
         constants: ids of the model's parameters and buffers.
         droppable: names of the parameters that may be left out instead of raising.
-        shared: names of layers whose inputs are shared by all samples, also where they look like a batch.
+        layouts: by layer, what is known of how samples lie in its input, for where the shape leaves a choice.
+        guess: whether a layout that only the shape speaks for may be taken: it is checked.
         may_follow: whether parameters that are used behind their layers' backs may be followed instead.
 
     Attributes:
         dropped: those that were, with the reason.
         patterns: how layers met their inputs: a gradient that is booked on the wrong sample shows in a new one first.
-        ambiguous: layers whose input may be a batch's or, being as long by chance, one that all samples share.
+        ambiguous: by layer, other layouts that its input may have by its shape.
+        learned: by layer, the only layout that it can have.
     """
 
     taps: Sequence[Tap]
@@ -51,11 +54,13 @@ class Recorder:
     positions: int | None = None
     constants: Collection[int] = ()
     droppable: Collection[str] = ()
-    shared: Collection[str] = ()
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
+    guess: bool = False
     may_follow: bool = True
     dropped: dict[str, str] = field(default_factory=dict)
     patterns: set[tuple[Any, ...]] = field(default_factory=set)
-    ambiguous: dict[str, Tap] = field(default_factory=dict)
+    ambiguous: dict[str, list[Layout]] = field(default_factory=dict)
+    learned: dict[str, Layout] = field(default_factory=dict)
     # By parameter: the calls that use it, with its name in their layer, and how many have no gradient yet.
     _calls: dict[str, list[tuple[Call, str]]] = field(default_factory=lambda: defaultdict(list))
     _waiting: dict[str, int] = field(default_factory=dict)
@@ -223,16 +228,16 @@ class Recorder:
                 if tap.rule is not None and tap.rule.routed:
                     return self._route(tap, names, [*args, *kwargs.values()], output)
                 inputs = self._the_input(tap, args, kwargs)
-                lead, shared = self._layout(tap, inputs, output)
+                layout = self._layout(tap, inputs, output)
             except _Untapped as error:
                 self._refuse(tuple(names.values()), str(error))
                 return None
-            if shared:
+            if layout == "shared":
                 return self._share(tap, names, inputs, output)
             tapped = self._grown(inputs, output if unmade is None else unmade.losses)
             if self._recording:
                 labels = None if unmade is None else unmade.labels
-                self._watch(Call(tap, names, inputs.detach(), inputs._version, labels, lead), tapped)
+                self._watch(Call(tap, names, inputs.detach(), inputs._version, labels, layout, self.size), tapped)
             if unmade is None:
                 return tapped
             unmade.losses = tapped
@@ -284,43 +289,40 @@ class Recorder:
             raise _Untapped(f"layer {tap.layer!r} was called with ({kinds}); expected exactly one tensor")
         return values[0]
 
-    def _layout(self, tap: Tap, inputs: Tensor, output: Any) -> tuple[tuple[int, ...] | None, bool]:
-        """How samples lie in a layer's input -> the lead of its call, and whether all samples share it."""
+    def _layout(self, tap: Tap, inputs: Tensor, output: Any) -> Layout:
+        """How samples lie in a layer's input."""
         if not torch.is_grad_enabled():
             raise _Untapped(
                 f"layer {tap.layer!r} ran without gradients (torch.no_grad, or reentrant checkpointing); use "
                 "torch.utils.checkpoint with use_reentrant=False, or leave the layer out"
             )
         assert tap.rule is not None
-        alike = isinstance(output, Tensor) and output.shape[:1] == inputs.shape[:1] and inputs.ndim > 0
-        deep = inputs.ndim >= tap.rule.ndim(tap.module)
-        if isinstance(inputs, Shared) and alike and tap.rule.trailing:
-            return None, True
-        mistakable = self.size > 1 and tap.rule.trailing and not inputs.requires_grad and self._square(inputs)
-        if mistakable and tap.layer in self.shared:
-            return None, True
-        if alike and deep and inputs.shape[0] == self.size:
-            if mistakable:
-                self.ambiguous[tap.layer] = tap
-            place = tuple(tap.parameters.values())
-            self.patterns.add((place,))
-            if self.size > 1:
-                self.patterns.add((place, inputs.ndim, *coincidences(inputs.shape, self.size)))
-            return None, False
-        if alike and tap.rule.trailing:
-            if self.size == 1:  # whatever the dimensions are, they are the sample's
-                return (1, len(inputs)), False
-            if inputs.ndim == 2 - (not inputs.is_floating_point()) and self._region.all_positions(len(inputs)):
-                self.patterns.add((tuple(tap.parameters.values()), "positions"))
-                return (self.size, -1), False
-            if not inputs.requires_grad:
-                return None, True
+        place = tuple(tap.parameters.values())
+        trailing, deep = tap.rule.trailing, inputs.ndim >= tap.rule.ndim(tap.module)
+        if isinstance(output, Tensor) and inputs.ndim > 0 and output.shape[:1] == inputs.shape[:1]:
+            if isinstance(inputs, Shared) and trailing:
+                return "shared"
+            if self.size == 1 and trailing and (len(inputs) != 1 or not deep):
+                return "windows"  # whatever the dimensions are, they are the sample's
+            if found := self._layouts(tap, inputs, output, deep):
+                known = self.layouts.get(tap.layer)
+                layout = known if known in found else found[0]
+                if len(found) > 1:
+                    self.ambiguous.setdefault(tap.layer, remaining(found, layout))
+                else:
+                    self.learned[tap.layer] = layout
+                self.patterns.add((place, *(() if layout == "first" else (layout,))))
+                if self.size > 1 and layout != "shared":
+                    self.patterns.add((place, layout, inputs.ndim, *coincidences(inputs.shape, self.size)))
+                return layout
         raise _Untapped(untapped(_called(tap, inputs, output, self.size), "its first dimension is not the batch's"))
 
-    def _square(self, inputs: Tensor) -> bool:
-        """Whether positions (T,) or pairs of them (T, T) could be meant, with T = B."""
-        positions = inputs.shape[:-1] if inputs.is_floating_point() else inputs.shape
-        return all(n == self.size for n in positions)
+    def _layouts(self, tap: Tap, inputs: Tensor, output: Tensor, deep: bool) -> list[Layout]:
+        assert tap.rule is not None
+        positions = self._region.all_positions(len(inputs))
+        guess = self.guess and not isinstance(output, UnmadeLogits)
+        found = possible(inputs, output, self.size, tap.rule.trailing, positions, guess)
+        return found if deep else [layout for layout in found if layout in ("positions", "shared")]
 
     def _watch(self, call: Call, output: Tensor) -> None:
         self._record(call)

@@ -115,12 +115,12 @@ def prepare_check(model: nn.Module, task: Task, batch: Any, parameters: Collecti
 
 
 def signs(size: int) -> Tensor:
-    """(size,) of 1 and −1, the same for every batch of that size, and not all equal from two on."""
-    generator = torch.Generator().manual_seed(0)
-    drawn = 2.0 * torch.randint(2, (size,), generator=generator) - 1
-    if size > 1 and abs(float(drawn.sum())) == size:
-        drawn[0] = -drawn[0]
-    return drawn
+    """(size,) of 1 and −1, the same for every batch of that size.
+
+    As many of one as of the other, in random order: of few that differ, another order changes too little.
+    """
+    drawn = torch.randperm(size, generator=torch.Generator().manual_seed(0))
+    return 2.0 * (drawn % 2) - 1
 
 
 def _gradients(total: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:

@@ -11,8 +11,8 @@ help:
 	@echo "make demo        score, select and train on digits with wrong labels (under 90 s after set-up)"
 	@echo "make demo-text   find planted junk in text with SmolLM2-135M"
 	@echo "make test        lint, types, native tests under sanitizers, test suite"
-	@echo "make test-long   both compile tables, and the suite under OpenBLAS's kernels for four processors and two of"
-	@echo "                 assay's instruction sets (hours)"
+	@echo "make test-long   both compile tables, the slow tests, and the suite under OpenBLAS's kernels for four processors"
+	@echo "                 and two of assay's instruction sets (hours)"
 	@echo "make compile-table  compile every GPU kernel for sm_80, 90 and 100; registers, spills, shared memory (no GPU)"
 	@echo "make compile-table-36  the same with Triton 3.6, and both versions' inner loops side by side"
 	@echo "make bench       roofline table of the kernels"
@@ -48,16 +48,17 @@ demo-text: $(VENV)/.smollm2
 	$(BIN)/assay demo text --out demo/text
 
 # Most tests have one thread's work, so two processes share it; files stay whole, for their fixtures' sake.
-SUITE := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+SUITE := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 20
 test: lint native-sanitize
-	OMP_NUM_THREADS=1 $(SUITE)
+	OMP_NUM_THREADS=1 $(SUITE) -m "not slow"
 
 # No test may rest on the bits of a library, or hold on one instruction set alone. A setting that this processor cannot
 # run is named and left out.
 SETTINGS := $(addprefix OPENBLAS_CORETYPE=,Haswell SkylakeX Zen Prescott) $(addprefix ASSAY_ISA=,scalar avx2)
-TABLE := tests/kernels/test_compile.py::test_every_tile_compiles_without_spills
+TABLE := tests/kernels/test_compile.py::test_every_kernel_compiles_without_spills
 RUNS_HERE := import numpy, assay; assay.ops.build_info(); numpy.ones((99, 99)) @ numpy.ones((99, 99))
 test-long: setup compile-table-36
+	OMP_NUM_THREADS=1 $(SUITE) -m slow
 	@failed=; for setting in $(SETTINGS); do \
 	  if ! env $$setting $(BIN)/python -c "$(RUNS_HERE)" 2> /dev/null; then echo "$$setting: not on this processor"; \
 	  else echo "$$setting:"; env $$setting OMP_NUM_THREADS=1 $(SUITE) -q --deselect $(TABLE) || failed="$$failed $$setting"; fi; \

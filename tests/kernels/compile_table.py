@@ -2,9 +2,9 @@
 
 Collects ``cases()`` of each cases_*.py beside it (Triton) and ``rows()`` of nvcc_rows.py (CUDA C++). Prints one table;
 exits 1 if a hot kernel spills or has a stack frame, or a kernel's threads make different bits of one sum. ``--quick``
-compiles every tile once, for one target, and no CUDA C++: tests/cuda looks into that library. ``--counts FILE`` writes
-what each hot kernel's loop holds, too; ``--beside FILE`` prints such a file, another Triton's, beside its own and fails
-where the two compile a loop differently. ``--only PART`` is for kernels with PART in their names.
+compiles every kernel once, for one target, and no CUDA C++: tests/cuda looks into that library. ``--counts FILE``
+writes what each hot kernel's loop holds, too; ``--beside FILE`` prints such a file, another Triton's, beside its own
+and fails where the two compile a loop differently. ``--only PART`` is for kernels with PART in their names.
 """
 
 from __future__ import annotations
@@ -44,13 +44,12 @@ def collect() -> list[tuple[aot.Case, int]]:
 
 
 def heaviest(work: Sequence[tuple[aot.Case, int]]) -> list[tuple[aot.Case, int]]:
-    """For sm_90 each kernel's tiles, elsewhere each kernel: of their launches the one that holds the most."""
-    chosen: dict[object, tuple[aot.Case, int]] = {}
+    """For the quick table's target each kernel, once: of its launches the one that holds the most."""
+    chosen: dict[str, tuple[aot.Case, int]] = {}
     for case, cc in work:
         kernel = case.fn.fn.__name__
-        key = (cc, kernel, tile(case)) if cc == QUICK else (cc, kernel)
-        if key not in chosen or weight(case) > weight(chosen[key][0]):
-            chosen[key] = case, cc
+        if cc == QUICK and (kernel not in chosen or weight(case) > weight(chosen[kernel][0])):
+            chosen[kernel] = case, cc
     return list(chosen.values())
 
 

@@ -30,13 +30,12 @@ def compiling(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], cwd=root, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_every_tile_compiles_without_spills() -> None:
+def test_every_kernel_compiles_without_spills() -> None:
     """``make test-long`` compiles every kernel with every tile and pair of types for every target."""
     run = compiling("-m", "tests.kernels.compile_table", "--quick")
     assert run.returncode == 0, run.stdout + run.stderr
-    assert {"sm_80", "sm_90", "sm_100"} <= set(run.stdout.split())
+    assert "sm_90" in run.stdout.split()
 
 
 LARGE = """
@@ -60,18 +59,17 @@ from tests.kernels import compile_table
 work = compile_table.collect()
 chosen = compile_table.heaviest(work)
 print(len(work), len(chosen))
-kernels = {(cc, case.fn.fn.__name__) for case, cc in work}
-assert {(cc, case.fn.fn.__name__) for case, cc in chosen} == kernels, kernels
-tiles = {(case.fn.fn.__name__, compile_table.tile(case)) for case, cc in work if cc == 90}
-assert {(case.fn.fn.__name__, compile_table.tile(case)) for case, cc in chosen if cc == 90} == tiles, tiles
+kernels = {case.fn.fn.__name__ for case, cc in work if cc == 90}
+assert sorted(case.fn.fn.__name__ for case, _ in chosen) == sorted(kernels), kernels
+assert {cc for _, cc in chosen} == {90}
 """
 
 
-def test_the_quick_table_leaves_out_no_kernel_and_no_tile() -> None:
+def test_the_quick_table_leaves_out_no_kernel() -> None:
     run = compiling("-c", HEAVIEST)
     assert run.returncode == 0, run.stderr
     every, chosen = map(int, run.stdout.split())
-    assert chosen < every / 3
+    assert 20 < chosen < every / 3
 
 
 SPILLING = """

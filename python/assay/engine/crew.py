@@ -17,8 +17,9 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 
-from assay.corpus.errors import ShardError
+from assay.corpus.errors import CorpusError, ShardError
 from assay.corpus.footer import Footer
 from assay.corpus.shards import Shard
 from assay.corpus.storage import TEMPORARY_SUFFIX, Store
@@ -85,6 +86,7 @@ def score_with_workers(
     Raises:
         EngineError: a worker cannot start, or what it scores with fails; all have ended.
     """
+    _refuse_memory(plan)
     crew = _Crew(plan, progress, times, on_unreadable)
     with _staging(plan.output) as crew.stage:
         try:
@@ -97,6 +99,12 @@ def score_with_workers(
             crew.end()
             crew.clear()
     return {shard: crew.outcomes[shard] for shard in plan.todo}
+
+
+def _refuse_memory(plan: Plan) -> None:
+    for store in (plan.output, *(corpus.store for corpus in plan.corpora.values())):
+        if isinstance(store.fs, MemoryFileSystem):
+            raise CorpusError(f"{store.url}: lives in one process, where no worker sees it; score with run.devices=cpu")
 
 
 @contextlib.contextmanager
@@ -294,9 +302,11 @@ class _Crew:
 
     def _finish(self, job: _Job, message: Finished) -> None:
         outcome = message.outcome
+        if job.path is not None and (isinstance(outcome, str) or job.shard in self.outcomes):
+            _remove([job.path])
         if job.shard in self.outcomes:  # another part of it has failed
-            _remove([job.path] if job.path else [])
-        elif isinstance(outcome, str):
+            return
+        if isinstance(outcome, str):
             self._settle(job.shard, outcome)
         elif isinstance(outcome, Footer):
             self._settle(job.shard, (outcome, message.stored))

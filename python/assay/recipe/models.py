@@ -38,6 +38,11 @@ class ModelSpec(Part):
     kind: str
     path: ExistingPath
 
+    @property
+    def trust(self) -> tuple[str, ...]:
+        """The modules whose Python it may run, as the caller allowed."""
+        return ()
+
     def build(self) -> nn.Module:
         """Load the model."""
         raise NotImplementedError

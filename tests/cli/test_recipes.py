@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 
+import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
 
 from assay.cli import main
+from tests.recipe.tasks import word_models
+from tests.recipe.tasks.chat_tokenizers import word_tokenizer
+from tests.small_architectures import save
 from tests.small_models import TEXTS, byte_tokenizer, save_model
 from tests.small_project import make_project, make_rows, save_mlp
 
@@ -106,6 +112,115 @@ def test_prompts_with_completions(folder, models, capsys):
         counted = "".join(token for token, counts in card["tokens"] if counts)
         assert counted.replace("Ġ", " ").startswith(card["sample"]["output"][:20])
         assert not any(counts for token, counts in card["tokens"][:9])
+
+
+def test_texts_with_classes(folder, tmp_path, capsys):
+    rows = [{"text": text, "label": ["dull", "fine"][i % 2]} for i, text in enumerate(word_models.TEXTS)]
+    lines(folder / "a.jsonl", rows)
+    word_models.save(tmp_path / "bert", "bert", id2label={0: "dull", 1: "fine"})
+    recipe = started("--model", str(tmp_path / "bert"))
+    assert recipe["task"] == {"kind": "classification", "text_column": "text", "label_column": "label"}
+    assert "with a causal language model (…ForCausalLM, or .gguf) instead: causal_lm" in capsys.readouterr().out
+
+
+def test_labels_must_be_the_models(folder, tmp_path, capsys):
+    """Checked before a recipe is written: nobody could say which class is which."""
+    lines(folder / "a.jsonl", [{"text": "gold", "label": "fine"}])
+    word_models.save(tmp_path / "nameless", "bert")
+    assert main(["init", "data", "--model", str(tmp_path / "nameless")]) == 2
+    assert "does not name its classes (id2label), and label holds texts" in capsys.readouterr().err
+    names = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["a", "b"])})
+    (folder / "a.jsonl").unlink()
+    datasets.Dataset.from_dict({"text": ["x"], "label": [0]}, features=names).to_parquet(folder / "a.parquet")
+    word_models.save(tmp_path / "others", "bert", id2label={0: "dull", 1: "fine"})
+    assert main(["init", "data", "--model", str(tmp_path / "others")]) == 2
+    assert "its classes are dull, fine, and those of label are a, b" in capsys.readouterr().err
+    word_models.save(tmp_path / "three", "bert", num_labels=3)
+    assert main(["init", "data", "--model", str(tmp_path / "three")]) == 2
+    assert "has 3 outputs, and label has 2 classes" in capsys.readouterr().err
+
+
+def test_pairs_of_texts_with_classes(folder, tmp_path):
+    rows = [{"premise": text, "hypothesis": "gold", "label": i % 2} for i, text in enumerate(word_models.TEXTS)]
+    lines(folder / "a.jsonl", rows)
+    word_models.save(tmp_path / "bert", "bert")
+    recipe = started("--model", str(tmp_path / "bert"))
+    assert (recipe["task"]["text_column"], recipe["task"]["text_pair_column"]) == ("premise", "hypothesis")
+
+
+def test_words_with_tags(folder, tmp_path, capsys):
+    tags = datasets.List(datasets.ClassLabel(names=["O", "ORE"]))
+    features = datasets.Features({"tokens": datasets.List(datasets.Value("string")), "ner_tags": tags})
+    words = [text.split() for text in word_models.TEXTS]
+    rows = {"tokens": words, "ner_tags": [[int(word == "gold") for word in its] for its in words]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(folder)
+    word_models.save(tmp_path / "bert", "bert", auto_class="AutoModelForTokenClassification")
+    capsys.readouterr()
+    recipe = started("--model", str(tmp_path / "bert"))
+    assert recipe["task"] == {"kind": "token_classification", "tokens_column": "tokens", "tags_column": "ner_tags"}
+    capsys.readouterr()
+    assert main(["show", "scores", "--worst", "1"]) == 0
+    assert "ner_tags  [O, " in capsys.readouterr().out
+
+
+def test_texts_with_numbers(folder, tmp_path):
+    rows = [{"text": text, "score": 0.5 * i} for i, text in enumerate(word_models.TEXTS)]
+    lines(folder / "a.jsonl", rows)
+    word_models.save(tmp_path / "bert", "bert", num_labels=1)
+    recipe = started("--model", str(tmp_path / "bert"))
+    assert recipe["task"] == {"kind": "regression", "text_column": "text", "target_column": "score"}
+    assert main(["show", "scores", "--by", "ensemble_residual", "--worst", "1"]) == 0
+
+
+def pictures(count: int) -> list[dict]:
+    """As `datasets` saves images: files' bytes."""
+    image = pytest.importorskip("PIL.Image")
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(count):
+        file = io.BytesIO()
+        image.fromarray(rng.integers(0, 256, (18, 20, 3), dtype=np.uint8)).save(file, "PNG")
+        found.append({"bytes": file.getvalue(), "path": None})
+    return found
+
+
+def picture_model(path, name: str, auto_class: str, **changes) -> str:
+    save(path, name, auto_class, **changes)
+    settings = {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}}
+    (path / "preprocessor_config.json").write_text(json.dumps(settings))
+    return str(path)
+
+
+def test_images_with_classes(folder, tmp_path, capsys):
+    images = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    rows = {"image": pictures(6), "label": [0, 1] * 3}
+    datasets.Dataset.from_dict(rows, features=images).to_parquet(folder / "a.parquet")
+    vit = picture_model(tmp_path / "vit", "vit", "AutoModelForImageClassification", id2label={0: "cat", 1: "dog"})
+    recipe = started("--model", vit)
+    assert (recipe["task"]["image_column"], recipe["task"]["label_column"]) == ("image", "label")
+    capsys.readouterr()
+    assert main(["show", "scores", "--by", "ensemble_margin", "--worst", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "image  PNG 20×18, " in out
+    assert "(cat)" in out or "(dog)" in out
+
+
+def test_a_folder_of_images_per_class(folder, tmp_path):
+    for i, image in enumerate(pictures(6)):
+        (folder / ["cat", "dog"][i % 2]).mkdir(exist_ok=True)
+        (folder / ["cat", "dog"][i % 2] / f"{i}.png").write_bytes(image["bytes"])
+    vit = picture_model(tmp_path / "vit", "vit", "AutoModelForImageClassification", id2label={0: "cat", 1: "dog"})
+    recipe = started("--model", vit)
+    assert recipe["corpus"] == {"path": "data", "id_column": "path"}
+    assert recipe["task"] == {"kind": "classification", "image_column": "image", "label_column": "label"}
+
+
+def test_images_with_texts(folder, tmp_path):
+    pq.write_table(pa.table({"image": pictures(6), "caption": TEXTS[:6]}), folder / "a.parquet")
+    clip = picture_model(tmp_path / "clip", "clip", "AutoModel")
+    word_tokenizer().save_pretrained(clip)
+    recipe = started("--model", clip)
+    assert recipe["task"] == {"kind": "contrastive", "image_column": "image", "text_column": "caption"}
 
 
 def test_another_kind_of_reference_joins_the_ensemble(folder, models, tmp_path):

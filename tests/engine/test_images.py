@@ -132,8 +132,8 @@ def test_what_is_no_image_is_quarantined_with_its_reason(tmp_path: Path, models:
 @pytest.mark.parametrize(
     ("task", "said"),
     [
-        ({"input_column": "x"}, "task.input_column: goes with numbers"),
-        ({"shape": [3]}, "task.shape: goes with numbers"),
+        ({"input_column": "x"}, "task.image_column: is given beside input_column"),
+        ({"shape": [3]}, "task.shape: goes with input_column"),
         ({"image_column": None, "max_pixels": 9}, "task.max_pixels: goes with image_column"),
         ({"preprocessor": {"size": 16, "do_flip": True}}, "task.preprocessor: asks for do_flip"),
         ({"preprocessor": {"size": {"shortest_edge": 16}}}, "task.preprocessor: the images would come out in sizes"),

@@ -16,7 +16,7 @@ from assay import cli
 from assay.engine import run
 from assay.recipe.errors import ChangedError, EngineError, RecipeError
 from assay.recipe.factories import is_trusted, tried_out
-from assay.recipe.recipe import load_recipe
+from assay.recipe.recipe import Recipe, load_recipe
 from tests.small_project import make_project
 
 SOURCE = """
@@ -183,6 +183,15 @@ def test_a_factory_is_a_module_and_a_function(root, factory):
     path = write(project, package)
     with pytest.raises(RecipeError, match=r"models\.m\.factory: expected module:function"):
         load_recipe(path, [f"models.m.factory='{factory}'"], trust=(package, "a", "os"))
+
+
+def test_a_recipe_keeps_its_trust_on_its_way_to_a_worker(root):
+    project, package = root
+    recipe = load_recipe(write(project, package), trust=(package,))
+    sent = Recipe.model_validate(recipe.model_dump(), context={"base": "/", "trust": recipe.trust})
+    assert recipe.trust == (package,)
+    assert isinstance(sent.models["m"].build(), nn.Sequential)
+    assert sent.models["m"].fingerprint() == recipe.models["m"].fingerprint()
 
 
 def test_the_size_of_its_inputs_is_found_by_trying(root):

@@ -83,6 +83,19 @@ def test_globs_and_single_models_stand_beside_one_another(root):
     assert used(write(root, literal, [{"method": "ensemble", "models": ["m"]}])) == ["m"]
 
 
+def test_folders_and_adapters_may_be_several_too(root):
+    for name in ("lora-a", "lora-b", "seed-1", "seed-12", "seed-3"):
+        (root / "models" / name).mkdir()
+    base = {"kind": "transformers", "path": "models/seed-1", "adapter": "models/lora-*"}
+    recipe = load_recipe(write(root, {"lora": base}, [{"method": "ensemble", "models": ["lora", "models/seed-*/"]}]))
+    adapters = [os.path.basename(spec.adapter) for name, spec in recipe.models.items() if name.startswith("lora")]
+    seeds = [os.path.basename(spec.path) for name, spec in recipe.models.items() if name.startswith("seed")]
+    assert (adapters, seeds) == (["lora-a", "lora-b"], ["seed-1", "seed-3", "seed-12"])
+    assert used(root / "globs.yaml") == ["lora-1", "lora-2", "seed-1", "seed-2", "seed-3"]
+    with pytest.raises(RecipeError, match=r"models\.lora: path and adapter are globs both"):
+        load_recipe(str(root / "globs.yaml"), ["models.lora.path=models/seed-*"])
+
+
 FAULTS = [
     ({"s": {"kind": "mlp", "path": "runs/none-*"}}, ["s"], r"models\.s\.path: nothing matches runs/none-\*"),
     (seeds(), ["sedes-*"], r"methods\.0\.models: no model's name matches 'sedes-\*'; did you mean 'seeds-.'"),

@@ -12,6 +12,7 @@ from assay.recipe.errors import ChangedError, EngineError, RecipeError
 from assay.recipe.models import TransformersSpec
 from assay.recipe.recipe import load_recipe
 from tests.recipe.test_checkpoints import write_gguf
+from tests.small_architectures import save
 from tests.small_models import edit_weights, save_model, write_recipe
 
 METHODS = [
@@ -85,3 +86,17 @@ def test_gguf_files_too(tmp_path):
     expected, own = wide.build().state_dict(), narrow.build().state_dict()
     assert own.keys() == expected.keys()
     assert all(torch.equal(own[name], tensor.bfloat16()) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("name", ["resnet", "vit"])
+def test_images_are_cast_where_the_model_does_not(tmp_path, name):
+    save(tmp_path, name, "AutoModelForImageClassification")
+    images = torch.randn(2, 3, 16, 16)
+    wide, narrow = (
+        TransformersSpec(kind="transformers", path=str(tmp_path), dtype=d).build_for("AutoModelForImageClassification")
+        for d in ("float32", "bfloat16")
+    )
+    with torch.no_grad():
+        expected, own = wide(pixel_values=images).logits, narrow(images).logits
+    assert own.dtype == torch.bfloat16
+    torch.testing.assert_close(own.float(), expected, rtol=0, atol=0.05 * float(expected.abs().max()))

@@ -42,9 +42,15 @@ def value_lines(value: Any, width: int, classes: Sequence[str] = ()) -> list[str
     if turns := _turns(value):
         lines = [line for turn in turns[:_SHOWN_ITEMS] for line in text_lines(turn, width)]
         return lines + ([f"… {len(turns) - _SHOWN_ITEMS} more turns"] if turns[_SHOWN_ITEMS:] else [])
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(classes):
+    if classes and isinstance(value, list | np.ndarray):
+        value = [classes[v] if _is_class(v, classes) else v for v in np.asarray(value).tolist()]
+    if _is_class(value, classes):
         return [cut(f"{value} ({classes[value]})", width)]
     return [cut(in_words(value), width)]
+
+
+def _is_class(value: Any, classes: Sequence[str]) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(classes)
 
 
 def text_lines(text: str, width: int, most: int = TEXT_LINES) -> list[str]:

@@ -10,7 +10,8 @@ from assay.corpus.errors import BadRow
 from assay.corpus.format import Chunk
 from assay.corpus.quarantine import row_id
 from assay.corpus.shards import Shard
-from assay.recipe.tasks import Encoded, Encoder, attempt, beside
+from assay.engine.columns import for_shard
+from assay.recipe.tasks import Encoded, Encoder, attempt
 
 # What is encoded at once: samples may be a thousand times as large as the rows that they are made of.
 ROWS_AT_ONCE = 128
@@ -35,11 +36,11 @@ class Rejected:
 
 
 class RowReader:
-    """Turns one shard's chunks into samples and rejections, in row order."""
+    """Turns one shard's chunks into samples and rejections, in row order. ShardError if its columns do not fit."""
 
     def __init__(self, shard: Shard, encoder: Encoder, id_column: str | None) -> None:
         self._shard = shard
-        self._encoder = beside(encoder, shard)
+        self._encoder = for_shard(encoder, shard)
         self._id_column = id_column
         self._seen = SeenIds()
 

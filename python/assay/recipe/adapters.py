@@ -6,7 +6,8 @@ import os
 import re
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from assay._lazy import require
 from assay.recipe.checkpoints import Wanted, eval_mode, load_folder, staged
@@ -75,11 +76,23 @@ def load_adapter(folder: ModelFolder, base: ModelFolder, wanted: Wanted, train: 
     for names, verb in ((missing, "lacks"), (result.unexpected_keys, "holds, and the base model has no place for,")):
         if names:
             raise EngineError(f"{folder.full(ADAPTER_WEIGHTS)}: {verb} {shortened(sorted(names))}")
+    model.to(wanted.torch_dtype)
+    _check_taken(folder, model, {name: own[name] for name in whole})
     for name, parameter in model.named_parameters():
         # What a saved module stands in for is not used, and may be random.
         parameter.requires_grad_((train == "all" or parameter.requires_grad) and ".original_module." not in name)
-    model.to(wanted.torch_dtype)
     return eval_mode(model)
+
+
+def _check_taken(folder: ModelFolder, model: nn.Module, own: dict[str, Tensor]) -> None:
+    """Refuse an adapter whose whole tensors are not in the model now: what they stand in for may be random."""
+    state = {name.replace(".modules_to_save.default.", "."): value for name, value in model.state_dict().items()}
+    wrong = [n for n, value in own.items() if n not in state or not torch.equal(value.to(state[n]), state[n])]
+    if wrong:
+        raise EngineError(
+            f"{folder.full(ADAPTER_WEIGHTS)}: holds {shortened(sorted(wrong))}, which peft did not put into the model; "
+            f"expected them in modules_to_save of {ADAPTER_CONFIG}"
+        )
 
 
 def _own_name(name: str) -> str:

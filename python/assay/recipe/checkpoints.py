@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import json
 import os
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from assay._lazy import require
 from assay.recipe.errors import EngineError
@@ -103,9 +104,9 @@ def load_folder(folder: ModelFolder, wanted: Wanted, elsewhere: Mapping[str, Sto
     _check_duplicates(folder.path, model, stored)
     with refusing(f"{config_file}: transformers cannot tell which weights are tied"):
         _check_ties(config_file, model)
-    check_padding_token(config_file, model)
-    _check_range(folder.path, model, wanted)
-    return eval_mode(model)
+    with refusing(f"{config_file}: transformers cannot tell what texts are padded with"):
+        check_padding_token(config_file, model)
+    return _finished(folder.path, model, wanted)
 
 
 def load_gguf(path: str, wanted: Wanted) -> nn.Module:
@@ -128,8 +129,26 @@ def load_gguf(path: str, wanted: Wanted) -> nn.Module:
         )
     _check_report(path, model, report, {})
     check_padding_token(path, model)
-    _check_range(path, model, wanted)
+    return _finished(path, model, wanted)
+
+
+def _finished(path: str, model: nn.Module, wanted: Wanted) -> nn.Module:
+    if wanted.dtype == "float16":  # it ends at 65504: what lies beyond has become infinite
+        beyond = [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]
+        if beyond:
+            raise EngineError(f"{path}: {shortened(beyond)} hold numbers that float16 has not; take bfloat16")
+    if wanted.dtype != "float32":
+        model.register_forward_pre_hook(functools.partial(_cast_inputs, wanted.torch_dtype), with_kwargs=True)
     return eval_mode(model)
+
+
+def _cast_inputs(dtype: torch.dtype, _: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Images come in float32, and not every model casts them itself."""
+
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
 
 
 def eval_mode(model: Any) -> nn.Module:
@@ -277,14 +296,6 @@ def _check_dtypes(folder: ModelFolder, skeleton: Any, stored: Mapping[str, Store
             f"{folder.path}: {shortened(packed)} hold no floating-point numbers of 16 bits or more; take the model "
             "before quantisation, or GGUF"
         )
-
-
-def _check_range(path: str, model: nn.Module, wanted: Wanted) -> None:
-    """float16 ends at 65504: what lies beyond has become infinite."""
-    if wanted.dtype == "float16":
-        beyond = [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]
-        if beyond:
-            raise EngineError(f"{path}: {shortened(beyond)} hold numbers that float16 has not; take bfloat16")
 
 
 def _check_ties(config_file: str, model: Any) -> None:

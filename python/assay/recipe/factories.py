@@ -71,6 +71,10 @@ class PythonSpec(ModelSpec):
             )
         return self
 
+    @property
+    def trust(self) -> tuple[str, ...]:
+        return self._trust
+
     def build(self) -> nn.Module:
         """Call the factory and give the model its weights.
 

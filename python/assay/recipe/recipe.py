@@ -118,6 +118,11 @@ class Recipe(Part):
         used = {name for method in self.methods for name in method.models_used().values()}
         return {name: spec for name, spec in self.models.items() if name in used}
 
+    @property
+    def trust(self) -> tuple[str, ...]:
+        """The modules whose Python its models may run, as the caller allowed: what a copy of it needs as context."""
+        return tuple(sorted({name for spec in self.models.values() for name in spec.trust}))
+
     def identity(self) -> dict[str, Any]:
         """The part that decides scores. Where files lie and how much is batched are not in it."""
         methods = [

@@ -70,10 +70,14 @@ TEXT = ("causal_lm", "causal_lm", {"text_column": "text"})
             {"features": "list<float>", "price": "double"},
             [("regression", "numbers", {"input_column": "features", "target_column": "price"})],
         ),
+        (
+            {"image": "image", "label": "string", "path": "string"},
+            [("classification", "image classification", {"image_column": "image", "label_column": "label"})],
+        ),
         ({"a": "int64", "b": "timestamp[ns]"}, []),
         ({}, []),
     ],
-    ids=range(16),
+    ids=range(17),
 )
 def test_columns_are_read_as(columns, expected):
     found = read(**columns)

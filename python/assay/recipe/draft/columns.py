@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from assay.corpus.format import ColumnFacts
 
 # Names that people give, the likeliest first.
-IDS = ("id", "_id", "uuid", "guid", "sample_id", "doc_id", "example_id", "__key__", "key")
+PATHS = ("path", "file_name", "filename", "file", "filepath", "image_path", "url", "source_url", "__url__")
+IDS = ("id", "_id", "uuid", "guid", "sample_id", "doc_id", "example_id", "__key__", "key", *PATHS)
 TEXTS = (
     *("text", "content", "document", "sentence", "body", "review", "code", "article", "story", "passage", "abstract"),
     *("comment", "tweet", "message", "title", "description"),
@@ -19,6 +20,10 @@ PAIRS = (
     *(("instruction", "output"), ("instruction", "response"), ("instruction", "completion")),
     *(("question", "answer"), ("question", "response"), ("query", "answer"), ("query", "response")),
     *(("problem", "solution"), ("input", "output"), ("source", "target"), ("docstring", "code")),
+)
+TEXT_PAIRS = (
+    *(("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("question", "sentence")),
+    *(("text1", "text2"), ("text", "text_pair"), ("query", "passage"), ("query", "document")),
 )
 LABELS = (
     *("label", "labels", "class", "category", "coarse_label", "fine_label", "intent", "topic", "sentiment", "emotion"),
@@ -35,11 +40,11 @@ _WHOLE = re.compile(r"u?int\d+")
 _FLOAT = re.compile(r"float|double|halffloat|float\d+|decimal\d*.*")
 _NESTED_NUMBERS = re.compile(r"(list<)+(u?int\d+|float|double|halffloat|bool)>+")
 _TURNS = re.compile(r"list<struct<.*\brole: string\b.*>>")
-_IMAGE_STRUCT = re.compile(r"struct<(bytes: binary, path: string|path: string, bytes: binary)>")
+_IMAGE_STRUCT = re.compile(r"struct<(bytes: binary, path: (string|null)|path: (string|null), bytes: binary)>")
 
 
 def form(name: str, facts: ColumnFacts) -> str:
-    """text, messages, words, tags, numbers, image, class, whole, float, bool, or other."""
+    """text, path, messages, words, tags, numbers, image, class, whole, float, bool, or other."""
     kind = facts.type
     if kind == "image" or _IMAGE_STRUCT.fullmatch(kind) or (kind == "binary" and name.lower() in IMAGES):
         return "image"
@@ -54,7 +59,7 @@ def form(name: str, facts: ColumnFacts) -> str:
     if _NESTED_NUMBERS.fullmatch(kind):
         return "numbers"
     if kind in ("string", "bool"):
-        return "text" if kind == "string" else kind
+        return kind if kind == "bool" else "path" if name.lower() in PATHS else "text"
     return "whole" if _WHOLE.fullmatch(kind) else "float" if _FLOAT.fullmatch(kind) else "other"
 
 
@@ -65,7 +70,7 @@ class Columns:
         self.facts = facts
         tops = [name for name in facts if not any(name.startswith(f"{other}.") for other in facts if other != name)]
         self.forms = {name: form(name, facts[name]) for name in tops}
-        self.id = self.named(("text", "whole", "other"), IDS)
+        self.id = self.named(("text", "path", "whole", "other"), IDS)
 
     def of(self, *forms: str) -> list[str]:
         """The columns of these forms, the id aside."""

@@ -64,6 +64,7 @@ def draft_recipe(
     taken, notes = _choose(data, columns, possible, facts)
     other = _reference(facts, reference)
     further = other is not None and facts.shapes is not None and facts.shapes == other.shapes
+    _check_labels(taken, facts, columns)
     if target is not None:
         _check_target(target, taken)
     choices = Choices(data, facts, taken, out, further, other, target, _id_column(shard, columns), columns)
@@ -133,6 +134,27 @@ def _reference(model: ModelFacts, path: str | None) -> ModelFacts | None:
     if other.use != model.use:
         raise EngineError(f"{path}: is {other.name}, but {model.path} is {model.name}; both must do the same task")
     return other
+
+
+def _check_labels(reading: Reading, model: ModelFacts, columns: Columns) -> None:
+    """EngineError if the labels are not the model's, or are texts and nobody says which class each is."""
+    name = reading.keys.get("label_column") or reading.keys.get("tags_column")
+    if name is None:
+        return
+    own, names, kind = columns.facts[name].classes, model.labels, columns.facts[name].type
+    if own is not None and model.outputs not in (None, len(own)):
+        raise EngineError(f"{model.path}: has {model.outputs} outputs, and {name} has {len(own)} classes")
+    if own is not None and names is not None and set(own) - set(names):
+        raise EngineError(f"{model.path}: its classes are {_few(names)}, and those of {name} are {_few(own)}")
+    if own is None and names is None and kind in ("string", "list<string>"):
+        raise EngineError(
+            f"{model.path}: does not name its classes (id2label), and {name} holds texts: nothing says which is which; "
+            "write them into its config.json, or take the column's numbers"
+        )
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(name[:40] for name in names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _check_target(path: str, reading: Reading) -> None:

@@ -44,6 +44,8 @@ class ModelFacts:
     name: str
     """Its class, as its config has it."""
     outputs: int | None = None
+    labels: tuple[str, ...] | None = None
+    """The names of its classes in their order, where its config gives them names of their own."""
     regression: bool = False
     chat: bool = False
     positions: int | None = None
@@ -119,11 +121,20 @@ def _folder_facts(folder: ModelFolder, shapes: Mapping[str, tuple[int, ...]] | N
         use,
         name[:80] or str(config.get("model_type"))[:80],
         outputs,
+        _names(labels),
         regression,
         _has_chat_template(folder),
         _positions(config),
         shapes,
     )
+
+
+def _names(labels: Any) -> tuple[str, ...] | None:
+    """id2label in order; None if it has transformers' own LABEL_0, LABEL_1, … or is none."""
+    if not isinstance(labels, dict) or labels.keys() != {str(i) for i in range(len(labels))}:
+        return None
+    names = tuple(str(labels[str(i)]) for i in range(len(labels)))
+    return None if all(name == f"LABEL_{i}" for i, name in enumerate(names)) else names
 
 
 def _positions(config: Mapping[str, Any]) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from assay.recipe.draft.columns import (
@@ -14,6 +14,7 @@ from assay.recipe.draft.columns import (
     NUMBERS,
     PAIRS,
     TAGS,
+    TEXT_PAIRS,
     TEXTS,
     TOKENS,
     Columns,
@@ -64,23 +65,29 @@ def _conversations(columns: Columns) -> Iterator[Reading]:
         yield Reading("causal_lm", "causal_lm", {"messages_column": name}, why, comments)
 
 
-def _pairs(columns: Columns) -> Iterator[Reading]:
+def _named_pair(columns: Columns, names: Sequence[tuple[str, str]]) -> tuple[str, str] | None:
+    """The first two columns of texts that bear two of the names."""
     texts = {name.lower(): name for name in columns.of("text")}
-    for prompt, completion in PAIRS:
-        if prompt in texts and completion in texts:
-            keys = {"prompt_column": texts[prompt], "completion_column": texts[completion]}
-            comments = {"completion_column": "its tokens alone count (loss_on: completion)"}
-            rest = [name for low, name in texts.items() if low in ("input", "context", "system") and low != prompt]
-            if rest:
-                comments["prompt_column"] = f"without {' and '.join(rest)}: join them in the data if they belong to it"
-            why = f"{keys['prompt_column']} and {keys['completion_column']} are texts"
-            yield Reading("causal_lm", "causal_lm", keys, why, comments)
-            return
+    return next(((texts[one], texts[other]) for one, other in names if one in texts and other in texts), None)
+
+
+def _pairs(columns: Columns) -> Iterator[Reading]:
+    pair = _named_pair(columns, PAIRS)
+    if pair is None:
+        return
+    prompt, completion = pair
+    rest = [name for name in columns.of("text") if name.lower() in ("input", "context", "system") and name != prompt]
+    comments = {"completion_column": "its tokens alone count (loss_on: completion)"}
+    if rest:
+        comments["prompt_column"] = f"without {' and '.join(rest)}: join them in the data if they belong to it"
+    keys = {"prompt_column": prompt, "completion_column": completion}
+    yield Reading("causal_lm", "causal_lm", keys, f"{prompt} and {completion} are texts", comments)
 
 
 def _two_towers(columns: Columns) -> Iterator[Reading]:
     image = columns.likely(("image",), IMAGES)
-    caption = columns.named(("text",), CAPTIONS) or columns.likely(("text",), CAPTIONS)
+    labels = [name for name in columns.of("text") if name.lower() in LABELS]
+    caption = columns.likely(("text",), CAPTIONS, labels)
     if image and caption:
         why = f"{image} holds images and {caption} texts"
         yield Reading("contrastive", "contrastive", {"image_column": image, "text_column": caption}, why)
@@ -95,15 +102,16 @@ def _token_classes(columns: Columns) -> Iterator[Reading]:
         yield Reading("token_classification", "token_classification", keys, why)
 
 
-def _inputs(columns: Columns, taken: str) -> Iterator[tuple[str, str, str]]:
-    """(key, column, what it holds) of what a labelled sample's input may be."""
+def _inputs(columns: Columns, taken: str) -> Iterator[tuple[dict[str, str], str]]:
+    """The keys of what a labelled sample's input may be, and what says so."""
     if image := columns.likely(("image",), IMAGES, (taken,)):
-        yield "image_column", image, "images"
-    text = columns.likely(("text",), TEXTS, (taken,)) or next(iter(_others(columns, taken)), None)
-    if text:
-        yield "text_column", text, "texts"
+        yield {"image_column": image}, f"{image} holds images"
+    if pair := _named_pair(columns, TEXT_PAIRS):
+        yield {"text_column": pair[0], "text_pair_column": pair[1]}, f"{pair[0]} and {pair[1]} hold pairs of texts"
+    elif text := columns.likely(("text",), TEXTS, (taken,)) or next(iter(_others(columns, taken)), None):
+        yield {"text_column": text}, f"{text} holds texts"
     if numbers := columns.likely(("numbers",), INPUTS, (taken,)):
-        yield "input_column", numbers, "lists of numbers"
+        yield {"input_column": numbers}, f"{numbers} holds lists of numbers"
 
 
 def _others(columns: Columns, taken: str) -> list[str]:
@@ -116,18 +124,18 @@ def _classes(columns: Columns) -> Iterator[Reading]:
         label = columns.likely(("whole", "bool"), ())
     if label is None:
         return
-    for key, name, what in _inputs(columns, label):
-        why = f"{name} holds {what} and {label} their classes"
-        yield Reading("classification", _CLASSIFIERS[key], {key: name, "label_column": label}, why)
+    for keys, why in _inputs(columns, label):
+        use = _CLASSIFIERS[next(iter(keys))]
+        yield Reading("classification", use, keys | {"label_column": label}, f"{why} and {label} their classes")
 
 
 def _regression(columns: Columns) -> Iterator[Reading]:
     target = columns.likely(("float",), NUMBERS) or columns.named(("whole",), NUMBERS)
     if target is None:
         return
-    for key, name, what in _inputs(columns, target):
-        why = f"{name} holds {what} and {target} their numbers"
-        yield Reading("regression", _CLASSIFIERS[key], {key: name, "target_column": target}, why)
+    for keys, why in _inputs(columns, target):
+        use = _CLASSIFIERS[next(iter(keys))]
+        yield Reading("regression", use, keys | {"target_column": target}, f"{why} and {target} their numbers")
 
 
 def _texts(columns: Columns) -> Iterator[Reading]:

@@ -79,9 +79,7 @@ def _task(choices: Choices) -> Iterator[str]:
     for key, name in choices.reading.keys.items():
         comment = choices.reading.comments.get(key)
         yield f"{key}: {_scalar(name)}" + (f"  # {_plain(comment)}" if comment else "")
-    if choices.reading.task == "classification" and choices.model.outputs is not None:
-        yield f"classes: {choices.model.outputs}"
-    if choices.reading.use in ("causal_lm", "text classification", "token_classification"):
+    if choices.reading.task == "causal_lm":
         length = min(_LENGTH, choices.model.positions or _LENGTH)
         yield f"max_length: {length}  # tokens; what is longer is cut"
 

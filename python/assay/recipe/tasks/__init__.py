@@ -1,17 +1,37 @@
 """The tasks of a recipe, one file each: what a row holds, and how rows become batches."""
 
-from assay.recipe.tasks import causal_lm, classification, contrastive  # they register themselves
-from assay.recipe.tasks.base import TASKS, Encoded, Encoder, ShowsTokens, TaskSpec, attempt, beside
+from assay.recipe.tasks import (  # they register themselves
+    causal_lm,
+    classification,
+    contrastive,
+    regression,
+    token_classification,
+)
+from assay.recipe.tasks.base import (
+    TASKS,
+    Columns,
+    Encoded,
+    Encoder,
+    ReadsColumns,
+    ReadsFiles,
+    ShowsTokens,
+    TaskSpec,
+    attempt,
+)
 
 __all__ = [
     "TASKS",
+    "Columns",
     "Encoded",
     "Encoder",
+    "ReadsColumns",
+    "ReadsFiles",
     "ShowsTokens",
     "TaskSpec",
     "attempt",
-    "beside",
     "causal_lm",
     "classification",
     "contrastive",
+    "regression",
+    "token_classification",
 ]

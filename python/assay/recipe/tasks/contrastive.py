@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from assay.corpus.checks import check_text
 from assay.corpus.errors import BadRow
-from assay.corpus.footer import canonical_hash
 from assay.corpus.shards import Shard
-from assay.recipe.causal_checks import right_padded
 from assay.recipe.errors import EngineError
 from assay.recipe.library_calls import quietly, refusing
-from assay.recipe.model_files import one_line, shortened
 from assay.recipe.models import ModelSpec, shared_tokenizer
-from assay.recipe.tasks.base import TASKS, Encoded, Encoder, attempt
+from assay.recipe.tasks.base import TASKS, Encoded, Encoder
 from assay.recipe.tasks.images import ImageInputs, ImageTaskSpec
-from assay.recipe.tokenizer import behaviour
+from assay.recipe.tasks.text_rows import Reader, TextInputs, Tokens, Trial
 from assay.tasks import Contrastive, Task
 
 _TOLERANCE = 1e-4  # of an embedding of length 1, as for logits in `causal_checks`
@@ -48,14 +43,20 @@ class ContrastiveSpec(ImageTaskSpec):
     def encoder(self, models: Mapping[str, tuple[ModelSpec, nn.Module]]) -> Encoder:
         for name, (_, model) in models.items():
             _check_kind(f"models.{name}", model)
-        tokenizer = shared_tokenizer({name: spec for name, (spec, _) in models.items()})
-        known = [n for _, model in models.values() if (n := _text_setting(model, "vocab_size")) is not None]
-        limit = min(known, default=max(tokenizer.get_vocab().values(), default=0) + 1)
-        texts = Captions(self.text_column, tokenizer, self._length(models), limit)
         images = self.images(self.image_column, models)
+        tokenizer = shared_tokenizer({name: spec for name, (spec, _) in models.items()})
+        vocabulary = set(tokenizer.get_vocab().values())
+        all_tokens = max(vocabulary, default=0) + 1
+        limit, owner = min((_text_setting(model, "vocab_size") or all_tokens, n) for n, (_, model) in models.items())
+        usable = sorted(i for i in vocabulary - set(tokenizer.all_special_ids) if i < limit)
+        # Padded with 0: whether a CLIP looks for a text's end by its number or for the highest, it stands before that.
+        trial = Trial(tokenizer, usable or list(range(limit)), pad=0, types=False)
         for name, (_, model) in models.items():
-            _try_out(f"models.{name}", model, images, texts)
-        return PairEncoder(images, texts)
+            _try_out(f"models.{name}", model, images, trial)
+        reader = Reader(tokenizer, self._length(models), limit, f"models.{owner}", 0, False, trial.row(1, 5))
+        end, plain = tokenizer.eos_token_id, reader.call(["a"])["input_ids"][0]
+        reader = replace(reader, ends=(end, plain.count(end))) if end in plain else reader
+        return PairEncoder(images, TextInputs((self.text_column,), reader))
 
     def _length(self, models: Mapping[str, tuple[ModelSpec, nn.Module]]) -> int:
         """The number of tokens that a text is cut to."""
@@ -71,50 +72,16 @@ class ContrastiveSpec(ImageTaskSpec):
         return self.max_length or min(known.values())
 
 
-class Captions:
-    """Texts of one column to tokens, with the tokenizer's own at their ends."""
-
-    def __init__(self, column: str, tokenizer: Any, max_length: int, limit: int) -> None:
-        """``limit``: how many tokens the models know."""
-        self.column, self.tokenizer = column, tokenizer
-        self._max_length, self._limit = max_length, limit
-
-    def encode(self, values: Sequence[Any]) -> list[Tensor | BadRow]:
-        """(T,) token ids of each text, or why there are none."""
-        checked = [attempt(check_text, self.column, value) for value in values]
-        tokens = iter(self._tokens([text for text in checked if isinstance(text, str)]))
-        return [text if isinstance(text, BadRow) else next(tokens) for text in checked]
-
-    def _tokens(self, texts: list[str]) -> list[Tensor | BadRow]:
-        if not texts:
-            return []
-        try:
-            ids = self.tokenizer(texts, truncation=True, max_length=self._max_length)["input_ids"]
-        except Exception as error:  # of the tokenizer's own classes: it is one text's fault, or all of theirs
-            if len(texts) == 1:
-                return [BadRow(f"{self.column} cannot be cut into tokens ({one_line(error)})")]
-            return [result for text in texts for result in self._tokens([text])]
-        return [self._checked(own) for own in ids]
-
-    def _checked(self, ids: Sequence[int]) -> Tensor | BadRow:
-        if not ids:
-            return BadRow(f"{self.column} has no token")
-        if max(ids) >= self._limit:
-            word = shortened([repr(self.tokenizer.convert_ids_to_tokens(max(ids)))])
-            return BadRow(f"{self.column} has the token {word} (number {max(ids)}); the models know {self._limit}")
-        return torch.from_numpy(np.asarray(ids, np.int32))
-
-
 class PairEncoder:
     """Rows to batches (images, texts) of `Contrastive`."""
 
-    def __init__(self, images: ImageInputs, texts: Captions) -> None:
-        self.columns = (*images.columns, texts.column)
+    def __init__(self, images: ImageInputs, texts: TextInputs) -> None:
+        self.columns = (*images.columns, *texts.columns)
         self._images, self._texts = images, texts
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {**self._images.identity, "tokenizer": canonical_hash(behaviour(self._texts.tokenizer))}
+        return self._images.identity | self._texts.identity
 
     def beside(self, shard: Shard) -> PairEncoder:
         """For the rows of this shard."""
@@ -122,18 +89,19 @@ class PairEncoder:
 
     def encode(self, rows: Sequence[tuple[Any, ...]]) -> list[Encoded | BadRow]:
         images = self._images.encode([(image,) for image, _ in rows])
-        return [_pair(*own) for own in zip(images, self._texts.encode([text for _, text in rows]), strict=True)]
+        texts = self._texts.encode([(text,) for _, text in rows])
+        return [_pair(*own) for own in zip(images, texts, strict=True)]
 
-    def collate(self, data: Sequence[tuple[Any, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
-        return self._images.collate([image for image, _ in data]), right_padded([tokens for _, tokens in data])
+    def collate(self, data: Sequence[tuple[Any, Tokens]]) -> tuple[Tensor, dict[str, Tensor]]:
+        return self._images.collate([image for image, _ in data]), self._texts.collate([text for _, text in data])
 
 
-def _pair(image: Encoded | BadRow, tokens: Tensor | BadRow) -> Encoded | BadRow:
+def _pair(image: Encoded | BadRow, text: Encoded | BadRow) -> Encoded | BadRow:
     if isinstance(image, BadRow):
         return image
-    if isinstance(tokens, BadRow):
-        return tokens
-    return Encoded((image.data, tokens), image.length + len(tokens), image.nbytes + tokens.nbytes)
+    if isinstance(text, BadRow):
+        return text
+    return Encoded((image.data, text.data), image.length + text.length, image.nbytes + text.nbytes)
 
 
 def _text_setting(model: nn.Module, key: str) -> int | None:
@@ -152,35 +120,31 @@ def _check_kind(key: str, model: nn.Module) -> None:
         )
 
 
-def _try_out(key: str, model: nn.Module, images: ImageInputs, texts: Captions) -> None:
+def _try_out(key: str, model: nn.Module, images: ImageInputs, trial: Trial) -> None:
     """Refuse a model whose embedding of a text depends on the padding beside it, or does not depend on the text.
 
     The latter is what becomes of a CLIP whose config and tokenizer differ in the token that ends a text.
     """
-    words = itertools.islice(texts.tokenizer.get_vocab(), 200)
-    encoded = [ids for ids in texts.encode(sorted(words)) if isinstance(ids, Tensor)]
-    short = min(encoded, key=len, default=None)
-    others = [ids for ids in encoded if short is not None and not torch.equal(ids, short)]
-    if short is None or not others:
-        raise EngineError(f"{key}: its tokenizer makes the same tokens of every text")
-    other = max(others, key=len)
-    alone, beside = (_text_embeddings(key, model, images, rows) for rows in ([short], [short, other]))
-    if not torch.allclose(alone[0], beside[0], rtol=0, atol=_TOLERANCE):
+    short, long = (1, 5, ()), (2, 9, ())
+    (alone,), (beside, other) = (
+        _text_embeddings(key, model, images, trial.sample(rows)) for rows in ([short], [short, long])
+    )
+    if not torch.allclose(alone, beside, rtol=0, atol=_TOLERANCE):
         raise EngineError(
             f"{key}: a longer text in the batch changes a text's embedding; it cannot be scored in batches"
         )
-    if torch.equal(beside[0], beside[1]):
+    if torch.equal(beside, other):
         raise EngineError(
             f"{key}: gives texts of different tokens the same embedding; does the eos_token_id of its config end its "
             "tokenizer's texts?"
         )
 
 
-def _text_embeddings(key: str, model: nn.Module, images: ImageInputs, rows: Sequence[Tensor]) -> Tensor:
+def _text_embeddings(key: str, model: nn.Module, images: ImageInputs, texts: dict[str, Tensor]) -> Tensor:
     """Of length 1."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    batch = Contrastive().to((torch.zeros(len(rows), *images.shape), right_padded(rows)), device)
+    batch = Contrastive().to((images.collate(images.examples(len(texts["input_ids"]))), texts), device)
     what = f"{key}: cannot be run on images of {' × '.join(map(str, images.shape))} with token ids"
     with torch.no_grad(), quietly(), refusing(what):
-        _, text, _ = Contrastive().embed(model, batch)
-    return torch.nn.functional.normalize(text.double(), dim=1)
+        _, embedded, _ = Contrastive().embed(model, batch)
+    return torch.nn.functional.normalize(embedded.double(), dim=1)

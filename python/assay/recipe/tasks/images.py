@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from assay._lazy import require
 from assay.corpus.errors import BadRow
 from assay.corpus.images import MAX_BYTES, MAX_PIXELS, Beside, ImageLimits, decode_image
 from assay.corpus.shards import Shard
@@ -19,7 +20,7 @@ from assay.recipe.library_calls import quietly, refusing
 from assay.recipe.models import ModelSpec
 from assay.recipe.preprocessor import Preprocessor, shared_preprocessor
 from assay.recipe.tasks.base import Encoded, TaskSpec, attempt
-from assay.tasks import Task
+from assay.tasks.base import call, logits_of
 
 # An image takes part in the batch's budget of tokens as if these were its patches, as most transformers' are.
 _PIXELS_PER_TOKEN = 256
@@ -36,7 +37,8 @@ class ImageTaskSpec(TaskSpec):
     max_bytes: Annotated[int, Field(ge=1)] = MAX_BYTES
 
     def images(self, column: str, models: Mapping[str, tuple[ModelSpec, nn.Module]]) -> ImageInputs:
-        """What reads the images of a column."""
+        """What reads the images of a column. ImportError without Pillow, before the first of them comes."""
+        require("PIL.Image", "image")
         return ImageInputs.of(column, self.preprocessor, ImageLimits(self.max_pixels, self.max_bytes), models)
 
 
@@ -60,7 +62,7 @@ class ImageInputs:
     ) -> ImageInputs:
         """For these models, which must prepare an image alike unless a preprocessor is ``given``. EngineError if what
         comes out has no one shape: a batch's images are one tensor."""
-        channels = {name: _channels(model) for name, (_, model) in models.items()}
+        channels = {name: _channels(f"models.{name}", model) for name, (_, model) in models.items()}
         own = shared_preprocessor({name: spec for name, (spec, _) in models.items()}, given, channels)
         if own.shape is None:
             raise EngineError(
@@ -91,20 +93,30 @@ class ImageInputs:
         pixels = self.preprocessor.pixels(self.columns[0], image, self._limits.pixels)
         return Encoded(pixels, max(1, pixels.shape[1] * pixels.shape[2] // _PIXELS_PER_TOKEN), pixels.nbytes)
 
+    def examples(self, count: int) -> list[npt.NDArray[np.uint8]]:
+        """Some that a model can be tried out on."""
+        return list(np.random.default_rng(0).integers(0, 256, (count, *self.shape), np.uint8))
+
     def collate(self, data: Sequence[npt.NDArray[np.uint8]]) -> torch.Tensor:
         return self.preprocessor.batch(data)
 
 
-def _channels(model: nn.Module) -> int:
+def _channels(key: str, model: nn.Module) -> int:
     """Of a model's images, as a config of transformers tells; 3 unless it does."""
     config = getattr(model, "config", None)
     told = getattr(getattr(config, "vision_config", None) or config, "num_channels", 3)
-    return told if isinstance(told, int) else 3
+    if told not in (1, 3):
+        raise EngineError(f"{key}: takes images of {told} channels; an image has 3, or 1 if it is grey")
+    return int(told)
 
 
-def try_out(key: str, task: Task, model: nn.Module, batch: Any, shape: Sequence[int]) -> None:
-    """Run the model once. An EngineError that begins with ``key`` if it does not take images of this shape."""
+def try_out(key: str, model: nn.Module, images: ImageInputs) -> None:
+    """Run a model that takes nothing else. An EngineError that begins with ``key`` if it does not take these images."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    what = f"{key}: cannot be run on images of {' × '.join(map(str, shape))}, as its preprocessor makes them"
-    with torch.no_grad(), quietly(), refusing(what):
-        task.forward(model, task.to(batch, device))
+    shape = " × ".join(map(str, images.shape))
+    with (
+        torch.no_grad(),
+        quietly(),
+        refusing(f"{key}: cannot be run on images of {shape}, as its preprocessor makes them"),
+    ):
+        logits_of(call(model, images.collate(images.examples(1)).to(device)))

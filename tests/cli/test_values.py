@@ -84,18 +84,23 @@ def test_a_class_has_its_name_and_a_conversation_its_turns():
 
 
 def png(width: int, height: int) -> bytes:
-    head = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head))
+    """A black image."""
+    head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    parts = [(b"IHDR", head), (b"IDAT", zlib.compress(bytes(height * (width + 1)))), (b"IEND", b"")]
+    chunks = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 def test_an_image_is_its_kind_and_size():
     data = png(72, 48)
-    size = "72×48, " if PILLOW else ""
-    assert image_words(data) == f"PNG {size}{len(data)} bytes"
-    assert image_words({"bytes": data, "path": "a.png"}) == f"PNG {size}{len(data)} bytes, a.png"
+    kind = "PNG 72×48" if PILLOW else "image"
+    assert image_words(data) == f"{kind}, {len(data)} bytes"
+    assert image_words({"bytes": data, "path": "a.png"}) == f"{kind}, {len(data)} bytes, a.png"
     assert image_words({"bytes": None, "path": "a.png"}) == "image in a.png"
-    assert image_words(b"\x89PNG\r\n\x1a\nxx") == f"PNG {'of unknown size, ' if PILLOW else ''}10 bytes"
     assert image_words(b"text") is None
+    assert value_lines(b"\x89PNG\r\n\x1a\nxx", 80) == ["10 bytes" if PILLOW else "image, 10 bytes"]
     assert image_words({"bytes": data, "other": 1}) is None
 
 
@@ -110,10 +115,11 @@ def test_tokens_that_count_stand_on_lines_of_their_own():
 
 
 def test_as_json_is_plain():
-    value = {"x": np.float32("nan"), "image": png(1, 1), 3: [np.int64(2), (1.5, None)], "a": np.ones((2, 2))}
+    data = png(1, 1)
+    value = {"x": np.float32("nan"), "image": data, 3: [np.int64(2), (1.5, None)], "a": np.ones((2, 2))}
     assert as_json(value) == {
         "x": None,
-        "image": {"bytes": 33, "image": f"PNG {'1×1, ' if PILLOW else ''}33 bytes"},
+        "image": {"bytes": len(data), "image": f"{'PNG 1×1' if PILLOW else 'image'}, {len(data)} bytes"},
         "3": [2, [1.5, None]],
         "a": [[1.0, 1.0], [1.0, 1.0]],
     }

@@ -14,7 +14,7 @@ import typer
 import assay
 from assay.cli.demos import demo_digits, demo_text
 from assay.cli.machine import doctor
-from assay.cli.recipes import validate
+from assay.cli.recipes import init, validate
 from assay.cli.runs import score
 from assay.cli.scores import list_scores, show
 from assay.cli.selection import select
@@ -86,6 +86,7 @@ def _help_without_command(context: typer.Context) -> None:
         print(context.get_help())
 
 
+app.command()(init)
 app.command()(score)
 app.command()(validate)
 app.command()(select)

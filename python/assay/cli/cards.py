@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from assay.cli.values import as_json, columns_lines, cut, token_lines
-from assay.corpus.errors import BadRow, CorpusError
-from assay.corpus.layout import RESOLVED_RECIPE
+from assay.corpus.errors import BadRow, CorpusError, ShardError
+from assay.corpus.layout import MANIFEST, RESOLVED_RECIPE
+from assay.corpus.readers import columns_of
 from assay.corpus.scores_folder import Scores
+from assay.corpus.shards import Shard
 from assay.curate import Ranked, Ranking, read_samples
 from assay.engine import open_encoder
 from assay.recipe import load_recipe
-from assay.recipe.tasks import Encoder
+from assay.recipe.tasks import TASKS, Encoder, ShowsTokens, TaskSpec
 
 _INDENT = "    "
+_TASK: TypeAdapter[TaskSpec] = TypeAdapter(Annotated[TaskSpec, BeforeValidator(TASKS.parse)])
 
 
 @dataclass(frozen=True)
@@ -78,17 +83,17 @@ def ranking_lines(ranking: Ranking, cards: Sequence[Card], width: int) -> Iterat
         yield cut(f"{ranking.nan:,} rows have NaN for {ranking.by} (--nan 5 shows some)", width)
 
 
-def make_cards(scores: Scores, ranking: Ranking, tokens: bool) -> list[Card]:
+def make_cards(scores: Scores, ranking: Ranking, tokens: bool, trust: Sequence[str] = ()) -> list[Card]:
     """The ranking's samples with their rows of the corpus: the worst, the best, those without a score.
 
     Raises:
         CorpusError: ``tokens`` are asked for, and the task has none.
     """
     ends = {"worst": ranking.worst, "best": ranking.best, "nan": ranking.without}
-    task = scores.identity.recipe.get("task")
-    encoder = _token_encoder(scores) if tokens else None
-    columns = list(dict.fromkeys([*_task_columns(task), *(encoder.columns if encoder else ())]))
+    encoder = _token_encoder(scores, trust) if tokens else None
+    columns = list(dict.fromkeys([*_task_columns(scores), *(encoder.columns if encoder else ())]))
     samples = read_samples([ranked for end in ends.values() for ranked in end], columns)
+    classes = {shard: _classes(shard) for shard in {ranked.shard for end in ends.values() for ranked in end}}
     cards = []
     for end, members in ends.items():
         for place, ranked in enumerate(members, start=1):
@@ -99,29 +104,37 @@ def make_cards(scores: Scores, ranking: Ranking, tokens: bool) -> list[Card]:
                 continue
             mask = _tokens(encoder, values) if encoder else None
             fault = str(mask) if isinstance(mask, BadRow) else ""
-            cards.append(Card(*common, values, _classes(task), None if isinstance(mask, BadRow) else mask, fault))
+            cards.append(
+                Card(*common, values, classes[ranked.shard], None if isinstance(mask, BadRow) else mask, fault)
+            )
     return cards
 
 
-def _task_columns(task: Any) -> list[str]:
-    """The columns that a recipe's task reads: the values of its keys ``…_column``."""
-    keys = task.items() if isinstance(task, dict) else ()
-    return [name for key, name in keys if key.endswith("_column") and isinstance(name, str)]
+def _task_columns(scores: Scores) -> list[str]:
+    """The columns that the recipe's task reads."""
+    try:
+        task = _TASK.validate_python(scores.identity.recipe.get("task"))
+    except ValidationError as error:
+        raise CorpusError(f"{scores.store.full(MANIFEST)}: its task is none of this version of assay") from error
+    return list(task.column_keys().values())
 
 
-def _classes(task: Any) -> dict[str, Sequence[str]]:
-    """By column, the names of the classes that a recipe's task gives."""
-    labels, column = (task.get("labels"), task.get("label_column")) if isinstance(task, dict) else (None, None)
-    return {column: [str(label) for label in labels]} if isinstance(labels, list) and isinstance(column, str) else {}
+def _classes(shard: Shard) -> dict[str, Sequence[str]]:
+    """By column, the names that a shard gives to whole numbers."""
+    try:
+        facts = columns_of(shard)
+    except (ShardError, OSError):
+        return {}
+    return {name: its.classes for name, its in facts.items() if its.classes is not None}
 
 
-def _token_encoder(scores: Scores) -> Encoder:
+def _token_encoder(scores: Scores, trust: Sequence[str]) -> Encoder:
     """The encoder of the recipe that lies beside the scores. CorpusError if it has no tokens to show."""
     if not scores.store.is_local:
         raise CorpusError(f"--tokens: {scores.store.url} is not on this machine, where the recipe's models are")
-    recipe = load_recipe(scores.store.full(RESOLVED_RECIPE))
+    recipe = load_recipe(scores.store.full(RESOLVED_RECIPE), trust=trust)
     encoder = open_encoder(recipe)
-    if not hasattr(encoder, "tokens"):
+    if not isinstance(encoder, ShowsTokens):
         raise CorpusError(f"--tokens: the samples of a {recipe.task.kind} task have no tokens that count in a loss")
     return encoder
 
@@ -130,5 +143,5 @@ def _tokens(encoder: Encoder, values: Mapping[str, Any]) -> Sequence[tuple[str, 
     (encoded,) = encoder.encode([tuple(values[name] for name in encoder.columns)])
     if isinstance(encoded, BadRow):
         return encoded
-    shown: Sequence[tuple[str, bool]] = encoder.tokens(encoded.data)  # type: ignore[attr-defined]
-    return shown
+    assert isinstance(encoder, ShowsTokens)
+    return encoder.tokens(encoded.data)

@@ -26,6 +26,10 @@ def score(
         str,
         typer.Option("--shard", metavar="I/N", help="Take every N-th shard from the I-th on, I from 1 to N."),
     ] = "1/1",
+    devices: Annotated[
+        str | None,
+        typer.Option(metavar="DEVICES", help="Where to run: auto, cpu, or a worker each on cuda:0,cuda:1 or cpu,cpu."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and the recipe.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")] = False,
     interval: Annotated[float, typer.Option(help="Seconds between progress lines off a terminal.")] = 10.0,
@@ -34,12 +38,14 @@ def score(
     log_to_stderr(quiet)
     _limit_threads()
     from assay.corpus.layout import table_path
-    from assay.engine import make_plan, run
+    from assay.engine import find_devices, make_plan, run
     from assay.recipe import load_recipe
 
     part = _part(shard)
-    loaded = load_recipe(recipe, overrides or (), trust or ())
+    named = [] if devices is None else [f"run.devices={devices}"]
+    loaded = load_recipe(recipe, [*(overrides or ()), *named], trust or ())
     if dry_run:
+        say(f"devices: {', '.join(map(str, find_devices(loaded.run.devices)))}")
         plan = make_plan(loaded, part, rescore)
         say(f"{len(plan.todo)} shards to score ({len(plan.stale)} of them again), {plan.done.shards} done")
         for todo in plan.todo:

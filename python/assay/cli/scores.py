@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from assay.cli.terminal import INCOMPLETE, OK, CorpusNow, ScoresFolder, clean, fail, log_to_stderr
+from assay.cli.terminal import INCOMPLETE, OK, CorpusNow, ScoresFolder, Trust, clean, fail, log_to_stderr
 
 if TYPE_CHECKING:
     from assay.corpus.scores_folder import Scores
@@ -74,6 +74,7 @@ def show(
         str | None, typer.Option(metavar="high|low", help="Which end is better, if not as the table says.")
     ] = None,
     tokens: Annotated[bool, typer.Option("--tokens", help="Which tokens count in the loss.")] = False,
+    trust: Trust = None,
     as_json: Annotated[bool, typer.Option("--json", help="The samples in full, as JSON.")] = False,
     corpus: CorpusNow = None,
 ) -> int:
@@ -87,7 +88,7 @@ def show(
     if worst is None and best is None:
         worst, best = (0, 0) if nan else (5, 5)
     ranking = rank(found, by, best=best or 0, worst=worst or 0, without=nan, keep=keep)
-    cards = make_cards(found, ranking, tokens)
+    cards = make_cards(found, ranking, tokens, trust or ())
     if as_json:
         print(json.dumps([card.as_json() for card in cards], indent=2))
     else:

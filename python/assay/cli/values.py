@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-import io
 import itertools
 import json
 import math
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,20 +12,12 @@ import numpy as np
 from rich.cells import cell_len
 
 from assay.cli.terminal import clean
+from assay.corpus.errors import BadRow
+from assay.corpus.images import image_facts
 
 TEXT_LINES = 4
 _SHOWN_NUMBERS = 6
 _SHOWN_ITEMS = 8
-_IMAGE_STARTS = {
-    b"\x89PNG\r\n\x1a\n": "PNG",
-    b"\xff\xd8\xff": "JPEG",
-    b"GIF8": "GIF",
-    b"RIFF": "WebP",
-    b"BM": "BMP",
-    b"II*\0": "TIFF",
-    b"MM\0*": "TIFF",
-}
-_FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")
 
 
 def columns_lines(values: Mapping[str, Any], width: int, classes: Mapping[str, Sequence[str]]) -> Iterator[str]:
@@ -53,9 +42,15 @@ def value_lines(value: Any, width: int, classes: Sequence[str] = ()) -> list[str
     if turns := _turns(value):
         lines = [line for turn in turns[:_SHOWN_ITEMS] for line in text_lines(turn, width)]
         return lines + ([f"… {len(turns) - _SHOWN_ITEMS} more turns"] if turns[_SHOWN_ITEMS:] else [])
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(classes):
+    if classes and isinstance(value, list | np.ndarray):
+        value = [classes[v] if _is_class(v, classes) else v for v in np.asarray(value).tolist()]
+    if _is_class(value, classes):
         return [cut(f"{value} ({classes[value]})", width)]
     return [cut(in_words(value), width)]
+
+
+def _is_class(value: Any, classes: Sequence[str]) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(classes)
 
 
 def text_lines(text: str, width: int, most: int = TEXT_LINES) -> list[str]:
@@ -177,25 +172,14 @@ def image_words(value: Any) -> str | None:
         return f"image in {path}"
     if not isinstance(data, bytes):
         return None
-    kind = next((name for start, name in _IMAGE_STARTS.items() if data.startswith(start)), None)
-    if kind is None:
+    try:
+        known, width, height = image_facts("image", data)
+    except BadRow:
         return None
-    size = _image_size(data)
-    return f"{kind} {size}{len(data):,} bytes" + (f", {path}" if isinstance(path, str) else "")
-
-
-def _image_size(data: bytes) -> str:
-    """ "width×height, " from the image's header; empty where Pillow is not installed or cannot tell."""
-    try:
-        pillow = importlib.import_module("PIL.Image")
-    except ImportError:
-        return ""
-    try:
-        with warnings.catch_warnings(), pillow.open(io.BytesIO(data), formats=_FORMATS) as image:
-            warnings.simplefilter("ignore")
-            return f"{image.width}×{image.height}, "
-    except (OSError, ValueError, SyntaxError, pillow.DecompressionBombError):
-        return "of unknown size, "
+    except ImportError:  # without Pillow
+        known, width, height = "image", 0, 0
+    size = f"{known} {width}×{height}" if width else known
+    return f"{size}, {len(data):,} bytes" + (f", {path}" if isinstance(path, str) else "")
 
 
 def as_json(value: Any) -> Any:

@@ -111,6 +111,15 @@ def decode_image(name: str, value: object, limits: ImageLimits, beside: Beside |
     raise BadRow(f"{name} is of type {type(value).__name__}, expected an image: bytes, a path or pixels")
 
 
+def image_facts(name: str, data: bytes) -> tuple[str, int, int]:
+    """Format, width and height by the header of an image's file; nothing is decoded. BadRow if it is none."""
+    known, module, reader = _reader(name, data)
+    plugin = require(f"PIL.{module}", "image")
+    with quiet_pillow(), _bad_rows(name, known):
+        width, height = getattr(plugin, reader)(io.BytesIO(data)).size
+        return known, width, height
+
+
 def _of_struct(name: str, value: Mapping[Any, Any]) -> object:
     for key in ("bytes", "path"):
         if value.get(key) is not None:

@@ -92,7 +92,7 @@ def score_samples(
 
 
 def empty_scores(columns: Sequence[Column], count: int) -> Scores:
-    """NaN for every sample and column; of a number per token an empty array."""
+    """NaN for every sample and column."""
     return {column.name: _no_scores(column, count) for column in columns}
 
 

@@ -17,8 +17,9 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 
-from assay.corpus.errors import ShardError
+from assay.corpus.errors import CorpusError, ShardError
 from assay.corpus.footer import Footer
 from assay.corpus.shards import Shard
 from assay.corpus.storage import TEMPORARY_SUFFIX, Store
@@ -47,9 +48,8 @@ Outcome = tuple[Footer, bool] | str
 """A table's footer and whether it came of stored features, or why the shard cannot be read."""
 
 
-def units_at_most(plan: Plan, workers: int) -> int:
-    """How many units there may be for so many workers."""
-    sizes = sizes_of(plan.todo)
+def units_at_most(sizes: Mapping[Shard, int], workers: int) -> int:
+    """How many units there may be of shards of these sizes, for so many workers."""
     return sum(_shares(size, sum(sizes.values()), workers) for size in sizes.values())
 
 
@@ -59,7 +59,7 @@ def sizes_of(shards: Sequence[Shard]) -> dict[Shard, int]:
     for shard in shards:
         sizes[shard] = 0
         with contextlib.suppress(OSError):
-            sizes[shard] = shard.fingerprint().size
+            sizes[shard] = (shard.listed or shard.fingerprint()).size
     return sizes
 
 
@@ -70,6 +70,7 @@ def _shares(size: int, total: int, workers: int) -> int:
 
 def score_with_workers(
     plan: Plan,
+    sizes: Mapping[Shard, int],
     devices: Sequence[torch.device],
     progress: Progress,
     times: Times,
@@ -78,6 +79,7 @@ def score_with_workers(
     """Score a plan's shards with a worker on each device.
 
     Args:
+        sizes: of the shards to score, in bytes.
         progress: starts when the first worker is ready.
         times: the workers' are added up in it.
         on_unreadable: is called as soon as that is known.
@@ -85,7 +87,8 @@ def score_with_workers(
     Raises:
         EngineError: a worker cannot start, or what it scores with fails; all have ended.
     """
-    crew = _Crew(plan, progress, times, on_unreadable)
+    _refuse_memory(plan)
+    crew = _Crew(plan, sizes, progress, times, on_unreadable)
     with _staging(plan.output) as crew.stage:
         try:
             crew.start(devices)
@@ -97,6 +100,12 @@ def score_with_workers(
             crew.end()
             crew.clear()
     return {shard: crew.outcomes[shard] for shard in plan.todo}
+
+
+def _refuse_memory(plan: Plan) -> None:
+    for store in (plan.output, *(corpus.store for corpus in plan.corpora.values())):
+        if isinstance(store.fs, MemoryFileSystem):
+            raise CorpusError(f"{store.url}: lives in one process, where no worker sees it; score with run.devices=cpu")
 
 
 @contextlib.contextmanager
@@ -135,9 +144,15 @@ class _Crew:
     stage: Callable[[], str]
 
     def __init__(
-        self, plan: Plan, progress: Progress, times: Times, on_unreadable: Callable[[Shard, str], None]
+        self,
+        plan: Plan,
+        sizes: Mapping[Shard, int],
+        progress: Progress,
+        times: Times,
+        on_unreadable: Callable[[Shard, str], None],
     ) -> None:
         self.outcomes: dict[Shard, Outcome] = {}
+        self._sizes = sizes
         self._plan, self._progress, self._times, self._on_unreadable = plan, progress, times, on_unreadable
         self._context: Any = multiprocessing.get_context(START)
         self._workers: list[_Worker] = []
@@ -159,9 +174,17 @@ class _Crew:
     def _hire(self, device: torch.device) -> None:
         recipe = self._plan.recipe
         fitted = {path: self._plan.corpora[path] for path in recipe.fitted_to().values()}
-        level = logging.getLogger("assay").getEffectiveLevel()
-        data: Mapping[str, Any] = recipe.model_dump()
-        setup = Setup(data, self._plan.identity, fitted, str(device), self._threads, level, time.perf_counter())
+        setup = Setup(
+            recipe.model_dump(),
+            recipe.task,
+            recipe.trust,
+            self._plan.identity,
+            fitted,
+            str(device),
+            self._threads,
+            logging.getLogger("assay").getEffectiveLevel(),
+            time.perf_counter(),
+        )
         mine, theirs = self._context.Pipe()
         process = self._context.Process(target=worker.main, args=(theirs, setup), daemon=True, name="assay-worker")
         with _without_interrupts(), theirs:
@@ -231,17 +254,16 @@ class _Crew:
         while self._ready is None:
             self._listen()
         write_manifest(self._plan, self._ready.columns)
-        sizes, workers = sizes_of(self._plan.todo), len(self._workers)
-        total = sum(sizes.values())
-        for shard, size in sorted(sizes.items(), key=lambda item: -item[1]):
+        total, workers = sum(self._sizes.values()), len(self._devices)
+        for shard, size in sorted(self._sizes.items(), key=lambda item: -item[1]):
             whole = self._ready.gathers is None or self._plan.recipe.task.group_rows is not None
             count = 1 if whole else _shares(size, total, workers)
             self._waiting += [_Job(shard, size / count, Share(i, count)) for i in range(count)]
 
     def work(self) -> None:
         """Hand out units until every shard has its outcome."""
-        self._progress.start(len(self._plan.todo), sum(sizes_of(self._plan.todo).values()))
-        while len(self.outcomes) < len(self._plan.todo):
+        self._progress.start(len(self._sizes), sum(self._sizes.values()))
+        while len(self.outcomes) < len(self._sizes):
             if not self._workers:
                 self._hire(self._devices[0])
             for each in self._workers:
@@ -294,9 +316,11 @@ class _Crew:
 
     def _finish(self, job: _Job, message: Finished) -> None:
         outcome = message.outcome
+        if job.path is not None and (isinstance(outcome, str) or job.shard in self.outcomes):
+            _remove([job.path])
         if job.shard in self.outcomes:  # another part of it has failed
-            _remove([job.path] if job.path else [])
-        elif isinstance(outcome, str):
+            return
+        if isinstance(outcome, str):
             self._settle(job.shard, outcome)
         elif isinstance(outcome, Footer):
             self._settle(job.shard, (outcome, message.stored))

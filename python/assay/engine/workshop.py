@@ -77,15 +77,14 @@ def open_workshop(plan: Plan, fit: bool = True, device: torch.device = CPU) -> W
     if fit:
         _fit(plan, methods, encoder)
         with _refusals(recipe):
-            scorer = Scorer([feature_methods.get(i, method) for i, method in enumerate(methods)])
+            scorer = Scorer([feature_methods.get(i, m) for i, m in enumerate(methods)], inference=True)
     return Workshop(recipe, plan.identity, encoder, methods, feature_methods, scorer, Budget(recipe.batch.tokens))
 
 
 def open_encoder(recipe: Recipe) -> Encoder:
-    """What makes samples of a recipe's rows, checked against the first of its models alone."""
-    first = dict(list(recipe.models_used.items())[:1])
-    models = build_models(first, recipe.task.auto_class)
-    return recipe.task.encoder({name: (first[name], model) for name, model in models.items()})
+    """What makes samples of a recipe's rows, for its models as they are loaded for it."""
+    make_encoder = recipe.task.open(recipe.models_used)
+    return make_encoder(build_models(recipe.models_used, recipe.task.auto_class))
 
 
 def _targets(plan: Plan, encoder: Encoder) -> dict[str, Batches]:

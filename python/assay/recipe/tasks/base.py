@@ -54,6 +54,15 @@ class Encoder(Protocol):
 
 
 @runtime_checkable
+class ShowsTokens(Protocol):
+    """An encoder whose samples are tokens."""
+
+    def tokens(self, data: Any) -> list[tuple[str, bool]]:
+        """A sample's tokens as text, from its ``data``, and which of them its loss and scores are about."""
+        ...
+
+
+@runtime_checkable
 class ReadsColumns(Protocol):
     """An encoder to which a value means what its shard's column says."""
 
@@ -68,15 +77,6 @@ class ReadsFiles(Protocol):
 
     def beside(self, shard: Shard) -> Encoder:
         """The encoder of this shard's rows."""
-        ...
-
-
-@runtime_checkable
-class ShowsTokens(Protocol):
-    """An encoder whose samples are tokens."""
-
-    def tokens(self, data: Any) -> list[tuple[str, bool]]:
-        """A sample's tokens as text, from its ``data``, and which of them its loss and scores are about."""
         ...
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing.forkserver
+import multiprocessing
 import os
 import random
 import signal
@@ -127,10 +127,8 @@ def test_two_workers_write_the_bytes_of_one(large, small_blocks, caplog):
 
 
 def test_a_part_of_the_shards_and_several_workers(large, small_blocks):
-    for i in (1, 2):
-        score(large, TWO, "output=parted", part=(i, 2))
+    assert [score(large, TWO, "output=parted", part=(i, 2)).done_before for i in (1, 2)] == [0, 0]
     assert written(large.root / "one") == written(large.root / "parted")
-    assert score(large, TWO, "output=parted").done_before == 5
 
 
 def test_a_shard_that_breaks_in_the_middle_leaves_no_part(large, small_blocks):
@@ -166,7 +164,7 @@ def test_kept_features_are_those_of_one_worker(project, monkeypatch):
     assert score(project, TWO, "output=two", rescore=True).reused == 2
 
 
-@pytest.mark.parametrize("split", [1, 1 << 30])
+@pytest.mark.parametrize("split", [pytest.param(1, marks=pytest.mark.slow), 1 << 30])
 def test_what_a_dead_worker_had_is_done_again(project, monkeypatch, caplog, split):
     monkeypatch.setattr(crew, "SPLIT_BYTES", split)
     odd(monkeypatch, "dies_once_on_each")
@@ -180,7 +178,7 @@ def test_what_a_dead_worker_had_is_done_again(project, monkeypatch, caplog, spli
     assert written(project.scores) == written(project.root / "alone")
 
 
-@pytest.mark.parametrize("split", [1, 1 << 30])
+@pytest.mark.parametrize("split", [1, pytest.param(1 << 30, marks=pytest.mark.slow)])
 def test_a_shard_on_which_two_die_is_quarantined(project, monkeypatch, split):
     monkeypatch.setattr(crew, "SPLIT_BYTES", split)
     project.write_shard("deadly.jsonl", make_rows(20, 3))
@@ -229,6 +227,20 @@ def test_workers_trust_the_modules_that_the_caller_trusts(project, monkeypatch):
     assert written(project.root / "cpu") == written(project.root / "cpu,cpu")
 
 
+def test_workers_know_what_the_columns_tell(project):
+    """Labels by name: the task is then as the plan has it, not as its keys alone would make it."""
+    for i, path in enumerate(("named/a.parquet", "named/b.parquet")):
+        rows = [row | {"label": "cab"[row["label"]]} for row in make_rows(20, i)]
+        project.write_shard(f"../{path}", rows)
+    project.write_recipe(task=project.recipe["task"] | {"labels": ["c", "a", "b"]})
+    for name, devices in (("one", "run.devices=cpu"), ("two", TWO)):
+        score(project, devices, f"output={name}", "corpus.path=named")
+    one, two = (pq.read_table(project.root / name / "a.parquet") for name in ("one", "two"))
+    assert one.num_rows == 20
+    assert one.equals(two)
+    assert written(project.root / "one") == written(project.root / "two")
+
+
 @pytest.mark.slow
 def test_numbers_per_token_of_a_language_model_in_parts(tmp_path, monkeypatch):
     """Lists in a table, a tokenizer in every worker, and batches by length."""
@@ -268,20 +280,12 @@ def test_what_does_not_fit_together_is_said_as_by_one(project):
     assert not project.scores.exists()
 
 
-def test_a_worker_really_starts(project, monkeypatch):
-    monkeypatch.setattr(crew, "START", "spawn")
-    score(project, "output=one", "run.devices=cpu")
-    score(project, TWO, "output=two")
-    assert written(project.root / "one") == written(project.root / "two")
-
-
 def test_a_file_system_of_this_process_alone_is_refused(project):
     with pytest.raises(CorpusError, match=r"memory://.* lives in one process"):
         score(project, TWO, "output=memory://crew/scores")
 
 
 def _run(recipe: str) -> None:
-    multiprocessing.forkserver._forkserver._forkserver_pid = None  # a fork's own parent has one that it cannot ask
     run(load_recipe(recipe, [TWO]))
 
 
@@ -305,6 +309,8 @@ def wait_for(condition) -> None:
 
 
 def test_no_worker_outlives_the_process_that_started_it(project, monkeypatch):
+    """Workers start here as they do for everybody."""
+    monkeypatch.setattr(crew, "START", "spawn")
     for i in range(20):
         project.write_shard(f"{i:02}.jsonl", make_rows(10, 50 + i))
     odd(monkeypatch, "slow")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 
 import pyarrow.parquet as pq
 import pytest
@@ -230,6 +231,20 @@ def test_a_model_of_texts_names_its_tokenizer(root):
     changes = [f"models.{name}.tokenizer_path=data" for name in ("m", "other")]
     with pytest.raises(EngineError, match=r"models\.m: .*data: has no tokenizer; expected tokenizer\.json"):
         run(load_recipe(path, [*changes, "output=more"], trust=(package,)))
+
+
+def test_arguments_are_plain_json_and_looked_at_last(root):
+    project, package = root
+    path = write(project, package)
+    with pytest.raises(RecipeError, match=r"models\.m\.arguments\.day"):
+        load_recipe(path, ["models.m.arguments={day: 2020-01-01}"], trust=(package,))
+    with pytest.raises(RecipeError, match=r"models\.m\.factory: expected module:function"):
+        load_recipe(path, ["models.m.factory=null"], trust=(package,))
+    lists = "".join(f", &b{i} [{', '.join([f'*b{i - 1}'] * 9)}]" for i in range(1, 30))
+    started = time.monotonic()
+    with pytest.raises(RecipeError, match="only the command line can allow"):
+        load_recipe(path, [f"models.m.arguments={{a: [&b0 [1]{lists}]}}"])
+    assert time.monotonic() - started < 5
 
 
 def test_a_module_that_is_not_there_is_one_line(root):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import ModuleType
 from typing import Any, Literal
 
@@ -41,9 +41,8 @@ def check_trust(trust: Iterable[str]) -> tuple[str, ...]:
     return names
 
 
-def trusted_by(specs: Iterable[ModelSpec]) -> tuple[str, ...]:
-    """The modules that the models' recipe was loaded with trust in, for another process to load it with."""
-    return tuple(dict.fromkeys(name for spec in specs if isinstance(spec, PythonSpec) for name in spec._trust))
+def _trust_of(info: ValidationInfo) -> tuple[str, ...]:
+    return tuple((info.context or {}).get("trust", ()))
 
 
 @MODELS.add("python")
@@ -59,19 +58,26 @@ class PythonSpec(ModelSpec):
     tokenizer_path: ExistingPath | None = None
     _trust: tuple[str, ...] = PrivateAttr(default=())
 
-    @model_validator(mode="after")
-    def _is_trusted(self, info: ValidationInfo) -> PythonSpec:
-        match = _FACTORY.fullmatch(self.factory)
+    @model_validator(mode="before")
+    @classmethod
+    def _is_trusted(cls, data: Any, info: ValidationInfo) -> Any:
+        factory = data.get("factory") if isinstance(data, Mapping) else None
+        match = _FACTORY.fullmatch(factory) if isinstance(factory, str) else None
         if match is None:
-            raise located(("factory",), "expected module:function, such as mypackage.models:make", self.factory)
-        self._trust = tuple((info.context or {}).get("trust", ()))
-        if not is_trusted(match[1], self._trust):
+            raise located(("factory",), "expected module:function, such as mypackage.models:make", factory)
+        if not is_trusted(match[1], _trust_of(info)):
+            # Before anything else of it is looked at: its arguments may be of any size.
             raise located(
                 ("factory",),
                 f"runs Python of the module {match[1]}, which only the command line can allow: "
                 f"--trust {match[1].partition('.')[0]}",
-                self.factory,
+                factory,
             )
+        return data
+
+    @model_validator(mode="after")
+    def _keep_trust(self, info: ValidationInfo) -> PythonSpec:
+        self._trust = _trust_of(info)
         return self
 
     @property

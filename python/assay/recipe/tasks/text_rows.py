@@ -120,6 +120,8 @@ class Reader:
         tokens = own.ids
         if not len(tokens):
             return BadRow(f"{what} becomes no token")
+        if len(tokens) > self.max_length:
+            return BadRow(f"{what} is {len(tokens)} tokens long, which the tokenizer does not cut to {self.max_length}")
         highest = int(tokens.max())
         if highest >= self.limit:
             word = self.tokenizer.convert_ids_to_tokens(highest)
@@ -208,6 +210,11 @@ def make_reader(
     vocabulary = tokenizer.get_vocab().values()
     limit, owner = min((_known(name, model, vocabulary), name) for name, (_, model) in models.items())
     length = _length(models, max_length)
+    around = tokenizer(["a"], ["a"] if pairs else None, return_special_tokens_mask=True)["special_tokens_mask"][0]
+    if length < (least := sum(around) + 1 + pairs):  # nothing would be left of a text, or nothing be cut off
+        raise EngineError(
+            f"task.max_length is {length}; with what the tokenizer adds a text has {least} tokens or more"
+        )
     pad = max(padding_token(model) for _, model in models.values())  # 0 where it makes no difference
     takes = any("token_type_ids" in inspect.signature(model.forward).parameters for _, model in models.values())
     types = takes and "token_type_ids" in tokenizer.model_input_names

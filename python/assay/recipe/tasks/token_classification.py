@@ -18,7 +18,7 @@ from assay.recipe.errors import EngineError
 from assay.recipe.library_calls import refusing
 from assay.recipe.model_files import shortened
 from assay.recipe.tasks.base import TASKS, Columns, Encoded, Encoder, attempt
-from assay.recipe.tasks.labels import ClassLabels, LabelKeys, Models, class_labels, labels_seen
+from assay.recipe.tasks.labels import ClassLabels, LabelKeys, Models, class_labels, item_type, labels_seen
 from assay.recipe.tasks.text_rows import Reader, TextTaskSpec, Tokens, each, make_reader
 from assay.tasks import IGNORE, Task, TokenClassification
 
@@ -71,7 +71,7 @@ def _items(facts: ColumnFacts | None) -> ColumnFacts | None:
     """Of a list column what its items are."""
     if facts is None or not facts.type.startswith(_LIST):
         return None
-    return ColumnFacts(facts.type.removeprefix(_LIST).removesuffix(">"), facts.classes)
+    return ColumnFacts(item_type(facts.type), facts.classes)
 
 
 class Tagged(NamedTuple):

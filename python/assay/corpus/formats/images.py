@@ -66,7 +66,7 @@ def _bytes(store: Store, path: str) -> bytes | BadRow:
 
 def _facts(source: Source) -> dict[str, ColumnFacts]:
     assert source.folder is not None
-    classes = tuple(sorted({os.path.dirname(path) for path in source.folder.files}))
+    classes = tuple(sorted({*source.folder.classes, *(os.path.dirname(path) for path in source.folder.files)}))
     text = ColumnFacts("string")
     return {
         **{"image": ColumnFacts("image"), "image.bytes": ColumnFacts("binary"), "image.path": text},

@@ -28,6 +28,8 @@ class Folder:
 
     store: Store
     files: tuple[str, ...]
+    classes: tuple[str, ...] = ()
+    """Of images: the classes that it and the folders beside it have."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class ColumnFacts:
     `string`, of bytes `binary` and of list `list<…>`; `image`, `audio` and the like for encoded media (bytes, or a
     struct of bytes and path as Hugging Face has it); `mixed` where rows differ. ``classes`` are the names of a Hugging
     Face ClassLabel, whose values are their places, or the values of an Arrow dictionary where the file has them at
-    hand; of a list, those of its items. None where the file does not tell.
+    hand, or the classes of a folder of images; of a list, those of its items. None where the file does not tell.
     """
 
     type: str
@@ -99,12 +101,12 @@ class Format:
     files: Callable[[Store, str], list[str]] | None = None
 
 
-def parts(rows: Iterable[tuple[int, T]]) -> Iterator[tuple[int, list[T]]]:
-    """Rows, each with the number of bytes that it takes, in chunks; each with the index of its first row."""
+def parts(rows: Iterable[T], size: Callable[[T], int]) -> Iterator[tuple[int, list[T]]]:
+    """Rows in chunks, each with the index of its first row; ``size`` tells the bytes that a row takes."""
     first, held, part = 0, 0, []
-    for size, row in rows:
+    for row in rows:
         part.append(row)
-        held += size
+        held += size(row)
         if len(part) == CHUNK_ROWS or held >= CHUNK_BYTES:
             yield first, part
             first, held, part = first + len(part), 0, []

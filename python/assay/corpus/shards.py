@@ -44,6 +44,8 @@ class Shard:
     compression: Compression | None = None
     listed: Fingerprint | None = field(default=None, compare=False, repr=False)
     """What the listing that found it said of it, where that says what `fingerprint` would (object stores)."""
+    classes: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    """Of a folder of images: the classes that it and those beside it have."""
 
     @property
     def stem(self) -> str:
@@ -210,12 +212,13 @@ class _Search:
             # The shard needs a name: it is that of the folder itself.
             name = os.path.basename(self._store.root)
             self._store, folders = Store(self._store.fs, os.path.dirname(self._store.root) or "/"), [name]
+        classes = tuple(sorted({os.path.basename(os.path.dirname(path)) for path in inside}))
         for folder in folders:
             fault = name_fault(folder, f"{folder}.parquet")
             if fault:
                 self.left_out.append(LeftOut(shown(folder), fault))
             else:
-                self._shards[folder] = Shard(self._store, folder, images.FORMAT)
+                self._shards[folder] = Shard(self._store, folder, images.FORMAT, classes=classes)
 
     def look_into(self, folder: str) -> None:
         """Take a folder's shards."""

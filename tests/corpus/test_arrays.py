@@ -235,7 +235,7 @@ def test_chunks_are_of_bounded_size(tmp_path):
 
 def test_bytes_flipped_in_headers_never_raise_anything_else(tmp_path):
     for name, content in (("a.npy", npy(np.zeros((3, 2)))), ("a.safetensors", save({"value": torch.zeros(3, 2)}))):
-        for _ in range(200):
+        for _ in range(100):
             damaged = bytearray(content)
             damaged[RNG.integers(0, len(content) - 48)] = RNG.integers(0, 256)
             shard = shard_of(tmp_path, name, bytes(damaged))

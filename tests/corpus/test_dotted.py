@@ -115,6 +115,16 @@ def test_odd_names(name):
     assert value_at({"x": {name: 1}}, f"x.{name}") == 1
 
 
+def test_the_longest_key_leads_on_and_time_does_not_double_with_every_dot():
+    assert value_at({"a": {"b": {"c": 1}}, "a.b": {"c": 2}}, "a.b.c") == 2
+    assert value_at({"a": {"b": {"c": 1}}, "a.b": 3}, "a.b.c") == 1
+    record: dict = {"a": 1}
+    for _ in range(60):
+        record = {"a" + ".a" * i: record for i in range(3)}
+    with pytest.raises(BadRow):
+        value_at(record, ".".join("a" * 60) + ".b")
+
+
 def test_a_value_that_does_not_decode_below_a_null_struct_is_no_fault(tmp_path):
     raw = pa.array([b"fine", b"\xff", b"\xff"], pa.binary())
     texts = pa.StringArray.from_buffers(3, *[raw.buffers()[i] for i in (1, 2, 0)])

@@ -161,6 +161,16 @@ def test_hostile_json_tells_something_or_nothing(tmp_path):
     assert len(found) < 50
 
 
+def test_json_of_very_many_keys_tells_little(tmp_path, monkeypatch):
+    monkeypatch.setattr("assay.corpus.facts._MOST_FIELDS", 10)
+    many = {f"k{i}": i for i in range(11)}
+    (tmp_path / "a.jsonl").write_text(json.dumps({"map": many, "x": 1}))
+    assert facts(tmp_path) == {"map": ColumnFacts("struct<…>"), "x": ColumnFacts("int64")}
+    (tmp_path / "a.jsonl").write_text(json.dumps(many))
+    with pytest.raises(ShardError, match="has 11 columns"):
+        facts(tmp_path)
+
+
 def test_csv(tmp_path):
     (tmp_path / "a.csv").write_text('text,n,x,list,empty,twice,twice\na,1,0.5,"[1.5]",,1,1\nb,,2,[],,1,1\n')
     assert {name: fact.type for name, fact in facts(tmp_path).items()} == {
@@ -211,6 +221,16 @@ def test_damage_is_an_error_as_it_is_when_reading(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ShardError):
             facts(tmp_path / name)
+
+
+def test_dictionaries_of_another_file_system():
+    table = pa.table({"label": pa.array(["b", "a"]).dictionary_encode()})
+    for name, create, classes in (("a.arrow", pa.ipc.new_file, ("b", "a")), ("b.arrow", pa.ipc.new_stream, None)):
+        sink = pa.BufferOutputStream()
+        with create(sink, table.schema) as writer:
+            writer.write_table(table)
+        fsspec.filesystem("memory").pipe_file(f"/facts_arrow/{name}", sink.getvalue().to_pybytes())
+        assert facts(f"memory://facts_arrow/{name}") == {"label": ColumnFacts("string", classes)}
 
 
 def test_another_file_system():

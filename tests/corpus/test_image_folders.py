@@ -66,6 +66,7 @@ def test_parts_are_shards_of_their_own(tmp_path):
     corpus = find_shards(str(tmp_path))
     assert [shard.path for shard in corpus.shards] == ["test", "train"]
     assert rows_of(corpus.shards[1], "path", "label") == [("cat/2.png", "cat"), ("dog/3.png", "dog")]
+    assert [columns_of(shard)["label"].classes for shard in corpus.shards] == [("cat", "dog")] * 2
     (alone,) = find_shards(str(tmp_path / "train")).shards
     assert (alone.path, rows_of(alone, "path")) == ("train", rows_of(corpus.shards[1], "path"))
 

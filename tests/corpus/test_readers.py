@@ -142,6 +142,15 @@ def test_flipped_bytes_inside_gzip_are_found_by_its_checksum(tmp_path):
         rows_of(shard_of(tmp_path, "a.jsonl.gz", bytes(content)), "text")
 
 
+def test_a_lance_data_set_without_its_library_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lance", None)
+    (tmp_path / "a.lance/data").mkdir(parents=True)
+    (tmp_path / "a.lance/data/0.lance").write_bytes(b"x")
+    (shard,) = find_shards(str(tmp_path)).shards
+    with pytest.raises(ShardError, match="pip install pylance"):
+        rows_of(shard, "text")
+
+
 def test_several_frames_in_one_file(tmp_path):
     parts = [jsonl()[:1000], jsonl()[1000:]]
     for name, compress in (("a.jsonl.gz", gzip.compress), ("b.jsonl.zst", zstandard.compress)):

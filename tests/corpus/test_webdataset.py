@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import json
@@ -279,3 +280,16 @@ def test_what_is_not_wanted_is_not_read(tmp_path, monkeypatch):
     rows_of(shard_of(tmp_path, whole()), "cls")
     assert len(wanted) == ROWS
     assert max(wanted) == 2
+
+
+def test_flipped_bytes_never_raise_anything_else(tmp_path):
+    rng = np.random.default_rng(0)
+    content = archive([m for i in range(3) for m in sample(7 * i)])
+    for _ in range(100):
+        damaged = bytearray(content)
+        damaged[rng.integers(0, len(content))] = rng.integers(0, 256)
+        shard = shard_of(tmp_path, bytes(damaged))
+        with contextlib.suppress(ShardError):
+            rows_of(shard, "jpg", "json.caption", "cls", "txt")
+        with contextlib.suppress(ShardError):
+            columns_of(shard)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +13,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 
 from assay import select
+from assay.corpus.errors import CorpusError
 from assay.corpus.readers import read
 from assay.corpus.shards import find_shards
 from assay.curate.curation import curate
 from assay.engine.local import run
 from assay.recipe.recipe import load_recipe
+from tests.engine.test_text import WORDS, save_model
 from tests.small_project import Project, make_project, make_rows
 
 ROWS = make_rows(40, 3)
@@ -98,3 +102,61 @@ def test_a_selection_writes_the_same_format_back(whole, name):
     pixels = FORMATS[name][1]
     assert values(out / name, pixels) == [np.asarray(ROWS[i]["pixels"], np.float32).tolist() for i in best]
     assert pq.read_table(out / "_selection/a.parquet")["kept"].to_numpy().nonzero()[0].tolist() == best.tolist()
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> tuple[Path, Path]:
+    """A folder of images whose paths are texts, and a recipe that scores those."""
+    root = tmp_path_factory.mktemp("pictures")
+    save_model(root / "model", 0)
+    words = WORDS[1:]
+    for i in range(20):
+        path = root / "pets" / words[i % 3] / f"{words[i % 7]} {words[i % 5]} {i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(f"image {i}".encode())
+    recipe = {
+        "version": 1,
+        "corpus": {"path": "pets", "id_column": "path"},
+        "task": {"kind": "causal_lm", "text_column": "path", "max_length": 16},
+        "models": {"m": {"kind": "transformers", "path": "model"}},
+        "methods": [{"method": "ensemble", "models": ["m"]}],
+        "output": "scores",
+    }
+    (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return root / "recipe.yaml", root
+
+
+def files(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*.png"))}
+
+
+def test_folders_of_images_from_scores_to_a_selection(pictures):
+    recipe, root = pictures
+    assert run(load_recipe(str(recipe), [])).clean
+    scores = str(root / "scores")
+    table = pq.read_table(root / "scores/pets.parquet")
+    assert table["id"].to_pylist() == sorted(files(root / "pets"))
+    for count in (12, 5):  # the second replaces the first
+        curated = curate(scores, "ensemble_nll", partial(keep_best, count=count), str(root / "out"))
+        assert curated.kept == count
+        best = np.sort(np.argsort(table["ensemble_nll"].to_numpy(), kind="stable")[:count])
+        chosen = [table["id"][int(i)].as_py() for i in best]
+        assert files(root / "out/pets") == {name: files(root / "pets")[name] for name in sorted(chosen)}
+    assert run(load_recipe(str(recipe), ["corpus.path=out", "output=again"])).rows_scored == 5
+    added = root / "pets/the/gold for some.png"
+    added.write_bytes(b"new")
+    with pytest.raises(CorpusError, match="the file has changed since it was scored"):
+        curate(scores, "ensemble_nll", partial(keep_best, count=5), str(root / "other"))
+    summary = run(load_recipe(str(recipe), []))
+    assert (summary.rescored, summary.rows) == (1, 21)
+
+
+def keep_best(table: pa.Table, count: int) -> select.Selection:
+    return select.top(table, "ensemble_nll", count, "low")
+
+
+def test_the_output_of_an_image_folder_must_be_elsewhere(pictures):
+    recipe, _ = pictures
+    for output in ("pets/out", "pets", "."):
+        with pytest.raises(CorpusError, match="must not lie in each other"):
+            run(load_recipe(str(recipe), [f"output={output}"]))

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from assay.corpus.arrow_values import extension_name, is_any
 from assay.corpus.dotted import fields_below
+from assay.corpus.errors import ShardError
 from assay.corpus.format import ColumnFacts
 
 MIXED = "mixed"
@@ -19,6 +20,7 @@ _HUGGING_FACE = b"huggingface"
 _LISTS = ("list", "large_list", "fixed_size_list", "list_view", "large_list_view")
 _MOST_SHOWN_FIELDS = 16
 _MOST_DEPTH = 32
+_MOST_FIELDS = 20_000
 # Older data sets store them as plain bytes or paths.
 _MEDIA = ("Image", "Audio", "Video")
 
@@ -50,7 +52,9 @@ def facts_of_schema(
 
 
 def facts_of_values(columns: Mapping[str, Sequence[Any]]) -> dict[str, ColumnFacts]:
-    """The same of Python values, which may be nested as JSON is."""
+    """The same of Python values, which may be nested as JSON is. Of mappings with very many keys only that they are."""
+    if len(columns) > _MOST_FIELDS:
+        raise ShardError(f"has {len(columns):,} columns in its first rows; expected at most {_MOST_FIELDS:,}")
     facts: dict[str, ColumnFacts] = {}
     for column, values in columns.items():
         for name, fact in _facts_of(column, values, _MOST_DEPTH):
@@ -68,6 +72,9 @@ def _facts_of(name: str, values: Sequence[Any], depth: int) -> Iterator[tuple[st
     fields: dict[str, list[Any]] = {}
     for key, value in (item for own in objects for item in own.items()):
         fields.setdefault(key, []).append(value)
+    if len(fields) > _MOST_FIELDS:
+        yield name, ColumnFacts("struct<…>")
+        return
     below = {key: list(_facts_of(f"{name}.{key}", own, depth - 1)) for key, own in fields.items()}
     is_struct = all(value is None or isinstance(value, dict) for value in values)
     yield name, ColumnFacts(_struct_text([(key, own[0][1].type) for key, own in below.items()]) if is_struct else MIXED)

@@ -24,10 +24,12 @@ CHUNK_BYTES = 2 << 20
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder that is a shard: its files in the order of rows, relative to ``store``, which is the folder itself."""
+    """A folder that is a shard: its files, relative to ``store``, which is the folder itself."""
 
     store: Store
     files: tuple[str, ...]
+    classes: tuple[str, ...] = ()
+    """Of images: the classes that it and the folders beside it have."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class ColumnFacts:
     `string`, of bytes `binary` and of list `list<…>`; `image`, `audio` and the like for encoded media (bytes, or a
     struct of bytes and path as Hugging Face has it); `mixed` where rows differ. ``classes`` are the names of a Hugging
     Face ClassLabel, whose values are their places, or the values of an Arrow dictionary where the file has them at
-    hand; of a list, those of its items. None where the file does not tell.
+    hand, or the classes of a folder of images; of a list, those of its items. None where the file does not tell.
     """
 
     type: str
@@ -86,14 +88,14 @@ class Format:
     for which the mask, one Boolean per physical row, is true. ``facts`` tells the columns, a struct's own ones by
     dotted names after it, from a schema or the first rows. All raise ShardError, or whatever their library raises for
     a damaged file. ``compressible`` says whether a suffix like `.gz` may follow the format's own. ``files`` makes it a
-    format of folders: it gives a folder's files, relative to it, one for each row; they are copied as they are, and
-    ``copy`` is None.
+    format of folders: it gives the files that a shard is made of, relative to its folder, and ``copy`` gets the folder
+    to write into.
     """
 
     name: str
     suffixes: tuple[str, ...]
     read: Callable[[Source, Sequence[str]], Iterator[Chunk]]
-    copy: Callable[[Source, Mask, BinaryIO], None] | None
+    copy: Callable[[Source, Mask, Any], None]
     facts: Callable[[Source], dict[str, ColumnFacts]]
     compressible: bool = False
     files: Callable[[Store, str], list[str]] | None = None

@@ -50,7 +50,7 @@ def opened(shard: Shard) -> Iterator[Source]:
     if shard.is_folder:
         store = Store(shard.store.fs, shard.store.full(shard.path))
         files = tuple(path[len(shard.path) + 1 :] for path in shard.files())
-        yield Source(io.BytesIO(), os.path.basename(shard.path), len(files), folder=Folder(store, files))
+        yield Source(io.BytesIO(), os.path.basename(shard.path), len(files), folder=Folder(store, files, shard.classes))
         return
     with shard.store.open(shard.path) as file:
         size = file.seek(0, os.SEEK_END)

@@ -13,7 +13,7 @@ from fsspec.utils import glob_translate
 
 from assay.corpus.compression import Compression
 from assay.corpus.errors import CorpusError
-from assay.corpus.formats import SUFFIXES, Format, format_of, images
+from assay.corpus.formats import SUFFIXES, Format, folder_of, format_of, images
 from assay.corpus.listing import LeftOut, Listing, list_files, list_matches, name_fault, shown
 from assay.corpus.media import IMAGES
 from assay.corpus.saved_data_sets import SIDECARS, STATE, listed_files
@@ -44,10 +44,12 @@ class Shard:
     compression: Compression | None = None
     listed: Fingerprint | None = field(default=None, compare=False, repr=False)
     """What the listing that found it said of it, where that says what `fingerprint` would (object stores)."""
+    classes: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    """Of a folder of images: the classes that it and those beside it have."""
 
     @property
     def stem(self) -> str:
-        """The path without its suffixes, which a folder has not: what is written about it carries the same."""
+        """The path, of a file without its suffixes: what is written about it carries the same."""
         if self.is_folder:
             return self.path
         stem = self.path
@@ -75,7 +77,10 @@ class Shard:
         """The file's fingerprint as it is now, or one of all files' names and fingerprints."""
         if not self.is_folder:
             return self.store.fingerprint(self.path)
-        facts = {path: self.store.fingerprint(path) for path in self.files()}
+        self.store.fs.invalidate_cache()
+        # Elsewhere one listing tells of all files what a request for each would.
+        listed = {} if self.store.is_local else list_files(self.store, self.path).files
+        facts = {path: listed.get(path) or self.store.fingerprint(path) for path in self.files()}
         texts = (f"{path}\0{sorted(fact.to_json().items())}\n" for path, fact in facts.items())
         digest = hashlib.sha256("".join(texts).encode("utf-8", "surrogateescape")).hexdigest()
         return Fingerprint(sum(fact.size for fact in facts.values()), etag=f"sha256:{digest}")
@@ -105,7 +110,7 @@ def find_shards(url: str) -> Corpus:
     if wildcard and not fs.exists(full):
         store = Store(fs, os.path.dirname(full[: wildcard.start()]) or "/")
         listing, folders = list_matches(store, store.relative(full))
-    elif fs.isdir(full):
+    elif fs.isdir(full) and not folder_of(f"{os.path.basename(full)}/"):
         store, listing, folders = Store(fs, full), Listing({}), [""]
     else:
         store = Store(fs, os.path.dirname(full) or "/")
@@ -207,12 +212,13 @@ class _Search:
             # The shard needs a name: it is that of the folder itself.
             name = os.path.basename(self._store.root)
             self._store, folders = Store(self._store.fs, os.path.dirname(self._store.root) or "/"), [name]
+        classes = tuple(sorted({os.path.basename(os.path.dirname(path)) for path in inside}))
         for folder in folders:
             fault = name_fault(folder, f"{folder}.parquet")
             if fault:
                 self.left_out.append(LeftOut(shown(folder), fault))
             else:
-                self._shards[folder] = Shard(self._store, folder, images.FORMAT)
+                self._shards[folder] = Shard(self._store, folder, images.FORMAT, classes=classes)
 
     def look_into(self, folder: str) -> None:
         """Take a folder's shards."""
@@ -227,7 +233,8 @@ class _Search:
             # A saved data set says itself which of its Arrow files count: others are what `map` cached.
             if listed is not None and path.endswith(".arrow") and path not in listed:
                 continue
-            if not self.add(path, fingerprint):
+            within = folder_of(path)
+            if not (self.add(within) if within else self.add(path, fingerprint)):
                 self._leave(path)
         for listed in states.values():  # a file that is listed and missing is a shard that cannot be read
             for path in listed - paths.keys():

@@ -141,7 +141,8 @@ def _refuse_inputs(output: Store, scores: Scores, shards: Sequence[Shard]) -> No
     # A folder with other files would become a mixture of two corpora; and files of these names may be another corpus.
     ours |= {MANIFEST, CLAIM, *scores.corpus.sidecars}
     there = [path for path in output.files() if not path.endswith(TEMPORARY_SUFFIX)]
-    strangers = [path for path in there if path not in ours]
+    folders = tuple(f"{shard.path}/" for shard in shards if shard.is_folder)
+    strangers = [path for path in there if path not in ours and not path.startswith(folders)]
     if strangers:
         raise CorpusError(
             f"{output.url}: holds {len(strangers)} files that this selection would not write "

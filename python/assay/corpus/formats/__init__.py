@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 
 from assay.corpus.compression import COMPRESSIONS, Compression
 from assay.corpus.format import Format, Source
-from assay.corpus.formats import arrow, csv, images, json_lines, npy, parquet, safetensors, webdataset
+from assay.corpus.formats import arrow, csv, images, json_lines, lance, npy, parquet, safetensors, webdataset
 
-__all__ = ["FORMATS", "SUFFIXES", "Format", "Source", "format_of"]
+__all__ = ["FORMATS", "SUFFIXES", "Format", "Source", "folder_of", "format_of"]
 
 FORMATS: tuple[Format, ...] = (
     *(parquet.FORMAT, arrow.FORMAT, json_lines.FORMAT, csv.FORMAT, webdataset.FORMAT),
-    *(npy.FORMAT, safetensors.FORMAT, images.FORMAT),
+    *(npy.FORMAT, safetensors.FORMAT, lance.FORMAT, images.FORMAT),
 )
 
 _BY_SUFFIX = {suffix: form for form in FORMATS for suffix in form.suffixes}
@@ -28,6 +29,18 @@ def format_of(path: str) -> tuple[Format, Compression | None] | None:
     if form is None or (compression and not form.compressible):
         return None
     return form, compression
+
+
+_FOLDERS = re.compile(
+    rf".*?({'|'.join(re.escape(suffix) for form in FORMATS if form.files for suffix in form.suffixes)})(?=/)",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+def folder_of(path: str) -> str | None:
+    """The folder on the way to a file that is a shard of its own by its name; None if there is none."""
+    match = _FOLDERS.match(path)
+    return match[0] if match else None
 
 
 def _suffixes() -> str:

@@ -10,7 +10,7 @@ import struct
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 
@@ -37,8 +37,31 @@ def _read(source: Source, columns: Sequence[str]) -> Iterator[Chunk]:
 
 
 def _facts(source: Source) -> dict[str, ColumnFacts]:
-    with _opened(source) as opened:
-        return facts_of_schema(opened.schema, source.features, opened.dictionaries())
+    if source.is_local:
+        with _opened(source) as opened:
+            found = _dictionaries(opened.buffer, opened.schema) if opened.is_file else None
+            return facts_of_schema(opened.schema, source.features, found)
+    # To map it would be to fetch all of it.
+    is_file = source.file.read(len(_FILE_MAGIC)) == _FILE_MAGIC
+    source.file.seek(0)
+    schema = (pa.ipc.open_file if is_file else pa.ipc.open_stream)(source.file).schema
+    return facts_of_schema(schema, source.features, _dictionaries(source.file, schema) if is_file else None)
+
+
+def _dictionaries(file: Any, schema: pa.Schema) -> dict[str, tuple[str, ...]]:
+    """The texts that columns of a file are made of. (A stream may replace them as it goes on, so it tells none.)"""
+    wanted = [i for i, field in enumerate(schema) if _is_text_dictionary(field.type)]
+    options = pa.ipc.IpcReadOptions(included_fields=wanted, use_threads=False)
+    reader = pa.ipc.open_file(file, options=options) if wanted else None
+    if reader is None or not reader.num_record_batches:
+        return {}
+    batch = reader.get_batch(0)
+    check(batch)
+    found = {name: column.dictionary for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+    try:
+        return {name: tuple(own.to_pylist()) for name, own in found.items() if _are_classes(own)}
+    except UnicodeDecodeError:  # a fault of the rows that have such a text
+        return {}
 
 
 def _copy(source: Source, keep: Mask, file: BinaryIO) -> None:
@@ -89,23 +112,6 @@ class _Opened:
             yield piece, share
             # The pages that were read go back; whoever needs one again finds it in the system's cache.
             self.memory.madvise(mmap.MADV_DONTNEED)
-
-    def dictionaries(self) -> dict[str, tuple[str, ...]]:
-        """The texts that columns are made of. A stream may replace them as it goes on, so it tells none."""
-        wanted = [i for i, field in enumerate(self.schema) if _is_text_dictionary(field.type)]
-        if not wanted or not self.is_file:
-            return {}
-        options = pa.ipc.IpcReadOptions(included_fields=wanted, use_threads=False)
-        reader = pa.ipc.open_file(pa.BufferReader(self.buffer), options=options)
-        if not reader.num_record_batches:
-            return {}
-        batch = reader.get_batch(0)
-        check(batch)
-        found = {name: column.dictionary for name, column in zip(batch.schema.names, batch.columns, strict=True)}
-        try:
-            return {name: tuple(own.to_pylist()) for name, own in found.items() if _are_classes(own)}
-        except UnicodeDecodeError:  # a fault of the rows that have such a text
-            return {}
 
     def _check_size(self) -> None:
         """To touch a mapped page that a shorter file no longer has would end the process."""

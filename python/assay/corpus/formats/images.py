@@ -7,13 +7,14 @@ are copied as they are.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from assay.corpus.compression import MAX_LINE_BYTES
 from assay.corpus.dotted import value_at
 from assay.corpus.errors import BadRow
-from assay.corpus.format import Chunk, ColumnFacts, Folder, Format, Source, check_columns, parts
+from assay.corpus.format import Chunk, ColumnFacts, Folder, Format, Mask, Source, check_columns, check_length, parts
 from assay.corpus.listing import list_files, shown
 from assay.corpus.media import IMAGES
 from assay.corpus.storage import Store
@@ -65,7 +66,7 @@ def _bytes(store: Store, path: str) -> bytes | BadRow:
 
 def _facts(source: Source) -> dict[str, ColumnFacts]:
     assert source.folder is not None
-    classes = tuple(sorted({os.path.dirname(path) for path in source.folder.files}))
+    classes = tuple(sorted({*source.folder.classes, *(os.path.dirname(path) for path in source.folder.files)}))
     text = ColumnFacts("string")
     return {
         **{"image": ColumnFacts("image"), "image.bytes": ColumnFacts("binary"), "image.path": text},
@@ -73,4 +74,18 @@ def _facts(source: Source) -> dict[str, ColumnFacts]:
     }
 
 
-FORMAT = Format("images", (), _read, None, _facts, files=_files)
+def _copy(source: Source, keep: Mask, target: Store) -> None:
+    """Copy the files that are kept; others, which an earlier selection may have left, go."""
+    assert source.folder is not None
+    files = source.folder.files
+    check_length(len(files), keep)
+    there = set(target.files())
+    for path, is_kept in zip(files, keep.tolist(), strict=True):
+        if is_kept:
+            with source.folder.store.open(path) as image, target.write(path) as file:
+                shutil.copyfileobj(image, file, 1 << 20)
+        elif path in there:
+            target.remove(path)
+
+
+FORMAT = Format("images", (), _read, _copy, _facts, files=_files)

@@ -230,7 +230,7 @@ def own_tokenizers(specs: Mapping[str, ModelSpec]) -> dict[str, Any]:
         if tokenizer is not None:
             found[name] = tokenizer
     if not found:
-        raise EngineError("none of the recipe's models has a tokenizer; a causal_lm task needs one")
+        raise EngineError("none of the recipe's models has a tokenizer; a task of texts needs one")
     refuse_differences({name: behaviour(tokenizer) for name, tokenizer in found.items()})
     return found
 

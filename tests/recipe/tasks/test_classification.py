@@ -229,3 +229,21 @@ def test_a_recipe_comes_back_from_its_yaml(tmp_path: Path) -> None:
         made = recipe(tmp_path, TASK | {"labels": labels, "text_pair_column": "other", "classes": 2}, {"m": "m"})
         (tmp_path / "again.yaml").write_text(made.to_yaml())
         assert load_recipe(str(tmp_path / "again.yaml")) == made
+
+
+def test_a_regressor_is_no_classifier(tmp_path: Path) -> None:
+    _bert(tmp_path / "m", num_labels=1)
+    write(tmp_path, _rows([0, 1]))
+    with pytest.raises(EngineError, match=r"models\.m: has one output, and this task compares classes"):
+        run(recipe(tmp_path, TASK, {"m": "m"}))
+
+
+@pytest.mark.parametrize(("pairs", "least"), [(False, 3), (True, 5)])
+def test_a_length_that_leaves_nothing_of_a_text_is_refused(tmp_path: Path, pairs: bool, least: int) -> None:
+    """With less than it adds itself, a tokenizer does not cut at all."""
+    _bert(tmp_path / "m")
+    write(tmp_path, _rows([0, 1], other="not much gold"))
+    task = TASK | ({"text_pair_column": "other"} if pairs else {})
+    with pytest.raises(EngineError, match=rf"task\.max_length is {least - 1}; .* a text has {least} tokens or more"):
+        run(recipe(tmp_path, task | {"max_length": least - 1}, {"m": "m"}))
+    assert run(recipe(tmp_path, task | {"max_length": least}, {"m": "m"})).rows_scored == 2

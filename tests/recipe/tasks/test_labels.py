@@ -252,3 +252,10 @@ def test_what_the_column_tells_is_part_of_the_recipe() -> None:
     assert spec.seen({"label": ColumnFacts("list<double>")}).soft_labels is True
     assert spec.seen({"label": INT}).soft_labels is False
     assert spec.seen({}) == spec
+
+
+def test_strings_in_a_later_shard_are_not_taken_for_classes() -> None:
+    plain = labels_of(INT, models(2))
+    for kind in ("string", "list<string>"):
+        with pytest.raises(ShardError, match="column 'label' holds strings, and nothing says which class each is"):
+            plain.for_columns({"label": ColumnFacts(kind)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 from assay.engine.local import run
 from assay.recipe.errors import EngineError
 from assay.recipe.recipe import load_recipe
+from assay.recipe.tasks import ShowsTokens
 from tests.recipe.tasks.word_models import quarantine, recipe, save, scores, write
 
 WORDS = [["the", "ore", "holds", "gold"], ["gold"], ["not", "much", "of", "it", "is", "worth"]]
@@ -142,6 +144,31 @@ def test_tags_are_the_classes_of_a_list_column(tmp_path: Path) -> None:
     expected = _expected(model, tokenizer, WORDS[0], [TAGS.index(tag) for tag in _tags(WORDS[0])], "mean")
     for name in "ab":  # the second shard's integers are others, and mean the same
         assert scores(tmp_path, "ensemble_nll", name)[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_scores_by_token_stand_at_the_first_tokens_of_words(tmp_path: Path) -> None:
+    model, tokenizer = _model(tmp_path / "m", "qwen2")  # every letter is a token
+    write(tmp_path, [{"tokens": words, "tags": _tags(words)} for words in WORDS])
+    methods = [{"method": "ensemble", "models": ["m"], "tokens": True}]
+    run(recipe(tmp_path, TASK | {"labels": TAGS}, {"m": "m"}, methods=methods))
+    batch = tokenizer(WORDS[0], is_split_into_words=True, return_tensors="pt")
+    with torch.no_grad():
+        log_p = model(**batch).logits[0].log_softmax(1)
+    ids = batch.word_ids(0)
+    tags = [TAGS.index(tag) for tag in _tags(WORDS[0])]
+    (row, *_) = scores(tmp_path, "ensemble_mean_nll_tokens")
+    assert len(row) == len(ids)
+    for i, word in enumerate(ids):
+        if i and ids[i - 1] == word:
+            assert math.isnan(row[i])
+        else:
+            assert row[i] == pytest.approx(-float(log_p[i, tags[word]]), rel=1e-4)
+    shown = load_recipe(str(tmp_path / "recipe.yaml")).task.encoder(
+        {"m": (load_recipe(str(tmp_path / "recipe.yaml")).models["m"], model)}
+    )
+    assert isinstance(shown, ShowsTokens)
+    (sample,) = shown.encode([(["ore", "it"], ["ROCK", "O"])])
+    assert [counts for _, counts in shown.tokens(sample.data)] == [True, False, False, True, False]
 
 
 def test_strings_without_an_order_are_refused(tmp_path: Path) -> None:

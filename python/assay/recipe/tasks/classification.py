@@ -9,7 +9,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from assay.recipe.parts import located
 from assay.recipe.tasks.base import TASKS, Columns, Encoder
 from assay.recipe.tasks.images import ImageTaskSpec, try_out
-from assay.recipe.tasks.labelled import Inputs, LabelledEncoder
+from assay.recipe.tasks.labelled import Inputs, LabelledEncoder, Labels
 from assay.recipe.tasks.labels import (
     LabelKeys,
     Models,
@@ -20,7 +20,7 @@ from assay.recipe.tasks.labels import (
     labels_seen,
 )
 from assay.recipe.tasks.numbers import NumberInputs
-from assay.recipe.tasks.text_rows import TextInputs, make_reader
+from assay.recipe.tasks.text_rows import TextInputs, TextTaskSpec, make_reader
 from assay.tasks import Classification, Task
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ _INPUTS = {
 }
 
 
-class InputKeys(ImageTaskSpec):
+class InputKeys(ImageTaskSpec, TextTaskSpec):
     """The keys of a task whose samples are numbers, texts or images: one of ``input_column``, ``text_column`` and
     ``image_column``."""
 
@@ -63,11 +63,15 @@ class InputKeys(ImageTaskSpec):
             return "AutoModelForImageClassification"
         return "AutoModelForSequenceClassification" if self.text_column is not None else "AutoModel"
 
+    @property
+    def reads_text(self) -> bool:
+        return self.text_column is not None
+
     def column_keys(self) -> dict[str, str]:
         named = super().column_keys()
         return named if self.text_column or self.image_column else {"input_column": "input"} | named
 
-    def inputs(self, models: Models) -> Inputs:
+    def inputs(self, models: Models, tokenizer: Any) -> Inputs:
         """What reads a sample's input."""
         if self.image_column is not None:
             images = self.images(self.image_column, models)
@@ -77,7 +81,7 @@ class InputKeys(ImageTaskSpec):
         if self.text_column is None:
             return NumberInputs.of(self.column_keys()["input_column"], self.shape, models)
         columns = [self.text_column, *([self.text_pair_column] if self.text_pair_column is not None else [])]
-        return TextInputs(columns, make_reader(models, self.max_length, pairs=len(columns) > 1))
+        return TextInputs(columns, make_reader(models, tokenizer, self.max_length, pairs=len(columns) > 1))
 
 
 @TASKS.add("classification")
@@ -103,9 +107,11 @@ class ClassificationSpec(InputKeys, LabelKeys):
         made._column_type = None if facts is None else facts.type
         return made
 
-    def encoder(self, models: Models) -> Encoder:
+    def rows(self, models: Models, tokenizer: Any) -> Encoder:
         check_problem(models, "single_label_classification")
+        labels: Labels
         if self.soft_labels:
-            return LabelledEncoder(self.inputs(models), SoftLabels(self.label_column, class_count(self, None, models)))
-        labels = class_labels(self, self.label_column, self._column_type, models)
-        return LabelledEncoder(self.inputs(models), labels)
+            labels = SoftLabels(self.label_column, class_count(self, None, models))
+        else:
+            labels = class_labels(self, self.label_column, self._column_type, models)
+        return LabelledEncoder(self.inputs(models, tokenizer), labels)

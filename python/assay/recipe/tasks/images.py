@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from assay._lazy import require
 from assay.corpus.errors import BadRow
 from assay.corpus.images import MAX_BYTES, MAX_PIXELS, Beside, ImageLimits, decode_image
 from assay.corpus.shards import Shard
@@ -36,7 +37,8 @@ class ImageTaskSpec(TaskSpec):
     max_bytes: Annotated[int, Field(ge=1)] = MAX_BYTES
 
     def images(self, column: str, models: Mapping[str, tuple[ModelSpec, nn.Module]]) -> ImageInputs:
-        """What reads the images of a column."""
+        """What reads the images of a column. ImportError without Pillow, before the first of them comes."""
+        require("PIL.Image", "image")
         return ImageInputs.of(column, self.preprocessor, ImageLimits(self.max_pixels, self.max_bytes), models)
 
 
@@ -60,7 +62,7 @@ class ImageInputs:
     ) -> ImageInputs:
         """For these models, which must prepare an image alike unless a preprocessor is ``given``. EngineError if what
         comes out has no one shape: a batch's images are one tensor."""
-        channels = {name: _channels(model) for name, (_, model) in models.items()}
+        channels = {name: _channels(f"models.{name}", model) for name, (_, model) in models.items()}
         own = shared_preprocessor({name: spec for name, (spec, _) in models.items()}, given, channels)
         if own.shape is None:
             raise EngineError(
@@ -99,11 +101,13 @@ class ImageInputs:
         return self.preprocessor.batch(data)
 
 
-def _channels(model: nn.Module) -> int:
+def _channels(key: str, model: nn.Module) -> int:
     """Of a model's images, as a config of transformers tells; 3 unless it does."""
     config = getattr(model, "config", None)
     told = getattr(getattr(config, "vision_config", None) or config, "num_channels", 3)
-    return told if isinstance(told, int) else 3
+    if told not in (1, 3):
+        raise EngineError(f"{key}: takes images of {told} channels; an image has 3, or 1 if it is grey")
+    return int(told)
 
 
 def try_out(key: str, model: nn.Module, images: ImageInputs) -> None:

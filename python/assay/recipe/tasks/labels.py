@@ -108,6 +108,11 @@ def _may_be_labels(kind: str) -> bool:
     return kind in ("bool", "mixed", "null", "string") or kind.startswith(_NUMBERS)
 
 
+def item_type(kind: str) -> str:
+    """Of a list what its items are."""
+    return kind.removeprefix("list<").removesuffix(">") if kind.startswith("list<") else kind
+
+
 def _is_text(kind: str) -> bool:
     return kind == "string"
 
@@ -157,7 +162,9 @@ class ClassLabels:
     def for_columns(self, columns: Columns) -> ClassLabels:
         """For a shard, whose names for integers may differ from another's."""
         facts = columns.get(self.column)
-        if facts is None or facts.classes is None or not facts.type.removeprefix("list<").startswith(("int", "uint")):
+        if facts is not None and _is_text(item_type(facts.type)) and self.places is None:
+            raise ShardError(_no_order(self.column))
+        if facts is None or facts.classes is None or not item_type(facts.type).startswith(("int", "uint")):
             return replace(self, names=None)
         if self.places is None or not isinstance(next(iter(self.places)), str):
             raise ShardError(
@@ -233,15 +240,19 @@ def class_labels(keys: LabelKeys, column: str, kind: str | None, models: Models)
             f"task.labels: {shown(wrong)} is class {places[wrong]}, and the classes are 0 to {classes - 1}"
         )
     if kind == "string" and places is None:
-        raise EngineError(
-            f"column {column!r} holds strings, and nothing says which class each is; give labels in the order of the "
-            "models' outputs"
-        )
+        raise EngineError(_no_order(column))
     integers = kind is not None and kind.startswith(_NUMBERS)
     if names is not None and keys.labels is None and not integers:
         log.info("labels of column %r, in order: %s", column, _listed(names))
     ordered = places is not None and not isinstance(keys.labels, dict) and isinstance(next(iter(places)), str)
     return ClassLabels(column, classes, places, ordered)
+
+
+def _no_order(column: str) -> str:
+    return (
+        f"column {column!r} holds strings, and nothing says which class each is; give labels in the order of the "
+        "models' outputs"
+    )
 
 
 def class_count(keys: LabelKeys, names: Sequence[Label] | None, models: Models) -> int:
@@ -302,6 +313,9 @@ def _listed(labels: Any) -> str:
 def check_problem(models: Models, wanted: str) -> None:
     """EngineError for a model of transformers whose config says that it was trained for another kind of label."""
     for name, (_, model) in models.items():
-        found = getattr(getattr(model, "config", None), "problem_type", None)
+        config = getattr(model, "config", None)
+        found = getattr(config, "problem_type", None)
         if found is not None and found != wanted:
             raise EngineError(f"models.{name}: its config's problem_type is {shown(found)}, and this task is {wanted}")
+        if wanted != "regression" and getattr(config, "num_labels", None) == 1:
+            raise EngineError(f"models.{name}: has one output, and this task compares classes; see kind: regression")

@@ -49,9 +49,9 @@ class RegressionSpec(InputKeys):
             )
         return self
 
-    def encoder(self, models: Models) -> Encoder:
+    def rows(self, models: Models, tokenizer: Any) -> Encoder:
         check_problem(models, "regression")
-        inputs = self.inputs(models)
+        inputs = self.inputs(models, tokenizer)
         return LabelledEncoder(inputs, NumberTargets(self.target_column, _output_shape(models, inputs)))
 
 

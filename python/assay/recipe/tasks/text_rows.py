@@ -19,7 +19,7 @@ from assay.recipe.errors import EngineError
 from assay.recipe.model_files import one_line, shortened
 from assay.recipe.models import ModelSpec, shared_tokenizer
 from assay.recipe.padding_checks import check_padding, padding_token
-from assay.recipe.tasks.base import Encoded, attempt
+from assay.recipe.tasks.base import Encoded, Encoder, TaskSpec, attempt
 from assay.recipe.text_checks import check_longest, looks_for_end
 from assay.recipe.tokenizer import behaviour
 
@@ -27,6 +27,26 @@ Ids = npt.NDArray[np.int32]
 
 DEFAULT_LENGTH = 512
 """The most tokens of a text, where neither recipe nor models say less."""
+
+
+class TextTaskSpec(TaskSpec):
+    """A task whose models may have to share a tokenizer, which is read before their weights."""
+
+    @property
+    def reads_text(self) -> bool:
+        return True
+
+    def open(self, specs: Mapping[str, ModelSpec]) -> Callable[[Mapping[str, nn.Module]], Encoder]:
+        tokenizer = shared_tokenizer(specs) if self.reads_text else None
+        return lambda models: self.rows({name: (specs[name], model) for name, model in models.items()}, tokenizer)
+
+    def encoder(self, models: Mapping[str, tuple[ModelSpec, nn.Module]]) -> Encoder:
+        made = self.open({name: spec for name, (spec, _) in models.items()})
+        return made({name: model for name, (_, model) in models.items()})
+
+    def rows(self, models: Mapping[str, tuple[ModelSpec, nn.Module]], tokenizer: Any) -> Encoder:
+        """``encoder`` with the models' tokenizer, if they have to have one."""
+        raise NotImplementedError
 
 
 class Tokens(NamedTuple):
@@ -100,6 +120,8 @@ class Reader:
         tokens = own.ids
         if not len(tokens):
             return BadRow(f"{what} becomes no token")
+        if len(tokens) > self.max_length:
+            return BadRow(f"{what} is {len(tokens)} tokens long, which the tokenizer does not cut to {self.max_length}")
         highest = int(tokens.max())
         if highest >= self.limit:
             word = self.tokenizer.convert_ids_to_tokens(highest)
@@ -110,6 +132,10 @@ class Reader:
         if self.ends is not None and (found := int((tokens == self.ends[0]).sum())) != self.ends[1]:
             return BadRow(f"{what} has the token that ends a text {found} times, expected {self.ends[1]}")
         return Encoded(own, len(tokens), tokens.nbytes * (1 if own.types is None else 2))
+
+    def words(self, own: Tokens) -> list[str]:
+        """A sample's tokens as the tokenizer calls them."""
+        return [str(word) for word in self.tokenizer.convert_ids_to_tokens(own.ids.tolist())]
 
     def collate(self, samples: Sequence[Tokens]) -> dict[str, Tensor]:
         """Padded on the right, where the mask is 0."""
@@ -173,18 +199,22 @@ def each(rows: Sequence[Any], encode: Callable[[Sequence[Any]], Sequence[Any]], 
 
 
 def make_reader(
-    models: Mapping[str, tuple[ModelSpec, nn.Module]], max_length: int | None, pairs: bool = False
+    models: Mapping[str, tuple[ModelSpec, nn.Module]], tokenizer: Any, max_length: int | None, pairs: bool = False
 ) -> Reader:
-    """For models that share a tokenizer, each of them tried out on a few tokens; of texts or ``pairs`` of them.
+    """For models that share a ``tokenizer``, each of them tried out on a few tokens; of texts or ``pairs`` of them.
 
     Raises:
-        EngineError: no tokenizer, or different ones; a model has fewer positions or cannot be run on token ids; or what
-            it makes of a text depends on the batch.
+        EngineError: a model has fewer positions or cannot be run on token ids, or what it makes of a text depends on
+            the batch.
     """
-    tokenizer = shared_tokenizer({name: spec for name, (spec, _) in models.items()})
     vocabulary = tokenizer.get_vocab().values()
     limit, owner = min((_known(name, model, vocabulary), name) for name, (_, model) in models.items())
     length = _length(models, max_length)
+    around = tokenizer(["a"], ["a"] if pairs else None, return_special_tokens_mask=True)["special_tokens_mask"][0]
+    if length < (least := sum(around) + 1 + pairs):  # nothing would be left of a text, or nothing be cut off
+        raise EngineError(
+            f"task.max_length is {length}; with what the tokenizer adds a text has {least} tokens or more"
+        )
     pad = max(padding_token(model) for _, model in models.values())  # 0 where it makes no difference
     takes = any("token_type_ids" in inspect.signature(model.forward).parameters for _, model in models.values())
     types = takes and "token_type_ids" in tokenizer.model_input_names

@@ -17,9 +17,9 @@ from assay.corpus.format import ColumnFacts
 from assay.recipe.errors import EngineError
 from assay.recipe.library_calls import refusing
 from assay.recipe.model_files import shortened
-from assay.recipe.tasks.base import TASKS, Columns, Encoded, Encoder, TaskSpec, attempt
-from assay.recipe.tasks.labels import ClassLabels, LabelKeys, Models, class_labels, labels_seen
-from assay.recipe.tasks.text_rows import Reader, Tokens, each, make_reader
+from assay.recipe.tasks.base import TASKS, Columns, Encoded, Encoder, attempt
+from assay.recipe.tasks.labels import ClassLabels, LabelKeys, Models, class_labels, item_type, labels_seen
+from assay.recipe.tasks.text_rows import Reader, TextTaskSpec, Tokens, each, make_reader
 from assay.tasks import IGNORE, Task, TokenClassification
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ _LIST, _TEXTS = "list<", ("string", "mixed", "null")
 
 
 @TASKS.add("token_classification")
-class TokenClassificationSpec(LabelKeys, TaskSpec):
+class TokenClassificationSpec(LabelKeys, TextTaskSpec):
     """Lists of words with a tag for each; of a word's tokens the first is predicted, as transformers' examples do."""
 
     kind: Literal["token_classification"]
@@ -58,9 +58,9 @@ class TokenClassificationSpec(LabelKeys, TaskSpec):
         made._tag_type = None if facts is None else facts.type
         return made
 
-    def encoder(self, models: Models) -> Encoder:
+    def rows(self, models: Models, tokenizer: Any) -> Encoder:
         labels = class_labels(self, self.tags_column, self._tag_type, models)
-        reader = make_reader(models, self.max_length)
+        reader = make_reader(models, tokenizer, self.max_length)
         with refusing("the models' tokenizer cannot read lists of words"):
             # Fast tokenizers alone say which word a token is of.
             reader.call([["a", "a"]], is_split_into_words=True).word_ids(0)
@@ -71,7 +71,7 @@ def _items(facts: ColumnFacts | None) -> ColumnFacts | None:
     """Of a list column what its items are."""
     if facts is None or not facts.type.startswith(_LIST):
         return None
-    return ColumnFacts(facts.type.removeprefix(_LIST).removesuffix(">"), facts.classes)
+    return ColumnFacts(item_type(facts.type), facts.classes)
 
 
 class Tagged(NamedTuple):
@@ -131,6 +131,11 @@ class TagEncoder:
         labels = np.full(len(words), IGNORE, np.int64)
         labels[firsts] = [tags[word] for i in firsts if (word := words[i]) is not None]
         return Encoded(Tagged(sample.data, labels), sample.length, sample.nbytes + labels.nbytes)
+
+    def tokens(self, data: Tagged) -> list[tuple[str, bool]]:
+        """A sample's tokens as text, and which of them are predicted."""
+        counts = (data.labels != IGNORE).tolist()
+        return list(zip(self._reader.words(data.tokens), counts, strict=True))
 
     def collate(self, data: Sequence[Tagged]) -> dict[str, Tensor]:
         batch = self._reader.collate([own.tokens for own in data])

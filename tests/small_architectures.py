@@ -12,6 +12,7 @@ TOKENS = 97
 _TEXT = {"vocab_size": TOKENS, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 _CAUSAL = _TEXT | {"intermediate_size": 24, "num_key_value_heads": 1, "max_position_embeddings": 64, "pad_token_id": 0}
 _T5 = {"num_layers": 2, "num_heads": 2, "pad_token_id": 0, "decoder_start_token_id": 0}
+_BART = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
 _SIDES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 
 
@@ -19,7 +20,10 @@ def config(name: str, **changes: Any) -> Any:
     """A config of the architecture ``name``; ``changes`` replace its keys."""
     kind, values = {
         "bert": ("BertConfig", _TEXT | {"intermediate_size": 24, "max_position_embeddings": 64}),
-        "distilbert": ("DistilBertConfig", {"vocab_size": TOKENS, "dim": 16, "n_layers": 2, "n_heads": 2}),
+        "distilbert": (
+            "DistilBertConfig",
+            {"vocab_size": TOKENS, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24},
+        ),
         "gpt2": ("GPT2Config", {"vocab_size": TOKENS, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}),
         "llama": ("LlamaConfig", _CAUSAL),
         "qwen2": ("Qwen2Config", _CAUSAL | {"tie_word_embeddings": True}),
@@ -28,7 +32,7 @@ def config(name: str, **changes: Any) -> Any:
             "T5Config",
             {"vocab_size": TOKENS, "d_model": 16, "d_kv": 8, "d_ff": 24} | _T5,
         ),
-        "bart": ("BartConfig", {"vocab_size": TOKENS, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1}),
+        "bart": ("BartConfig", {"vocab_size": TOKENS, "d_model": 16, **_BART}),
         "vit": ("ViTConfig", _SIDES | {"image_size": 16, "patch_size": 8}),
         "resnet": (
             "ResNetConfig",

@@ -16,7 +16,7 @@ from assay.methods import GradMimic
 from assay.ops import Sparse, project
 from assay.probe import Sketched
 from assay.recipe.models import TransformersSpec
-from assay.tasks import CausalLM, Classification, Contrastive, Task
+from assay.tasks import CausalLM, Classification, Contrastive, Task, TokenClassification
 from tests.small_architectures import TOKENS, save
 
 CAUSAL, SEQUENCE = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
@@ -59,6 +59,17 @@ def text_losses(model: Any, batch: Any) -> list[Tensor]:
     return [model(**own_texts(batch[0], i), labels=batch[1][i : i + 1]).loss for i in range(3)]
 
 
+def tokens() -> dict[str, Tensor]:
+    """Texts with a class for each token but their last."""
+    batch = texts()
+    labels = torch.randint(0, 3, (3, 9)).masked_fill(batch["attention_mask"] == 0, -100)
+    return batch | {"labels": labels.masked_fill(batch["input_ids"] == 2, -100)}
+
+
+def token_losses(model: Any, batch: Any) -> list[Tensor]:
+    return [model(**own_texts(batch, i)).loss for i in range(3)]
+
+
 def image_losses(model: Any, batch: Any) -> list[Tensor]:
     images, labels = batch[0]["pixel_values"], batch[1]
     return [model(pixel_values=images[i : i + 1], labels=labels[i : i + 1]).loss for i in range(3)]
@@ -93,6 +104,7 @@ KINDS = {
     "causal": Kind(CAUSAL, CausalLM(), texts, causal_losses),
     "text": Kind(SEQUENCE, Classification(), lambda: (texts(), LABELS), text_losses),
     "two texts": Kind(SEQUENCE, Classification(), lambda: (pairs_of_texts(), LABELS), text_losses),
+    "tokens": Kind("AutoModelForTokenClassification", TokenClassification(), tokens, token_losses),
     "image": Kind(IMAGE, Classification(), lambda: ({"pixel_values": images()}, LABELS), image_losses),
     "pairs": Kind(CLIP, Contrastive(), lambda: (images(), texts()), pair_losses),
 }
@@ -100,6 +112,7 @@ CASES = [
     *((name, "causal") for name in ("gpt2", "llama", "qwen2", "gemma2")),
     *((name, "text") for name in ("bert", "distilbert", "gpt2", "llama", "gemma2", "t5")),
     ("bert", "two texts"),
+    *((name, "tokens") for name in ("bert", "distilbert", "t5")),
     *((name, "image") for name in ("vit", "resnet")),
     ("clip", "pairs"),
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 
 import pyarrow.parquet as pq
 import pytest
@@ -17,6 +18,7 @@ from assay.engine import run
 from assay.recipe.errors import ChangedError, EngineError, RecipeError
 from assay.recipe.factories import is_trusted, tried_out
 from assay.recipe.recipe import Recipe, load_recipe
+from tests.small_models import byte_tokenizer, edit_json, write_recipe
 from tests.small_project import make_project
 
 SOURCE = """
@@ -36,6 +38,16 @@ class Tied(nn.Module):
 
     def forward(self, x):
         return self.b(self.a(x))[:, :3]
+
+class Reader(nn.Module):
+    # A language model that sees nothing but the last token.
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(257, 8), nn.Linear(8, 257)
+
+    def forward(self, input_ids):
+        return self.head(self.embedding(input_ids))
 
 def number():
     return 5
@@ -201,6 +213,38 @@ def test_the_size_of_its_inputs_is_found_by_trying(root):
     assert tried_out(nn.Sequential(nn.Flatten(), nn.Linear(6, 3))) == (6, 3)
     for model in (nn.Embedding(6, 3), nn.Linear(6, 3).bfloat16(), nn.ReLU(), nn.LSTM(6, 3), nn.Conv1d(6, 3, 1)):
         assert tried_out(model) == ((6, 3) if isinstance(model, nn.Linear) else None)
+
+
+def test_a_model_of_texts_names_its_tokenizer(root):
+    project, package = root
+    place = project.root / "texts"
+    byte_tokenizer().save_pretrained(place / "words")
+    model = {"kind": "python", "factory": f"{package}.models:Reader", "tokenizer_path": "words"}
+    mimic = {"method": "grad_mimic", "model": "m", "reference": "other"}
+    path = str(write_recipe(place, {"m": model, "other": model}, methods=[mimic]))
+    recipe = load_recipe(path, trust=(package,))
+    before = recipe.models["m"].fingerprint()
+    assert run(recipe).clean
+    assert pq.read_table(place / "scores/a.parquet")["loss"].null_count == 0
+    edit_json(place / "words/tokenizer_config.json", model_max_length=7)
+    assert recipe.models["m"].fingerprint() != before
+    changes = [f"models.{name}.tokenizer_path=data" for name in ("m", "other")]
+    with pytest.raises(EngineError, match=r"models\.m: .*data: has no tokenizer; expected tokenizer\.json"):
+        run(load_recipe(path, [*changes, "output=more"], trust=(package,)))
+
+
+def test_arguments_are_plain_json_and_looked_at_last(root):
+    project, package = root
+    path = write(project, package)
+    with pytest.raises(RecipeError, match=r"models\.m\.arguments\.day"):
+        load_recipe(path, ["models.m.arguments={day: 2020-01-01}"], trust=(package,))
+    with pytest.raises(RecipeError, match=r"models\.m\.factory: expected module:function"):
+        load_recipe(path, ["models.m.factory=null"], trust=(package,))
+    lists = "".join(f", &b{i} [{', '.join([f'*b{i - 1}'] * 9)}]" for i in range(1, 30))
+    started = time.monotonic()
+    with pytest.raises(RecipeError, match="only the command line can allow"):
+        load_recipe(path, [f"models.m.arguments={{a: [&b0 [1]{lists}]}}"])
+    assert time.monotonic() - started < 5
 
 
 def test_a_module_that_is_not_there_is_one_line(root):

@@ -63,6 +63,16 @@ def test_a_method_may_name_the_glob_itself(root):
     assert one["ensemble_nll"].to_pylist() == other["ensemble_nll"].to_pylist()
 
 
+def test_names_may_look_like_paths(root):
+    models = {f"org/{n}": {"kind": "mlp", "path": f"runs/seed-{n}.safetensors"} for n in (1, 2)}
+    for named in (["org/1", "org/2"], ["org/*"], "org/*"):
+        assert used(write(root, models, [{"method": "ensemble", "models": named}])) == ["org/1", "org/2"]
+    alone = write(root, {}, [{"method": "ensemble", "models": ["runs/seed-2.safetensors"]}])
+    assert used(alone) == ["seed-2"]
+    with pytest.raises(RecipeError, match=r"models\.1\.\[key\]: input should be a valid string, got 1"):
+        load_recipe(write(root, {1: models["org/1"], **models}, [{"method": "ensemble", "models": "org/*"}]))
+
+
 def test_the_ends_of_a_run_are_model_and_reference(root):
     methods = [{"method": "grad_mimic", "model": "seeds-first", "reference": "seeds-last"}]
     path = write(root, seeds(), methods)

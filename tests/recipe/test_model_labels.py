@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 
 import pytest
 import torch
+from huggingface_hub import constants
 
 from assay.recipe.errors import EngineError
 from assay.recipe.model_labels import read_labels
 from assay.recipe.models import TransformersSpec
+from tests.recipe.test_checkpoints import write_gguf
 from tests.small_architectures import save
 from tests.small_models import edit_json, edit_weights
 
@@ -154,6 +157,13 @@ def test_an_encoder_is_had_from_under_a_head(tmp_path, name, saved_as, wanted):
     assert not any(k.startswith("pooler") for k in own.state_dict())
 
 
+def test_gguf_files_are_of_the_class_that_is_wanted_or_refused(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf")
+    assert type(build(path, BASE)).__name__ == "LlamaModel"
+    with pytest.raises(EngineError, match=r"lack score\.weight, .* without the head of LlamaForSequenceClassification"):
+        build(path, SEQUENCE)
+
+
 def test_what_is_left_over_below_a_head_is_named(tmp_path):
     save(tmp_path, "llama", "AutoModelForCausalLM")
     edit_weights(tmp_path / "model.safetensors", lambda t: t.update({"model.layers.7.x": torch.zeros(1)}))
@@ -177,3 +187,21 @@ def test_a_classifier_that_needs_a_padding_token_has_one(tmp_path):
     edit_json(tmp_path / "config.json", pad_token_id=97)
     build(tmp_path, BASE)
     assert json.loads((tmp_path / "config.json").read_text())["pad_token_id"] == 97
+
+
+def test_a_config_that_wants_something_fetched_reaches_no_network(tmp_path, monkeypatch):
+    asked = []
+
+    def refuse(*address, **_):
+        asked.append(address)
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    save(tmp_path, "vit", BASE)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mask2former", "backbone": "evil/backbone"}))
+    for auto_class in (BASE, IMAGE, "AutoModelForCausalLM"):
+        with pytest.raises(EngineError, match=r"config\.json: transformers"):
+            build(tmp_path, auto_class)
+    assert asked == []
+    assert not constants.HF_HUB_OFFLINE

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import ModuleType
 from typing import Any, Literal
 
@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from assay._lazy import require
 from assay.recipe.errors import EngineError
 from assay.recipe.library_calls import refusing
-from assay.recipe.model_files import read_safetensors, shortened
+from assay.recipe.model_files import find_tokenizer, read_safetensors, shortened
 from assay.recipe.models import MODELS, ModelSpec, files_sha256
 from assay.recipe.parts import ExistingPath, located
+from assay.recipe.tokenizer import load_tokenizer
 
 _MODULE = r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*"
 _FACTORY = re.compile(rf"({_MODULE}):([A-Za-z_]\w*)", re.ASCII)
@@ -40,30 +41,43 @@ def check_trust(trust: Iterable[str]) -> tuple[str, ...]:
     return names
 
 
+def _trust_of(info: ValidationInfo) -> tuple[str, ...]:
+    return tuple((info.context or {}).get("trust", ()))
+
+
 @MODELS.add("python")
 class PythonSpec(ModelSpec):
     """What a function of an importable module returns: an `nn.Module`, called with ``arguments``. With a ``path``, all
-    of its weights come from that safetensors file."""
+    of its weights come from that safetensors file. A model of texts has a ``tokenizer_path``: the folder of its
+    tokenizer, or of a model of transformers that has it."""
 
     kind: Literal["python"]
     factory: str
     path: ExistingPath | None = None  # type: ignore[assignment]  # its weights may be its own
     arguments: dict[str, JsonValue] = Field(default_factory=dict)
+    tokenizer_path: ExistingPath | None = None
     _trust: tuple[str, ...] = PrivateAttr(default=())
 
-    @model_validator(mode="after")
-    def _is_trusted(self, info: ValidationInfo) -> PythonSpec:
-        match = _FACTORY.fullmatch(self.factory)
+    @model_validator(mode="before")
+    @classmethod
+    def _is_trusted(cls, data: Any, info: ValidationInfo) -> Any:
+        factory = data.get("factory") if isinstance(data, Mapping) else None
+        match = _FACTORY.fullmatch(factory) if isinstance(factory, str) else None
         if match is None:
-            raise located(("factory",), "expected module:function, such as mypackage.models:make", self.factory)
-        self._trust = tuple((info.context or {}).get("trust", ()))
-        if not is_trusted(match[1], self._trust):
+            raise located(("factory",), "expected module:function, such as mypackage.models:make", factory)
+        if not is_trusted(match[1], _trust_of(info)):
+            # Before anything else of it is looked at: its arguments may be of any size.
             raise located(
                 ("factory",),
                 f"runs Python of the module {match[1]}, which only the command line can allow: "
                 f"--trust {match[1].partition('.')[0]}",
-                self.factory,
+                factory,
             )
+        return data
+
+    @model_validator(mode="after")
+    def _keep_trust(self, info: ValidationInfo) -> PythonSpec:
+        self._trust = _trust_of(info)
         return self
 
     @property
@@ -86,6 +100,9 @@ class PythonSpec(ModelSpec):
             load_weights(self.path, model, self.factory)
         return model.eval()
 
+    def tokenizer(self) -> Any | None:
+        return None if self.tokenizer_path is None else load_tokenizer(find_tokenizer(self.tokenizer_path), None)
+
     def input_size(self, model: nn.Module) -> int | None:
         found = tried_out(model)
         return found[0] if found else None
@@ -95,11 +112,14 @@ class PythonSpec(ModelSpec):
         return found[1] if found else None
 
     def identity(self) -> dict[str, Any]:
-        return self.model_dump(exclude={"path"})
+        return self.model_dump(exclude={"path", "tokenizer_path"})
 
     def fingerprint(self) -> str:
-        """SHA-256 of the weights, and of the source files of the module and of the function."""
+        """SHA-256 of the weights, the tokenizer, and the source files of the module and of the function."""
         files = [] if self.path is None else [("weights", self.path)]
+        if self.tokenizer_path is not None:
+            folder = find_tokenizer(self.tokenizer_path)
+            files += [(f"tokenizer/{name}", folder.full(name)) for name in folder.tokenizer]
         for name in dict.fromkeys((self._module().__name__, self._function().__module__)):
             source = getattr(importlib.import_module(name), "__file__", None)
             if not isinstance(source, str):

@@ -11,7 +11,7 @@ import fnmatch
 import glob
 import os
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from assay.recipe.parts import is_pattern, located, nearest
@@ -59,13 +59,20 @@ def _name_globs(models: dict[str, Any], method: dict[str, Any], keys: Mapping[st
         if not several or not isinstance(items, list):
             continue
         for k, item in enumerate(items):
-            if isinstance(item, str) and ("/" in item or os.sep in item):
+            if isinstance(item, str) and ("/" in item or os.sep in item) and not _matching(models, item):
                 name = _name_of(item)
                 model = {"kind": "mlp" if item.endswith(".safetensors") else "transformers", "path": item}
                 if models.setdefault(name, model) != model:
                     raise located(("methods", i, key), f"{item} would be called {name!r}, as another model is", item)
                 items = [*items[:k], name, *items[k + 1 :]]
         method[key] = value if isinstance(value, str) and items == [value] else items
+
+
+def _matching(models: Iterable[Any], pattern: str) -> list[str]:
+    """The models of that name, or whose names match it."""
+    return [
+        name for name in models if isinstance(name, str) and (name == pattern or fnmatch.fnmatchcase(name, pattern))
+    ]
 
 
 def _name_of(path: str) -> str:
@@ -127,9 +134,9 @@ def _resolved(
         if isinstance(item, str) and item in groups:
             names += groups[item]
         elif isinstance(item, str) and is_pattern(item) and item not in models:
-            found = [name for name in models if fnmatch.fnmatchcase(name, item)]
+            found = _matching(models, item)
             if not found:
-                raise located(where, f"no model's name matches {item!r}; {nearest(item, models)}", item)
+                raise located(where, f"no model's name matches {item!r}; {nearest(item, map(str, models))}", item)
             names += found
         else:
             names.append(ends.get(item, item) if isinstance(item, str) else item)

@@ -43,12 +43,17 @@ class _ToOwnLog(logging.Handler):
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """What libraries print, log and warn of goes to assay's own log, at its lowest level."""
+    """What libraries print, log and warn of goes to assay's own log, at its lowest level; and they reach no network, for
+    a config may name what it wants fetched."""
     loggers = [logging.getLogger(name) for name in _LOUD]
     before = [(logger.handlers, logger.propagate) for logger in loggers]
     bars: Any = sys.modules.get("transformers.utils.logging")  # if nothing has imported it, there are none
     shown = bars is not None and bars.is_progress_bar_enabled()
+    hub: Any = sys.modules.get("huggingface_hub.constants")
+    online = hub is not None and not hub.HF_HUB_OFFLINE
     printed = io.StringIO()
+    if online:
+        hub.HF_HUB_OFFLINE = True
     if shown:
         bars.disable_progress_bar()
     try:
@@ -62,6 +67,8 @@ def quietly() -> Iterator[None]:
             logger.handlers, logger.propagate = handlers, propagate
         if shown:
             bars.enable_progress_bar()
+        if online:
+            hub.HF_HUB_OFFLINE = False
         _log_lines(printed.getvalue())
 
 

@@ -93,6 +93,15 @@ def find_model_folder(path: str) -> ModelFolder:
     return folder
 
 
+def find_tokenizer(path: str) -> ModelFolder:
+    """The tokenizer in a folder, a model's or one of its own. EngineError if there is none, as `find_model_folder`."""
+    names = sorted(os.listdir(path)) if os.path.isdir(path) else []
+    folder = ModelFolder(path, "", (), tuple(name for name in names if _TOKENIZER_FILE.fullmatch(name)))
+    for name in folder.tokenizer:
+        check_file(folder.full(name))
+    return folder
+
+
 def check_file(path: str) -> int:
     """The size of a regular file that is neither empty nor a stand-in for one kept by Git LFS."""
     try:

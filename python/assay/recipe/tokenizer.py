@@ -37,8 +37,8 @@ _DROPPED = {
 _IDLE = {"version", "truncation", "padding", "decoder"}
 
 
-def load_tokenizer(folder: ModelFolder, model: ModelFolder) -> Any:
-    """A folder's tokenizer, with the ``model``'s config to tell its class.
+def load_tokenizer(folder: ModelFolder, model: ModelFolder | None) -> Any:
+    """A folder's tokenizer, with the ``model``'s config to tell its class; without one, its own settings tell.
 
     Raises:
         EngineError: a file cannot be read, or there is none.
@@ -49,7 +49,7 @@ def load_tokenizer(folder: ModelFolder, model: ModelFolder) -> Any:
         if name.endswith(".json"):
             # Some vocabularies are lists; everything else is a mapping.
             _ = name.startswith("vocab") or read_mapping(folder.full(name))
-    written = {CONFIG: read_config(model, len(read_weights(model)))}
+    written = {} if model is None else {CONFIG: read_config(model, len(read_weights(model)))}
     if _SETTINGS in folder.tokenizer:
         written[_SETTINGS] = without(read_mapping(folder.full(_SETTINGS)), _DROPPED)
     linked = {name: folder.full(name) for name in folder.tokenizer if name not in written}

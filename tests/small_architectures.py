@@ -11,6 +11,7 @@ import transformers
 TOKENS = 97
 _TEXT = {"vocab_size": TOKENS, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 _CAUSAL = _TEXT | {"intermediate_size": 24, "num_key_value_heads": 1, "max_position_embeddings": 64, "pad_token_id": 0}
+_T5 = {"num_layers": 2, "num_heads": 2, "pad_token_id": 0, "decoder_start_token_id": 0}
 _SIDES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 
 
@@ -25,7 +26,7 @@ def config(name: str, **changes: Any) -> Any:
         "gemma2": ("Gemma2Config", _CAUSAL | {"head_dim": 8, "final_logit_softcapping": 2.0}),
         "t5": (
             "T5Config",
-            {"vocab_size": TOKENS, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2},
+            {"vocab_size": TOKENS, "d_model": 16, "d_kv": 8, "d_ff": 24} | _T5,
         ),
         "bart": ("BartConfig", {"vocab_size": TOKENS, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1}),
         "vit": ("ViTConfig", _SIDES | {"image_size": 16, "patch_size": 8}),

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from assay.corpus.checks import SeenIds, check_features, check_id, check_label, check_text
+from assay.corpus.checks import (
+    SeenIds,
+    check_features,
+    check_id,
+    check_label,
+    check_numbers,
+    check_probabilities,
+    check_text,
+    check_words,
+    shown,
+)
 from assay.corpus.errors import BadRow
 
 
@@ -73,6 +85,59 @@ def test_features(value, reason):
 
 def test_nested_features_are_flattened():
     assert check_features("pixels", [[1, 2], [3, 4]], 4).tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("value", "size"), [(3, 1), (3.0, 1), (Decimal(3), 1), ([3], 1), ([Decimal(3), 4], 2)])
+def test_numbers(value, size):
+    assert check_numbers("y", value, size).tolist() == [3, 4][:size]
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (None, "y is null"),
+        (3.0, "y holds 1 numbers, expected 2"),
+        ([1, 10**400], "NaN, an infinity or a null"),
+        ([1, Decimal("NaN")], "NaN, an infinity or a null"),
+        ([1, [2]], "ragged"),
+        ("12", "y is of type str, expected a list of 2 numbers"),
+        (True, "y is of type bool, expected a list of 2 numbers"),
+        (np.array([1.0, np.nan]), "NaN, an infinity or a null"),
+    ],
+)
+def test_no_numbers(value, reason):
+    with pytest.raises(BadRow, match=reason):
+        check_numbers("y", value, 2)
+
+
+def test_probabilities_within_the_tolerance_as_float32():
+    assert check_probabilities("p", [0.25, 0.75], 2, 1e-6).dtype == np.float32
+    check_probabilities("p", [0.1] * 10, 10, 1e-4)
+    with pytest.raises(BadRow, match=r"p has the sum 1\.0002, expected probabilities of sum 1"):
+        check_probabilities("p", [0.5, 0.5002], 2, 1e-4)
+    with pytest.raises(BadRow, match=r"p holds -0\.1, expected probabilities"):
+        check_probabilities("p", [1.1, -0.1], 2, 1e-4)
+
+
+def test_words():
+    assert check_words("w", ["a", "b"]) == ["a", "b"]
+    for value, reason in (
+        (None, "w is null"),
+        ("ab", "w is of type str, expected a list of strings"),
+        (np.array([1, 2]), r"w\[0\] is of type int64, expected a string"),
+        ([], "w is empty"),
+        (["a", ""], r"w\[1\] is empty"),
+        (["a", "\ud800"], r"w\[1\] has a lone surrogate"),
+    ):
+        with pytest.raises(BadRow, match=reason):
+            check_words("w", value)
+
+
+def test_what_is_shown_of_a_value_is_short_and_printable():
+    for value in ("x" * 10_000, ["y" * 1000] * 1000, {"k" * 1000: "v" * 1000}, 10**4000, "\x1b[2J\n" * 50):
+        text = shown(value)
+        assert len(text) < 500
+        assert text.isprintable()
 
 
 @pytest.mark.parametrize("value", [None, 1.0, True, ["a"], "\udfff"])

@@ -83,7 +83,7 @@ def test_a_linked_corpus_and_a_linked_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["a.odt.gz", "a.parquet.gz", "a.jsonl.lz4", "a.tar", "a.avro", "a.txt", "part-00000", "a.jsonl~", "a.zip"]
+    "name", ["a.odt.gz", "a.parquet.gz", "a.jsonl.lz4", "a.tgz", "a.avro", "a.txt", "part-00000", "a.jsonl~", "a.zip"]
 )
 def test_a_file_that_may_be_data_is_named(tmp_path, name):
     touch(tmp_path, "b.jsonl", f"deep/{name}")

@@ -222,7 +222,7 @@ def test_scores_that_do_not_cover_the_corpus_are_refused(project, harm, message)
 
 def test_unknown_scores_and_folders_are_named(project):
     scores = scored(project)
-    with pytest.raises(CorpusError, match=r"--by mimics: .* has no such score, only ensemble_nll"):
+    with pytest.raises(CorpusError, match=r"--by mimics: .* has no such score; did you mean mimic"):
         curate(scores, "mimics", top(0.5), str(project.root / "out"))
     with pytest.raises(CorpusError, match=r"no manifest\.json"):
         curate(str(project.root / "data"), "mimic", top(0.5), str(project.root / "out"))

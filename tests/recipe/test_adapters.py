@@ -10,12 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from assay.engine import run
-from assay.recipe.errors import ChangedError, EngineError
+from assay.recipe.errors import ChangedError, EngineError, RecipeError
 from assay.recipe.models import TransformersSpec
 from assay.recipe.recipe import load_recipe
+from tests.small_architectures import save
 from tests.small_models import TEXTS, byte_tokenizer, edit_json, edit_weights, save_model, write_recipe
 
 
@@ -40,12 +41,16 @@ def saved(tmp_path_factory):
 def models(saved, tmp_path):
     for name in ("base", "lora"):
         shutil.copytree(saved / name, tmp_path / name)
-    edit_json(tmp_path / "lora/adapter_config.json", base_model_name_or_path="../base")
     return tmp_path
 
 
-def spec(path, **options) -> TransformersSpec:
-    return TransformersSpec(kind="transformers", path=str(path), **options)
+def spec(root, base="base", adapter="lora", **options) -> TransformersSpec:
+    return TransformersSpec(kind="transformers", path=str(root / base), adapter=str(root / adapter), **options)
+
+
+def entry(root, **options) -> dict[str, str]:
+    """A recipe's model."""
+    return {"kind": "transformers", "path": str(root / "base"), "adapter": str(root / "lora"), **options}
 
 
 @pytest.mark.parametrize(
@@ -62,7 +67,7 @@ def spec(path, **options) -> TransformersSpec:
 )
 def test_an_adapter_computes_what_peft_does(saved, tmp_path, options):
     theirs = save_adapter(saved / "base", tmp_path / "lora", **options)
-    model = spec(tmp_path / "lora", base=str(saved / "base")).build()
+    model = spec(tmp_path, saved / "base").build()
     ids = torch.arange(20)[None]
     torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -71,16 +76,83 @@ def test_an_adapter_computes_what_peft_does(saved, tmp_path, options):
     assert not model.training
 
 
-def test_the_base_is_the_folder_that_it_names_or_the_recipes(models):
-    assert spec(models / "lora").tokenizer()("gold")["input_ids"] == byte_tokenizer()("gold")["input_ids"]
+def test_an_adapter_stands_beside_its_base(models):
+    assert spec(models).tokenizer()("gold")["input_ids"] == byte_tokenizer()("gold")["input_ids"]
     edit_json(models / "lora/adapter_config.json", base_model_name_or_path="meta-llama/Llama-3.2-1B")
-    with pytest.raises(EngineError, match=r"base model meta-llama/Llama-3\.2-1B is no folder here; give .* key base"):
-        spec(models / "lora").build()
-    spec(models / "lora", base=str(models / "base")).build()
-    with pytest.raises(EngineError, match="base goes with a LoRA adapter"):
-        spec(models / "base", base=str(models / "base")).build()
-    with pytest.raises(EngineError, match="an adapter again"):
-        spec(models / "lora", base=str(models / "lora")).build()
+    spec(models).build()  # what it was once trained on is no matter
+    for load in (lambda s: s.build(), lambda s: s.fingerprint(), lambda s: s.tokenizer()):
+        message = r"lora: is a LoRA adapter; give its base model \(its config names meta-llama/Llama-3\.2-1B\) as path"
+        with pytest.raises(EngineError, match=message):
+            load(TransformersSpec(kind="transformers", path=str(models / "lora")))
+        with pytest.raises(EngineError, match=r"base: no adapter_config\.json in it"):
+            load(spec(models, adapter="base"))
+    path = str(write_recipe(models, {"m": entry(models)}))
+    with pytest.raises(RecipeError, match=r"models\.m\.train: goes with an adapter"):
+        load_recipe(path, ["models.m.adapter=null", "models.m.train=all"])
+    (models / "m.gguf").write_bytes(b"x")
+    with pytest.raises(RecipeError, match=r"models\.m\.adapter: goes with a model's folder, not with a \.gguf file"):
+        load_recipe(path, ["models.m.path=m.gguf"])
+
+
+def test_its_own_parameters_train_or_all(models):
+    some, every = spec(models).build(), spec(models, train="all").build()
+    assert all(p.requires_grad == ("lora_" in name) for name, p in some.named_parameters())
+    assert all(p.requires_grad for p in every.parameters())
+    assert spec(models).identity() == spec(models, train="adapter").identity() != spec(models, train="all").identity()
+    methods = [{"method": "grad_mimic", "model": "small", "reference": "other"}]
+    save_adapter(models / "base", models / "other", seed=1)
+    shares = []
+    for train in ("adapter", "all"):
+        small, other = (entry(models, train=train) | more for more in ({}, {"adapter": str(models / "other")}))
+        path = write_recipe(models, {"small": small, "other": other}, methods=methods, output=train)
+        assert run(load_recipe(str(path))).clean
+        shares.append(pq.read_table(models / f"{train}/a.parquet")["mimic"].to_pylist())
+    # The base is the same on both sides: what differs is the adapter's, and so is the whole direction.
+    assert shares[0] == pytest.approx(shares[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_an_adapter_has_its_models_type(models, dtype):
+    assert {p.dtype for p in spec(models, dtype=dtype).build().parameters()} == {getattr(torch, dtype)}
+
+
+def save_classifier(root, name, targets, labels):
+    """A base model of another task, and an adapter that peft made a classifier's head with."""
+    kind = "AutoModelForCausalLM" if name == "llama" else "AutoModelForMaskedLM"
+    save(root / "base", name, kind)
+    model = AutoModelForSequenceClassification.from_pretrained(root / "base", num_labels=labels)
+    options = {"task_type": "SEQ_CLS", "r": 2, "target_modules": targets, "init_lora_weights": False}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**options))
+    adapted.save_pretrained(root / "lora")
+    return adapted.eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "targets", "labels"), [("llama", ["q_proj"], 5), ("llama", ["q_proj"], 2), ("distilbert", ["q_lin"], 16)]
+)
+def test_a_head_may_be_the_adapters(tmp_path, name, targets, labels):
+    theirs = save_classifier(tmp_path, name, targets, labels)
+    adapted = spec(tmp_path)
+    model = adapted.build_for("AutoModelForSequenceClassification")
+    ids = torch.arange(1, 21)[None]
+    torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
+    assert adapted.output_size(model) == labels == model(ids).logits.shape[1]
+    trained = {
+        n
+        for n, p in spec(tmp_path, train="all").build_for("AutoModelForSequenceClassification").named_parameters()
+        if not p.requires_grad
+    }
+    assert trained
+    assert all(".original_module." in n for n in trained)
+    edit_weights(tmp_path / "lora/adapter_model.safetensors", lambda t: [t.pop(n) for n in list(t) if "lora" not in n])
+    with pytest.raises(EngineError, match="the weights do not fit the config: they lack"):
+        adapted.build_for("AutoModelForSequenceClassification")
+
+
+def test_a_pooler_that_nobody_saved_is_not_made_up(tmp_path):
+    save_classifier(tmp_path, "bert", ["query"], 3)
+    with pytest.raises(EngineError, match=r"they lack bert\.pooler\.dense\.bias, bert\.pooler\.dense\.weight, which"):
+        spec(tmp_path).build_for("AutoModelForSequenceClassification")
 
 
 DAMAGES = [
@@ -96,7 +168,7 @@ DAMAGES = [
 def test_tensors_that_do_not_fit_are_named(models, capfd, change, message):
     edit_weights(models / "lora/adapter_model.safetensors", change)
     with pytest.raises(EngineError, match=message) as caught:
-        spec(models / "lora").build()
+        spec(models).build()
     assert len(str(caught.value)) < 600
     assert "\n" not in str(caught.value)
     assert capfd.readouterr() == ("", "")
@@ -112,15 +184,13 @@ def test_tensors_that_do_not_fit_are_named(models, capfd, change, message):
         ({"lora_alpha": []}, "peft cannot put the adapter"),
         ({"rank_pattern": {"(a+)+$": 3}}, "rank_pattern must map names"),
         ({"alpha_pattern": [1]}, "alpha_pattern must map names"),
-        ({"base_model_name_or_path": None}, "names no base model"),
-        ({"base_model_name_or_path": 5}, "names no base model"),
         ({"modules_to_save": ["lm_head"]}, r"peft cannot put the adapter .*lm_head"),
     ],
 )
 def test_configs_of_nonsense_are_refused(models, changes, message):
     edit_json(models / "lora/adapter_config.json", **changes)
     with pytest.raises(EngineError, match=message) as caught:
-        spec(models / "lora").build()
+        spec(models).build()
     assert len(str(caught.value)) < 600
     assert "\n" not in str(caught.value)
 
@@ -128,11 +198,11 @@ def test_configs_of_nonsense_are_refused(models, changes, message):
 def test_a_target_pattern_is_not_matched(models):
     """Which layers are adapted follows from the weights; a pattern could take for ever."""
     edit_json(models / "lora/adapter_config.json", target_modules="(m|mo|mod|.)*(.*.*.*.*)*nope")
-    spec(models / "lora").build()
+    spec(models).build()
 
 
 def test_its_base_is_part_of_its_fingerprint(models):
-    path = write_recipe(models, {"small": models / "lora"})
+    path = write_recipe(models, {"small": entry(models)})
     run(load_recipe(str(path)))
     assert run(load_recipe(str(path))).done_before == 1
     edit_weights(models / "base/model.safetensors", lambda t: t["model.norm.weight"].add_(0.5))
@@ -147,7 +217,7 @@ def test_adapters_are_scored_by_their_own_parameters(models):
     (target / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:3]))
     less = {"method": "less", "models": ["small"], "optimizers": None, "sketch": {"kind": "sparse", "dim": 64}}
     some = less | {"name": "some", "layers": "*layers.1*lora_B*"}
-    path = write_recipe(models, {"small": models / "lora"}, methods=[less, some], targets={"t": {"path": "target"}})
+    path = write_recipe(models, {"small": entry(models)}, methods=[less, some], targets={"t": {"path": "target"}})
     assert run(load_recipe(str(path))).clean
     table = pq.read_table(models / "scores/a.parquet")
     for name in ("less", "some"):
@@ -157,7 +227,7 @@ def test_adapters_are_scored_by_their_own_parameters(models):
 def test_the_adapters_weights_decide(models):
     path = write_recipe(
         models,
-        {"small": models / "lora", "base": models / "base"},
+        {"small": entry(models), "base": models / "base"},
         methods=[{"method": "ensemble", "name": name, "models": [name]} for name in ("small", "base")],
     )
     run(load_recipe(str(path)))

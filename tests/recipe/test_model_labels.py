@@ -169,5 +169,11 @@ def test_a_classifier_that_needs_a_padding_token_has_one(tmp_path):
     edit_json(tmp_path / "config.json", pad_token_id=97)
     with pytest.raises(EngineError, match="pad_token_id is 97, and the model knows the tokens below 97"):
         build(tmp_path, SEQUENCE)
+    for nonsense in ("x", [1], {}, 1.5, -1, 10**30):
+        edit_json(tmp_path / "config.json", pad_token_id=nonsense)
+        with pytest.raises(EngineError, match=str(tmp_path)) as caught:
+            build(tmp_path, SEQUENCE)
+        assert len(str(caught.value)) < 500
+    edit_json(tmp_path / "config.json", pad_token_id=97)
     build(tmp_path, BASE)
     assert json.loads((tmp_path / "config.json").read_text())["pad_token_id"] == 97

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from assay.tasks import Contrastive
+from assay.tasks.contrastive import in_pieces
 from tests.tasks.models import Fixed
 
 
@@ -53,3 +54,36 @@ def test_contrastive_errors_say_what_was_found() -> None:
         Contrastive().forward(Fixed(torch.zeros(2, 3)), batch)
     with pytest.raises(ValueError, match=r"\(2, 3\) and text_embeds of shape \(3, 3\)"):
         Contrastive().forward(Fixed((torch.zeros(2, 3), torch.zeros(3, 3), 1.0)), batch)
+
+
+class Towers(nn.Module):
+    """Takes images and token ids by name, and counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.text = nn.Linear(5, 3), nn.Embedding(7, 3)
+        self.logit_scale = nn.Parameter(torch.tensor(1.5))
+        self.sizes: list[int] = []
+
+    def forward(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
+        self.sizes.append(len(pixel_values))
+        text = (self.text(input_ids) * attention_mask[..., None]).sum(1)
+        return SimpleNamespace(image_embeds=self.image(pixel_values), text_embeds=text)
+
+
+def test_pieces_are_embedded_one_by_one_and_compared_together() -> None:
+    model, task = Towers(), Contrastive()
+    texts = {"input_ids": torch.randint(0, 7, (7, 4)), "attention_mask": torch.ones(7, 4)}
+    batch = torch.randn(7, 5), texts
+    with torch.no_grad():
+        whole = task.forward(model, batch)
+        for pieces, sizes in ((2, [4, 3]), (3, [3, 3, 1]), (7, [1] * 7)):
+            model.sizes.clear()
+            parts = task.to(in_pieces(batch, pieces), torch.device("cpu"))
+            assert task.size(parts) == 7
+            found = task.forward(model, parts)
+            assert model.sizes == sizes
+            torch.testing.assert_close(found.losses, whole.losses)
+            torch.testing.assert_close(found.logits, whole.logits)
+    with pytest.raises(ValueError, match=r"7 samples with their gradients do not fit into memory.*task\.group"):
+        task.forward(model, in_pieces(batch, 2))

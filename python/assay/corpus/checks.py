@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import math
+import reprlib
 import uuid
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from assay.corpus.errors import BadRow
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 
 
 def check_text(name: str, value: object) -> str:
@@ -38,6 +43,56 @@ def check_label(name: str, value: object, classes: int) -> int:
     if not 0 <= label < classes:
         raise BadRow(f"{name} is {label}, outside the classes 0 to {classes - 1}")
     return label
+
+
+def check_probabilities(name: str, value: object, classes: int, tolerance: float) -> npt.NDArray[np.float32]:
+    """One probability per class: not negative, of sum 1 within ``tolerance``, which the float32 values keep to."""
+    p = check_features(name, value, classes)
+    if (p < 0).any():
+        raise BadRow(f"{name} holds {float(p.min()):g}, expected probabilities")
+    total = float(p.sum(dtype=np.float64))
+    if abs(total - 1) > tolerance:
+        raise BadRow(f"{name} has the sum {total:.6g}, expected probabilities of sum 1")
+    return p
+
+
+def check_numbers(name: str, value: object, size: int) -> npt.NDArray[np.float32]:
+    """``size`` finite numbers; one may stand without a list."""
+    alone = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
+    if isinstance(value, float) and math.isnan(value):
+        raise BadRow(f"{name} is null or NaN")
+    if alone or value is None or isinstance(value, list | np.ndarray):
+        value = _floats(value)
+        return check_features(name, [value] if alone else value, size)
+    raise BadRow(f"{name} is {_kind(value)}, expected {'a number' if size == 1 else f'a list of {size} numbers'}")
+
+
+def _floats(value: Any) -> Any:
+    """Decimals, and integers beyond float64, as floats."""
+    if isinstance(value, list):
+        return [_floats(item) for item in value]
+    if isinstance(value, Decimal) or (isinstance(value, int) and not isinstance(value, bool)):
+        try:
+            return float(value)
+        except OverflowError:
+            return math.inf
+    return value
+
+
+def check_words(name: str, value: object) -> list[str]:
+    """A list of strings, each with something in it."""
+    if value is None:
+        raise BadRow(f"{name} is null")
+    if not isinstance(value, list | np.ndarray):
+        raise BadRow(f"{name} is {_kind(value)}, expected a list of strings")
+    if not len(value):
+        raise BadRow(f"{name} is empty")
+    return [check_text(f"{name}[{i}]", word) for i, word in enumerate(value)]
+
+
+def shown(value: object) -> str:
+    """A value in a reason: on one line, and no longer than that can take."""
+    return _SHORT.repr(value)
 
 
 def check_features(name: str, value: object, size: int) -> npt.NDArray[np.float32]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import bz2
 import contextlib
 import gzip
+import io
 import lzma
 import os
 from collections.abc import Callable, Iterator
@@ -47,6 +48,31 @@ def lines(file: BinaryIO, compression: Compression | None) -> Iterator[bytes]:
             held += len(rest)
     if parts:
         yield b"".join(parts)[: MAX_LINE_BYTES + 1]
+
+
+def unpacked(file: BinaryIO, compression: Compression | None) -> BinaryIO:
+    """The file as it is, or its decompressed bytes as a file that can only be read on."""
+    return file if compression is None else cast(BinaryIO, io.BufferedReader(_Unpacked(file, compression), _BLOCK))
+
+
+class _Unpacked(io.RawIOBase):
+    def __init__(self, file: BinaryIO, compression: Compression) -> None:
+        self._blocks = _blocks(file, compression)
+        self._rest = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._rest:
+            block = next(self._blocks, None)
+            if block is None:
+                return 0
+            self._rest = memoryview(block)
+        size = min(len(buffer), len(self._rest))
+        buffer[:size] = self._rest[:size]
+        self._rest = self._rest[size:]
+        return size
 
 
 @contextlib.contextmanager

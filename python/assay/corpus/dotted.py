@@ -42,11 +42,12 @@ def fields_below(above: Path, field: pa.Field) -> Iterator[tuple[Path, pa.Field]
             yield from fields_below(path, field.type.field(i))
 
 
-def value_at(record: Mapping[str, Any], name: str) -> Any:
-    """The value of a JSON object at a dotted name; None below a null. A BadRow if there is none."""
+def value_at(record: Mapping[str, Any], name: str, absent: str = "line has no key") -> Any:
+    """The value of a JSON object at a dotted name; None below a null. A BadRow if there is none, which ``absent``
+    begins."""
     value = record[name] if name in record else _below(record, name)
     if value is _MISSING:
-        raise BadRow(f"line has no key {name!r}")
+        raise BadRow(f"{absent} {name!r}")
     return value
 
 

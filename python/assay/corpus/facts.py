@@ -19,8 +19,8 @@ _HUGGING_FACE = b"huggingface"
 _LISTS = ("list", "large_list", "fixed_size_list", "list_view", "large_list_view")
 _MOST_SHOWN_FIELDS = 16
 _MOST_DEPTH = 32
-# Of these the storage is no plain struct to anybody: bytes of a file, or the path to one.
-_MEDIA = ("Image", "Audio", "Video", "Pdf", "Nifti", "Mesh")
+# Older data sets store them as plain bytes or paths.
+_MEDIA = ("Image", "Audio", "Video")
 
 Feature = Any
 """A node of Hugging Face's features as JSON has them: ``{"_type": …}``, a mapping of names, or a list of one."""
@@ -117,15 +117,15 @@ def _classes(kind: pa.DataType, feature: Feature) -> tuple[str, ...] | None:
 def _type_text(field: pa.Field, feature: Feature = None) -> str:
     """The field's type as `ColumnFacts` has it."""
     kind, name = field.type, extension_name(field)
-    media = feature.get("_type") if isinstance(feature, dict) else None
+    media = str(feature.get("_type") or "") if isinstance(feature, dict) else ""
     if isinstance(kind, pa.BaseExtensionType):
         kind = kind.storage_type
     if name in ("arrow.uuid", "arrow.bool8"):
         return name.removeprefix("arrow.").removesuffix("8")
     if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
         return _type_text(field.with_type(kind.value_type), feature)
-    if media in _MEDIA and (pa.types.is_struct(kind) or is_any(kind, "binary", "string")):
-        return str(media).lower()
+    if media and _holds_media(kind, media):
+        return media.lower()
     if is_any(kind, "string", "large_string", "string_view"):
         return "string"
     if is_any(kind, "binary", "large_binary", "binary_view", "fixed_size_binary"):
@@ -136,6 +136,13 @@ def _type_text(field: pa.Field, feature: Feature = None) -> str:
         fields = [kind.field(i) for i in range(kind.num_fields)]
         return _struct_text([(field.name, _type_text(field, _feature_of(feature, field.name))) for field in fields])
     return str(kind)
+
+
+def _holds_media(kind: pa.DataType, feature: str) -> bool:
+    """Whether a feature that is stored so is a file: its bytes, or the path to it."""
+    if pa.types.is_struct(kind):
+        return sorted(kind.field(i).name for i in range(kind.num_fields)) == ["bytes", "path"]
+    return feature in _MEDIA and is_any(kind, "binary", "large_binary", "string", "large_string")
 
 
 def _struct_text(fields: Sequence[tuple[str, str]]) -> str:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from assay.corpus.compression import Compression
 from assay.corpus.errors import ShardError
+from assay.corpus.storage import Store
 
 T = TypeVar("T")
 Mask = npt.NDArray[np.bool_]
@@ -19,6 +20,14 @@ Mask = npt.NDArray[np.bool_]
 CHUNK_ROWS = 1024
 # Tokenizers need some thirty times a text's size while they work, so a chunk of texts must stay small.
 CHUNK_BYTES = 2 << 20
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder that is a shard: its files in the order of rows, relative to ``store``, which is the folder itself."""
+
+    store: Store
+    files: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,8 @@ class Source:
     """Whether ``file`` is a plain file of this machine, with a descriptor."""
     features: Mapping[str, Any] | None = None
     """The Hugging Face features that a saved data set's own description tells, as JSON has them."""
+    folder: Folder | None = None
+    """Of a format whose shards are folders: the folder. ``file`` is empty then, and ``size`` the number of files."""
 
 
 @dataclass(frozen=True)
@@ -74,23 +85,26 @@ class Format:
     ``read`` gives the rows in physical order with the values of the named columns. ``copy`` writes the rows
     for which the mask, one Boolean per physical row, is true. ``facts`` tells the columns, a struct's own ones by
     dotted names after it, from a schema or the first rows. All raise ShardError, or whatever their library raises for
-    a damaged file. ``compressible`` says whether a suffix like `.gz` may follow the format's own.
+    a damaged file. ``compressible`` says whether a suffix like `.gz` may follow the format's own. ``files`` makes it a
+    format of folders: it gives a folder's files, relative to it, one for each row; they are copied as they are, and
+    ``copy`` is None.
     """
 
     name: str
     suffixes: tuple[str, ...]
     read: Callable[[Source, Sequence[str]], Iterator[Chunk]]
-    copy: Callable[[Source, Mask, BinaryIO], None]
+    copy: Callable[[Source, Mask, BinaryIO], None] | None
     facts: Callable[[Source], dict[str, ColumnFacts]]
     compressible: bool = False
+    files: Callable[[Store, str], list[str]] | None = None
 
 
-def parts(rows: Iterable[tuple[bytes, T]]) -> Iterator[tuple[int, list[T]]]:
-    """Rows, each with the bytes that it takes, in chunks; each with the index of its first row."""
+def parts(rows: Iterable[tuple[int, T]]) -> Iterator[tuple[int, list[T]]]:
+    """Rows, each with the number of bytes that it takes, in chunks; each with the index of its first row."""
     first, held, part = 0, 0, []
-    for raw, row in rows:
+    for size, row in rows:
         part.append(row)
-        held += len(raw)
+        held += size
         if len(part) == CHUNK_ROWS or held >= CHUNK_BYTES:
             yield first, part
             first, held, part = first + len(part), 0, []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import lzma
 import os
 import zlib
@@ -12,10 +13,11 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 import pyarrow as pa
 
 from assay.corpus.errors import ShardError
-from assay.corpus.format import Chunk, ColumnFacts
+from assay.corpus.format import Chunk, ColumnFacts, Folder
 from assay.corpus.formats import Source
 from assay.corpus.saved_data_sets import features_beside
 from assay.corpus.shards import Shard
+from assay.corpus.storage import Store
 
 # A file of a few bytes can unfold to any number of blank lines or nulls, each of which would be listed.
 MOST_EMPTY_ROWS = 1 << 20
@@ -44,7 +46,12 @@ def columns_of(shard: Shard) -> dict[str, ColumnFacts]:
 
 @contextlib.contextmanager
 def opened(shard: Shard) -> Iterator[Source]:
-    """The shard's file, open at its beginning."""
+    """The shard's file, open at its beginning, or its folder."""
+    if shard.is_folder:
+        store = Store(shard.store.fs, shard.store.full(shard.path))
+        files = tuple(path[len(shard.path) + 1 :] for path in shard.files())
+        yield Source(io.BytesIO(), os.path.basename(shard.path), len(files), folder=Folder(store, files))
+        return
     with shard.store.open(shard.path) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)

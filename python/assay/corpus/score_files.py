@@ -38,6 +38,12 @@ class ScoreWriter:
         self._stream.write_table(table)
         self.rows += table.num_rows
 
+    def add_batch(self, batch: pa.RecordBatch) -> None:
+        """Append scored rows that another writer has put into a batch of this table's columns."""
+        if batch.num_rows:
+            self._stream.write_batch(batch)
+        self.rows += batch.num_rows
+
     def save(self, store: Store, path: str, metadata: Mapping[str, Any]) -> None:
         """Write the table under its final name, with ``metadata`` in its footer."""
         self._stream.close()
@@ -103,6 +109,33 @@ def read_score(store: Store, path: str, name: str) -> tuple[npt.NDArray[np.int64
     with store.open(path) as file:
         table = pq.read_table(file, columns=["row", name])
     return table["row"].to_numpy(), table[name].to_numpy()
+
+
+def stream_score(store: Store, path: str, name: str) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]:
+    """The same, a batch in memory at a time."""
+    with store.open(path) as file:
+        for batch in pq.ParquetFile(file).iter_batches(columns=["row", name], batch_size=ROW_GROUP_ROWS):
+            yield batch.column("row").to_numpy(), batch.column(name).to_numpy(zero_copy_only=False)
+
+
+def rows_at(store: Store, path: str, places: Sequence[int]) -> list[dict[str, Any]]:
+    """Row, id and every one-number score at some places of a score table, in the places' order.
+
+    Of the row groups only those that hold a place are read.
+    """
+    with store.open(path) as file:
+        parquet = pq.ParquetFile(file)
+        facts, schema = parquet.metadata, parquet.schema_arrow
+        names = [field.name for field in schema if field.name in ("row", "id") or field.type == pa.float32()]
+        ends = np.cumsum([facts.row_group(i).num_rows for i in range(facts.num_row_groups)], dtype=np.int64)
+        groups = np.searchsorted(ends, places, side="right").tolist()
+        found: dict[int, dict[str, Any]] = {}
+        for group in sorted(set(groups)):
+            start = int(ends[group]) - facts.row_group(group).num_rows
+            here = [place for place, its in zip(places, groups, strict=True) if its == group]
+            table = parquet.read_row_group(group, columns=names).take([place - start for place in here])
+            found |= zip(here, table.to_pylist(), strict=True)
+    return [found[place] for place in places]
 
 
 def score_field(store: Store, path: str, name: str) -> pa.Field:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
@@ -12,8 +13,9 @@ from fsspec.utils import glob_translate
 
 from assay.corpus.compression import Compression
 from assay.corpus.errors import CorpusError
-from assay.corpus.formats import SUFFIXES, Format, format_of
+from assay.corpus.formats import SUFFIXES, Format, format_of, images
 from assay.corpus.listing import LeftOut, Listing, list_files, list_matches, name_fault, shown
+from assay.corpus.media import IMAGES
 from assay.corpus.saved_data_sets import SIDECARS, STATE, listed_files
 from assay.corpus.storage import Fingerprint, Store
 
@@ -27,14 +29,14 @@ _COMPANION_NAMES = ("readme", "license", "licence", "notice", "citation", "chang
 _COMPANION_SUFFIXES = (
     *(".md", ".rst", ".html", ".pdf", ".bib", ".cff", ".yaml", ".yml", ".toml", ".ini", ".cfg", ".py", ".ipynb", ".sh"),
     *(".log", ".lock", ".crc", ".md5", ".sha1", ".sha256", ".sha512", ".sig", ".asc"),
-    *(".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".svg", ".wav", ".flac", ".mp3", ".mp4"),
+    *(*IMAGES, ".svg", ".wav", ".flac", ".mp3", ".mp4"),
 )
 _CHECKSUMS = re.compile(r"(md5|sha\d+)sums?(\.txt)?|checksums?(\.txt)?")
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One file of a corpus. Its ``path`` is relative to the corpus's root."""
+    """One file of a corpus, or of a format of folders one folder. Its ``path`` is relative to the corpus's root."""
 
     store: Store
     path: str
@@ -45,7 +47,9 @@ class Shard:
 
     @property
     def stem(self) -> str:
-        """The path without its suffixes: what is written about it carries the same."""
+        """The path without its suffixes, which a folder has not: what is written about it carries the same."""
+        if self.is_folder:
+            return self.path
         stem = self.path
         if self.compression:
             stem = os.path.splitext(stem)[0]
@@ -53,12 +57,28 @@ class Shard:
 
     @property
     def folder(self) -> str:
-        """The folder that it lies in, relative to the corpus's root."""
-        return os.path.dirname(self.path)
+        """The folder that it lies in, or that it is, relative to the corpus's root."""
+        return self.path if self.is_folder else os.path.dirname(self.path)
+
+    @property
+    def is_folder(self) -> bool:
+        return self.format.files is not None
+
+    def files(self) -> list[str]:
+        """The files that it is made of, as they are now, relative to the corpus's root. An OSError for a folder without
+        any."""
+        if self.format.files is None:
+            return [self.path]
+        return [f"{self.path}/{path}" for path in self.format.files(self.store, self.path)]
 
     def fingerprint(self) -> Fingerprint:
-        """The file's fingerprint as it is now."""
-        return self.store.fingerprint(self.path)
+        """The file's fingerprint as it is now, or one of all files' names and fingerprints."""
+        if not self.is_folder:
+            return self.store.fingerprint(self.path)
+        facts = {path: self.store.fingerprint(path) for path in self.files()}
+        texts = (f"{path}\0{sorted(fact.to_json().items())}\n" for path, fact in facts.items())
+        digest = hashlib.sha256("".join(texts).encode("utf-8", "surrogateescape")).hexdigest()
+        return Fingerprint(sum(fact.size for fact in facts.values()), etag=f"sha256:{digest}")
 
 
 @dataclass(frozen=True)
@@ -90,7 +110,7 @@ def find_shards(url: str) -> Corpus:
     else:
         store = Store(fs, os.path.dirname(full) or "/")
         listing, folders = Listing({store.relative(full): None} if fs.exists(full) else {}), []
-    search = _Search(store)
+    search = _Search(store, is_folder=folders == [""])
     search.left_out += listing.left_out
     for path, fingerprint in listing.files.items():
         if not search.add(path, fingerprint):
@@ -110,9 +130,12 @@ def refuse_overlap(output: Store, named: str, corpus: Corpus, written: Sequence[
         written: what is written, relative to ``output``: a glob must not match it.
     """
     fs, root = corpus.store.fs, Store.at(named)
-    folders = {os.path.dirname(corpus.store.real(shard.path)) for shard in corpus.shards}
+    own = {corpus.store.real(folder) for folder in {f for shard in corpus.shards for f in _folders(shard)}}
+    # Where the files themselves lie; one that is a link lies elsewhere.
+    folders = {os.path.dirname(corpus.store.real(shard.path)) for shard in corpus.shards if not shard.is_folder}
+    folders |= own if any(shard.is_folder for shard in corpus.shards) else set()
     # In a folder the next run would find what lies there, and what lies behind its links.
-    searched = {root.real(), *(corpus.store.real(f) for f in {s.folder for s in corpus.shards})}
+    searched = {root.real(), *own}
     inside = fs.isdir(root.root) and any(Store(fs, folder).holds(output) for folder in searched)
     pattern = re.compile(glob_translate(root.root)) if re.search(r"[*?[]", root.root) else None
     matched = pattern is not None and any(pattern.match(output.full(path)) for path in written)
@@ -121,22 +144,36 @@ def refuse_overlap(output: Store, named: str, corpus: Corpus, written: Sequence[
         raise CorpusError(f"{output.url}{at}: the output and the corpus {named} must not lie in each other")
 
 
+def _folders(shard: Shard) -> set[str]:
+    """The folders that its files lie in, and that itself is or lies in."""
+    try:
+        return {shard.folder, *map(os.path.dirname, shard.files())}
+    except OSError:  # it is gone: reading it will say so
+        return {shard.folder}
+
+
 class _Search:
     """What has been found so far."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, is_folder: bool) -> None:
+        self._is_folder = is_folder
         self.left_out: list[LeftOut] = []
         self._store = store
+        self._images: list[str] = []
         self._shards: dict[str, Shard] = {}
         self._sidecars: set[str] = set()
         self._companions = 0
 
     def corpus(self, url: str) -> Corpus:
-        """The whole, if it is one."""
+        """The whole, if it is one. Only where nothing else is found do images count."""
+        if not self._shards and self._is_folder:
+            self._add_images(url)
         left_out = tuple(dict.fromkeys(sorted(self.left_out, key=lambda entry: entry.path)))
         if not self._shards:
             reasons = "".join(f"; {entry.path}: {entry.reason}" for entry in left_out[:3])
-            raise CorpusError(f"{url}: no shard found; expected files ending in {SUFFIXES}{reasons}")
+            raise CorpusError(
+                f"{url}: no shard found; expected files ending in {SUFFIXES}, or a folder of images per class{reasons}"
+            )
         shards = tuple(self._shards[path] for path in sorted(self._shards))
         _check_tables_differ(shards)
         if self._companions:
@@ -155,6 +192,27 @@ class _Search:
         else:
             self._shards[path] = shard
         return True
+
+    def _add_images(self, url: str) -> None:
+        """Take the folders whose folders hold the images that were found; an image outside of one is left out."""
+        inside = [path for path in self._images if "/" in path]
+        outside = [path for path in self._images if "/" not in path]
+        self.left_out += [LeftOut(shown(path), "an image that lies in no folder of a class") for path in outside]
+        depths = {path.count("/"): path for path in reversed(inside)}
+        if len(depths) > 1:
+            few = " and ".join(shown(path) for path in sorted(depths.values()))
+            raise CorpusError(f"{url}: images lie at different depths ({few}); expected all as <class>/<image>")
+        folders = sorted({os.path.dirname(os.path.dirname(path)) for path in inside})
+        if folders == [""]:
+            # The shard needs a name: it is that of the folder itself.
+            name = os.path.basename(self._store.root)
+            self._store, folders = Store(self._store.fs, os.path.dirname(self._store.root) or "/"), [name]
+        for folder in folders:
+            fault = name_fault(folder, f"{folder}.parquet")
+            if fault:
+                self.left_out.append(LeftOut(shown(folder), fault))
+            else:
+                self._shards[folder] = Shard(self._store, folder, images.FORMAT)
 
     def look_into(self, folder: str) -> None:
         """Take a folder's shards."""
@@ -199,6 +257,8 @@ class _Search:
         stem, suffix = os.path.splitext(name)
         if stem in _COMPANION_NAMES or suffix in _COMPANION_SUFFIXES or _CHECKSUMS.fullmatch(name):
             self._companions += 1
+            if suffix in IMAGES:
+                self._images.append(path)
         else:
             self.left_out.append(LeftOut(shown(path), f"not a known format; expected {SUFFIXES}"))
 

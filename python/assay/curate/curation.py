@@ -26,6 +26,7 @@ from assay.corpus.scores_folder import Scored, Scores, State, open_scores
 from assay.corpus.shards import Shard, find_shards, refuse_overlap
 from assay.corpus.storage import TEMPORARY_SUFFIX, Store
 from assay.corpus.tables import ROW_AND_ID
+from assay.curate.ranking import score_name
 from assay.curate.rules import Rule
 from assay.select import Selection
 
@@ -87,8 +88,8 @@ def curate(scores_url: str, by: str | None, rule: Rule, output_url: str, corpus_
     Scores that do not cover the corpus as it is now are an CorpusError, before anything is written.
     """
     scores = open_scores(scores_url, corpus_path)
-    name = by if by is not None else scores.columns[0]
-    tables = _complete(scores, name)
+    name = score_name(scores, by)
+    tables = _complete(scores)
     output = Store.at(output_url)
     _refuse_inputs(output, scores, [shard for shard, _ in tables])
     selection, shards = _select(scores, tables, name, rule)
@@ -129,7 +130,8 @@ def _refuse_inputs(output: Store, scores: Scores, shards: Sequence[Shard]) -> No
     refuse_overlap(output, scores.corpus_path, scores.corpus)
     if output.holds(scores.store) or scores.store.holds(output):
         raise CorpusError(f"{output.url}: the output and the scores {scores.store.url} must not lie in each other")
-    output.refuse_detours(path for shard in shards for path in (shard.path, selection_path(shard)))
+    ours = {path for shard in shards for path in (*shard.files(), selection_path(shard))}
+    output.refuse_detours(ours)
     for path in scores.inputs:
         try:
             found = find_shards(path)
@@ -137,9 +139,7 @@ def _refuse_inputs(output: Store, scores: Scores, shards: Sequence[Shard]) -> No
             continue
         refuse_overlap(output, path, found)
     # A folder with other files would become a mixture of two corpora; and files of these names may be another corpus.
-    ours = {MANIFEST, CLAIM, *scores.corpus.sidecars}
-    for shard in shards:
-        ours |= {shard.path, selection_path(shard)}
+    ours |= {MANIFEST, CLAIM, *scores.corpus.sidecars}
     there = [path for path in output.files() if not path.endswith(TEMPORARY_SUFFIX)]
     strangers = [path for path in there if path not in ours]
     if strangers:
@@ -162,10 +162,8 @@ def _is_selection(output: Store) -> bool:
     return isinstance(manifest, dict) and {"rule", "by", "scores"} <= manifest.keys()
 
 
-def _complete(scores: Scores, name: str) -> list[tuple[Shard, Scored]]:
-    """The score tables, if they cover every readable shard of the corpus and have the score."""
-    if name not in scores.columns:
-        raise CorpusError(f"--by {name}: {scores.store.url} has no such score, only {', '.join(scores.columns)}")
+def _complete(scores: Scores) -> list[tuple[Shard, Scored]]:
+    """The score tables, if they cover every readable shard of the corpus."""
     for state, advice in (
         (State.MISSING, "have no score table; finish the run with `assay score`"),
         (State.CHANGED, "do not match their score table; score them again with `assay score`"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -67,7 +67,7 @@ def score_samples(
     """
     budget, times = budget or Budget(limits.tokens), times or Times()
     columns = {column.name: column for column in scorer.columns}
-    scores: Scores = {name: _no_scores(column, len(samples)) for name, column in columns.items()}
+    scores = empty_scores(scorer.columns, len(samples))
     failed: dict[int, str] = {}
     waiting = deque(make_batches([sample.encoded.length for sample in samples], limits))
     while waiting:
@@ -75,7 +75,7 @@ def score_samples(
         padded = len(batch) * max(samples[i].encoded.length for i in batch)
         result = None
         if len(batch) == 1 or padded <= budget.tokens:
-            result = _unless_out_of_memory(scorer, encoder, [samples[i] for i in batch], times)
+            result = unless_out_of_memory(scorer, encoder.collate, [samples[i] for i in batch], times)
             if result is not None:
                 budget.passed()
             elif len(batch) > 1:
@@ -89,6 +89,11 @@ def score_samples(
             middle = len(batch) // 2
             waiting.extendleft([batch[middle:], batch[:middle]])
     return scores, failed
+
+
+def empty_scores(columns: Sequence[Column], count: int) -> Scores:
+    """NaN for every sample and column."""
+    return {column.name: _no_scores(column, count) for column in columns}
 
 
 def _no_scores(column: Column, count: int) -> npt.NDArray[Any]:
@@ -132,12 +137,13 @@ def make_batches(lengths: Sequence[int], limits: BatchSpec) -> list[list[int]]:
     return batches
 
 
-def _unless_out_of_memory(
-    scorer: BatchScorer, encoder: Encoder, samples: Sequence[Sample], times: Times
+def unless_out_of_memory(
+    scorer: BatchScorer, collate: Callable[[Sequence[Any]], Any], samples: Sequence[Sample], times: Times
 ) -> Mapping[str, Tensor] | None:
+    """The scores of a batch; None if memory runs out."""
     try:
         with times.measure("collate"):
-            batch = encoder.collate([sample.encoded.data for sample in samples])
+            batch = collate([sample.encoded.data for sample in samples])
         return scorer(batch)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

@@ -1,11 +1,14 @@
-"""Running a recipe over a corpus in this process: what is done stays done, and only the rest is scored."""
+"""Running a recipe over a corpus: what is done stays done, and only the rest is scored."""
 
 from __future__ import annotations
 
 import logging
 import tempfile
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+
+import torch
 
 from assay.corpus.claim import claim
 from assay.corpus.errors import ShardError
@@ -15,11 +18,13 @@ from assay.corpus.listing import summarise_left_out
 from assay.corpus.quarantine import QuarantineWriter
 from assay.corpus.shards import Shard
 from assay.corpus.storage import Store
+from assay.engine.crew import Outcome, score_with_workers, sizes_of, units_at_most
+from assay.engine.devices import find_devices
 from assay.engine.plan import Plan, find_corpora, make_plan, write_manifest
 from assay.engine.progress import Progress
-from assay.engine.shard import score_shard, score_stored
+from assay.engine.shard import score_anew_or_stored
 from assay.engine.timing import Times
-from assay.engine.workshop import Workshop, open_workshop
+from assay.engine.workshop import open_workshop
 from assay.recipe.recipe import Recipe
 
 log = logging.getLogger("assay")
@@ -67,7 +72,11 @@ def run(
     rescore: bool = False,
     progress: Progress | None = None,
 ) -> RunSummary:
-    """Score whatever is not scored yet, and say what became of every row."""
+    """Score whatever is not scored yet, and say what became of every row.
+
+    With several devices in ``recipe.run`` a worker process on each; with one, here.
+    """
+    devices = find_devices(recipe.run.devices)
     corpora = find_corpora(recipe)
     output = Store.at(recipe.output)
     with claim(output, canonical_hash([recipe.corpus.path, recipe.identity()]), shared=True):
@@ -77,50 +86,66 @@ def run(
         left_out = {entry.path: entry.reason for corpus in corpora.values() for entry in corpus.left_out}
         summary = RunSummary(**vars(plan.done), done_before=plan.done.shards, left_out=left_out)
         if plan.todo:
-            began = time.perf_counter()
-            with summary.times.measure("load"):
-                workshop = open_workshop(plan)
-            write_manifest(plan, workshop.columns)
-            with progress or Progress() as shown:
-                _score(plan, workshop, summary, shown)
-            summary.times.add(workshop.times)
-            summary.times.total, summary.workers = time.perf_counter() - began, 1
+            _score(plan, devices, summary, progress or Progress())
     return summary
 
 
-def _score(plan: Plan, workshop: Workshop, summary: RunSummary, progress: Progress) -> None:
-    sizes = {shard: _size(shard) for shard in plan.todo}
-    progress.start(len(sizes), sum(sizes.values()))
-    for shard, size in sizes.items():
-        reached = 0.0
+def _score(plan: Plan, devices: Sequence[torch.device], summary: RunSummary, progress: Progress) -> None:
+    """Score what is to do, and count what became of it in the plan's order."""
+    began, sizes = time.perf_counter(), sizes_of(plan.todo)
+    devices = devices[: units_at_most(sizes, len(devices))]
 
-        def advance(rows: int, share: float, size: int = size) -> None:
-            nonlocal reached
-            progress.advance(rows, (share - reached) * size)
-            reached = share
+    def on_unreadable(shard: Shard, reason: str) -> None:
+        log.error("%s: %s", shard.path, reason)
+        _quarantine_shard(plan.output, shard, reason)
 
-        try:
-            stored = score_stored(workshop, shard, plan.output)
-            if stored:
-                advance(stored.input.rows, 1.0)
-            footer = stored or score_shard(workshop, shard, plan.output, advance)
-        except ShardError as error:
-            log.error("%s: %s", shard.path, error)
-            summary.unreadable[shard.path] = str(error)
-            _quarantine_shard(plan.output, shard, str(error))
-        else:
-            summary.add(footer)
-            summary.scored += 1
-            summary.rescored += shard in plan.stale
-            summary.reused += stored is not None
-        progress.finish_shard()
+    if len(devices) > 1:
+        outcomes = score_with_workers(plan, sizes, devices, progress, summary.times, on_unreadable)
+    else:
+        outcomes = _score_here(plan, sizes, devices[0], progress, summary.times, on_unreadable)
+    summary.times.total, summary.workers = time.perf_counter() - began, len(devices)
+    for shard, outcome in outcomes.items():
+        if isinstance(outcome, str):
+            summary.unreadable[shard.path] = outcome
+            continue
+        footer, stored = outcome
+        summary.add(footer)
+        summary.scored += 1
+        summary.rescored += shard in plan.stale
+        summary.reused += stored
 
 
-def _size(shard: Shard) -> int:
-    try:
-        return shard.fingerprint().size
-    except OSError:
-        return 0
+def _score_here(
+    plan: Plan,
+    sizes: Mapping[Shard, int],
+    device: torch.device,
+    progress: Progress,
+    times: Times,
+    on_unreadable: Callable[[Shard, str], None],
+) -> dict[Shard, Outcome]:
+    """In this process; what it takes is added to ``times``."""
+    with times.measure("load"):
+        workshop = open_workshop(plan, device=device)
+    write_manifest(plan, workshop.columns)
+    outcomes: dict[Shard, Outcome] = {}
+    with progress as shown:
+        shown.start(len(sizes), sum(sizes.values()))
+        for shard, size in sizes.items():
+            reached = 0.0
+
+            def advance(rows: int, share: float, size: int = size) -> None:
+                nonlocal reached
+                shown.advance(rows, (share - reached) * size)
+                reached = share
+
+            try:
+                outcomes[shard] = score_anew_or_stored(workshop, shard, plan.output, advance)
+            except ShardError as error:
+                outcomes[shard] = str(error)
+                on_unreadable(shard, str(error))
+            shown.finish_shard()
+    times.add(workshop.times)
+    return outcomes
 
 
 def _quarantine_shard(output: Store, shard: Shard, reason: str) -> None:

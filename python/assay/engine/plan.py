@@ -13,6 +13,7 @@ from assay.corpus.footer import Footer, Identity, Manifest, Tally, canonical_has
 from assay.corpus.layout import MANIFEST, RESOLVED_RECIPE, quarantine_path, table_path
 from assay.corpus.shards import Corpus, Shard, find_shards, refuse_overlap
 from assay.corpus.storage import Store
+from assay.engine.columns import with_columns
 from assay.engine.pool import corpus_fingerprint
 from assay.methods import Column
 from assay.recipe.errors import ChangedError
@@ -61,6 +62,7 @@ def make_plan(
     ChangedError that says what differs, unless ``rescore`` allows to replace them.
     """
     corpora = corpora or find_corpora(recipe)
+    recipe = with_columns(recipe, corpora)
     output, corpus = Store.at(recipe.output), corpora[recipe.corpus.path]
     # Through JSON, because that is how the recipe comes back from a footer.
     identity = Identity(

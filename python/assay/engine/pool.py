@@ -14,6 +14,7 @@ from assay.corpus.errors import BadRow, ShardError
 from assay.corpus.format import Chunk
 from assay.corpus.readers import read
 from assay.corpus.shards import Corpus, Shard
+from assay.engine.columns import for_shard
 from assay.recipe.errors import EngineError
 from assay.recipe.tasks import Encoded, Encoder
 
@@ -55,8 +56,9 @@ def read_target(name: str, corpus: Corpus, encoder: Encoder) -> list[Encoded]:
     samples, faults = [], []
     for shard in corpus.shards:
         try:
-            for chunk in read(shard, list(dict.fromkeys(encoder.columns))):
-                for row, result in _encoded(chunk, range(chunk.length), encoder):
+            own = for_shard(encoder, shard)
+            for chunk in read(shard, list(dict.fromkeys(own.columns))):
+                for row, result in _encoded(chunk, range(chunk.length), own):
                     if isinstance(result, Encoded):
                         samples.append(result)
                     else:
@@ -79,9 +81,10 @@ def draw_samples(corpus: Corpus, encoder: Encoder, count: int, seed: int) -> lis
     for shard in corpus.shards:
         rng = np.random.Generator(np.random.Philox(key=_key(seed, shard)))
         try:
-            for chunk in read(shard, list(dict.fromkeys(encoder.columns))):
+            own = for_shard(encoder, shard)
+            for chunk in read(shard, list(dict.fromkeys(own.columns))):
                 keys = rng.random(chunk.length)
-                for row, result in _encoded(chunk, np.flatnonzero(keys < bound).tolist(), encoder):
+                for row, result in _encoded(chunk, np.flatnonzero(keys < bound).tolist(), own):
                     if isinstance(result, Encoded):
                         drawn.append((float(keys[row - chunk.first]), shard.path, row, result))
                 if len(drawn) >= 2 * count:

@@ -10,7 +10,11 @@ from assay.corpus.errors import BadRow
 from assay.corpus.format import Chunk
 from assay.corpus.quarantine import row_id
 from assay.corpus.shards import Shard
+from assay.engine.columns import for_shard
 from assay.recipe.tasks import Encoded, Encoder, attempt
+
+# What is encoded at once: samples may be a thousand times as large as the rows that they are made of.
+ROWS_AT_ONCE = 128
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,11 @@ class Rejected:
 
 
 class RowReader:
-    """Turns one shard's chunks into samples and rejections, in row order."""
+    """Turns one shard's chunks into samples and rejections, in row order. ShardError if its columns do not fit."""
 
     def __init__(self, shard: Shard, encoder: Encoder, id_column: str | None) -> None:
         self._shard = shard
-        self._encoder = encoder
+        self._encoder = for_shard(encoder, shard)
         self._id_column = id_column
         self._seen = SeenIds()
 
@@ -56,17 +60,23 @@ class RowReader:
         faults |= self._repeated(ids)
         faults |= chunk.faults
         own = [i for i in range(chunk.length) if wanted(chunk.first + i)]
-        good = [i for i in own if i not in faults]
-        values = [tuple(chunk.columns[name][i] for name in self._encoder.columns) for i in good]
-        encoded = dict(zip(good, self._encoder.encode(values), strict=True))
+        encoded = self._encoded(chunk, [i for i in own if i not in faults])
         for i in own:
             id_ = ids[i]
             row, known = chunk.first + i, None if isinstance(id_, BadRow) else id_
-            result = encoded.get(i)
+            result = None if i in faults else next(encoded)
             if known is not None and isinstance(result, Encoded):
                 yield Sample(row, known, result)
             else:
                 yield Rejected(row, known, faults.get(i) or str(result))
+
+    def _encoded(self, chunk: Chunk, offsets: Sequence[int]) -> Iterator[Encoded | BadRow]:
+        """The chunk's rows at these offsets, in order."""
+        for start in range(0, len(offsets), ROWS_AT_ONCE):
+            part = offsets[start : start + ROWS_AT_ONCE]
+            yield from self._encoder.encode(
+                [tuple(chunk.columns[name][i] for name in self._encoder.columns) for i in part]
+            )
 
     def _ids(self, chunk: Chunk) -> list[str | BadRow]:
         if self._id_column is None:

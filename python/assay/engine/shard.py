@@ -22,6 +22,7 @@ from assay.corpus.storage import Fingerprint, Store
 from assay.corpus.tables import count_nan
 from assay.engine.ahead import read_ahead
 from assay.engine.batches import score_samples
+from assay.engine.groups import make_groups, score_groups
 from assay.engine.kept_features import FeatureWriters, Scores, open_stored
 from assay.engine.rows import Rejected, RowReader, Sample
 from assay.engine.timing import Times
@@ -109,6 +110,17 @@ def score_shard(
     return footer
 
 
+def score_anew_or_stored(
+    workshop: Workshop, shard: Shard, output: Store, on_progress: Callable[[int, float], None]
+) -> tuple[Footer, bool]:
+    """Score a shard, from its stored features where that can be -> its table's footer, and whether it could."""
+    stored = score_stored(workshop, shard, output)
+    if stored is None:
+        return score_shard(workshop, shard, output, on_progress), False
+    on_progress(stored.input.rows, 1.0)
+    return stored, True
+
+
 def score_windows(
     workshop: Workshop,
     scorer: Scorer,
@@ -133,12 +145,18 @@ def score_windows(
         before = shard.fingerprint()
     times, limits = workshop.times, workshop.recipe.batch
     reader = RowReader(shard, workshop.encoder, workshop.recipe.corpus.id_column)
+    group = workshop.recipe.task.group_rows
     made = _windows(shard, reader, bytes_per_row, share, times)
+    made = made if group is None else _whole_groups(made, group)
     with read_ahead(made, _size, WINDOW_BYTES, times) as windows:
         for window in windows:
             samples = [row for row in window.rows if isinstance(row, Sample)]
             try:
-                scores, failed = score_samples(scorer, workshop.encoder, samples, limits, workshop.budget, times)
+                if group is None:
+                    scores, failed = score_samples(scorer, workshop.encoder, samples, limits, workshop.budget, times)
+                else:
+                    groups = make_groups([sample.row for sample in samples], window.rows[-1].row + 1, group)
+                    scores, failed = score_groups(scorer, workshop.encoder, samples, groups, times)
             except Exception as error:  # whatever a model or a method may raise
                 where = f"{shard.path}, rows {window.rows[0].row} to {window.rows[-1].row}"
                 raise EngineError(f"{where}: scoring failed: {type(error).__name__}: {error}") from error
@@ -236,10 +254,14 @@ def _windows(
                 chunk = next(chunks, None)
             if chunk is None:
                 break
-            with times.measure("encode"):
-                rows = list(reader.rows(chunk, share.holds))
-            for row in rows:
-                if window and _block(row.row) != _block(window[0].row):
+            rows = reader.rows(chunk, share.holds)
+            while True:
+                with times.measure("encode"):
+                    row = next(rows, None)
+                if row is None:
+                    break
+                # By bytes within a chunk, too: a thousand paths of images become as many images.
+                if window and (_block(row.row) != _block(window[0].row) or held >= WINDOW_BYTES):
                     yield Window(window, held, chunk.progress)
                     window, held = [], 0
                 window.append(row)
@@ -249,3 +271,22 @@ def _windows(
                 window, held = [], 0
     if window:
         yield Window(window, held, 1.0)
+
+
+def _whole_groups(windows: Generator[Window, None, None], group: int) -> Generator[Window, None, None]:
+    """A shard's rows in windows that begin where a group of rows does, the last of them with ``group`` rows or more
+    unless the shard has fewer; see `assay.engine.groups`."""
+    held: list[Sample | Rejected] = []
+    with closing(windows):
+        for window in windows:
+            held += window.rows
+            ready = (len(held) // group - 1) * group
+            if ready > 0:
+                yield _window(held[:ready], window.progress)
+                held = held[ready:]
+    if held:
+        yield _window(held, 1.0)
+
+
+def _window(rows: Sequence[Sample | Rejected], progress: float) -> Window:
+    return Window(rows, sum(row.encoded.nbytes for row in rows if isinstance(row, Sample)), progress)

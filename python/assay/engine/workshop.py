@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 
 from assay.corpus.footer import Identity
-from assay.engine.batches import Budget, is_out_of_memory, make_batches
+from assay.engine.batches import Budget, is_out_of_memory
+from assay.engine.devices import place, take
+from assay.engine.groups import splitter
 from assay.engine.kept_features import FeatureMethod
 from assay.engine.plan import Plan
 from assay.engine.pool import Batches, draw_samples, read_target
@@ -23,6 +24,8 @@ from assay.recipe.models import build_models
 from assay.recipe.recipe import Recipe
 from assay.recipe.signatures import Given
 from assay.recipe.tasks import Encoder, ShowsTokens
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,16 @@ class Workshop:
         return all_columns(self.methods)
 
 
-def open_workshop(plan: Plan, fit: bool = True) -> Workshop:
-    """Load a recipe's models, check that they, the task and the methods fit together, and ``fit`` the methods."""
+def open_workshop(plan: Plan, fit: bool = True, device: torch.device = CPU) -> Workshop:
+    """Load a recipe's models, check that they, the task and the methods fit together, and ``fit`` the methods.
+
+    The models, and what the methods learn of them, are on ``device``; scores come back from there.
+    """
     recipe, task = plan.recipe, plan.recipe.task.task()
+    take(device)
     make_encoder = recipe.task.open(recipe.models_used)
     models = build_models(recipe.models_used, recipe.task.auto_class)
+    models = {name: place(name, model, device) for name, model in models.items()}
     encoder = make_encoder(models)
     given = Given(models, task, _targets(plan, encoder), recipe.seed)
     methods = []
@@ -69,13 +77,19 @@ def open_workshop(plan: Plan, fit: bool = True) -> Workshop:
     if fit:
         _fit(plan, methods, encoder)
         with _refusals(recipe):
-            scorer = Scorer([feature_methods.get(i, method) for i, method in enumerate(methods)])
+            scorer = Scorer([feature_methods.get(i, m) for i, m in enumerate(methods)], inference=True)
     return Workshop(recipe, plan.identity, encoder, methods, feature_methods, scorer, Budget(recipe.batch.tokens))
+
+
+def open_encoder(recipe: Recipe) -> Encoder:
+    """What makes samples of a recipe's rows, for its models as they are loaded for it."""
+    make_encoder = recipe.task.open(recipe.models_used)
+    return make_encoder(build_models(recipe.models_used, recipe.task.auto_class))
 
 
 def _targets(plan: Plan, encoder: Encoder) -> dict[str, Batches]:
     """Each target is read once, whoever wants it."""
-    split = partial(make_batches, limits=plan.recipe.batch)
+    split = splitter(plan.recipe)
     paths = {name: target.path for name, target in plan.recipe.targets_used.items()}
     return {
         name: Batches(read_target(name, plan.corpora[path], encoder), encoder, split) for name, path in paths.items()
@@ -86,7 +100,7 @@ def _fit(plan: Plan, methods: Sequence[Method], encoder: Encoder) -> None:
     recipe, samples = plan.recipe, []
     if recipe.uses_pool:
         samples = draw_samples(plan.corpora[recipe.fitted_to()["fit"]], encoder, recipe.fit.samples, recipe.seed)
-    pool = Batches(samples, encoder, partial(make_batches, limits=recipe.batch))
+    pool = Batches(samples, encoder, splitter(recipe))
     for i, method in enumerate(methods):
         torch.manual_seed(recipe.seed)  # labels may be drawn from the model
         with _refusals(recipe, i):

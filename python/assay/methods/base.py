@@ -97,6 +97,9 @@ class Method(Protocol):
     name: str
     uses_pool: ClassVar[bool] = False
     """Whether ``fit`` looks at the pool, so that scores depend on it."""
+    gathers: ClassVar[int | None] = None
+    """How many of a shard's first samples ``metadata`` speaks of: 0 if it says the same before anything is scored; None
+    if of all, so that no shard is scored in parts. A method that leaves ``metadata`` alone gathers nothing."""
 
     if TYPE_CHECKING:
 
@@ -126,3 +129,13 @@ class Method(Protocol):
     def metadata(self) -> dict[str, str]:
         """Facts and warnings about what was scored so far, for the table's footer."""
         return {}
+
+
+def samples_gathered(method: Method) -> int | None:
+    """How many of a shard's first samples the method's metadata speaks of; None: of all of them."""
+    made, said = (
+        next((each for each in type(method).__mro__ if name in vars(each)), object) for name in ("metadata", "gathers")
+    )
+    if made is Method:
+        return 0
+    return method.gathers if issubclass(said, made) else None  # metadata of a subclass may speak of more

@@ -59,6 +59,7 @@ class EKFAC(Method):
     """
 
     uses_pool: ClassVar[bool] = True
+    gathers: ClassVar[int | None] = 0
 
     def __init__(
         self,

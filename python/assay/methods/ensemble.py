@@ -6,6 +6,7 @@ Xiao & Zhu, *Foundations of Large Language Models*, chapter 4 (the idea); ``ops.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +64,8 @@ class Ensemble(Method):
         ValueError: no model, weights that are none, output layers of different sizes, labels that are probabilities, or
             ``tokens`` of samples that are none.
     """
+
+    gathers: ClassVar[int | None] = 0
 
     def __init__(
         self,

@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,8 @@ class GradMimic(Method):
         ValueError: the models' parameters differ in name or shape, in which of them are tied, or in nothing; or
             ``tokens`` of samples that are none, or of a layer whose gradient is not made of single positions'.
     """
+
+    gathers: ClassVar[int | None] = LINEAGE_SAMPLES
 
     def __init__(
         self,

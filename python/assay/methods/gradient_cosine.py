@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,8 @@ class GradientCosine(Method):
         name: of the aggregated column, and prefix of the targets'.
         skip_unsupported: leave out layers that cannot be tapped exactly, instead of raising.
     """
+
+    gathers: ClassVar[int | None] = 0
 
     def __init__(
         self,

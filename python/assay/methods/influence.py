@@ -85,6 +85,7 @@ class Influence(Method):
     """
 
     uses_pool: ClassVar[bool] = True
+    gathers: ClassVar[int | None] = 0
 
     def __init__(
         self,

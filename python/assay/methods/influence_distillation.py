@@ -63,6 +63,7 @@ class InfluenceDistillation(Method):
     """
 
     uses_pool: ClassVar[bool] = True
+    gathers: ClassVar[int | None] = 0
 
     def __init__(
         self,

@@ -38,7 +38,7 @@ class _Run:
         self.readings.setdefault(task, {}).update(own)
         (self.lenient if need.skip_unsupported else self.strict).update(_tapped(need))
 
-    def probe(self, verify: bool) -> Probe:
+    def probe(self, verify: bool, inference: bool) -> Probe:
         (task, reductions), *others = self.readings.items()
         return Probe(
             self.model,
@@ -50,6 +50,7 @@ class _Run:
             skip_unsupported=self.lenient - self.strict,
             verify=verify,
             readings=others,
+            inference=inference,
         )
 
 
@@ -68,6 +69,7 @@ class Scorer:
     Args:
         methods: objects with the ``Method`` protocol; their column names must not clash.
         verify: let each probe check itself against autograd.
+        inference: run models of which nobody takes gradients in ``torch.inference_mode``; see ``Probe``.
 
     Attributes:
         model_seconds, method_seconds: how long the models ran so far, and the methods' formulas.
@@ -76,7 +78,7 @@ class Scorer:
         ValueError: two methods give a column of the same name, or a model cannot be tapped as a method needs it.
     """
 
-    def __init__(self, methods: Sequence[Method], *, verify: bool = True) -> None:
+    def __init__(self, methods: Sequence[Method], *, verify: bool = True, inference: bool = False) -> None:
         self.methods = list(methods)
         self.columns = all_columns(self.methods)
         needs = [dict(method.needs()) for method in self.methods]
@@ -94,7 +96,8 @@ class Scorer:
                     runs.setdefault(key, _Run(need.model, key[-1])).add(need, need.task, names)
                 roles[role] = _Role(need, key, names)
             self._roles.append(roles)
-        self._probes = {key: run.probe(verify) for key, run in runs.items()}
+        differentiated = {key[0] for key, run in runs.items() if any(run.readings.values())}
+        self._probes = {key: run.probe(verify, inference and key[0] not in differentiated) for key, run in runs.items()}
         self.model_seconds = self.method_seconds = 0.0
         self._places = {key: {task: i for i, task in enumerate(run.readings)} for key, run in runs.items()}
 

@@ -106,6 +106,8 @@ class Probe:
             TF32.
         readings: further tasks that read the same forward pass as ``task`` (a ``Margin`` of it), with reductions of
             their own: ``read`` gives the signals of all.
+        inference: run in ``torch.inference_mode`` where no gradient is wanted. What the model keeps between calls, a
+            table of positions say, is then lost to autograd: not for a model that is also trained.
 
     Attributes:
         parameters: names of the tapped parameters, in the order of ``model.named_parameters()``.
@@ -128,6 +130,7 @@ class Probe:
         skip_unsupported: bool | Collection[str] = False,
         verify: bool = True,
         readings: Sequence[tuple[Task, Mapping[str, Reduction | Jvp]]] = (),
+        inference: bool = False,
     ) -> None:
         self._model, self._task, self._logits, self._verify = model, base_task(task), logits, verify
         self._readings = [_Reading.of(task, reductions or {}), *(_Reading.of(*reading) for reading in readings)]
@@ -141,6 +144,7 @@ class Probe:
         self.parameters = [name for name, _ in model.named_parameters() if name in tapped]
         self._taps = make_taps(model, tapped)
         self._keep = [tap.layer for tap in self._taps if not set(kept.names).isdisjoint(tap.parameters.values())]
+        self._inference = inference and not self._taps and not any(reading.jvps for reading in self._readings)
         self._pooling = None if embeddings is None else Pooling(model, embeddings)
         self._droppable = set(self.parameters if isinstance(skip_unsupported, bool) else skip_unsupported)
         if not skip_unsupported:
@@ -181,7 +185,8 @@ class Probe:
 
     def read(self, batch: Any) -> list[Signals]:
         """The signals of one batch under ``task`` and each of the ``readings``, from one forward pass."""
-        with undisturbed(self._model), torch.inference_mode(False), torch.set_grad_enabled(bool(self._taps)):
+        gradients = bool(self._taps)
+        with undisturbed(self._model), torch.inference_mode(self._inference), torch.set_grad_enabled(gradients):
             first = next(self._model.parameters(), None)
             batch = self._task.to(batch, torch.device("cpu") if first is None else first.device)
             size = self._task.size(batch)

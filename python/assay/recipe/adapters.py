@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Any
+from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from assay._lazy import require
 from assay.recipe.checkpoints import Wanted, eval_mode, load_folder, staged
@@ -15,7 +16,6 @@ from assay.recipe.library_calls import quietly, refusing
 from assay.recipe.model_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
-    CONFIG,
     ModelFolder,
     Stored,
     find_model_folder,
@@ -29,31 +29,31 @@ _TRAINING = {"init_lora_weights", "auto_mapping", "revision", "inference_mode", 
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+?)\.(lora_|modules_to_save\b)")
 
 
-def is_adapter(folder: ModelFolder) -> bool:
-    return folder.config == ADAPTER_CONFIG
+Train = Literal["adapter", "all"]
 
 
-def find_base(folder: ModelFolder, given: str | None) -> ModelFolder:
-    """The folder of an adapter's base model: the ``given`` one, or what the adapter names if that is a folder here."""
-    path, key = given, "base"
-    if path is None:
-        config = folder.full(ADAPTER_CONFIG)
-        named = read_mapping(config).get("base_model_name_or_path")
-        if not isinstance(named, str) or not named or "\0" in named:
-            raise EngineError(f"{config}: names no base model; give its folder with the key base")
-        path, key = os.path.join(folder.path, named), ADAPTER_CONFIG
-        if not os.path.isdir(path):
-            raise EngineError(
-                f"{config}: the base model {shortened([named])} is no folder here; give its folder with the key base"
-            )
-    base = find_model_folder(path)
-    if base.config != CONFIG:
-        raise EngineError(f"{path}: an adapter again, where {key} of {folder.path} needs a whole model")
-    return base
+def find_adapter(path: str) -> ModelFolder:
+    """The folder of an adapter. EngineError if it is none."""
+    folder = find_model_folder(path)
+    if folder.config != ADAPTER_CONFIG:
+        raise EngineError(f"{path}: no {ADAPTER_CONFIG} in it; expected the folder of a LoRA adapter that peft saved")
+    return folder
 
 
-def load_adapter(folder: ModelFolder, base: ModelFolder, wanted: Wanted) -> nn.Module:
-    """The base model with the adapter in it: the adapter's parameters train, the others are frozen.
+def refuse_adapter(folder: ModelFolder) -> None:
+    """EngineError if a whole model's folder is an adapter's."""
+    if folder.config == ADAPTER_CONFIG:
+        named = read_mapping(folder.full(ADAPTER_CONFIG)).get("base_model_name_or_path")
+        hint = f" (its config names {shortened([named])})" if isinstance(named, str) and named else ""
+        raise EngineError(
+            f"{folder.path}: is a LoRA adapter; give its base model{hint} as path, and this folder as adapter"
+        )
+
+
+def load_adapter(folder: ModelFolder, base: ModelFolder, wanted: Wanted, train: Train) -> nn.Module:
+    """The base model with the adapter in it: the adapter's parameters train, the others are frozen; or ``all`` train.
+
+    A head that the base model lacks may be the adapter's (peft's ``modules_to_save``).
 
     Raises:
         EngineError: as `load_folder`; or the adapter is not LoRA, or does not fit the base model.
@@ -61,7 +61,8 @@ def load_adapter(folder: ModelFolder, base: ModelFolder, wanted: Wanted) -> nn.M
     path, stored = folder.full(ADAPTER_CONFIG), read_weights(folder)
     values = _lora_values(path, stored)
     peft = require("peft", "text")
-    model: Any = load_folder(base, wanted)
+    whole = {_own_name(name): tensor for name, tensor in stored.items() if ".lora_" not in name}
+    model: Any = load_folder(base, wanted, whole)
     weights = require("safetensors.torch", "cli").load_file(folder.full(ADAPTER_WEIGHTS))
     with quietly(), refusing(f"{folder.path}: peft cannot put the adapter into {base.path}"):
         with staged({ADAPTER_CONFIG: values}) as private:
@@ -69,13 +70,33 @@ def load_adapter(folder: ModelFolder, base: ModelFolder, wanted: Wanted) -> nn.M
         config.inference_mode = False
         peft.inject_adapter_in_model(config, model)
         # Without the wrapper that peft saves from: the model stays of its own class, and so do its layers' names.
-        own = {name.removeprefix("base_model.model."): tensor for name, tensor in weights.items()}
+        own = {_own_name(name): tensor for name, tensor in weights.items()}
         result = peft.set_peft_model_state_dict(model, own)
     missing = [name for name in result.missing_keys if ".default" in name]
     for names, verb in ((missing, "lacks"), (result.unexpected_keys, "holds, and the base model has no place for,")):
         if names:
             raise EngineError(f"{folder.full(ADAPTER_WEIGHTS)}: {verb} {shortened(sorted(names))}")
+    model.to(wanted.torch_dtype)
+    _check_taken(folder, model, {name: own[name] for name in whole})
+    for name, parameter in model.named_parameters():
+        # What a saved module stands in for is not used, and may be random.
+        parameter.requires_grad_((train == "all" or parameter.requires_grad) and ".original_module." not in name)
     return eval_mode(model)
+
+
+def _check_taken(folder: ModelFolder, model: nn.Module, own: dict[str, Tensor]) -> None:
+    """Refuse an adapter whose whole tensors are not in the model now: what they stand in for may be random."""
+    state = {name.replace(".modules_to_save.default.", "."): value for name, value in model.state_dict().items()}
+    wrong = [n for n, value in own.items() if n not in state or not torch.equal(value.to(state[n]), state[n])]
+    if wrong:
+        raise EngineError(
+            f"{folder.full(ADAPTER_WEIGHTS)}: holds {shortened(sorted(wrong))}, which peft did not put into the model; "
+            f"expected them in modules_to_save of {ADAPTER_CONFIG}"
+        )
+
+
+def _own_name(name: str) -> str:
+    return name.removeprefix("base_model.model.")
 
 
 def _lora_values(path: str, stored: dict[str, Stored]) -> dict[str, Any]:

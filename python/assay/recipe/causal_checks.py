@@ -18,7 +18,8 @@ from assay.recipe.library_calls import quietly, refusing
 from assay.tasks import CausalLM
 
 _SHORT, _LONG = 8, 16
-_TOLERANCE = 1e-4  # of the largest logit: rounding is below 1e-5, what is looked for above 1e-3
+_TOLERANCE = 1e-4  # of the largest logit, in float32: rounding is below 1e-5, what is looked for above 1e-3
+_ROUNDINGS = 8  # in types of fewer bits, that many of their steps: rounding adds up over the layers to about two
 _DRAWS = 2  # a router of experts may tip over by rounding, but not twice
 _MULTIPLY_ADDS, _LOGITS = 2e10, 2e7
 
@@ -30,7 +31,7 @@ def check_causal_lm(key: str, model: nn.Module, tokens: Sequence[int], max_lengt
         EngineError: it cannot be run on token ids, or a sample's logits depend on later tokens, on padding, or on how
             long its neighbours are, up to ``max_length`` tokens.
     """
-    with quietly(), _in_eval_mode(model):
+    with quietly(), in_eval_mode(model):
         trial = _Trial(key, model, tokens, max_length)
         if trial.always(trial.sees_later_tokens):
             raise EngineError(
@@ -70,13 +71,13 @@ class _Trial:
         other = self._draw(draw + 100, self._long)
         other[: self._short] = self._draw(draw, self._long)[: self._short]
         changed = self._logits([other])[0]
-        return self._differ(self._logits_alone(draw, self._long)[: self._short], changed[: self._short])
+        return differ(self._logits_alone(draw, self._long)[: self._short], changed[: self._short])
 
     def depends_on_padding(self, draw: int) -> bool:
         rows = ((draw + 50, self._short), (draw, self._long))
         together = self._logits([self._draw(*row) for row in rows])
         alone = [self._logits_alone(*row) for row in rows]
-        return any(self._differ(a, b) for a, b in zip(alone, together, strict=True))
+        return any(differ(a, b) for a, b in zip(alone, together, strict=True))
 
     def depends_on_length(self, draw: int, length: int) -> bool:
         """Whether a short text beside one of ``length`` tokens gets other logits than alone.
@@ -87,14 +88,14 @@ class _Trial:
         if self._takes_positions:
             near = torch.arange(self._short)
             alone = self._logits([short], near[None])[0]  # given positions may mean others than the model's own
-            if self._differ(alone, self._logits([short, tail], torch.stack([near, near + length - self._short]))[0]):
+            if differ(alone, self._logits([short, tail], torch.stack([near, near + length - self._short]))[0]):
                 return True
         parameters = sum(p.numel() for p in self._model.parameters())
         affordable = int(min(_MULTIPLY_ADDS / max(parameters, 1), _LOGITS / self.classes))
         if length > affordable:
             return False
         together = self._logits([short, self._draw(draw + 100, length)])
-        return self._differ(self._logits_alone(draw + 50, self._short), together[0])
+        return differ(self._logits_alone(draw + 50, self._short), together[0])
 
     def longest(self) -> int:
         """The longest neighbour that changes nothing."""
@@ -125,18 +126,19 @@ class _Trial:
         assert logits is not None
         return [own[: len(row)] for own, row in zip(logits.view(len(rows), -1, logits.shape[1]), rows, strict=True)]
 
-    @staticmethod
-    def _differ(one: Tensor, other: Tensor) -> bool:
-        finite = one.isfinite()
-        if not torch.equal(finite, other.isfinite()):
-            return True
-        one, other = one[finite].double(), other[finite].double()
-        return bool(((one - other).abs() > _TOLERANCE * one.abs().max()).any()) if len(one) else False
+
+def differ(one: Tensor, other: Tensor) -> bool:
+    """Whether logits of the same shape differ by more than rounding."""
+    finite, tolerance = one.isfinite(), max(_TOLERANCE, _ROUNDINGS * torch.finfo(one.dtype).eps)
+    if not torch.equal(finite, other.isfinite()):
+        return True
+    one, other = one[finite].double(), other[finite].double()
+    return bool(((one - other).abs() > tolerance * one.abs().max()).any()) if len(one) else False
 
 
-def right_padded(rows: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Token ids of several texts as a batch of `CausalLM`; where the mask is 0, the tokens are too."""
-    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+def right_padded(rows: Sequence[Tensor], padding: int = 0) -> dict[str, Tensor]:
+    """Token ids of several texts as a batch of `CausalLM`; where the mask is 0, the tokens are ``padding``."""
+    ids = torch.full((len(rows), max(map(len, rows))), padding, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for i, tokens in enumerate(rows):
         ids[i, : len(tokens)] = tokens
@@ -145,7 +147,8 @@ def right_padded(rows: Sequence[Tensor]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode; which of its modules were in training is as before afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

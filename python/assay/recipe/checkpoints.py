@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import json
 import os
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from assay._lazy import require
 from assay.recipe.errors import EngineError
@@ -64,8 +65,8 @@ class Wanted:
         return found
 
 
-def load_folder(folder: ModelFolder, wanted: Wanted) -> nn.Module:
-    """The model of a folder.
+def load_folder(folder: ModelFolder, wanted: Wanted, elsewhere: Mapping[str, Stored] | None = None) -> nn.Module:
+    """The model of a folder, whose weights may lack those that come from ``elsewhere``.
 
     Raises:
         EngineError: a file cannot be read or lies about another; a tensor is missing, left over, or of another
@@ -82,6 +83,9 @@ def load_folder(folder: ModelFolder, wanted: Wanted) -> nn.Module:
             auto_class = _auto_class(config_file, config, wanted.auto_class)
             with torch.device("meta"), budget.enforced():
                 skeleton = auto_class.from_config(copy.deepcopy(config), **options, trust_remote_code=False)
+                if labels := _labels_of(skeleton, elsewhere or {}, values):
+                    config.num_labels = labels
+                    skeleton = auto_class.from_config(copy.deepcopy(config), **options, trust_remote_code=False)
                 if _lacks_pooler(skeleton, stored):
                     options["add_pooling_layer"] = False
                     skeleton = type(skeleton)._from_config(copy.deepcopy(config), **options)
@@ -96,12 +100,13 @@ def load_folder(folder: ModelFolder, wanted: Wanted) -> nn.Module:
                 local_files_only=True,
                 **options,
             )
-    _check_report(folder.path, model, report)
+    _check_report(folder.path, model, report, elsewhere or {})
     _check_duplicates(folder.path, model, stored)
     with refusing(f"{config_file}: transformers cannot tell which weights are tied"):
         _check_ties(config_file, model)
-    check_padding_token(config_file, model)
-    return eval_mode(model)
+    with refusing(f"{config_file}: transformers cannot tell what texts are padded with"):
+        check_padding_token(config_file, model)
+    return _finished(folder.path, model, wanted)
 
 
 def load_gguf(path: str, wanted: Wanted) -> nn.Module:
@@ -122,9 +127,28 @@ def load_gguf(path: str, wanted: Wanted) -> nn.Module:
             local_files_only=True,
             trust_remote_code=False,
         )
-    _check_report(path, model, report)
+    _check_report(path, model, report, {})
     check_padding_token(path, model)
+    return _finished(path, model, wanted)
+
+
+def _finished(path: str, model: nn.Module, wanted: Wanted) -> nn.Module:
+    if wanted.dtype == "float16":  # it ends at 65504: what lies beyond has become infinite
+        beyond = [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]
+        if beyond:
+            raise EngineError(f"{path}: {shortened(beyond)} hold numbers that float16 has not; take bfloat16")
+    if wanted.dtype != "float32":
+        model.register_forward_pre_hook(functools.partial(_cast_inputs, wanted.torch_dtype), with_kwargs=True)
     return eval_mode(model)
+
+
+def _cast_inputs(dtype: torch.dtype, _: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Images come in float32, and not every model casts them itself."""
+
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
 
 
 def eval_mode(model: Any) -> nn.Module:
@@ -150,6 +174,18 @@ def _auto_class(config_file: str, config: Any, name: str) -> Any:
             f"{config_file}: {shortened([config.model_type])} is an encoder with a decoder; embeddings need an encoder"
         )
     return auto_class
+
+
+def _labels_of(skeleton: Any, elsewhere: Mapping[str, Stored], values: Mapping[str, Any]) -> int | None:
+    """How many labels a head from ``elsewhere`` has, where the config does not say: its own number does not fit."""
+    if not has_labels(type(skeleton).__name__) or LABEL_KEYS & values.keys():
+        return None
+    other = {
+        elsewhere[name].shape[:1]
+        for name, p in skeleton.named_parameters()
+        if name in elsewhere and p.shape != elsewhere[name].shape
+    }
+    return other.pop()[0] if len(other) == 1 and () not in other else None
 
 
 def _lacks_pooler(skeleton: Any, stored: Mapping[str, Stored]) -> bool:
@@ -209,12 +245,13 @@ def _slices(folder: ModelFolder) -> dict[str, Any]:
     return slices
 
 
-def _check_report(path: str, model: Any, report: Mapping[str, Any]) -> None:
+def _check_report(path: str, model: Any, report: Mapping[str, Any], elsewhere: Mapping[str, Stored]) -> None:
     """What the library only warns of: random numbers in place of weights, or weights that it did not use."""
     other = [f"{name} {_shape(own)} for {_shape(wants)}" for name, own, wants in sorted(report["mismatched_keys"])]
-    missing, unused = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    missing, unused = sorted(set(report["missing_keys"]) - elsewhere.keys()), sorted(report["unexpected_keys"])
     heads = _beside_base(model, missing)
-    if model.base_model is model:  # it has no head itself: that of another task is no loss
+    # Where the file's head is not asked for, because there is to be none or another one, it is no loss.
+    if model.base_model is model or len(missing) < len(report["missing_keys"]):
         unused = sorted(set(unused) - set(_beside_base(model, unused)))
     faults = [
         (missing, "lack", "which its config wants"),

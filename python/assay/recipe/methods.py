@@ -86,6 +86,11 @@ class MethodSpec(Part):
         """The names of the models it uses, by the key that names them."""
         return {}
 
+    @classmethod
+    def model_keys(cls) -> dict[str, bool]:
+        """The keys that name models, and whether each takes several."""
+        return {}
+
     def targets_of(self, defined: Iterable[str]) -> list[str]:
         """Which of the recipe's targets it is about."""
         return []
@@ -106,6 +111,10 @@ class MethodSpec(Part):
 
 class DerivedSpec(DerivedPart, MethodSpec):
     """A method whose keys are the parameters of its constructor."""
+
+    @classmethod
+    def model_keys(cls) -> dict[str, bool]:
+        return {key.name: key.several for key in cls.keys if key.role is MODEL}
 
     def models_used(self) -> dict[tuple[str | int, ...], str]:
         used: dict[tuple[str | int, ...], str] = {}
@@ -151,6 +160,12 @@ def derived(kind: str, method: type[Any]) -> type[DerivedSpec]:
     spec.uses_pool = getattr(method, "uses_pool", False)
     spec.needs_target = any(key.role is TARGETS and key.required for key in spec.keys)
     return spec
+
+
+def model_keys(method: Any) -> dict[str, bool]:
+    """Of a method's kind: the keys that name models, and whether each takes several."""
+    spec = METHODS.find(method)
+    return spec.model_keys() if spec else {}
 
 
 METHODS: Registry[MethodSpec] = Registry("method", "assay.methods", derived)

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from assay.corpus.safetensors_header import HeaderError, read_header
 from assay.recipe.errors import EngineError
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
@@ -27,7 +28,7 @@ _TOKENIZER_FILE = re.compile(
 )
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _LFS = b"version https://git-lfs.github.com/spec"
-_MAX_JSON, _MAX_HEADER, _MAX_DEPTH = 512 << 20, 100_000_000, 20
+_MAX_JSON, _MAX_DEPTH = 512 << 20, 20
 _MAX_COUNT = 1_000_000
 _COUNT = re.compile(r"(^|_)(n|num)_|layer|block|depth|head|expert|label")
 _NO_COUNT = re.compile(r"param|token|position|ctx|context|embd|size|dim|length|_ids?$")
@@ -177,43 +178,12 @@ def read_safetensors(path: str) -> dict[str, Stored]:
         EngineError: it is none, is cut short, or names a tensor twice.
     """
     size = check_file(path)
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(_MAX_HEADER, size):
-            raise EngineError(f"{path}: not a safetensors file, or cut short ({size:,} bytes)")
-        text = file.read(length)
     try:
-        header = json.loads(text, object_pairs_hook=_unique)
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        tensors = {name: _stored(entry) for name, entry in entries.items()}
-        end = 8 + length + max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
-    except _Twice as twice:
-        raise EngineError(f"{path}: names {shortened([str(twice)])} twice") from twice
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
-        raise EngineError(f"{path}: not a safetensors file ({one_line(error)})") from error
-    if size != end:
-        what = "cut short" if size < end else "followed by something else"
-        raise EngineError(f"{path}: is {what}: {size:,} bytes, where its header speaks of {end:,}")
-    return tensors
-
-
-class _Twice(ValueError):
-    """A key that a JSON object has twice."""
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        seen: set[str] = set()
-        raise _Twice(next(name for name, _ in pairs if name in seen or seen.add(name)))  # type: ignore[func-returns-value]
-    return result
-
-
-def _stored(entry: Mapping[str, Any]) -> Stored:
-    shape = tuple(entry["shape"])
-    if not all(type(n) is int and n >= 0 for n in shape):
-        raise ValueError(f"a tensor of shape {shape}")
-    return Stored(shape, entry["dtype"] in _FLOATS)
+        with open(path, "rb") as file:
+            tensors = read_header(file, size).tensors
+    except HeaderError as error:
+        raise EngineError(f"{path}: {error}") from error
+    return {name: Stored(facts.shape, facts.dtype in _FLOATS) for name, facts in tensors.items()}
 
 
 def check_counts(path: str, values: Mapping[str, Any], tensors: int) -> None:

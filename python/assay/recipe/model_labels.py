@@ -25,11 +25,12 @@ def has_labels(name: str) -> bool:
 def check_architecture(path: str, values: Mapping[str, Any], auto_class: str) -> None:
     """Refuse a classifier of another kind: its head may have the right names and shapes, and still mean something
     else."""
-    named = values.get("architectures")
-    kinds = {m[0] for name in named if (m := _CLASSIFIER.search(str(name)))} if isinstance(named, list) else set()
+    given = values.get("architectures")
+    named = [str(name) for name in given] if isinstance(given, list) else []
+    kinds = {match[0] for name in named if (match := _CLASSIFIER.search(name))}
     wanted = _CLASSIFIER.search(auto_class)
     if wanted and kinds and wanted[0] not in kinds:
-        raise EngineError(f"{path}: was trained as {shortened(map(str, named))}; this task needs one {wanted[0]}")
+        raise EngineError(f"{path}: was trained as {shortened(named)}; this task needs one {wanted[0]}")
 
 
 def read_labels(path: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,8 +47,8 @@ def read_labels(path: str, values: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(names, dict) or not 0 < len(names) <= _MAX_LABELS:
         raise EngineError(f"{path}: id2label must map 0, 1, 2, … to the labels' names")
     if names.keys() != {str(i) for i in range(len(names))}:
-        wrong = shortened(sorted(names.keys() - {str(i) for i in range(len(names))}))
-        raise EngineError(f"{path}: id2label has {len(names)} labels, and {wrong} among them; expected 0, 1, 2, …")
+        other = shortened(sorted(names.keys() - {str(i) for i in range(len(names))}))
+        raise EngineError(f"{path}: id2label has {len(names)} labels, and {other} among them; expected 0, 1, 2, …")
     if wrong := [key for key, name in names.items() if not isinstance(name, str) or len(name) > _MAX_NAME]:
         raise EngineError(f"{path}: id2label: the name of label {shortened(wrong)} is no text of a usual length")
     if number not in (None, len(names)):

@@ -11,20 +11,21 @@ import functools
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
+from pydantic import model_validator
 from torch import nn
 
 from assay._lazy import require
 from assay.corpus.storage import sha256
 from assay.recipe import model_labels
-from assay.recipe.adapters import find_base, is_adapter, load_adapter
+from assay.recipe.adapters import Train, find_adapter, load_adapter, refuse_adapter
 from assay.recipe.checkpoints import Dtype, Wanted, load_folder, load_gguf
 from assay.recipe.errors import EngineError
 from assay.recipe.library_calls import refusing
 from assay.recipe.model_files import ModelFolder, check_file, find_model_folder, read_safetensors, shortened
-from assay.recipe.parts import ExistingPath, Part, Registry
+from assay.recipe.parts import ExistingPath, Part, Registry, located
 from assay.recipe.tokenizer import behaviour, differences, load_gguf_tokenizer, load_tokenizer
 
 # What can change a score: weights, shapes, tokens. A README or a training log cannot.
@@ -36,6 +37,11 @@ class ModelSpec(Part):
 
     kind: str
     path: ExistingPath
+
+    @property
+    def trust(self) -> tuple[str, ...]:
+        """The modules whose Python it may run, as the caller allowed."""
+        return ()
 
     def build(self) -> nn.Module:
         """Load the model."""
@@ -69,12 +75,8 @@ class ModelSpec(Part):
         """SHA-256 of the contents of the model's files."""
         if os.path.isfile(self.path):
             return f"sha256:{file_sha256(self.path)}"
-        digest = hashlib.sha256()
-        for name in sorted(os.listdir(self.path)):
-            full = os.path.join(self.path, name)
-            if name.endswith(_MODEL_FILES) and os.path.isfile(full):
-                digest.update(os.fsencode(f"{name}\0{file_sha256(full)}\n"))
-        return f"sha256:{digest.hexdigest()}"
+        names = (name for name in os.listdir(self.path) if name.endswith(_MODEL_FILES))
+        return files_sha256((n, f) for n in sorted(names) if os.path.isfile(f := os.path.join(self.path, n)))
 
 
 MODELS: Registry[ModelSpec] = Registry("kind", "assay.models")
@@ -128,13 +130,22 @@ class MlpSpec(ModelSpec):
 
 @MODELS.add("transformers")
 class TransformersSpec(ModelSpec):
-    """A model of Hugging Face transformers, of the class that the task wants: a folder with safetensors, one ``.gguf``
-    file, or a folder with a LoRA adapter of peft, whose ``base`` is the model that it names unless it is given.
-    ``dtype`` is the type of its numbers; scores are float32 all the same."""
+    """A model of Hugging Face transformers, of the class that the task wants: a folder with safetensors, or one
+    ``.gguf`` file. ``adapter`` is the folder of a LoRA adapter of peft; then ``train`` says which parameters are the
+    ones that gradients are taken of. ``dtype`` is the type of its numbers; scores are float32 all the same."""
 
     kind: Literal["transformers"]
-    base: ExistingPath | None = None
     dtype: Dtype = "float32"
+    adapter: ExistingPath | None = None
+    train: Train | None = None
+
+    @model_validator(mode="after")
+    def _train_goes_with_an_adapter(self) -> TransformersSpec:
+        if self.adapter is None and self.train is not None:
+            raise located(("train",), "goes with an adapter; without one all parameters are trained ones", self.train)
+        if self.adapter is not None and self._is_gguf:
+            raise located(("adapter",), "goes with a model's folder, not with a .gguf file", self.adapter)
+        return self
 
     def build(self) -> nn.Module:
         return self.build_for("AutoModelForCausalLM")
@@ -143,8 +154,10 @@ class TransformersSpec(ModelSpec):
         wanted = Wanted(auto_class, self.dtype)
         if self._is_gguf:
             return load_gguf(self.path, wanted)
-        folder, base = self._folders()
-        return load_folder(folder, wanted) if base is None else load_adapter(folder, base, wanted)
+        folder, adapter = self._folders()
+        if adapter is None:
+            return load_folder(folder, wanted)
+        return load_adapter(adapter, folder, wanted, self.train or "adapter")
 
     def output_size(self, model: nn.Module) -> int | None:
         return model_labels.output_size(model)
@@ -155,40 +168,34 @@ class TransformersSpec(ModelSpec):
     def tokenizer(self) -> Any:
         if self._is_gguf:
             return load_gguf_tokenizer(self.path)
-        folder, base = self._folders()
-        model = base or folder
-        return load_tokenizer(folder if folder.tokenizer else model, model)
+        folder, adapter = self._folders()
+        return load_tokenizer(adapter if adapter and adapter.tokenizer else folder, folder)
 
     def identity(self) -> dict[str, Any]:
-        return self.model_dump(exclude={"path", "base"})
+        trained = {"train": self.train or "adapter"} if self.adapter is not None else {}
+        return {"kind": self.kind, "dtype": self.dtype, **trained}
 
     def fingerprint(self) -> str:
-        """SHA-256 of all that decides outputs: config, weights, tokenizer, processor; of an adapter, also its base."""
+        """SHA-256 of all that decides outputs: config, weights, tokenizer, processor; of its adapter too; and the
+        type of the numbers."""
         if self._is_gguf:
             check_file(self.path)
-            return super().fingerprint()
-        digest = hashlib.sha256()
-        for folder in filter(None, self._folders()):
-            for name in folder.fingerprint_files():
-                digest.update(os.fsencode(f"{name}\0{file_sha256(folder.full(name))}\n"))
-        return f"sha256:{digest.hexdigest()}"
+            return files_sha256([("model.gguf", self.path)], self.dtype)
+        folder, adapter = self._folders()
+        files = [(name, folder.full(name)) for name in folder.fingerprint_files()]
+        if adapter is not None:
+            files += [(f"adapter/{name}", adapter.full(name)) for name in adapter.fingerprint_files()]
+        return files_sha256(files, self.dtype)
 
     @property
     def _is_gguf(self) -> bool:
-        if self.path.endswith(".gguf") and os.path.isfile(self.path):
-            if self.base is not None:
-                raise EngineError(f"{self.path}: base goes with a LoRA adapter's folder, not with a .gguf file")
-            return True
-        return False
+        return self.path.endswith(".gguf") and os.path.isfile(self.path)
 
     def _folders(self) -> tuple[ModelFolder, ModelFolder | None]:
-        """The model's folder, and an adapter's base."""
+        """The model's folder, and its adapter's."""
         folder = find_model_folder(self.path)
-        if is_adapter(folder):
-            return folder, find_base(folder, self.base)
-        if self.base is not None:
-            raise EngineError(f"{self.path}: base goes with a LoRA adapter, and there is no adapter_config.json in it")
-        return folder, None
+        refuse_adapter(folder)
+        return folder, None if self.adapter is None else find_adapter(self.adapter)
 
 
 def build_models(specs: Mapping[str, ModelSpec], auto_class: str) -> dict[str, nn.Module]:
@@ -223,7 +230,7 @@ def own_tokenizers(specs: Mapping[str, ModelSpec]) -> dict[str, Any]:
         if tokenizer is not None:
             found[name] = tokenizer
     if not found:
-        raise EngineError("none of the recipe's models has a tokenizer; a causal_lm task needs one")
+        raise EngineError("none of the recipe's models has a tokenizer; a task of texts needs one")
     refuse_differences({name: behaviour(tokenizer) for name, tokenizer in found.items()})
     return found
 
@@ -246,6 +253,16 @@ def naming(key: str) -> Iterator[None]:
         yield
     except EngineError as error:
         raise type(error)(f"{key}: {error}") from error
+
+
+def files_sha256(files: Iterable[tuple[str, str]], *more: str) -> str:
+    """SHA-256 of files' names and contents, given as (name, path), and of what ``more`` decides outputs."""
+    digest = hashlib.sha256()
+    for name, path in files:
+        digest.update(os.fsencode(f"{name}\0{file_sha256(path)}\n"))
+    for text in more:
+        digest.update(os.fsencode(f"{text}\n"))
+    return f"sha256:{digest.hexdigest()}"
 
 
 def file_sha256(path: str) -> str:

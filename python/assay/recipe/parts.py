@@ -8,6 +8,7 @@ imported only when a recipe names its kind.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import re
@@ -62,8 +63,13 @@ def existing(path: str) -> str:
     return path
 
 
+def is_pattern(path: str) -> bool:
+    """Whether a path, or a name, may stand for several."""
+    return bool(re.search(r"[*?[]", path))
+
+
 def _existing_unless_pattern(path: str) -> str:
-    return path if "://" in path or re.search(r"[*?[]", path) else existing(path)
+    return path if "://" in path or is_pattern(path) else existing(path)
 
 
 AnyPath = Annotated[str, AfterValidator(_absolute)]
@@ -96,6 +102,14 @@ class Registry(Generic[P]):
         if self._classes.setdefault(kind, cls) is not cls:
             raise ValueError(f"{self._tag} {kind!r} is already registered as {self._classes[kind].__qualname__}")
         self._specs[kind] = cls if self._spec_of is None or issubclass(cls, Part) else self._spec_of(kind, cls)
+
+    def find(self, kind: Any) -> type[P] | None:
+        """The part of a kind, if there is one that can be used; `parse` says what is wrong with it otherwise."""
+        if not isinstance(kind, str):
+            return None
+        with contextlib.suppress(ValidationError):
+            return self._specs.get(kind) or self._plugin(kind)
+        return None
 
     def add(self, kind: str) -> Callable[[type[P]], type[P]]:
         """`register` as a decorator."""

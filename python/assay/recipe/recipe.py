@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, ValidationInfo, model_validator
 
 from assay.recipe.errors import RecipeError
-from assay.recipe.methods import METHODS, MethodSpec
+from assay.recipe.factories import check_trust
+from assay.recipe.groups import expanded
+from assay.recipe.methods import METHODS, MethodSpec, model_keys
 from assay.recipe.models import MODELS, ModelSpec
 from assay.recipe.parts import AnyPath, CorpusPath, Part, located, nearest
 from assay.recipe.tasks import TASKS, TaskSpec
@@ -44,6 +46,12 @@ class BatchSpec(Part):
     samples: Annotated[int, Field(ge=1)] = 256
 
 
+class RunSpec(Part):
+    """Where it runs: ``auto``, or devices by name, a worker each. It does not change what a score means."""
+
+    devices: str | Annotated[list[str], Field(min_length=1)] = "auto"
+
+
 class Recipe(Part):
     """A whole recipe, resolved: paths are absolute and every default is filled in."""
 
@@ -56,7 +64,13 @@ class Recipe(Part):
     targets: dict[str, TargetSpec] = Field(default_factory=dict)
     fit: FitSpec = FitSpec()
     batch: BatchSpec = BatchSpec()
+    run: RunSpec = RunSpec()
     seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _globs_of_models(cls, data: Any, info: ValidationInfo) -> Any:
+        return expanded(data, (info.context or {}).get("base", ""), model_keys) if isinstance(data, Mapping) else data
 
     @model_validator(mode="after")
     def _models_are_defined(self) -> Recipe:
@@ -104,6 +118,11 @@ class Recipe(Part):
         used = {name for method in self.methods for name in method.models_used().values()}
         return {name: spec for name, spec in self.models.items() if name in used}
 
+    @property
+    def trust(self) -> tuple[str, ...]:
+        """The modules whose Python its models may run, as the caller allowed: what a copy of it needs as context."""
+        return tuple(sorted({name for spec in self.models.values() for name in spec.trust}))
+
     def identity(self) -> dict[str, Any]:
         """The part that decides scores. Where files lie and how much is batched are not in it."""
         methods = [
@@ -125,8 +144,13 @@ class Recipe(Part):
         return text
 
 
-def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe; ``overrides`` are ``dotted.key=value``, in YAML. RecipeError says what is wrong."""
+def load_recipe(path: str, overrides: Sequence[str] = (), trust: Sequence[str] = ()) -> Recipe:
+    """Read a recipe; ``overrides`` are ``dotted.key=value``, in YAML. RecipeError says what is wrong.
+
+    ``trust`` names the modules of Python that the recipe's models may be made by (``kind: python``): those modules, and
+    the ones below them. No other is imported.
+    """
+    context = {"base": os.path.dirname(os.path.abspath(path)), "trust": check_trust(trust)}
     try:
         with open(path, encoding="utf-8") as file:
             data = yaml.load(file, _Loader)
@@ -139,7 +163,7 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _override(path, data, override)
     try:
-        return Recipe.model_validate(data, context={"base": os.path.dirname(os.path.abspath(path))})
+        return Recipe.model_validate(data, context=context)
     except ValidationError as error:
         raise _first_error(path, error) from error
 

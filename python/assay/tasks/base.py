@@ -205,7 +205,10 @@ def check_probabilities(labels: Tensor) -> None:
 def to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         # Autograd cannot save a tensor that was made in inference mode; a copy it can.
-        return (value.clone() if value.is_inference() else value.detach()).to(device)
+        own = value.clone() if value.is_inference() else value.detach()
+        if device.type == "cuda" and not own.is_cuda:
+            return own.pin_memory().to(device, non_blocking=True)  # the copy goes on while this thread does
+        return own.to(device)
     if isinstance(value, Mapping):
         return {name: to_device(item, device) for name, item in value.items()}
     if isinstance(value, (tuple, list)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,21 +26,22 @@ class Contrastive:
     attributes, as Hugging Face does. Without a third item the multiplier is ``exp(model.logit_scale)``;
     ``scale`` replaces whatever the model says. It is called ``model(images, texts)``, or, when ``texts`` is a
     mapping (a tokenizer's output), ``model(pixel_values=images, **texts)``.
+
+    A batch that does not fit into memory may come ``in_pieces``: the model embeds one after the other, and all samples
+    are compared. That saves memory where nobody asks for gradients, and is an error where somebody does.
     """
 
     scale: float | None = None
 
     def size(self, batch: Any) -> int:
-        return len(pair(batch, "Contrastive", "(images, texts)")[0])
+        images, _ = pair(batch, "Contrastive", "(images, texts)")
+        return sum(map(len, images)) if isinstance(images, tuple) else len(images)
 
     def to(self, batch: Any, device: torch.device) -> Any:
         return to_device(batch, device)
 
     def forward(self, model: nn.Module, batch: Any) -> Outputs:
-        images, texts = pair(batch, "Contrastive", "(images, texts)")
-        by_name = isinstance(texts, Mapping)
-        output = model(pixel_values=images, **texts) if by_name else model(images, texts)
-        image, text, scale = self._embeddings(model, output)
+        image, text, scale = self.embed(model, batch)
         pairs = (image * text).sum(1, keepdim=True)
         own = torch.eye(len(image), dtype=torch.bool, device=image.device)
         rows = torch.where(own, pairs, image @ text.detach().T) * scale
@@ -51,6 +52,19 @@ class Contrastive:
 
     def mask(self, batch: Any) -> Tensor | None:
         return None
+
+    def embed(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor | float]:
+        """The images' embeddings and the texts', (B, D) each, and what multiplies their products."""
+        images, texts = pair(batch, "Contrastive", "(images, texts)")
+        if not isinstance(images, tuple):
+            return self._embeddings(model, _run(model, images, texts))
+        if torch.is_grad_enabled():
+            raise ValueError(
+                f"Contrastive: {self.size(batch)} samples with their gradients do not fit into memory at once, and "
+                "cannot be taken in pieces; compare fewer with one another (a recipe's task.group)"
+            )
+        parts = [self._embeddings(model, _run(model, *piece)) for piece in zip(images, texts, strict=True)]
+        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]), parts[0][2]
 
     def _embeddings(self, model: nn.Module, output: Any) -> tuple[Tensor, Tensor, Tensor | float]:
         if isinstance(output, tuple) and len(output) in (2, 3):
@@ -82,3 +96,21 @@ class Contrastive:
                 "give the multiplier: Contrastive(scale=100.0)"
             )
         return logarithm.exp()
+
+
+def in_pieces(batch: Any, pieces: int) -> Any:
+    """A batch of `Contrastive`, (images, texts), as so many pieces of about the same number of samples."""
+    images, texts = pair(batch, "Contrastive", "(images, texts)")
+    size = -(-len(images) // pieces)
+    starts = range(0, len(images), size)
+    return tuple(images[i : i + size] for i in starts), tuple(_part(texts, i, i + size) for i in starts)
+
+
+def _part(texts: Any, start: int, end: int) -> Any:
+    if isinstance(texts, Mapping):
+        return {name: _part(values, start, end) for name, values in texts.items()}
+    return texts[start:end] if isinstance(texts, Tensor | Sequence) else texts
+
+
+def _run(model: nn.Module, images: Any, texts: Any) -> Any:
+    return model(pixel_values=images, **texts) if isinstance(texts, Mapping) else model(images, texts)

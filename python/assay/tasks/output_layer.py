@@ -137,6 +137,8 @@ class FusedForward:
         if self.output is not None or hidden.shape != (*self.labels.shape, weight.shape[1]):
             self.failed = True  # not every position, or more than once
             raise LogitsUsed("the output layer does not run once over all positions")
+        if hidden.is_inference():
+            hidden = hidden.clone()  # nobody counts what the model may yet change in place
         self._hidden, self._version = hidden.detach(), _version(hidden)
         losses = self._losses(hidden, weight, bias)
         made = losses() if torch.is_grad_enabled() else losses
@@ -182,7 +184,7 @@ def _dtype_of(hidden: Tensor) -> torch.dtype:
 
 
 def _version(tensor: Tensor) -> int:
-    """Counts changes in place; a tensor made in inference mode is not counted, and cannot be changed outside of it."""
+    """Counts changes in place; one made in inference mode has no count, and is here a copy that nobody else has."""
     return 0 if tensor.is_inference() else tensor._version
 
 

@@ -6,11 +6,14 @@ import os
 
 from assay.corpus.compression import COMPRESSIONS, Compression
 from assay.corpus.format import Format, Source
-from assay.corpus.formats import arrow, csv, json_lines, parquet
+from assay.corpus.formats import arrow, csv, images, json_lines, npy, parquet, safetensors, webdataset
 
 __all__ = ["FORMATS", "SUFFIXES", "Format", "Source", "format_of"]
 
-FORMATS: tuple[Format, ...] = (parquet.FORMAT, arrow.FORMAT, json_lines.FORMAT, csv.FORMAT)
+FORMATS: tuple[Format, ...] = (
+    *(parquet.FORMAT, arrow.FORMAT, json_lines.FORMAT, csv.FORMAT, webdataset.FORMAT),
+    *(npy.FORMAT, safetensors.FORMAT, images.FORMAT),
+)
 
 _BY_SUFFIX = {suffix: form for form in FORMATS for suffix in form.suffixes}
 

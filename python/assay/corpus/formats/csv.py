@@ -52,7 +52,7 @@ def _opened(source: Source) -> tuple[list[str], Iterator[tuple[int, list[list[st
     if isinstance(header, BadRow):
         raise ShardError(f"its header cannot be read: {header}")
     rows = (
-        (raw, row if isinstance(row, BadRow) or len(row) == len(header) else _uneven(row, header))
+        (len(raw), row if isinstance(row, BadRow) or len(row) == len(header) else _uneven(row, header))
         for raw, row in records
     )
     return header, parts(rows)

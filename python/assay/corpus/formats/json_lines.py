@@ -35,7 +35,7 @@ def _facts(source: Source) -> dict[str, ColumnFacts]:
 
 
 def _parts(source: Source) -> Iterator[tuple[int, list[bytes]]]:
-    return parts((line, line) for line in _checked(lines(source.file, source.compression)))
+    return parts((len(line), line) for line in _checked(lines(source.file, source.compression)))
 
 
 def _copy(source: Source, keep: Mask, file: BinaryIO) -> None:

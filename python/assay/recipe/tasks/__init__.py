@@ -1,6 +1,37 @@
 """The tasks of a recipe, one file each: what a row holds, and how rows become batches."""
 
-from assay.recipe.tasks import causal_lm, classification  # they register themselves
-from assay.recipe.tasks.base import TASKS, Encoded, Encoder, ShowsTokens, TaskSpec, attempt
+from assay.recipe.tasks import (  # they register themselves
+    causal_lm,
+    classification,
+    contrastive,
+    regression,
+    token_classification,
+)
+from assay.recipe.tasks.base import (
+    TASKS,
+    Columns,
+    Encoded,
+    Encoder,
+    ReadsColumns,
+    ReadsFiles,
+    ShowsTokens,
+    TaskSpec,
+    attempt,
+)
 
-__all__ = ["TASKS", "Encoded", "Encoder", "ShowsTokens", "TaskSpec", "attempt", "causal_lm", "classification"]
+__all__ = [
+    "TASKS",
+    "Columns",
+    "Encoded",
+    "Encoder",
+    "ReadsColumns",
+    "ReadsFiles",
+    "ShowsTokens",
+    "TaskSpec",
+    "attempt",
+    "causal_lm",
+    "classification",
+    "contrastive",
+    "regression",
+    "token_classification",
+]

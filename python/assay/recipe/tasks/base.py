@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from torch import nn
 
 from assay.corpus.errors import BadRow
+from assay.corpus.format import ColumnFacts
+from assay.corpus.shards import Shard
 from assay.recipe.models import ModelSpec
 from assay.recipe.parts import Part, Registry
 from assay.tasks import Task
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 T = TypeVar("T")
+Columns = Mapping[str, ColumnFacts]
 
 
 @dataclass(frozen=True)
@@ -56,10 +62,45 @@ class ShowsTokens(Protocol):
         ...
 
 
+@runtime_checkable
+class ReadsColumns(Protocol):
+    """An encoder to which a value means what its shard's column says."""
+
+    def for_columns(self, columns: Columns) -> Encoder:
+        """The encoder of a shard with these columns. ShardError if it cannot be one."""
+        ...
+
+
+@runtime_checkable
+class ReadsFiles(Protocol):
+    """An encoder whose values may be paths of files, which lead from where their shard lies."""
+
+    def beside(self, shard: Shard) -> Encoder:
+        """The encoder of this shard's rows."""
+        ...
+
+
 class TaskSpec(Part):
     """What a sample is."""
 
     kind: str
+
+    def column_keys(self) -> dict[str, str]:
+        """By key the columns that the task reads, which are looked for before a model loads."""
+        named = {key: getattr(self, key) for key in type(self).model_fields if key.endswith("_column")}
+        return {key: column for key, column in named.items() if column is not None}
+
+    def seen(self, columns: Columns) -> Self:
+        """The task with what the corpus's columns tell filled in, as if its author had. EngineError if they do not fit.
+
+        What is filled in is part of the recipe's identity.
+        """
+        return self
+
+    @property
+    def group_rows(self) -> int | None:
+        """How many rows after one another share a loss; None where every sample has its own."""
+        return None
 
     @property
     def auto_class(self) -> str:

@@ -3,22 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from assay.corpus.errors import BadRow
-from assay.recipe.tasks.base import Encoded, Encoder, attempt
+from assay.corpus.shards import Shard
+from assay.recipe.tasks.base import Columns, Encoded, Encoder, ReadsFiles, attempt
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Inputs(Encoder, Protocol):
+    """What a model is called with: an encoder whose batches are that."""
+
+    def examples(self, count: int) -> list[Any]:
+        """``data`` of some samples that a model can be tried out on."""
+        ...
 
 
 class Labels(Protocol):
     """What a label is: a class, probabilities, numbers."""
 
-    column: str
+    @property
+    def column(self) -> str:
+        """The column that it reads."""
+        ...
 
     @property
     def identity(self) -> dict[str, Any]:
         """As an encoder's."""
+        ...
+
+    def for_columns(self, columns: Columns) -> Self:
+        """The labels of a shard with these columns. ShardError if they are none."""
         ...
 
     def encode(self, value: Any) -> Any:
@@ -40,6 +59,13 @@ class LabelledEncoder:
     @property
     def identity(self) -> dict[str, Any]:
         return self._inputs.identity | self._labels.identity
+
+    def for_columns(self, columns: Columns) -> LabelledEncoder:
+        return LabelledEncoder(self._inputs, self._labels.for_columns(columns))
+
+    def beside(self, shard: Shard) -> LabelledEncoder:
+        inputs = self._inputs.beside(shard) if isinstance(self._inputs, ReadsFiles) else self._inputs
+        return LabelledEncoder(inputs, self._labels)
 
     def encode(self, rows: Sequence[tuple[Any, ...]]) -> list[Encoded | BadRow]:
         inputs = self._inputs.encode([row[:-1] for row in rows])

@@ -49,6 +49,9 @@ class NumberInputs:
         features = check_features(self.columns[0], value, self._size)
         return Encoded(features, 1, features.nbytes)
 
+    def examples(self, count: int) -> list[npt.NDArray[np.float32]]:
+        return list(np.random.default_rng(0).normal(size=(count, self._size)).astype(np.float32))
+
     def collate(self, data: Sequence[npt.NDArray[np.float32]]) -> torch.Tensor:
         inputs = np.stack(data).reshape(len(data), *self._shape)
         # A copy of torch's own making: numpy aligns to 16 bytes, and a matrix product may round by alignment.

@@ -1,0 +1,106 @@
+"""`assay ls` and `assay show`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from assay.cli.terminal import INCOMPLETE, OK, CorpusNow, ScoresFolder, Trust, clean, fail, log_to_stderr
+
+if TYPE_CHECKING:
+    from assay.corpus.scores_folder import Scores
+
+_LISTED_SHARDS = 50
+
+
+def list_scores(
+    scores: ScoresFolder,
+    as_json: Annotated[bool, typer.Option("--json", help="Every shard, as JSON.")] = False,
+    corpus: CorpusNow = None,
+) -> int:
+    """List the shards: which are done, which have changed since, how many rows each has."""
+    from assay.corpus.scores_folder import open_scores
+
+    found = open_scores(scores, corpus)
+    lines = _shard_lines(found)
+    if as_json:
+        print(json.dumps(lines, indent=2))
+        return OK
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("shard", "state", "rows", "scored", "quarantined", box=None)
+    for line in lines[:_LISTED_SHARDS]:
+        table.add_row(*(clean("" if value is None else str(value)) for value in line.values()))
+    console = Console(width=None if sys.stdout.isatty() else 200, markup=False, emoji=False, highlight=False)
+    console.print(table)
+    if len(lines) > _LISTED_SHARDS:
+        console.print(f"… and {len(lines) - _LISTED_SHARDS} more (--json lists all)")
+    states = Counter(line["state"] for line in lines)
+    console.print(f"{len(lines)} shards: " + ", ".join(f"{count} {state}" for state, count in states.items()))
+    console.print(clean(f"scores: {', '.join(found.columns)}"))
+    return OK
+
+
+def _shard_lines(scores: Scores) -> list[dict[str, Any]]:
+    lines = []
+    for status in scores.shards:
+        table = status.table
+        lines.append(
+            {
+                "shard": status.shard.path,
+                "state": status.state.value,
+                "rows": table.input.rows if table else None,
+                "scored": table.rows.scored if table else None,
+                "quarantined": table.rows.quarantined if table else None,
+            }
+        )
+    return lines
+
+
+def show(
+    scores: ScoresFolder,
+    by: Annotated[str | None, typer.Option("--by", metavar="SCORE", help="The score to rank by.")] = None,
+    worst: Annotated[int | None, typer.Option(metavar="N", help="So many of the worst samples.")] = None,
+    best: Annotated[int | None, typer.Option(metavar="N", help="So many of the best.")] = None,
+    nan: Annotated[int, typer.Option(metavar="N", help="So many whose score is not a number.")] = 0,
+    keep: Annotated[
+        str | None, typer.Option(metavar="high|low", help="Which end is better, if not as the table says.")
+    ] = None,
+    tokens: Annotated[bool, typer.Option("--tokens", help="Which tokens count in the loss.")] = False,
+    trust: Trust = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The samples in full, as JSON.")] = False,
+    corpus: CorpusNow = None,
+) -> int:
+    """Show the best and the worst samples themselves beside their scores."""
+    from assay.cli.cards import make_cards, ranking_lines
+    from assay.corpus.scores_folder import open_scores
+    from assay.curate import rank
+
+    log_to_stderr(quiet=True)
+    found = open_scores(scores, corpus)
+    if worst is None and best is None:
+        worst, best = (0, 0) if nan else (5, 5)
+    ranking = rank(found, by, best=best or 0, worst=worst or 0, without=nan, keep=keep)
+    cards = make_cards(found, ranking, tokens, trust or ())
+    if as_json:
+        print(json.dumps([card.as_json() for card in cards], indent=2))
+    else:
+        width = min(max(shutil.get_terminal_size((100, 24)).columns, 40), 160)
+        for line in ranking_lines(ranking, cards, width):
+            print(line)
+    faults = {card.where: card.fault for card in cards if card.fault}
+    missing = [(ranking.left_out, "shards are not in it"), (faults, "samples cannot be shown")]
+    said = [f"{len(reasons)} {what} ({_first(reasons)})" for reasons, what in missing if reasons]
+    return fail("; ".join(said), INCOMPLETE) if said else OK
+
+
+def _first(reasons: Mapping[str, str]) -> str:
+    name, reason = next(iter(reasons.items()))
+    return f"{name}: {reason}"

@@ -1,0 +1,76 @@
+"""Image folders: a folder whose folders are classes and hold images is one shard, and its files in order are the rows.
+
+The columns are `image` (its bytes and path), `label` (the class's folder) and `path` (`<class>/<file>`). Chosen files
+are copied as they are.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from assay.corpus.compression import MAX_LINE_BYTES
+from assay.corpus.dotted import value_at
+from assay.corpus.errors import BadRow
+from assay.corpus.format import Chunk, ColumnFacts, Folder, Format, Source, check_columns, parts
+from assay.corpus.listing import list_files, shown
+from assay.corpus.media import IMAGES
+from assay.corpus.storage import Store
+
+_ROW_BYTES = 1000
+
+
+def _files(store: Store, folder: str) -> list[str]:
+    """The images in the folders of a folder, relative to it, in order of their paths. An OSError if there are none."""
+    below = len(folder) + 1 if folder else 0
+    files = [path[below:] for path in list_files(store, folder).files if path.lower().endswith(IMAGES)]
+    files = [path for path in files if path.count("/") == 1]
+    if not files:
+        raise FileNotFoundError(f"{store.full(folder)}: no image in a folder of a class")
+    return files
+
+
+def _read(source: Source, columns: Sequence[str]) -> Iterator[Chunk]:
+    assert source.folder is not None
+    check_columns(columns, list(_facts(source)))
+    is_wanted = any(name.partition(".")[0] == "image" for name in columns)
+    for first, rows in parts(_rows(source.folder, is_wanted)):
+        faults = {i: str(row) for i, row in enumerate(rows) if isinstance(row, BadRow)}
+        values = {name: [value_at(row, name) if isinstance(row, dict) else None for row in rows] for name in columns}
+        yield Chunk(first, values, faults, len(rows), (first + len(rows)) / len(source.folder.files))
+
+
+def _rows(folder: Folder, is_read: bool) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+    """Every row with its size; of its image the bytes, if they are to be read."""
+    for path in folder.files:
+        data = _bytes(folder.store, path) if is_read else b""
+        if isinstance(data, BadRow):
+            yield _ROW_BYTES, data
+        else:
+            image = {"bytes": data, "path": path}
+            yield _ROW_BYTES + len(data), {"image": image, "label": os.path.dirname(path), "path": path}
+
+
+def _bytes(store: Store, path: str) -> bytes | BadRow:
+    try:
+        with store.open(path) as file:
+            data = file.read(MAX_LINE_BYTES + 1)
+    except OSError as error:
+        return BadRow(f"{shown(path)} cannot be read: {error.strerror}")
+    if len(data) > MAX_LINE_BYTES:
+        return BadRow(f"{shown(path)} is larger than {MAX_LINE_BYTES >> 20} MiB")
+    return data
+
+
+def _facts(source: Source) -> dict[str, ColumnFacts]:
+    assert source.folder is not None
+    classes = tuple(sorted({os.path.dirname(path) for path in source.folder.files}))
+    text = ColumnFacts("string")
+    return {
+        **{"image": ColumnFacts("image"), "image.bytes": ColumnFacts("binary"), "image.path": text},
+        **{"label": ColumnFacts("string", classes), "path": text},
+    }
+
+
+FORMAT = Format("images", (), _read, None, _facts, files=_files)

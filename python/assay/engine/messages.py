@@ -1,0 +1,87 @@
+"""What a run's workers and the process that started them say to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from assay.corpus.footer import Footer, Identity
+from assay.corpus.shards import Corpus, Shard
+from assay.engine.parts import Part
+from assay.engine.shard import Share
+from assay.engine.timing import Times
+from assay.methods import Column
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a worker opens its workshop with."""
+
+    recipe: Mapping[str, Any]
+    """Resolved, as plain data: the classes of its parts are made when they are first named."""
+    trust: Sequence[str]
+    """The modules whose Python it may run."""
+    identity: Identity
+    corpora: Mapping[str, Corpus]
+    """Those that methods are fitted to, by path."""
+    device: str
+    threads: int
+    log_level: int
+    began: float
+    """When its process was started, by ``time.perf_counter``, which all processes of a machine share."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A shard to score, or with a ``path`` the share of it to be staged there."""
+
+    shard: Shard
+    share: Share = field(default_factory=Share)
+    path: str | None = None
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The workshop is open."""
+
+    columns: Sequence[Column]
+    gathers: int | None
+    times: Times
+
+
+@dataclass(frozen=True)
+class Began:
+    """A unit has come in, and is being worked at."""
+
+
+@dataclass(frozen=True)
+class Advanced:
+    """So many rows more, and the share of the unit that is done by now."""
+
+    rows: int
+    share: float
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A unit is done: its table, its staged part, or why its shard cannot be read."""
+
+    outcome: Footer | Part | str
+    stored: bool
+    times: Times
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The run cannot go on."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Logged:
+    """A line for the log."""
+
+    level: int
+    text: str

@@ -1,0 +1,179 @@
+"""Models that a Python function makes: ``{kind: python, factory: mypackage.models:make, path: weights.safetensors}``.
+
+A recipe alone can't have it run: the caller must trust the module by name (``--trust mypackage``), which means this
+module and those below it. Before that is known, nothing is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterable
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, JsonValue, PrivateAttr, ValidationInfo, model_validator
+from torch import Tensor, nn
+
+from assay._lazy import require
+from assay.recipe.errors import EngineError
+from assay.recipe.library_calls import refusing
+from assay.recipe.model_files import read_safetensors, shortened
+from assay.recipe.models import MODELS, ModelSpec, files_sha256
+from assay.recipe.parts import ExistingPath, located
+
+_MODULE = r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*"
+_FACTORY = re.compile(rf"({_MODULE}):([A-Za-z_]\w*)", re.ASCII)
+
+
+def is_trusted(module: str, trust: Iterable[str]) -> bool:
+    """Whether a module is one of the trusted ones, or below one of them."""
+    return any(module == name or module.startswith(f"{name}.") for name in trust)
+
+
+def check_trust(trust: Iterable[str]) -> tuple[str, ...]:
+    """Names of modules, as `--trust` gives them. EngineError for what is none."""
+    names = tuple(trust)
+    if wrong := [name for name in names if not re.fullmatch(_MODULE, name, re.ASCII)]:
+        raise EngineError(f"--trust {shortened(wrong, 1)}: expected the name of a module, such as mypackage")
+    return names
+
+
+def trusted_by(specs: Iterable[ModelSpec]) -> tuple[str, ...]:
+    """The modules that the models' recipe was loaded with trust in, for another process to load it with."""
+    return tuple(dict.fromkeys(name for spec in specs if isinstance(spec, PythonSpec) for name in spec._trust))
+
+
+@MODELS.add("python")
+class PythonSpec(ModelSpec):
+    """What a function of an importable module returns: an `nn.Module`, called with ``arguments``. With a ``path``, all
+    of its weights come from that safetensors file."""
+
+    kind: Literal["python"]
+    factory: str
+    path: ExistingPath | None = None  # type: ignore[assignment]  # its weights may be its own
+    arguments: dict[str, JsonValue] = Field(default_factory=dict)
+    _trust: tuple[str, ...] = PrivateAttr(default=())
+
+    @model_validator(mode="after")
+    def _is_trusted(self, info: ValidationInfo) -> PythonSpec:
+        match = _FACTORY.fullmatch(self.factory)
+        if match is None:
+            raise located(("factory",), "expected module:function, such as mypackage.models:make", self.factory)
+        self._trust = tuple((info.context or {}).get("trust", ()))
+        if not is_trusted(match[1], self._trust):
+            raise located(
+                ("factory",),
+                f"runs Python of the module {match[1]}, which only the command line can allow: "
+                f"--trust {match[1].partition('.')[0]}",
+                self.factory,
+            )
+        return self
+
+    @property
+    def trust(self) -> tuple[str, ...]:
+        return self._trust
+
+    def build(self) -> nn.Module:
+        """Call the factory and give the model its weights.
+
+        Raises:
+            EngineError: the module or the function is not there or not trusted, it raises, it returns no `nn.Module`,
+                or the file's tensors are not exactly those of the model.
+        """
+        make = self._function()
+        with refusing(f"{self.factory}: cannot make the model"):
+            model = make(**self.arguments)
+        if not isinstance(model, nn.Module):
+            raise EngineError(f"{self.factory}: returned a {type(model).__name__}; expected a torch.nn.Module")
+        if self.path is not None:
+            load_weights(self.path, model, self.factory)
+        return model.eval()
+
+    def input_size(self, model: nn.Module) -> int | None:
+        found = tried_out(model)
+        return found[0] if found else None
+
+    def output_size(self, model: nn.Module) -> int | None:
+        found = tried_out(model)
+        return found[1] if found else None
+
+    def identity(self) -> dict[str, Any]:
+        return self.model_dump(exclude={"path"})
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights, and of the source files of the module and of the function."""
+        files = [] if self.path is None else [("weights", self.path)]
+        for name in dict.fromkeys((self._module().__name__, self._function().__module__)):
+            source = getattr(importlib.import_module(name), "__file__", None)
+            if not isinstance(source, str):
+                raise EngineError(f"{self.factory}: the module {name} has no source file, by which to know its version")
+            files.append((name, source))
+        return files_sha256(files, self.factory)
+
+    def _module(self) -> ModuleType:
+        name = self.factory.partition(":")[0]
+        if not is_trusted(name, self._trust):
+            raise EngineError(f"{self.factory}: its module is not trusted")
+        with refusing(f"{self.factory}: its module cannot be imported"):
+            return importlib.import_module(name)
+
+    def _function(self) -> Any:
+        name = self.factory.partition(":")[2]
+        found = getattr(self._module(), name, None)
+        if not callable(found):
+            raise EngineError(f"{self.factory}: its module has no function {name!r}")
+        home = getattr(found, "__module__", None)
+        if not isinstance(home, str) or not is_trusted(home, self._trust):
+            raise EngineError(
+                f"{self.factory}: is a function of {home or 'no module'}, which is not trusted; only those of "
+                f"{', '.join(self._trust)} are"
+            )
+        return found
+
+
+def tried_out(model: nn.Module) -> tuple[int, int] | None:
+    """How many numbers a model takes and gives, if it takes vectors, of the one size that some linear layer of it has,
+    and gives a vector each. None if that is not so: then the recipe's task has to say."""
+    sizes = dict.fromkeys(layer.in_features for layer in model.modules() if isinstance(layer, nn.Linear))
+    first = next(model.parameters(), torch.empty(0))
+    found = []
+    for size in sizes:
+        try:
+            with torch.no_grad():
+                output = model(first.new_zeros(2, size))
+        except Exception:  # whatever a model raises: it does not take these
+            continue
+        if isinstance(output, Tensor) and output.ndim == 2 and len(output) == 2:
+            found.append((size, output.shape[1]))
+    return found[0] if len(found) == 1 else None
+
+
+def load_weights(path: str, model: nn.Module, factory: str) -> None:
+    """Give a model the tensors of a safetensors file: all of its own, and no others. Of tied ones, one is enough."""
+    stored, own = read_safetensors(path), model.state_dict(keep_vars=True)
+    present = {id(tensor) for name, tensor in own.items() if name in stored}
+    missing = [name for name, tensor in own.items() if name not in stored and id(tensor) not in present]
+    other = [
+        f"{name} {_size(stored[name].shape)} for {_size(tensor.shape)}"
+        for name, tensor in own.items()
+        if name in stored and stored[name].shape != tensor.shape
+    ]
+    packed = [name for name, t in own.items() if name in stored and t.is_floating_point() and not stored[name].floating]
+    faults = {
+        "lacks": missing,
+        "holds, and the model does not,": sorted(stored.keys() - own.keys()),
+        "holds, of another shape than the model's,": other,
+        "holds no floating-point numbers of 16 bits or more in": packed,
+    }
+    said = "; ".join(f"{verb} {shortened(names)}" for verb, names in faults.items() if names)
+    if said:
+        raise EngineError(f"{path}: does not fit what {factory} returns: {said}")
+    with refusing(f"{path}: safetensors cannot read it"):
+        tensors = require("safetensors.torch", "cli").load_file(path)
+    model.load_state_dict(tensors, strict=False)  # what it would find is in the faults above
+
+
+def _size(shape: Iterable[int]) -> str:
+    return "×".join(map(str, shape)) or "scalar"

@@ -1,0 +1,150 @@
+"""Pairs of images and texts, each of which is compared with the others of its group of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from assay.corpus.errors import BadRow
+from assay.corpus.shards import Shard
+from assay.recipe.errors import EngineError
+from assay.recipe.library_calls import quietly, refusing
+from assay.recipe.models import ModelSpec, shared_tokenizer
+from assay.recipe.tasks.base import TASKS, Encoded, Encoder
+from assay.recipe.tasks.images import ImageInputs, ImageTaskSpec
+from assay.recipe.tasks.text_rows import Reader, TextInputs, Tokens, Trial
+from assay.tasks import Contrastive, Task
+
+_TOLERANCE = 1e-4  # of an embedding of length 1, as for logits in `causal_checks`
+
+
+@TASKS.add("contrastive")
+class ContrastiveSpec(ImageTaskSpec):
+    """Images with their texts, for models like CLIP; the loss compares ``group`` rows after one another of a shard."""
+
+    kind: Literal["contrastive"]
+    image_column: str = "image"
+    text_column: str = "text"
+    group: Annotated[int, Field(ge=2, le=1 << 16)] = 64
+    max_length: Annotated[int, Field(ge=2)] | None = None
+
+    @property
+    def group_rows(self) -> int:
+        return self.group
+
+    def task(self) -> Task:
+        return Contrastive()
+
+    def encoder(self, models: Mapping[str, tuple[ModelSpec, nn.Module]]) -> Encoder:
+        for name, (_, model) in models.items():
+            _check_kind(f"models.{name}", model)
+        images = self.images(self.image_column, models)
+        tokenizer = shared_tokenizer({name: spec for name, (spec, _) in models.items()})
+        vocabulary = set(tokenizer.get_vocab().values())
+        all_tokens = max(vocabulary, default=0) + 1
+        limit, owner = min((_text_setting(model, "vocab_size") or all_tokens, n) for n, (_, model) in models.items())
+        usable = sorted(i for i in vocabulary - set(tokenizer.all_special_ids) if i < limit)
+        # Padded with 0: whether a CLIP looks for a text's end by its number or for the highest, it stands before that.
+        trial = Trial(tokenizer, usable or list(range(limit)), pad=0, types=False)
+        for name, (_, model) in models.items():
+            _try_out(f"models.{name}", model, images, trial)
+        reader = Reader(tokenizer, self._length(models), limit, f"models.{owner}", 0, False, trial.row(1, 5))
+        end, plain = tokenizer.eos_token_id, reader.call(["a"])["input_ids"][0]
+        reader = replace(reader, ends=(end, plain.count(end))) if end in plain else reader
+        return PairEncoder(images, TextInputs((self.text_column,), reader))
+
+    def _length(self, models: Mapping[str, tuple[ModelSpec, nn.Module]]) -> int:
+        """The number of tokens that a text is cut to."""
+        found = {name: _text_setting(model, "max_position_embeddings") for name, (_, model) in models.items()}
+        known = {name: count for name, count in found.items() if count is not None}
+        for name, count in known.items():
+            if self.max_length is not None and self.max_length > count:
+                raise EngineError(
+                    f"task.max_length is {self.max_length}, but models.{name} has {count} positions for a text's tokens"
+                )
+        if self.max_length is None and not known:
+            raise EngineError("task.max_length: the models do not tell how many tokens a text may have; give a number")
+        return self.max_length or min(known.values())
+
+
+class PairEncoder:
+    """Rows to batches (images, texts) of `Contrastive`."""
+
+    def __init__(self, images: ImageInputs, texts: TextInputs) -> None:
+        self.columns = (*images.columns, *texts.columns)
+        self._images, self._texts = images, texts
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return self._images.identity | self._texts.identity
+
+    def beside(self, shard: Shard) -> PairEncoder:
+        """For the rows of this shard."""
+        return PairEncoder(self._images.beside(shard), self._texts)
+
+    def encode(self, rows: Sequence[tuple[Any, ...]]) -> list[Encoded | BadRow]:
+        images = self._images.encode([(image,) for image, _ in rows])
+        texts = self._texts.encode([(text,) for _, text in rows])
+        return [_pair(*own) for own in zip(images, texts, strict=True)]
+
+    def collate(self, data: Sequence[tuple[Any, Tokens]]) -> tuple[Tensor, dict[str, Tensor]]:
+        return self._images.collate([image for image, _ in data]), self._texts.collate([text for _, text in data])
+
+
+def _pair(image: Encoded | BadRow, text: Encoded | BadRow) -> Encoded | BadRow:
+    if isinstance(image, BadRow):
+        return image
+    if isinstance(text, BadRow):
+        return text
+    return Encoded((image.data, text.data), image.length + text.length, image.nbytes + text.nbytes)
+
+
+def _text_setting(model: nn.Module, key: str) -> int | None:
+    value = getattr(getattr(getattr(model, "config", None), "text_config", None), key, None)
+    return value if isinstance(value, int) else None
+
+
+def _check_kind(key: str, model: nn.Module) -> None:
+    found = type(model).__name__
+    if not isinstance(getattr(model, "logit_scale", None), Tensor):
+        raise EngineError(f"{key}: is a {found}, without a logit_scale; a contrastive task needs a model like CLIP")
+    if getattr(model, "logit_bias", None) is not None:
+        raise EngineError(
+            f"{key}: is a {found}, which judges every pair by itself (it has a logit_bias, as SigLIP has); the loss "
+            "here is CLIP's, which compares the pairs of a group"
+        )
+
+
+def _try_out(key: str, model: nn.Module, images: ImageInputs, trial: Trial) -> None:
+    """Refuse a model whose embedding of a text depends on the padding beside it, or does not depend on the text.
+
+    The latter is what becomes of a CLIP whose config and tokenizer differ in the token that ends a text.
+    """
+    short, long = (1, 5, ()), (2, 9, ())
+    (alone,), (beside, other) = (
+        _text_embeddings(key, model, images, trial.sample(rows)) for rows in ([short], [short, long])
+    )
+    if not torch.allclose(alone, beside, rtol=0, atol=_TOLERANCE):
+        raise EngineError(
+            f"{key}: a longer text in the batch changes a text's embedding; it cannot be scored in batches"
+        )
+    if torch.equal(beside, other):
+        raise EngineError(
+            f"{key}: gives texts of different tokens the same embedding; does the eos_token_id of its config end its "
+            "tokenizer's texts?"
+        )
+
+
+def _text_embeddings(key: str, model: nn.Module, images: ImageInputs, texts: dict[str, Tensor]) -> Tensor:
+    """Of length 1."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    batch = Contrastive().to((images.collate(images.examples(len(texts["input_ids"]))), texts), device)
+    what = f"{key}: cannot be run on images of {' × '.join(map(str, images.shape))} with token ids"
+    with torch.no_grad(), quietly(), refusing(what):
+        _, embedded, _ = Contrastive().embed(model, batch)
+    return torch.nn.functional.normalize(embedded.double(), dim=1)

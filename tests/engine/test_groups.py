@@ -1,0 +1,104 @@
+"""Groups of rows that share a loss follow from the rows' numbers alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from assay.engine.groups import Group, consecutive, make_groups, score_groups
+from assay.engine.rows import Sample
+from assay.methods import Column
+from assay.recipe.tasks import Encoded
+
+
+@pytest.mark.parametrize(
+    ("rows", "end", "expected"),
+    [
+        (range(8), 8, [Group([0, 1, 2, 3]), Group([4, 5, 6, 7])]),
+        (range(8, 16), 16, [Group([0, 1, 2, 3]), Group([4, 5, 6, 7])]),
+        (range(9), 9, [Group([0, 1, 2, 3]), Group([4, 5, 6, 7]), Group([5, 6, 7, 8], 3)]),
+        (range(4, 11), 11, [Group([0, 1, 2, 3]), Group([3, 4, 5, 6], 1)]),
+        ([4, 6, 9, 10], 11, [Group([0, 1]), Group([2, 3], 0)]),  # row 7 would be of the last group, and is no sample
+        ([4, 6, 7, 10], 12, [Group([0, 1, 2]), Group([3])]),
+        ([4, 5, 6, 7], 10, [Group([0, 1, 2, 3])]),
+        (range(3), 3, [Group([0, 1, 2])]),
+        ([0, 2], 3, [Group([0, 1])]),
+        ([1], 2, [Group([0])]),
+        ([], 5, []),
+    ],
+)
+def test_groups_of_four(rows: object, end: int, expected: list[Group]) -> None:
+    assert make_groups(list(rows), end, 4) == expected  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize(
+    ("count", "sizes"), [(0, []), (2, [2]), (4, [4]), (5, [5]), (6, [4, 2]), (8, [4, 4]), (9, [4, 5])]
+)
+def test_samples_of_no_shard_are_grouped_in_their_order(count: int, sizes: list[int]) -> None:
+    groups = consecutive(count, 4)
+    assert list(map(len, groups)) == sizes
+    assert [i for group in groups for i in group] == list(range(count))
+
+
+def test_one_sample_alone_is_no_group() -> None:
+    with pytest.raises(ValueError, match="one sample alone has nothing to be compared with"):
+        consecutive(1, 4)
+
+
+class Pairs:
+    """Numbers as images and as texts."""
+
+    columns = ("x",)
+
+    def collate(self, data: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.tensor(data), torch.tensor(data)
+
+
+class SumOfGroup:
+    """Scores that every member of the batch takes part in, for at most so many members or pieces at once."""
+
+    columns = (Column("score", "none", ""),)
+
+    def __init__(self, room: int) -> None:
+        self.room, self.tried = room, []
+
+    def __call__(self, batch: tuple) -> dict[str, torch.Tensor]:
+        images = batch[0] if isinstance(batch[0], tuple) else (batch[0],)
+        assert [len(piece) for piece in images] == [len(piece) for piece in images if len(piece)]
+        self.tried.append(len(images))
+        if max(map(len, images)) > self.room:
+            raise MemoryError
+        whole = torch.cat(images).float()
+        return {"score": whole.sum() + whole / 100}
+
+
+def scored(room: int, numbers: list[int], end: int) -> tuple[list[float], dict[int, str], list[int]]:
+    scorer = SumOfGroup(room)
+    samples = [Sample(row, str(row), Encoded(row, 1, 1)) for row in numbers]
+    scores, failed = score_groups(scorer, Pairs(), samples, make_groups(numbers, end, 4))  # type: ignore[arg-type]
+    return scores["score"].tolist(), failed, scorer.tried
+
+
+def test_rows_before_the_last_group_are_compared_with_and_keep_their_scores() -> None:
+    scores, failed, _ = scored(4, list(range(6)), 6)
+    np.testing.assert_allclose(scores, [6, 6.01, 6.02, 6.03, 14.04, 14.05], rtol=1e-6)
+    assert not failed
+
+
+def test_a_group_beyond_memory_comes_in_pieces_and_what_helped_is_kept() -> None:
+    scores, failed, tried = scored(1, list(range(8)), 8)
+    np.testing.assert_allclose(scores, scored(4, list(range(8)), 8)[0])
+    assert tried == [1, 2, 4, 4]
+    assert not failed
+    scores, failed, tried = scored(0, list(range(4)), 4)
+    assert tried == [1, 2, 4]
+    assert np.isnan(scores).all()
+    assert set(failed) == {0, 1, 2, 3}
+    assert "run out of memory; set task.group to less" in failed[0]
+
+
+def test_a_sample_without_another_is_no_sample() -> None:
+    scores, failed, _ = scored(4, [0, 1, 6], 8)
+    assert failed == {2: "no other row of its group is a sample that it could be compared with"}
+    assert np.isnan(scores).tolist() == [False, False, True]

@@ -1,0 +1,148 @@
+"""Images: tiny vision models of transformers with preprocessors of their own, from the recipe to the scores."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+
+from assay.engine.local import run
+from assay.recipe.errors import EngineError, RecipeError
+from assay.recipe.recipe import load_recipe
+from tests.small_architectures import save
+
+Image = pytest.importorskip("PIL.Image")
+CLASSES, COUNT = 3, 11
+RNG = np.random.default_rng(0)
+SIZES = [(int(height), int(width)) for height, width in RNG.integers(8, 40, (COUNT, 2))]
+PICTURES = [RNG.integers(0, 256, (*size, 3), dtype=np.uint8) for size in SIZES]
+LABELS = RNG.integers(0, CLASSES, COUNT).tolist()
+PREPROCESSORS = {
+    "vit": {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}},
+    "resnet": {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 32}},
+}
+
+
+def png(pixels: Any) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Two checkpoints of each architecture, and the models themselves."""
+    root = tmp_path_factory.mktemp("models")
+    made = {}
+    for kind, values in PREPROCESSORS.items():
+        for seed in (0, 1):
+            path = root / f"{kind}-{seed}"
+            made[path.name] = save(path, kind, "AutoModelForImageClassification", seed, num_labels=CLASSES)
+            (path / "preprocessor_config.json").write_text(json.dumps(values))
+    return root, made
+
+
+def write_recipe(root: Path, models: Path, kind: str, **task: Any) -> Path:
+    recipe = {
+        "version": 1,
+        "corpus": {"path": "data"},
+        "task": {"kind": "classification", "image_column": "image", "classes": CLASSES, **task},
+        "models": {f"m{seed}": {"kind": "transformers", "path": str(models / f"{kind}-{seed}")} for seed in (0, 1)},
+        "methods": [
+            {"method": "ensemble", "models": ["m0", "m1"]},
+            {"method": "grad_mimic", "model": "m0", "reference": "m1", "layers": "*classifier*"},
+        ],
+        "output": "scores",
+    }
+    (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return root / "recipe.yaml"
+
+
+def losses_of(model: Any, kind: str) -> np.ndarray:
+    """As transformers alone has them, an image at a time."""
+    module = __import__("transformers.models." + {"vit": "vit", "resnet": "convnext"}[kind], fromlist=["*"])
+    values = {key: value for key, value in PREPROCESSORS[kind].items() if key == "size"}
+    processor = getattr(module, PREPROCESSORS[kind]["image_processor_type"] + "Pil")(**values)
+    with torch.no_grad():
+        logits = torch.cat([model(**processor(Image.fromarray(p), return_tensors="pt")).logits for p in PICTURES])
+    return torch.nn.functional.cross_entropy(logits, torch.tensor(LABELS), reduction="none").numpy()
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_losses_are_those_of_transformers_whatever_the_form(tmp_path: Path, models: Any, kind: str) -> None:
+    folder, made = models
+    data = tmp_path / "data"
+    (data / "sub/images").mkdir(parents=True)
+    for i, picture in enumerate(PICTURES):
+        (data / f"sub/images/{i}.png").write_bytes(png(picture))
+    structs = [{"bytes": png(p), "path": "anything.png"} for p in PICTURES]
+    pq.write_table(pa.table({"image": structs, "label": LABELS}), data / "structs.parquet")
+    pq.write_table(pa.table({"image": [png(p) for p in PICTURES], "label": LABELS}), data / "bytes.parquet")
+    pq.write_table(pa.table({"image": [p.tolist() for p in PICTURES], "label": LABELS}), data / "pixels.parquet")
+    rows = [{"image": f"images/{i}.png", "label": label} for i, label in enumerate(LABELS)]
+    (data / "sub/paths.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    summary = run(load_recipe(str(write_recipe(tmp_path, folder, kind))))
+    assert summary.clean
+    assert summary.rows_scored == 4 * COUNT
+    expected = [losses_of(made[f"{kind}-{seed}"], kind) for seed in (0, 1)]
+    for name in ("structs", "bytes", "pixels", "sub/paths"):
+        table = pq.read_table(tmp_path / f"scores/{name}.parquet")
+        np.testing.assert_allclose(table["loss"].to_numpy(), expected[0], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(table["reference_loss"].to_numpy(), expected[1], rtol=1e-5, atol=1e-5)
+    one_by_one = load_recipe(str(write_recipe(tmp_path, folder, kind)), ["batch.samples=1", "output=alone"])
+    run(one_by_one)
+    for name in ("mimic", "ensemble_nll", "ensemble_entropy"):
+        own, alone = (
+            pq.read_table(tmp_path / f"{where}/bytes.parquet")[name].to_numpy() for where in ("scores", "alone")
+        )
+        np.testing.assert_allclose(own, alone, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_no_image_is_quarantined_with_its_reason(tmp_path: Path, models: Any) -> None:
+    good = png(PICTURES[0])
+    (tmp_path / "data").mkdir()
+    (tmp_path / "outside.png").write_bytes(good)
+    images = [good, None, b"text", good[:60], png(np.zeros((300, 400, 3), np.uint8)), good]
+    (tmp_path / "data").mkdir(exist_ok=True)
+    pq.write_table(pa.table({"image": images, "label": [0, 0, 0, 0, 0, 7]}), tmp_path / "data/a.parquet")
+    paths = ["../outside.png", str(tmp_path / "outside.png"), "none.png"]
+    (tmp_path / "data/b.jsonl").write_text("\n".join(json.dumps({"image": p, "label": 0}) for p in paths))
+    summary = run(load_recipe(str(write_recipe(tmp_path, models[0], "vit", max_pixels=100_000))))
+    assert (summary.rows_scored, summary.rows_quarantined) == (1, 8)
+    lists = sorted((tmp_path / "scores/quarantine").rglob("*.jsonl"))
+    reasons = [json.loads(line)["reason"] for file in lists for line in file.read_text().splitlines()]
+    for reason, said in zip(
+        reasons,
+        ["is null", "no image", "no PNG that can be decoded", "400 × 300 pixels", "outside the classes"]
+        + 2 * ["expected one relative to the table"]
+        + ["cannot be read (FileNotFoundError)"],
+        strict=True,
+    ):
+        assert said in reason
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        ({"input_column": "x"}, "task.image_column: is given beside input_column"),
+        ({"shape": [3]}, "task.shape: goes with input_column"),
+        ({"image_column": None, "max_pixels": 9}, "task.max_pixels: goes with image_column"),
+        ({"preprocessor": {"size": 16, "do_flip": True}}, "task.preprocessor: asks for do_flip"),
+        ({"preprocessor": {"size": {"shortest_edge": 16}}}, "task.preprocessor: the images would come out in sizes"),
+        ({"preprocessor": {"size": 24}}, r"models.m0: cannot be run on images of 3 × 24 × 24"),
+    ],
+)
+def test_wrong_settings_are_one_line(tmp_path: Path, models: Any, task: dict[str, Any], said: str) -> None:
+    (tmp_path / "data").mkdir()
+    pq.write_table(pa.table({"image": [png(PICTURES[0])], "label": [0]}), tmp_path / "data/a.parquet")
+    with pytest.raises((EngineError, RecipeError), match=said) as caught:
+        run(load_recipe(str(write_recipe(tmp_path, models[0], "vit", **task))))
+    assert "\n" not in str(caught.value)

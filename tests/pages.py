@@ -1,0 +1,53 @@
+"""What the worked pages speak of, tiny: data and models under the names that they have there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.small_models import TEXTS, byte_tokenizer, save_model
+
+CHAT = "{% for m in messages %}{{ m['role'][0] + ':' + m['content'] + '\n' }}{% endfor %}"
+CHAT += "{% if add_generation_prompt %}a:{% endif %}"
+
+
+def pretraining_text(root: Path) -> None:
+    (root / "corpus").mkdir()
+    for shard, texts in (("a", TEXTS[:5]), ("b", TEXTS[5:])):
+        pq.write_table(pa.table({"text": texts}), root / f"corpus/{shard}.parquet")
+    save_model(root / "run/step-1000")
+    save_model(root / "run/step-4000", seed=1)
+
+
+def instruction_data(root: Path) -> None:
+    turns = [[{"role": "user", "content": "Gold?"}, {"role": "assistant", "content": text}] for text in TEXTS]
+    for name, rows in (("instructions", turns), ("my-task", turns[:3])):
+        (root / f"{name}.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    save_model(root / "models/chat", tokenizer=byte_tokenizer(chat_template=CHAT))
+
+
+def own_model(root: Path) -> None:
+    rng = np.random.default_rng(0)
+    signals = rng.normal(size=(40, 32)).astype(np.float32)
+    columns = {"id": [f"s{i}" for i in range(40)], "signal": signals.tolist(), "label": rng.integers(0, 3, 40)}
+    pq.write_table(pa.table(columns), root / "signals.parquet")
+
+
+def wrong_labels(root: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    from tests.small_architectures import save
+
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (root / f"photos/{name}").mkdir(parents=True)
+        for i in range(4):
+            pixels = rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+            image.fromarray(pixels).save(root / f"photos/{name}/{i}.png")
+    save(root / "models/vit", "vit", "AutoModelForImageClassification", id2label={0: "cat", 1: "dog"})
+    settings = {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}}
+    (root / "models/vit/preprocessor_config.json").write_text(json.dumps(settings))

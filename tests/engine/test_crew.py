@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import logging
-import multiprocessing.forkserver
+import multiprocessing
 import os
 import random
 import signal
 import threading
 import time
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 
 from assay.corpus.errors import CorpusError
 from assay.corpus.storage import Store
@@ -23,7 +26,7 @@ from assay.engine.progress import Progress
 from assay.engine.shard import BLOCK_WINDOWS
 from assay.recipe.errors import EngineError
 from assay.recipe.recipe import load_recipe
-from tests.engine import odd_workers, unimportable
+from tests.engine import odd_workers, test_text, unimportable
 from tests.small_project import make_project, make_rows
 
 TWO = "run.devices='cpu,cpu'"
@@ -124,10 +127,8 @@ def test_two_workers_write_the_bytes_of_one(large, small_blocks, caplog):
 
 
 def test_a_part_of_the_shards_and_several_workers(large, small_blocks):
-    for i in (1, 2):
-        score(large, TWO, "output=parted", part=(i, 2))
+    assert [score(large, TWO, "output=parted", part=(i, 2)).done_before for i in (1, 2)] == [0, 0]
     assert written(large.root / "one") == written(large.root / "parted")
-    assert score(large, TWO, "output=parted").done_before == 5
 
 
 def test_a_shard_that_breaks_in_the_middle_leaves_no_part(large, small_blocks):
@@ -163,7 +164,7 @@ def test_kept_features_are_those_of_one_worker(project, monkeypatch):
     assert score(project, TWO, "output=two", rescore=True).reused == 2
 
 
-@pytest.mark.parametrize("split", [1, 1 << 30])
+@pytest.mark.parametrize("split", [pytest.param(1, marks=pytest.mark.slow), 1 << 30])
 def test_what_a_dead_worker_had_is_done_again(project, monkeypatch, caplog, split):
     monkeypatch.setattr(crew, "SPLIT_BYTES", split)
     odd(monkeypatch, "dies_once_on_each")
@@ -177,7 +178,7 @@ def test_what_a_dead_worker_had_is_done_again(project, monkeypatch, caplog, spli
     assert written(project.scores) == written(project.root / "alone")
 
 
-@pytest.mark.parametrize("split", [1, 1 << 30])
+@pytest.mark.parametrize("split", [1, pytest.param(1 << 30, marks=pytest.mark.slow)])
 def test_a_shard_on_which_two_die_is_quarantined(project, monkeypatch, split):
     monkeypatch.setattr(crew, "SPLIT_BYTES", split)
     project.write_shard("deadly.jsonl", make_rows(20, 3))
@@ -210,18 +211,59 @@ def test_a_worker_that_is_killed_as_it_starts_has_a_second_chance(project, monke
         score(project, TWO)
 
 
+def test_workers_trust_the_modules_that_the_caller_trusts(project, monkeypatch):
+    (project.root / "mymodels.py").write_text(
+        "import torch\n\ndef make(seed):\n    torch.manual_seed(seed)\n    return torch.nn.Linear(6, 3)\n"
+    )
+    monkeypatch.syspath_prepend(str(project.root))
+    models = {
+        name: {"kind": "python", "factory": "mymodels:make", "arguments": {"seed": i}} for i, name in enumerate("ab")
+    }
+    task = {**project.recipe["task"], "shape": [6]}
+    project.write_recipe(models=models, task=task, methods=[{"method": "ensemble", "models": ["a", "b"]}])
+    for devices in ("cpu", "cpu,cpu"):
+        loaded = load_recipe(str(project.path), [f"run.devices='{devices}'", f"output={devices}"], ["mymodels"])
+        assert run(loaded).clean
+    assert written(project.root / "cpu") == written(project.root / "cpu,cpu")
+
+
+@pytest.mark.slow
+def test_numbers_per_token_of_a_language_model_in_parts(tmp_path, monkeypatch):
+    """Lists in a table, a tokenizer in every worker, and batches by length."""
+    monkeypatch.setattr(crew, "SPLIT_BYTES", 1)
+    odd(monkeypatch, "small_windows")
+    for seed, name in enumerate(("small", "ref")):
+        test_text.save_model(tmp_path / name, seed)
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices(test_text.WORDS[1:], k=rng.randint(1, 20))) for _ in range(2 * BLOCK + 9)]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    recipe = {
+        "version": 1,
+        "corpus": {"path": "data"},
+        "task": {"kind": "causal_lm", "max_length": 16},
+        "models": {name: {"kind": "transformers", "path": name} for name in ("small", "ref")},
+        "methods": [
+            {"method": "ensemble", "models": ["small", "ref"], "tokens": True},
+            {"method": "grad_mimic", "model": "small", "reference": "ref"},
+        ],
+        "output": "scores",
+    }
+    path, overrides = tmp_path / "recipe.yaml", ["batch.tokens=500"]
+    path.write_text(yaml.safe_dump(recipe))
+    with monkeypatch.context() as patch:
+        patch.setattr(shard, "WINDOW_ROWS", odd_workers.SMALL_WINDOW)
+        run(load_recipe(str(path), [*overrides, "output=one", "run.devices=cpu"]))
+    run(load_recipe(str(path), [*overrides, "output=two", TWO]))
+    assert any(pa.types.is_list(field.type) for field in pq.read_schema(tmp_path / "one/a.parquet"))
+    assert written(tmp_path / "one") == written(tmp_path / "two")
+
+
 def test_what_does_not_fit_together_is_said_as_by_one(project):
     for devices in (TWO, "run.devices=cpu"):
         with pytest.raises(EngineError, match=r"^task\.classes is 4, but models\.a has 3 outputs$"):
             score(project, devices, "task.classes=4")
     assert not project.scores.exists()
-
-
-def test_a_worker_really_starts(project, monkeypatch):
-    monkeypatch.setattr(crew, "START", "spawn")
-    score(project, "output=one", "run.devices=cpu")
-    score(project, TWO, "output=two")
-    assert written(project.root / "one") == written(project.root / "two")
 
 
 def test_a_file_system_of_this_process_alone_is_refused(project):
@@ -230,7 +272,6 @@ def test_a_file_system_of_this_process_alone_is_refused(project):
 
 
 def _run(recipe: str) -> None:
-    multiprocessing.forkserver._forkserver._forkserver_pid = None  # a fork's own parent has one that it cannot ask
     run(load_recipe(recipe, [TWO]))
 
 
@@ -254,6 +295,8 @@ def wait_for(condition) -> None:
 
 
 def test_no_worker_outlives_the_process_that_started_it(project, monkeypatch):
+    """Workers start here as they do for everybody."""
+    monkeypatch.setattr(crew, "START", "spawn")
     for i in range(20):
         project.write_shard(f"{i:02}.jsonl", make_rows(10, 50 + i))
     odd(monkeypatch, "slow")

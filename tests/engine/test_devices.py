@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 from assay.cli import main
-from assay.engine import local
+from assay.engine import local, make_plan, open_workshop
 from assay.engine.devices import find_devices, limit_threads, place, threads_each
 from assay.engine.local import run
 from assay.recipe.errors import EngineError, RecipeError
 from assay.recipe.recipe import load_recipe
+from assay.tasks.base import to_device
 
 
 @pytest.fixture
@@ -116,3 +117,27 @@ def test_a_model_too_large_for_its_device_is_named(monkeypatch):
     monkeypatch.setattr(nn.Module, "to", fail)
     with pytest.raises(EngineError, match=r"models\.small: does not fit into the memory of cuda:1 \(CUDA out of mem"):
         place("small", model, torch.device("cuda", 1))
+
+
+def test_models_are_on_their_device_before_anybody_looks_at_them(project, monkeypatch):
+    """No GPU here: that they are asked to go there, and when, is all that can be seen."""
+    seen, device = [], torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda d: seen.append(("set_device", d)))
+    monkeypatch.setattr(nn.Module, "to", lambda model, d: (seen.append(("model", d)), model)[1])
+    spec = type(load_recipe(str(project.path)).task)
+    encoder = spec.encoder
+    monkeypatch.setattr(spec, "encoder", lambda *arguments: (seen.append(("encoder", None)), encoder(*arguments))[1])
+    open_workshop(make_plan(load_recipe(str(project.path))), device=device)
+    assert seen == [("set_device", device), *[("model", device)] * 3, ("encoder", None)]
+
+
+def test_batches_go_to_a_gpu_from_pinned_memory_while_the_host_goes_on(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: (calls.append("pinned"), t)[1])
+    monkeypatch.setattr(torch.Tensor, "to", lambda t, *a, **k: (calls.append((*a, k)), t)[1])
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 1)
+    to_device({"ids": torch.zeros(2), "name": "x"}, gpu)
+    assert calls == ["pinned", (gpu, {"non_blocking": True})]
+    calls.clear()
+    to_device((torch.zeros(2),), cpu)
+    assert calls == [(cpu, {})]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import assay
 from assay.methods import AdamState, Kernel, Method
+from assay.methods.base import samples_gathered
 from assay.methods.targets import Targets
 from assay.ops import Kronecker, Sketch
 from assay.recipe.methods import METHODS
@@ -300,6 +301,15 @@ def metadata_is_text(method: type[Any], world: World) -> None:
         scores(made.fit(world.pool), world.pool)
 
 
+def metadata_gathers_no_more_than_it_says(method: type[Any], world: World) -> None:
+    """Else parts of a shard could not be scored apart."""
+    made = world.every(method).fit(world.pool)
+    before = made.metadata()
+    scores(made, world.pool)
+    if samples_gathered(made) == 0:
+        assert made.metadata() == before
+
+
 def remedies_exist(method: type[Any], world: World) -> None:
     """What the probe's errors recommend can be given to whoever takes gradients."""
     keywords = inspect.signature(method.__init__).parameters.keys()
@@ -341,6 +351,7 @@ CHECKS: list[Callable[[type[Any], World], None]] = [
     a_broken_row_stays_alone,
     the_same_input_gives_the_same_bits,
     metadata_is_text,
+    metadata_gathers_no_more_than_it_says,
     remedies_exist,
     its_constructor_is_its_recipes_keys,
 ]

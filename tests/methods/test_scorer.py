@@ -24,6 +24,7 @@ from assay.methods import (
     Views,
     ensemble_scores,
 )
+from assay.methods.base import samples_gathered
 from assay.probe import Probe, SqNorm, tapped_parameters
 from assay.tasks import CausalLM, Classification, Margin, Sampled
 from tests.methods.data import mlp, noisy_digits, train
@@ -402,3 +403,27 @@ def test_a_view_without_samples_is_no_empty_batch() -> None:
     model, ids = TinyLM(), torch.randint(23, (3, 6))
     with pytest.raises(ValueError, match="the main view has 3, view 'prompted' has 0"):
         Scorer([Gain(model)])(Views({"input_ids": ids}, {"prompted": {"input_ids": ids[:0]}}, {"text": ["a"] * 3}))
+
+
+def test_what_metadata_speaks_of_is_what_its_own_class_says() -> None:
+    class Plain(Method):
+        name = "plain"
+
+    class Says(Plain):
+        def metadata(self) -> dict[str, str]:
+            return {"rows": "all"}
+
+    class Fixed(Says):
+        gathers = 0
+
+        def metadata(self) -> dict[str, str]:
+            return {}
+
+    class Adds(Fixed):
+        def metadata(self) -> dict[str, str]:
+            return {"rows": "all"}
+
+    class Renamed(Fixed):
+        name = "renamed"
+
+    assert [samples_gathered(made()) for made in (Plain, Says, Fixed, Adds, Renamed)] == [0, None, 0, None, 0]

@@ -32,6 +32,7 @@ from assay.engine.progress import Progress
 from assay.engine.shard import Share
 from assay.engine.timing import Times
 from assay.recipe.errors import EngineError
+from assay.recipe.factories import trusted_by
 
 log = logging.getLogger("assay")
 
@@ -48,9 +49,8 @@ Outcome = tuple[Footer, bool] | str
 """A table's footer and whether it came of stored features, or why the shard cannot be read."""
 
 
-def units_at_most(plan: Plan, workers: int) -> int:
-    """How many units there may be for so many workers."""
-    sizes = sizes_of(plan.todo)
+def units_at_most(sizes: Mapping[Shard, int], workers: int) -> int:
+    """How many units there may be of shards of these sizes, for so many workers."""
     return sum(_shares(size, sum(sizes.values()), workers) for size in sizes.values())
 
 
@@ -60,7 +60,7 @@ def sizes_of(shards: Sequence[Shard]) -> dict[Shard, int]:
     for shard in shards:
         sizes[shard] = 0
         with contextlib.suppress(OSError):
-            sizes[shard] = shard.fingerprint().size
+            sizes[shard] = (shard.listed or shard.fingerprint()).size
     return sizes
 
 
@@ -71,6 +71,7 @@ def _shares(size: int, total: int, workers: int) -> int:
 
 def score_with_workers(
     plan: Plan,
+    sizes: Mapping[Shard, int],
     devices: Sequence[torch.device],
     progress: Progress,
     times: Times,
@@ -79,6 +80,7 @@ def score_with_workers(
     """Score a plan's shards with a worker on each device.
 
     Args:
+        sizes: of the shards to score, in bytes.
         progress: starts when the first worker is ready.
         times: the workers' are added up in it.
         on_unreadable: is called as soon as that is known.
@@ -87,7 +89,7 @@ def score_with_workers(
         EngineError: a worker cannot start, or what it scores with fails; all have ended.
     """
     _refuse_memory(plan)
-    crew = _Crew(plan, progress, times, on_unreadable)
+    crew = _Crew(plan, sizes, progress, times, on_unreadable)
     with _staging(plan.output) as crew.stage:
         try:
             crew.start(devices)
@@ -143,9 +145,15 @@ class _Crew:
     stage: Callable[[], str]
 
     def __init__(
-        self, plan: Plan, progress: Progress, times: Times, on_unreadable: Callable[[Shard, str], None]
+        self,
+        plan: Plan,
+        sizes: Mapping[Shard, int],
+        progress: Progress,
+        times: Times,
+        on_unreadable: Callable[[Shard, str], None],
     ) -> None:
         self.outcomes: dict[Shard, Outcome] = {}
+        self._sizes = sizes
         self._plan, self._progress, self._times, self._on_unreadable = plan, progress, times, on_unreadable
         self._context: Any = multiprocessing.get_context(START)
         self._workers: list[_Worker] = []
@@ -168,8 +176,8 @@ class _Crew:
         recipe = self._plan.recipe
         fitted = {path: self._plan.corpora[path] for path in recipe.fitted_to().values()}
         level = logging.getLogger("assay").getEffectiveLevel()
-        data: Mapping[str, Any] = recipe.model_dump()
-        setup = Setup(data, self._plan.identity, fitted, str(device), self._threads, level, time.perf_counter())
+        data, trust = recipe.model_dump(), trusted_by(recipe.models.values())
+        setup = Setup(data, trust, self._plan.identity, fitted, str(device), self._threads, level, time.perf_counter())
         mine, theirs = self._context.Pipe()
         process = self._context.Process(target=worker.main, args=(theirs, setup), daemon=True, name="assay-worker")
         with _without_interrupts(), theirs:
@@ -239,17 +247,16 @@ class _Crew:
         while self._ready is None:
             self._listen()
         write_manifest(self._plan, self._ready.columns)
-        sizes, workers = sizes_of(self._plan.todo), len(self._workers)
-        total = sum(sizes.values())
-        for shard, size in sorted(sizes.items(), key=lambda item: -item[1]):
+        total, workers = sum(self._sizes.values()), len(self._devices)
+        for shard, size in sorted(self._sizes.items(), key=lambda item: -item[1]):
             whole = self._ready.gathers is None or self._plan.recipe.task.group_rows is not None
             count = 1 if whole else _shares(size, total, workers)
             self._waiting += [_Job(shard, size / count, Share(i, count)) for i in range(count)]
 
     def work(self) -> None:
         """Hand out units until every shard has its outcome."""
-        self._progress.start(len(self._plan.todo), sum(sizes_of(self._plan.todo).values()))
-        while len(self.outcomes) < len(self._plan.todo):
+        self._progress.start(len(self._sizes), sum(self._sizes.values()))
+        while len(self.outcomes) < len(self._sizes):
             if not self._workers:
                 self._hire(self._devices[0])
             for each in self._workers:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -86,22 +86,23 @@ def run(
         left_out = {entry.path: entry.reason for corpus in corpora.values() for entry in corpus.left_out}
         summary = RunSummary(**vars(plan.done), done_before=plan.done.shards, left_out=left_out)
         if plan.todo:
-            _score(plan, devices[: units_at_most(plan, len(devices))], summary, progress or Progress())
+            _score(plan, devices, summary, progress or Progress())
     return summary
 
 
 def _score(plan: Plan, devices: Sequence[torch.device], summary: RunSummary, progress: Progress) -> None:
     """Score what is to do, and count what became of it in the plan's order."""
-    began = time.perf_counter()
+    began, sizes = time.perf_counter(), sizes_of(plan.todo)
+    devices = devices[: units_at_most(sizes, len(devices))]
 
     def on_unreadable(shard: Shard, reason: str) -> None:
         log.error("%s: %s", shard.path, reason)
         _quarantine_shard(plan.output, shard, reason)
 
     if len(devices) > 1:
-        outcomes = score_with_workers(plan, devices, progress, summary.times, on_unreadable)
+        outcomes = score_with_workers(plan, sizes, devices, progress, summary.times, on_unreadable)
     else:
-        outcomes = _score_here(plan, devices[0], progress, summary.times, on_unreadable)
+        outcomes = _score_here(plan, sizes, devices[0], progress, summary.times, on_unreadable)
     summary.times.total, summary.workers = time.perf_counter() - began, len(devices)
     for shard, outcome in outcomes.items():
         if isinstance(outcome, str):
@@ -115,14 +116,18 @@ def _score(plan: Plan, devices: Sequence[torch.device], summary: RunSummary, pro
 
 
 def _score_here(
-    plan: Plan, device: torch.device, progress: Progress, times: Times, on_unreadable: Callable[[Shard, str], None]
+    plan: Plan,
+    sizes: Mapping[Shard, int],
+    device: torch.device,
+    progress: Progress,
+    times: Times,
+    on_unreadable: Callable[[Shard, str], None],
 ) -> dict[Shard, Outcome]:
     """In this process; what it takes is added to ``times``."""
     with times.measure("load"):
         workshop = open_workshop(plan, device=device)
     write_manifest(plan, workshop.columns)
     outcomes: dict[Shard, Outcome] = {}
-    sizes = sizes_of(plan.todo)
     with progress as shown:
         shown.start(len(sizes), sum(sizes.values()))
         for shard, size in sizes.items():

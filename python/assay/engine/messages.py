@@ -20,6 +20,8 @@ class Setup:
 
     recipe: Mapping[str, Any]
     """Resolved, as plain data: the classes of its parts are made when they are first named."""
+    trust: Sequence[str]
+    """The modules whose Python it may run."""
     identity: Identity
     corpora: Mapping[str, Corpus]
     """Those that methods are fitted to, by path."""

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from assay.corpus.errors import ShardError
@@ -20,7 +19,7 @@ from assay.corpus.quarantine import QuarantineWriter
 from assay.corpus.score_files import ScoreWriter
 from assay.corpus.shards import Shard
 from assay.corpus.storage import Fingerprint, Store
-from assay.corpus.tables import ScoreColumn, make_table, score_schema
+from assay.corpus.tables import ScoreColumn, count_nan, make_table, score_schema
 from assay.engine.shard import Scored, Share, score_windows
 from assay.engine.workshop import Workshop
 from assay.methods.base import samples_gathered
@@ -50,10 +49,11 @@ class PartsDiffer(Exception):
 def gathered(workshop: Workshop) -> int | None:
     """How many of a shard's first samples the methods' metadata speaks of; None if a shard cannot be scored in parts.
 
-    It cannot where a method keeps its features, or says something of all samples.
+    It cannot where a method keeps its features or says something of all samples, nor where samples are compared in
+    groups, which go on across blocks.
     """
     each = [samples_gathered(method) for method in workshop.methods]
-    if workshop.feature_methods or any(count is None for count in each):
+    if workshop.feature_methods or workshop.recipe.task.group_rows is not None or any(count is None for count in each):
         return None
     return max((count for count in each if count is not None), default=0)
 
@@ -75,7 +75,7 @@ def score_part(workshop: Workshop, shard: Shard, share: Share, path: str, on_pro
             rejected = [(bad.row, bad.id, bad.reason) for bad in scored.rejected]
             facts = {"first": scored.window.rows[0].row, "rows": len(scored.window.rows), "rejected": rejected}
             stream.write_batch(batch, custom_metadata={_KEY: json.dumps(facts).encode()})
-            part.nan.update({name: int(np.isnan(values).sum()) for name, values in scored.scores.items()})
+            part.nan.update({name: count_nan(values) for name, values in scored.scores.items()})
             part.first_scored += table.num_rows if scored.window.block == 0 else 0
             blocks.add(scored.window.block)
 

@@ -142,6 +142,7 @@ def test_marks_around_other_tokens_are_refused():
         ("hello", "a question and an answer do not come out of it again"),
         ("{{ messages.__class__.__mro__ }}", "SecurityError"),
         ("{% for i in range(10000000) %}x{% endfor %}", "OverflowError"),
+        ("{{ 'x' * 100000000000 }}", "MemoryError"),
     ],
 )
 def test_a_template_that_cannot_be_used_is_one_line(template, message):

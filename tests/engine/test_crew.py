@@ -227,6 +227,20 @@ def test_workers_trust_the_modules_that_the_caller_trusts(project, monkeypatch):
     assert written(project.root / "cpu") == written(project.root / "cpu,cpu")
 
 
+def test_workers_know_what_the_columns_tell(project):
+    """Labels by name: the task is then as the plan has it, not as its keys alone would make it."""
+    for i, path in enumerate(("named/a.parquet", "named/b.parquet")):
+        rows = [row | {"label": "cab"[row["label"]]} for row in make_rows(20, i)]
+        project.write_shard(f"../{path}", rows)
+    project.write_recipe(task=project.recipe["task"] | {"labels": ["c", "a", "b"]})
+    for name, devices in (("one", "run.devices=cpu"), ("two", TWO)):
+        score(project, devices, f"output={name}", "corpus.path=named")
+    one, two = (pq.read_table(project.root / name / "a.parquet") for name in ("one", "two"))
+    assert one.num_rows == 20
+    assert one.equals(two)
+    assert written(project.root / "one") == written(project.root / "two")
+
+
 @pytest.mark.slow
 def test_numbers_per_token_of_a_language_model_in_parts(tmp_path, monkeypatch):
     """Lists in a table, a tokenizer in every worker, and batches by length."""

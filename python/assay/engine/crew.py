@@ -175,9 +175,17 @@ class _Crew:
     def _hire(self, device: torch.device) -> None:
         recipe = self._plan.recipe
         fitted = {path: self._plan.corpora[path] for path in recipe.fitted_to().values()}
-        level = logging.getLogger("assay").getEffectiveLevel()
-        data, trust = recipe.model_dump(), trusted_by(recipe.models.values())
-        setup = Setup(data, trust, self._plan.identity, fitted, str(device), self._threads, level, time.perf_counter())
+        setup = Setup(
+            recipe.model_dump(),
+            recipe.task,
+            trusted_by(recipe.models.values()),
+            self._plan.identity,
+            fitted,
+            str(device),
+            self._threads,
+            logging.getLogger("assay").getEffectiveLevel(),
+            time.perf_counter(),
+        )
         mine, theirs = self._context.Pipe()
         process = self._context.Process(target=worker.main, args=(theirs, setup), daemon=True, name="assay-worker")
         with _without_interrupts(), theirs:

@@ -12,6 +12,7 @@ from assay.engine.parts import Part
 from assay.engine.shard import Share
 from assay.engine.timing import Times
 from assay.methods import Column
+from assay.recipe.tasks import TaskSpec
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class Setup:
 
     recipe: Mapping[str, Any]
     """Resolved, as plain data: the classes of its parts are made when they are first named."""
+    task: TaskSpec
+    """As the plan has it: with what the corpus's columns tell."""
     trust: Sequence[str]
     """The modules whose Python it may run."""
     identity: Identity

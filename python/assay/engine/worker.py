@@ -57,6 +57,7 @@ def main(connection: Connection, setup: Setup) -> None:
 
 def _open(setup: Setup) -> tuple[Workshop, Store]:
     recipe = Recipe.model_validate(setup.recipe, context={"base": "/", "trust": setup.trust})
+    recipe = recipe.model_copy(update={"task": setup.task})
     output = Store.at(recipe.output)
     none = Corpus(Store.at(recipe.corpus.path), ())
     plan = Plan(recipe, setup.identity, none, setup.corpora, output, Tally(), (), ())

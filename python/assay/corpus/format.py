@@ -101,12 +101,12 @@ class Format:
     files: Callable[[Store, str], list[str]] | None = None
 
 
-def parts(rows: Iterable[tuple[int, T]]) -> Iterator[tuple[int, list[T]]]:
-    """Rows, each with the number of bytes that it takes, in chunks; each with the index of its first row."""
+def parts(rows: Iterable[T], size: Callable[[T], int]) -> Iterator[tuple[int, list[T]]]:
+    """Rows in chunks, each with the index of its first row; ``size`` tells the bytes that a row takes."""
     first, held, part = 0, 0, []
-    for size, row in rows:
+    for row in rows:
         part.append(row)
-        held += size
+        held += size(row)
         if len(part) == CHUNK_ROWS or held >= CHUNK_BYTES:
             yield first, part
             first, held, part = first + len(part), 0, []

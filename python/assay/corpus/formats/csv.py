@@ -51,11 +51,11 @@ def _opened(source: Source) -> tuple[list[str], Iterator[tuple[int, list[list[st
     _, header = next(records, (b"", []))
     if isinstance(header, BadRow):
         raise ShardError(f"its header cannot be read: {header}")
-    rows = (
-        (len(raw), row if isinstance(row, BadRow) or len(row) == len(header) else _uneven(row, header))
-        for raw, row in records
-    )
-    return header, parts(rows)
+
+    def rows(part: Sequence[Record]) -> list[list[str] | BadRow]:
+        return [row if isinstance(row, BadRow) or len(row) == len(header) else _uneven(row, header) for _, row in part]
+
+    return header, ((first, rows(part)) for first, part in parts(records, lambda record: len(record[0])))
 
 
 def _copy(source: Source, keep: Mask, file: BinaryIO) -> None:

@@ -36,21 +36,22 @@ def _read(source: Source, columns: Sequence[str]) -> Iterator[Chunk]:
     assert source.folder is not None
     check_columns(columns, list(_facts(source)))
     is_wanted = any(name.partition(".")[0] == "image" for name in columns)
-    for first, rows in parts(_rows(source.folder, is_wanted)):
+    for first, rows in parts(_rows(source.folder, is_wanted), _size):
         faults = {i: str(row) for i, row in enumerate(rows) if isinstance(row, BadRow)}
         values = {name: [value_at(row, name) if isinstance(row, dict) else None for row in rows] for name in columns}
         yield Chunk(first, values, faults, len(rows), (first + len(rows)) / len(source.folder.files))
 
 
-def _rows(folder: Folder, is_read: bool) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
-    """Every row with its size; of its image the bytes, if they are to be read."""
+def _rows(folder: Folder, is_read: bool) -> Iterator[dict[str, Any] | BadRow]:
+    """Every row; of its image the bytes, if they are to be read."""
     for path in folder.files:
         data = _bytes(folder.store, path) if is_read else b""
-        if isinstance(data, BadRow):
-            yield _ROW_BYTES, data
-        else:
-            image = {"bytes": data, "path": path}
-            yield _ROW_BYTES + len(data), {"image": image, "label": os.path.dirname(path), "path": path}
+        image = {"bytes": data, "path": path}
+        yield data if isinstance(data, BadRow) else {"image": image, "label": os.path.dirname(path), "path": path}
+
+
+def _size(row: dict[str, Any] | BadRow) -> int:
+    return _ROW_BYTES + (len(row["image"]["bytes"]) if isinstance(row, dict) else 0)
 
 
 def _bytes(store: Store, path: str) -> bytes | BadRow:

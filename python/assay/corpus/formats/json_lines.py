@@ -35,7 +35,7 @@ def _facts(source: Source) -> dict[str, ColumnFacts]:
 
 
 def _parts(source: Source) -> Iterator[tuple[int, list[bytes]]]:
-    return parts((len(line), line) for line in _checked(lines(source.file, source.compression)))
+    return parts(_checked(lines(source.file, source.compression)), len)
 
 
 def _copy(source: Source, keep: Mask, file: BinaryIO) -> None:
@@ -92,12 +92,12 @@ def _chunk(first: int, rows: Sequence[bytes], columns: Sequence[str], progress: 
     for offset, line in enumerate(rows):
         try:
             record = _record(line, is_first=first + offset == 0)
-            found = [value_at(record, name) for name in columns]
+            for name, own in values.items():
+                own[offset] = record[name] if name in record else value_at(record, name)
         except BadRow as fault:  # noqa: PERF203 - a fault concerns its own line only
             faults[offset] = str(fault)
-        else:
-            for name, value in zip(columns, found, strict=True):
-                values[name][offset] = value
+            for own in values.values():
+                own[offset] = None
     return Chunk(first, values, faults, len(rows), min(progress, 1.0))
 
 

@@ -65,7 +65,7 @@ class _Row:
 
 
 def _read(source: Source, columns: Sequence[str]) -> Iterator[Chunk]:
-    for first, rows in parts(_rows(source, columns)):
+    for first, rows in parts(_rows(source, columns), _size):
         values: dict[str, list[Any]] = {name: [None] * len(rows) for name in columns}
         faults: dict[int, str] = {}
         for i, row in enumerate(rows):
@@ -81,7 +81,7 @@ def _read(source: Source, columns: Sequence[str]) -> Iterator[Chunk]:
 
 
 def _facts(source: Source) -> dict[str, ColumnFacts]:
-    _, rows = next(parts(_rows(source, None)), (0, []))
+    _, rows = next(parts(_rows(source, None), _size), (0, []))
     columns: dict[str, list[Any]] = {KEY: [row.key for row in rows]}
     for row in rows:
         for column, data in row.data.items():
@@ -106,19 +106,23 @@ def _copy(source: Source, keep: Mask, file: BinaryIO) -> None:
     check_length(seen, keep)
 
 
-def _rows(source: Source, columns: Sequence[str] | None) -> Iterator[tuple[int, _Row]]:
-    """Every row, with its size in memory; ``columns`` None takes all."""
+def _rows(source: Source, columns: Sequence[str] | None) -> Iterator[_Row]:
+    """Every row; ``columns`` None takes all."""
     archive = Archive(unpacked(source.file, source.compression))
     row, place = _Row(""), -1
     for at, member, (key, column) in _members(archive):
         if at != place:
             if place >= 0:
-                yield row.size, row
+                yield row
             row, place = _Row(key), at
         is_wanted = columns is None or any(name == column or name.startswith(f"{column}.") for name in columns)
         row.take(archive, member, column, is_wanted)
     if place >= 0:
-        yield row.size, row
+        yield row
+
+
+def _size(row: _Row) -> int:
+    return row.size
 
 
 def _members(archive: Archive) -> Iterator[tuple[int, Member, tuple[str, str]]]:

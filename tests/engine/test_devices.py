@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from assay.cli import main
-from assay.engine import local, make_plan, open_workshop
+from assay.engine import local, make_plan, open_workshop, workshop
 from assay.engine.devices import find_devices, limit_threads, place, threads_each
 from assay.engine.local import run
 from assay.recipe.errors import EngineError, RecipeError
@@ -124,11 +124,10 @@ def test_models_are_on_their_device_before_anybody_looks_at_them(project, monkey
     seen, device = [], torch.device("cuda", 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda d: seen.append(("set_device", d)))
     monkeypatch.setattr(nn.Module, "to", lambda model, d: (seen.append(("model", d)), model)[1])
-    spec = type(load_recipe(str(project.path)).task)
-    encoder = spec.encoder
-    monkeypatch.setattr(spec, "encoder", lambda *arguments: (seen.append(("encoder", None)), encoder(*arguments))[1])
+    given = workshop.Given
+    monkeypatch.setattr(workshop, "Given", lambda *arguments: (seen.append(("methods", None)), given(*arguments))[1])
     open_workshop(make_plan(load_recipe(str(project.path))), device=device)
-    assert seen == [("set_device", device), *[("model", device)] * 3, ("encoder", None)]
+    assert seen == [("set_device", device), *[("model", device)] * 3, ("methods", None)]
 
 
 def test_batches_go_to_a_gpu_from_pinned_memory_while_the_host_goes_on(monkeypatch):

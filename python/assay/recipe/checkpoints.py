@@ -104,9 +104,7 @@ def load_folder(folder: ModelFolder, wanted: Wanted, elsewhere: Mapping[str, Sto
     _check_duplicates(folder.path, model, stored)
     with refusing(f"{config_file}: transformers cannot tell which weights are tied"):
         _check_ties(config_file, model)
-    with refusing(f"{config_file}: transformers cannot tell what texts are padded with"):
-        check_padding_token(config_file, model)
-    return _finished(folder.path, model, wanted)
+    return _finished(folder.path, config_file, model, wanted)
 
 
 def load_gguf(path: str, wanted: Wanted) -> nn.Module:
@@ -128,11 +126,13 @@ def load_gguf(path: str, wanted: Wanted) -> nn.Module:
             trust_remote_code=False,
         )
     _check_report(path, model, report, {})
-    check_padding_token(path, model)
-    return _finished(path, model, wanted)
+    return _finished(path, path, model, wanted)
 
 
-def _finished(path: str, model: nn.Module, wanted: Wanted) -> nn.Module:
+def _finished(path: str, config_file: str, model: nn.Module, wanted: Wanted) -> nn.Module:
+    """The model of a folder or file, once it is known to be whole."""
+    with refusing(f"{config_file}: transformers cannot tell what texts are padded with"):
+        check_padding_token(config_file, model)
     if wanted.dtype == "float16":  # it ends at 65504: what lies beyond has become infinite
         beyond = [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]
         if beyond:

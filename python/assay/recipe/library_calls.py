@@ -43,7 +43,7 @@ class _ToOwnLog(logging.Handler):
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """What libraries print, log and warn of goes to assay's own log, at its lowest level; and they reach no network, for
+    """What libraries print, log and warn of goes to assay's own log, at its lowest level. They reach no network either:
     a config may name what it wants fetched."""
     loggers = [logging.getLogger(name) for name in _LOUD]
     before = [(logger.handlers, logger.propagate) for logger in loggers]

@@ -78,16 +78,17 @@ def check_probe(
     *,
     tolerance: float = 1e-10,
     forward_mode: bool = True,
+    with_factors: str | None = None,
 ) -> Signals:
-    """The probe's losses, dots, norms, gradients and factors are torch.func's."""
+    """The probe's losses, dots, norms, gradients and factors (of all layers that have them) are torch.func's."""
     names = tapped_parameters(model)
     expected = jacobian(model, losses, batch)
     assert set(names) == set(expected)
     direction = random_direction(model, names)
     collect = Collect(names)
     reductions = {"dot": Dot(direction), "sqnorm": SqNorm(names), "collect": collect}
-    with_factors = select(model, None, skip_unsupported=True, bare=False).names
-    with Probe(model, task, factors=with_factors, reductions=reductions) as probe:
+    factored = select(model, with_factors, skip_unsupported=True, bare=False).names
+    with Probe(model, task, factors=factored, reductions=reductions) as probe:
         signals = probe(batch)
     assert probe.coverage == 1.0
 

@@ -32,11 +32,25 @@ MODELS: dict[str, Any] = {
     "Mixtral": {"num_local_experts": 3},
     "Qwen3Moe": {"num_experts": 4, "moe_intermediate_size": 6},
     "Qwen2Moe": {"num_experts": 3, "moe_intermediate_size": 6, "shared_expert_intermediate_size": 10},
+    "GptOss": {"num_local_experts": 3},  # transposed weights, biases, gates between the others' columns
+    "Olmoe": {"num_experts": 3},
+    "GraniteMoe": {"num_local_experts": 3},
+    "DeepseekV3": {
+        **{"num_key_value_heads": 2, "q_lora_rank": 4, "kv_lora_rank": 4, "v_head_dim": 4, "first_k_dense_replace": 0},
+        **{"qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "n_routed_experts": 4, "n_group": 2, "topk_group": 1},
+        "moe_intermediate_size": 6,
+    },
+    "NemotronH": {  # no gate
+        **{"hybrid_override_pattern": "E", "n_routed_experts": 3, "n_group": 1, "topk_group": 1},
+        **{"moe_intermediate_size": 6, "moe_shared_expert_intermediate_size": 6, "mamba_num_heads": 2},
+    },
+    "Llama4": {"num_local_experts": 3, "intermediate_size_mlp": 12, "pad_token_id": 0, "num_experts_per_tok": 1},
 }
 
 
 def mixture(kind: str) -> nn.Module:
-    config = getattr(transformers, f"{kind}Config")(**OPTIONS, **MODELS[kind])
+    family = "Llama4Text" if kind == "Llama4" else kind
+    config = getattr(transformers, f"{family}Config")(**{**OPTIONS, **MODELS[kind]})
     return randomise(getattr(transformers, f"{kind}ForCausalLM")(config))
 
 

@@ -9,11 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from assay.probe.experts import Routing
-from assay.probe.gradient import Dense, Term
+from assay.probe.formulas import Factors
 from assay.probe.head import Head
-from assay.probe.layers import Factors
+from assay.probe.layouts import Layout, arranged
 from assay.probe.selection import Tap
-from assay.probe.shared import Start
+from assay.probe.starts import Start
+from assay.probe.terms import Dense, Term
 
 
 @dataclass
@@ -23,7 +24,8 @@ class Call:
     A fused output layer's ``grads`` (B, T) are those of its row losses, and ``labels`` (B, T) say of which.
 
     Attributes:
-        lead: what the first dimensions of ``inputs`` are reshaped to where the first is not the batch's alone.
+        layout: how the samples lie in ``inputs`` and ``grads``.
+        size: B.
         start: of values that all samples share.
         routing: of a mixture's experts.
     """
@@ -33,7 +35,8 @@ class Call:
     inputs: Tensor
     version: int
     labels: Tensor | None = None
-    lead: tuple[int, ...] | None = None
+    layout: Layout = "first"
+    size: int = 0
     start: Start | None = None
     routing: Routing | None = None
     open: int = 0
@@ -54,7 +57,10 @@ class Call:
         if self.grads is None:
             return []
         if self.routing is not None:
-            return [self.routing.term(self.tap.module, local, self.checked_inputs(), self.grads)]
+            term = self.routing.term(self.tap.module, local, self.checked_inputs(), self.grads)
+            if local.endswith("_bias"):
+                return [Dense(term.dense((*self.tap.module.get_parameter(local).shape, 1)).squeeze(-1))]
+            return [term]
         if self.labels is None:
             return [self.tap.rule.term(self.tap.module, local, self._inputs(), self._grads())]
         head = self._head()
@@ -70,14 +76,14 @@ class Call:
             raise ValueError(f"layer {self.tap.layer!r} ({type(self.tap.module).__name__}) has no positions of its own")
         inputs, grads = self._inputs(), self._grads()
         dots = rule.dot_by_position(self.tap.module, local, inputs, grads, direction)
-        if dots.shape[1] != positions and inputs.shape[1:2] == (positions,):
-            dots = dots.reshape(len(dots), positions, -1).sum(2)  # attention heads, say, at every position
-        if dots.shape[1] != positions:
+        lead = inputs.shape[1:-1] if inputs.is_floating_point() else inputs.shape[1:]
+        mine = lead[:1] == (positions,) or [n for n in lead if n != 1] == [positions]  # in the order of the tokens
+        if not mine or dots.shape[1] % positions:
             raise ValueError(
                 f"layer {self.tap.layer!r} ({type(self.tap.module).__name__}) ran on {tuple(inputs.shape)}, which are "
                 f"not the {positions} tokens of each sample"
             )
-        return dots
+        return dots.reshape(len(dots), positions, -1).sum(2)  # attention heads, say, at every position
 
     def _inputs(self) -> Tensor:
         """(B, ...)."""
@@ -85,11 +91,11 @@ class Call:
         if self.start is not None:  # the same for all samples
             assert self.grads is not None
             return inputs[None].expand(len(self.grads), *inputs.shape)
-        return inputs if self.lead is None else inputs.reshape(*self.lead, *inputs.shape[1:])
+        return arranged(inputs, self.layout, self.size)
 
     def _grads(self) -> Tensor:
         assert self.grads is not None
-        return self.grads if self.lead is None else self.grads.reshape(*self.lead, *self.grads.shape[1:])
+        return arranged(self.grads, self.layout, self.size)
 
     def _head(self) -> Head:
         assert self.labels is not None
@@ -114,5 +120,7 @@ class Call:
     def release(self, last: bool) -> None:
         # The graph's hooks hold this object until the whole backward pass is over.
         self.grads = None
+        if self.start is not None:
+            self.start.terms = []
         if last:
             self.inputs = self.inputs.new_empty(0)

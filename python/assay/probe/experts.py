@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from assay.ops import Kronecker, Mask, Sketch, grad_sketch, project
@@ -78,7 +79,7 @@ class Routing:
     samples: int
 
     def term(self, module: Any, local: str, tokens: Tensor, grads: Tensor) -> Experts:
-        """The gradient of ``gate_up_proj`` (E, 2I, D) or ``down_proj`` (E, D, I).
+        """The gradient of ``gate_up_proj`` or ``up_proj``, ``down_proj``, or a bias of theirs as columns (E, O, 1).
 
         Args:
             module: experts of transformers, Σ_j weight_j · down_j(gate(up_j(token))).
@@ -87,22 +88,38 @@ class Routing:
             grads: (N, D), of the module's output.
         """
         kind = torch.promote_types(tokens.dtype, torch.float32)
-        up, down = module.gate_up_proj.detach(), module.down_proj.detach()
+        gate = module._apply_gate if module.has_gate else module.act_fn
         each = []
-        for e in range(len(up)):
+        for e in range(len(module.down_proj)):
             token, slot = torch.where(self.index == e)
+            token_states = tokens[token].to(kind)
             outer = grads[token].to(kind) * self.weights[token, slot, None].to(kind)
             with torch.enable_grad():
-                gated = (tokens[token].to(kind) @ up[e].to(kind).T).requires_grad_()
-                inner = module._apply_gate(gated)
-            if local == "down_proj":
+                gated = F.linear(token_states, *_expert(module, _up(module), e, kind)).requires_grad_()
+                inner = gate(gated)
+            if local.startswith("down_proj"):
                 left, right = outer, inner.detach()
             else:
-                (left,) = torch.autograd.grad(inner, gated, outer @ down[e].to(kind))
-                right = tokens[token].to(kind)
+                (left,) = torch.autograd.grad(inner, gated, outer @ _expert(module, "down_proj", e, kind)[0])
+                right = token_states
+            if local.endswith("_bias"):
+                left, right = left, left.new_ones(len(left), 1)
+            elif module.is_transposed:
+                left, right = right, left
             each.append((left, right, torch.full_like(token, e), token // (len(tokens) // self.samples)))
         left, right, expert, owner = (torch.cat(parts) for parts in zip(*each, strict=True))
         return Experts(left, right, expert, owner, self.samples)
+
+
+def _expert(module: Any, name: str, e: int, kind: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """One expert's linear map: weight (O, I) and bias (O,) or None."""
+    weight = getattr(module, name)[e].detach().to(kind)
+    bias = getattr(module, f"{name}_bias")[e].detach().to(kind) if module.has_bias else None
+    return weight.T if module.is_transposed else weight, bias
+
+
+def _up(module: Any) -> str:
+    return "gate_up_proj" if module.has_gate else "up_proj"
 
 
 def are_experts(module: nn.Module) -> bool:
@@ -110,6 +127,9 @@ def are_experts(module: nn.Module) -> bool:
     cls = type(module)
     if not cls.__name__.endswith("Experts") or not cls.__module__.startswith("transformers."):
         return False
-    flags = {"has_gate": True, "has_bias": False, "has_post_expert_norm": False, "is_transposed": False}
-    own = {name for name, _ in module.named_parameters()}
-    return own == {"gate_up_proj", "down_proj"} and all(getattr(module, f, None) is v for f, v in flags.items())
+    flags = [getattr(module, name, None) for name in ("has_gate", "has_bias", "is_transposed")]
+    if any(flag is None for flag in flags) or getattr(module, "has_post_expert_norm", None) is not False:
+        return False
+    names = {_up(module), "down_proj"}
+    biases = {f"{name}_bias" for name in names} if module.has_bias else set()
+    return {name for name, _ in module.named_parameters()} == names | biases

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from assay.probe.formulas import Factors
 from assay.probe.jvp import Jvp
-from assay.probe.layers import Factors
+from assay.probe.layouts import Layout
 from assay.probe.pooling import Pooling
-from assay.probe.recording import Recorder, undisturbed
+from assay.probe.quiet import undisturbed
+from assay.probe.recording import Behind, Recorder
 from assay.probe.reductions import Feature, Reduction, TokenDot
 from assay.probe.selection import coverage, make_taps, select
 from assay.probe.verify import Check, prepare_check
@@ -150,7 +152,8 @@ class Probe:
         if not skip_unsupported:
             self._droppable = set()
         self._verified: set[Any] = set()  # patterns of calls that were checked
-        self._shared: set[str] = set()  # layers whose inputs all samples share, whatever their shape
+        self._layouts: dict[str, Layout] = {}  # by layer, where that is known and its input's shape leaves a choice
+        self._may_follow = True  # what is used behind its layer's back
         self._constants = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
 
     @property
@@ -201,6 +204,8 @@ class Probe:
                 return self._run(batch, size, self._prepare_check(batch))
             except _Misread as misread:
                 return self._reread(batch, size, misread)
+            except Behind as behind:
+                return self._follow(batch, size, behind)
 
     def _prepare_check(self, batch: Any) -> Check:
         return prepare_check(self._model, self._readings[self._differentiated[0]].task, batch, self.parameters)
@@ -213,7 +218,17 @@ class Probe:
     def _run(self, batch: Any, size: int, check: Check | None) -> list[Signals]:
         mask = self._task.mask(batch)
         positions = None if mask is None or mask.ndim != 2 else mask.shape[1]
-        recorder = Recorder(self._taps, size, self._keep, positions, self._constants, self._droppable, self._shared)
+        recorder = Recorder(
+            self._taps,
+            size,
+            self._keep,
+            positions,
+            self._constants,
+            self._droppable,
+            self._layouts,
+            guess=self._verify,
+            may_follow=self._may_follow,
+        )
         embeddings = None
         with recorder.attached():
             if self._pooling is None:
@@ -225,13 +240,15 @@ class Probe:
             recorder.settle({} if check is None else check.gradients)
             if self._verify and check is None and recorder.patterns - self._verified:
                 raise _Unverified
-            self._drop(recorder.dropped, check)
             read_off = [read(reading.task, outputs) for reading in self._readings]
-            if check is not None and recorder.ambiguous and (layers := self._misread(recorder, read_off, check)):
-                raise _Misread(layers, check)
+            if check is not None and (recorder.ambiguous or (self._droppable and size > 1)):
+                self._try_out(recorder, read_off, check)
+            self._drop(recorder.dropped, check)
             found = self._backward(recorder, read_off, check)
         if check is not None and check.finish():
             self._verified |= recorder.patterns
+            if size > 1:
+                self._layouts = recorder.learned | self._layouts
         if size > 1:  # from now on
             self._droppable = set()
         each = []
@@ -266,24 +283,53 @@ class Probe:
             found.append((own, {key: v for key, v in reduced.items() if key != _CHECK}, factors if i == 0 else {}))
         return found
 
-    def _misread(self, recorder: Recorder, outputs: Sequence[Outputs], check: Check) -> set[str]:
-        """Layers whose gradients are wrong and whose inputs may be shared by all samples, as long as a batch by chance.
+    def _try_out(self, recorder: Recorder, outputs: Sequence[Outputs], check: Check) -> None:
+        """Check the gradients before any reduction sees one, where something can be done about a wrong one.
 
-        Asked before any reduction sees a gradient.
+        Raises:
+            _Misread: the inputs of layers with wrong gradients may have another layout.
         """
+        for name in recorder.dropped:
+            check.gradients.pop(name, None)
         recorder.backward(outputs[self._differentiated[0]].losses, {_CHECK: check}, last=False)
-        wrong = check.wrong()
-        return {n for n, tap in recorder.ambiguous.items() if not wrong.keys().isdisjoint(tap.parameters.values())}
+        wrong, taps = check.complaints(), {tap.layer: tap for tap in recorder.taps}
+        doubted = {
+            name: layouts
+            for name, layouts in recorder.ambiguous.items()
+            if layouts and not wrong.keys().isdisjoint(taps[name].parameters.values())
+        }
+        if check.is_loose:  # a wrong layout may pass by chance: layers of which the same is known go together
+            alike = [layouts for layouts in doubted.values() if "shared" not in layouts]
+            doubted |= {name: layouts for name, layouts in recorder.ambiguous.items() if layouts in alike}
+        layers = {name: layouts[0] for name, layouts in doubted.items()}
+        if layers:
+            raise _Misread(layers, check)
+        if recorder.size > 1 and self._droppable.issuperset(wrong):
+            recorder.drop(wrong)
 
     def _reread(self, batch: Any, size: int, misread: _Misread) -> list[Signals]:
-        """Take the layers' inputs for shared ones. If that is not right either, the first error stands."""
-        before, self._shared = self._shared, self._shared | misread.layers
+        """Take other layouts of the layers' inputs. If none is right, the first error stands."""
+        before, first = self._layouts, misread
+        while True:
+            self._layouts = self._layouts | misread.layers
+            try:
+                return self._run(batch, size, self._prepare_check(batch))
+            except _Misread as again:  # every layer that is in it has one layout less to try
+                misread = again
+            except RuntimeError:
+                self._layouts = before
+                first.check.finish()
+                raise
+
+    def _follow(self, batch: Any, size: int, behind: Behind) -> list[Signals]:
+        """Take the layers' parameters for bare ones. If that is not right either, they are refused as they were."""
+        before = self._taps
+        self._taps = [replace(tap, rule=None) if tap.layer in behind.layers else tap for tap in before]
         try:
             return self._run(batch, size, self._prepare_check(batch))
         except (RuntimeError, _Misread):
-            self._shared = before
-            misread.check.finish()
-            raise
+            self._taps, self._may_follow = before, False
+        return self._run(batch, size, self._prepare_check(batch))
 
     def _drop(self, dropped: Mapping[str, str], check: Check | None) -> None:
         if not dropped:
@@ -331,9 +377,9 @@ class _Unverified(Exception):
 
 
 class _Misread(Exception):
-    """Some layers' inputs may be shared by all samples: with a batch's, the check fails."""
+    """The check fails of layers whose inputs may have another layout, ``layers``."""
 
-    def __init__(self, layers: set[str], check: Check) -> None:
+    def __init__(self, layers: dict[str, Layout], check: Check) -> None:
         self.layers, self.check = layers, check
 
 

@@ -4,44 +4,26 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from assay.probe.calls import Call
 from assay.probe.experts import Routing
+from assay.probe.formulas import Factors
 from assay.probe.gradient import PerSampleGradient, sum_of
-from assay.probe.layers import Factors
+from assay.probe.layouts import Layout, possible, remaining
+from assay.probe.quiet import on_gradient, other_leaves
 from assay.probe.reductions import Reduced, Reduction
 from assay.probe.selection import Tap
-from assay.probe.shared import Region, Shared, coincidences, untapped
+from assay.probe.shared import Region, Shared
+from assay.probe.starts import coincidences, untapped
 from assay.tasks.output_layer import UnmadeLogits
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run with the model in eval mode and all parameters frozen; afterwards it is exactly as it was found.
-
-    Frozen, because a weight that asks for its gradient gets it: a third of the work of a training step,
-    thrown away.
-    """
-    training = [(module, module.training) for module in model.modules()]
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    try:
-        for module, _ in training:
-            module.training = False  # not eval(): models override it, and it could not be undone module by module
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-        for module, was_training in training:
-            module.training = was_training
 
 
 @dataclass
@@ -55,12 +37,15 @@ class Recorder:
         positions: T where the task has a mask of (B, T).
         constants: ids of the model's parameters and buffers.
         droppable: names of the parameters that may be left out instead of raising.
-        shared: names of layers whose inputs are shared by all samples, also where they look like a batch.
+        layouts: by layer, what is known of how samples lie in its input, for where the shape leaves a choice.
+        guess: whether a layout that only the shape speaks for may be taken: it is checked.
+        may_follow: whether parameters that are used behind their layers' backs may be followed instead.
 
     Attributes:
         dropped: those that were, with the reason.
         patterns: how layers met their inputs: a gradient that is booked on the wrong sample shows in a new one first.
-        ambiguous: layers whose input may be a batch's or, being as long by chance, one that all samples share.
+        ambiguous: by layer, other layouts that its input may have by its shape.
+        learned: by layer, the only layout that it can have.
     """
 
     taps: Sequence[Tap]
@@ -69,10 +54,13 @@ class Recorder:
     positions: int | None = None
     constants: Collection[int] = ()
     droppable: Collection[str] = ()
-    shared: Collection[str] = ()
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
+    guess: bool = False
+    may_follow: bool = True
     dropped: dict[str, str] = field(default_factory=dict)
     patterns: set[tuple[Any, ...]] = field(default_factory=set)
-    ambiguous: dict[str, Tap] = field(default_factory=dict)
+    ambiguous: dict[str, list[Layout]] = field(default_factory=dict)
+    learned: dict[str, Layout] = field(default_factory=dict)
     # By parameter: the calls that use it, with its name in their layer, and how many have no gradient yet.
     _calls: dict[str, list[tuple[Call, str]]] = field(default_factory=lambda: defaultdict(list))
     _waiting: dict[str, int] = field(default_factory=dict)
@@ -104,17 +92,32 @@ class Recorder:
     def _exchange(self, tap: Tap, stack: ExitStack) -> None:
         """Put shared values into the places of a module's bare parameters."""
         own = tap.module._parameters
+        if isinstance(tap.module, ParametrizationList):
+            self._wrap(tap.module, self._region.without_samples, stack)
         for local, name in tap.parameters.items():
             parameter = own[local]
             assert parameter is not None
             owner = f"parameter {name!r} of layer {tap.layer!r} ({type(tap.module).__name__})"
-            start, value = self._region.begin(parameter, owner, (name,))
+            start, value = self._region.begin(parameter, owner, (name,), copy=False)
             value._is_param = True  # an nn.Parameter to isinstance()
             own[local] = value  # type: ignore[assignment]
             stack.callback(own.__setitem__, local, parameter)
             call = Call(tap, {local: name}, parameter, parameter._version, start=start)
+            start.complete = partial(self._arrived, call)
             self._calls[name].append((call, local))
             self.patterns.add(((name,),))
+
+    def _wrap(self, module: nn.Module, context: Callable[[], AbstractContextManager[None]], stack: ExitStack) -> None:
+        """Run the module's forward pass within a context."""
+        forward = module.forward
+
+        def within(*args: Any, **kwargs: Any) -> Any:
+            with context():
+                return forward(*args, **kwargs)
+
+        own = "forward" in vars(module)
+        module.forward = within
+        stack.callback(setattr, module, "forward", forward) if own else stack.callback(delattr, module, "forward")
 
     def settle(self, gradients: Mapping[str, Tensor]) -> None:
         """After the forward pass: what turned out not to be tapped is dropped, or an error.
@@ -123,6 +126,7 @@ class Recorder:
             gradients: autograd's own by parameter, as far as they were taken.
 
         Raises:
+            Behind: layers did not run although the losses depend on their parameters, which may be followed instead.
             RuntimeError: a shared value met the samples in a way that cannot be followed, or a layer did not run
                 although the losses depend on its parameter.
         """
@@ -131,14 +135,35 @@ class Recorder:
         for start in self._region.starts:
             if start.obstacle is not None:
                 self._refuse(start.parameters, untapped(start.what, start.obstacle))
-        for name, gradient in gradients.items():
-            if name not in self._calls and name not in self.dropped and bool((gradient != 0).any()):
-                self._refuse((name,), untapped(f"parameter {name!r}", "it is used behind its layer's back"))
+        behind = [
+            name
+            for name, gradient in gradients.items()
+            if name not in self._calls and name not in self.dropped and bool((gradient != 0).any())
+        ]
+        if layers := self._to_follow(behind):
+            raise Behind(layers)
+        for name in behind:
+            self._refuse((name,), untapped(f"parameter {name!r}", "it is used behind its layer's back"))
+        self._forget()
+
+    def drop(self, reasons: Mapping[str, str]) -> None:
+        """Leave out parameters of which it turned out later that they cannot be tapped."""
+        self.dropped |= reasons
+        self._forget()
+
+    def _forget(self) -> None:
         for name in self.dropped:
             self._calls.pop(name, None)
         for layer, calls in list(self._kept.items()):
             if any(name in self.dropped for call in calls for name in call.parameters.values()):
                 del self._kept[layer]
+
+    def _to_follow(self, behind: Collection[str]) -> set[str]:
+        """The layers that own these parameters, where nothing speaks against following them."""
+        if not self.may_follow:
+            return set()
+        owners = [tap for tap in self.taps if not set(behind).isdisjoint(tap.parameters.values())]
+        return {tap.layer for tap in owners if tap.rule is not None and not tap.rule.routed} - set(self.keep)
 
     def _refuse(self, names: Collection[str], message: str) -> None:
         if not all(name in self.droppable for name in names):
@@ -160,7 +185,7 @@ class Recorder:
         # A forward pass under autocast is differentiated outside of it; its casts are in the graph.
         with torch.autocast(losses.device.type, enabled=False):
             if losses.requires_grad and (leaves := [*self._region.leaves, *self._leaves]):
-                leaves += _other_leaves(losses, leaves)
+                leaves += other_leaves(losses, leaves)
                 arrived = torch.autograd.grad(losses.sum(), leaves, allow_unused=True, retain_graph=not last)
                 self._region.finish(arrived[: len(self._region.leaves)])
                 del arrived
@@ -211,16 +236,16 @@ class Recorder:
                 if tap.rule is not None and tap.rule.routed:
                     return self._route(tap, names, [*args, *kwargs.values()], output)
                 inputs = self._the_input(tap, args, kwargs)
-                lead, shared = self._layout(tap, inputs, output)
+                layout = self._layout(tap, inputs, output)
             except _Untapped as error:
                 self._refuse(tuple(names.values()), str(error))
                 return None
-            if shared:
+            if layout == "shared":
                 return self._share(tap, names, inputs, output)
             tapped = self._grown(inputs, output if unmade is None else unmade.losses)
             if self._recording:
                 labels = None if unmade is None else unmade.labels
-                self._watch(Call(tap, names, inputs.detach(), inputs._version, labels, lead), tapped)
+                self._watch(Call(tap, names, inputs.detach(), inputs._version, labels, layout, self.size), tapped)
             if unmade is None:
                 return tapped
             unmade.losses = tapped
@@ -272,56 +297,56 @@ class Recorder:
             raise _Untapped(f"layer {tap.layer!r} was called with ({kinds}); expected exactly one tensor")
         return values[0]
 
-    def _layout(self, tap: Tap, inputs: Tensor, output: Any) -> tuple[tuple[int, ...] | None, bool]:
-        """How samples lie in a layer's input -> the lead of its call, and whether all samples share it."""
+    def _layout(self, tap: Tap, inputs: Tensor, output: Any) -> Layout:
+        """How samples lie in a layer's input."""
         if not torch.is_grad_enabled():
             raise _Untapped(
                 f"layer {tap.layer!r} ran without gradients (torch.no_grad, or reentrant checkpointing); use "
                 "torch.utils.checkpoint with use_reentrant=False, or leave the layer out"
             )
         assert tap.rule is not None
-        alike = isinstance(output, Tensor) and output.shape[:1] == inputs.shape[:1] and inputs.ndim > 0
-        deep = inputs.ndim >= tap.rule.ndim(tap.module)
-        if isinstance(inputs, Shared) and alike and tap.rule.trailing:
-            return None, True
-        mistakable = self.size > 1 and tap.rule.trailing and not inputs.requires_grad and self._square(inputs)
-        if mistakable and tap.layer in self.shared:
-            return None, True
-        if alike and deep and inputs.shape[0] == self.size:
-            if mistakable:
-                self.ambiguous[tap.layer] = tap
-            place = tuple(tap.parameters.values())
-            self.patterns.add((place,))
-            if self.size > 1:
-                self.patterns.add((place, inputs.ndim, *coincidences(inputs.shape, self.size)))
-            return None, False
-        if alike and tap.rule.trailing:
-            if self.size == 1:  # whatever the dimensions are, they are the sample's
-                return (1, len(inputs)), False
-            if inputs.ndim == 2 - (not inputs.is_floating_point()) and self._region.all_positions(len(inputs)):
-                self.patterns.add((tuple(tap.parameters.values()), "positions"))
-                return (self.size, -1), False
-            if not inputs.requires_grad:
-                return None, True
+        place = tuple(tap.parameters.values())
+        trailing, deep = tap.rule.trailing, inputs.ndim >= tap.rule.ndim(tap.module)
+        if isinstance(output, Tensor) and inputs.ndim > 0 and output.shape[:1] == inputs.shape[:1]:
+            if isinstance(inputs, Shared) and trailing:
+                return "shared"
+            if self.size == 1 and trailing and (len(inputs) != 1 or not deep):
+                return "windows"  # whatever the dimensions are, they are the sample's
+            if found := self._layouts(tap, inputs, output, deep):
+                known = self.layouts.get(tap.layer)
+                layout = known if known in found else found[0]
+                if len(found) > 1:
+                    self.ambiguous.setdefault(tap.layer, remaining(found, layout))
+                else:
+                    self.learned[tap.layer] = layout
+                self.patterns.add((place, *(() if layout == "first" else (layout,))))
+                if self.size > 1 and layout != "shared":
+                    self.patterns.add((place, layout, inputs.ndim, *coincidences(inputs.shape, self.size)))
+                return layout
         raise _Untapped(untapped(_called(tap, inputs, output, self.size), "its first dimension is not the batch's"))
 
-    def _square(self, inputs: Tensor) -> bool:
-        """Whether positions (T,) or pairs of them (T, T) could be meant, with T = B."""
-        positions = inputs.shape[:-1] if inputs.is_floating_point() else inputs.shape
-        return all(n == self.size for n in positions)
+    def _layouts(self, tap: Tap, inputs: Tensor, output: Tensor, deep: bool) -> list[Layout]:
+        assert tap.rule is not None
+        positions = self._region.all_positions(len(inputs))
+        guess = self.guess and not isinstance(output, UnmadeLogits)
+        found = possible(inputs, output, self.size, tap.rule.trailing, positions, guess)
+        return found if deep else [layout for layout in found if layout in ("positions", "shared")]
 
     def _watch(self, call: Call, output: Tensor) -> None:
         self._record(call)
 
         def arrived(grads: Tensor) -> None:
             call.grads = grads.detach()
-            for name in call.parameters.values():
-                if name in self._open:
-                    self._waiting[name] -= 1
-                    if self._waiting[name] == 0:
-                        self._fold_into(name)
+            self._arrived(call)
 
-        output.register_hook(arrived)  # type: ignore[no-untyped-call]
+        on_gradient(output, arrived)
+
+    def _arrived(self, call: Call) -> None:
+        for name in call.parameters.values():
+            if name in self._open:
+                self._waiting[name] -= 1
+                if self._waiting[name] == 0:
+                    self._fold_into(name)
 
     def _record(self, call: Call) -> None:
         if call.tap.layer in self.keep:
@@ -347,6 +372,13 @@ class Recorder:
         return sum_of([call.dot_by_position(local, direction, self.positions) for call, local in reached])
 
 
+class Behind(Exception):
+    """Parameters are used behind their layers' backs, ``layers``."""
+
+    def __init__(self, layers: set[str]) -> None:
+        self.layers = layers
+
+
 class _Untapped(Exception):
     """A layer cannot be tapped as the model calls it."""
 
@@ -357,23 +389,3 @@ def _called(tap: Tap, inputs: Tensor, output: Any, size: int) -> str:
         f"layer {tap.layer!r} ({type(tap.module).__name__}) was called with an input of shape {tuple(inputs.shape)} "
         f"and gave {shape}, in a batch of {size}"
     )
-
-
-def _other_leaves(losses: Tensor, own: Collection[Tensor]) -> list[Tensor]:
-    """Tensors that ask for gradients and are not ours: a hook of the model's, or a tensor that it keeps.
-
-    Without them autograd would not enter the part of the graph that starts there, nor reach the layers tapped in it.
-    """
-    known, found = {id(leaf) for leaf in own}, []
-    stack, seen = [losses.grad_fn], set()
-    while stack:
-        node = stack.pop()
-        for after, _ in node.next_functions if node is not None else ():
-            if after is not None and after not in seen:
-                seen.add(after)
-                leaf = getattr(after, "variable", None)
-                if leaf is None:
-                    stack.append(after)
-                elif id(leaf) not in known:
-                    found.append(leaf)
-    return found

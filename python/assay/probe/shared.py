@@ -7,8 +7,8 @@ changes no number, and the gradient of every sample's own copy is caught.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from assay.probe.gradient import Dense, Outer, Scatter, Term
+from assay.probe import products
+from assay.probe.pulling import pulled
+from assay.probe.quiet import on_gradient
+from assay.probe.starts import Start, broadcast, coincidences, untapped
+from assay.probe.terms import Dense, Term
 from assay.tasks.base import wide
 
 # Operations by name: the same one reaches a subclass as a function, a method or an operator.
@@ -27,32 +31,8 @@ _ELEMENTWISE = frozenset(
     for left, right in (("", ""), ("__", "__"), ("", "_"))
 ) | {"where"}
 _EXPANSIONS = frozenset(["expand", "expand_as", "repeat", "tile", "broadcast_to"])
+_BY_SHAPE = frozenset(["type_as", "to", "view_as", "reshape_as", "expand_as"])
 _INDEXING = frozenset(["__getitem__", "index_select", "gather"])
-_PRODUCTS = frozenset(["linear", "matmul", "__matmul__", "mm", "embedding"])
-
-
-@dataclass(eq=False)
-class Start:
-    """A tensor whose gradient is wanted for every sample: a bare parameter, or a layer's output.
-
-    Attributes:
-        value: where it enters the graph.
-        what: its name, and how it was found, for messages.
-        parameters: the names of those that are tapped by it.
-        obstacle: the first use that could not be followed.
-        terms: gradients of single uses, of a parameter that is a matrix.
-        grads: (B, *shape), everything else summed; None where the losses do not depend on it.
-    """
-
-    value: Tensor
-    what: str
-    parameters: tuple[str, ...]
-    obstacle: str | None = None
-    terms: list[Term] = field(default_factory=list)
-    grads: Tensor | None = None
-
-    def all_terms(self) -> list[Term]:
-        return [*self.terms, *([] if self.grads is None else [Dense(self.grads)])]
 
 
 class Shared(Tensor):
@@ -64,6 +44,9 @@ class Shared(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.multi_head_attention_forward and (own := _region(args, kwargs)) is not None:
+            with own.batch_second():
+                return products.ATTENTION(*args, **(kwargs or {}))
         with torch._C.DisableTorchFunctionSubclass():
             leaves, spec = tree_flatten((args, kwargs or {}))
             shared = [x for x in leaves if isinstance(x, Shared) and hasattr(x, "region")]
@@ -78,9 +61,16 @@ class _Border:
 
     value: Shared
     grads: Tensor | None = None
+    terms: list[Term] = field(default_factory=list)
 
     def add(self, grads: Tensor) -> None:
         self.grads = grads if self.grads is None else self.grads + grads
+
+    def take(self, term: Term) -> None:
+        if isinstance(term, Dense):
+            self.add(term.values)
+        else:
+            self.terms.append(term)
 
 
 @dataclass(eq=False)
@@ -101,9 +91,32 @@ class Region:
     leaves: list[Tensor] = field(default_factory=list)
     patterns: set[tuple[Any, ...]] = field(default_factory=set)
     _borders: dict[int, _Border] = field(default_factory=dict)
+    _second: bool = False  # samples lie in the second dimension
+    _alone: bool = False  # there are none
 
-    def begin(self, value: Tensor, what: str, parameters: tuple[str, ...]) -> tuple[Start, Tensor]:
-        """A new shared value -> what is known about it, and the tensor that the model is to go on with."""
+    @contextmanager
+    def batch_second(self) -> Iterator[None]:
+        """Inside of a multi-head attention."""
+        before, self._second = self._second, True
+        try:
+            yield
+        finally:
+            self._second = before
+
+    @contextmanager
+    def without_samples(self) -> Iterator[None]:
+        """Inside of what computes a weight from parameters and from tensors that the model keeps."""
+        before, self._alone = self._alone, True
+        try:
+            yield
+        finally:
+            self._alone = before
+
+    def begin(self, value: Tensor, what: str, parameters: tuple[str, ...], copy: bool = True) -> tuple[Start, Tensor]:
+        """A new shared value -> what is known about it, and the tensor that the model is to go on with.
+
+        ``copy``: that tensor may be modified in place, which no model does to its parameters.
+        """
         within = isinstance(value, Shared) and value.requires_grad  # computed from another one
         own = value if within else value.detach().requires_grad_()
         start = Start(own, what, parameters)
@@ -112,9 +125,9 @@ class Region:
             if not within:
                 self.leaves.append(own)
         if self.size == 1:  # the gradient of the sum is the sample's
-            return start, own.clone()
+            return start, own.clone() if copy else own.view_as(own)
         sources = value.sources if within else ()  # type: ignore[attr-defined]
-        return start, self._share(own.clone(), (*sources, start), start)
+        return start, self._share(own.clone() if copy else own.view_as(own), (*sources, start), start)
 
     def _share(self, value: Tensor, sources: tuple[Start, ...], start: Start | None = None) -> Tensor:
         shared = value.as_subclass(Shared)
@@ -123,17 +136,19 @@ class Region:
 
     def apply(self, func: Any, leaves: list[Any], spec: Any, shared: list[Shared]) -> Any:
         """Run an operation of the model on shared values, and perhaps others."""
-        others = [x for x in leaves if self._is_other(x)]
         name = str(getattr(func, "__name__", func))
+        if name in _BY_SHAPE and not isinstance(leaves[0], Shared):  # of what is shared it takes the shape or the type
+            args, kwargs = tree_unflatten([self._plain(x) if isinstance(x, Shared) else x for x in leaves], spec)
+            return func(*args, **kwargs)
+        others = [] if self._alone else [x for x in leaves if self._is_other(x)]
         result: Any = None
-        if not torch.is_grad_enabled():
-            pass
-        elif name in _EXPANSIONS:
-            result = self._expand(func, leaves, spec, shared[0])
-        elif others and (shape := self._meeting(name, shared, others)) is not None:
-            result = self._meet(func, leaves, spec, shared, shape)
-        elif name in _PRODUCTS and others:
-            result = self._multiply(func, leaves, spec, shared)
+        if torch.is_grad_enabled():
+            if name in _EXPANSIONS:
+                result = self._expand(func, leaves, spec, shared[0])
+            elif others and (shape := self._meeting(name, shared, others)) is not None:
+                result = self._meet(func, leaves, spec, shared, shape)
+            if result is None and others:
+                result = self._multiply(func, leaves, spec, shared, others)
         if result is not None:
             return result
         args, kwargs = tree_unflatten(leaves, spec)
@@ -162,7 +177,7 @@ class Region:
             return True
         if name not in _ELEMENTWISE or any(x.requires_grad for x in others):
             return False
-        return isinstance(result, Tensor) and result.shape == _broadcast(shared)
+        return isinstance(result, Tensor) and result.shape == broadcast(shared)
 
     def _groups(self, shape: Sequence[int], value: Tensor) -> bool:
         """Whether a result of this shape holds the value once or several times for each sample."""
@@ -172,11 +187,11 @@ class Region:
     def _meeting(self, name: str, shared: list[Shared], others: list[Tensor]) -> Sequence[int] | None:
         """The shape up to which an operation broadcasts its arguments, if it does."""
         if name in _ELEMENTWISE:
-            return _broadcast([*shared, *others])
+            return broadcast([*shared, *others])
         if name == "scaled_dot_product_attention" and len(others) > 2:  # what is shared is added to the scores
             return others[0].shape
         if name in ("matmul", "__matmul__") and shared[0].ndim > 2 and others[0].ndim > 1:
-            return (*_broadcast([x[..., 0, 0] for x in (shared[0], others[0])]), 1, 1)
+            return (*broadcast([x[..., 0, 0] for x in (shared[0], others[0])]), 1, 1)
         return None
 
     def _meet(self, func: Any, leaves: list[Any], spec: Any, shared: list[Shared], shape: Sequence[int]) -> Any:
@@ -197,6 +212,12 @@ class Region:
         start = self._leaf(value)
         args, kwargs = tree_unflatten([start, *leaves[1:]], spec)
         copies: Tensor = func(*args, **kwargs)
+        if self._second:  # (1, 1, D) -> (1, B, D): what attention adds to the keys and the values
+            if value.shape[:2] != (1, 1) or copies.shape[:2] != (1, self.size):
+                return None
+            first = copies.transpose(0, 1)
+            self._catch(value, start, first)
+            return first.transpose(0, 1)
         aligned = (1,) * (copies.ndim - value.ndim) + value.shape
         if value.ndim == copies.ndim > 0 and value.shape[0] > 1:  # one after the other: (B·k·first, …)
             if len(copies) % (self.size * len(value)) or value.shape[1:] != copies.shape[1:]:
@@ -222,6 +243,7 @@ class Region:
         size, shape = self.size, tuple(value.shape)
         aligned = (1,) * (copies.ndim - value.ndim) + shape
         for source in value.sources:
+            source.loose = True
             self.patterns.add((source.parameters, "spread", copies.ndim, len(copies) // size))
 
         lengthwise = copies.ndim == value.ndim > 0 and shape[0] > 1
@@ -238,20 +260,19 @@ class Region:
 
         copies.register_hook(arrived)  # type: ignore[no-untyped-call]
 
-    def _multiply(self, func: Any, leaves: list[Any], spec: Any, shared: list[Shared]) -> Tensor | None:
-        """x Wᵀ + b, x W, or rows of W: a parameter that is used as a layer would."""
-        inputs, weight, *rest = leaves
-        ok = isinstance(weight, Shared) and weight.start is not None and weight.ndim == 2
-        if not ok or not isinstance(inputs, Tensor) or isinstance(inputs, Shared):
+    def _multiply(
+        self, func: Any, leaves: list[Any], spec: Any, shared: list[Shared], others: list[Tensor]
+    ) -> Tensor | None:
+        """x Wᵀ + b, rows of W, a convolution, …: a value that is used as a layer's weight."""
+        args, kwargs = tree_unflatten(leaves, spec)
+        if (given := products.arguments(func, args, kwargs)) is None:
             return None
-        rows, is_linear = self._rows(inputs), func is F.linear
-        if rows is None or (func is F.embedding and any(x not in (None, 2.0, False) for x in rest)):
+        weights = {key: value for key, value in given.items() if isinstance(value, Shared)}
+        plain = {key: self._plain(value) if isinstance(value, Tensor) else value for key, value in given.items()}
+        found = products.gradients(func, plain, products.Lead(self._arrange, self._batched))
+        if found is None or len(weights) != len(shared) or not weights.keys() <= found.keys():
             return None
-        bias = rest[0] if is_linear and rest and isinstance(rest[0], Shared) else None
-        if any(x is not weight and x is not bias for x in shared) or (bias is not None and bias.start is None):
-            return None
-        parts = [self._plain(x) if isinstance(x, Shared) else x for x in leaves]
-        args, kwargs = tree_unflatten(parts, spec)
+        args, kwargs = tree_unflatten([self._plain(x) if isinstance(x, Shared) else x for x in leaves], spec)
         output: Tensor = func(*args, **kwargs)
         if not output.requires_grad:
             leaf = output.detach().requires_grad_()
@@ -259,41 +280,58 @@ class Region:
             if self.recording:
                 self.leaves.append(leaf)
         if self.recording:
-            self._catch_product(func, inputs.detach(), rows, weight.start, None if bias is None else bias.start, output)
+            self._catch_product(weights, found, others, output)
         return output
 
     def _catch_product(
-        self, func: Any, inputs: Tensor, rows: tuple[int, ...], weight: Start, bias: Start | None, output: Tensor
+        self, weights: dict[str, Shared], found: products.Gradients, inputs: Sequence[Tensor], output: Tensor
     ) -> None:
-        self.patterns.add((weight.parameters, "product", inputs.ndim, *coincidences(inputs.shape, self.size)))
-        version = inputs._version
+        versions = [x._version for x in inputs]
+        for value in weights.values():
+            for source in value.sources:
+                self.patterns.add((source.parameters, "product", *(coincidences(x.shape, self.size) for x in inputs)))
+                if value.start is source and len(value.sources) == 1:
+                    source.uses += 1
+                else:
+                    source.loose = True
 
         def arrived(grads: Tensor) -> None:
-            if inputs._version != version:
-                raise RuntimeError(f"{weight.what}: what it multiplies was modified in place after it was used")
-            left = grads.detach().reshape(*rows, grads.shape[-1])
-            if func is F.embedding:
-                weight.terms.append(Scatter(inputs.reshape(rows).long(), left))
-                return
-            right = inputs.reshape(*rows, inputs.shape[-1])
-            weight.terms.append(Outer(left, right) if func is F.linear else Outer(right, left))
-            if bias is not None:
-                bias.terms.append(Dense(wide(left).sum(1)))
+            if any(x._version != before for x, before in zip(inputs, versions, strict=True)):
+                what = next(iter(weights.values())).sources[0].what
+                raise RuntimeError(f"{what}: what it multiplies was modified in place after it was used")
+            for key, value in weights.items():
+                self._give(value, found[key](grads.detach()))
 
-        output.register_hook(arrived)  # type: ignore[no-untyped-call]
+        on_gradient(output, arrived)
 
-    def _rows(self, inputs: Tensor) -> tuple[int, int] | None:
-        """(B, T) if the inputs' dimensions before the last are a batch's, for indices all of them."""
-        shape = inputs.shape[:-1] if inputs.is_floating_point() else inputs.shape
-        if not shape or (shape[0] != self.size and (len(shape) > 1 or not self.all_positions(shape[0]))):
+    def _give(self, value: Shared, term: Term) -> None:
+        """A weight's gradient from one use."""
+        if value.start is not None and len(value.sources) == 1:
+            value.start.take(term)
+            return
+        self._borders.setdefault(id(value), _Border(value)).take(term)
+
+    def _arrange(self, lead: Sequence[int]) -> products.Arrange | None:
+        """How dimensions of which one is the batch's become (B, T)."""
+        n, size = len(lead), self.size
+        if self._second:
+            if n == 2 and lead[1] == size:
+                return lambda x: x.transpose(0, 1)
+            if n == 1 and lead[0] % size == 0:
+                return lambda x: x.reshape(-1, size, *x.shape[1:]).transpose(0, 1)
             return None
-        return self.size, math.prod(shape) // self.size
+        if n and (lead[0] == size or (n == 1 and self.all_positions(lead[0]))):
+            return lambda x: x.reshape(size, -1, *x.shape[n:])
+        return None
+
+    def _batched(self, inputs: Tensor) -> bool:
+        return not self._second and inputs.shape[0] == self.size
 
     def all_positions(self, length: int) -> bool:
         return self.positions is not None and length == self.size * self.positions
 
-    def _plain(self, value: Shared) -> Tensor:
-        return value.as_subclass(Tensor).detach()
+    def _plain(self, value: Tensor) -> Tensor:
+        return value.detach() if type(value) is Tensor else value.as_subclass(Tensor).detach()
 
     def finish(self, arrived: Sequence[Tensor | None]) -> None:
         """Fill in every start's ``grads``.
@@ -315,15 +353,14 @@ class Region:
                 raise RuntimeError(untapped(start.what, "its use cannot be followed"))
         with torch._C.DisableTorchFunctionSubclass():
             for border in self._borders.values():
-                if border.grads is not None:
-                    self._pull_back(border)
+                self._pull_back(border)
 
     def reset(self) -> None:
         """Forget all gradients, for another backward pass."""
         for start in self.starts:
-            start.terms, start.grads = [], None
+            start.reset()
         for border in self._borders.values():
-            border.grads = None
+            border.grads, border.terms = None, []
 
     def _finish_one(self, ordinary: dict[int, Tensor | None]) -> None:
         for start in self.starts:
@@ -332,13 +369,17 @@ class Region:
 
     def _pull_back(self, border: _Border) -> None:
         """From the border to the starts, through what the model computed from them."""
-        assert border.grads is not None
         value = border.value
+        plain = value.as_subclass(Tensor)
+        if border.terms:
+            for source in value.sources:
+                source.terms += pulled(border.terms, plain, source.value)
+        if border.grads is None:
+            return
         if value.start is not None and len(value.sources) == 1:
             self._add(value.start, border.grads)
             return
         wanted = [source.value for source in value.sources]
-        plain = value.as_subclass(Tensor)
         with torch.enable_grad():
             each = [
                 torch.autograd.grad(plain, wanted, grads.to(plain.dtype), retain_graph=True, allow_unused=True)
@@ -352,20 +393,6 @@ class Region:
         start.grads = grads if start.grads is None else start.grads + grads
 
 
-def _broadcast(tensors: Sequence[Tensor]) -> torch.Size:
-    shape: torch.Size = torch.broadcast_shapes(*(x.shape for x in tensors))  # type: ignore[no-untyped-call]
-    return shape
-
-
-def untapped(what: str, why: str) -> str:
-    """The message for a layer or a parameter that cannot be tapped as the model uses it."""
-    return (
-        f"{what}: {why}. To know which sample a gradient belongs to, a layer's first dimension must be the batch's, or "
-        "what it gives must be spread over the batch by a sum, a product or expand(). Leave it out "
-        "(layers=['*', '!name']), or pass skip_unsupported=True"
-    )
-
-
-def coincidences(shape: Sequence[int], size: int) -> tuple[int, ...]:
-    """The dimensions that are as long as the batch: any of them may be the batch's."""
-    return tuple(axis for axis, n in enumerate(shape) if n == size)
+def _region(args: Any, kwargs: Any) -> Region | None:
+    values = tree_flatten((args, kwargs or {}))[0]
+    return next((x.region for x in values if isinstance(x, Shared) and hasattr(x, "region")), None)

@@ -11,7 +11,7 @@ from assay.recipe.chat_template import ChatTemplate
 from assay.recipe.errors import EngineError
 from assay.recipe.tasks.conversations import ChatEncoder
 from assay.recipe.tasks.documents import Reader
-from tests.recipe.tasks.chat_tokenizers import FORGETFUL, MARKED, PLAIN, STRICT, UNSTABLE, word_tokenizer
+from tests.recipe.tasks.chat_tokenizers import BARE, FORGETFUL, MARKED, PLAIN, STRICT, UNSTABLE, word_tokenizer
 
 TWO = [
     {"role": "system", "content": "dig"},
@@ -88,6 +88,11 @@ def test_of_a_completion_the_last_turn_counts(template):
 def test_everything_counts_but_the_first_token():
     tokens = shown(encoder(PLAIN, "all"), TWO)
     assert [counts for _, counts in tokens] == [False] + [True] * (len(tokens) - 1)
+
+
+def test_without_a_prompt_for_it_a_turn_is_what_it_adds():
+    expected = ["<s>", "<user>", "gold", "?", "yes*", ".*", "</s>*", "<s>", "<user>", "here", "?", "no*", "</s>*"]
+    assert [f"{word}*" if counts else word for word, counts in shown(encoder(BARE), TWO[1:])] == expected
 
 
 def test_marks_are_what_transformers_makes_of_them():

@@ -1,0 +1,70 @@
+"""The model as it was found, and what in its graph is not the probe's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Run with the model in eval mode and all parameters frozen; afterwards it is exactly as it was found.
+
+    Frozen, because a weight that asks for its gradient gets it: a third of the work of a training step,
+    thrown away. Attention layers run their formula, not the shortcut that torch has for them without gradients: it
+    passes their layers by.
+    """
+    shortcut = torch.backends.mha.get_fastpath_enabled()
+    training = [(module, module.training) for module in model.modules()]
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        for module, _ in training:
+            module.training = False  # not eval(): models override it, and it could not be undone module by module
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(shortcut)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        for module, was_training in training:
+            module.training = was_training
+
+
+def on_gradient(output: Tensor, arrived: Callable[[Tensor], None]) -> None:
+    """Call with a layer's output's gradient, also where the model goes on to modify the output in place.
+
+    A linear layer may give a view of what it computed, and torch forgets a view's hooks when it is modified; not those
+    of the tensor that is viewed, which nobody else has.
+    """
+    whole, shape = output._base, output.shape
+    whole = whole if whole is not None and whole.grad_fn is not None and _all_of(whole, output) else output
+    whole.register_hook(lambda grads: arrived(grads.reshape(shape)))  # type: ignore[no-untyped-call]
+
+
+def _all_of(whole: Tensor, view: Tensor) -> bool:
+    return whole.numel() == view.numel() and whole.is_contiguous() and view.is_contiguous()
+
+
+def other_leaves(losses: Tensor, own: Collection[Tensor]) -> list[Tensor]:
+    """Tensors that ask for gradients and are not ours: a hook of the model's, or a tensor that it keeps.
+
+    Without them autograd would not enter the part of the graph that starts there, nor reach the layers tapped in it.
+    """
+    known, found = {id(leaf) for leaf in own}, []
+    stack, seen = [losses.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        for after, _ in node.next_functions if node is not None else ():
+            if after is not None and after not in seen:
+                seen.add(after)
+                leaf = getattr(after, "variable", None)
+                if leaf is None:
+                    stack.append(after)
+                elif id(leaf) not in known and leaf.requires_grad:  # not a parameter in what the model has kept
+                    found.append(leaf)
+    return found

@@ -15,11 +15,12 @@ import json
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow.parquet as pq
 import yaml
 from rich.console import Console
@@ -27,13 +28,18 @@ from rich.table import Table
 from sklearn.metrics import roc_auc_score
 
 from assay.demo.text import find_model
-from assay.engine import make_plan, open_workshop, run
+from assay.engine import Workshop, make_plan, open_workshop, run
 from assay.recipe.recipe import load_recipe
+from assay.recipe.tasks import Encoded, ShowsTokens
 from benchmarks.timing import write
 
 WRONG = 0.2
-SOURCE, ANSWER = (80, 320), (40, 200)  # characters
+SOURCE, ANSWER = (60, 240), (30, 140)  # characters
 ASK = "Write the docstring of this Python function."
+
+
+Chat = list[dict[str, str]]
+Numbers = npt.NDArray[np.floating[Any]]
 
 
 def functions() -> Iterator[tuple[str, str]]:
@@ -64,57 +70,72 @@ def pairs(count: int, seed: int) -> tuple[list[tuple[str, str]], np.ndarray[Any,
     return [(chosen[i][1], chosen[moved.get(i, i)][0]) for i in range(len(chosen))], wrong
 
 
-def conversation(question: str, answer: str) -> list[dict[str, str]]:
+def conversation(question: str, answer: str) -> Chat:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def score(root: Path, name: str, chats: list[list[dict[str, str]]], loss_on: str) -> tuple[Any, Path]:
-    """The table of a recipe over conversations, and the recipe."""
-    (root / name).mkdir()
-    (root / name / "a.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+def score(root: Path, shards: Mapping[str, Sequence[Chat]]) -> Path:
+    """Score every token of some conversations; returns the recipe."""
+    (root / "data").mkdir()
+    for name, chats in shards.items():
+        lines = [json.dumps({"messages": chat}) + "\n" for chat in chats]
+        (root / "data" / f"{name}.jsonl").write_text("".join(lines))
     recipe = {
         "version": 1,
-        "corpus": {"path": name},
-        "task": {"kind": "causal_lm", "messages_column": "messages", "loss_on": loss_on, "max_length": 512},
+        "corpus": {"path": "data"},
+        "task": {"kind": "causal_lm", "messages_column": "messages", "loss_on": "all", "max_length": 512},
         "models": {"smollm2": {"kind": "transformers", "path": str(find_model())}},
         "methods": [{"method": "ensemble", "models": ["smollm2"], "tokens": True}],
         "batch": {"tokens": 2048, "samples": 16},
-        "output": f"scores-{name}",
+        "output": "scores",
     }
-    path = root / f"{name}.yaml"
+    path = root / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     summary = run(load_recipe(str(path)))
     if summary.rows_quarantined:
-        raise RuntimeError(f"{name}: {summary.rows_quarantined} of {len(chats)} conversations are in quarantine")
-    return pq.read_table(root / f"scores-{name}/a.parquet"), path
+        raise RuntimeError(f"{summary.rows_quarantined} of {summary.rows} conversations are in quarantine")
+    return path
 
 
-def answers_of(table: Any, path: Path, chats: list[list[dict[str, str]]]) -> np.ndarray[Any, Any]:
-    """The mean of the answers' tokens alone, from the losses of all tokens."""
-    workshop = open_workshop(make_plan(load_recipe(str(path), ["task.loss_on=assistant", "output=none"])), fit=False)
-    losses = []
-    for values, sample in zip(
-        table["ensemble_mean_nll_tokens"].to_pylist(), workshop.encoder.encode([(chat,) for chat in chats]), strict=True
-    ):
-        counted = [counts for _, counts in workshop.encoder.tokens(sample.data)]
-        losses.append(np.array(values)[np.array(counted)].mean())
-    return np.array(losses)
+def answers(workshop: Workshop, losses: Sequence[Sequence[float]], chats: Sequence[Chat]) -> Numbers:
+    """The mean loss of the answers' tokens, from those of all tokens."""
+    samples = workshop.encoder.encode([(chat,) for chat in chats])
+    means = []
+    for values, sample in zip(losses, samples, strict=True):
+        assert isinstance(sample, Encoded)
+        assert isinstance(workshop.encoder, ShowsTokens)
+        counted = np.array([counts for _, counts in workshop.encoder.tokens(sample.data)])
+        means.append(np.array(values)[counted].mean())
+    return np.array(means)
+
+
+def directly(workshop: Workshop, chats: Sequence[Chat]) -> Numbers:
+    """What a recipe about the answers alone gives."""
+    assert workshop.scorer is not None
+    samples = workshop.encoder.encode([(chat,) for chat in chats])
+    scores = workshop.scorer(workshop.encoder.collate([s.data for s in samples if isinstance(s, Encoded)]))
+    return scores["ensemble_mean_nll"].numpy()
 
 
 def measure(root: Path, rows: int, seed: int) -> dict[str, Any]:
     found, wrong = pairs(rows, seed)
-    asked = [conversation(f"{ASK}\n\n{source}", answer) for source, answer in found]
+    shards = {
+        "asked": [conversation(f"{ASK}\n\n{source}", answer) for source, answer in found],
+        "bare": [conversation(ASK, answer) for _, answer in found],
+    }
     started = time.perf_counter()
-    whole, path = score(root, "whole", asked, "all")
-    bare, _ = score(root, "bare", [conversation(ASK, answer) for _, answer in found], "assistant")
-    few, _ = score(root, "few", asked[:8], "assistant")
-    seconds = time.perf_counter() - started
-    given, alone = answers_of(whole, path, asked), bare["ensemble_mean_nll"].to_numpy()
+    path = score(root, shards)
+    tables = {name: pq.read_table(root / f"scores/{name}.parquet") for name in shards}
+    workshop = open_workshop(make_plan(load_recipe(str(path), ["task.loss_on=assistant", "output=answers"])))
+    given, alone = (
+        answers(workshop, tables[name]["ensemble_mean_nll_tokens"].to_pylist(), shards[name]) for name in shards
+    )
+    difference = float(np.abs(directly(workshop, shards["asked"][:8]) - given[:8]).max())
     scores = {
         "answer's loss, given the question": given,
         "answer's loss without the question (control)": alone,
         "their difference": given - alone,
-        "loss of question and answer": whole["ensemble_mean_nll"].to_numpy(),
+        "loss of question and answer": tables["asked"]["ensemble_mean_nll"].to_numpy(),
         "answer's length (control)": np.array([len(answer) for _, answer in found]),
         "random (control)": np.random.default_rng(seed).random(len(found)),
     }
@@ -123,9 +144,8 @@ def measure(root: Path, rows: int, seed: int) -> dict[str, Any]:
         "wrong": int(wrong.sum()),
         "seed": seed,
         "auroc": {name: float(roc_auc_score(wrong, values)) for name, values in scores.items()},
-        # The loss on the answer's tokens, picked from those of all tokens, is what a recipe about the answer gives.
-        "largest_difference": float(np.abs(few["ensemble_mean_nll"].to_numpy() - given[: len(few)]).max()),
-        "seconds": seconds,
+        "loss_on_all_against_loss_on_assistant": difference,  # the same tokens' losses, by two recipes
+        "seconds": time.perf_counter() - started,
     }
 
 
@@ -140,7 +160,7 @@ def show(case: Mapping[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=240)
+    parser.add_argument("--rows", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

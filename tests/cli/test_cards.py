@@ -78,3 +78,12 @@ def test_what_cannot_be_shown_is_named_and_no_success(tmp_path, capsys):
     assert captured.err == ("assay: 1 shards are not in it (a.parquet: the file has changed since it was scored)\n")
     assert main(["show", str(project.scores), "--tokens"]) == 2
     assert "a classification task have no tokens" in capsys.readouterr().err
+
+
+def test_a_corpus_that_has_moved_is_found_where_it_is_now(tmp_path, capsys):
+    project = make_project(tmp_path)
+    assert main(["score", str(project.path), "--quiet"]) == 0
+    (project.root / "data").rename(project.root / "elsewhere")
+    assert main(["show", str(project.scores), "--by", "mimic"]) == 2
+    assert "if the corpus has moved, say where it is with --corpus" in capsys.readouterr().err
+    assert main(["show", str(project.scores), "--by", "mimic", "--corpus", str(project.root / "elsewhere")]) == 0

@@ -32,6 +32,8 @@ def models(tmp_path_factory):
     save_model(root / "chat", tokenizer=byte_tokenizer(chat_template=CHAT))
     save_mlp(root / "mlp.safetensors", 0)
     save_mlp(root / "better.safetensors", 1)
+    for seed in (1, 2):
+        save_mlp(root / f"seed-{seed}.safetensors", seed)
     return root
 
 
@@ -222,6 +224,16 @@ def test_images_with_texts(folder, tmp_path):
     make_tokenizer().save_pretrained(clip)
     recipe = started("--model", clip)
     assert recipe["task"] == {"kind": "contrastive", "image_column": "image", "text_column": "caption"}
+
+
+def test_several_models_by_a_glob(folder, models):
+    pq.write_table(pa.Table.from_pylist(make_rows(20)), folder / "a.parquet")
+    options = ["--model", str(models / "seed-*.safetensors"), "--reference", str(models / "better.safetensors")]
+    recipe = started(*options, "--target", "data")
+    assert [method.get("model") for method in recipe["methods"]] == [None, "model-last", "model-last"]
+    assert {"mimic", "gradient_cosine"} <= set(columns("scores/a.parquet"))
+    nothing = str(models / "no-*.safetensors")
+    assert main(["init", "data", "--model", nothing, "--out", "other.yaml"]) == 2
 
 
 def test_another_kind_of_reference_joins_the_ensemble(folder, models, tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import json
 import struct
 import zlib
 
@@ -28,6 +30,7 @@ VALUES = [
     np.arange(784.0).reshape(28, 28),
     list(range(1000)),
     [HOSTILE] * 3,
+    functools.reduce(lambda inner, _: {"k": [inner]}, range(400), "deep"),
     None,
     b"\x00" * 10,
     10**50,
@@ -43,6 +46,7 @@ def test_no_line_is_wider_than_the_terminal_or_acts_on_it(value, width):
     for line in lines:
         assert line.isprintable()
         assert cell_len(line) <= width
+    assert json.dumps(as_json(value))
 
 
 def test_a_text_is_wrapped_and_what_is_cut_off_is_counted():

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from assay.corpus.arrow_values import values_of
 from assay.corpus.errors import BadRow
 from assay.corpus.images import Beside, ImageLimits, decode_image
 from assay.corpus.storage import Store
@@ -99,6 +101,15 @@ def test_pixels_as_numbers() -> None:
     for pixels in (grey, grey[:, :, None], grey.astype(np.int64).tolist()):
         np.testing.assert_array_equal(decoded(pixels), np.repeat(grey[:, :, None], 3, 2))
     np.testing.assert_array_equal(decoded(np.dstack([COLOURS, grey])), COLOURS)
+
+
+def test_pixels_as_arrow_tensors() -> None:
+    tensors = np.stack([COLOURS, COLOURS[::-1]])
+    array = pa.FixedShapeTensorArray.from_numpy_ndarray(tensors)
+    faults: dict[int, str] = {}
+    for value, pixels in zip(values_of(pa.field("image", array.type), array, faults), tensors, strict=True):
+        np.testing.assert_array_equal(decoded(value), pixels)
+    assert not faults
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,18 @@ def test_windows_of_samples(shape: tuple[int, ...], layers: str) -> None:
     check_followed(model, labelled(random(*shape)))
 
 
+@pytest.mark.parametrize("layers", ["*", "layers.norm"])
+def test_positions_in_one_dimension_without_a_mask(layers: str) -> None:
+    def flat(m: nn.ModuleDict, x: Tensor) -> Tensor:
+        out: Tensor = m["norm"](m["layer"](x.flatten(0, 1)).tanh()).view(x.shape)
+        return out
+
+    model = Head(flat, 4, layer=nn.Linear(4, 4), norm=nn.LayerNorm(4))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(layers == "*" or name.startswith(layers))
+    check_followed(model, labelled(random(3, 5, 4)))
+
+
 def test_a_batch_in_another_order_is_an_error_in_every_layout() -> None:
     for shape in ((4, 4, 4), (4, 8, 4), (4, 3, 4)):
         with pytest.raises(RuntimeError, match=r"parameter 'layer\.\w+'"):
@@ -55,6 +67,7 @@ def test_a_batch_in_another_order_is_an_error_in_every_layout() -> None:
         ((3, 3, 4), ["first", "second", "shared"]),
         ((15, 4), ["positions", "shared"]),
         ((5, 4), ["shared"]),
+        ((6, 4), ["windows", "shared"]),
     ],
 )
 def test_layouts_by_shape(shape: tuple[int, ...], expected: list[str]) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from assay.probe import Probe, SqNorm, tapped_parameters
+from assay.probe import PerSampleGradient, Probe, SqNorm, tapped_parameters
 from assay.tasks import CausalLM, Classification
 from tests.probe.probe_oracle import check_probe, close, jacobian
 from tests.probe.test_models import gpt2, llama, next_token, randomise, text_batch
@@ -69,6 +69,7 @@ USES: dict[str, tuple[Callable[[Bare, Tensor], Tensor], tuple[int, ...]]] = {
     "a product": (lambda m, h: h @ m.own, (4, 4)),
     "a linear map": (lambda m, h: F.linear(h, m.own), (5, 4)),
     "a linear map with a bias": (lambda m, h: F.linear(h, m.own, m.twin.sum(1) * 0 + 1), (5, 4)),
+    "its type alone": (lambda m, h: (h.type_as(m.own) * m.own).to(h), (4,)),
     "a product on the right": (lambda m, h: (m.own @ h.mT).mT, (5, 4)),
     "a transposed weight": (lambda m, h: h @ m.own.T, (5, 4)),
     "some rows of a weight": (lambda m, h: F.linear(h, m.own[1:5], m.twin[0, :4]), (6, 4)),
@@ -292,6 +293,50 @@ def test_what_turns_out_unsupported_later_is_an_error() -> None:
     assert not probe.left_out
     with pytest.raises(RuntimeError, match=r"parameter 'own'.*einsum"):
         probe(batch(3, 5))
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_layers_output_that_is_modified_in_place(verify: bool) -> None:
+    """A linear layer's output is a view, whose hooks torch forgets then."""
+
+    def scaled(m: Bare, h: Tensor) -> Tensor:
+        h = m.lift(h.contiguous())
+        h /= 3
+        g = F.linear(h, m.own, m.twin[0])
+        g.mul_(2)
+        return g
+
+    model = randomise(Bare(scaled, 4, 4))
+    names = tapped_parameters(model)
+    found = Probe(model, Classification(), reductions={n: SqNorm([n]) for n in names}, verify=verify)(batch(3)).reduced
+    exact = jacobian(model, cross_entropy, batch(3))
+    for name in names:
+        close(found[name], exact[name].square().flatten(1).sum(1), 1e-9, name)
+
+
+def test_what_turns_out_wrong_on_the_first_batch_is_left_out() -> None:
+    """A weight that is tied to another behind its layer's back: its layer runs, and gives a part of the gradient."""
+    model = randomise(Bare(lambda m, h: h @ m.lift.weight, 4))
+    names = tapped_parameters(model, ["*", "!own", "!twin", "!norm"])
+    seen: list[str] = []
+
+    class Watch:
+        parameters = names
+
+        def __call__(self, parameter: str, gradient: PerSampleGradient) -> Tensor:
+            seen.append(parameter)
+            return gradient.sqnorm()
+
+    with pytest.raises(RuntimeError, match=r"parameter 'lift\.weight'.*do not add up"):
+        Probe(model, Classification(), reductions={"n": Watch()})(batch(3))
+    seen.clear()
+    probe = Probe(model, Classification(), reductions={"n": Watch()}, skip_unsupported=True)
+    found, exact = probe(batch(3)).reduced["n"], jacobian(model, cross_entropy, batch(3))
+    assert list(probe.left_out) == ["lift.weight"]
+    assert "do not add up" in probe.left_out["lift.weight"]
+    rest = [n for n in names if n != "lift.weight"]
+    assert sorted(seen) == sorted(rest)  # once each, and nothing of the other
+    close(found, sum(exact[n].square().flatten(1).sum(1) for n in rest), 1e-9, "the rest")
 
 
 # ---- layers that see all positions of all samples in one dimension

@@ -18,6 +18,8 @@ from assay.corpus.images import image_facts
 TEXT_LINES = 4
 _SHOWN_NUMBERS = 6
 _SHOWN_ITEMS = 8
+_MOST_DEPTH = 3
+_MOST_JSON_DEPTH = 50
 
 
 def columns_lines(values: Mapping[str, Any], width: int, classes: Mapping[str, Sequence[str]]) -> Iterator[str]:
@@ -97,8 +99,10 @@ def cut(text: str, width: int) -> str:
     return _pieces(shown, max(1, width - 1))[0] + "…"
 
 
-def in_words(value: Any) -> str:
-    """Any other value: lists with their sizes, mappings as JSON, everything shortened."""
+def in_words(value: Any, depth: int = 0) -> str:
+    """Any other value: lists with their sizes, mappings by their keys, everything shortened and none too deep."""
+    if depth > _MOST_DEPTH:
+        return "…"
     if value is None:
         return "null"
     if isinstance(value, bytes):
@@ -106,16 +110,16 @@ def in_words(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, list | tuple | np.ndarray):
-        return _list_in_words(value)
+        return _list_in_words(value, depth)
     if isinstance(value, dict):
-        inner = ", ".join(f"{key}: {in_words(item)}" for key, item in list(value.items())[:_SHOWN_ITEMS])
+        inner = ", ".join(f"{key}: {in_words(item, depth + 1)}" for key, item in list(value.items())[:_SHOWN_ITEMS])
         return "{" + inner + (", …}" if len(value) > _SHOWN_ITEMS else "}")
     return str(value)
 
 
-def _list_in_words(values: Sequence[Any] | np.ndarray[Any, Any]) -> str:
+def _list_in_words(values: Sequence[Any] | np.ndarray[Any, Any], depth: int) -> str:
     shape = _shape(values)
-    shown = [in_words(item) for item in list(_flat(values, len(shape)))[:_SHOWN_NUMBERS]]
+    shown = [in_words(item, depth + 1) for item in list(_flat(values, len(shape)))[:_SHOWN_NUMBERS]]
     more = math.prod(shape) > len(shown)
     size = "×".join(map(str, shape))
     return f"[{', '.join(shown)}{', …' if more else ''}]" + (f" {size}" if more or len(shape) > 1 else "")
@@ -182,20 +186,22 @@ def image_words(value: Any) -> str | None:
     return f"{size}, {len(data):,} bytes" + (f", {path}" if isinstance(path, str) else "")
 
 
-def as_json(value: Any) -> Any:
+def as_json(value: Any, depth: int = 0) -> Any:
     """A value as JSON has it: bytes by their number, arrays as lists, what is not a number as null."""
+    if depth > _MOST_JSON_DEPTH:
+        return "…"
     if isinstance(value, bytes):
         return {"bytes": len(value)} | ({"image": words} if (words := image_words(value)) else {})
     if isinstance(value, np.ndarray):
-        return as_json(value.tolist())
+        return as_json(value.tolist(), depth)
     if isinstance(value, np.generic):
         return as_json(value.item())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {json_key(key): as_json(item) for key, item in value.items()}
+        return {json_key(key): as_json(item, depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [as_json(item) for item in value]
+        return [as_json(item, depth + 1) for item in value]
     return value if value is None or isinstance(value, str | int | bool) else str(value)
 
 

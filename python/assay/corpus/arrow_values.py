@@ -74,10 +74,10 @@ def extension_name(field: pa.Field) -> str:
 
 
 def _logical_order(kind: pa.DataType) -> Callable[[Any], Any] | None:
-    """What puts a stored tensor's numbers into the order that its type declares; None if they are."""
-    if not isinstance(kind, pa.FixedShapeTensorType) or not kind.permutation:
+    """What gives a stored tensor's numbers the shape, and the order, that its type declares; None of what is none."""
+    if not isinstance(kind, pa.FixedShapeTensorType):
         return None
-    shape, permutation = kind.shape, kind.permutation
+    shape, permutation = kind.shape, kind.permutation or range(len(kind.shape))
     return lambda values: values.reshape(shape).transpose(permutation)
 
 

@@ -68,11 +68,20 @@ def open_scores(url: str, corpus_path: str | None = None) -> Scores:
         raise CorpusError(f"{store.url}: no {MANIFEST}; expected a folder of `assay score`") from error
     except ValueError as error:
         raise CorpusError(f"{store.full(MANIFEST)}: not a manifest of `assay score`") from error
+    corpus = _find_corpus(corpus_path, manifest.corpus)
     corpus_path = corpus_path or manifest.corpus
-    corpus = find_shards(corpus_path)
     shards = tuple(_status(store, shard, manifest) for shard in corpus.shards)
     columns = tuple(column.name for column in manifest.columns)
     return Scores(store, corpus_path, corpus, manifest, columns, tuple(manifest.inputs), shards)
+
+
+def _find_corpus(now: str | None, then: str) -> Corpus:
+    try:
+        return find_shards(now or then)
+    except CorpusError as error:
+        if now is not None:
+            raise
+        raise CorpusError(f"{error}; if the corpus has moved, say where it is with --corpus") from error
 
 
 def _status(store: Store, shard: Shard, identity: Identity) -> ShardStatus:

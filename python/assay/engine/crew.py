@@ -48,9 +48,9 @@ Outcome = tuple[Footer, bool] | str
 """A table's footer and whether it came of stored features, or why the shard cannot be read."""
 
 
-def units_at_most(sizes: Mapping[Shard, int], workers: int) -> int:
+def units_at_most(plan: Plan, sizes: Mapping[Shard, int], workers: int) -> int:
     """How many units there may be of shards of these sizes, for so many workers."""
-    return sum(_shares(size, sum(sizes.values()), workers) for size in sizes.values())
+    return sum(_shares(plan, size, sum(sizes.values()), workers) for size in sizes.values())
 
 
 def sizes_of(shards: Sequence[Shard]) -> dict[Shard, int]:
@@ -63,9 +63,13 @@ def sizes_of(shards: Sequence[Shard]) -> dict[Shard, int]:
     return sizes
 
 
-def _shares(size: int, total: int, workers: int) -> int:
-    """Into how many parts a shard is cut: as many as there are workers if it would keep one of them busy too long."""
-    return workers if size >= SPLIT_BYTES and 2 * workers * size > total else 1
+def _shares(plan: Plan, size: int, total: int, workers: int) -> int:
+    """Into how many parts a shard is cut: as many as there are workers if it would keep one of them busy too long.
+
+    One whose rows are compared in groups stays whole: the last of them need rows before them.
+    """
+    whole = plan.recipe.task.group_rows is not None
+    return workers if not whole and size >= SPLIT_BYTES and 2 * workers * size > total else 1
 
 
 def score_with_workers(
@@ -256,8 +260,7 @@ class _Crew:
         write_manifest(self._plan, self._ready.columns)
         total, workers = sum(self._sizes.values()), len(self._devices)
         for shard, size in sorted(self._sizes.items(), key=lambda item: -item[1]):
-            whole = self._ready.gathers is None or self._plan.recipe.task.group_rows is not None
-            count = 1 if whole else _shares(size, total, workers)
+            count = _shares(self._plan, size, total, workers) if self._ready.gathers is not None else 1
             self._waiting += [_Job(shard, size / count, Share(i, count)) for i in range(count)]
 
     def work(self) -> None:

@@ -93,7 +93,7 @@ def run(
 def _score(plan: Plan, devices: Sequence[torch.device], summary: RunSummary, progress: Progress) -> None:
     """Score what is to do, and count what became of it in the plan's order."""
     began, sizes = time.perf_counter(), sizes_of(plan.todo)
-    devices = devices[: units_at_most(sizes, len(devices))]
+    devices = devices[: units_at_most(plan, sizes, len(devices))]
 
     def on_unreadable(shard: Shard, reason: str) -> None:
         log.error("%s: %s", shard.path, reason)

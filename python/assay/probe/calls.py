@@ -76,14 +76,14 @@ class Call:
             raise ValueError(f"layer {self.tap.layer!r} ({type(self.tap.module).__name__}) has no positions of its own")
         inputs, grads = self._inputs(), self._grads()
         dots = rule.dot_by_position(self.tap.module, local, inputs, grads, direction)
-        if dots.shape[1] != positions and inputs.shape[1:2] == (positions,):
-            dots = dots.reshape(len(dots), positions, -1).sum(2)  # attention heads, say, at every position
-        if dots.shape[1] != positions:
+        lead = inputs.shape[1:-1] if inputs.is_floating_point() else inputs.shape[1:]
+        mine = lead[:1] == (positions,) or [n for n in lead if n != 1] == [positions]  # in the order of the tokens
+        if not mine or dots.shape[1] % positions:
             raise ValueError(
                 f"layer {self.tap.layer!r} ({type(self.tap.module).__name__}) ran on {tuple(inputs.shape)}, which are "
                 f"not the {positions} tokens of each sample"
             )
-        return dots
+        return dots.reshape(len(dots), positions, -1).sum(2)  # attention heads, say, at every position
 
     def _inputs(self) -> Tensor:
         """(B, ...)."""

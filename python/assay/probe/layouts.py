@@ -35,11 +35,14 @@ def possible(inputs: Tensor, output: Tensor, size: int, trailing: bool, position
     found: list[Layout] = ["first"] if lead[0] == size else []
     if not trailing:
         return found
-    if len(lead) == 1:
-        found += ["positions"] if positions and lead[0] != size else []
-    elif guess:
-        found += ["second"] if lead[1] == size and output.shape[1] == size else []
-        found += ["windows"] if lead[0] > size and lead[0] % size == 0 else []
+    parts = guess and lead[0] > size and lead[0] % size == 0
+    if len(lead) > 1:
+        found += ["second"] if guess and lead[1] == size and output.shape[1] == size else []
+        found += ["windows"] if parts else []
+    elif positions and lead[0] != size:
+        found += ["positions"]
+    elif inputs.is_floating_point():  # ids are a table's
+        found += ["windows"] if parts else []
     if not inputs.requires_grad and (not found or guess):
         found += ["shared"] if found != ["first"] or all(n == size for n in lead) else []
     return found

@@ -240,10 +240,10 @@ class Probe:
             recorder.settle({} if check is None else check.gradients)
             if self._verify and check is None and recorder.patterns - self._verified:
                 raise _Unverified
-            self._drop(recorder.dropped, check)
             read_off = [read(reading.task, outputs) for reading in self._readings]
-            if check is not None and recorder.ambiguous and (layers := self._misread(recorder, read_off, check)):
-                raise _Misread(layers, check)
+            if check is not None and (recorder.ambiguous or (self._droppable and size > 1)):
+                self._try_out(recorder, read_off, check)
+            self._drop(recorder.dropped, check)
             found = self._backward(recorder, read_off, check)
         if check is not None and check.finish():
             self._verified |= recorder.patterns
@@ -283,17 +283,29 @@ class Probe:
             found.append((own, {key: v for key, v in reduced.items() if key != _CHECK}, factors if i == 0 else {}))
         return found
 
-    def _misread(self, recorder: Recorder, outputs: Sequence[Outputs], check: Check) -> dict[str, Layout]:
-        """Layers whose gradients are wrong and whose inputs may have another layout: the next one to try.
+    def _try_out(self, recorder: Recorder, outputs: Sequence[Outputs], check: Check) -> None:
+        """Check the gradients before any reduction sees one, where something can be done about a wrong one.
 
-        Asked before any reduction sees a gradient.
+        Raises:
+            _Misread: the inputs of layers with wrong gradients may have another layout.
         """
+        for name in recorder.dropped:
+            check.gradients.pop(name, None)
         recorder.backward(outputs[self._differentiated[0]].losses, {_CHECK: check}, last=False)
-        wrong, taps = check.wrong(), {tap.layer: tap for tap in recorder.taps}
-        touched = {
-            n: v for n, v in recorder.ambiguous.items() if not wrong.keys().isdisjoint(taps[n].parameters.values())
+        wrong, taps = check.complaints(), {tap.layer: tap for tap in recorder.taps}
+        doubted = {
+            name: layouts
+            for name, layouts in recorder.ambiguous.items()
+            if layouts and not wrong.keys().isdisjoint(taps[name].parameters.values())
         }
-        return {name: layouts[0] for name, layouts in touched.items() if layouts}
+        if check.is_loose:  # a wrong layout may pass by chance: layers of which the same is known go together
+            alike = [layouts for layouts in doubted.values() if "shared" not in layouts]
+            doubted |= {name: layouts for name, layouts in recorder.ambiguous.items() if layouts in alike}
+        layers = {name: layouts[0] for name, layouts in doubted.items()}
+        if layers:
+            raise _Misread(layers, check)
+        if recorder.size > 1 and self._droppable.issuperset(wrong):
+            recorder.drop(wrong)
 
     def _reread(self, batch: Any, size: int, misread: _Misread) -> list[Signals]:
         """Take other layouts of the layers' inputs. If none is right, the first error stands."""

@@ -7,7 +7,8 @@ weight that is taken from another layer or computed from parameters. The formula
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from types import SimpleNamespace
+from dataclasses import dataclass
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,17 +24,25 @@ Arrange = Callable[[Tensor], Tensor]
 """(*lead, ...) -> (B, T, ...)."""
 
 
+@dataclass(frozen=True)
 class Lead:
     """How the samples lie in the first dimensions of an operation's arguments.
 
-    Args:
+    Attributes:
         arrange: the lengths of the dimensions before an argument's own -> how they become (B, T), or None.
         batch: whether a first dimension is the batch's.
     """
 
-    def __init__(self, arrange: Callable[[Sequence[int]], Arrange | None], batch: Callable[[Tensor], bool]) -> None:
-        self.arrange, self.batch = arrange, batch
+    arrange: Callable[[Sequence[int]], Arrange | None]
+    batch: Callable[[Tensor], bool]
 
+
+# Attention as a function, with what it is made of seen one by one.
+ATTENTION = FunctionType(
+    F.multi_head_attention_forward.__code__,
+    {**vars(F), "has_torch_function": lambda tensors: False},
+    argdefs=F.multi_head_attention_forward.__defaults__,
+)
 
 Gradients = Mapping[str, Callable[[Tensor], Term]]
 """By argument: the output's gradient -> that argument's, where it is a weight."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -35,6 +35,21 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             module.training = was_training
 
 
+def on_gradient(output: Tensor, arrived: Callable[[Tensor], None]) -> None:
+    """Call with a layer's output's gradient, also where the model goes on to modify the output in place.
+
+    A linear layer may give a view of what it computed, and torch forgets a view's hooks when it is modified; not those
+    of the tensor that is viewed, which nobody else has.
+    """
+    whole, shape = output._base, output.shape
+    whole = whole if whole is not None and whole.grad_fn is not None and _all_of(whole, output) else output
+    whole.register_hook(lambda grads: arrived(grads.reshape(shape)))  # type: ignore[no-untyped-call]
+
+
+def _all_of(whole: Tensor, view: Tensor) -> bool:
+    return whole.numel() == view.numel() and whole.is_contiguous() and view.is_contiguous()
+
+
 def other_leaves(losses: Tensor, own: Collection[Tensor]) -> list[Tensor]:
     """Tensors that ask for gradients and are not ours: a hook of the model's, or a tensor that it keeps.
 
@@ -50,6 +65,6 @@ def other_leaves(losses: Tensor, own: Collection[Tensor]) -> list[Tensor]:
                 leaf = getattr(after, "variable", None)
                 if leaf is None:
                     stack.append(after)
-                elif id(leaf) not in known:
+                elif id(leaf) not in known and leaf.requires_grad:  # not a parameter in what the model has kept
                     found.append(leaf)
     return found

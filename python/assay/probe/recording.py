@@ -18,7 +18,7 @@ from assay.probe.experts import Routing
 from assay.probe.formulas import Factors
 from assay.probe.gradient import PerSampleGradient, sum_of
 from assay.probe.layouts import Layout, possible, remaining
-from assay.probe.quiet import other_leaves
+from assay.probe.quiet import on_gradient, other_leaves
 from assay.probe.reductions import Reduced, Reduction
 from assay.probe.selection import Tap
 from assay.probe.shared import Region, Shared
@@ -144,6 +144,14 @@ class Recorder:
             raise Behind(layers)
         for name in behind:
             self._refuse((name,), untapped(f"parameter {name!r}", "it is used behind its layer's back"))
+        self._forget()
+
+    def drop(self, reasons: Mapping[str, str]) -> None:
+        """Leave out parameters of which it turned out later that they cannot be tapped."""
+        self.dropped |= reasons
+        self._forget()
+
+    def _forget(self) -> None:
         for name in self.dropped:
             self._calls.pop(name, None)
         for layer, calls in list(self._kept.items()):
@@ -331,7 +339,7 @@ class Recorder:
             call.grads = grads.detach()
             self._arrived(call)
 
-        output.register_hook(arrived)  # type: ignore[no-untyped-call]
+        on_gradient(output, arrived)
 
     def _arrived(self, call: Call) -> None:
         for name in call.parameters.values():

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from assay.probe import products
 from assay.probe.pulling import pulled
+from assay.probe.quiet import on_gradient
 from assay.probe.starts import Start, broadcast, coincidences, untapped
 from assay.probe.terms import Dense, Term
 from assay.tasks.base import wide
@@ -31,13 +31,8 @@ _ELEMENTWISE = frozenset(
     for left, right in (("", ""), ("__", "__"), ("", "_"))
 ) | {"where"}
 _EXPANSIONS = frozenset(["expand", "expand_as", "repeat", "tile", "broadcast_to"])
+_BY_SHAPE = frozenset(["type_as", "to", "view_as", "reshape_as", "expand_as"])
 _INDEXING = frozenset(["__getitem__", "index_select", "gather"])
-# Attention as a function, with what it is made of seen one by one.
-_ATTENTION = FunctionType(
-    F.multi_head_attention_forward.__code__,
-    {**vars(F), "has_torch_function": lambda tensors: False},
-    argdefs=F.multi_head_attention_forward.__defaults__,
-)
 
 
 class Shared(Tensor):
@@ -51,7 +46,7 @@ class Shared(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.multi_head_attention_forward and (own := _region(args, kwargs)) is not None:
             with own.batch_second():
-                return _ATTENTION(*args, **(kwargs or {}))
+                return products.ATTENTION(*args, **(kwargs or {}))
         with torch._C.DisableTorchFunctionSubclass():
             leaves, spec = tree_flatten((args, kwargs or {}))
             shared = [x for x in leaves if isinstance(x, Shared) and hasattr(x, "region")]
@@ -141,8 +136,11 @@ class Region:
 
     def apply(self, func: Any, leaves: list[Any], spec: Any, shared: list[Shared]) -> Any:
         """Run an operation of the model on shared values, and perhaps others."""
-        others = [] if self._alone else [x for x in leaves if self._is_other(x)]
         name = str(getattr(func, "__name__", func))
+        if name in _BY_SHAPE and not isinstance(leaves[0], Shared):  # of what is shared it takes the shape or the type
+            args, kwargs = tree_unflatten([self._plain(x) if isinstance(x, Shared) else x for x in leaves], spec)
+            return func(*args, **kwargs)
+        others = [] if self._alone else [x for x in leaves if self._is_other(x)]
         result: Any = None
         if torch.is_grad_enabled():
             if name in _EXPANSIONS:
@@ -304,7 +302,7 @@ class Region:
             for key, value in weights.items():
                 self._give(value, found[key](grads.detach()))
 
-        output.register_hook(arrived)  # type: ignore[no-untyped-call]
+        on_gradient(output, arrived)
 
     def _give(self, value: Shared, term: Term) -> None:
         """A weight's gradient from one use."""

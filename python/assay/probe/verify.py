@@ -14,6 +14,7 @@ from assay.probe.gradient import PerSampleGradient
 from assay.tasks import Task
 from assay.tasks.base import unfused
 
+_TOLERANCE = 1e-3
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -42,6 +43,11 @@ class Check:
     def parameters(self) -> Collection[str]:
         return self.gradients.keys()
 
+    @property
+    def is_loose(self) -> bool:
+        """Whether numbers are so coarse that a wrong gradient may pass now and then."""
+        return self.tolerance > _TOLERANCE
+
     def __call__(self, parameter: str, gradient: PerSampleGradient) -> Tensor:
         expected = self.gradients[parameter]
         self.dots[parameter] = gradient.dot(expected / self._scale(parameter))
@@ -58,15 +64,22 @@ class Check:
         Raises:
             RuntimeError: a parameter's gradients differ.
         """
-        for name, (found, expected) in self.wrong().items():
-            raise RuntimeError(
+        for message in self.complaints().values():
+            raise RuntimeError(message)
+        return all(math.isfinite(norm) for norm in self._norms().values())
+
+    def complaints(self) -> dict[str, str]:
+        """What there is to say of the parameters that ``wrong`` names."""
+        return {
+            name: (
                 f"parameter {name!r}: the probe's per-sample gradients do not add up to autograd's gradient (<probe, "
                 f"autograd> = {found:.6g}, expected {expected:.6g}). Likely causes: its weight is used behind the "
                 "layer's back, as in F.linear(x, embedding.weight); the batch is not the first dimension of the "
                 "layer's input; the samples of a batch influence each other; the model is random in eval mode. Leave "
                 f"the parameter out (layers=['*', {'!' + name!r}])"
             )
-        return all(math.isfinite(norm) for norm in self._norms().values())
+            for name, (found, expected) in self.wrong().items()
+        }
 
     def wrong(self) -> dict[str, tuple[float, float]]:
         """Σ_b c_b ⟨g_b,p, D_p⟩ and ‖D_p‖² of the parameters where they differ; none if a gradient is not finite.
@@ -111,7 +124,7 @@ def prepare_check(model: nn.Module, task: Task, batch: Any, parameters: Collecti
     finally:
         for parameter in wanted.values():
             parameter.requires_grad_(False)
-    return Check(weights, dict(zip(wanted, gradients, strict=True)), 5e-2 if loose else 1e-3)
+    return Check(weights, dict(zip(wanted, gradients, strict=True)), 5e-2 if loose else _TOLERANCE)
 
 
 def signs(size: int) -> Tensor:

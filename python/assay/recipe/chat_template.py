@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from assay._lazy import require
 from assay.corpus.errors import BadRow
 from assay.recipe.errors import EngineError
+from assay.recipe.library_calls import bounded_memory
 from assay.recipe.model_files import one_line
 
 Message = dict[str, Any]
@@ -25,6 +26,7 @@ TODAY = datetime.datetime(2024, 7, 26)
 
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _LONGEST = 1 << 28
+_HEADROOM = 2 << 30  # bytes: other threads go on meanwhile
 _QUESTION, _ANSWER = "How much is two and two?", "It is four."
 
 
@@ -88,7 +90,7 @@ class ChatTemplate:
         source = self._plain if tools is None else self._with_tools
         marked = bool(_MARK.search(source))
         try:
-            with self._lock, _one_day(source):
+            with self._lock, bounded_memory(_HEADROOM), _one_day(source):
                 (text,), marks = render(
                     [list(messages)],
                     tools=tools,

@@ -96,6 +96,29 @@ def _log_lines(text: str) -> None:
         log.debug("%s", line)
 
 
+@contextlib.contextmanager
+def bounded_memory(headroom: int) -> Iterator[None]:
+    """While it lasts, the process may take so many more bytes of address space: what wants more is a MemoryError.
+
+    For calls of a fraction of a millisecond, since it holds for all threads. Without such limits it does nothing.
+    """
+    try:
+        import resource
+
+        with open("/proc/self/statm") as file:
+            used = int(file.read().split()[0]) * resource.getpagesize()
+    except (ImportError, OSError, ValueError):
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    wanted = [limit for limit in (used + headroom, soft, hard) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min(wanted), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
 @dataclass
 class Budget:
     """How much a model may consist of, given what its weights' headers say.

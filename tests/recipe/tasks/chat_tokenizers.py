@@ -30,6 +30,11 @@ FORGETFUL = (
     "{% for m in messages %}<{{ m.role }}>{% if loop.last and m.role == 'assistant' %}it {% endif %}{{ m.content }}"
     "<end>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+# Llama 2's form: nothing asks for the answer, which ends with the token that ends a text.
+BARE = (
+    "{% for m in messages %}{{ bos_token + '<user>' + m.content if m.role == 'user' else m.content + eos_token }}"
+    "{% endfor %}"
+)
 STRICT = (
     "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('turns must alternate') }}{% endif %}{% endfor %}" + PLAIN

@@ -11,7 +11,7 @@ from assay.recipe.chat_template import ChatTemplate
 from assay.recipe.errors import EngineError
 from assay.recipe.tasks.conversations import ChatEncoder
 from assay.recipe.tasks.documents import Reader
-from tests.recipe.tasks.chat_tokenizers import FORGETFUL, MARKED, PLAIN, STRICT, UNSTABLE, word_tokenizer
+from tests.recipe.tasks.chat_tokenizers import BARE, FORGETFUL, MARKED, PLAIN, STRICT, UNSTABLE, word_tokenizer
 
 TWO = [
     {"role": "system", "content": "dig"},
@@ -90,6 +90,11 @@ def test_everything_counts_but_the_first_token():
     assert [counts for _, counts in tokens] == [False] + [True] * (len(tokens) - 1)
 
 
+def test_without_a_prompt_for_it_a_turn_is_what_it_adds():
+    expected = ["<s>", "<user>", "gold", "?", "yes*", ".*", "</s>*", "<s>", "<user>", "here", "?", "no*", "</s>*"]
+    assert [f"{word}*" if counts else word for word, counts in shown(encoder(BARE), TWO[1:])] == expected
+
+
 def test_marks_are_what_transformers_makes_of_them():
     tokenizer = word_tokenizer(MARKED)
     theirs = tokenizer.apply_chat_template(TWO, return_dict=True, return_assistant_tokens_mask=True)
@@ -142,6 +147,7 @@ def test_marks_around_other_tokens_are_refused():
         ("hello", "a question and an answer do not come out of it again"),
         ("{{ messages.__class__.__mro__ }}", "SecurityError"),
         ("{% for i in range(10000000) %}x{% endfor %}", "OverflowError"),
+        ("{{ 'x' * 100000000000 }}", "MemoryError"),
     ],
 )
 def test_a_template_that_cannot_be_used_is_one_line(template, message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from assay.recipe.model_files import (
     read_weights,
     shortened,
 )
+from assay.recipe.parts import is_pattern
 
 # What transformers' class names end in, and what such a model can be scored on.
 _HEADS = (
@@ -53,6 +55,8 @@ class ModelFacts:
     """Its tensors; None of a .gguf file or an adapter."""
     adapter: str | None = None
     """The adapter's folder; ``path`` is then its base model's."""
+    several: bool = False
+    """Whether ``path`` is a glob, of whose models the others are facts of one."""
 
 
 def model_facts(path: str) -> ModelFacts:
@@ -61,6 +65,8 @@ def model_facts(path: str) -> ModelFacts:
     Raises:
         EngineError: there is no such thing, or its files are not what they say.
     """
+    if is_pattern(path) and not os.path.exists(path):
+        return _facts_of_several(path)
     if not os.path.exists(path):
         hub = re.fullmatch(r"[\w.-]+/[\w.-]+", path)
         hint = f"; assay downloads nothing: fetch it with `hf download {path} --local-dir …`" if hub else ""
@@ -71,6 +77,19 @@ def model_facts(path: str) -> ModelFacts:
     if folder.config == ADAPTER_CONFIG:
         return _adapter_facts(folder)
     return _folder_facts(folder, {name: tensor.shape for name, tensor in read_weights(folder).items()})
+
+
+def _facts_of_several(pattern: str) -> ModelFacts:
+    """What the models of a glob have in common. EngineError if it is not what they are for."""
+    found = [model_facts(path) for path in sorted(glob.glob(pattern, recursive=True))]
+    if not found:
+        raise EngineError(f"{pattern}: matches no model")
+    first = found[0]
+    for other in found[1:]:
+        if (other.kind, other.use, other.regression) != (first.kind, first.use, first.regression):
+            raise EngineError(f"{pattern}: {first.path} is {first.name}, {other.path} {other.name}; expected one kind")
+    name = f"{len(found)} × {first.name}"
+    return replace(first, path=pattern, name=name, chat=all(facts.chat for facts in found), several=True)
 
 
 def _file_facts(path: str) -> ModelFacts:

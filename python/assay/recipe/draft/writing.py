@@ -92,15 +92,16 @@ def _methods(choices: Choices) -> Iterator[tuple[str, dict[str, Any], str]]:
         if regression
         else "loss, margin and entropy of each sample, the controls of all else"
     )
+    one = "model-last" if choices.model.several else "model"  # of a glob, by its natural order
     both = choices.reference is not None and not choices.further
     models = ["model", "reference"] if both else ["model"]
     yield told, {"method": "ensemble", "models": models}, "ensemble_residual" if regression else "ensemble_nll"
     if choices.further:
         told = "mimic: does a step on this sample lead from the model to the reference?"
-        yield told, {"method": "grad_mimic", "model": "model", "reference": "reference"}, "mimic"
+        yield told, {"method": "grad_mimic", "model": one, "reference": "reference"}, "mimic"
     if choices.target is not None:
         told = "gradient_cosine: does this sample pull the model where the target's samples do?"
-        yield told, {"method": "gradient_cosine", "model": "model"}, "gradient_cosine"
+        yield told, {"method": "gradient_cosine", "model": one}, "gradient_cosine"
 
 
 def _path(choices: Choices, path: str) -> str:

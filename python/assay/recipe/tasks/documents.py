@@ -160,11 +160,14 @@ def holding(offsets: Sequence[Span], spans: Sequence[Span]) -> Mask:
     a part of a character is where the character's first part is.
     """
     held = np.zeros(len(offsets), bool)
-    start = end = 0
-    for i, (_, last) in enumerate(offsets):
-        if last > end:
-            start, end = end, last
-        held[i] = any(start < b and a < end for a, b in spans)
+    if not len(offsets):
+        return held
+    ends = np.maximum.accumulate([last for _, last in offsets])
+    before = np.concatenate([[0], ends[:-1]])
+    first = np.maximum.accumulate(np.where(ends > before, np.arange(len(ends)), 0))  # the first of the same characters
+    starts = before[first]
+    for a, b in spans:
+        held[np.searchsorted(ends, a, "right") : np.searchsorted(starts, b, "left")] = True
     return held
 
 

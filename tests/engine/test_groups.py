@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
+from assay.engine.crew import units_at_most
 from assay.engine.groups import Group, consecutive, make_groups, score_groups
 from assay.engine.rows import Sample
 from assay.methods import Column
@@ -102,3 +106,10 @@ def test_a_sample_without_another_is_no_sample() -> None:
     scores, failed, _ = scored(4, [0, 1, 6], 8)
     assert failed == {2: "no other row of its group is a sample that it could be compared with"}
     assert np.isnan(scores).tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize(("group", "units"), [(None, 4), (64, 1)])
+def test_a_large_shard_of_groups_is_one_unit_of_work(group: int | None, units: int) -> None:
+    plan: Any = SimpleNamespace(recipe=SimpleNamespace(task=SimpleNamespace(group_rows=group)))
+    shard: Any = "a.parquet"
+    assert units_at_most(plan, {shard: 10**12}, 4) == units

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from assay.tasks.base import IGNORE, Outputs, Task, unfused, wide
+from assay.tasks.supervised import Regression
 
 # Of a language model's tokens, 1 − p below this is taken for this: it comes from log p, which is exact only to float32.
 # Such a token has no gradient.
@@ -26,7 +27,7 @@ class Margin:
         task: Classification, TokenClassification or CausalLM; each row's loss must be −log p.
 
     Raises:
-        ValueError: the task's labels are probabilities, so that there is no margin.
+        ValueError: the task's labels are probabilities or numbers, so that there is no margin.
     """
 
     task: Task
@@ -34,6 +35,15 @@ class Margin:
     def __post_init__(self) -> None:
         if getattr(self.task, "soft", False):
             raise ValueError("Margin: needs one class per sample, and the task's labels are probabilities (soft)")
+        if isinstance(self.task, Regression):
+            raise ValueError(self._no_label)
+
+    @property
+    def _no_label(self) -> str:
+        return (
+            f"Margin: {type(self.task).__name__} has no probability of one label per row; use Classification with "
+            "classes, TokenClassification or CausalLM"
+        )
 
     def size(self, batch: Any) -> int:
         return self.task.size(batch)
@@ -54,10 +64,7 @@ class Margin:
         """The margins of a forward pass of ``task``: it needs no other."""
         nll, labels = outputs.row_losses, outputs.labels
         if nll is None or labels is None:
-            raise ValueError(
-                f"Margin: {type(self.task).__name__} has no probability of one label per row; use "
-                "Classification with classes, TokenClassification or CausalLM"
-            )
+            raise ValueError(self._no_label)
         if nll.ndim == 1 and outputs.logits is not None:
             return outputs.with_losses(_from_logits(outputs.logits, labels))
         # log p − log(1 − p), from nll = −log p: the logits have not been made

@@ -32,7 +32,6 @@ from assay.engine.progress import Progress
 from assay.engine.shard import Share
 from assay.engine.timing import Times
 from assay.recipe.errors import EngineError
-from assay.recipe.factories import trusted_by
 
 log = logging.getLogger("assay")
 
@@ -178,7 +177,7 @@ class _Crew:
         setup = Setup(
             recipe.model_dump(),
             recipe.task,
-            trusted_by(recipe.models.values()),
+            recipe.trust,
             self._plan.identity,
             fitted,
             str(device),

@@ -40,11 +40,6 @@ def check_trust(trust: Iterable[str]) -> tuple[str, ...]:
     return names
 
 
-def trusted_by(specs: Iterable[ModelSpec]) -> tuple[str, ...]:
-    """The modules that the models' recipe was loaded with trust in, for another process to load it with."""
-    return tuple(dict.fromkeys(name for spec in specs if isinstance(spec, PythonSpec) for name in spec._trust))
-
-
 @MODELS.add("python")
 class PythonSpec(ModelSpec):
     """What a function of an importable module returns: an `nn.Module`, called with ``arguments``. With a ``path``, all

@@ -270,12 +270,12 @@ def test_a_list_of_quarantined_rows_that_is_not_theirs_is_made_again(kept):
 
 
 def test_a_row_that_did_not_fit_into_memory_has_no_features(kept, monkeypatch):
-    original = batches._unless_out_of_memory
+    original = batches.unless_out_of_memory
 
-    def cramped(scorer, encoder, samples):
-        return None if any(sample.id == "s0-7" for sample in samples) else original(scorer, encoder, samples)
+    def cramped(scorer, collate, samples, times):
+        return None if any(sample.id == "s0-7" for sample in samples) else original(scorer, collate, samples, times)
 
-    monkeypatch.setattr(batches, "_unless_out_of_memory", cramped)
+    monkeypatch.setattr(batches, "unless_out_of_memory", cramped)
     monkeypatch.setattr(batches.gc, "collect", lambda: None)
     assert score(kept).rows_quarantined == 4
     quarantine = kept.quarantine()

@@ -51,7 +51,7 @@ def test_positions_in_one_dimension_without_a_mask(layers: str) -> None:
 
 
 class Windows(nn.Module):
-    """Three layers on windows that are as long as the batch: by their shape, the batch could be the second dimension."""
+    """Three layers on windows as long as the batch: by their shape, it could be the second dimension."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -328,8 +328,8 @@ def test_a_batch_without_samples_gives_no_rows() -> None:
     assert signals.losses.shape == (0,)
 
 
-class Transposed(nn.Module):
-    """Runs a layer on (T, B, D), which no shape shows where T is B."""
+class Rolled(nn.Module):
+    """Runs a layer on the samples in another order, which no shape shows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -337,11 +337,11 @@ class Transposed(nn.Module):
         self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.layer(x.transpose(0, 1)).tanh().sum(0))
+        return self.head(self.layer(x.roll(1, 0)).roll(-1, 0).tanh().sum(1))
 
 
 def test_fit_checks_the_gradients_that_it_takes() -> None:
-    model, task = Transposed(), Classification()
+    model, task = Rolled(), Classification()
     batch = torch.randn(5, 5, 4), torch.tensor([0, 1, 2, 0, 1])
     targets = {"t": [batch]}
     for method in (
@@ -356,15 +356,12 @@ def test_fit_checks_the_gradients_that_it_takes() -> None:
 
 
 class PartlySupported(nn.Module):
-    """A subclass of a layer, refused by its class, and a parameter whose use cannot be followed."""
-
-    class Own(nn.Linear):
-        pass
+    """A layer that is refused by its class, and a parameter whose use cannot be followed."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.known, self.odd, self.head = nn.Linear(4, 6), self.Own(6, 6), nn.Linear(6, 3)
+        self.known, self.odd, self.head = nn.Linear(4, 6), nn.RNNCell(6, 6), nn.Linear(6, 3)
         self.mix = nn.Parameter(torch.randn(6, 6))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from assay.probe import Probe, tapped_parameters
+from assay.probe import Probe, SqNorm, tapped_parameters
 from assay.probe.layouts import arranged, possible
 from assay.tasks import Classification
 from tests.probe.test_products import Head, check_followed, labelled, random
-from tests.probe.test_verify import Rolled
+from tests.probe.test_verify import Rolled, check_norms
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 4), (3, 3, 4), (3, 6, 4), (1, 2, 4)])
@@ -48,6 +48,30 @@ def test_positions_in_one_dimension_without_a_mask(layers: str) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(layers == "*" or name.startswith(layers))
     check_followed(model, labelled(random(3, 5, 4)))
+
+
+class Windows(nn.Module):
+    """Three layers on windows as long as the batch: by their shape, it could be the second dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lift, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.lift(x).view(-1, len(x), 4)
+        for layer in self.layers:
+            h = layer(h).tanh()
+        return self.head(h.reshape(x.shape).sum(1))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_layers_of_which_the_same_is_known_go_together_where_numbers_are_coarse(seed: int) -> None:
+    torch.manual_seed(seed)
+    model, size = Windows().bfloat16(), 3 + seed
+    probe = Probe(model, Classification(), reductions={n: SqNorm([n]) for n in tapped_parameters(model)})
+    for parts in (2, 3, 2):
+        check_norms(probe, model, (torch.randn(size, parts * size, 4).bfloat16(), torch.arange(size) % 3))
 
 
 def test_a_batch_in_another_order_is_an_error_in_every_layout() -> None:

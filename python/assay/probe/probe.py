@@ -218,17 +218,8 @@ class Probe:
     def _run(self, batch: Any, size: int, check: Check | None) -> list[Signals]:
         mask = self._task.mask(batch)
         positions = None if mask is None or mask.ndim != 2 else mask.shape[1]
-        recorder = Recorder(
-            self._taps,
-            size,
-            self._keep,
-            positions,
-            self._constants,
-            self._droppable,
-            self._layouts,
-            guess=self._verify,
-            may_follow=self._may_follow,
-        )
+        known = (self._keep, positions, self._constants, self._droppable, self._layouts)
+        recorder = Recorder(self._taps, size, *known, guess=self._verify, may_follow=self._may_follow)
         embeddings = None
         with recorder.attached():
             if self._pooling is None:

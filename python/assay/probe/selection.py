@@ -58,7 +58,10 @@ class _Trainable:
             rule = find_rule(use.module)
             if isinstance(rule, Rule) and rule.routed and not bare:
                 rule = "a mixture's experts have no factors"
-            if isinstance(rule, str) and not (bare and follows_parameters(use.module)):
+            followed = isinstance(rule, str) and follows_parameters(use.module)
+            if followed and not bare:
+                rule = "its parameters are followed to where they meet the samples, and have no factors"
+            if isinstance(rule, str) and not (bare and followed):
                 owner = f"layer {use.layers[0]!r} ({type(use.module).__name__})"
                 return f"parameter {self.name!r}: {owner} cannot be tapped exactly: {rule}"
         return None

@@ -112,9 +112,11 @@ def find_shards(url: str) -> Corpus:
         listing, folders = list_matches(store, store.relative(full))
     elif fs.isdir(full) and not folder_of(f"{os.path.basename(full)}/"):
         store, listing, folders = Store(fs, full), Listing({}), [""]
-    else:
+    elif fs.exists(full):
         store = Store(fs, os.path.dirname(full) or "/")
-        listing, folders = Listing({store.relative(full): None} if fs.exists(full) else {}), []
+        listing, folders = Listing({store.relative(full): None}), []
+    else:
+        raise CorpusError(f"{url}: no such file or folder")
     search = _Search(store, is_folder=folders == [""])
     search.left_out += listing.left_out
     for path, fingerprint in listing.files.items():

@@ -76,6 +76,15 @@ def test_every_folder_of_tests_is_a_package() -> None:
     assert sorted(f for f in folders if not (f / "__init__.py").exists()) == []
 
 
+def test_the_command_takes_installed_modules_before_those_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "yaml.py").write_text("raise SystemExit('the folder's own yaml')")
+    (tmp_path / "recipe.yaml").write_text("version: 2")
+    command = [sys.executable, "-m", "assay", "validate", "recipe.yaml"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert "recipe.yaml" in run.stderr, run.stderr
+
+
 def test_import_is_light() -> None:
     """Only torch, numpy and pyarrow (and what they bring); everything else where it is first used."""
     code = "import sys, assay; print(*sorted({m.split('.')[0] for m in sys.modules}))"

@@ -1,5 +1,6 @@
 """`python -m assay`, and what the console script calls."""
 
+import os
 import sys
 
 
@@ -16,4 +17,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    # `-m` puts the current folder before everything: a yaml.py that lies beside a corpus would run as PyYAML.
+    if sys.path and sys.path[0] == os.getcwd():
+        sys.path.append(sys.path.pop(0))
     sys.exit(main())

@@ -272,6 +272,27 @@ def test_inside_the_corpus_the_scores_go_beside_it(folder, models, monkeypatch):
     assert (folder.parent / "data-scores/a.parquet").exists()
 
 
+def test_below_a_glob_the_scores_go_beside_where_it_looks(folder, models, monkeypatch):
+    (folder / "deep").mkdir()
+    pq.write_table(pa.Table.from_pylist([{"text": text} for text in TEXTS]), folder / "deep" / "a.parquet")
+    monkeypatch.chdir(folder)
+    assert main(["init", "**/*.parquet", "--model", str(models / "llama")]) == 0
+    assert main(["score", "recipe.yaml", "--quiet"]) == 0
+    assert (folder.parent / "data-scores/deep/a.parquet").exists()
+
+
+def test_a_recipe_that_cannot_be_loaded_does_not_stay(folder, models, monkeypatch):
+    from assay.recipe import EngineError
+
+    def refuse(path):
+        raise EngineError("no")
+
+    lines(folder / "a.jsonl", [{"text": text} for text in TEXTS])
+    monkeypatch.setattr("assay.recipe.load_recipe", refuse)
+    assert main(["init", "data", "--model", str(models / "llama")]) == 2
+    assert not os.path.exists("recipe.yaml")
+
+
 def test_nothing_is_written_over(folder, models, capsys):
     lines(folder / "a.jsonl", [{"text": text} for text in TEXTS])
     (folder.parent / "recipe.yaml").write_text("mine")

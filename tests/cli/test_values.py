@@ -82,6 +82,8 @@ def test_a_class_has_its_name_and_a_conversation_its_turns():
     assert value_lines(1, 80, ["cat", "dog"]) == ["1 (dog)"]
     assert value_lines(2, 80, ["cat", "dog"]) == ["2"]
     assert value_lines(True, 80, ["cat", "dog"]) == ["True"]
+    (ragged,) = value_lines([[0, 1], [1]], 80, ["cat", "dog"])
+    assert ragged.count("dog") == 2
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello", "tool_calls": None}]
     assert value_lines(turns, 80) == ["user: Hi", "assistant: Hello"]
     assert value_lines([{"role": "user", "content": "Hi"}] * 11, 80)[-1] == "… 3 more turns"

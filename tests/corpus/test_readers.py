@@ -147,7 +147,7 @@ def test_a_lance_data_set_without_its_library_says_what_to_install(tmp_path, mon
     (tmp_path / "a.lance/data").mkdir(parents=True)
     (tmp_path / "a.lance/data/0.lance").write_bytes(b"x")
     (shard,) = find_shards(str(tmp_path)).shards
-    with pytest.raises(ShardError, match="pip install pylance"):
+    with pytest.raises(ShardError, match=r"pip install 'assay\[lance\]'"):
         rows_of(shard, "text")
 
 

@@ -33,7 +33,11 @@ def init(
     draft = draft_recipe(data, model, reference, target, out)
     with open(out, "x", encoding="utf-8") as file:
         file.write(draft.text)
-    loaded = load_recipe(out)
+    try:
+        loaded = load_recipe(out)
+    except Exception:
+        os.unlink(out)  # or the next try would find it there
+        raise
     for note in draft.notes:
         say(note)
     say(f"recipe: {out}")

@@ -50,7 +50,8 @@ def score(
         say(f"{len(plan.todo)} shards to score ({len(plan.stale)} of them again), {plan.done.shards} done")
         for todo in plan.todo:
             say(f"  {todo.path} -> {plan.output.full(table_path(todo))}")
-        print(loaded.to_yaml(), end="")
+        for line in loaded.to_yaml().splitlines():
+            say(line)
         return OK
     summary = run(loaded, part=part, rescore=rescore, progress=_progress(quiet, interval))
     if not quiet:

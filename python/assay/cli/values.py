@@ -45,10 +45,19 @@ def value_lines(value: Any, width: int, classes: Sequence[str] = ()) -> list[str
         lines = [line for turn in turns[:_SHOWN_ITEMS] for line in text_lines(turn, width)]
         return lines + ([f"… {len(turns) - _SHOWN_ITEMS} more turns"] if turns[_SHOWN_ITEMS:] else [])
     if classes and isinstance(value, list | np.ndarray):
-        value = [classes[v] if _is_class(v, classes) else v for v in np.asarray(value).tolist()]
+        value = _named(value, classes)
     if _is_class(value, classes):
         return [cut(f"{value} ({classes[value]})", width)]
     return [cut(in_words(value), width)]
+
+
+def _named(value: Any, classes: Sequence[str]) -> Any:
+    """The classes' names in place of their numbers, at any depth of lists."""
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, list):
+        return [_named(item, classes) for item in value]
+    return classes[value] if _is_class(value, classes) else value
 
 
 def _is_class(value: Any, classes: Sequence[str]) -> bool:

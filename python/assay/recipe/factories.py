@@ -69,8 +69,7 @@ class PythonSpec(ModelSpec):
             # Before anything else of it is looked at: its arguments may be of any size.
             raise located(
                 ("factory",),
-                f"runs Python of the module {match[1]}, which only the command line can allow: "
-                f"--trust {match[1].partition('.')[0]}",
+                f"runs Python of the module {match[1]}, which only the command line can allow: --trust {match[1]}",
                 factory,
             )
         return data

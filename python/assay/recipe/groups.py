@@ -89,7 +89,7 @@ def _members(name: str, model: Any, base: str) -> dict[str, Any]:
     if len(keys) > 1:
         raise located(("models", name), "path and adapter are globs both; expected one of one model")
     key = keys[0]
-    paths = _matches(model[key], base)
+    paths = matches(model[key], base)
     if not paths:
         raise located(("models", name, key), f"nothing matches {model[key]}", model[key])
     return {f"{name}-{i}": {**model, key: path} for i, path in enumerate(paths, 1)}
@@ -104,7 +104,7 @@ def _joined(base: str, path: str) -> str:
     return os.path.join(base, os.path.expanduser(path))
 
 
-def _matches(pattern: str, base: str) -> list[str]:
+def matches(pattern: str, base: str = "") -> list[str]:
     """What a glob finds, ``seed-2`` before ``seed-10``."""
     found = {path.rstrip("/" + os.sep) for path in glob.glob(_joined(glob.escape(base), pattern))}
     return sorted(found, key=lambda path: (_naturally(path), path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -36,6 +37,8 @@ def test_a_language_model(llama):
         ("BertForTokenClassification", {"id2label": {"0": "O", "1": "B"}}, "token_classification", 2, False),
         ("ViTForImageClassification", {"num_labels": 7}, "image classification", 7, False),
         ("CLIPModel", {}, "contrastive", None, False),
+        ("SiglipModel", {}, "unknown", None, False),
+        ("BertForSequenceClassification", {"problem_type": "multi_label_classification"}, "unknown", None, False),
         ("BertModel", {}, "unknown", None, False),
         ("T5ForConditionalGeneration", {"is_encoder_decoder": True}, "unknown", None, False),
     ],
@@ -91,6 +94,10 @@ def test_an_adapter_has_its_base_model_beside_it(llama, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     facts = model_facts(str(tmp_path))
     assert (facts.path, facts.adapter, facts.use) == (str(llama), str(tmp_path), "causal_lm")
+    for name in ("lora-1", "lora-2"):
+        shutil.copytree(tmp_path, tmp_path / "runs" / name, ignore=shutil.ignore_patterns("runs"))
+    several = model_facts(str(tmp_path / "runs" / "lora-*"))
+    assert (several.path, several.adapter, several.several) == (str(llama), str(tmp_path / "runs" / "lora-*"), True)
     edit_json(tmp_path / "adapter_config.json", base_model_name_or_path="org/base")
     with pytest.raises(EngineError, match="is a LoRA adapter of org/base, which is no folder here"):
         model_facts(str(tmp_path))

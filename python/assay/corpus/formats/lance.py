@@ -93,7 +93,7 @@ def _library() -> Any:
     try:
         return importlib.import_module("lance")
     except ModuleNotFoundError as error:
-        raise ShardError("is a Lance data set; to read it, `pip install pylance`") from error
+        raise ShardError("is a Lance data set; to read it, `pip install 'assay[lance]'`") from error
 
 
 def _check(data: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import re
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from typing import Any
 
 from assay.recipe.adapters import refuse_adapter
 from assay.recipe.errors import EngineError
+from assay.recipe.groups import matches
 from assay.recipe.model_files import (
     ADAPTER_CONFIG,
     CONFIG,
@@ -30,7 +30,7 @@ _HEADS = (
     (re.compile(r"ForTokenClassification$"), "token_classification"),
     (re.compile(r"ForImageClassification$"), "image classification"),
 )
-_TWO_TOWERS = re.compile(r"^(CLIP|SigLip|Siglip|ChineseCLIP|AltCLIP|VisionTextDualEncoder|MetaClip)[A-Za-z0-9]*Model$")
+_TWO_TOWERS = re.compile(r"^(CLIP|ChineseCLIP|AltCLIP|VisionTextDualEncoder|MetaClip)[A-Za-z0-9]*Model$")
 _PEFT_TASKS = {"CAUSAL_LM": "causal_lm", "SEQ_CLS": "text classification", "TOKEN_CLS": "token_classification"}
 
 
@@ -81,15 +81,24 @@ def model_facts(path: str) -> ModelFacts:
 
 def _facts_of_several(pattern: str) -> ModelFacts:
     """What the models of a glob have in common. EngineError if it is not what they are for."""
-    found = [model_facts(path) for path in sorted(glob.glob(pattern, recursive=True))]
+    found = [model_facts(path) for path in matches(pattern)]
     if not found:
         raise EngineError(f"{pattern}: matches no model")
     first = found[0]
     for other in found[1:]:
-        if (other.kind, other.use, other.regression) != (first.kind, first.use, first.regression):
+        if _kind_of(other) != _kind_of(first):
             raise EngineError(f"{pattern}: {first.path} is {first.name}, {other.path} {other.name}; expected one kind")
-    name = f"{len(found)} × {first.name}"
-    return replace(first, path=pattern, name=name, chat=all(facts.chat for facts in found), several=True)
+    shared = replace(first, name=f"{len(found)} × {first.name}", chat=all(f.chat for f in found), several=True)
+    if first.adapter is None:
+        return replace(shared, path=pattern)
+    if bases := sorted({facts.path for facts in found} - {first.path}):
+        raise EngineError(f"{pattern}: are adapters of {first.path} and of {bases[0]}; expected those of one model")
+    return replace(shared, adapter=pattern)
+
+
+def _kind_of(facts: ModelFacts) -> tuple[object, ...]:
+    """What models that are scored together have in common."""
+    return facts.kind, facts.use, facts.regression, facts.outputs, facts.labels, facts.adapter is None
 
 
 def _file_facts(path: str) -> ModelFacts:
@@ -131,6 +140,8 @@ def _folder_facts(folder: ModelFolder, shapes: Mapping[str, tuple[int, ...]] | N
         use = "contrastive"
     if use == "causal_lm" and config.get("is_encoder_decoder"):
         use = "unknown"
+    if config.get("problem_type") == "multi_label_classification":
+        use, name = "unknown", f"{name} of several labels a sample"
     labels, number = config.get("id2label"), config.get("num_labels")
     outputs = len(labels) if isinstance(labels, dict) else number if type(number) is int else None
     if outputs is None and use.endswith("classification"):

@@ -115,11 +115,17 @@ def _output(choices: Choices) -> str:
     """A folder for the scores that is neither there nor inside the corpus."""
     folder, stem = os.path.realpath(choices.folder), "scores"
     if "://" not in choices.data:
-        root = os.path.realpath(choices.data)
+        root = os.path.realpath(_searched(choices.data))
         if os.path.commonpath([root, folder]) == root:
             stem = os.path.join(os.path.relpath(os.path.dirname(root), folder), f"{os.path.basename(root)}-scores")
     names = [stem, *(f"{stem}-{i}" for i in range(2, 100))]
     return next((name for name in names if not os.path.lexists(os.path.join(folder, name))), stem)
+
+
+def _searched(data: str) -> str:
+    """The data; of a glob the folder below which it looks."""
+    wildcard = None if os.path.exists(data) else re.search(r"[*?[]", data)
+    return data if wildcard is None else os.path.dirname(data[: wildcard.start()]) or "."
 
 
 def _flow(value: Any) -> str:

@@ -169,7 +169,7 @@ class TransformersSpec(ModelSpec):
         if self._is_gguf:
             return load_gguf_tokenizer(self.path)
         folder, adapter = self._folders()
-        return load_tokenizer(adapter if adapter and adapter.tokenizer else folder, folder)
+        return load_tokenizer(adapter if adapter and adapter.has_vocabulary else folder, folder)
 
     def identity(self) -> dict[str, Any]:
         trained = {"train": self.train or "adapter"} if self.adapter is not None else {}

@@ -185,6 +185,19 @@ def test_tensors_that_do_not_fit_are_named(models, capfd, change, message):
         ({"rank_pattern": {"(a+)+$": 3}}, "rank_pattern must map names"),
         ({"alpha_pattern": [1]}, "alpha_pattern must map names"),
         ({"modules_to_save": ["lm_head"]}, r"peft cannot put the adapter .*lm_head"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save must be a list of layers' names"),
+        ({"modules_to_save": ["(.*.*.*)*nope"]}, "modules_to_save must be a list of layers' names"),
+        ({"rank_pattern": {"(m|.)" * 30 + "nope": 3}}, "rank_pattern must map names"),
+        ({"alpha_pattern": {".?" * 30 + "nope": 3}}, "alpha_pattern must map names"),
+        ({"r": 10**12}, "wants a rank of 1000000000000; no tensor of its weights is larger than 64"),
+        ({"rank_pattern": {"q_proj": 10**12}}, "wants a rank of 1000000000000; no tensor"),
+        ({"rank_pattern": {f"layer{i}": 1 for i in range(2000)}}, "rank_pattern names more layers than"),
+        ({"alora_invocation_tokens": [1, 2]}, "sets alora_invocation_tokens; only LoRA, rsLoRA and DoRA"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "sets layer_replication; only LoRA"),
+        ({"trainable_token_indices": [1]}, "sets trainable_token_indices; only LoRA"),
+        ({"of_next_year": 16}, "sets of_next_year; only LoRA"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is pissa_niter_4, which changes the base model's"),
+        ({"init_lora_weights": [1]}, "init_lora_weights is .*, which changes the base model's"),
     ],
 )
 def test_configs_of_nonsense_are_refused(models, changes, message):
@@ -197,8 +210,47 @@ def test_configs_of_nonsense_are_refused(models, changes, message):
 
 def test_a_target_pattern_is_not_matched(models):
     """Which layers are adapted follows from the weights; a pattern could take for ever."""
-    edit_json(models / "lora/adapter_config.json", target_modules="(m|mo|mod|.)*(.*.*.*.*)*nope")
+    slow = "(m|mo|mod|.)*(.*.*.*.*)*nope"
+    edit_json(models / "lora/adapter_config.json", target_modules=slow, exclude_modules=slow)
     spec(models).build()
+
+
+def test_patterns_may_have_a_few_alternatives(saved, tmp_path):
+    ranks = {r"^model\.layers\.(0|1)\.self_attn\.(q|k|v)_proj$": 3}
+    save_adapter(saved / "base", tmp_path / "lora", rank_pattern=ranks, exclude_modules=r".*layers\.1\.mlp.*")
+    model = spec(tmp_path, saved / "base").build()
+    assert {p.shape[0] for n, p in model.named_parameters() if "q_proj.lora_A" in n} == {3}
+    assert not any("lora_" in n for n, _ in model.named_parameters() if "layers.1.mlp" in n)
+
+
+def test_no_module_of_an_adapters_choice_is_imported(models, monkeypatch):
+    (models / "stranger.py").write_text(f"open({str(models / 'mark')!r}, 'w').close()\n")
+    monkeypatch.syspath_prepend(str(models))
+    path = models / "lora/adapter_config.json"
+    edit_json(path, megatron_core="stranger")
+    spec(models).build()
+    edit_json(path, megatron_config={"tensor_model_parallel_size": 1})
+    with pytest.raises(EngineError, match="sets megatron_config; only LoRA, rsLoRA and DoRA can be scored with"):
+        spec(models).build()
+    assert not (models / "mark").exists()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_base_model_stays_as_it_is_without_the_adapter(models, dtype):
+    """Positions are computed of float32 buffers, whatever the type of the weights."""
+    base = TransformersSpec(kind="transformers", path=str(models / "base"), dtype=dtype).build()
+    buffers = dict(spec(models, dtype=dtype).build().named_buffers())
+    assert {"model.rotary_emb.inv_freq"} <= {name for name, _ in base.named_buffers()} <= buffers.keys()
+    for name, buffer in base.named_buffers():
+        assert buffers[name].dtype == buffer.dtype
+        assert torch.equal(buffers[name], buffer)
+
+
+def test_an_adapters_numbers_beyond_its_models_type_are_refused(models):
+    edit_weights(models / "lora/adapter_model.safetensors", lambda t: t[sorted(t)[0]].fill_(70_000))
+    spec(models, dtype="bfloat16").build()
+    with pytest.raises(EngineError, match=r"lora: .*lora_A.* hold numbers that float16 has not; take bfloat16"):
+        spec(models, dtype="float16").build()
 
 
 def test_its_base_is_part_of_its_fingerprint(models):

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
 
+from assay.recipe import checkpoints
 from assay.recipe.errors import EngineError
 from assay.recipe.models import TransformersSpec
 from tests.small_models import edit_json, edit_weights, llama_config, save_model
@@ -117,6 +118,38 @@ def test_tied_weights_may_be_absent_or_equal_but_not_differ(tmp_path):
     edit_weights(path / "model.safetensors", lambda t: [t.pop("lm_head.weight"), t.pop("model.embed_tokens.weight")])
     with pytest.raises(EngineError, match="they lack"):
         spec(path).build()
+
+
+def test_every_class_of_timm_is_known():
+    from transformers.models.auto import modeling_auto
+
+    mappings = [value for name, value in vars(modeling_auto).items() if name.endswith("_MAPPING_NAMES")]
+    assert {kind for m in mappings for kind, names in m.items() if "Timm" in str(names)} == checkpoints._TIMM
+
+
+STRANGER = {"model_type": "timm_wrapper", "architecture": "hf-hub:a/b", "model_args": {"checkpoint_path": "x.pth"}}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        STRANGER,
+        {"model_type": "detr", "backbone_config": STRANGER},
+        {"model_type": "llava", "vision_config": {"more": [{"backbone_config": STRANGER | {"backbone": "x"}}]}},
+        {"model_type": "table-transformer", "backbone_config": {"model_type": "timm_backbone", "backbone": "resnet50"}},
+        {"model_type": "detr", "use_timm_backbone": True, "backbone": "resnet50"},
+        {"model_type": "detr"},  # has one of its own accord
+        {"model_type": "fast_vlm"},
+        {"model_type": "gemma3n"},
+        {"architecture": "resnet50", "pretrained_cfg": {"file": "x.pth"}},
+    ],
+    ids=lambda config: str(config)[:60],
+)
+def test_models_of_timm_are_refused(folder, config):
+    """timm unpickles the files that a config names."""
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(EngineError, match=r"config\.json: has a model of timm in it \(\w+\), which may run code"):
+        spec(folder).build()
 
 
 def test_a_name_that_a_header_has_twice_is_refused(folder):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 import time
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -14,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from assay import cli
-from assay.engine import run
+from assay.engine import make_plan, open_workshop, run
 from assay.recipe.errors import ChangedError, EngineError, RecipeError
 from assay.recipe.factories import is_trusted, tried_out
 from assay.recipe.recipe import Recipe, load_recipe
@@ -23,6 +25,9 @@ from tests.small_project import make_project
 
 SOURCE = """
 import os
+import random
+import numpy as np
+import torch
 from torch import nn
 from subprocess import Popen, run
 from {package}.more import elsewhere
@@ -38,6 +43,37 @@ class Tied(nn.Module):
 
     def forward(self, x):
         return self.b(self.a(x))[:, :3]
+
+class Sharing(Tied):
+    # The same memory under two parameters.
+
+    def __init__(self):
+        super().__init__()
+        self.b.weight = nn.Parameter(self.a.weight.data)
+
+def drawn():
+    made = make()
+    with torch.no_grad():
+        made[0].bias += random.random() + float(np.random.rand())
+    return made
+
+def never_the_same():
+    made = make()
+    with torch.no_grad():
+        made[0].bias += int.from_bytes(os.urandom(2), "big") + 1
+    return made
+
+def of_a_file(path):
+    made = make()
+    with torch.no_grad():
+        made[0].bias.fill_(float(open(path).read()))
+    return made
+
+def of_this_process():
+    made = make()
+    with torch.no_grad():
+        made[0].bias.fill_(os.getpid())
+    return made
 
 class Reader(nn.Module):
     # A language model that sees nothing but the last token.
@@ -262,6 +298,63 @@ def test_tied_weights_may_be_stored_once(root):
     model = spec(project, package, "Tied", path=str(path)).build()
     assert model.a.weight is model.b.weight
     assert torch.equal(model.b.weight, tensors["a.weight"])
+    for function in ("Tied", "Sharing"):
+        save_file(tensors | {"b.weight": tensors["a.weight"].clone()}, path)
+        spec(project, package, function, path=str(path)).build()
+        save_file(tensors | {"b.weight": tensors["a.weight"] + 1}, path)
+        with pytest.raises(EngineError, match=r"holds other values for [ab]\.weight than for what is the same tensor"):
+            spec(project, package, function, path=str(path)).build()
     save_file(tensors | {"a.weight": torch.zeros(6, 6, dtype=torch.int8)}, path)
     with pytest.raises(EngineError, match=r"holds no floating-point numbers of 16 bits or more in a\.weight"):
         spec(project, package, "Tied", path=str(path)).build()
+
+
+def test_a_model_without_a_file_is_the_same_each_time(root):
+    project, package = root
+    made = spec(project, package, "drawn")
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1]
+    first = made.build()
+    for before, after in zip(states, (torch.get_rng_state(), random.getstate(), np.random.get_state()[1]), strict=True):
+        assert np.array_equal(before, after) if not isinstance(before, tuple) else before == after
+    torch.rand(3), random.random(), np.random.rand()
+    again = made.build()
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    assert made.fingerprint() == made.fingerprint() != spec(project, package).fingerprint()
+    path = write(project, package, "drawn")
+    keys = yaml.safe_load((project.root / "python.yaml").read_text())
+    (project.root / "python.yaml").write_text(
+        yaml.safe_dump(keys | {"models": dict.fromkeys("mn", keys["models"]["m"])})
+    )
+    models = load_recipe(path, trust=(package,)).models
+    assert models["m"].fingerprint() == made.fingerprint() != models["n"].fingerprint()
+
+
+def test_shards_are_not_scored_by_two_models(root):
+    project, package = root
+    with pytest.raises(EngineError, match=r"models\.m: .*: made another model than the one that this run began with"):
+        run(load_recipe(write(project, package, "never_the_same"), trust=(package,)))
+    assert not list(project.scores.rglob("*.parquet"))
+    number = project.root / "number.txt"
+    path = write(project, package, "of_a_file", arguments={"path": str(number)})
+    number.write_text("1")
+    assert run(load_recipe(path, trust=(package,))).clean
+    assert run(load_recipe(path, trust=(package,))).scored == 0
+    number.write_text("2")
+    with pytest.raises(ChangedError, match="m: sha256"):
+        run(load_recipe(path, trust=(package,)))
+    plan = make_plan(load_recipe(path, ["output=new"], trust=(package,)))
+    number.write_text("3")  # as another worker may find it
+    with pytest.raises(EngineError, match="made another model than the one that this run began with"):
+        open_workshop(plan)
+
+
+@pytest.mark.slow
+def test_workers_score_with_the_model_that_the_run_began_with(root):
+    project, package = root
+    task = {**project.recipe["task"], "shape": [6]}
+    path = write(project, package, "of_this_process")
+    keys = yaml.safe_load((project.root / "python.yaml").read_text()) | {"task": task}
+    (project.root / "python.yaml").write_text(yaml.safe_dump(keys))
+    with pytest.raises(EngineError, match="made another model than the one that this run began with"):
+        run(load_recipe(path, ["run.devices='cpu,cpu'"], trust=(package,)))
+    assert run(load_recipe(path, trust=(package,))).clean

@@ -179,3 +179,90 @@ def test_normalizers_of_libraries_keep_their_meaning(tmp_path):
         == tokenizer("ﬁne gold")["input_ids"]
         == [256, *byte_tokenizer()("fine gold")["input_ids"]]
     )
+
+
+@pytest.mark.parametrize("kept", ["tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"])
+@pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "BertTokenizer", "LlamaTokenizer", "T5Tokenizer"])
+def test_a_tokenizer_without_its_vocabulary_is_refused(saved, tmp_path, kind, kept):
+    """transformers makes one of special tokens alone, of which every text is a row of unknown ones."""
+    folder = shutil.copytree(saved, tmp_path / "m")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind, "unk_token": "[UNK]"}))
+    (folder / kept).exists() or (folder / kept).write_text("{}")
+    with pytest.raises(
+        EngineError, match=r"m: its tokenizer \(\w+\) has no vocabulary; expected|m: its tokenizer files"
+    ):
+        TransformersSpec(kind="transformers", path=str(folder)).tokenizer()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("vocab.json", '{"a": 5, "b": 6}'), ("tokenizer.json", None), ("merges.txt", "a b")]
+)
+def test_a_vocabulary_of_another_class_or_of_nothing_is_none(saved, tmp_path, name, content):
+    folder = shutil.copytree(saved, tmp_path / "m")
+    data = json.loads((folder / "tokenizer.json").read_text())
+    data["model"] = {"type": "WordLevel", "vocab": {"[UNK]": 0, "<eos>": 256}, "unk_token": "[UNK]"}
+    (folder / "tokenizer.json").unlink()
+    (folder / name).write_text(content or json.dumps(data))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
+    with pytest.raises(EngineError, match=r"m: its tokenizer \(\w+\) has no vocabulary; expected"):
+        TransformersSpec(kind="transformers", path=str(folder)).tokenizer()
+
+
+def test_bytes_need_no_vocabulary(saved, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "m")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "ByT5Tokenizer"}))
+    tokenizer = TransformersSpec(kind="transformers", path=str(folder)).tokenizer()
+    assert tokenizer("gold")["input_ids"] == [*(byte + 3 for byte in b"gold"), 1]
+
+
+def test_an_adapters_tokenizer_is_taken_if_it_has_a_vocabulary(saved, tmp_path):
+    adapter = tmp_path / "lora"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    (adapter / "adapter_model.safetensors").write_bytes(b"x")
+    (adapter / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
+    spec = TransformersSpec(kind="transformers", path=str(saved), adapter=str(adapter))
+    assert spec.tokenizer()("gold")["input_ids"] == byte_tokenizer()("gold")["input_ids"]
+    byte_tokenizer(bos=True).save_pretrained(adapter)
+    assert spec.tokenizer()("gold")["input_ids"] == byte_tokenizer(bos=True)("gold")["input_ids"]
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_no_setting_names_a_file(saved, tmp_path, file):
+    folder = shutil.copytree(saved, tmp_path / "m")
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\ngold\nsilver\n")
+    elsewhere = tmp_path / "elsewhere.txt"
+    elsewhere.write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nsilver\ngold\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
+    (folder / "special_tokens_map.json").write_text("{}")
+    for key in ("vocab", "vocab_file", "merges", "init_inputs", "word_shape_path"):
+        value = [str(elsewhere)] if key == "init_inputs" else str(elsewhere)
+        before = (folder / file).read_text()
+        edit_json(folder / file, **{key: value})
+        tokenizer = TransformersSpec(kind="transformers", path=str(folder)).tokenizer()
+        assert tokenizer("gold")["input_ids"] == [2, 5, 3], key
+        assert key == "vocab_file" or key not in tokenizer.init_kwargs or tokenizer.init_kwargs[key] != value
+        (folder / file).write_text(before)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mecab_kwargs": {"mecab_option": "-r /etc/passwd"}}, "mecab_kwargs names files of a dictionary"),
+        ({"sudachi_kwargs": {"sudachi_config_path": "/x"}}, "sudachi_kwargs names files of a dictionary"),
+        ({"sudachi_kwargs": {"sudachi_resource_dir": "/x"}}, "sudachi_kwargs names files of a dictionary"),
+        ({"sudachi_kwargs": {"sudachi_dict_type": "/x"}}, "sudachi_dict_type must be one of small, core, full"),
+        ({"jumanpp_kwargs": "x"}, "jumanpp_kwargs names files of a dictionary"),
+    ],
+)
+def test_no_dictionary_of_a_files_choice_is_opened(saved, tmp_path, settings, message):
+    folder = shutil.copytree(saved, tmp_path / "m")
+    edit_json(folder / "tokenizer_config.json", **settings)
+    with pytest.raises(EngineError, match=message):
+        TransformersSpec(kind="transformers", path=str(folder)).tokenizer()
+    fine = {"mecab_kwargs": {"mecab_dic": "ipadic"}, "sudachi_kwargs": None, "jumanpp_kwargs": {}}
+    edit_json(folder / "tokenizer_config.json", **fine)
+    TransformersSpec(kind="transformers", path=str(folder)).tokenizer()

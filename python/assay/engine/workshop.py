@@ -60,7 +60,7 @@ def open_workshop(plan: Plan, fit: bool = True, device: torch.device = CPU) -> W
     recipe, task = plan.recipe, plan.recipe.task.task()
     take(device)
     make_encoder = recipe.task.open(recipe.models_used)
-    models = build_models(recipe.models_used, recipe.task.auto_class)
+    models = build_models(recipe.models_used, recipe.task.auto_class, plan.identity.models)
     models = {name: place(name, model, device) for name, model in models.items()}
     encoder = make_encoder(models)
     given = Given(models, task, _targets(plan, encoder), recipe.seed)

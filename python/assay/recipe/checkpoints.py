@@ -48,6 +48,7 @@ _DROPPED = {
     "_experts_implementation",
     *LABEL_KEYS,
 }
+_TIMM = {"timm_wrapper", "timm_backbone", "gemma3n_vision"}
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -80,6 +81,7 @@ def load_folder(folder: ModelFolder, wanted: Wanted, elsewhere: Mapping[str, Sto
     with quietly():
         with refusing(f"{config_file}: transformers cannot load it"), staged({CONFIG: values}) as private:
             config = transformers.AutoConfig.from_pretrained(private, local_files_only=True, trust_remote_code=False)
+            _refuse_timm(config_file, config)
             auto_class = _auto_class(config_file, config, wanted.auto_class)
             with torch.device("meta"), budget.enforced():
                 skeleton = auto_class.from_config(copy.deepcopy(config), **options, trust_remote_code=False)
@@ -133,13 +135,18 @@ def _finished(path: str, config_file: str, model: nn.Module, wanted: Wanted) -> 
     """The model of a folder or file, once it is known to be whole."""
     with refusing(f"{config_file}: transformers cannot tell what texts are padded with"):
         check_padding_token(config_file, model)
-    if wanted.dtype == "float16":  # it ends at 65504: what lies beyond has become infinite
-        beyond = [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]
-        if beyond:
-            raise EngineError(f"{path}: {shortened(beyond)} hold numbers that float16 has not; take bfloat16")
+    check_finite(path, model, wanted)
     if wanted.dtype != "float32":
         model.register_forward_pre_hook(functools.partial(_cast_inputs, wanted.torch_dtype), with_kwargs=True)
     return eval_mode(model)
+
+
+def check_finite(path: str, model: nn.Module, wanted: Wanted) -> None:
+    """Refuse parameters that float16 has made infinite: it ends at 65504."""
+    if wanted.dtype == "float16":
+        beyond = [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]
+        if beyond:
+            raise EngineError(f"{path}: {shortened(beyond)} hold numbers that float16 has not; take bfloat16")
 
 
 def _cast_inputs(dtype: torch.dtype, _: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -200,6 +207,7 @@ def read_config(folder: ModelFolder, tensors: int, auto_class: str = "") -> dict
     has none; its weights hold so many ``tensors``."""
     path = folder.full(CONFIG)
     given = read_mapping(path)
+    _refuse_timm(path, given)
     values: dict[str, Any] = without(given, _DROPPED)
     if has_labels(auto_class):
         check_architecture(path, given, auto_class)
@@ -214,6 +222,27 @@ def read_config(folder: ModelFolder, tensors: int, auto_class: str = "") -> dict
         )
     check_counts(path, values, tensors)
     return values
+
+
+def _refuse_timm(path: str, config: Any) -> None:
+    """EngineError if a config, as JSON or as transformers' object, has a model of timm in it, at any depth: what timm
+    makes of its arguments is to unpickle files, or to read elsewhere. Some architectures have one by default."""
+    if isinstance(config, list):
+        inner: Iterable[Any] = config
+    else:
+        facts = config if isinstance(config, dict) else vars(config)
+        kind = facts["model_type"] if "model_type" in facts else getattr(config, "model_type", None)
+        uses = facts.get("use_timm_backbone") or "pretrained_cfg" in facts
+        if uses or (isinstance(kind, str) and kind in _TIMM):
+            found = kind if isinstance(kind, str) and kind in _TIMM else "use_timm_backbone"
+            raise EngineError(
+                f"{path}: has a model of timm in it ({found}), which may run code of the model's files; take one that "
+                "is of transformers' own classes throughout"
+            )
+        inner = facts.values()
+    for value in inner:
+        if isinstance(value, dict | list) or hasattr(value, "to_diff_dict"):
+            _refuse_timm(path, value)
 
 
 def without(values: Any, dropped: Iterable[str]) -> Any:

@@ -6,12 +6,19 @@ module and those below it. Before that is known, nothing is imported.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib
+import itertools
+import random
 import re
-from collections.abc import Iterable, Mapping
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from pydantic import Field, JsonValue, PrivateAttr, ValidationInfo, model_validator
 from torch import Tensor, nn
@@ -84,14 +91,14 @@ class PythonSpec(ModelSpec):
         return self._trust
 
     def build(self) -> nn.Module:
-        """Call the factory and give the model its weights.
+        """Call the factory, with random numbers that the model's name decides, and give the model its weights.
 
         Raises:
             EngineError: the module or the function is not there or not trusted, it raises, it returns no `nn.Module`,
                 or the file's tensors are not exactly those of the model.
         """
         make = self._function()
-        with refusing(f"{self.factory}: cannot make the model"):
+        with refusing(f"{self.factory}: cannot make the model"), _same_random_numbers(self._name):
             model = make(**self.arguments)
         if not isinstance(model, nn.Module):
             raise EngineError(f"{self.factory}: returned a {type(model).__name__}; expected a torch.nn.Module")
@@ -114,7 +121,18 @@ class PythonSpec(ModelSpec):
         return self.model_dump(exclude={"path", "tokenizer_path"})
 
     def fingerprint(self) -> str:
-        """SHA-256 of the weights, the tokenizer, and the source files of the module and of the function."""
+        """SHA-256 of the weights, the tokenizer, and the source files of the module and of the function. Without a file
+        of weights the factory is called for those that it makes."""
+        return self._fingerprint(None if self.path is not None else self.build())
+
+    def verify(self, model: nn.Module, fingerprint: str) -> None:
+        if self.path is None and self._fingerprint(model) != fingerprint:
+            raise EngineError(
+                f"{self.factory}: made another model than the one that this run began with; save its weights as "
+                "safetensors and name them as path, or seed all that it draws from"
+            )
+
+    def _fingerprint(self, model: nn.Module | None) -> str:
         files = [] if self.path is None else [("weights", self.path)]
         if self.tokenizer_path is not None:
             folder = find_tokenizer(self.tokenizer_path)
@@ -124,7 +142,15 @@ class PythonSpec(ModelSpec):
             if not isinstance(source, str):
                 raise EngineError(f"{self.factory}: the module {name} has no source file, by which to know its version")
             files.append((name, source))
-        return files_sha256(files, self.factory)
+        return files_sha256(files, self.factory, *([] if model is None else [self._weights_sha256(model)]))
+
+    def _weights_sha256(self, model: nn.Module) -> str:
+        digest = hashlib.sha256()
+        with refusing(f"{self.factory}: its model's weights cannot be read"):
+            for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode(errors="backslashreplace"))
+                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def _module(self) -> ModuleType:
         name = self.factory.partition(":")[0]
@@ -145,6 +171,24 @@ class PythonSpec(ModelSpec):
                 f"{', '.join(self._trust)} are"
             )
         return found
+
+
+@contextlib.contextmanager
+def _same_random_numbers(name: str) -> Iterator[None]:
+    """Whoever draws begins at a number that the name decides; afterwards it is as if nobody had drawn."""
+    seed = zlib.crc32(name.encode(errors="backslashreplace"))
+    python, numpy = random.getstate(), np.random.get_state()
+    # Not to wake up devices that nothing uses.
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices=devices):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
 def tried_out(model: nn.Module) -> tuple[int, int] | None:
@@ -187,6 +231,24 @@ def load_weights(path: str, model: nn.Module, factory: str) -> None:
     with refusing(f"{path}: safetensors cannot read it"):
         tensors = require("safetensors.torch", "cli").load_file(path)
     model.load_state_dict(tensors, strict=False)  # what it would find is in the faults above
+    wrong = [name for name in _shared(own) if name in tensors and not _same(tensors[name].to(own[name]), own[name])]
+    if wrong:
+        raise EngineError(
+            f"{path}: holds other values for {shortened(wrong)} than for what is the same tensor in {factory}'s model"
+        )
+
+
+def _shared(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of tensors that share memory with others of them."""
+    names = defaultdict(list)
+    for name, tensor in tensors.items():
+        if tensor.numel() and tensor.device.type != "meta":
+            names[tensor.device, tensor.untyped_storage().data_ptr()].append(name)
+    return [name for group in names.values() if len(group) > 1 for name in group]
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
 def _size(shape: Iterable[int]) -> str:

@@ -26,6 +26,8 @@ _TOKENIZER_FILE = re.compile(
     r"tokenizer.*\.json|tekken\.json|special_tokens_map\.json|added_tokens\.json|vocab.*\.(json|txt|bpe)|merges\.txt"
     r"|bpe\.codes|dict\.txt|.*\.(model|spm|tiktoken)|chat_template.*\.(json|jinja)|(.*_)?(pre)?processor_config\.json"
 )
+# Those of them without which transformers makes a tokenizer of special tokens alone.
+_VOCABULARY = re.compile(r"(tokenizer|tekken)\.json|vocab.*|dict\.txt|.*\.(model|spm|tiktoken)")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _LFS = b"version https://git-lfs.github.com/spec"
 _MAX_JSON, _MAX_DEPTH = 512 << 20, 20
@@ -58,6 +60,10 @@ class ModelFolder:
 
     def full(self, name: str) -> str:
         return os.path.join(self.path, name)
+
+    @property
+    def has_vocabulary(self) -> bool:
+        return any(_VOCABULARY.fullmatch(name) for name in self.tokenizer)
 
     def fingerprint_files(self) -> list[str]:
         return sorted((self.config, *self.weights, *self.tokenizer))

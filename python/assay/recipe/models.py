@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
-from pydantic import model_validator
+from pydantic import PrivateAttr, model_validator
 from torch import nn
 
 from assay._lazy import require
@@ -37,6 +37,8 @@ class ModelSpec(Part):
 
     kind: str
     path: ExistingPath
+    _name: str = PrivateAttr(default="")
+    """What the recipe calls it."""
 
     @property
     def trust(self) -> tuple[str, ...]:
@@ -70,6 +72,9 @@ class ModelSpec(Part):
     def identity(self) -> dict[str, Any]:
         """The parameters that change scores; where the files lie is not among them."""
         return self.model_dump(exclude={"path"})
+
+    def verify(self, model: nn.Module, fingerprint: str) -> None:
+        """EngineError if a built model is not the one of this fingerprint, where its files alone do not decide it."""
 
     def fingerprint(self) -> str:
         """SHA-256 of the contents of the model's files."""
@@ -169,7 +174,7 @@ class TransformersSpec(ModelSpec):
         if self._is_gguf:
             return load_gguf_tokenizer(self.path)
         folder, adapter = self._folders()
-        return load_tokenizer(adapter if adapter and adapter.tokenizer else folder, folder)
+        return load_tokenizer(adapter if adapter and adapter.has_vocabulary else folder, folder)
 
     def identity(self) -> dict[str, Any]:
         trained = {"train": self.train or "adapter"} if self.adapter is not None else {}
@@ -198,12 +203,17 @@ class TransformersSpec(ModelSpec):
         return folder, None if self.adapter is None else find_adapter(self.adapter)
 
 
-def build_models(specs: Mapping[str, ModelSpec], auto_class: str) -> dict[str, nn.Module]:
-    """Load a recipe's models for its task; errors begin with the key of theirs."""
+def build_models(
+    specs: Mapping[str, ModelSpec], auto_class: str, known: Mapping[str, str] | None = None
+) -> dict[str, nn.Module]:
+    """Load a recipe's models for its task; errors begin with the key of theirs. They have to be those of the ``known``
+    fingerprints."""
     models = {}
     for name, spec in specs.items():
         with naming(f"models.{name}"):
             models[name] = spec.build_for(auto_class)
+            if known and name in known:
+                spec.verify(models[name], known[name])
     return models
 
 

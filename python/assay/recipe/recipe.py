@@ -73,6 +73,12 @@ class Recipe(Part):
         return expanded(data, (info.context or {}).get("base", ""), model_keys) if isinstance(data, Mapping) else data
 
     @model_validator(mode="after")
+    def _models_know_their_names(self) -> Recipe:
+        for name, spec in self.models.items():
+            spec._name = name
+        return self
+
+    @model_validator(mode="after")
     def _models_are_defined(self) -> Recipe:
         for i, method in enumerate(self.methods):
             for key, name in method.models_used().items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,17 +14,11 @@ from assay.recipe.gguf_header import read_gguf
 from assay.recipe.library_calls import native_quietly, quietly, refusing
 from assay.recipe.model_files import CONFIG, ModelFolder, read_mapping, read_weights, shortened
 
-_SETTINGS = "tokenizer_config.json"
-# Keys that name files, or whose effect the task decides: sampling, cutting, padding.
+# All their keys become arguments of the tokenizer's class, those of the second file too.
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
+_NAMES_FILES = re.compile(r".*_(file|files|path|dir|spm)|init_inputs")
+# Keys whose effect the task decides: sampling, cutting, padding.
 _DROPPED = {
-    "vocab_file",
-    "merges_file",
-    "tokenizer_file",
-    "spm_file",
-    "source_spm",
-    "target_spm",
-    "fast_tokenizer_files",
-    "name_or_path",
     "sp_model_kwargs",
     "truncation_side",
     "padding_side",
@@ -33,6 +28,7 @@ _DROPPED = {
     "stride",
     "pad_to_multiple_of",
 }
+_DICTIONARIES = ("small", "core", "full")  # of sudachi; another is the path of one
 # Parts of a tokenizer's JSON that do not change which tokens a text becomes.
 _IDLE = {"version", "truncation", "padding", "decoder"}
 
@@ -50,11 +46,47 @@ def load_tokenizer(folder: ModelFolder, model: ModelFolder | None) -> Any:
             # Some vocabularies are lists; everything else is a mapping.
             _ = name.startswith("vocab") or read_mapping(folder.full(name))
     written = {} if model is None else {CONFIG: read_config(model, len(read_weights(model)))}
-    if _SETTINGS in folder.tokenizer:
-        written[_SETTINGS] = without(read_mapping(folder.full(_SETTINGS)), _DROPPED)
+    written |= {name: _read_settings(folder.full(name)) for name in _SETTINGS if name in folder.tokenizer}
     linked = {name: folder.full(name) for name in folder.tokenizer if name not in written}
     with staged(written, linked) as private:
-        return _load(f"{folder.path}: its tokenizer files", private)
+        tokenizer = _load(f"{folder.path}: its tokenizer files", private)
+    if _needs_vocabulary(tokenizer) and not (folder.has_vocabulary and _has_words(tokenizer)):
+        raise EngineError(
+            f"{folder.path}: its tokenizer ({type(tokenizer).__name__}) has no vocabulary; expected tokenizer.json, or "
+            "the files that this class keeps its tokens in, such as vocab.txt or tokenizer.model"
+        )
+    return tokenizer
+
+
+def _read_settings(path: str) -> dict[str, Any]:
+    """A file of settings without those that name files, or that the task decides."""
+    given = read_mapping(path)
+    values: dict[str, Any] = without(given, _DROPPED)
+    for kind in ("mecab_kwargs", "sudachi_kwargs", "jumanpp_kwargs"):
+        # These decide which words a text has: dropping one would make other tokens.
+        own = values.get(kind) or {}
+        named = ["mecab_option", "sudachi_config_path", "sudachi_resource_dir"]
+        if not isinstance(own, dict) or any(own.get(key) for key in named):
+            raise EngineError(f"{path}: {kind} names files of a dictionary; only those that are installed are read")
+        if own.get("sudachi_dict_type", "core") not in _DICTIONARIES:
+            raise EngineError(f"{path}: sudachi_dict_type must be one of {', '.join(_DICTIONARIES)}")
+    return {
+        key: value
+        for key, value in values.items()
+        if not _NAMES_FILES.fullmatch(key) and not (key in ("vocab", "merges") and isinstance(value, str))
+    }
+
+
+def _needs_vocabulary(tokenizer: Any) -> bool:
+    """Not those that cut texts into bytes or code points."""
+    return bool(type(tokenizer).vocab_files_names)
+
+
+def _has_words(tokenizer: Any) -> bool:
+    """Whether it knows tokens that are not special ones. transformers' own defaults have one such token at most."""
+    return (
+        len(tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys() - set(tokenizer.all_special_tokens)) > 1
+    )
 
 
 def load_gguf_tokenizer(path: str) -> Any:

@@ -136,3 +136,22 @@ def test_a_layer_of_other_positions_is_refused_when_it_runs():
         ValueError, match=r"pooled.*layer 'pooled' \(Linear\) ran on \(2, 3, 6\), which are not the 6 tokens"
     ):
         probe({"input_ids": torch.randint(11, (2, 6))})
+
+
+class AsWeight(nn.Module):
+    """As many rows of a table as there are tokens are the output layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.rows = nn.Embedding(11, 6), nn.Embedding(11, 6)
+
+    def forward(self, input_ids):
+        return self.embed(input_ids) @ self.rows(torch.arange(6)).T
+
+
+def test_rows_that_are_a_weight_are_no_tokens():
+    model = AsWeight()
+    direction = {"rows.weight": torch.randn(11, 6)}
+    probe = Probe(model, CausalLM(), reductions={"token": TokenDot(direction)})
+    with pytest.raises(ValueError, match=r"layer 'rows' \(Embedding\) has no positions of its own"):
+        probe({"input_ids": torch.randint(6, (2, 6))})

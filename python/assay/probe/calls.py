@@ -72,7 +72,8 @@ class Call:
             head = self._head()
             return head.dot_by_position(direction) if local == "weight" else head.bias_dot_by_position(direction)
         rule = self.tap.rule
-        if rule is None or not rule.by_position or self.grads is None or positions is None:
+        is_weight = self.start is not None and bool(self.start.terms)  # no token's, whatever its shape is
+        if rule is None or not rule.by_position or self.grads is None or positions is None or is_weight:
             raise ValueError(f"layer {self.tap.layer!r} ({type(self.tap.module).__name__}) has no positions of its own")
         inputs, grads = self._inputs(), self._grads()
         dots = rule.dot_by_position(self.tap.module, local, inputs, grads, direction)

@@ -211,7 +211,7 @@ class Recorder:
         for calls in self._calls.values():
             for call, _ in calls:
                 if call.start is not None:
-                    call.grads = call.start.grads
+                    call.grads = call.start.grads if call.tap.rule is None else call.start.all_grads()
 
     def _factors(self) -> dict[str, Factors]:
         """The kept factors; a layer that the losses do not depend on has gradient zero and no entry."""

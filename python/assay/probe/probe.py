@@ -155,6 +155,7 @@ class Probe:
         self._verified: set[Any] = set()  # patterns of calls that were checked
         self._layouts: dict[str, Layout] = {}  # by layer, where that is known and its input's shape leaves a choice
         self._tried: dict[str, set[Layout]] = {}  # of the batch that is being read
+        self._in_order: set[str] = set()  # layers on (B, T, …) with the tokens in T
         self._may_follow = True  # what is used behind its layer's back
         self._constants = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
 
@@ -243,7 +244,9 @@ class Probe:
         mask = self._task.mask(batch)
         positions = None if mask is None or mask.ndim != 2 else mask.shape[1]
         known = (self._keep, positions, self._constants, self._droppable, self._layouts)
-        recorder = Recorder(self._taps, size, *known, guess=self._verify, may_follow=self._may_follow)
+        recorder = Recorder(
+            self._taps, size, *known, guess=self._verify, may_follow=self._may_follow, in_order=self._in_order
+        )
         embeddings = None
         with recorder.attached():
             if self._pooling is None:

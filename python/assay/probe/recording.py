@@ -39,6 +39,7 @@ class Recorder:
         droppable: names of the parameters that may be left out instead of raising.
         layouts: by layer, what is known of how samples lie in its input, for where the shape leaves a choice.
         guess: whether a layout that only the shape speaks for may be taken: it is checked.
+        in_order: layers of whose inputs (B, T, …) is known that T are the tokens. It grows.
         may_follow: whether parameters that are used behind their layers' backs may be followed instead.
 
     Attributes:
@@ -56,6 +57,7 @@ class Recorder:
     layouts: Mapping[str, Layout] = field(default_factory=dict)
     guess: bool = False
     may_follow: bool = True
+    in_order: set[str] = field(default_factory=set)
     dropped: dict[str, str] = field(default_factory=dict)
     patterns: set[tuple[Any, ...]] = field(default_factory=set)
     ambiguous: dict[str, list[Layout]] = field(default_factory=dict)
@@ -374,7 +376,9 @@ class Recorder:
 
     def _dot_by_position(self, calls: Sequence[tuple[Call, str]], direction: Tensor) -> Tensor:
         reached = [(call, local) for call, local in calls if call.grads is not None or call.tap.rule is None]
-        return sum_of([call.dot_by_position(local, direction, self.positions) for call, local in reached])
+        return sum_of(
+            [call.dot_by_position(local, direction, self.positions, self.in_order) for call, local in reached]
+        )
 
 
 class Behind(Exception):

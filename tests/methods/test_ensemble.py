@@ -11,6 +11,7 @@ from torch import nn
 
 import assay
 from assay.methods import Ensemble
+from assay.methods.ensemble import regression_scores
 from assay.tasks import Regression
 from tests.methods import contract
 
@@ -65,3 +66,12 @@ def test_one_dimensional_predictions_do_not_mix_samples() -> None:
 )
 def test_an_ensemble_of_regressors_keeps_the_contract(check: object) -> None:
     check(Ensemble, _regressors(2))  # type: ignore[operator]
+
+
+def test_a_regressions_target_may_lie_in_any_order():
+    torch.manual_seed(0)
+    target, predictions = torch.randn(4, 3, 5), [torch.randn(4, 3, 5) for _ in range(2)]
+    turned = target.transpose(1, 2).contiguous().transpose(1, 2)
+    found, expected = (regression_scores(predictions, each) for each in (turned, target))
+    for name in expected:
+        assert torch.equal(found[name], expected[name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from assay.methods import (
     ensemble_scores,
 )
 from assay.methods.base import samples_gathered
+from assay.methods.scorer import _wait_for
 from assay.probe import Probe, SqNorm, tapped_parameters
 from assay.tasks import CausalLM, Classification, Margin, Sampled
 from tests.methods.data import mlp, noisy_digits, train
@@ -424,3 +426,16 @@ def test_what_metadata_speaks_of_is_what_its_own_class_says() -> None:
         name = "renamed"
 
     assert [samples_gathered(made()) for made in (Plain, Says, Fixed, Adds, Renamed)] == [0, None, 0, None, 0]
+
+
+def test_only_gpus_that_hold_a_model_are_waited_for(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: waited.append(device))
+    model = mlp(0)
+    Scorer([Ensemble([model], Classification())])((torch.randn(3, 64), torch.arange(3)))
+    assert waited == []
+    places = [torch.device("cuda", 1), torch.device("cpu"), torch.device("cuda", 1)]
+    spread = SimpleNamespace(parameters=lambda: [SimpleNamespace(device=place) for place in places])
+    _wait_for([model, spread])
+    assert waited == [torch.device("cuda", 1)]

@@ -13,6 +13,7 @@ from torch import Tensor
 import assay
 from assay.probe import Convolution, Dense, Outer, PerSampleGradient, Scatter
 from assay.probe.head import Head
+from assay.probe.terms import Pulled
 
 ROWS, COLUMNS, SIZE = 5, 4, 3
 
@@ -207,3 +208,11 @@ def test_a_gradient_is_finite_where_its_numbers_are(dtype: torch.dtype) -> None:
 
 def test_a_shape_is_a_size() -> None:
     assert PerSampleGradient((3, 2), [Dense(torch.ones(4, 3, 2))]).total()[0].tolist() == [[4.0] * 2] * 3  # type: ignore[arg-type]
+
+
+def test_a_direction_is_not_rounded_to_the_parameters_type() -> None:
+    source = torch.randn(5, 4).bfloat16().requires_grad_()
+    gradient, direction = torch.randn(3, 5, 4), torch.randn(5, 4)
+    pulled = Pulled([Dense(gradient)], source.flip(0), source)
+    expected = (gradient.flip(1) * direction).sum((1, 2))
+    torch.testing.assert_close(pulled.dot(direction), expected, rtol=1e-5, atol=1e-5)

@@ -192,6 +192,43 @@ def test_a_sum_is_spread_without_a_change_of_its_bits() -> None:
     assert torch.equal(signals.logits, model(**texts, use_cache=False).logits.flatten(0, 1))
 
 
+class OutputAsWeight(nn.Module):
+    """What a layer gives of values that no sample has a part in is a weight, and perhaps a summand too."""
+
+    def __init__(self, use: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.own, self.use = nn.Parameter(torch.empty(5, 4)), use
+        self.embed, self.norm, self.lift = nn.Embedding(5, 4), nn.LayerNorm(4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.use(self, self.lift(x).tanh()).sum(1)[:, :3]
+
+
+OUTPUTS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "prototypes": lambda m, h: h @ m.embed(torch.arange(5)).T,
+    "a linear map": lambda m, h: F.linear(h, m.embed(torch.arange(5))),
+    "a normalised weight": lambda m, h: F.linear(h, m.norm(m.own)),
+    "a layer's output": lambda m, h: F.linear(h, m.lift(m.embed(torch.arange(4)))),
+    "a weight and a summand": lambda m, h: F.linear(h + m.embed(torch.arange(6) % 5), m.embed(torch.arange(5))),
+    "one value in both ways": lambda m, h: (lambda e: F.linear(h + e[:1], e) * e.tanh().sum(1))(
+        m.embed(torch.arange(5))
+    ),
+}
+
+
+@pytest.mark.parametrize("size", [1, 3, 5])
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_a_layers_output_as_a_weight(name: str, size: int) -> None:
+    model = randomise(OutputAsWeight(OUTPUTS[name]))
+    names = tapped_parameters(model)
+    exact = jacobian(model, cross_entropy, batch(size))
+    for verify in (True, False) if size < 5 else (True,):  # five rows may be a sample's each: that takes the check
+        probe = Probe(model, Classification(), reductions={n: SqNorm([n]) for n in names}, verify=verify)
+        found = probe(batch(size)).reduced
+        for n in names:
+            close(found[n], exact[n].square().flatten(1).sum(1), 1e-9, n)
+
+
 # ---- whole models
 
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Con
 
 from assay.methods import GradMimic, Scorer
 from assay.probe import Dot, Probe, TokenDot
+from assay.probe.layers import find_rule
 from assay.tasks import CausalLM, Classification
 from tests.small_models import llama_config
 
@@ -136,3 +137,80 @@ def test_a_layer_of_other_positions_is_refused_when_it_runs():
         ValueError, match=r"pooled.*layer 'pooled' \(Linear\) ran on \(2, 3, 6\), which are not the 6 tokens"
     ):
         probe({"input_ids": torch.randint(11, (2, 6))})
+
+
+class AsWeight(nn.Module):
+    """As many rows of a table as there are tokens are the output layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.rows = nn.Embedding(11, 6), nn.Embedding(11, 6)
+
+    def forward(self, input_ids):
+        return self.embed(input_ids) @ self.rows(torch.arange(6)).T
+
+
+def test_rows_that_are_a_weight_are_no_tokens():
+    model = AsWeight()
+    direction = {"rows.weight": torch.randn(11, 6)}
+    probe = Probe(model, CausalLM(), reductions={"token": TokenDot(direction)})
+    with pytest.raises(ValueError, match=r"layer 'rows' \(Embedding\) has no positions of its own"):
+        probe({"input_ids": torch.randint(6, (2, 6))})
+
+
+class Heads(nn.Module):
+    """A norm of every head, with the heads before or after the tokens."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.embed, self.norm, self.head, self.first = nn.Embedding(11, 6), nn.LayerNorm(2), nn.Linear(6, 11), first
+
+    def forward(self, input_ids):
+        hidden = self.embed(input_ids).unflatten(2, (3, 2))
+        if self.first:
+            return self.head(self.norm(hidden.transpose(1, 2)).transpose(1, 2).flatten(2))
+        return self.head(self.norm(hidden).flatten(2))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_as_many_heads_as_tokens_are_no_tokens(first):
+    model = Heads(first)
+    direction = {n: torch.randn_like(p) for n, p in model.named_parameters()}
+    batches = [{"input_ids": torch.randint(11, (2, n))} for n in (3, 5)]
+    for verify in (True, False):
+        probe = Probe(model, CausalLM(), reductions={"token": TokenDot(direction)}, verify=verify)
+        with pytest.raises(ValueError, match=r"layer 'norm' \(LayerNorm\) ran on \(2, 3, 3, 2\)"):
+            probe(batches[0])
+        if first:
+            with pytest.raises(ValueError, match=r"layer 'norm' \(LayerNorm\) ran on \(2, 3, 5, 2\)"):
+                probe(batches[1])
+            continue
+        probe(batches[1])  # tells the order
+        found = probe(batches[0]).reduced["token"]
+        expected = by_autograd(model, {**batches[0], "labels": batches[0]["input_ids"]}, direction)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_one_token_and_one_head():
+    model = make(CONFIGS["qwen3"])
+    inputs = {"input_ids": torch.randint(2, 19, (2, 1))}
+    direction = {n: torch.randn_like(p) for n, p in model.named_parameters()}
+    reduced = Probe(model, CausalLM(), reductions={"token": TokenDot(direction)})(inputs).reduced
+    assert reduced["token"].shape == (2, 1)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_models_in_double_precision(name):
+    models = [make(CONFIGS[name], seed).double() for seed in (0, 1)]
+    scores = Scorer([GradMimic(*models, CausalLM(), tokens=True)])(batch())
+    torch.testing.assert_close(scores["mimic_tokens"].nansum(1), scores["mimic"], rtol=1e-5, atol=1e-7)
+
+
+def test_products_are_not_rounded_where_the_caller_allows_it():
+    torch.manual_seed(0)
+    layer, x, grads = nn.Linear(5, 6), torch.randn(2, 3, 5), torch.randn(2, 3, 6)
+    rule, direction = find_rule(layer), torch.randn(6, 5)
+    expected = rule.dot_by_position(layer, "weight", x, grads, direction)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(rule.dot_by_position(layer, "weight", x, grads, direction), expected)
+        assert rule.dot_by_position(layer, "bias", x, grads, direction[:, 0]).dtype == torch.float32

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -356,3 +358,116 @@ def test_gradients_whose_squares_are_beyond_their_type_raise_no_false_alarm(scal
 
     with pytest.raises(RuntimeError, match="do not add up to autograd's gradient"):
         Probe(Wrong(), Classification(), factors="*")((x, y))
+
+
+def _spoilt(size: int) -> tuple[Positions, tuple[Tensor, Tensor], Tensor]:
+    """T = B, where the positions could be samples, and a sample that is not finite."""
+    torch.manual_seed(0)
+    x, y = torch.randn(size, size, 8).double(), torch.arange(size) % 3
+    x[1] = torch.nan
+    return Positions(torch.float64), (x, y), torch.arange(size) != 1
+
+
+def test_a_sample_that_is_not_finite_does_not_hide_a_wrong_booking() -> None:
+    model, (x, y), fine = _spoilt(6)
+    probe = Probe(model, Classification(), reductions={n: SqNorm([n]) for n in tapped_parameters(model)})
+    found = probe((x, y)).reduced
+    exact = jacobian(model, lambda run, b: F.cross_entropy(run(b[0]), b[1], reduction="none"), (x[fine], y[fine]))
+    for name, gradient in exact.items():
+        close(found[name][fine], gradient.square().flatten(1).sum(1), 1e-9, name)
+        assert not found[name][1].isfinite()
+    check_norms(probe, model, (x.nan_to_num(), y))
+
+
+def test_where_no_check_can_be_made_a_guess_is_refused() -> None:
+    model, batch, _ = _spoilt(2)  # the other sample's sign is not this one's
+    with pytest.raises(RuntimeError, match=r"layer 'embed': by its shape .* more ways than one.*one by one"):
+        Probe(model, Classification())(batch)
+    x, y = batch
+    assert not Probe(model, Classification())((x * torch.nan, y)).losses.isfinite().any()
+    assert Probe(model, Classification())((x[:1, :1], y[:1])).losses.isfinite().all()
+
+
+def test_after_a_batch_that_is_not_finite_a_layer_may_still_be_left_out() -> None:
+    class Certain(Coupled):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.layer(x[:, None])[:, 0]
+            return self.head(((h - h.mean(0)) / h.std(0)).tanh())
+
+    probe = Probe(randomise(Certain()), Classification(), skip_unsupported=True)
+    x, y = classes(5, 4)
+    probe((x * torch.nan, y))
+    probe((x, y))
+    assert set(probe.left_out) == {"layer.weight", "layer.bias"}
+
+
+class Followed(nn.Module):
+    """A weight behind its layer's back, and positions: ``shape`` T = B leaves a choice. Counts its runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lift, self.embed, self.head = nn.Linear(4, 4), nn.Embedding(9, 4), nn.Linear(4, 3)
+        self.alive: list[weakref.ref[Callable[[Tensor], None]]] = []
+        self.most, self.runs, self.fails = 0, 0, dict[int, Exception]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs += 1
+        if self.runs in self.fails:
+            raise self.fails[self.runs]
+        if self.alive:
+            gc.collect()
+        self.most = max(self.most, sum(mark() is not None for mark in self.alive))
+        h = F.linear(x, self.lift.weight) * self.lift.bias + self.embed(torch.arange(x.shape[1]))
+        if h.requires_grad and gc.get_freeze_count():
+
+            def mark(grads: Tensor) -> None: ...
+
+            h.register_hook(mark)
+            self.alive.append(weakref.ref(mark))
+        return self.head(h.tanh().sum(1))
+
+
+def test_a_weight_behind_its_layers_back_is_followed_where_a_layout_is_to_be_found_too() -> None:
+    model, y = randomise(Followed()), torch.arange(5) % 3
+    probe = Probe(model, Classification(), reductions={n: SqNorm([n]) for n in tapped_parameters(model)})
+    gc.freeze()  # what other tests have left is not looked at
+    try:
+        probe((torch.randn(5, 5, 4).double(), y))
+    finally:
+        gc.unfreeze()
+    model.alive.clear()
+    assert model.runs > 4
+    assert model.most == 0  # of the graphs of the runs before
+    for length in (5, 3):
+        check_norms(probe, model, (torch.randn(5, length, 4).double(), y))
+
+
+@pytest.mark.parametrize("run", [4, 6])  # the followed run, and the one with another layout
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no"), RuntimeError("DefaultCPUAllocator: not enough"), ValueError("no")]
+)
+def test_an_error_on_the_way_to_the_right_reading_is_passed_on_and_changes_nothing(run: int, error: Exception) -> None:
+    model, batch = randomise(Followed()), (torch.randn(5, 5, 4).double(), torch.arange(5) % 3)
+    model.fails = {run: error}
+    probe = Probe(model, Classification(), reductions={n: SqNorm([n]) for n in tapped_parameters(model)})
+    with pytest.raises(type(error), match=str(error)):
+        probe(batch)
+    assert model.runs == run
+    model.fails = {}
+    check_norms(probe, model, batch)
+
+
+def test_a_layer_that_samples_and_a_constant_share() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+            self.register_buffer("constant", torch.randn(7, 4).double())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.layer(x).tanh() * self.layer(self.constant).mean(0))
+
+    model = randomise(Both())
+    probe = Probe(model, Classification(), reductions={n: SqNorm([n]) for n in tapped_parameters(model)})
+    for size in (4, 5, 4):
+        check_norms(probe, model, (torch.randn(size, 4).double(), torch.arange(size) % 3))

@@ -202,7 +202,7 @@ def regression_scores(
     scores = {
         "mean": mean.mean(1),
         "variance": (w * (stacked - mean).square()).sum(0).mean(1),
-        "residual": (mean - target.double().view(mean.shape)).square().mean(1),
+        "residual": (mean - target.double().reshape(mean.shape)).square().mean(1),
     }
     return {name: values.float() for name, values in scores.items()}
 

@@ -99,6 +99,7 @@ class Scorer:
         differentiated = {key[0] for key, run in runs.items() if any(run.readings.values())}
         self._probes = {key: run.probe(verify, inference and key[0] not in differentiated) for key, run in runs.items()}
         self.model_seconds = self.method_seconds = 0.0
+        self._models = list({id(run.model): run.model for run in runs.values()}.values())
         self._places = {key: {task: i for i, task in enumerate(run.readings)} for key, run in runs.items()}
 
     def fresh(self) -> Scorer:
@@ -130,8 +131,7 @@ class Scorer:
             return {c.name: torch.zeros((0,) if c.width == 1 else (0, c.width or 0)) for c in self.columns}
         began = time.perf_counter()
         signals = {key: probe.read(parts[key]) for key, probe in self._probes.items()}
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.synchronize()  # else the next to wait, a method, would be booked the models' time
+        _wait_for(self._models)  # else the next to wait, a method, would be booked the models' time
         self.model_seconds += (scoring := time.perf_counter()) - began
         scores: dict[str, Tensor] = {}
         for method, roles in zip(self.methods, self._roles, strict=True):
@@ -175,6 +175,12 @@ class Scorer:
         if not layers:
             return {}
         return {"coverage": f"{min(shares):.4f}", "left_out_layers": ", ".join(dict.fromkeys(layers))}
+
+
+def _wait_for(models: Sequence[nn.Module]) -> None:
+    """Until the GPUs that hold the models are done, if any does."""
+    for device in {p.device for model in models for p in model.parameters() if p.device.type == "cuda"}:
+        torch.cuda.synchronize(device)
 
 
 def all_columns(methods: Sequence[Method]) -> list[Column]:

@@ -66,18 +66,26 @@ class Call:
         head = self._head()
         return [head if local == "weight" else Dense(head.bias_gradient())]
 
-    def dot_by_position(self, local: str, direction: Tensor, positions: int | None) -> Tensor:
-        """⟨the gradient that each position gives the layer's parameter ``local``, direction⟩, (B, positions)."""
+    def dot_by_position(self, local: str, direction: Tensor, positions: int | None, in_order: set[str]) -> Tensor:
+        """⟨the gradient that each position gives the layer's parameter ``local``, direction⟩, (B, positions).
+
+        ``in_order``: layers of whose inputs (B, T, …) is known that T are the tokens. It grows.
+        """
         if self.grads is not None and self.labels is not None:
             head = self._head()
             return head.dot_by_position(direction) if local == "weight" else head.bias_dot_by_position(direction)
         rule = self.tap.rule
-        if rule is None or not rule.by_position or self.grads is None or positions is None:
+        is_weight = self.start is not None and bool(self.start.terms)  # no token's, whatever its shape is
+        if rule is None or not rule.by_position or self.grads is None or positions is None or is_weight:
             raise ValueError(f"layer {self.tap.layer!r} ({type(self.tap.module).__name__}) has no positions of its own")
         inputs, grads = self._inputs(), self._grads()
         dots = rule.dot_by_position(self.tap.module, local, inputs, grads, direction)
         lead = inputs.shape[1:-1] if inputs.is_floating_point() else inputs.shape[1:]
-        mine = lead[:1] == (positions,) or [n for n in lead if n != 1] == [positions]  # in the order of the tokens
+        alone = len(lead) > 0 and [n for n in lead if n != 1] == [n for n in (positions,) if n != 1]
+        if lead[:1] == (positions,) and (alone or positions not in lead[1:]):
+            in_order.add(self.tap.layer)
+        # (B, heads, T) has T heads by chance: (B, T, heads) only if it was that before.
+        mine = alone or (lead[:1] == (positions,) and self.tap.layer in in_order)
         if not mine or dots.shape[1] % positions:
             raise ValueError(
                 f"layer {self.tap.layer!r} ({type(self.tap.module).__name__}) ran on {tuple(inputs.shape)}, which are "

@@ -9,10 +9,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import ParametrizationList
 
+from assay.ops._exact import exact
 from assay.probe import formulas
 from assay.probe.experts import are_experts
 from assay.probe.formulas import Factors
@@ -69,17 +71,20 @@ class Rule:
 
     def dot_by_position(self, module: nn.Module, name: str, inputs: Tensor, grads: Tensor, direction: Tensor) -> Tensor:
         """What each position gives of the inner product of a gradient, as in ``term``, and a direction, (B, T)."""
-        if name == "bias":
-            return wide(self.rows(module, grads)) @ wide(direction.flatten())
-        factors = self.factors(module, inputs, grads)
-        left = wide(factors.grads)
-        if factors.kind == "scatter":
-            return (wide(direction[factors.inputs]) * left).sum(2)
-        right = wide(factors.inputs)
-        if factors.kind == "elementwise":
-            return (right * left) @ wide(direction.flatten())
-        matrix = wide(direction.T if self.transposed else direction)
-        return (left @ matrix * right).sum(2)
+        factors = None if name == "bias" else self.factors(module, inputs, grads)
+        left = self.rows(module, grads) if factors is None else factors.grads
+        dtype = torch.promote_types(wide(left[:0]).dtype, direction.dtype)
+        left = left.to(dtype)
+        if factors is not None and factors.kind == "scatter":
+            return (direction[factors.inputs].to(dtype) * left).sum(2)
+        along = direction.to(dtype)
+        with exact():
+            if factors is None:
+                return left @ along.flatten()
+            right = factors.inputs.to(dtype)
+            if factors.kind == "elementwise":
+                return (right * left) @ along.flatten()
+            return (left @ (along.T if self.transposed else along) * right).sum(2)
 
 
 def find_rule(module: nn.Module) -> Rule | str:

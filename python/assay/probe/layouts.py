@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor
@@ -53,8 +52,3 @@ def arranged(tensor: Tensor, layout: Layout, size: int) -> Tensor:
     if layout == "second":
         return tensor.transpose(0, 1)
     return tensor if layout == "first" else tensor.reshape(size, -1, *tensor.shape[1:])
-
-
-def remaining(found: Sequence[Layout], taken: Layout) -> list[Layout]:
-    """What has not been tried."""
-    return list(found[found.index(taken) + 1 :])

@@ -15,9 +15,10 @@ from assay.probe.formulas import Factors
 from assay.probe.jvp import Jvp
 from assay.probe.layouts import Layout
 from assay.probe.pooling import Pooling
-from assay.probe.quiet import undisturbed
+from assay.probe.quiet import is_out_of_memory, undisturbed
+from assay.probe.readings import Reading, all_parameters
 from assay.probe.recording import Behind, Recorder
-from assay.probe.reductions import Feature, Reduction, TokenDot
+from assay.probe.reductions import Reduction, TokenDot
 from assay.probe.selection import coverage, make_taps, select
 from assay.probe.verify import Check, prepare_check
 from assay.tasks import OutputLayer, Outputs, Task
@@ -135,14 +136,14 @@ class Probe:
         inference: bool = False,
     ) -> None:
         self._model, self._task, self._logits, self._verify = model, base_task(task), logits, verify
-        self._readings = [_Reading.of(task, reductions or {}), *(_Reading.of(*reading) for reading in readings)]
+        self._readings = [Reading.of(task, reductions or {}), *(Reading.of(*reading) for reading in readings)]
         if any(base_task(reading.task) != self._task for reading in self._readings):
             raise ValueError(f"Probe: every reading must be of the forward pass of {self._task}")
         if factors is None and reductions:
             factors = ()
         kept = select(model, factors, bool(skip_unsupported), bare=False)  # bare parameters have no factors
         self.left_out = dict(kept.left_out)
-        tapped = _all_parameters(kept.names, self._readings)
+        tapped = all_parameters(kept.names, self._readings)
         self.parameters = [name for name, _ in model.named_parameters() if name in tapped]
         self._taps = make_taps(model, tapped)
         self._keep = [tap.layer for tap in self._taps if not set(kept.names).isdisjoint(tap.parameters.values())]
@@ -153,6 +154,8 @@ class Probe:
             self._droppable = set()
         self._verified: set[Any] = set()  # patterns of calls that were checked
         self._layouts: dict[str, Layout] = {}  # by layer, where that is known and its input's shape leaves a choice
+        self._tried: dict[str, set[Layout]] = {}  # of the batch that is being read
+        self._in_order: set[str] = set()  # layers on (B, T, …) with the tokens in T
         self._may_follow = True  # what is used behind its layer's back
         self._constants = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
 
@@ -194,18 +197,40 @@ class Probe:
             batch = self._task.to(batch, torch.device("cpu") if first is None else first.device)
             size = self._task.size(batch)
             if size == 0:
-                return [reading.nothing() for reading in self._readings]
+                return [_no_signals(reading) for reading in self._readings]
             if self._verified or not self._verify or not self._taps:
                 try:
                     return self._run(batch, size, None)
                 except _Unverified:
                     pass
-            try:
-                return self._run(batch, size, self._prepare_check(batch))
-            except _Misread as misread:
-                return self._reread(batch, size, misread)
-            except Behind as behind:
-                return self._follow(batch, size, behind)
+            return self._checked(batch, size)
+
+    def _checked(self, batch: Any, size: int) -> list[Signals]:
+        """The signals, with a check. One that a sample spoils is made of a batch with others in its place."""
+        check = self._prepare_check(batch)
+        if size > 1 and not check.is_conclusive and (others := check.without_bad(batch)) is not None:
+            trial = self._another_check(others, True)
+            if trial.is_conclusive:
+                self._solve(others, size, trial)
+                try:
+                    return self._run(batch, size, None)
+                except _Unverified:
+                    pass
+        return self._solve(batch, size, check)
+
+    def _solve(self, batch: Any, size: int, check: Check) -> list[Signals]:
+        """A run with a check, and where it fails in what else the layers' inputs and parameters may be."""
+        self._tried = {}
+        found = self._try(batch, size, check)
+        if isinstance(found, Behind):
+            return self._follow(batch, size, found, check.is_trial)
+        return self._reread(batch, size, found, check.is_trial) if isinstance(found, _Misread) else found
+
+    def _try(self, batch: Any, size: int, check: Check) -> list[Signals] | _Misread | Behind:
+        try:
+            return self._run(batch, size, check)
+        except (_Misread, Behind) as again:
+            return again.with_traceback(None)  # its frames hold the failed run's graph
 
     def _prepare_check(self, batch: Any) -> Check:
         return prepare_check(self._model, self._readings[self._differentiated[0]].task, batch, self.parameters)
@@ -219,7 +244,9 @@ class Probe:
         mask = self._task.mask(batch)
         positions = None if mask is None or mask.ndim != 2 else mask.shape[1]
         known = (self._keep, positions, self._constants, self._droppable, self._layouts)
-        recorder = Recorder(self._taps, size, *known, guess=self._verify, may_follow=self._may_follow)
+        recorder = Recorder(
+            self._taps, size, *known, guess=self._verify, may_follow=self._may_follow, in_order=self._in_order
+        )
         embeddings = None
         with recorder.attached():
             if self._pooling is None:
@@ -236,12 +263,18 @@ class Probe:
                 self._try_out(recorder, read_off, check)
             self._drop(recorder.dropped, check)
             found = self._backward(recorder, read_off, check)
-        if check is not None and check.finish():
+        conclusive = check is None or check.finish()
+        if check is not None and conclusive:
             self._verified |= recorder.patterns
             if size > 1:
                 self._layouts = recorder.learned | self._layouts
-        if size > 1:  # from now on
+        if check is not None and not conclusive and size > 1:
+            check.refuse_guesses([name for name in recorder.ambiguous if name not in self._layouts])
+        # From now on, but after a batch of which no score is finite.
+        if size > 1 and (check is None or conclusive or bool(check.finite.any())):
             self._droppable = set()
+        if check is not None and check.is_trial:
+            return []
         each = []
         for reading, (own, reduced, factors) in zip(self._readings, found, strict=True):
             moved = {key: jvp(self._model, self._task, batch) for key, jvp in reading.jvps.items()}
@@ -257,6 +290,9 @@ class Probe:
         """A backward pass for each reading that needs one."""
         found: list[tuple[Outputs, dict[str, Tensor], dict[str, Factors]]] = []
         needed = self._differentiated
+        if check is not None and check.is_trial:  # a reduction may count what it is given
+            recorder.backward(outputs[needed[0]].losses, {_CHECK: check})
+            return found
         for i, (reading, own) in enumerate(zip(self._readings, outputs, strict=True)):
             if i not in needed and not is_made(own, "losses"):
                 found.append((own, {}, {}))
@@ -284,43 +320,55 @@ class Probe:
             check.gradients.pop(name, None)
         recorder.backward(outputs[self._differentiated[0]].losses, {_CHECK: check}, last=False)
         wrong, taps = check.complaints(), {tap.layer: tap for tap in recorder.taps}
+        untried = {}
+        for name, (taken, *others) in recorder.ambiguous.items():
+            self._tried.setdefault(name, set()).add(taken)
+            untried[name] = [layout for layout in others if layout not in self._tried[name]]
         doubted = {
             name: layouts
-            for name, layouts in recorder.ambiguous.items()
+            for name, layouts in untried.items()
             if layouts and not wrong.keys().isdisjoint(taps[name].parameters.values())
         }
         if check.is_loose:  # a wrong layout may pass by chance: layers of which the same is known go together
             alike = [layouts for layouts in doubted.values() if "shared" not in layouts]
-            doubted |= {name: layouts for name, layouts in recorder.ambiguous.items() if layouts in alike}
+            doubted |= {name: layouts for name, layouts in untried.items() if layouts in alike}
         layers = {name: layouts[0] for name, layouts in doubted.items()}
         if layers:
             raise _Misread(layers, check)
         if recorder.size > 1 and self._droppable.issuperset(wrong):
             recorder.drop(wrong)
 
-    def _reread(self, batch: Any, size: int, misread: _Misread) -> list[Signals]:
+    def _reread(self, batch: Any, size: int, misread: _Misread, is_trial: bool) -> list[Signals]:
         """Take other layouts of the layers' inputs. If none is right, the first error stands."""
-        before, first = self._layouts, misread
-        while True:
-            self._layouts = self._layouts | misread.layers
-            try:
-                return self._run(batch, size, self._prepare_check(batch))
-            except _Misread as again:  # every layer that is in it has one layout less to try
-                misread = again
-            except RuntimeError:
-                self._layouts = before
-                first.check.finish()
-                raise
-
-    def _follow(self, batch: Any, size: int, behind: Behind) -> list[Signals]:
-        """Take the layers' parameters for bare ones. If that is not right either, they are refused as they were."""
-        before = self._taps
-        self._taps = [replace(tap, rule=None) if tap.layer in behind.layers else tap for tap in before]
+        before, first = self._layouts, misread.check
+        found: list[Signals] | _Misread | Behind = misread
         try:
-            return self._run(batch, size, self._prepare_check(batch))
-        except (RuntimeError, _Misread):
-            self._taps, self._may_follow = before, False
-        return self._run(batch, size, self._prepare_check(batch))
+            while isinstance(found, _Misread):  # every layer that is in it has one layout less to try
+                self._layouts = self._layouts | found.layers
+                found = self._try(batch, size, self._another_check(batch, is_trial))
+            assert not isinstance(found, Behind)  # that does not depend on layouts
+            return found
+        except Exception as error:
+            self._layouts = before
+            if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+                first.finish()
+            raise
+
+    def _follow(self, batch: Any, size: int, behind: Behind, is_trial: bool) -> list[Signals]:
+        """Take the layers' parameters for bare ones. If that is not right either, they are refused as they were."""
+        before = self._taps, self.parameters, dict(self.left_out)
+        self._taps = [replace(tap, rule=None) if tap.layer in behind.layers else tap for tap in self._taps]
+        try:
+            return self._solve(batch, size, self._another_check(batch, is_trial))
+        except Exception as error:
+            self._taps, self.parameters, self.left_out = before
+            if not isinstance(error, RuntimeError) or is_out_of_memory(error):
+                raise
+        self._may_follow = False
+        return self._solve(batch, size, self._another_check(batch, is_trial))
+
+    def _another_check(self, batch: Any, is_trial: bool) -> Check:
+        return replace(self._prepare_check(batch), is_trial=is_trial)
 
     def _drop(self, dropped: Mapping[str, str], check: Check | None) -> None:
         if not dropped:
@@ -363,6 +411,12 @@ class Probe:
         return None if outputs.logits is None else outputs.logits.detach()
 
 
+def _no_signals(reading: Reading) -> Signals:
+    """Of a batch without samples: no logits, whose width nobody knows, and no factors."""
+    none, reduced = reading.nothing()
+    return Signals(none, None, none.long(), reduced=reduced, row_losses=none)
+
+
 class _Unverified(Exception):
     """A layer ran in a way that has not been checked yet."""
 
@@ -372,35 +426,3 @@ class _Misread(Exception):
 
     def __init__(self, layers: dict[str, Layout], check: Check) -> None:
         self.layers, self.check = layers, check
-
-
-@dataclass(frozen=True)
-class _Reading:
-    """What is wanted of one task's losses."""
-
-    task: Task
-    reductions: Mapping[str, Reduction]
-    jvps: Mapping[str, Jvp]
-
-    @classmethod
-    def of(cls, task: Task, reductions: Mapping[str, Reduction | Jvp]) -> _Reading:
-        plain = {key: r for key, r in reductions.items() if not isinstance(r, Jvp)}
-        return cls(task, plain, {key: r for key, r in reductions.items() if isinstance(r, Jvp)})
-
-    def nothing(self) -> Signals:
-        """The signals of a batch without samples: no logits, whose width nobody knows, and no factors."""
-        none = torch.zeros(0)
-        widths = {key: (r.size,) if isinstance(r, Feature) else () for key, r in self.reductions.items()}
-        widths |= {key: (0,) for key, r in self.reductions.items() if isinstance(r, TokenDot)}
-        reduced = {key: none.new_zeros(0, *width) for key, width in widths.items()}
-        return Signals(none, None, none.long(), reduced=reduced, row_losses=none)
-
-
-def _all_parameters(kept: Sequence[str], readings: Sequence[_Reading]) -> list[str]:
-    """Every parameter that is to be tapped, once."""
-    names = dict.fromkeys(kept)
-    for key, reduction in (item for reading in readings for item in reading.reductions.items()):
-        if not reduction.parameters:
-            raise ValueError(f"reduction {key!r} names no parameter, so that it would always be 0")
-        names.update(dict.fromkeys(reduction.parameters))
-    return list(names)

@@ -68,3 +68,9 @@ def other_leaves(losses: Tensor, own: Collection[Tensor]) -> list[Tensor]:
                 elif id(leaf) not in known and leaf.requires_grad:  # not a parameter in what the model has kept
                     found.append(leaf)
     return found
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out; torch's CPU allocator says so only in words."""
+    words = ("not enough memory", "DefaultCPUAllocator", "out of memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in words)

@@ -17,7 +17,7 @@ from assay.probe.calls import Call
 from assay.probe.experts import Routing
 from assay.probe.formulas import Factors
 from assay.probe.gradient import PerSampleGradient, sum_of
-from assay.probe.layouts import Layout, possible, remaining
+from assay.probe.layouts import Layout, possible
 from assay.probe.quiet import on_gradient, other_leaves
 from assay.probe.reductions import Reduced, Reduction
 from assay.probe.selection import Tap
@@ -39,13 +39,13 @@ class Recorder:
         droppable: names of the parameters that may be left out instead of raising.
         layouts: by layer, what is known of how samples lie in its input, for where the shape leaves a choice.
         guess: whether a layout that only the shape speaks for may be taken: it is checked.
+        in_order: layers of whose inputs (B, T, …) is known that T are the tokens. It grows.
         may_follow: whether parameters that are used behind their layers' backs may be followed instead.
 
     Attributes:
         dropped: those that were, with the reason.
         patterns: how layers met their inputs: a gradient that is booked on the wrong sample shows in a new one first.
-        ambiguous: by layer, other layouts that its input may have by its shape.
-        learned: by layer, the only layout that it can have.
+        ambiguous: by layer, the layout that its input was taken to have and others that it may have by its shape.
     """
 
     taps: Sequence[Tap]
@@ -57,20 +57,28 @@ class Recorder:
     layouts: Mapping[str, Layout] = field(default_factory=dict)
     guess: bool = False
     may_follow: bool = True
+    in_order: set[str] = field(default_factory=set)
     dropped: dict[str, str] = field(default_factory=dict)
     patterns: set[tuple[Any, ...]] = field(default_factory=set)
     ambiguous: dict[str, list[Layout]] = field(default_factory=dict)
-    learned: dict[str, Layout] = field(default_factory=dict)
     # By parameter: the calls that use it, with its name in their layer, and how many have no gradient yet.
     _calls: dict[str, list[tuple[Call, str]]] = field(default_factory=lambda: defaultdict(list))
     _waiting: dict[str, int] = field(default_factory=dict)
     _open: dict[str, None] = field(default_factory=dict)  # parameters that are not folded yet
     _kept: dict[str, list[Call]] = field(default_factory=lambda: defaultdict(list))  # by layer
+    # By layer: the only layouts that its calls' inputs can have, None where there is a choice.
+    _seen: dict[str, set[Layout | None]] = field(default_factory=lambda: defaultdict(set))
     _leaves: list[Tensor] = field(default_factory=list)
     _fold_into: Callable[[str], None] = field(default=lambda name: None)
 
     def __post_init__(self) -> None:
         self._region = Region(self.size, self.constants, self.positions)
+
+    @property
+    def learned(self) -> dict[str, Layout]:
+        """By layer, the only layout that its input can have, in all of its calls."""
+        alone = {layer: next(iter(seen)) for layer, seen in self._seen.items() if len(seen) == 1}
+        return {layer: layout for layer, layout in alone.items() if layout is not None}
 
     @property
     def _recording(self) -> bool:
@@ -211,7 +219,7 @@ class Recorder:
         for calls in self._calls.values():
             for call, _ in calls:
                 if call.start is not None:
-                    call.grads = call.start.grads
+                    call.grads = call.start.grads if call.tap.rule is None else call.start.all_grads()
 
     def _factors(self) -> dict[str, Factors]:
         """The kept factors; a layer that the losses do not depend on has gradient zero and no entry."""
@@ -316,9 +324,8 @@ class Recorder:
                 known = self.layouts.get(tap.layer)
                 layout = known if known in found else found[0]
                 if len(found) > 1:
-                    self.ambiguous.setdefault(tap.layer, remaining(found, layout))
-                else:
-                    self.learned[tap.layer] = layout
+                    self.ambiguous.setdefault(tap.layer, [layout, *(other for other in found if other != layout)])
+                self._seen[tap.layer].add(layout if len(found) == 1 else None)
                 self.patterns.add((place, *(() if layout == "first" else (layout,))))
                 if self.size > 1 and layout != "shared":
                     self.patterns.add((place, layout, inputs.ndim, *coincidences(inputs.shape, self.size)))
@@ -369,7 +376,9 @@ class Recorder:
 
     def _dot_by_position(self, calls: Sequence[tuple[Call, str]], direction: Tensor) -> Tensor:
         reached = [(call, local) for call, local in calls if call.grads is not None or call.tap.rule is None]
-        return sum_of([call.dot_by_position(local, direction, self.positions) for call, local in reached])
+        return sum_of(
+            [call.dot_by_position(local, direction, self.positions, self.in_order) for call, local in reached]
+        )
 
 
 class Behind(Exception):

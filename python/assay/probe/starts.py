@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from assay.probe.gradient import sum_of
 from assay.probe.terms import Dense, Term
 
 
@@ -47,6 +48,10 @@ class Start:
         self.waiting -= 1
         if self.waiting == 0 and not self.loose:
             self.complete()
+
+    def all_grads(self) -> Tensor | None:
+        """``grads`` with those of the uses as a weight multiplied out: what a layer's formula takes."""
+        return sum_of([term.dense(self.value.shape) for term in self.all_terms()]) if self.terms else self.grads
 
     def all_terms(self) -> list[Term]:
         return [*self.terms, *([] if self.grads is None else [Dense(self.grads)])]

@@ -212,6 +212,15 @@ def _grouped(left: Tensor, right: Tensor) -> Outer:
     return Outer(placed, right.flatten(1, 2))
 
 
+def _parts(direction: Tensor, like: Tensor) -> list[Tensor]:
+    """What a direction is the sum of in the type of ``like``: bfloat16 holds a third of a float32's bits."""
+    parts, rest = [], direction.to(like.device)
+    for _ in range(3 if like.dtype in (torch.float16, torch.bfloat16) else 1):
+        parts.append(rest.to(like.dtype))
+        rest = rest - parts[-1]
+    return parts
+
+
 @dataclass(frozen=True)
 class Pulled:
     """The gradient of a parameter from which a weight is computed: terms of the weight's, pulled back sample by sample.
@@ -233,7 +242,9 @@ class Pulled:
             pulled = self._pull(u, create_graph=True)
             moved = None
             if pulled.requires_grad:
-                (moved,) = torch.autograd.grad(pulled, u, direction.to(pulled), allow_unused=True)
+                for part in _parts(direction, pulled):
+                    (more,) = torch.autograd.grad(pulled, u, part, retain_graph=True, allow_unused=True)
+                    moved = more if moved is None or more is None else wide(moved) + more
         along = torch.zeros_like(self.value) if moved is None else moved
         return sum((term.dot(along.detach()) for term in self.terms[1:]), start=self.terms[0].dot(along.detach()))
 

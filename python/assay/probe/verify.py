@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from assay.probe.gradient import PerSampleGradient
 from assay.tasks import Task
@@ -31,12 +32,16 @@ class Check:
             of the time, and with it the sum.
         gradients: D_p by parameter.
         tolerance: the relative error allowed.
+        finite: (B,), the samples whose loss is finite.
+        is_trial: whether it is of a batch that nobody wants the signals of.
         dots: ⟨g_b,p, D_p / max |D_p|⟩ (B,) by parameter, filled as the probe's backward pass runs.
     """
 
     weights: Tensor
     gradients: dict[str, Tensor]
     tolerance: float
+    finite: Tensor
+    is_trial: bool = False
     dots: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -66,7 +71,37 @@ class Check:
         """
         for message in self.complaints().values():
             raise RuntimeError(message)
+        return self.is_conclusive
+
+    @property
+    def is_conclusive(self) -> bool:
+        """Whether all gradients are finite."""
         return all(math.isfinite(norm) for norm in self._norms().values())
+
+    def without_bad(self, batch: Any) -> Any | None:
+        """The batch with a sample whose loss is finite, of the same weight, in place of each whose loss is not.
+
+        None if there is no such sample, or none is needed, or the batch is no collection of tensors.
+        """
+        fine, size = self.finite.tolist(), len(self.weights)
+        good = {float(c): [b for b in range(size) if fine[b] and self.weights[b] == c] for c in (1, -1)}
+        if all(fine) or not all(good.values()):
+            return None
+        alike = [good[float(c)] for c in self.weights]
+        pick = [b if fine[b] else alike[b][b % len(alike[b])] for b in range(size)]
+        leaves, spec = tree_flatten(dict(batch) if isinstance(batch, Mapping) else batch)
+        if not all(isinstance(x, Tensor) for x in leaves):
+            return None
+        return tree_unflatten([x[pick] if x.shape[:1] == (size,) else x for x in leaves], spec)
+
+    def refuse_guesses(self, layers: Sequence[str]) -> None:
+        """Raise RuntimeError if these layers' inputs leave a choice, which a check that is not finite cannot make."""
+        if layers and bool(self.finite.any()):
+            raise RuntimeError(
+                f"layer {layers[0]!r}: by its shape its input may hold the samples in more ways than one, and the "
+                "check that tells which is right found gradients that are not finite. Leave the samples out whose loss "
+                "or gradient is not finite, or score samples one by one"
+            )
 
     def complaints(self) -> dict[str, str]:
         """What there is to say of the parameters that ``wrong`` names."""
@@ -121,10 +156,11 @@ def prepare_check(model: nn.Module, task: Task, batch: Any, parameters: Collecti
         loose = _is_low_precision(wanted.values(), losses.device)
         with torch.autocast(losses.device.type, enabled=False):
             gradients = _gradients((weights * losses).sum(), list(wanted.values()))
+            finite = losses.detach().isfinite()
     finally:
         for parameter in wanted.values():
             parameter.requires_grad_(False)
-    return Check(weights, dict(zip(wanted, gradients, strict=True)), 5e-2 if loose else _TOLERANCE)
+    return Check(weights, dict(zip(wanted, gradients, strict=True)), 5e-2 if loose else _TOLERANCE, finite)
 
 
 def signs(size: int) -> Tensor:

@@ -58,10 +58,12 @@ class ColumnFacts:
     struct of bytes and path as Hugging Face has it); `mixed` where rows differ. ``classes`` are the names of a Hugging
     Face ClassLabel, whose values are their places, or the values of an Arrow dictionary where the file has them at
     hand, or the classes of a folder of images; of a list, those of its items. None where the file does not tell.
+    ``in_order`` says of texts whether the classes' order is theirs, and not merely that in which a file came upon them.
     """
 
     type: str
     classes: tuple[str, ...] | None = None
+    in_order: bool = False
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, dataclass
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from assay.engine import make_plan, open_workshop, run
 from assay.recipe.errors import EngineError, RecipeError
 from assay.recipe.recipe import load_recipe
+from assay.recipe.tasks.causal_lm import CausalLMSpec, _special_tokens
 from tests.recipe.tasks.chat_tokenizers import MARKED, PLAIN, UNSTABLE, word_tokenizer
 from tests.small_models import llama_config, save_model
 
@@ -164,6 +167,31 @@ def test_what_makes_no_sense_is_one_line(models, tmp_path, task, message):
     with pytest.raises(RecipeError, match=message) as caught:
         load_recipe(write(tmp_path, models, task))
     assert "\n" not in str(caught.value)
+
+
+@dataclass(slots=True)
+class Slots:
+    pad_token_id: int = 3
+    image_token_index: int = 4
+    vocab_size: int = 24
+
+
+@pytest.mark.parametrize("config", [Slots(), SimpleNamespace(**asdict(Slots())), asdict(Slots())])
+def test_a_config_may_be_anything(config):
+    model = torch.nn.Linear(2, 2)
+    model.config = config
+    assert _special_tokens(model) == {3, 4}
+
+
+def test_a_model_without_an_end_of_its_positions():
+    spec = CausalLMSpec(kind="causal_lm", max_length=64)
+    model = torch.nn.Linear(2, 2)
+    for said in (-1, 0, 64, None):
+        model.config = {"max_position_embeddings": said}
+        spec._check_positions("m", model)
+    model.config = {"max_position_embeddings": 63}
+    with pytest.raises(EngineError, match=r"task\.max_length is 64, but models\.m has 63 positions"):
+        spec._check_positions("m", model)
 
 
 def test_a_resolved_recipe_says_what_was_meant(models, tmp_path):

@@ -26,6 +26,7 @@ from assay.corpus.format import ColumnFacts
 from assay.recipe.errors import EngineError
 from assay.recipe.model_files import shortened
 from assay.recipe.models import ModelSpec
+from assay.recipe.padding_checks import setting
 from assay.recipe.parts import Part
 from assay.recipe.tasks.base import Columns
 from assay.tasks.base import SUM_TOLERANCE
@@ -389,8 +390,8 @@ def check_problem(models: Models, wanted: str) -> None:
     """EngineError for a model of transformers whose config says that it was trained for another kind of label."""
     for name, (_, model) in models.items():
         config = getattr(model, "config", None)
-        found = getattr(config, "problem_type", None)
+        found = setting(config, "problem_type")
         if found is not None and found != wanted:
             raise EngineError(f"models.{name}: its config's problem_type is {shown(found)}, and this task is {wanted}")
-        if wanted != "regression" and getattr(config, "num_labels", None) == 1:
+        if wanted != "regression" and setting(config, "num_labels") == 1:
             raise EngineError(f"models.{name}: has one output, and this task compares classes; see kind: regression")

@@ -14,6 +14,7 @@ from assay.recipe.chat_template import ChatTemplate, Message, Span, chat_behavio
 from assay.recipe.model_files import shortened
 from assay.recipe.tasks.base import Encoded, attempt
 from assay.recipe.tasks.documents import Reader, TokenEncoder, ends, holding
+from assay.recipe.tasks.text_rows import each
 
 LossOn = Literal["all", "completion", "assistant"]
 
@@ -43,7 +44,7 @@ class ChatEncoder(TokenEncoder):
     def encode(self, rows: Sequence[tuple[Any, ...]]) -> list[Encoded | BadRow]:
         rendered = [attempt(self._render, *row) for row in rows]
         texts = [row.text for row in rendered if isinstance(row, _Conversation)]
-        cut = iter(self._each(texts, self._in_tokens))
+        cut = iter(each(texts, self._in_tokens, self._what))
         return [row if isinstance(row, BadRow) else self._sample(row, next(cut)) for row in rendered]
 
     def _render(self, value: Any, given: Any = None) -> _Conversation:

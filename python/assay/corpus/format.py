@@ -47,6 +47,8 @@ class Source:
     """The Hugging Face features that a saved data set's own description tells, as JSON has them."""
     folder: Folder | None = None
     """Of a format whose shards are folders: the folder. ``file`` is empty then, and ``size`` the number of files."""
+    optional: frozenset[str] = frozenset()
+    """Columns that are null where a row, of a format whose rows have keys of their own, has no such key."""
 
 
 @dataclass(frozen=True)

@@ -169,6 +169,27 @@ def test_what_makes_no_sense_is_one_line(models, tmp_path, task, message):
     assert "\n" not in str(caught.value)
 
 
+def test_some_conversations_have_tools(tmp_path):
+    template = "{% for t in tools or [] %}{{ t.name }}{% endfor %}" + PLAIN
+    save_model(tmp_path / "m", 0, llama_config(vocab_size=24, bos_token_id=0, eos_token_id=1), word_tokenizer(template))
+    task = CHAT | {"tools_column": "tools"}
+    recipe = load_recipe(write(tmp_path, tmp_path, task, names=("m",)))
+    (tmp_path / "data/a.parquet").unlink()
+    tools = [{"name": "dig"}]
+    for name, rows in {
+        "keys": [{"chat": CHATS[0]}, {"chat": CHATS[0], "tools": tools}, {"tools": tools}],
+        "nulls": [{"chat": CHATS[0], "tools": None}, {"chat": CHATS[0], "tools": tools}],
+    }.items():
+        (tmp_path / f"data/{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = run(recipe)
+    assert (report.rows_scored, report.rows_quarantined) == (4, 1)
+    keys, nulls = (pq.read_table(tmp_path / f"scores/{name}.parquet") for name in ("keys", "nulls"))
+    found = keys["ensemble_nll"].to_pylist()
+    assert found == pytest.approx(nulls["ensemble_nll"].to_pylist(), rel=1e-6)
+    assert abs(found[0] - found[1]) > 1e-4
+    assert "line has no key 'chat'" in (tmp_path / "scores/quarantine/keys.jsonl").read_text()
+
+
 @dataclass(slots=True)
 class Slots:
     pad_token_id: int = 3

@@ -37,6 +37,7 @@ class ChatEncoder(TokenEncoder):
     ) -> None:
         super().__init__((messages,) if tools is None else (messages, tools), messages, reader)
         self._loss_on, self._template = loss_on, template
+        self.optional: frozenset[str] = frozenset() if tools is None else frozenset([tools])
 
     def _more_behaviour(self) -> dict[str, Any]:
         return ends(self._tokenizer) | dict(chat_behaviour(self._tokenizer))

@@ -194,7 +194,7 @@ class TextInputs:
         return self._reader.collate(data)
 
 
-def each(rows: Sequence[Any], encode: Callable[[Sequence[Any]], Sequence[Any]], what: str) -> list[Any]:
+def each(rows: list[Any], encode: Callable[[list[Any]], Sequence[Any]], what: str) -> list[Any]:
     """``encode`` of all rows, or of each on its own where they fail together, so that a failure is one row's."""
     if not rows:
         return []

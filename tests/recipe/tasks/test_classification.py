@@ -144,7 +144,9 @@ def test_token_types_do_not_follow_the_order_of_the_models(tmp_path: Path) -> No
         save(tmp_path / name, name, num_labels=2)
     write(tmp_path, _rows([0, 1], other="not much gold"))
     for output, names in (("one", ("bert", "distilbert")), ("two", ("distilbert", "bert"))):
-        made = recipe(tmp_path, TASK | {"text_pair_column": "other"}, {n: n for n in names}, output=output)
+        made = recipe(
+            tmp_path, TASK | {"text_pair_column": "other"}, dict(zip("ab", names, strict=True)), output=output
+        )
         run(made)
     one, two = (pq.read_table(tmp_path / name / "a.parquet")["ensemble_nll"].to_numpy() for name in ("one", "two"))
     np.testing.assert_allclose(one, two, rtol=1e-6)

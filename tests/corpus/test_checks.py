@@ -160,3 +160,14 @@ def test_repeats_across_the_compact_store():
         assert not any(seen.repeats(first[i : i + 5000]))
     assert all(seen.repeats(first[::7]))
     assert not any(seen.repeats([f"new {i}" for i in range(100)]))
+
+
+@pytest.mark.parametrize("depth", [101, 500, 900, 100_000])
+def test_what_is_nested_deeply(depth):
+    value = 1.0
+    for _ in range(depth):
+        value = [value]
+    with pytest.raises(BadRow, match="target is nested too deeply, more than 100 lists or mappings"):
+        check_numbers("target", value, 1)
+    with pytest.raises(BadRow, match="target"):
+        check_features("target", value, 1)

@@ -53,7 +53,7 @@ def test_a_folder_of_classes_is_a_shard(tmp_path):
         "image": ColumnFacts("image"),
         "image.bytes": ColumnFacts("binary"),
         "image.path": ColumnFacts("string"),
-        "label": ColumnFacts("string", ("cat", "dog v1.2")),
+        "label": ColumnFacts("string", ("cat", "dog v1.2"), in_order=True),
         "path": ColumnFacts("string"),
     }
     with pytest.raises(ShardError, match=r"no column 'labels'.*did you mean 'label'"):

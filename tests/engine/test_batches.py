@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from assay.engine.batches import Budget, is_out_of_memory, make_batches, score_samples
 from assay.engine.rows import Sample
 from assay.methods import Column
+from assay.recipe.library_calls import bounded_memory
 from assay.recipe.recipe import BatchSpec
 from assay.recipe.tasks import Encoded
 
@@ -86,6 +87,29 @@ def test_a_row_that_never_fits_is_listed_and_the_rest_is_scored(error):
     good = np.setdiff1d(np.arange(20), [3, 7])
     np.testing.assert_array_equal(scores["half"][good], good / 2)
     assert np.isnan(scores["half"][[3, 7]]).all()
+
+
+class Interrupted(Halves):
+    """While it works, another thread bounds the process's memory for a moment, and the first time it feels it."""
+
+    def __call__(self, batch):
+        if not self.sizes:
+            self.sizes.append(len(batch))
+            with bounded_memory(1 << 30):
+                raise MemoryError
+        return super().__call__(batch)
+
+
+def test_memory_that_ran_out_while_another_thread_bounded_it_is_tried_again():
+    own = Interrupted()
+    scores, failed = score_samples(own, own, samples_of([3]), BatchSpec())
+    assert (scores["half"].tolist(), failed, own.sizes) == ([0.0], {}, [1, 1])
+    own = Interrupted(capacity=0)
+    scores, failed = score_samples(own, own, samples_of([3]), BatchSpec())
+    assert (list(failed), own.sizes) == ([0], [1, 1])
+    own = Halves(capacity=0)
+    score_samples(own, own, samples_of([3]), BatchSpec())
+    assert own.sizes == [1]
 
 
 def test_other_errors_are_not_taken_for_memory():

@@ -219,6 +219,7 @@ def refusal(root: Path, path: Path, **task: Any) -> str:
 
 def test_models_that_do_not_fit_the_task_are_refused(clips: Any, tmp_path: Path) -> None:
     assert "task.max_length is 33, but models.m0 has 32 positions" in refusal(tmp_path, clips[0], max_length=33)
+    assert "a text has 3 tokens or more" in refusal(tmp_path, clips[0], max_length=2)
     for seed in (0, 1):
         path = tmp_path / f"clip-{seed}"
         save(path, "clip", "AutoModel", seed)

@@ -32,6 +32,13 @@ def collate(padding, masked=True):
     return batch
 
 
+class Slots:
+    __slots__ = ("pad_token_id",)
+
+    def __init__(self):
+        self.pad_token_id = 9
+
+
 @pytest.mark.parametrize("name", ["bert", "distilbert", "gpt2", "llama", "qwen2", "gemma2", "t5"])
 @pytest.mark.parametrize("auto_class", [SEQUENCE, TOKEN])
 def test_a_texts_logits_are_its_own(name, auto_class):
@@ -61,3 +68,7 @@ def test_the_padding_token_is_the_configs():
     assert padding_token(build("gpt2", SEQUENCE, pad_token_id=7)) == 7
     assert padding_token(build("gpt2", "AutoModelForCausalLM", pad_token_id=None)) == 0
     assert padding_token(torch.nn.Linear(2, 2)) == 0
+    for given, expected in (({"pad_token_id": 7}, 7), (Slots(), 9), ({}, 0), ("gpt2", 0), (None, 0)):
+        model = torch.nn.Linear(2, 2)
+        model.config = given
+        assert padding_token(model) == expected

@@ -164,6 +164,10 @@ def test_models_share_a_preprocessor_or_say_what_differs(tmp_path: Path) -> None
     with pytest.raises(EngineError, match=r"^models.b: .*has no preprocessor_config.json"):
         shared({"a": one, "b": bare})
     assert shared({"a": one, "b": other, "c": bare}, {"size": 16}).size == (16, 16)
+    clip = {"size": 16, "crop_size": 8}
+    assert shared({"a": bare}, {"feature_extractor_type": "CLIPFeatureExtractor", **clip}) == parse(
+        {"image_processor_type": "CLIPImageProcessor", **clip}, "file"
+    )
     with pytest.raises(EngineError, match=r"^task.preprocessor: asks for colour"):
         shared({"a": bare}, {"size": 16, "colour": "red"})
     with pytest.raises(EngineError, match=r"models.a 3, models.b 1"):

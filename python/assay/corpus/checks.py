@@ -15,6 +15,9 @@ import numpy.typing as npt
 
 from assay.corpus.errors import BadRow
 
+DEEPEST = 100
+"""How many lists or mappings a value may have inside one another, itself among them."""
+
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 
@@ -56,12 +59,24 @@ def check_probabilities(name: str, value: object, classes: int, tolerance: float
     return p
 
 
+def check_depth(name: str, value: object) -> None:
+    """BadRow for lists and mappings nested deeper than `DEEPEST`: what goes through them may take a call for each."""
+    level = [value]
+    for _ in range(DEEPEST):
+        inner = [own.values() if isinstance(own, dict) else own for own in level if isinstance(own, list | dict)]
+        level = [item for items in inner for item in items if isinstance(item, list | dict)]
+        if not level:
+            return
+    raise BadRow(f"{name} is nested too deeply, more than {DEEPEST} lists or mappings inside one another")
+
+
 def check_numbers(name: str, value: object, size: int) -> npt.NDArray[np.float32]:
     """``size`` finite numbers; one may stand without a list."""
     alone = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
     if isinstance(value, float) and math.isnan(value):
         raise BadRow(f"{name} is null or NaN")
     if alone or value is None or isinstance(value, list | np.ndarray):
+        check_depth(name, value)
         value = _floats(value)
         return check_features(name, [value] if alone else value, size)
     raise BadRow(f"{name} is {_kind(value)}, expected {'a number' if size == 1 else f'a list of {size} numbers'}")

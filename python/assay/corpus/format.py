@@ -47,6 +47,8 @@ class Source:
     """The Hugging Face features that a saved data set's own description tells, as JSON has them."""
     folder: Folder | None = None
     """Of a format whose shards are folders: the folder. ``file`` is empty then, and ``size`` the number of files."""
+    optional: frozenset[str] = frozenset()
+    """Columns that are null where a row, of a format whose rows have keys of their own, has no such key."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,12 @@ class ColumnFacts:
     struct of bytes and path as Hugging Face has it); `mixed` where rows differ. ``classes`` are the names of a Hugging
     Face ClassLabel, whose values are their places, or the values of an Arrow dictionary where the file has them at
     hand, or the classes of a folder of images; of a list, those of its items. None where the file does not tell.
+    ``in_order`` says of texts whether the classes' order is theirs, and not merely that in which a file came upon them.
     """
 
     type: str
     classes: tuple[str, ...] | None = None
+    in_order: bool = False
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from assay.engine.kept_features import Scores
 from assay.engine.rows import Sample
 from assay.engine.timing import Times
 from assay.methods import Column
+from assay.recipe.library_calls import memory_limits, unbounded_memory
 from assay.recipe.recipe import BatchSpec
 from assay.recipe.tasks import Encoder
 
@@ -141,6 +142,17 @@ def unless_out_of_memory(
     scorer: BatchScorer, collate: Callable[[Sequence[Any]], Any], samples: Sequence[Sample], times: Times
 ) -> Mapping[str, Tensor] | None:
     """The scores of a batch; None if memory runs out."""
+    before = memory_limits()
+    result = _scores(scorer, collate, samples, times)
+    if result is None and len(samples) == 1 and (before % 2 or memory_limits() != before):
+        with unbounded_memory():  # a row that was encoded meanwhile had bounded the whole process
+            result = _scores(scorer, collate, samples, times)
+    return result
+
+
+def _scores(
+    scorer: BatchScorer, collate: Callable[[Sequence[Any]], Any], samples: Sequence[Sample], times: Times
+) -> Mapping[str, Tensor] | None:
     try:
         with times.measure("collate"):
             batch = collate([sample.encoded.data for sample in samples])

@@ -11,7 +11,7 @@ from assay.corpus.readers import columns_of
 from assay.corpus.shards import Corpus, Shard
 from assay.recipe.errors import EngineError
 from assay.recipe.recipe import Recipe
-from assay.recipe.tasks import Columns, Encoder, ReadsColumns, ReadsFiles
+from assay.recipe.tasks import Columns, Encoder, ReadsColumns, ReadsFiles, ReadsOptional
 
 # A column may be missing in some shards, which are listed as unreadable then; in so many it is a misspelt name.
 _MOST_SHARDS = 16
@@ -37,6 +37,11 @@ def for_shard(encoder: Encoder, shard: Shard) -> Encoder:
     """The encoder for a shard's own columns, and for files beside it."""
     own = encoder.for_columns(columns_of(shard)) if isinstance(encoder, ReadsColumns) else encoder
     return own.beside(shard) if isinstance(own, ReadsFiles) else own
+
+
+def optional_columns(encoder: Encoder) -> frozenset[str]:
+    """The columns that a row may lack."""
+    return encoder.optional if isinstance(encoder, ReadsOptional) else frozenset()
 
 
 def _find_columns(corpus: Corpus, wanted: Mapping[str, str], of: str = "") -> Columns | None:

@@ -14,7 +14,7 @@ from assay.corpus.errors import BadRow, ShardError
 from assay.corpus.format import Chunk
 from assay.corpus.readers import read
 from assay.corpus.shards import Corpus, Shard
-from assay.engine.columns import for_shard
+from assay.engine.columns import for_shard, optional_columns
 from assay.recipe.errors import EngineError
 from assay.recipe.tasks import Encoded, Encoder
 
@@ -57,7 +57,7 @@ def read_target(name: str, corpus: Corpus, encoder: Encoder) -> list[Encoded]:
     for shard in corpus.shards:
         try:
             own = for_shard(encoder, shard)
-            for chunk in read(shard, list(dict.fromkeys(own.columns))):
+            for chunk in read(shard, list(dict.fromkeys(own.columns)), optional_columns(own)):
                 for row, result in _encoded(chunk, range(chunk.length), own):
                     if isinstance(result, Encoded):
                         samples.append(result)
@@ -82,7 +82,7 @@ def draw_samples(corpus: Corpus, encoder: Encoder, count: int, seed: int) -> lis
         rng = np.random.Generator(np.random.Philox(key=_key(seed, shard)))
         try:
             own = for_shard(encoder, shard)
-            for chunk in read(shard, list(dict.fromkeys(own.columns))):
+            for chunk in read(shard, list(dict.fromkeys(own.columns)), optional_columns(own)):
                 keys = rng.random(chunk.length)
                 for row, result in _encoded(chunk, np.flatnonzero(keys < bound).tolist(), own):
                     if isinstance(result, Encoded):

@@ -10,7 +10,7 @@ from assay.corpus.errors import BadRow
 from assay.corpus.format import Chunk
 from assay.corpus.quarantine import row_id
 from assay.corpus.shards import Shard
-from assay.engine.columns import for_shard
+from assay.engine.columns import for_shard, optional_columns
 from assay.recipe.tasks import Encoded, Encoder, attempt
 
 # What is encoded at once: samples may be a thousand times as large as the rows that they are made of.
@@ -49,6 +49,11 @@ class RowReader:
         """The columns to read."""
         wanted = [*self._encoder.columns, *([self._id_column] if self._id_column else [])]
         return list(dict.fromkeys(wanted))
+
+    @property
+    def optional(self) -> frozenset[str]:
+        """Those of them that a row may lack."""
+        return optional_columns(self._encoder) - {str(self._id_column)}
 
     def rows(self, chunk: Chunk, wanted: Callable[[int], bool] = lambda row: True) -> Iterator[Sample | Rejected]:
         """Every row of the chunk whose number in the shard is ``wanted``; of the others only their ids are looked at.

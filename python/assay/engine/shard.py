@@ -248,7 +248,7 @@ def _windows(
     """The share's rows, those of a few chunks at a time, and never of two blocks."""
     window: list[Sample | Rejected] = []
     held = 0
-    with closing(read(shard, reader.columns)) as chunks:
+    with closing(read(shard, reader.columns, reader.optional)) as chunks:
         while True:
             with times.measure("read"):
                 chunk = next(chunks, None)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from assay._lazy import require
+from assay.corpus.checks import shown
 from assay.corpus.errors import BadRow
 from assay.recipe.errors import EngineError
 from assay.recipe.library_calls import bounded_memory
@@ -80,6 +81,10 @@ class ChatTemplate:
         """Whether the template speaks of ``word`` at all."""
         return word in self._plain or word in self._with_tools
 
+    def names(self, role: str) -> bool:
+        """Whether the template has the role as a word of its own, between quotes."""
+        return any(f"{quote}{role}{quote}" in source for quote in "'\"" for source in (self._plain, self._with_tools))
+
     def render(self, messages: Sequence[Message], tools: Any = None, *, prompt: bool = False) -> Rendered:
         """A conversation as text; with ``prompt`` as far as the assistant's next turn.
 
@@ -126,7 +131,7 @@ class ChatTemplate:
     def completion(self, messages: Sequence[Message], tools: Any = None) -> tuple[str, list[Span]]:
         """The same of the last turn alone, which must be the assistant's."""
         if messages[-1]["role"] != "assistant":
-            raise BadRow(f"ends with a turn of {messages[-1]['role']!r}, expected one of 'assistant'")
+            raise BadRow(f"ends with a turn of {shown(messages[-1]['role'])}, expected one of 'assistant'")
         whole = self.render(messages, tools)
         start, end = self._turn(messages, len(messages) - 1, whole.text, tools)
         if self._is_marked(tools):

@@ -100,8 +100,42 @@ def _log_lines(text: str) -> None:
 def bounded_memory(headroom: int) -> Iterator[None]:
     """While it lasts, the process may take so many more bytes of address space: what wants more is a MemoryError.
 
-    For calls of a fraction of a millisecond, since it holds for all threads. Without such limits it does nothing.
+    For calls of a fraction of a millisecond, since it holds for all threads: see `memory_limits`. One at a time, for
+    each ends with what it found. Without such limits it does nothing.
     """
+    with _LIMITED.lock:
+        _LIMITED.changes += 1
+        try:
+            with _limited(headroom):
+                yield
+        finally:
+            _LIMITED.changes += 1
+
+
+@dataclass
+class _Limited:
+    lock: threading.Lock
+    changes: int = 0
+
+
+_LIMITED = _Limited(threading.Lock())
+
+
+def memory_limits() -> int:
+    """How often `bounded_memory` has begun or ended: an odd number while it lasts. Memory that ran out while the number
+    changed, or is odd, may not have run out at all."""
+    return _LIMITED.changes
+
+
+@contextlib.contextmanager
+def unbounded_memory() -> Iterator[None]:
+    """While it lasts, no thread bounds the process's memory; those that want to wait."""
+    with _LIMITED.lock:
+        yield
+
+
+@contextlib.contextmanager
+def _limited(headroom: int) -> Iterator[None]:
     try:
         import resource
 

@@ -7,6 +7,7 @@ out on two texts when a model is loaded.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,14 @@ _SHORT, _LONG = "gold", "A vein of gold runs north for two miles before it thins
 def padding_token(model: nn.Module) -> int:
     """What a model's texts are padded with: its config's ``pad_token_id``, or 0 where a mask says what counts."""
     config = getattr(model, "config", None)
-    found = getattr(config.get_text_config(), "pad_token_id", None) if config is not None else None
+    text = getattr(config, "get_text_config", None)
+    found = setting(text() if callable(text) else config, "pad_token_id")
     return found if isinstance(found, int) and found >= 0 else 0
+
+
+def setting(config: Any, key: str) -> Any:
+    """What a model's config says, which of a model written in Python may be anything; None if it does not."""
+    return config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
 
 
 def check_padding(key: str, model: nn.Module, collate: Callable[[Sequence[str]], Mapping[str, Tensor]]) -> None:

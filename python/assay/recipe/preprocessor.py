@@ -289,7 +289,8 @@ def shared_preprocessor(
         shown = ", ".join(f"models.{name} {count}" for name, count in channels.items())
         raise EngineError(f"the models' images differ in their channels ({shown}); score them in recipes of their own")
     if given is not None:
-        kind = {"image_processor_type": "ViTImageProcessor"} if "image_processor_type" not in given else {}
+        typed = {"image_processor_type", "feature_extractor_type"} & given.keys()
+        kind = {} if typed else {"image_processor_type": "ViTImageProcessor"}
         return parse({**kind, **given}, "task.preprocessor", next(iter(channels.values()), 3))
     first: tuple[str, Preprocessor] | None = None
     for name, spec in specs.items():

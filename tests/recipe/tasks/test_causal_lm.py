@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, dataclass
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from assay.engine import make_plan, open_workshop, run
 from assay.recipe.errors import EngineError, RecipeError
 from assay.recipe.recipe import load_recipe
+from assay.recipe.tasks.causal_lm import CausalLMSpec, _special_tokens
 from tests.recipe.tasks.chat_tokenizers import MARKED, PLAIN, UNSTABLE, word_tokenizer
 from tests.small_models import llama_config, save_model
 
@@ -164,6 +167,52 @@ def test_what_makes_no_sense_is_one_line(models, tmp_path, task, message):
     with pytest.raises(RecipeError, match=message) as caught:
         load_recipe(write(tmp_path, models, task))
     assert "\n" not in str(caught.value)
+
+
+def test_some_conversations_have_tools(tmp_path):
+    template = "{% for t in tools or [] %}{{ t.name }}{% endfor %}" + PLAIN
+    save_model(tmp_path / "m", 0, llama_config(vocab_size=24, bos_token_id=0, eos_token_id=1), word_tokenizer(template))
+    task = CHAT | {"tools_column": "tools"}
+    recipe = load_recipe(write(tmp_path, tmp_path, task, names=("m",)))
+    (tmp_path / "data/a.parquet").unlink()
+    tools = [{"name": "dig"}]
+    for name, rows in {
+        "keys": [{"chat": CHATS[0]}, {"chat": CHATS[0], "tools": tools}, {"tools": tools}],
+        "nulls": [{"chat": CHATS[0], "tools": None}, {"chat": CHATS[0], "tools": tools}],
+    }.items():
+        (tmp_path / f"data/{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = run(recipe)
+    assert (report.rows_scored, report.rows_quarantined) == (4, 1)
+    keys, nulls = (pq.read_table(tmp_path / f"scores/{name}.parquet") for name in ("keys", "nulls"))
+    found = keys["ensemble_nll"].to_pylist()
+    assert found == pytest.approx(nulls["ensemble_nll"].to_pylist(), rel=1e-6)
+    assert abs(found[0] - found[1]) > 1e-4
+    assert "line has no key 'chat'" in (tmp_path / "scores/quarantine/keys.jsonl").read_text()
+
+
+@dataclass(slots=True)
+class Slots:
+    pad_token_id: int = 3
+    image_token_index: int = 4
+    vocab_size: int = 24
+
+
+@pytest.mark.parametrize("config", [Slots(), SimpleNamespace(**asdict(Slots())), asdict(Slots())])
+def test_a_config_may_be_anything(config):
+    model = torch.nn.Linear(2, 2)
+    model.config = config
+    assert _special_tokens(model) == {3, 4}
+
+
+def test_a_model_without_an_end_of_its_positions():
+    spec = CausalLMSpec(kind="causal_lm", max_length=64)
+    model = torch.nn.Linear(2, 2)
+    for said in (-1, 0, 64, None):
+        model.config = {"max_position_embeddings": said}
+        spec._check_positions("m", model)
+    model.config = {"max_position_embeddings": 63}
+    with pytest.raises(EngineError, match=r"task\.max_length is 64, but models\.m has 63 positions"):
+        spec._check_positions("m", model)
 
 
 def test_a_resolved_recipe_says_what_was_meant(models, tmp_path):

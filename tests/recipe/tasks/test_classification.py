@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import nn
 from assay.engine.local import run
 from assay.recipe.errors import EngineError
 from assay.recipe.recipe import load_recipe
+from assay.recipe.tasks.text_rows import _positions
 from tests.recipe.tasks.word_models import TEXTS, quarantine, recipe, save, scores, write
 
 TASK = {"kind": "classification", "text_column": "text"}
@@ -135,6 +137,27 @@ def test_different_architectures_of_one_tokenizer_are_an_ensemble(tmp_path: Path
     with torch.no_grad():
         p = bert(**batch).logits.softmax(1) + distilbert(batch["input_ids"], batch["attention_mask"]).logits.softmax(1)
     assert scores(tmp_path, "ensemble_nll")[1] == pytest.approx(-float((p[0, 1] / 2).log()), rel=1e-5)
+
+
+def test_token_types_do_not_follow_the_order_of_the_models(tmp_path: Path) -> None:
+    for name in ("bert", "distilbert"):
+        save(tmp_path / name, name, num_labels=2)
+    write(tmp_path, _rows([0, 1], other="not much gold"))
+    for output, names in (("one", ("bert", "distilbert")), ("two", ("distilbert", "bert"))):
+        made = recipe(
+            tmp_path, TASK | {"text_pair_column": "other"}, dict(zip("ab", names, strict=True)), output=output
+        )
+        run(made)
+    one, two = (pq.read_table(tmp_path / name / "a.parquet")["ensemble_nll"].to_numpy() for name in ("one", "two"))
+    np.testing.assert_allclose(one, two, rtol=1e-6)
+
+
+def test_positions_of_a_model_without_an_end() -> None:
+    for said, expected in ((-1, None), (0, None), (64, 64), ("many", None)):
+        for config in ({"max_position_embeddings": said}, SimpleNamespace(max_position_embeddings=said)):
+            model = nn.Linear(2, 2)
+            model.config = config  # type: ignore[assignment]
+            assert _positions(model) == expected
 
 
 def test_class_labels_mean_their_names_in_every_shard(tmp_path: Path, caplog: Any) -> None:

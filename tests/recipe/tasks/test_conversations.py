@@ -178,6 +178,39 @@ def test_tool_calls_are_the_templates_or_no_sample():
     assert [word for word, counts in shown(own, [TWO[1], CALL]) if counts] == ["dig", "<end>"]
 
 
+def test_nulls_of_the_data_remain():
+    template = PLAIN.replace(
+        "{{ m.content }}", "{{ 'no' if m.content is none else m.content }}{{ m.tool_calls|default('')|tojson }}"
+    )
+    call = {"name": "dig", "arguments": {"here": None}}
+    messages = [{**TWO[1], "tool_calls": None}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    own = encoder("{{ tools|tojson if tools else '' }}" + template, "all", tools="tools")
+    tools = [{"name": "dig", "default": None}]
+    text = own._render(json.dumps(messages), json.dumps(tools)).text
+    assert text.startswith('[{"name": "dig", "default": null}]<s>')
+    assert '<assistant>no[{"name": "dig", "arguments": {"here": null}}]<end>' in text
+    text = own._render(messages, tools).text  # a table has the keys of all rows in each
+    assert text.startswith('[{"name": "dig"}]<s>')
+    assert '<assistant>no[{"name": "dig", "arguments": {}}]<end>' in text
+
+
+def nested(depth, inner=0):
+    value = inner
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize("depth", [101, 500, 900])
+def test_what_is_nested_deeply_is_quarantined(depth):
+    own = encoder("{% for t in tools or [] %}{{ t.name }}{% endfor %}" + PLAIN, tools="tools")
+    deep = {"a": nested(depth)}
+    for value in ([{**TWO[1], **deep}], json.dumps([{**TWO[1], **deep}])):
+        assert reason(own, value, None).startswith("chat is nested too deeply, more than 100 lists")
+    assert reason(own, TWO, [deep]).startswith("tools is nested too deeply")
+    assert shown(own, [{**TWO[1], "a": nested(98)}, TWO[2]], None)
+
+
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
@@ -216,6 +249,21 @@ def test_a_turn_that_the_template_leaves_out_is_no_sample():
     assert reason(own, [*TWO[1:3], {"role": "gpt", "content": "dig"}]) == (
         "chat[2]: the chat template leaves out what 'gpt' says"
     )
+    for role in ("developer", "tool", "function", "ipython"):
+        assert reason(own, [*TWO[1:3], {"role": role, "content": "dig"}]) == (
+            f"chat[2]: the chat template leaves out what '{role}' says"
+        )
+    assert len(reason(own, [*TWO[1:3], {"role": "g" * 10_000, "content": "dig"}])) < 200
+    named = encoder("{% if 'tool' == messages[0].role %}{% endif %}" + only_known, "all")
+    assert len(shown(named, [*TWO[1:3], {"role": "tool", "content": "dig"}])) == len(shown(own, TWO[1:3]))
+    assert reason(named, [*TWO[1:3], {"role": "function", "content": "dig"}]).endswith("what 'function' says")
+
+
+def test_reasons_are_bounded():
+    own = encoder(PLAIN, "completion")
+    assert len(reason(own, [{"k" * 10_000: 1, "two\nlines": 2}])) < 300
+    assert "\n" not in reason(own, [{"k" * 10_000: 1, "two\nlines": 2}])
+    assert len(reason(own, [{"role": "r" * 10_000, "content": "dig"}])) < 300
 
 
 def test_a_completion_ends_with_the_assistant():

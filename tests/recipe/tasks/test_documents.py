@@ -141,6 +141,27 @@ def test_documents_are_cut_at_either_end(truncate, expected):
     assert shown(own, "gold is") == ["<s>", "gold*", " *", "is*"]
 
 
+def ending(start="<s> "):
+    tokenizer = word_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{start}$A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("start", ["<s> ", ""])
+def test_a_cut_document_has_no_end(start):
+    for text in ("gold", "gold is", "gold is it", "gold is it no dig " * 20):
+        whole = ending(start)(text)["input_ids"]
+        for length in (2, 3, 4, 5, 6):
+            (encoded,) = TextEncoder("text", Reader(ending(start), length, "right", 1000, "models.m")).encode([(text,)])
+            assert encoded.data.tolist() == whole[:length]
+            (dropped,) = TextEncoder("text", Reader(ending(start), length, "drop", 1000, "models.m")).encode([(text,)])
+            assert isinstance(dropped, BadRow) == (len(whole) > length)
+    own = TextEncoder("text", Reader(ending(), 4, "left", 1000, "models.m"))
+    assert shown(own, "gold is it no dig") == ["<s>", " *", "dig*", "</s>*"]
+
+
 def test_tokens_are_shown_as_text():
     own = TextEncoder("text", Reader(byte_pairs(), 64, "right", 1000, "models.m"))
     assert shown(own, "a bé€\n") == ["a b", "é*", "â*", "Ĥ*", "¬*", "\n*"]

@@ -13,11 +13,13 @@ from assay.corpus.format import ColumnFacts
 from assay.recipe.errors import EngineError
 from assay.recipe.models import ModelSpec
 from assay.recipe.tasks.classification import ClassificationSpec
-from assay.recipe.tasks.labels import ClassLabels, Models, SoftLabels, class_labels
+from assay.recipe.tasks.labels import ClassLabels, Models, SoftLabels, class_labels, soft_labels
 
 INT, TEXT = ColumnFacts("int64"), ColumnFacts("string")
 NAMED = ColumnFacts("int64", ("neg", "pos"))
-DICTIONARY = ColumnFacts("string", ("neg", "pos"))
+DICTIONARY = ColumnFacts("string", ("pos", "neg"))  # as its rows came
+FOLDERS = ColumnFacts("string", ("neg", "pos"), in_order=True)
+BOOL, LISTS = ColumnFacts("bool"), ColumnFacts("list<double>")
 
 
 class TellingSpec(ModelSpec):
@@ -46,7 +48,7 @@ def models(*telling: int | tuple[str, ...] | None) -> Models:
 def labels_of(facts: ColumnFacts, given: Models, **keys: Any) -> ClassLabels:
     """Those of a corpus whose label column is so, for a shard of it."""
     spec = ClassificationSpec(kind="classification", **keys).seen({"label": facts})
-    return class_labels(spec, "label", facts.type, given).for_columns({"label": facts})
+    return class_labels(spec, "label", facts, given).for_columns({"label": facts})
 
 
 SAYS = ("neg", "pos")
@@ -69,9 +71,20 @@ FORMS: list[tuple[ColumnFacts, Any, dict[str, Any], dict[Any, int]]] = [
     (NAMED, [2], {}, {0: 0, 1: 1}),
     (NAMED, [SAYS], {"labels": ["neg", "pos"]}, {0: 0, 1: 1}),
     (NAMED, [("NEGATIVE", "POSITIVE")], {"labels": {"neg": 1, "pos": 0}}, {0: 1, 1: 0}),
-    (DICTIONARY, [2], {}, {"neg": 0, "pos": 1}),
-    (DICTIONARY, [SAYS], {}, {"neg": 0, "pos": 1}),
-    (DICTIONARY, [2], {"labels": ["pos", "neg"]}, {"neg": 1, "pos": 0}),  # a value says what it is, whatever the order
+    (FOLDERS, [2], {}, {"neg": 0, "pos": 1}),
+    (DICTIONARY, [SAYS], {}, {"neg": 0, "pos": 1}),  # a value says what it is, whatever the order
+    (DICTIONARY, [2], {"labels": ["neg", "pos"]}, {"neg": 0, "pos": 1}),
+    (ColumnFacts("string", ("neg",)), [2], {"labels": {"neg": 0, "pos": 1}}, {"neg": 0, "pos": 1}),  # so far
+    (ColumnFacts("string", ("neg",)), [SAYS], {}, {"neg": 0, "pos": 1}),
+    (DICTIONARY, [2], {"labels": {"pos": 1}}, {"pos": 1}),
+    (INT, [("0", "1", "2")], {}, {0: 0, 2: 2}),
+    (INT, [3], {"labels": ["0", "1", "2"]}, {0: 0, 2: 2}),
+    (INT, [("1", "2")], {"labels": {1: 0, 2: 1}}, {1: 0, 2: 1}),
+    (BOOL, [("False", "True")], {}, {False: 0, True: 1}),
+    (BOOL, [("True", "False")], {"labels": {True: 0, False: 1}}, {False: 1, True: 0}),
+    (INT, [("yes", "no")], {}, {0: 0, 1: 1}),
+    (TEXT, [2], {"labels": ["1", "2"]}, {"1": 0, "2": 1}),
+    (ColumnFacts("int64", ("1", "2")), [("1", "2")], {}, {0: 0, 1: 1}),  # integers that say their names
     (DICTIONARY, [3], {"labels": ["pos", "neg", "none"]}, {"neg": 1, "none": 2}),
     (ColumnFacts("mixed"), [2], {"labels": ["neg", "pos"]}, {"neg": 0, 1: 1}),
     (ColumnFacts("null"), [2], {"labels": [True, False]}, {True: 0}),
@@ -97,6 +110,7 @@ BAD: list[tuple[ColumnFacts, dict[str, Any], Any, str]] = [
     (INT, {"labels": [3, 4]}, 1, "label is 1, not among the labels 3, 4"),
     (INT, {"labels": [0, 1]}, True, "label is True, not among the labels 0, 1"),
     (INT, {"labels": [0, 1]}, None, "label is null"),
+    (ColumnFacts("mixed"), {"labels": ["1", "2"]}, 1, "label is 1, not among the labels '1', '2'"),
     (INT, {"labels": ["a", "b"]}, 2, "label is 2, outside the classes 0 to 1"),
     (TEXT, {"labels": ["a", "b"]}, "A", "label is 'A', not among the labels 'a', 'b'"),
     (TEXT, {"labels": ["a", "b"]}, None, "label is null"),
@@ -150,10 +164,38 @@ REFUSED: list[tuple[ColumnFacts, list[Any], dict[str, Any], str]] = [
         DICTIONARY,
         [2],
         {"labels": ["neg", "x"]},
-        "task.labels are 'neg', 'x', and column 'label' has the classes 'neg', 'pos'",
+        "task.labels are 'neg', 'x', and column 'label' has the classes 'pos', 'neg'",
     ),
     (NAMED, [("pos", "neg")], {}, "the labels are 'neg', 'pos', but models.a has 'pos', 'neg'; give the class of each"),
-    (DICTIONARY, [("pos", "neg")], {}, "the labels are 'neg', 'pos', but models.a has 'pos', 'neg'"),
+    (FOLDERS, [("pos", "neg")], {}, "the labels are 'neg', 'pos', but models.a has 'pos', 'neg'"),
+    (DICTIONARY, [2], {}, "column 'label' holds strings, and nothing says which class each is; give labels"),
+    (
+        DICTIONARY,
+        [("NEG", "POS")],
+        {},
+        "column 'label' has the classes 'pos', 'neg', but the models have 'NEG', 'POS'; give the class of each label",
+    ),
+    (DICTIONARY, [2], {"labels": {"a": 0, "b": 1}}, "task.labels are 'a': 0, 'b': 1, and column 'label' has the"),
+    *(
+        (facts, [5], {"labels": ["1", "2", "3", "4", "5"]}, "task.labels are '1', '2', '3', '4', '5', and column")
+        for facts in (INT, ColumnFacts("double"))
+    ),
+    (
+        INT,
+        [("1", "2", "3", "4", "5")],
+        {},
+        "the models have the labels '1', '2', '3', '4', '5', and column 'label' holds int64 values, so that 0 and '1' "
+        "might be one class or two; give the class of each value, such as labels: {1: 0, 2: 1}",
+    ),
+    (INT, [("a", "2.0", "c")], {}, "so that 1 and '2.0' might be one class or two"),
+    (INT, [("True", "False")], {}, "so that 0 and 'True' might be one class or two"),
+    (
+        BOOL,
+        [("True", "False")],
+        {},
+        "so that 0 and 'True' might be one class or two; give the class of each value, such",
+    ),
+    (BOOL, [("yes", "no")], {}, "such as labels: {true: 0, false: 1}"),
     (TEXT, [("NEG", "POS")], {"labels": ["neg", "pos"]}, "the labels are 'neg', 'pos', but models.a has 'NEG', 'POS'"),
     (
         INT,
@@ -238,6 +280,39 @@ def test_values_that_are_no_probabilities(value: Any, reason: str) -> None:
     with pytest.raises(BadRow) as caught:
         SoftLabels("label", 2).encode(value)
     assert str(caught.value) == reason
+
+
+def probabilities_of(given: Models, facts: ColumnFacts = LISTS, **keys: Any) -> SoftLabels:
+    return soft_labels(ClassificationSpec(kind="classification", **keys).seen({"label": facts}), "label", given)
+
+
+def test_the_order_of_probabilities_is_the_models() -> None:
+    for given, labels in ((models(SAYS, 2), ["neg", "pos"]), (models(2), ["a", "b"]), (models(SAYS), None)):
+        assert probabilities_of(given, labels=labels) == SoftLabels("label", 2)
+    assert probabilities_of(models(SAYS, ("NEG", "POS"))) == SoftLabels("label", 2)
+    for given, labels, message in (
+        (models(("pos", "neg")), ["neg", "pos"], "but models.a has 'pos', 'neg'; take labels out if"),
+        (models(("NEG", "POS")), ["neg", "pos"], "but models.a has 'NEG', 'POS'; take labels out if"),
+        (models(SAYS, ("pos", "neg")), None, "but models.b has 'pos', 'neg'; score them in recipes of their own"),
+        (models(2), {"neg": 0, "pos": 1}, "task.labels are 'neg': 0, 'pos': 1, and column 'label' is to hold"),
+    ):
+        with pytest.raises(EngineError) as caught:
+            probabilities_of(given, labels=labels)
+        assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        (ColumnFacts("list<int64>", ("neg", "pos")), "holds the classes 'neg', 'pos', not probabilities of them"),
+        (ColumnFacts("list<string>"), "holds list<string>; expected lists of probabilities"),
+        (ColumnFacts("list<list<struct<a: int64>>>"), "expected lists of probabilities"),
+    ],
+)
+@pytest.mark.parametrize("soft", [True, None])
+def test_lists_that_are_no_probabilities(facts: ColumnFacts, message: str, soft: bool | None) -> None:
+    with pytest.raises(EngineError, match=message):
+        probabilities_of(models(2), facts, soft_labels=soft)
 
 
 def test_probabilities() -> None:

@@ -71,7 +71,7 @@ def _facts(source: Source) -> dict[str, ColumnFacts]:
     text = ColumnFacts("string")
     return {
         **{"image": ColumnFacts("image"), "image.bytes": ColumnFacts("binary"), "image.path": text},
-        **{"label": ColumnFacts("string", classes), "path": text},
+        **{"label": ColumnFacts("string", classes, in_order=True), "path": text},
     }
 
 

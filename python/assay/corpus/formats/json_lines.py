@@ -21,7 +21,7 @@ _BYTE_ORDER_MARK = "\ufeff".encode()
 
 def _read(source: Source, columns: Sequence[str]) -> Iterator[Chunk]:
     for first, rows in _parts(source):
-        yield _chunk(first, rows, columns, source.file.tell() / max(1, source.size))
+        yield _chunk(first, rows, columns, source.optional, source.file.tell() / max(1, source.size))
 
 
 def _facts(source: Source) -> dict[str, ColumnFacts]:
@@ -86,19 +86,30 @@ def _is_row(line: bytes) -> bool:
         return False
 
 
-def _chunk(first: int, rows: Sequence[bytes], columns: Sequence[str], progress: float) -> Chunk:
+def _chunk(
+    first: int, rows: Sequence[bytes], columns: Sequence[str], optional: frozenset[str], progress: float
+) -> Chunk:
     values: dict[str, list[Any]] = {name: [None] * len(rows) for name in columns}
     faults: dict[int, str] = {}
     for offset, line in enumerate(rows):
         try:
             record = _record(line, is_first=first + offset == 0)
             for name, own in values.items():
-                own[offset] = record[name] if name in record else value_at(record, name)
+                own[offset] = record[name] if name in record else _value(record, name, name in optional)
         except BadRow as fault:  # noqa: PERF203 - a fault concerns its own line only
             faults[offset] = str(fault)
             for own in values.values():
                 own[offset] = None
     return Chunk(first, values, faults, len(rows), min(progress, 1.0))
+
+
+def _value(record: dict[str, Any], name: str, is_optional: bool) -> Any:
+    try:
+        return value_at(record, name)
+    except BadRow:
+        if is_optional:
+            return None
+        raise
 
 
 def _record(line: bytes, is_first: bool) -> dict[str, Any]:

@@ -63,6 +63,16 @@ class ReadsColumns(Protocol):
 
 
 @runtime_checkable
+class ReadsOptional(Protocol):
+    """An encoder of rows that may lack some columns' keys."""
+
+    @property
+    def optional(self) -> frozenset[str]:
+        """Those of ``columns`` that are None then."""
+        ...
+
+
+@runtime_checkable
 class ReadsFiles(Protocol):
     """An encoder whose values may be paths of files, which lead from where their shard lies."""
 

@@ -13,6 +13,7 @@ from assay.recipe.causal_checks import check_causal_lm
 from assay.recipe.chat_template import ChatTemplate, chat_behaviour
 from assay.recipe.errors import EngineError
 from assay.recipe.models import ModelSpec, own_tokenizers, refuse_differences
+from assay.recipe.padding_checks import setting
 from assay.recipe.parts import located
 from assay.recipe.tasks.base import TASKS, Encoder, TaskSpec
 from assay.recipe.tasks.conversations import ChatEncoder, LossOn
@@ -130,8 +131,8 @@ class CausalLMSpec(TaskSpec):
         return tokenizer, lambda reader: ChatEncoder(messages, tools, loss_on, template, reader)
 
     def _check_positions(self, name: str, model: nn.Module) -> None:
-        positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-        if positions is not None and self.max_length > positions:
+        positions = setting(getattr(model, "config", None), "max_position_embeddings")
+        if isinstance(positions, int) and 0 < positions < self.max_length:  # XLNet says -1: it has no end
             raise EngineError(f"task.max_length is {self.max_length}, but models.{name} has {positions} positions")
 
     def _check(self, name: str, model: nn.Module, tokenizer: Any, vocabulary: Collection[int]) -> int:
@@ -158,5 +159,6 @@ class CausalLMSpec(TaskSpec):
 def _special_tokens(model: nn.Module) -> set[int]:
     """The tokens that a model's config gives a meaning of their own: padding, images."""
     config = getattr(model, "config", None)
-    values = vars(config).items() if config is not None else ()
-    return {value for key, value in values if key.endswith(("_token_id", "_token_index")) and isinstance(value, int)}
+    keys = config if isinstance(config, Mapping) else getattr(config, "__dict__", dir(config))
+    named = [key for key in keys if isinstance(key, str) and key.endswith(("_token_id", "_token_index"))]
+    return {value for key in named if isinstance(value := setting(config, key), int)}

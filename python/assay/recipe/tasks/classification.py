@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
+from assay.corpus.format import ColumnFacts
 from assay.recipe.parts import located
 from assay.recipe.tasks.base import TASKS, Columns, Encoder
 from assay.recipe.tasks.images import ImageTaskSpec, try_out
@@ -13,11 +14,11 @@ from assay.recipe.tasks.labelled import Inputs, LabelledEncoder, Labels
 from assay.recipe.tasks.labels import (
     LabelKeys,
     Models,
-    SoftLabels,
+    check_probability_column,
     check_problem,
-    class_count,
     class_labels,
     labels_seen,
+    soft_labels,
 )
 from assay.recipe.tasks.numbers import NumberInputs
 from assay.recipe.tasks.text_rows import TextInputs, TextTaskSpec, make_reader
@@ -91,7 +92,7 @@ class ClassificationSpec(InputKeys, LabelKeys):
     kind: Literal["classification"]
     label_column: str = "label"
     soft_labels: bool | None = None
-    _column_type: str | None = PrivateAttr(None)
+    _facts: ColumnFacts | None = PrivateAttr(None)
 
     def task(self) -> Task:
         return Classification(soft=bool(self.soft_labels))
@@ -101,17 +102,19 @@ class ClassificationSpec(InputKeys, LabelKeys):
         filled: dict[str, Any] = {}
         if self.soft_labels is None and facts is not None:
             filled["soft_labels"] = facts.type.startswith("list<")
-        if not filled.get("soft_labels", self.soft_labels):
+        if filled.get("soft_labels", self.soft_labels):
+            check_probability_column(self, self.label_column, facts)
+        else:
             filled["labels"] = labels_seen(self, self.label_column, facts)
         made = self.model_copy(update=filled)
-        made._column_type = None if facts is None else facts.type
+        made._facts = facts
         return made
 
     def rows(self, models: Models, tokenizer: Any) -> Encoder:
         check_problem(models, "single_label_classification")
         labels: Labels
         if self.soft_labels:
-            labels = SoftLabels(self.label_column, class_count(self, None, models))
+            labels = soft_labels(self, self.label_column, models)
         else:
-            labels = class_labels(self, self.label_column, self._column_type, models)
+            labels = class_labels(self, self.label_column, self._facts, models)
         return LabelledEncoder(self.inputs(models, tokenizer), labels)

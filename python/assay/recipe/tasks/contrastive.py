@@ -17,7 +17,7 @@ from assay.recipe.library_calls import quietly, refusing
 from assay.recipe.models import ModelSpec, shared_tokenizer
 from assay.recipe.tasks.base import TASKS, Encoded, Encoder
 from assay.recipe.tasks.images import ImageInputs, ImageTaskSpec
-from assay.recipe.tasks.text_rows import Reader, TextInputs, Tokens, Trial
+from assay.recipe.tasks.text_rows import Reader, TextInputs, Tokens, Trial, check_room
 from assay.tasks import Contrastive, Task
 
 _TOLERANCE = 1e-4  # of an embedding of length 1, as for logits in `causal_checks`
@@ -53,7 +53,9 @@ class ContrastiveSpec(ImageTaskSpec):
         trial = Trial(tokenizer, usable or list(range(limit)), pad=0, types=False)
         for name, (_, model) in models.items():
             _try_out(f"models.{name}", model, images, trial)
-        reader = Reader(tokenizer, self._length(models), limit, f"models.{owner}", 0, False, trial.row(1, 5))
+        length = self._length(models)
+        check_room(tokenizer, length)
+        reader = Reader(tokenizer, length, limit, f"models.{owner}", 0, False, trial.row(1, 5))
         end, plain = tokenizer.eos_token_id, reader.call(["a"])["input_ids"][0]
         reader = replace(reader, ends=(end, plain.count(end))) if end in plain else reader
         return PairEncoder(images, TextInputs((self.text_column,), reader))

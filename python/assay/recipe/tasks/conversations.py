@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from assay.corpus.checks import check_text
+from assay.corpus.checks import check_depth, check_text, shown
 from assay.corpus.errors import BadRow
 from assay.recipe.chat_template import ChatTemplate, Message, Span, chat_behaviour
+from assay.recipe.model_files import shortened
 from assay.recipe.tasks.base import Encoded, attempt
 from assay.recipe.tasks.documents import Reader, TokenEncoder, ends, holding
+from assay.recipe.tasks.text_rows import each
 
 LossOn = Literal["all", "completion", "assistant"]
 
-# Roles that templates know by name; any other must show in the text.
-_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+# Roles of which a template may make what it likes, as of any that it names; another's words must show in the text.
+_ROLES = ("system", "user", "assistant")
 
 
 class _Conversation(NamedTuple):
@@ -35,6 +37,7 @@ class ChatEncoder(TokenEncoder):
     ) -> None:
         super().__init__((messages,) if tools is None else (messages, tools), messages, reader)
         self._loss_on, self._template = loss_on, template
+        self.optional: frozenset[str] = frozenset() if tools is None else frozenset([tools])
 
     def _more_behaviour(self) -> dict[str, Any]:
         return ends(self._tokenizer) | dict(chat_behaviour(self._tokenizer))
@@ -42,7 +45,7 @@ class ChatEncoder(TokenEncoder):
     def encode(self, rows: Sequence[tuple[Any, ...]]) -> list[Encoded | BadRow]:
         rendered = [attempt(self._render, *row) for row in rows]
         texts = [row.text for row in rendered if isinstance(row, _Conversation)]
-        cut = iter(self._each(texts, self._in_tokens))
+        cut = iter(each(texts, self._in_tokens, self._what))
         return [row if isinstance(row, BadRow) else self._sample(row, next(cut)) for row in rendered]
 
     def _render(self, value: Any, given: Any = None) -> _Conversation:
@@ -57,8 +60,9 @@ class ChatEncoder(TokenEncoder):
             raise BadRow(f"{self._what}: {fault}") from fault
         check_text(self._what, text)
         for i, message in enumerate(messages):
-            if message["role"] not in _ROLES and message.get("content", "").strip() not in text:
-                raise BadRow(f"{self._what}[{i}]: the chat template leaves out what {message['role']!r} says")
+            role, said = message["role"], message.get("content") or ""
+            if not (role in _ROLES or self._template.names(role)) and said.strip() not in text:
+                raise BadRow(f"{self._what}[{i}]: the chat template leaves out what {shown(role)} says")
         return _Conversation(text, spans)
 
     def _mark(self, messages: list[Message], tools: Any) -> tuple[str, list[Span] | None]:
@@ -80,22 +84,27 @@ class ChatEncoder(TokenEncoder):
 
 
 def check_messages(name: str, value: object) -> list[Message]:
-    """A list of messages, each with a role and a text, or a JSON text of one. Keys without a value are left out."""
+    """A list of messages, each with a role and a text, or a JSON text of one.
+
+    Keys without a value are left out: a table with the keys of all rows adds them to each. Below a message those of a
+    JSON text, which has its own keys alone, remain; so does a content that is null beside tool calls.
+    """
+    clean = _as_is if isinstance(value, str) else _without_nulls
     value = _from_json(name, value)
     if not isinstance(value, list):
         raise BadRow(f"{name} is of type {type(value).__name__}, expected a list of messages")
     if not value:
         raise BadRow(f"{name} is empty")
-    return [_check_message(f"{name}[{i}]", message) for i, message in enumerate(value)]
+    return [_check_message(f"{name}[{i}]", message, clean) for i, message in enumerate(value)]
 
 
-def _check_message(name: str, value: object) -> Message:
+def _check_message(name: str, value: object, clean: Callable[[Any], Any]) -> Message:
     if not isinstance(value, dict):
         raise BadRow(f"{name} is of type {type(value).__name__}, expected a message with role and content")
-    message: Message = {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    message: Message = {key: clean(item) for key, item in value.items() if item is not None}
     role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
     if not isinstance(role, str) or not role:
-        has = ", ".join(sorted(map(str, value))[:6])
+        has = shortened(sorted(" ".join(str(key).split()) for key in value), 6)
         raise BadRow(f"{name} has no role (it has {has or 'nothing'}); expected role and content")
     if calls is not None:
         if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
@@ -106,6 +115,8 @@ def _check_message(name: str, value: object) -> Message:
         raise BadRow(f"{name} has no content")
     if content is not None and not isinstance(content, str):
         raise BadRow(f"{name}.content is of type {type(content).__name__}, expected a text")
+    if content is None and "content" in value:
+        message["content"] = None  # as the data have it: templates ask whether it is none
     return message
 
 
@@ -113,21 +124,26 @@ def check_tools(name: str, value: object) -> list[dict[str, Any]] | None:
     """A list of tools, or a JSON text of one; None: there are none."""
     if value is None or value == "":
         return None
+    clean = _as_is if isinstance(value, str) else _without_nulls
     value = _from_json(name, value)
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise BadRow(f"{name} is of type {type(value).__name__}, expected a list of tools, each a mapping")
-    return [_without_nulls(tool) for tool in value] or None
+    return [clean(tool) for tool in value] or None
 
 
 def _from_json(name: str, value: object) -> Any:
     if value is None:
         raise BadRow(f"{name} is null")
-    if not isinstance(value, str):
-        return value
     try:
-        return json.loads(value)
+        value = json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError) as error:
         raise BadRow(f"{name} is a text that is no JSON ({type(error).__name__})") from error
+    check_depth(name, value)
+    return value
+
+
+def _as_is(value: Any) -> Any:
+    return value
 
 
 def _without_nulls(value: Any) -> Any:

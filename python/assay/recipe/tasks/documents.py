@@ -15,8 +15,9 @@ from assay.corpus.errors import BadRow
 from assay.corpus.footer import canonical_hash
 from assay.recipe.causal_checks import right_padded
 from assay.recipe.chat_template import Span
-from assay.recipe.model_files import one_line, shortened
+from assay.recipe.model_files import shortened
 from assay.recipe.tasks.base import Encoded, attempt
+from assay.recipe.tasks.text_rows import each
 from assay.recipe.tokenizer import behaviour
 
 Ids = npt.NDArray[np.int32]
@@ -100,17 +101,6 @@ class TokenEncoder:
         text: str = self._tokenizer.decode([id_], clean_up_tokenization_spaces=False)
         return own if "\N{REPLACEMENT CHARACTER}" in text else text  # a part of a character is no text
 
-    def _each(self, texts: list[str], encode: Any) -> list[Any]:
-        """``encode`` of all texts; of each on its own where they fail together, so that a failure is one text's."""
-        if not texts:
-            return []
-        try:
-            return list(encode(texts))
-        except Exception as error:  # of the tokenizer's own classes: it is one text's fault, or all of theirs
-            if len(texts) == 1:
-                return [BadRow(f"{self._what} cannot be cut into tokens ({one_line(error)})")]
-            return [result for text in texts for result in self._each([text], encode)]
-
     def _encoded(self, ids: Sequence[int], predicted: Mask | None = None) -> Encoded | BadRow:
         """A sample, unless there is nothing to predict in it, or a token that a model does not know."""
         if len(ids) < 2:
@@ -178,17 +168,28 @@ class TextEncoder(TokenEncoder):
         super().__init__((column,), column, reader)
         if reader.truncate == "left":
             self._tokenizer.truncation_side = "left"
+        # A tokenizer cuts before it adds the tokens of a text's ends; the first of a longer one are not at its end.
+        self._beyond = {"right": _added_behind(reader.tokenizer), "left": 0, "drop": 1}[reader.truncate]
 
     def encode(self, rows: Sequence[tuple[Any, ...]]) -> list[Encoded | BadRow]:
         checked = [attempt(check_text, self._what, value) for (value,) in rows]
-        encoded = iter(self._each([text for text in checked if isinstance(text, str)], self._samples))
+        encoded = iter(each([text for text in checked if isinstance(text, str)], self._samples, self._what))
         return [text if isinstance(text, BadRow) else next(encoded) for text in checked]
 
     def _samples(self, texts: list[str]) -> list[Encoded | BadRow]:
         limit, drop = self._reader.max_length, self._reader.truncate == "drop"
-        tokens = self._tokenizer(texts, truncation=True, max_length=limit + drop)["input_ids"]
+        tokens = self._tokenizer(texts, truncation=True, max_length=limit + self._beyond)["input_ids"]
         long = BadRow(f"{self._what} is longer than task.max_length, {limit} tokens")
-        return [long if drop and len(ids) > limit else self._encoded(ids) for ids in tokens]
+        return [long if drop and len(ids) > limit else self._encoded(ids[:limit]) for ids in tokens]
+
+
+def _added_behind(tokenizer: Any) -> int:
+    """How many tokens a tokenizer adds behind a text."""
+    encoded = tokenizer(["a"], return_special_tokens_mask=True)
+    special, ids = encoded["special_tokens_mask"][0], encoded["input_ids"][0]
+    if all(special):  # it makes nothing of the text itself
+        special = [id_ == tokenizer.eos_token_id for id_ in ids]
+    return next((i for i, own in enumerate(reversed(special)) if not own), len(ids))
 
 
 class CompletionEncoder(TokenEncoder):
@@ -209,7 +210,7 @@ class CompletionEncoder(TokenEncoder):
     def encode(self, rows: Sequence[tuple[Any, ...]]) -> list[Encoded | BadRow]:
         checked = [attempt(self._check, *row) for row in rows]
         good = [pair for pair in checked if not isinstance(pair, BadRow)]
-        cut = iter(self._each([prompt + completion for prompt, completion in good], self._in_tokens))
+        cut = iter(each([prompt + completion for prompt, completion in good], self._in_tokens, self._what))
         return [pair if isinstance(pair, BadRow) else self._sample(pair, next(cut)) for pair in checked]
 
     def _check(self, prompt: Any, completion: Any) -> tuple[str, str]:

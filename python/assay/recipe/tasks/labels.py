@@ -26,6 +26,7 @@ from assay.corpus.format import ColumnFacts
 from assay.recipe.errors import EngineError
 from assay.recipe.model_files import shortened
 from assay.recipe.models import ModelSpec
+from assay.recipe.padding_checks import setting
 from assay.recipe.parts import Part
 from assay.recipe.tasks.base import Columns
 from assay.tasks.base import SUM_TOLERANCE
@@ -88,20 +89,27 @@ def labels_seen(keys: LabelKeys, column: str, facts: ColumnFacts | None) -> list
     if names is None:
         return given
     if given is None:
+        if _is_text(kind) and not facts.in_order:
+            return None
         if len(set(names)) < len(names):
             raise EngineError(f"column {column!r} names two classes alike: {_listed(names)}; give labels")
         return list(names)
-    unknown = [name for name in names if name not in given]
-    ordered = isinstance(given, dict) or tuple(given) == names
-    if isinstance(given, dict):
-        unknown = [str(label) for label in given if label not in names]  # rows of names without a class are no samples
-    # The values of a dictionary are texts, whose order there says nothing.
-    if unknown or not (ordered or _is_text(kind)):
+    if not _agree(given, names, kind):
         raise EngineError(
             f"task.labels are {_listed(given)}, and column {column!r} has the classes {_listed(names)}; take labels "
             f"out, or {_REMEDY}"
         )
     return given
+
+
+def _agree(given: list[Label] | dict[Label, int], names: tuple[str, ...], kind: str) -> bool:
+    """Whether a recipe's labels may be those of a column with classes of these names."""
+    if _is_text(kind):  # a value says what it is, whatever the order; a dictionary's beginning may lack some
+        known = [name in given for name in names]
+        return not names or (any(known) if isinstance(given, dict) else all(known))
+    if isinstance(given, dict):  # rows of names without a class are no samples
+        return all(label in names for label in given)
+    return tuple(given) == names
 
 
 def _may_be_labels(kind: str) -> bool:
@@ -129,11 +137,39 @@ def _check_types(
     if type(label).__name__ == holds or (
         holds == "int" and isinstance(label, str) and (names is not None or isinstance(given, list))
     ):
+        if names is None and not isinstance(given, Mapping):
+            _check_places(column, kind, "task.labels are", given)
         return
     if isinstance(label, str) and holds == "string":
         return
     quote = "; quote them in YAML, where an unquoted yes or no is a Boolean" if isinstance(label, bool) else ""
     raise EngineError(f"task.labels are {_listed(given)}, and column {column!r} holds {kind} values{quote}")
+
+
+def _check_places(column: str, kind: str, told: str, names: Sequence[Label]) -> None:
+    """EngineError if names in order, which 0, 1, 2, … may stand for, say otherwise which of these they are."""
+    if (kind == "bool" or kind.startswith(_NUMBERS)) and (wrong := _misplaced(names, kind)) is not None:
+        raise EngineError(
+            f"{told} {_listed(names)}, and column {column!r} holds {kind} values, so that {names.index(wrong)} and "
+            f"{shown(wrong)} might be one class or two; give the class of each value, such as "
+            f"labels: {'{true: 0, false: 1}' if kind == 'bool' else '{1: 0, 2: 1}'}"
+        )
+
+
+def _misplaced(names: Sequence[Label], kind: str = "") -> Label | None:
+    """The first name that is the numeral, or the truth value, of another place than its own."""
+    return next((name for i, name in enumerate(names) if _place_said(name, kind) not in (None, i)), None)
+
+
+def _place_said(name: Label, kind: str) -> float | None:
+    words = {"false": 0, "true": 1} | ({"no": 0, "yes": 1} if kind == "bool" else {})
+    if not isinstance(name, str) or (word := name.strip().lower()) in words:
+        return words[word] if isinstance(name, str) else None
+    try:
+        number = float(word)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 @dataclass(frozen=True)
@@ -200,6 +236,27 @@ class ClassLabels:
         return torch.tensor(labels, dtype=torch.int64)
 
 
+def check_probability_column(keys: LabelKeys, column: str, facts: ColumnFacts | None) -> None:
+    """EngineError if a column holds no probabilities of classes, or the recipe's labels are not in their order."""
+    if isinstance(keys.labels, dict):
+        raise EngineError(
+            f"task.labels are {_listed(keys.labels)}, and column {column!r} is to hold probabilities, which are in the "
+            "order of the classes; take labels out, or give a list in that order"
+        )
+    if facts is None:
+        return
+    if facts.classes is not None:
+        raise EngineError(
+            f"column {column!r} holds the classes {_listed(facts.classes)}, not probabilities of them; expected one "
+            "class per sample, or a list of a probability for each class"
+        )
+    kind = facts.type
+    while item_type(kind) != kind:
+        kind = item_type(kind)
+    if kind != facts.type and kind.startswith(("string", "binary", "struct")):
+        raise EngineError(f"column {column!r} holds {shortened([facts.type])}; expected lists of probabilities")
+
+
 @dataclass(frozen=True)
 class SoftLabels:
     """A list of probabilities per sample, one for each class."""
@@ -221,8 +278,8 @@ class SoftLabels:
         return torch.from_numpy(np.stack(labels)).clone()
 
 
-def class_labels(keys: LabelKeys, column: str, kind: str | None, models: Models) -> ClassLabels:
-    """What the recipe, its column (``labels_seen``; of the type ``kind``) and its models say of the classes together.
+def class_labels(keys: LabelKeys, column: str, facts: ColumnFacts | None, models: Models) -> ClassLabels:
+    """What the recipe, its column (``labels_seen``) and its models say of the classes together.
 
     Raises:
         EngineError: two of them disagree, or nobody says what must be known.
@@ -239,13 +296,30 @@ def class_labels(keys: LabelKeys, column: str, kind: str | None, models: Models)
         raise EngineError(
             f"task.labels: {shown(wrong)} is class {places[wrong]}, and the classes are 0 to {classes - 1}"
         )
-    if kind == "string" and places is None:
+    if facts is not None and facts.type == "string" and places is None:
         raise EngineError(_no_order(column))
-    integers = kind is not None and kind.startswith(_NUMBERS)
-    if names is not None and keys.labels is None and not integers:
-        log.info("labels of column %r, in order: %s", column, _listed(names))
-    ordered = places is not None and not isinstance(keys.labels, dict) and isinstance(next(iter(places)), str)
+    if names is not None and keys.labels is None:
+        _check_models_names(column, names, facts)
+    listed = None if isinstance(keys.labels, dict) or places is None else list(places)
+    ordered = listed is not None and isinstance(listed[0], str) and _misplaced(listed) is None
     return ClassLabels(column, classes, places, ordered)
+
+
+def _check_models_names(column: str, names: Sequence[Label], facts: ColumnFacts | None) -> None:
+    """EngineError if what the models call their classes may not be what the column holds."""
+    kind, own = ("null", ()) if facts is None else (facts.type, facts.classes or ())
+    _check_places(column, kind, "the models have the labels", names)
+    if kind == "string" and any(name not in names for name in own):
+        raise EngineError(
+            f"column {column!r} has the classes {_listed(own)}, but the models have {_listed(names)}; {_REMEDY}"
+        )
+    if not kind.startswith(_NUMBERS):
+        log.info("labels of column %r, in order: %s", column, _listed(names))
+
+
+def soft_labels(keys: LabelKeys, column: str, models: Models) -> SoftLabels:
+    """The same of probabilities, whose order is that of the classes; labels but name them."""
+    return SoftLabels(column, class_count(keys, _names(keys.labels, models, soft=True), models))
 
 
 def _no_order(column: str) -> str:
@@ -285,8 +359,9 @@ def _counted(key: str, count: int, keys: LabelKeys) -> str:
     return f"{key} has {count} outputs"
 
 
-def _names(given: list[Label] | dict[Label, int] | None, models: Models) -> Sequence[Label] | None:
+def _names(given: list[Label] | dict[Label, int] | None, models: Models, soft: bool = False) -> Sequence[Label] | None:
     """The classes' names in order, if somebody tells; EngineError if two disagree."""
+    remedy = "take labels out if the probabilities are in the models' order" if soft else _REMEDY
     first: tuple[str, Sequence[Label]] | None = ("the labels are", given) if isinstance(given, list) else None
     for name, (spec, model) in models.items():
         own = spec.label_names(model)
@@ -296,9 +371,10 @@ def _names(given: list[Label] | dict[Label, int] | None, models: Models) -> Sequ
             first = f"models.{name} has the labels", own
         elif tuple(first[1]) != own:
             permuted = set(first[1]) == set(own)
-            if isinstance(given, dict) and not permuted:
-                continue  # other words for the same classes: the recipe says which is which
-            remedy = _REMEDY if first[1] is given or not permuted else "score them in recipes of their own"
+            if not permuted and (isinstance(given, dict) or (soft and given is None)):
+                continue  # other words for the same classes: the recipe says which is which, or nothing goes by words
+            if permuted and first[1] is not given:
+                remedy = "score them in recipes of their own"
             raise EngineError(f"{first[0]} {_listed(first[1])}, but models.{name} has {_listed(own)}; {remedy}")
     return None if first is None else first[1]
 
@@ -314,8 +390,8 @@ def check_problem(models: Models, wanted: str) -> None:
     """EngineError for a model of transformers whose config says that it was trained for another kind of label."""
     for name, (_, model) in models.items():
         config = getattr(model, "config", None)
-        found = getattr(config, "problem_type", None)
+        found = setting(config, "problem_type")
         if found is not None and found != wanted:
             raise EngineError(f"models.{name}: its config's problem_type is {shown(found)}, and this task is {wanted}")
-        if wanted != "regression" and getattr(config, "num_labels", None) == 1:
+        if wanted != "regression" and setting(config, "num_labels") == 1:
             raise EngineError(f"models.{name}: has one output, and this task compares classes; see kind: regression")

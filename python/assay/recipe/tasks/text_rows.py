@@ -17,8 +17,8 @@ from assay.corpus.errors import BadRow
 from assay.corpus.footer import canonical_hash
 from assay.recipe.errors import EngineError
 from assay.recipe.model_files import one_line, shortened
-from assay.recipe.models import ModelSpec, shared_tokenizer
-from assay.recipe.padding_checks import check_padding, padding_token
+from assay.recipe.models import ModelSpec, own_tokenizers
+from assay.recipe.padding_checks import check_padding, padding_token, setting
 from assay.recipe.tasks.base import Encoded, Encoder, TaskSpec, attempt
 from assay.recipe.text_checks import check_longest, looks_for_end
 from assay.recipe.tokenizer import behaviour
@@ -37,7 +37,7 @@ class TextTaskSpec(TaskSpec):
         return True
 
     def open(self, specs: Mapping[str, ModelSpec]) -> Callable[[Mapping[str, nn.Module]], Encoder]:
-        tokenizer = shared_tokenizer(specs) if self.reads_text else None
+        tokenizer = _making_types(own_tokenizers(specs).values()) if self.reads_text else None
         return lambda models: self.rows({name: (specs[name], model) for name, model in models.items()}, tokenizer)
 
     def encoder(self, models: Mapping[str, tuple[ModelSpec, nn.Module]]) -> Encoder:
@@ -47,6 +47,14 @@ class TextTaskSpec(TaskSpec):
     def rows(self, models: Mapping[str, tuple[ModelSpec, nn.Module]], tokenizer: Any) -> Encoder:
         """``encoder`` with the models' tokenizer, if they have to have one."""
         raise NotImplementedError
+
+
+def _making_types(tokenizers: Iterable[Any]) -> Any:
+    """The first of tokenizers that do the same; it makes token types if one of them says that its model takes any."""
+    first, *others = tokenizers
+    if any("token_type_ids" in other.model_input_names for other in others):
+        first.model_input_names = list(dict.fromkeys([*first.model_input_names, "token_type_ids"]))
+    return first
 
 
 class Tokens(NamedTuple):
@@ -186,7 +194,7 @@ class TextInputs:
         return self._reader.collate(data)
 
 
-def each(rows: Sequence[Any], encode: Callable[[Sequence[Any]], Sequence[Any]], what: str) -> list[Any]:
+def each(rows: list[Any], encode: Callable[[list[Any]], Sequence[Any]], what: str) -> list[Any]:
     """``encode`` of all rows, or of each on its own where they fail together, so that a failure is one row's."""
     if not rows:
         return []
@@ -210,11 +218,7 @@ def make_reader(
     vocabulary = tokenizer.get_vocab().values()
     limit, owner = min((_known(name, model, vocabulary), name) for name, (_, model) in models.items())
     length = _length(models, max_length)
-    around = tokenizer(["a"], ["a"] if pairs else None, return_special_tokens_mask=True)["special_tokens_mask"][0]
-    if length < (least := sum(around) + 1 + pairs):  # nothing would be left of a text, or nothing be cut off
-        raise EngineError(
-            f"task.max_length is {length}; with what the tokenizer adds a text has {least} tokens or more"
-        )
+    check_room(tokenizer, length, pairs)
     pad = max(padding_token(model) for _, model in models.values())  # 0 where it makes no difference
     takes = any("token_type_ids" in inspect.signature(model.forward).parameters for _, model in models.values())
     types = takes and "token_type_ids" in tokenizer.model_input_names
@@ -229,6 +233,15 @@ def make_reader(
         return reader
     (plain,) = reader.cut(["a"], ["a"] if pairs else None)
     return replace(reader, ends=(end, int((plain.ids == end).sum())))
+
+
+def check_room(tokenizer: Any, length: int, pairs: bool = False) -> None:
+    """EngineError if a length leaves nothing of a text; with less than it adds itself, a tokenizer does not cut."""
+    around = tokenizer(["a"], ["a"] if pairs else None, return_special_tokens_mask=True)["special_tokens_mask"][0]
+    if length < (least := sum(around) + 1 + pairs):
+        raise EngineError(
+            f"task.max_length is {length}; with what the tokenizer adds a text has {least} tokens or more"
+        )
 
 
 class Trial:
@@ -275,8 +288,8 @@ def _length(models: Mapping[str, tuple[ModelSpec, nn.Module]], given: int | None
 
 def _positions(model: nn.Module) -> int | None:
     """The longest text of a model, if it tells; embeddings that leave out their padding's number begin after it."""
-    positions: int | None = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             return int(module.num_embeddings) - int(module.padding_idx) - 1
-    return positions
+    positions = setting(getattr(model, "config", None), "max_position_embeddings")
+    return positions if isinstance(positions, int) and positions > 0 else None  # XLNet says -1: it has no end

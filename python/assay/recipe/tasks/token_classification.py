@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
@@ -37,7 +38,7 @@ class TokenClassificationSpec(LabelKeys, TextTaskSpec):
     tags_column: str = "tags"
     max_length: Annotated[int, Field(ge=2)] | None = None
     reduction: Literal["mean", "sum"] = "mean"
-    _tag_type: str | None = PrivateAttr(None)
+    _facts: ColumnFacts | None = PrivateAttr(None)
 
     @property
     def auto_class(self) -> str:
@@ -55,11 +56,11 @@ class TokenClassificationSpec(LabelKeys, TextTaskSpec):
                 raise EngineError(f"column {name!r} holds {shortened([kind])}; expected lists of {what}")
         facts = _items(columns.get(self.tags_column))
         made = self.model_copy(update={"labels": labels_seen(self, self.tags_column, facts)})
-        made._tag_type = None if facts is None else facts.type
+        made._facts = facts
         return made
 
     def rows(self, models: Models, tokenizer: Any) -> Encoder:
-        labels = class_labels(self, self.tags_column, self._tag_type, models)
+        labels = class_labels(self, self.tags_column, self._facts, models)
         reader = make_reader(models, tokenizer, self.max_length)
         with refusing("the models' tokenizer cannot read lists of words"):
             # Fast tokenizers alone say which word a token is of.
@@ -71,7 +72,7 @@ def _items(facts: ColumnFacts | None) -> ColumnFacts | None:
     """Of a list column what its items are."""
     if facts is None or not facts.type.startswith(_LIST):
         return None
-    return ColumnFacts(item_type(facts.type), facts.classes)
+    return replace(facts, type=item_type(facts.type))
 
 
 class Tagged(NamedTuple):

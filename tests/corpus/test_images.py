@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import re
 import struct
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pytest
 
 from assay.corpus.arrow_values import values_of
-from assay.corpus.errors import BadRow
+from assay.corpus.errors import BadRow, ShardError
 from assay.corpus.images import Beside, ImageLimits, decode_image
 from assay.corpus.storage import Store
 
@@ -202,6 +203,15 @@ def test_paths_lead_to_files_of_the_corpus_and_no_others(tmp_path: Path) -> None
     assert "cannot be read (FileNotFoundError)" in reason("images/none.png", beside)
     assert "cannot be read (OSError)" in reason("images", beside) or "IsADirectory" in reason("images", beside)
     assert "no folder" in reason("images/a.png")
+
+
+def test_trouble_that_may_pass_is_no_fault_of_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(store: Store, path: str) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(Store, "open", fail)
+    with pytest.raises(ShardError, match=r"x: 'a\.png' cannot be read: .*Too many open files"):
+        decode_image("x", "a.png", LIMITS, Beside(Store.at(str(tmp_path)), ""))
 
 
 def test_pillows_search_for_a_reader_is_never_started(monkeypatch: pytest.MonkeyPatch) -> None:

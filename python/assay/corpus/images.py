@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from assay._lazy import require
-from assay.corpus.errors import BadRow
-from assay.corpus.storage import Store
+from assay.corpus.errors import BadRow, ShardError
+from assay.corpus.storage import Store, is_of_file
 
 MAX_PIXELS = 1 << 26
 MAX_BYTES = 1 << 26
@@ -65,7 +65,8 @@ class Beside:
     folder: str
 
     def read(self, name: str, path: str, limit: int) -> bytes:
-        """At most ``limit`` bytes and one of a file that the table names; BadRow if it leads out of the corpus."""
+        """At most ``limit`` bytes and one of a file that the table names; BadRow if it leads out of the corpus or
+        cannot be read, ShardError if it may be another time."""
         if "://" in path:
             raise BadRow(f"{name} is a URL; nothing is downloaded, expected the image's bytes or a path")
         inner = posixpath.normpath(posixpath.join(self.folder, path))
@@ -77,6 +78,8 @@ class Beside:
             with self.store.open(inner) as file:
                 return file.read(limit + 1)
         except (OSError, ValueError) as error:  # fsspec's file systems raise ValueErrors, too
+            if isinstance(error, OSError) and not is_of_file(error):
+                raise ShardError(f"{name}: {_shown(path)} cannot be read: {error}; run again when it can") from error
             raise BadRow(f"{name} is the path {_shown(path)}, which cannot be read ({type(error).__name__})") from error
 
 

@@ -225,3 +225,19 @@ def test_pillows_search_for_a_reader_is_never_started(monkeypatch: pytest.Monkey
         monkeypatch.setattr(Image, name, refuse)
     for image in data.values():
         assert decoded(image).shape == (6, 9, 3)
+
+
+def test_a_filter_of_warnings_that_is_set_meanwhile_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Filters are every thread's, and images are decoded on one of their own."""
+    plugin = pytest.importorskip("PIL.PngImagePlugin")
+    load = plugin.PngImageFile.load
+
+    def meanwhile(image: Any) -> Any:
+        warnings.filterwarnings("ignore", "set meanwhile")
+        return load(image)
+
+    data = saved(Image.fromarray(COLOURS), "PNG")
+    monkeypatch.setattr(plugin.PngImageFile, "load", meanwhile)
+    with warnings.catch_warnings():
+        decode_image("x", data, LIMITS)
+        assert any(message and message.pattern == "set meanwhile" for _, message, *_ in warnings.filters)

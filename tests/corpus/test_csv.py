@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import time
 
 import numpy as np
 import pytest
 
 from assay.corpus.copying import copy_rows
 from assay.corpus.errors import ShardError
-from assay.corpus.readers import read
+from assay.corpus.readers import columns_of, read
 from assay.corpus.shards import find_shards
 from assay.corpus.storage import Store
 
@@ -112,3 +113,38 @@ def test_a_name_and_a_mark_that_look_like_something_else(tmp_path):
     (tmp_path / "my.tsv.export.csv").unlink()
     marked = '\ufeffid,text\n+1,"a\n\ufeffb"\n1,c\n'.encode()
     assert rows(shard(tmp_path, marked), "id", "text") == [("+1", "a\n\ufeffb"), ("1", "c")]
+
+
+def test_whole_numbers_keep_their_digits(tmp_path):
+    large = [1 << 62, -(1 << 63), 10**18]
+    content = "id,name,label\n" + "".join(f"{n},{10 * n},{n}e2\n" for n in large)
+    later = "7,8,9\n" * 3000 + f"{10**25},8,{10**25}\n8,8,1e999\n{'9' * 5000},8,1\n"
+    found = shard(tmp_path, (content + later).encode())
+    got = rows(found, "id", "name", "label")
+    assert got[:3] == [(n, str(10 * n), float(f"{n}e2")) for n in large]
+    assert got[-3] == (10**25, "8", 1e25)
+    assert got[-2] == "label is '1e999', expected a number as in the first rows"
+    assert got[-1].endswith("expected a whole number as in the first rows")
+    assert {name: fact.type for name, fact in columns_of(found).items()} == {
+        "id": "int64",
+        "name": "string",
+        "label": "double",
+    }
+
+
+def test_only_what_parses_is_a_list(tmp_path):
+    content = "a,b,c\n" + "\"['x', 'y']\",[0.1 0.2],\"[1, 2]\"\n" * 2000 + '"[1]","[1]",[1 2]\n'
+    got = rows(shard(tmp_path, content.encode()), "a", "b", "c")
+    assert got[0] == ("['x', 'y']", "[0.1 0.2]", [1, 2])
+    assert got[-1] == "c is '[1 2]', expected a JSON list as in the first rows"
+
+
+def test_a_header_of_very_many_names_costs_no_time(tmp_path):
+    names = ",".join(f"c{i}" for i in range(19_999)) + ",c0"
+    found = shard(tmp_path, f"{names}\n{',' * 19_999}\n".encode())
+    began = time.process_time()
+    assert len(columns_of(found)) == 19_998
+    assert time.process_time() - began < 2
+    (tmp_path / "a.csv").unlink()
+    with pytest.raises(ShardError, match="has 100,000 columns in its first rows"):
+        columns_of(shard(tmp_path, (",x" * 99_999 + "\n").encode()))

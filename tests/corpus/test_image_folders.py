@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 import fsspec
@@ -160,6 +161,7 @@ def test_files_that_cannot_be_read_are_faults_of_their_rows(tmp_path, monkeypatc
     (tmp_path / "cat/5.png").symlink_to("nowhere")
     (tmp_path / "cat/6.png").write_bytes(bytes(101))
     monkeypatch.setattr(images, "MAX_LINE_BYTES", 100)
+    (tmp_path / "cat/7.png").symlink_to("7.png")
     (shard,) = find_shards(str(tmp_path)).shards
     rows = rows_of(shard, "image.bytes")
     assert [row for row in rows if isinstance(row, tuple)] == [(name.encode(),) for name in NAMES]
@@ -168,8 +170,28 @@ def test_files_that_cannot_be_read_are_faults_of_their_rows(tmp_path, monkeypatc
         "cat/4.png cannot be read: not a regular file",
         "cat/5.png cannot be read: No such file or directory",
         "cat/6.png is larger than 0 MiB",
+        "cat/7.png cannot be read: Too many levels of symbolic links",
     ]
+    before = shard.fingerprint()
+    assert before == shard.fingerprint()
+    (tmp_path / "cat/nowhere").write_bytes(b"")
+    assert before != shard.fingerprint()
     assert compression.MAX_LINE_BYTES == 128 << 20
+
+
+def test_trouble_that_may_pass_is_no_fault_of_a_row(tmp_path, monkeypatch):
+    fill(tmp_path)
+    (shard,) = find_shards(str(tmp_path)).shards
+
+    def fail(store, path):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Store, "open", fail)
+    with pytest.raises(ShardError, match="Stale file handle"):
+        rows_of(shard, "image.bytes")
+    monkeypatch.setattr(Store, "fingerprint", fail)
+    with pytest.raises(OSError, match="Stale file handle"):
+        shard.fingerprint()
 
 
 def test_names_that_are_not_utf8_are_no_end_of_the_rest(tmp_path):

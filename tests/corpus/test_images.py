@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import re
 import struct
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pytest
 
 from assay.corpus.arrow_values import values_of
-from assay.corpus.errors import BadRow
+from assay.corpus.errors import BadRow, ShardError
 from assay.corpus.images import Beside, ImageLimits, decode_image
 from assay.corpus.storage import Store
 
@@ -204,6 +205,15 @@ def test_paths_lead_to_files_of_the_corpus_and_no_others(tmp_path: Path) -> None
     assert "no folder" in reason("images/a.png")
 
 
+def test_trouble_that_may_pass_is_no_fault_of_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(store: Store, path: str) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(Store, "open", fail)
+    with pytest.raises(ShardError, match=r"x: 'a\.png' cannot be read: .*Too many open files"):
+        decode_image("x", "a.png", LIMITS, Beside(Store.at(str(tmp_path)), ""))
+
+
 def test_pillows_search_for_a_reader_is_never_started(monkeypatch: pytest.MonkeyPatch) -> None:
     """It imports every plug-in, those that run other programs among them."""
 
@@ -215,3 +225,19 @@ def test_pillows_search_for_a_reader_is_never_started(monkeypatch: pytest.Monkey
         monkeypatch.setattr(Image, name, refuse)
     for image in data.values():
         assert decoded(image).shape == (6, 9, 3)
+
+
+def test_a_filter_of_warnings_that_is_set_meanwhile_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Filters are every thread's, and images are decoded on one of their own."""
+    plugin = pytest.importorskip("PIL.PngImagePlugin")
+    load = plugin.PngImageFile.load
+
+    def meanwhile(image: Any) -> Any:
+        warnings.filterwarnings("ignore", "set meanwhile")
+        return load(image)
+
+    data = saved(Image.fromarray(COLOURS), "PNG")
+    monkeypatch.setattr(plugin.PngImageFile, "load", meanwhile)
+    with warnings.catch_warnings():
+        decode_image("x", data, LIMITS)
+        assert any(message and message.pattern == "set meanwhile" for _, message, *_ in warnings.filters)

@@ -211,6 +211,18 @@ def test_invalid_utf8_in_arrow_is_a_fault_of_its_row(tmp_path):
     assert rows_of(shard, "text") == [(0, ("fine",)), (1, "text is not valid UTF-8"), (2, (None,))]
 
 
+def test_dictionaries_that_are_replaced_beyond_what_their_indices_count(tmp_path):
+    kind = pa.dictionary(pa.int8(), pa.string())
+    values = [[f"{i}-{j}" for j in range(100)] for i in range(3)]
+    with pa.ipc.new_stream(tmp_path / "a.arrow", pa.schema([("x", kind)])) as writer:
+        for own in values:
+            writer.write_batch(pa.record_batch([pa.array(own).dictionary_encode().cast(kind)], names=["x"]))
+    (shard,) = find_shards(str(tmp_path)).shards
+    assert [value for chunk in read(shard, ["x"]) for value in chunk.columns["x"]] == [
+        value for own in values for value in own
+    ]
+
+
 def test_dictionary_columns_and_leading_nulls(tmp_path):
     texts = pa.array([None, None, "a", "b", "a"]).dictionary_encode()
     pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")

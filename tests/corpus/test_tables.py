@@ -50,6 +50,8 @@ def test_several_numbers_per_sample_and_one_per_token():
     table = make_table([0, 1, 2], ["a", "b", "c"], {"pair": np.zeros((3, 2)), "token": rows}, columns, {})
     assert [len(values) for values in table["token"].to_pylist()] == [2, 0, 1]
     assert table["token"].null_count == 0
+    pairs = np.float32([[nan, nan], [1, nan], [1, 2]])
+    assert [count_nan(part) for part in (pairs, pairs[:0], pairs[:, 0], pairs[:0, 0])] == [2, 0, 1, 0]
     assert (count_nan(rows), count_nan(np.float32([nan, 1]))) == (2, 1)
     empty = make_table([], [], {"pair": np.empty((0, 2)), "token": np.empty((0, 0))}, columns, {})
     assert (empty.schema, len(empty)) == (table.schema, 0)

@@ -147,6 +147,8 @@ BAD = {
     "twice": ([member("a.jpg", b"x"), member("a.JPG", b"y")], "two members 'jpg'"),
     "other column": ([member("a.png", b"x")], "row has no 'jpg'"),
     "no number": ([member("a.jpg", b"x"), member("a.cls", b"one")], "cls is not a whole number"),
+    "a number of Python's": ([member("a.jpg", b"x"), member("a.cls", b"1_0")], "cls is not a whole number"),
+    "other digits": ([member("a.jpg", b"x"), member("a.cls", "٣".encode())], "cls is not a whole number"),
     "no text": ([member("a.jpg", b"x"), member("a.cls", b"\xff")], "cls is not valid UTF-8"),
     "beside": ([member("a.jpg", b"x"), member("a.txt", kind=tarfile.SYMTYPE, linkname="b")], "a.txt is a link"),
 }
@@ -165,7 +167,7 @@ def test_what_is_no_plain_member_is_a_fault_of_its_row(tmp_path, name):
 @pytest.mark.parametrize("text", [b"{", b"[" * 100_000, b"\xff", b"9" * 5000 + b"x"])
 def test_json_that_is_none_is_a_fault(tmp_path, text):
     (fault,) = rows_of(shard_of(tmp_path, archive([member("a.json", text)])), "json")
-    assert fault.startswith("json is not")
+    assert fault.startswith(("json is not JSON (", "json is not valid UTF-8"))
 
 
 def test_members_that_belong_to_no_row(tmp_path):
@@ -253,6 +255,9 @@ def test_a_row_has_limits(tmp_path, monkeypatch):
     assert "row is larger than" in large
     assert "row has more than 5 members" in crowded
     assert fine == (b"x", 2)
+    long = [member(f"d.{i}{'n' * 2000}", b"x") for i in range(2)] + [member("d.cls", b"1")]
+    (fault,) = rows_of(shard_of(tmp_path, archive(long), "b.tar"), "cls")
+    assert "row is larger than" in fault
     # What is not wanted may be of any size.
     assert rows_of(shard, "cls")[0] == (1,)
 
@@ -270,6 +275,9 @@ def test_chunks_are_of_bounded_size(tmp_path):
     chunks = list(read(shard_of(tmp_path, archive(images)), ["jpg"]))
     assert max(sum(map(len, chunk.columns["jpg"])) for chunk in chunks) < 3 << 20
     assert sum(chunk.length for chunk in chunks) == 60
+    names = [member(f"{i}.{j}{'n' * 50_000}", b"x") for i in range(4) for j in range(30)]
+    chunks = list(read(shard_of(tmp_path, archive(names), "b.tar"), ["__key__"]))
+    assert max(chunk.length for chunk in chunks) <= 2
     assert max(chunk.length for chunk in read(shard_of(tmp_path, archive(labels)), ["cls"])) <= CHUNK_ROWS
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 from functools import partial
 from pathlib import Path
@@ -149,6 +150,46 @@ def test_folders_of_images_from_scores_to_a_selection(pictures):
         curate(scores, "ensemble_nll", partial(keep_best, count=5), str(root / "other"))
     summary = run(load_recipe(str(recipe), []))
     assert (summary.rescored, summary.rows) == (1, 21)
+
+
+def test_what_another_corpus_left_in_the_output_is_neither_kept_nor_removed(pictures, tmp_path):
+    shutil.copytree(pictures[1], tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("scores", "out", "again"))
+    recipe, scores = load_recipe(str(tmp_path / "recipe.yaml"), []), str(tmp_path / "scores")
+
+    def select_all() -> None:
+        curate(scores, "ensemble_nll", partial(keep_best, count=len(files(tmp_path / "pets"))), str(tmp_path / "out"))
+
+    run(recipe)
+    select_all()
+    select_all()
+    first, *rest = files(tmp_path / "pets")
+    (tmp_path / "pets" / first).unlink()
+    run(recipe)
+    with pytest.raises(CorpusError, match=f"holds 1 files that this selection would not write .pets/{first}"):
+        select_all()
+    assert (tmp_path / "out/pets" / first).exists()
+    (tmp_path / "out/pets" / first).unlink()
+    select_all()
+    assert list(files(tmp_path / "out/pets")) == rest
+
+
+def test_a_file_of_mine_in_a_lance_data_set_of_the_output_stays(tmp_path):
+    lance = pytest.importorskip("lance")
+    project = make_project(tmp_path)
+    lance.write_dataset(pa.Table.from_pylist(ROWS[:8]), str(tmp_path / "a.lance"))
+    project.write_recipe(corpus={"path": "a.lance"})
+    assert run(load_recipe(str(project.path), [])).clean
+
+    def select_half() -> None:
+        curate(str(project.scores), "mimic", lambda t: select.top(t, "mimic", 0.5), str(tmp_path / "out"))
+
+    select_half()
+    select_half()
+    mine = tmp_path / "out/a.lance/notes.txt"
+    mine.write_text("mine")
+    with pytest.raises(CorpusError, match=r"would not write \(a\.lance/notes\.txt\)"):
+        select_half()
+    assert mine.read_text() == "mine"
 
 
 def keep_best(table: pa.Table, count: int) -> select.Selection:

@@ -14,23 +14,24 @@ from assay.engine.shard import score_anew_or_stored, score_windows
 SMALL_WINDOW = 90
 
 
-def small_windows(connection, setup) -> None:
+def small_windows(connection) -> None:
     """Cuts shards into blocks that a test can afford to have several of."""
     shard.WINDOW_ROWS = SMALL_WINDOW
-    worker.main(connection, setup)
+    worker.main(connection)
 
 
-def dies_on_deadly(connection, setup) -> None:
+def dies_on_deadly(connection) -> None:
     """Is killed in the middle of every shard called `deadly`."""
-    _patched(connection, setup, "deadly", forever=True)
+    _patched(connection, "deadly", forever=True)
 
 
-def dies_once_on_each(connection, setup) -> None:
+def dies_once_on_each(connection) -> None:
     """Is killed when it first scores something of a shard, whoever tries again is not."""
-    _patched(connection, setup, "", forever=False)
+    _patched(connection, "", forever=False)
 
 
-def _patched(connection, setup, name: str, forever: bool) -> None:
+def _patched(connection, name: str, forever: bool) -> None:
+    setup = connection.recv()
     folder = Path(setup.recipe["output"]).parent / "died"
 
     def deadly(score, workshop, what, *arguments, **options):
@@ -44,11 +45,12 @@ def _patched(connection, setup, name: str, forever: bool) -> None:
 
     worker.score_anew_or_stored = partial(deadly, score_anew_or_stored)
     worker.score_part = partial(deadly, worker.score_part)
-    worker.main(connection, setup)
+    worker.serve(connection, setup)
 
 
-def slow(connection, setup) -> None:
+def slow(connection) -> None:
     """Takes its time over every window, and leaves its number."""
+    setup = connection.recv()
     folder = Path(setup.recipe["output"]).parent / "pids"
     folder.mkdir(exist_ok=True)
     (folder / str(os.getpid())).write_text("")
@@ -58,8 +60,23 @@ def slow(connection, setup) -> None:
         return score_windows(*arguments, **options)
 
     shard.score_windows = after_a_while
-    worker.main(connection, setup)
+    worker.serve(connection, setup)
 
 
-def killed_while_it_starts(connection, setup) -> None:
+def killed_while_it_starts(connection) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def finds_another_model(connection) -> None:
+    """Loads a model that was overwritten meanwhile."""
+    setup = connection.recv()
+    models = {name: Path(spec["path"]) for name, spec in setup.recipe["models"].items()}
+    other = models["b"].with_name(f"{os.getpid()}")
+    other.write_bytes(models["ref"].read_bytes())
+    other.replace(models["b"])
+    worker.serve(connection, setup)
+
+
+def dies_before_it_listens(connection) -> None:
+    time.sleep(0.5)
+    os._exit(3)

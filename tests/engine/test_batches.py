@@ -118,6 +118,8 @@ def test_other_errors_are_not_taken_for_memory():
         score_samples(scorer, scorer, samples_of([1, 1]), BatchSpec())
     assert scorer.sizes == [2]
     assert not is_out_of_memory(ValueError("out of memory"))
+    for said in ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"):
+        assert is_out_of_memory(RuntimeError(f"error: {said} when calling `create(handle)`"))
 
 
 def test_a_scorer_that_gives_too_few_scores_is_an_error():

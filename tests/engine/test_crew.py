@@ -211,6 +211,53 @@ def test_a_worker_that_is_killed_as_it_starts_has_a_second_chance(project, monke
         score(project, TWO)
 
 
+def test_a_worker_that_dies_while_it_is_told_much_is_one_line(project, monkeypatch):
+    setup = crew.Setup
+    monkeypatch.setattr(crew, "Setup", lambda recipe, *rest: setup(recipe | {"much": "x" * (4 << 20)}, *rest))
+    odd(monkeypatch, "dies_before_it_listens")
+    with pytest.raises(EngineError, match=r"the worker on cpu ended before it could start \(exit code 3\)"):
+        score(project, TWO)
+
+
+def test_no_process_for_a_worker_is_one_line(project, monkeypatch):
+    def start(self):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(multiprocessing.context.ForkServerProcess, "start", start)
+    with pytest.raises(EngineError, match=r"^run\.devices: no worker can be started on cpu .*temporarily unavailable"):
+        score(project, TWO)
+
+
+def test_an_interrupt_while_a_worker_starts_ends_it(project, monkeypatch):
+    real, pids = multiprocessing.context.ForkServerProcess.start, []
+
+    def start(self):
+        real(self)
+        pids.append(self.pid)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(multiprocessing.context.ForkServerProcess, "start", start)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    collected: list = []  # what would keep the pipe of a forgotten worker open
+    monkeypatch.setattr(crew, "_Worker", lambda *rest, new=crew._Worker: collected.append(new(*rest)) or collected[-1])
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            score(project, TWO)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(pids) == 1
+    assert alive(pids) == []
+
+
+def test_a_model_that_is_overwritten_meanwhile_is_not_scored_with(project, monkeypatch):
+    odd(monkeypatch, "finds_another_model")
+    with pytest.raises(
+        EngineError, match=r"^models\.b: has changed since the run began, .*; run again, with --rescore"
+    ):
+        score(project, TWO)
+    assert project.tables() == {}
+
+
 def test_workers_trust_the_modules_that_the_caller_trusts(project, monkeypatch):
     (project.root / "mymodels.py").write_text(
         "import torch\n\ndef make(seed):\n    torch.manual_seed(seed)\n    return torch.nn.Linear(6, 3)\n"

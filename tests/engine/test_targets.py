@@ -19,6 +19,7 @@ from assay.corpus.scores_folder import State, open_scores
 from assay.corpus.shards import find_shards
 from assay.engine import workshop
 from assay.engine.local import run
+from assay.engine.plan import make_plan, refuse_changes
 from assay.engine.pool import draw_samples
 from assay.methods import TRAK, AdamState
 from assay.recipe.errors import ChangedError, EngineError, RecipeError
@@ -59,6 +60,15 @@ def only(project, **method):
     """A recipe with one method."""
     project.recipe["methods"] = [method]
     project.write_recipe()
+
+
+def test_what_changes_after_the_plan_is_named(targeted):
+    plan = make_plan(load_recipe(str(targeted.path), []))
+    refuse_changes(plan)
+    targeted.write_shard("../targets/x.jsonl", make_rows(6, 8))
+    save_mlp(targeted.root / "models/b.safetensors", 7)
+    with pytest.raises(EngineError, match=r"^models\.b, targets\.x: has changed since the run began"):
+        refuse_changes(plan)
 
 
 def test_every_method_gives_a_column_per_target_and_one_for_all(targeted):

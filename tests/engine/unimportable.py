@@ -6,5 +6,5 @@ if multiprocessing.current_process().name == "assay-worker":
     import no_such_module  # noqa: F401
 
 
-def main(connection, setup) -> None:
+def main(connection) -> None:
     raise AssertionError

@@ -70,12 +70,12 @@ def joined(pieces: Iterable[Piece]) -> Iterator[Piece]:
     for piece, progress in pieces:
         piece_bytes = int(_sizes(piece).sum())
         if held and (rows + piece.num_rows > limits.CHUNK_ROWS or size + piece_bytes > limits.CHUNK_BYTES):
-            yield _one_batch(held), share
+            yield from ((batch, share) for batch in _merged(held))
             held, rows, size = [], 0, 0
         held.append(piece)
         rows, size, share = rows + piece.num_rows, size + piece_bytes, progress
     if held:
-        yield _one_batch(held), share
+        yield from ((batch, share) for batch in _merged(held))
 
 
 def gathered(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -86,14 +86,22 @@ def gathered(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         held.append(batch)
         rows, size = rows + batch.num_rows, size + batch.nbytes
         if rows >= limits.CHUNK_ROWS or size >= limits.CHUNK_BYTES:
-            yield _one_batch(held)
+            yield from _merged(held)
             held, rows, size = [], 0, 0
     if held:
-        yield _one_batch(held)
+        yield from _merged(held)
 
 
-def _one_batch(parts: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
-    return parts[0] if len(parts) == 1 else pa.Table.from_batches(parts).combine_chunks().to_batches()[0]
+def _merged(parts: Sequence[pa.RecordBatch]) -> Sequence[pa.RecordBatch]:
+    """The same rows in one batch, or as they are if pyarrow cannot join them: several dictionaries' values may be more
+    than their indices can count."""
+    if len(parts) == 1:
+        return parts
+    try:
+        merged: list[pa.RecordBatch] = pa.Table.from_batches(parts).combine_chunks().to_batches()
+    except pa.ArrowException:
+        return parts
+    return merged
 
 
 def check(batch: pa.RecordBatch) -> None:

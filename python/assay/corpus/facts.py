@@ -39,8 +39,9 @@ def facts_of_schema(
     """
     features = features if features is not None else _features_in(schema.metadata or {})
     # A column's own name wins over a path through a struct.
+    own_names = set(schema.names)
     found = [(".".join(path), path, field) for column in schema for path, field in fields_below((), column)]
-    found = [(name, path, field) for name, path, field in found if len(path) == 1 or name not in schema.names]
+    found = [(name, path, field) for name, path, field in found if len(path) == 1 or name not in own_names]
     times = Counter(name for name, *_ in found)
     facts: dict[str, ColumnFacts] = {}
     for name, path, field in found:
@@ -53,14 +54,19 @@ def facts_of_schema(
 
 def facts_of_values(columns: Mapping[str, Sequence[Any]]) -> dict[str, ColumnFacts]:
     """The same of Python values, which may be nested as JSON is. Of mappings with very many keys only that they are."""
-    if len(columns) > _MOST_FIELDS:
-        raise ShardError(f"has {len(columns):,} columns in its first rows; expected at most {_MOST_FIELDS:,}")
+    check_width(len(columns))
     facts: dict[str, ColumnFacts] = {}
     for column, values in columns.items():
         for name, fact in _facts_of(column, values, _MOST_DEPTH):
             if name not in columns or name == column:
                 facts.setdefault(name, fact)
     return facts
+
+
+def check_width(columns: int) -> None:
+    """ShardError for more columns than any corpus has."""
+    if columns > _MOST_FIELDS:
+        raise ShardError(f"has {columns:,} columns in its first rows; expected at most {_MOST_FIELDS:,}")
 
 
 def _facts_of(name: str, values: Sequence[Any], depth: int) -> Iterator[tuple[str, ColumnFacts]]:

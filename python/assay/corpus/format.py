@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, TypeVar
@@ -93,7 +94,7 @@ class Format:
     dotted names after it, from a schema or the first rows. All raise ShardError, or whatever their library raises for
     a damaged file. ``compressible`` says whether a suffix like `.gz` may follow the format's own. ``files`` makes it a
     format of folders: it gives the files that a shard is made of, relative to its folder, and ``copy`` gets the folder
-    to write into.
+    to write into. The names of the files that it writes are those of ``files``, or others that ``own_files`` matches.
     """
 
     name: str
@@ -103,6 +104,7 @@ class Format:
     facts: Callable[[Source], dict[str, ColumnFacts]]
     compressible: bool = False
     files: Callable[[Store, str], list[str]] | None = None
+    own_files: re.Pattern[str] | None = None
 
 
 def parts(rows: Iterable[T], size: Callable[[T], int]) -> Iterator[tuple[int, list[T]]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import posixpath
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from assay._lazy import require
-from assay.corpus.errors import BadRow
-from assay.corpus.storage import Store
+from assay.corpus.errors import BadRow, ShardError
+from assay.corpus.storage import Store, is_of_file
 
 MAX_PIXELS = 1 << 26
 MAX_BYTES = 1 << 26
@@ -35,6 +36,8 @@ _READERS = (
     (b"BM", "BMP", "BmpImagePlugin", "BmpImageFile"),
     (b"RIFF", "WEBP", "WebPImagePlugin", "WebPImageFile"),  # "WEBP" stands at byte 8
 )
+# What warnings.filterwarnings makes of it: all warnings of Pillow's modules are ignored.
+_QUIET = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 FORMATS = "PNG, JPEG, WebP, GIF or BMP"
 _MOST_SCANS = 500  # a progressive JPEG has about ten
 _ORIENTATION = 0x0112  # of EXIF; the values are what turns the stored pixels upright
@@ -65,7 +68,8 @@ class Beside:
     folder: str
 
     def read(self, name: str, path: str, limit: int) -> bytes:
-        """At most ``limit`` bytes and one of a file that the table names; BadRow if it leads out of the corpus."""
+        """At most ``limit`` bytes and one of a file that the table names; BadRow if it leads out of the corpus or
+        cannot be read, ShardError if it may be another time."""
         if "://" in path:
             raise BadRow(f"{name} is a URL; nothing is downloaded, expected the image's bytes or a path")
         inner = posixpath.normpath(posixpath.join(self.folder, path))
@@ -77,6 +81,8 @@ class Beside:
             with self.store.open(inner) as file:
                 return file.read(limit + 1)
         except (OSError, ValueError) as error:  # fsspec's file systems raise ValueErrors, too
+            if isinstance(error, OSError) and not is_of_file(error):
+                raise ShardError(f"{name}: {_shown(path)} cannot be read: {error}; run again when it can") from error
             raise BadRow(f"{name} is the path {_shown(path)}, which cannot be read ({type(error).__name__})") from error
 
 
@@ -114,8 +120,8 @@ def decode_image(name: str, value: object, limits: ImageLimits, beside: Beside |
 def image_facts(name: str, data: bytes) -> tuple[str, int, int]:
     """Format, width and height by the header of an image's file; nothing is decoded. BadRow if it is none."""
     known, module, reader = _reader(name, data)
-    plugin = require(f"PIL.{module}", "image")
-    with quiet_pillow(), _bad_rows(name, known):
+    plugin = _pillow(module)
+    with _bad_rows(name, known):
         width, height = getattr(plugin, reader)(io.BytesIO(data)).size
         return known, width, height
 
@@ -137,8 +143,8 @@ def _decoded(name: str, data: bytes, limits: ImageLimits) -> Any:
     known, module, reader = _reader(name, data)
     if known == "JPEG" and (scans := data.count(b"\xff\xda")) > _MOST_SCANS:
         raise BadRow(f"{name} is a JPEG of {scans:,} scans, each as much work as a whole image")
-    plugin = require(f"PIL.{module}", "image")
-    with quiet_pillow(), _bad_rows(name, known):
+    plugin = _pillow(module)
+    with _bad_rows(name, known):
         image = getattr(plugin, reader)(io.BytesIO(data))
         width, height = image.size
         _check_size(name, width, height, limits)
@@ -154,12 +160,12 @@ def _reader(name: str, data: bytes) -> tuple[str, str, str]:
     raise BadRow(f"{name} {what}; expected {FORMATS}")
 
 
-@contextmanager
-def quiet_pillow() -> Iterator[None]:
-    """Without warnings: of broken metadata, of palettes, of sizes that have limits of our own."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+def _pillow(module: str) -> Any:
+    """A module of Pillow's, without warnings of its own: of broken metadata, of palettes, of sizes that have limits of
+    our own. For good, since a filter that comes and goes would be every thread's."""
+    if not warnings.filters or warnings.filters[0] != _QUIET:
+        warnings.filterwarnings("ignore", module=_QUIET[3].pattern)
+    return require(f"PIL.{module}", "image")
 
 
 @contextmanager
@@ -186,7 +192,7 @@ def _check_size(name: str, width: int, height: int, limits: ImageLimits) -> None
 def _in_rgb(name: str, image: Any) -> Any:
     if image.mode.startswith("I"):  # Pillow cuts such numbers off at 255, or wraps them
         wide = np.asarray(image)
-        image = require("PIL.Image", "image").fromarray((wide >> 8).clip(0, 255).astype(np.uint8))
+        image = _pillow("Image").fromarray((wide >> 8).clip(0, 255).astype(np.uint8))
     elif image.mode == "F":
         raise BadRow(f"{name} has pixels in floating point; expected 8 or 16 bits")
     return image.convert("RGB")
@@ -197,7 +203,7 @@ def _upright(image: Any, opened: Any) -> Any:
         turn = _UPRIGHT.get(opened.getexif().get(_ORIENTATION))
     except Exception:  # of broken metadata, which says nothing; the pixels are there all the same
         return image
-    return image if turn is None else image.transpose(require("PIL.Image", "image").Transpose[turn])
+    return image if turn is None else image.transpose(_pillow("Image").Transpose[turn])
 
 
 def _of_pixels(name: str, value: object, limits: ImageLimits) -> Any:
@@ -212,9 +218,7 @@ def _of_pixels(name: str, value: object, limits: ImageLimits) -> Any:
     if pixels.dtype.kind not in "iu" or pixels.min() < 0 or pixels.max() > 255:
         raise BadRow(f"{name} holds something else; {expected}")
     narrow = np.ascontiguousarray(pixels, dtype=np.uint8)
-    image = require("PIL.Image", "image").fromarray(
-        narrow[:, :, 0] if narrow.ndim == 3 and narrow.shape[2] == 1 else narrow
-    )
+    image = _pillow("Image").fromarray(narrow[:, :, 0] if narrow.ndim == 3 and narrow.shape[2] == 1 else narrow)
     return image.convert("RGB")
 
 

@@ -17,7 +17,7 @@ from assay.corpus.formats import SUFFIXES, Format, folder_of, format_of, images
 from assay.corpus.listing import LeftOut, Listing, list_files, list_matches, name_fault, shown
 from assay.corpus.media import IMAGES
 from assay.corpus.saved_data_sets import SIDECARS, STATE, listed_files
-from assay.corpus.storage import Fingerprint, Store
+from assay.corpus.storage import Fingerprint, Store, is_of_file
 
 log = logging.getLogger("assay")
 
@@ -80,10 +80,17 @@ class Shard:
         self.store.fs.invalidate_cache()
         # Elsewhere one listing tells of all files what a request for each would.
         listed = {} if self.store.is_local else list_files(self.store, self.path).files
-        facts = {path: listed.get(path) or self.store.fingerprint(path) for path in self.files()}
-        texts = (f"{path}\0{sorted(fact.to_json().items())}\n" for path, fact in facts.items())
-        digest = hashlib.sha256("".join(texts).encode("utf-8", "surrogateescape")).hexdigest()
-        return Fingerprint(sum(fact.size for fact in facts.values()), etag=f"sha256:{digest}")
+        digest, size = hashlib.sha256(), 0
+        for path in self.files():
+            facts = "not there"  # a link that leads nowhere; reading it will say what is the matter
+            try:
+                found = listed.get(path) or self.store.fingerprint(path)
+                size, facts = size + found.size, str(sorted(found.to_json().items()))
+            except OSError as error:
+                if not is_of_file(error):
+                    raise
+            digest.update(f"{path}\0{facts}\n".encode("utf-8", "surrogateescape"))
+        return Fingerprint(size, etag=f"sha256:{digest.hexdigest()}")
 
 
 @dataclass(frozen=True)

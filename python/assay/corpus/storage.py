@@ -24,6 +24,8 @@ TEMPORARY_SUFFIX = ".tmp"
 ABANDONED_AFTER_SECONDS = 3600.0
 # A manifest of 200,000 shards has some 30 MB.
 MAX_TEXT_BYTES = 256 << 20
+# Of a file itself: it is not there, not to be had, or none. Others, as EIO, ESTALE and EMFILE, may pass.
+_OF_FILE = (errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 def sha256(file: BinaryIO) -> str:
@@ -190,6 +192,12 @@ class Store:
                         os.unlink(full)
                         swept.append(self.relative(full))
         return sorted(swept)
+
+
+def is_of_file(error: OSError) -> bool:
+    """Whether an error says something of the file, and will again; not of the machine, the disk or the net."""
+    kinds = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)  # fsspec's have no number
+    return isinstance(error, kinds) or error.errno in _OF_FILE
 
 
 def etag_of(info: Mapping[str, Any]) -> str | None:

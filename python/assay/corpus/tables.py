@@ -73,10 +73,11 @@ def _type(column: ScoreColumn) -> pa.DataType:
 
 
 def count_nan(values: npt.NDArray[Any]) -> int:
-    """How many rows of a score are not a number; of one of a number per token, how many have no number at all."""
+    """How many rows of a score hold something that is not a number; of one of a number per token, how many have no
+    number at all."""
     if values.dtype.kind == "O":
         return sum(bool(np.isnan(row).all()) for row in values)
-    return int(np.isnan(values).sum())
+    return int(np.isnan(values).any(axis=tuple(range(1, values.ndim))).sum())
 
 
 def _array(values: npt.NDArray[Any], column: ScoreColumn) -> pa.Array:

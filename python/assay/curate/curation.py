@@ -141,8 +141,7 @@ def _refuse_inputs(output: Store, scores: Scores, shards: Sequence[Shard]) -> No
     # A folder with other files would become a mixture of two corpora; and files of these names may be another corpus.
     ours |= {MANIFEST, CLAIM, *scores.corpus.sidecars}
     there = [path for path in output.files() if not path.endswith(TEMPORARY_SUFFIX)]
-    folders = tuple(f"{shard.path}/" for shard in shards if shard.is_folder)
-    strangers = [path for path in there if path not in ours and not path.startswith(folders)]
+    strangers = [path for path in there if path not in ours and not any(_is_own(shard, path) for shard in shards)]
     if strangers:
         raise CorpusError(
             f"{output.url}: holds {len(strangers)} files that this selection would not write "
@@ -150,6 +149,12 @@ def _refuse_inputs(output: Store, scores: Scores, shards: Sequence[Shard]) -> No
         )
     if there and not _is_selection(output):
         raise CorpusError(f"{output.url}: holds {there[0]}, which no selection wrote; choose an empty folder")
+
+
+def _is_own(shard: Shard, path: str) -> bool:
+    """Whether a file lies in a shard that is a folder, under a name of those that its format makes up."""
+    pattern, folder = shard.format.own_files, f"{shard.path}/"
+    return pattern is not None and path.startswith(folder) and pattern.fullmatch(path[len(folder) :]) is not None
 
 
 def _is_selection(output: Store) -> bool:

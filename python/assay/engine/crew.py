@@ -13,6 +13,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -142,6 +143,7 @@ class _Worker:
     connection: Connection
     ready: Ready | None = None
     job: _Job | None = None
+    began: float = field(default_factory=time.perf_counter)
 
 
 class _Crew:
@@ -172,10 +174,25 @@ class _Crew:
 
     def start(self, devices: Sequence[torch.device]) -> None:
         self._devices, self._threads = devices, threads_each(len(devices))
-        for device in devices:
-            self._hire(device)
+        for each in [self._hire(device) for device in devices]:  # all of them start before one has to listen
+            self._brief(each)
 
-    def _hire(self, device: torch.device) -> None:
+    def _hire(self, device: torch.device) -> _Worker:
+        """Start a worker's process."""
+        mine, theirs = self._context.Pipe()
+        process = self._context.Process(target=worker.main, args=(theirs,), daemon=True, name="assay-worker")
+        hired = _Worker(device, process, mine)
+        resource_tracker.ensure_running()  # it lets interrupts through when it starts
+        with _without_interrupts(), theirs:
+            try:
+                process.start()
+            except OSError as error:
+                raise EngineError(f"run.devices: no worker can be started on {device} ({error})") from error
+            self._workers.append(hired)
+        return hired
+
+    def _brief(self, hired: _Worker) -> None:
+        """Tell it what it works with. By its pipe: what goes along with a new process must fit into a buffer."""
         recipe = self._plan.recipe
         fitted = {path: self._plan.corpora[path] for path in recipe.fitted_to().values()}
         setup = Setup(
@@ -184,16 +201,13 @@ class _Crew:
             recipe.trust,
             self._plan.identity,
             fitted,
-            str(device),
+            str(hired.device),
             self._threads,
             logging.getLogger("assay").getEffectiveLevel(),
-            time.perf_counter(),
+            hired.began,
         )
-        mine, theirs = self._context.Pipe()
-        process = self._context.Process(target=worker.main, args=(theirs, setup), daemon=True, name="assay-worker")
-        with _without_interrupts(), theirs:
-            process.start()
-        self._workers.append(_Worker(device, process, mine))
+        with contextlib.suppress(OSError):  # its death will be noticed where its words are waited for
+            hired.connection.send(setup)
 
     def _bury(self, dead: _Worker) -> None:
         """Make good what a worker's death has cost."""
@@ -211,7 +225,7 @@ class _Crew:
         elif dead.job is not None:
             self._retry(dead.job, how)
         if self._waiting or self._ready is None:
-            self._hire(dead.device)
+            self._brief(self._hire(dead.device))
 
     def _retry(self, job: _Job, how: str) -> None:
         self._progress.advance(-job.rows, -job.reached * job.size)
@@ -268,7 +282,7 @@ class _Crew:
         self._progress.start(len(self._sizes), sum(self._sizes.values()))
         while len(self.outcomes) < len(self._sizes):
             if not self._workers:
-                self._hire(self._devices[0])
+                self._brief(self._hire(self._devices[0]))
             for each in self._workers:
                 if each.ready and each.job is None and self._waiting:
                     self._hand_out(each, self._waiting.popleft())
@@ -293,7 +307,8 @@ class _Crew:
         if time.monotonic() - self._renewed > _RENEW_SECONDS:
             self._renewed = time.monotonic()
             for part in [part for parts in self._staged.values() for part in parts.values()]:
-                os.utime(part.path)
+                with contextlib.suppress(OSError):  # if it is gone, joining the parts will say so
+                    os.utime(part.path)
 
     def _hear(self, who: _Worker, message: Any) -> None:
         job = who.job

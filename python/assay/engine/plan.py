@@ -16,7 +16,7 @@ from assay.corpus.storage import Store
 from assay.engine.columns import with_columns
 from assay.engine.pool import corpus_fingerprint
 from assay.methods import Column
-from assay.recipe.errors import ChangedError
+from assay.recipe.errors import ChangedError, EngineError
 from assay.recipe.models import fingerprints
 from assay.recipe.recipe import Recipe
 
@@ -68,7 +68,7 @@ def make_plan(
     identity = Identity(
         recipe=json.loads(json.dumps(recipe.identity())),
         models=fingerprints(recipe.models_used),
-        corpora={name: corpus_fingerprint(corpora[path]) for name, path in recipe.fitted_to().items()} or None,
+        corpora=_fitted_fingerprints(recipe, corpora) or None,
     )
     index, count = part
     done = Tally()
@@ -92,6 +92,23 @@ def make_plan(
             f"({table_path(shard)}: {shown}); score them again with --rescore, or choose another output"
         )
     return Plan(recipe, identity, corpus, corpora, output, done, tuple(todo), tuple(stale))
+
+
+def _fitted_fingerprints(recipe: Recipe, corpora: Mapping[str, Corpus]) -> dict[str, str]:
+    return {name: corpus_fingerprint(corpora[path]) for name, path in recipe.fitted_to().items()}
+
+
+def refuse_changes(plan: Plan) -> None:
+    """EngineError if a model or a corpus that methods are fitted to is no more what it was when the plan was made."""
+    now = {f"models.{name}": found for name, found in fingerprints(plan.recipe.models_used).items()}
+    now |= _fitted_fingerprints(plan.recipe, plan.corpora)
+    planned = {f"models.{name}": found for name, found in plan.identity.models.items()} | (plan.identity.corpora or {})
+    changed = [name for name, found in now.items() if found != planned.get(name)]
+    if changed:
+        raise EngineError(
+            f"{', '.join(changed)}: has changed since the run began, and one run must not mix both; run again, "
+            "with --rescore for what is scored already"
+        )
 
 
 def _unchanged(shard: Shard, footer: Footer) -> bool:

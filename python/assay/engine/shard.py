@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import IO
-
-import numpy as np
 
 from assay.corpus.errors import ShardError
 from assay.corpus.footer import Footer, InputFacts, RowCounts
@@ -207,7 +206,7 @@ def score_stored(workshop: Workshop, shard: Shard, output: Store) -> Footer | No
         for batch in first.batches():
             part = slice(table.rows, table.rows + len(batch.rows))
             table.add(batch.rows, batch.ids.to_pylist(), {name: values[part] for name, values in scores.items()})
-        nan = {name: int(np.isnan(values).sum()) for name, values in scores.items()}
+        nan = {name: count_nan(values) for name, values in scores.items()}
         facts, rows = (first.metadata[key] for key in ("input", "rows"))
         metadata = workshop.scorer.fresh().metadata()
         footer = Footer.make(workshop.identity, InputFacts(**facts), RowCounts(**rows), nan, metadata)
@@ -255,17 +254,17 @@ def _windows(
             if chunk is None:
                 break
             rows = reader.rows(chunk, share.holds)
-            while True:
-                with times.measure("encode"):
-                    row = next(rows, None)
-                if row is None:
-                    break
+            began = time.perf_counter()
+            for row in rows:
                 # By bytes within a chunk, too: a thousand paths of images become as many images.
                 if window and (_block(row.row) != _block(window[0].row) or held >= WINDOW_BYTES):
+                    times.encode += time.perf_counter() - began
                     yield Window(window, held, chunk.progress)
+                    began = time.perf_counter()  # whoever took the window may have waited
                     window, held = [], 0
                 window.append(row)
                 held += row.encoded.nbytes + bytes_per_row if isinstance(row, Sample) else 0
+            times.encode += time.perf_counter() - began
             if len(window) >= WINDOW_ROWS or held >= WINDOW_BYTES:
                 yield Window(window, held, chunk.progress)
                 window, held = [], 0

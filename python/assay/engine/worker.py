@@ -25,14 +25,23 @@ from assay.corpus.storage import Store
 from assay.engine.devices import limit_threads
 from assay.engine.messages import Advanced, Began, Failed, Finished, Logged, Ready, Setup, Unit
 from assay.engine.parts import gathered, score_part
-from assay.engine.plan import Plan
+from assay.engine.plan import Plan, refuse_changes
 from assay.engine.shard import score_anew_or_stored
 from assay.engine.timing import Times
 from assay.engine.workshop import Workshop, open_workshop
 from assay.recipe.recipe import Recipe
 
 
-def main(connection: Connection, setup: Setup) -> None:
+def main(connection: Connection) -> None:
+    """Hear what there is to work with, and work."""
+    try:
+        setup = connection.recv()
+    except (EOFError, ConnectionError):  # nobody is left to work for
+        return
+    serve(connection, setup)
+
+
+def serve(connection: Connection, setup: Setup) -> None:
     """Open the workshop, then score units until there are none; ``Failed`` is a worker's last word."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to every process; who started this one will end it
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
@@ -61,7 +70,9 @@ def _open(setup: Setup) -> tuple[Workshop, Store]:
     output = Store.at(recipe.output)
     none = Corpus(Store.at(recipe.corpus.path), ())
     plan = Plan(recipe, setup.identity, none, setup.corpora, output, Tally(), (), ())
-    return open_workshop(plan, device=torch.device(setup.device)), output
+    workshop = open_workshop(plan, device=torch.device(setup.device))
+    refuse_changes(plan)  # afterwards: what was loaded is then what the plan speaks of
+    return workshop, output
 
 
 def _work(workshop: Workshop, output: Store, unit: Unit, speaker: _Speaker) -> Finished:

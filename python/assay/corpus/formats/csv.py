@@ -1,25 +1,31 @@
 """Comma- and tab-separated values with a header; the chosen records are copied byte for byte.
 
 Cells are texts. A column of which every cell in the first rows is a whole number, a number or a JSON list holds those
-(an empty cell is null); a later cell that is none is a fault of its row. Blank lines are no rows.
+(an empty cell is null); a later cell that is none is a fault of its row. With whole numbers beyond 64
+bits among them, they are texts. Blank lines are no rows.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO
 
 from assay.corpus import compression
 from assay.corpus.compression import compressed, lines
 from assay.corpus.errors import BadRow, ShardError
-from assay.corpus.facts import facts_of_values
+from assay.corpus.facts import check_width, facts_of_values
 from assay.corpus.format import Chunk, ColumnFacts, Format, Mask, Source, check_columns, check_length, parts
 
 csv.field_size_limit(compression.MAX_LINE_BYTES)
+
+# More than any number has that can be counted with, too.
+_MOST_DIGITS = 300
 
 Record = tuple[bytes, "list[str] | BadRow"]
 """A record as it stands in the file, and its cells or what is the matter with it."""
@@ -40,8 +46,9 @@ def _read(source: Source, columns: Sequence[str]) -> Iterator[Chunk]:
 def _facts(source: Source) -> dict[str, ColumnFacts]:
     header, read = _opened(source)
     _, rows = next(read, (0, []))
-    names = [name for name in header if header.count(name) == 1]
-    cells = {name: _cells(rows, header.index(name)) for name in names}
+    check_width(len(header))
+    times = Counter(header)
+    cells = {name: _cells(rows, place) for place, name in enumerate(header) if times[name] == 1}
     return facts_of_values({name: _kind_of(own).values(name, own, {}) for name, own in cells.items()})
 
 
@@ -121,44 +128,69 @@ def _uneven(row: Sequence[str], header: Sequence[str]) -> BadRow:
 class _Kind:
     """What a column's cells are."""
 
-    def __init__(self, words: str, pattern: str, parse: Callable[[str], Any]) -> None:
-        self.words, self._pattern, self._parse = words, re.compile(pattern), parse
+    def __init__(self, words: str, pattern: str, convert: Callable[[str], Any]) -> None:
+        self.words, self._pattern, self._convert = words, re.compile(pattern), convert
+
+    def parse(self, cell: str) -> Any:
+        """What the cell holds. A ValueError if that is no such thing."""
+        if not self._pattern.fullmatch(cell.strip()):
+            raise ValueError
+        return self._convert(cell)
 
     def fits(self, cell: str) -> bool:
-        return self._pattern.fullmatch(cell.strip()) is not None
+        try:
+            self.parse(cell)
+        except (ValueError, RecursionError):
+            return False
+        return True
 
     def values(self, name: str, cells: Sequence[str], faults: dict[int, str]) -> list[Any]:
         """The cells' values, None for an empty one; what is no such thing is added to the faults."""
         values: list[Any] = [None] * len(cells)
         for i, cell in enumerate(cells):
-            if cell and not self.fits(cell):
+            try:
+                values[i] = self.parse(cell) if cell else None
+            except (ValueError, RecursionError):  # noqa: PERF203 - a fault concerns its own row only
                 faults.setdefault(i, f"{name} is {cell[:40]!r}, expected {self.words} as in the first rows")
-            elif cell:
-                values[i] = self._parse(cell)
         return values
 
 
-def _list(cell: str) -> list[Any] | None:
-    """What a JSON list holds; None if the cell is none after all."""
-    try:
-        parsed = json.loads(cell)
-    except (ValueError, RecursionError):
-        return None
-    return parsed if isinstance(parsed, list) else None
+def _list(cell: str) -> list[Any]:
+    parsed = json.loads(cell)
+    if not isinstance(parsed, list):
+        raise ValueError
+    return parsed
+
+
+def _float(cell: str) -> float:
+    value = float(cell)
+    if math.isinf(value) and "inf" not in cell.lower():  # as 1e999 would be
+        raise ValueError
+    return value
+
+
+def _int(cell: str) -> int:
+    if len(cell) > _MOST_DIGITS:
+        raise ValueError
+    return int(cell)
 
 
 _TEXT = _Kind("a text", r"(?s).*", str)
 # With a leading zero it is a name: a postal code, an id.
+_WHOLE = _Kind("a whole number", r"(?a)-?(0|[1-9]\d*)", _int)
 _KINDS = (
-    _Kind("a whole number", r"-?(0|[1-9]\d{0,17})", int),
-    _Kind("a number", r"(?i)-?((0|[1-9]\d*)(\.\d*)?|\.\d+)(e[+-]?\d+)?|-?inf|nan", float),
+    _WHOLE,
+    _Kind("a number", r"(?ai)-?((0|[1-9]\d*)(\.\d*)?|\.\d+)(e[+-]?\d+)?|-?inf|nan", _float),
     _Kind("a JSON list", r"(?s)\[.*\]", _list),
 )
 
 
 def _kind_of(cells: Sequence[str]) -> _Kind:
     filled = [cell for cell in cells if cell]
-    return next((kind for kind in _KINDS if filled and all(map(kind.fits, filled))), _TEXT)
+    kind = next((kind for kind in _KINDS if filled and all(map(kind.fits, filled))), _TEXT)
+    # Beyond 64 bits they are names, too: as numbers in floating point they would lose digits.
+    is_large = kind is _WHOLE and not all(-(1 << 63) <= int(cell) < 1 << 63 for cell in filled)
+    return _TEXT if is_large else kind
 
 
 FORMAT = Format("csv", (".csv", ".tsv"), _read, _copy, _facts, compressible=True)

@@ -17,7 +17,7 @@ from assay.corpus.errors import BadRow
 from assay.corpus.format import Chunk, ColumnFacts, Folder, Format, Mask, Source, check_columns, check_length, parts
 from assay.corpus.listing import list_files, shown
 from assay.corpus.media import IMAGES
-from assay.corpus.storage import Store
+from assay.corpus.storage import Store, is_of_file
 
 _ROW_BYTES = 1000
 
@@ -59,7 +59,9 @@ def _bytes(store: Store, path: str) -> bytes | BadRow:
         with store.open(path) as file:
             data = file.read(MAX_LINE_BYTES + 1)
     except OSError as error:
-        return BadRow(f"{shown(path)} cannot be read: {error.strerror}")
+        if not is_of_file(error):
+            raise
+        return BadRow(f"{shown(path)} cannot be read: {error.strerror or type(error).__name__}")
     if len(data) > MAX_LINE_BYTES:
         return BadRow(f"{shown(path)} is larger than {MAX_LINE_BYTES >> 20} MiB")
     return data
@@ -76,7 +78,7 @@ def _facts(source: Source) -> dict[str, ColumnFacts]:
 
 
 def _copy(source: Source, keep: Mask, target: Store) -> None:
-    """Copy the files that are kept; others, which an earlier selection may have left, go."""
+    """Copy the files that are kept; of the others, what an earlier selection has left goes."""
     assert source.folder is not None
     files = source.folder.files
     check_length(len(files), keep)

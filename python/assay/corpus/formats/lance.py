@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -27,6 +28,8 @@ from assay.corpus.storage import Store
 _READ_AHEAD_BYTES = 32 << 20
 # Of such columns the library gives descriptions, or bytes from wherever a description says.
 _BLOB = b"lance-encoding:blob"
+# What the library writes has a new name each time.
+_OWN_FILES = re.compile(r"data/[^/]+\.lance|_versions/[^/]+\.manifest|_transactions/[^/]+\.txn")
 
 
 def _files(store: Store, folder: str) -> list[str]:
@@ -106,4 +109,4 @@ def _check(data: Any) -> None:
             raise ShardError(f"has the blob column {field.name!r}, which is not supported; save its bytes as binary")
 
 
-FORMAT = Format("lance", (".lance",), _read, _copy, _facts, files=_files)
+FORMAT = Format("lance", (".lance",), _read, _copy, _facts, files=_files, own_files=_OWN_FILES)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
@@ -27,6 +28,7 @@ MOST_MEMBERS = 1000
 # What a row takes in memory beside its data.
 _ROW_BYTES = 1000
 
+_WHOLE_NUMBER = re.compile(r"\s*-?[0-9]+\s*", re.ASCII)
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
 
 
@@ -40,22 +42,29 @@ class _Row:
     size: int = _ROW_BYTES
     fault: str | None = None
 
+    def __post_init__(self) -> None:
+        self.size += sys.getsizeof(self.key)
+
     def take(self, archive: Archive, member: Member, column: str, is_wanted: bool) -> None:
         """Note a member and, if it is wanted, read it."""
         if self.fault:
             return
+        # The names count, of members that are not wanted too: a header may hold one of 64 KiB.
+        size = sys.getsizeof(column) + (member.size if is_wanted else 0)
         if column in self.seen:
             self.fault = f"row has two members {column[-80:]!r}"
         elif len(self.seen) == MOST_MEMBERS:
             self.fault = f"row has more than {MOST_MEMBERS:,} members"
-        elif is_wanted and self.size + member.size > MAX_LINE_BYTES:
+        elif self.size + size > MAX_LINE_BYTES:
             self.fault = f"row is larger than {MAX_LINE_BYTES >> 20} MiB"
         else:
             self.fault = member.fault
+        if self.fault:
+            return
         self.seen.add(column)
-        if is_wanted and not self.fault:
+        self.size += size
+        if is_wanted:
             self.data[column] = archive.data()
-            self.size += member.size
 
     def record(self) -> dict[str, Any]:
         """The wanted columns' values. A BadRow for one that is not what its name says."""
@@ -149,7 +158,7 @@ def _decoded(column: str, data: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise BadRow(f"{column} is not valid UTF-8") from error
     except (ValueError, RecursionError) as error:
-        what = "JSON" if decode is json.loads else "a whole number"
+        what = "JSON" if decode is _json else "a whole number"
         raise BadRow(f"{column} is not {what} ({type(error).__name__})") from error
 
 
@@ -157,10 +166,22 @@ def _text(data: bytes) -> str:
     return data.decode("utf-8")
 
 
+def _json(data: bytes) -> Any:
+    return json.loads(data.decode("utf-8"))
+
+
+def _whole_number(data: bytes) -> int:
+    """Python's own `int` takes "1_0" and the digits of every script."""
+    text = data.decode("utf-8")
+    if not _WHOLE_NUMBER.fullmatch(text):
+        raise ValueError
+    return int(text)
+
+
 _DECODERS: dict[str, Callable[[bytes], Any]] = {
     **dict.fromkeys(("txt", "text", "transcript", "id"), _text),
-    **dict.fromkeys(("json", "jsn"), lambda data: json.loads(data.decode("utf-8"))),
-    **dict.fromkeys(("cls", "cls2", "class", "index", "inx", "count"), lambda data: int(data.decode("utf-8"))),
+    **dict.fromkeys(("json", "jsn"), _json),
+    **dict.fromkeys(("cls", "cls2", "class", "index", "inx", "count"), _whole_number),
 }
 
 FORMAT = Format("webdataset", (".tar",), _read, _copy, _facts, compressible=True)

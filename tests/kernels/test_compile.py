@@ -121,11 +121,11 @@ def test_a_spill_or_a_stack_frame_fails_only_hot_kernels() -> None:
         assert check([replace(worse, hot=False)]) == []
 
 
-def test_a_spill_that_a_card_measured_to_be_worth_it_is_allowed_and_no_more() -> None:
-    names = ["sweep bfloat16 D=1024 direction+sketch16", "sweep bfloat16 D=1024 unbiased mixture"]
-    names.append("mix bfloat16 D=1024 mixture of three")
+def test_a_spill_with_a_reason_is_allowed_and_no_more() -> None:
+    names = ["head.sweep bfloat16 D=1024 direction+sketch16", "head.sweep bfloat16 D=1024 unbiased mixture"]
+    names += ["head.mix bfloat16 D=1024 mixture of three", "ensemble_kernel<bf16, kept, one sweep>"]
     for name, worth in zip(names, WORTH, strict=True):
-        row = Row(f"head.{name}", worth.target, 255, worth.bytes, worth.bytes, 0, True)
+        row = Row(name, worth.target, 255, worth.bytes, worth.bytes, 0, True)
         assert check([row]) == []
         for worse in (
             replace(row, spill_bytes=worth.bytes + 8),

@@ -139,6 +139,12 @@ def test_labels_must_be_the_models(folder, tmp_path, capsys):
     word_models.save(tmp_path / "three", "bert", num_labels=3)
     assert main(["init", "data", "--model", str(tmp_path / "three")]) == 2
     assert "has 3 outputs, and label has 2 classes" in capsys.readouterr().err
+    (folder / "a.parquet").unlink()
+    seen_first = pa.table({"text": ["x", "y"], "label": pa.array(["fine", "dull"]).dictionary_encode()})
+    with pa.OSFile(str(folder / "a.arrow"), "wb") as file, pa.ipc.new_file(file, seen_first.schema) as writer:
+        writer.write_table(seen_first)
+    assert main(["init", "data", "--model", str(tmp_path / "nameless")]) == 2
+    assert "does not name its classes (id2label), and label holds texts" in capsys.readouterr().err
 
 
 def test_pairs_of_texts_with_classes(folder, tmp_path):

@@ -142,12 +142,14 @@ def _check_labels(reading: Reading, model: ModelFacts, columns: Columns) -> None
     name = reading.keys.get("label_column") or reading.keys.get("tags_column")
     if name is None:
         return
-    own, names, kind = columns.facts[name].classes, model.labels, columns.facts[name].type
-    if own is not None and model.outputs not in (None, len(own)):
+    facts, names = columns.facts[name], model.labels
+    own, texts = facts.classes, facts.type in ("string", "list<string>")
+    ordered = own is not None and (facts.in_order or not texts)  # a dictionary of texts is in the order of its rows
+    if own is not None and ordered and model.outputs not in (None, len(own)):
         raise EngineError(f"{model.path}: has {model.outputs} outputs, and {name} has {len(own)} classes")
     if own is not None and names is not None and set(own) - set(names):
         raise EngineError(f"{model.path}: its classes are {_few(names)}, and those of {name} are {_few(own)}")
-    if own is None and names is None and kind in ("string", "list<string>"):
+    if texts and not ordered and names is None:
         raise EngineError(
             f"{model.path}: does not name its classes (id2label), and {name} holds texts: nothing says which is which; "
             "write them into its config.json, or take the column's numbers"

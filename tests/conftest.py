@@ -48,8 +48,9 @@ def project(tmp_path: Path) -> Project:
 def _log_as_it_was() -> Iterator[None]:
     """The command sets assay's log up for its process, which here is every later test's."""
     log = logging.getLogger("assay")
-    level, handlers = log.level, list(log.handlers)
+    level, handlers, propagates = log.level, list(log.handlers), log.propagate
     yield
+    log.propagate = propagates
     log.setLevel(level)
     log.handlers[:] = handlers
 

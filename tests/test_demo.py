@@ -20,6 +20,7 @@ def test_digits_curated_beats_random_and_everything(tmp_path: Path) -> None:
     assert (tmp_path / "results.json").exists()
 
 
+@pytest.mark.slow
 def test_text_corpus_is_what_it_says(tmp_path: Path) -> None:
     truth = text.write_corpus(tmp_path, seed=0)
     kinds = list(truth.values())

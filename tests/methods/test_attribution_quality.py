@@ -23,6 +23,8 @@ if str(ROOT) not in sys.path:
 
 from benchmarks.quality import lds, self_influence  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def logistic() -> dict[str, dict[str, float]]:

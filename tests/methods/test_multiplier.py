@@ -12,6 +12,7 @@ from benchmarks.quality.multiplier import corpus
 from benchmarks.quality.multiplier.experiment import QUICK, prepare, retrain, steps_to, summary
 
 
+@pytest.mark.slow
 def test_the_sets_have_nothing_in_common() -> None:
     data = corpus.build(pool=600, target=40, validation=20, test=40, seed=3)
     sets = [{bytes(row.tolist()) for row in part} for part in (data.pool, data.target, data.validation, data.test)]

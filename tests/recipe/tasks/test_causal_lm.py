@@ -204,17 +204,6 @@ def test_a_config_may_be_anything(config):
     assert _special_tokens(model) == {3, 4}
 
 
-def test_a_model_without_an_end_of_its_positions():
-    spec = CausalLMSpec(kind="causal_lm", max_length=64)
-    model = torch.nn.Linear(2, 2)
-    for said in (-1, 0, 64, None):
-        model.config = {"max_position_embeddings": said}
-        spec._check_positions("m", model)
-    model.config = {"max_position_embeddings": 63}
-    with pytest.raises(EngineError, match=r"task\.max_length is 64, but models\.m has 63 positions"):
-        spec._check_positions("m", model)
-
-
 def test_a_resolved_recipe_says_what_was_meant(models, tmp_path):
     for task, column, loss_on in (
         ({}, "text_column", "all"),
@@ -238,3 +227,14 @@ def test_a_changed_template_changes_the_model(models, tmp_path):
     assert (
         json.loads(make_plan(load_recipe(path)).identity.model_dump_json())["recipe"]["task"]["loss_on"] == "assistant"
     )
+
+
+def test_positions_are_found_whatever_the_configs_class():
+    spec = CausalLMSpec(kind="causal_lm", max_length=64)
+    model = torch.nn.Linear(2, 2)
+    for said in (64, None):
+        model.config = {"max_position_embeddings": said}
+        spec._check_positions("m", model)
+    model.config = {"max_position_embeddings": 63}
+    with pytest.raises(EngineError, match=r"task\.max_length is 64, but models\.m has 63 positions"):
+        spec._check_positions("m", model)

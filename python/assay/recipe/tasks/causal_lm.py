@@ -132,7 +132,7 @@ class CausalLMSpec(TaskSpec):
 
     def _check_positions(self, name: str, model: nn.Module) -> None:
         positions = setting(getattr(model, "config", None), "max_position_embeddings")
-        if isinstance(positions, int) and 0 < positions < self.max_length:  # XLNet says -1: it has no end
+        if isinstance(positions, int) and positions < self.max_length:
             raise EngineError(f"task.max_length is {self.max_length}, but models.{name} has {positions} positions")
 
     def _check(self, name: str, model: nn.Module, tokenizer: Any, vocabulary: Collection[int]) -> int:

@@ -151,6 +151,7 @@ def run_command(*arguments: str, **options) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
+@pytest.mark.slow
 def test_every_process_writes_the_same_bytes(project):
     """Nothing may hang on the order of a set, which Python shuffles anew in every process."""
     written = []

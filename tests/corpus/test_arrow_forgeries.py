@@ -17,6 +17,7 @@ from assay.corpus.readers import read
 from assay.corpus.shards import find_shards
 
 
+@pytest.mark.slow
 def test_no_forged_byte_ends_the_process():
     program = Path(__file__).with_name("arrow_forgeries.py")
     run = subprocess.run([sys.executable, program, "0", "400"], capture_output=True, text=True, check=False)

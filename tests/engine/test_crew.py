@@ -15,11 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-import yaml
 
 from assay.corpus.errors import CorpusError
 from assay.corpus.storage import Store
-from assay.engine import crew, shard
+from assay.engine import crew, shard, units
 from assay.engine.crew import DIED_TWICE
 from assay.engine.local import run
 from assay.engine.progress import Progress
@@ -106,7 +105,7 @@ def large(tmp_path_factory):
 @pytest.fixture
 def small_blocks(monkeypatch):
     odd(monkeypatch, "small_windows")
-    monkeypatch.setattr(crew, "SPLIT_BYTES", 10_000)
+    monkeypatch.setattr(units, "SPLIT_BYTES", 10_000)
 
 
 def test_two_workers_write_the_bytes_of_one(large, small_blocks, caplog):
@@ -153,7 +152,7 @@ def test_unreadable_shards_are_the_same_whoever_finds_them(project):
 
 
 def test_kept_features_are_those_of_one_worker(project, monkeypatch):
-    monkeypatch.setattr(crew, "SPLIT_BYTES", 1)  # but a shard whose features are kept is one unit
+    monkeypatch.setattr(units, "SPLIT_BYTES", 1)  # but a shard whose features are kept is one unit
     methods = [{"method": "trak", "models": ["a"], "keep_features": "float16", "sketch": {"kind": "sparse", "dim": 8}}]
     project.write_recipe(methods=methods, targets={"t": {"path": "data/a.parquet"}})
     score(project, "output=one", "run.devices=cpu")
@@ -166,7 +165,7 @@ def test_kept_features_are_those_of_one_worker(project, monkeypatch):
 
 @pytest.mark.parametrize("split", [pytest.param(1, marks=pytest.mark.slow), 1 << 30])
 def test_what_a_dead_worker_had_is_done_again(project, monkeypatch, caplog, split):
-    monkeypatch.setattr(crew, "SPLIT_BYTES", split)
+    monkeypatch.setattr(units, "SPLIT_BYTES", split)
     odd(monkeypatch, "dies_once_on_each")
     progress = Counts()
     summary = score(project, TWO, progress=progress)
@@ -180,7 +179,7 @@ def test_what_a_dead_worker_had_is_done_again(project, monkeypatch, caplog, spli
 
 @pytest.mark.parametrize("split", [1, pytest.param(1 << 30, marks=pytest.mark.slow)])
 def test_a_shard_on_which_two_die_is_quarantined(project, monkeypatch, split):
-    monkeypatch.setattr(crew, "SPLIT_BYTES", split)
+    monkeypatch.setattr(units, "SPLIT_BYTES", split)
     project.write_shard("deadly.jsonl", make_rows(20, 3))
     odd(monkeypatch, "dies_on_deadly")
     summary = score(project, TWO)
@@ -291,31 +290,15 @@ def test_workers_know_what_the_columns_tell(project):
 @pytest.mark.slow
 def test_numbers_per_token_of_a_language_model_in_parts(tmp_path, monkeypatch):
     """Lists in a table, a tokenizer in every worker, and batches by length."""
-    monkeypatch.setattr(crew, "SPLIT_BYTES", 1)
+    monkeypatch.setattr(units, "SPLIT_BYTES", 1)
     odd(monkeypatch, "small_windows")
-    for seed, name in enumerate(("small", "ref")):
-        test_text.save_model(tmp_path / name, seed)
     rng = random.Random(0)
     texts = [" ".join(rng.choices(test_text.WORDS[1:], k=rng.randint(1, 20))) for _ in range(2 * BLOCK + 9)]
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data/a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    recipe = {
-        "version": 1,
-        "corpus": {"path": "data"},
-        "task": {"kind": "causal_lm", "max_length": 16},
-        "models": {name: {"kind": "transformers", "path": name} for name in ("small", "ref")},
-        "methods": [
-            {"method": "ensemble", "models": ["small", "ref"], "tokens": True},
-            {"method": "grad_mimic", "model": "small", "reference": "ref"},
-        ],
-        "output": "scores",
-    }
-    path, overrides = tmp_path / "recipe.yaml", ["batch.tokens=500"]
-    path.write_text(yaml.safe_dump(recipe))
+    path = test_text.write_text_project(tmp_path, [json.dumps({"text": text}) for text in texts], 500, tokens=True)
     with monkeypatch.context() as patch:
         patch.setattr(shard, "WINDOW_ROWS", odd_workers.SMALL_WINDOW)
-        run(load_recipe(str(path), [*overrides, "output=one", "run.devices=cpu"]))
-    run(load_recipe(str(path), [*overrides, "output=two", TWO]))
+        run(load_recipe(str(path), ["output=one", "run.devices=cpu"]))
+    run(load_recipe(str(path), ["output=two", TWO]))
     assert any(pa.types.is_list(field.type) for field in pq.read_schema(tmp_path / "one/a.parquet"))
     assert written(tmp_path / "one") == written(tmp_path / "two")
 

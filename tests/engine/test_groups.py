@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from assay.engine.crew import units_at_most
 from assay.engine.groups import Group, consecutive, make_groups, score_groups
 from assay.engine.rows import Sample
+from assay.engine.units import units_at_most
 from assay.methods import Column
 from assay.recipe.tasks import Encoded
 

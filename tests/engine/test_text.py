@@ -30,30 +30,35 @@ def save_model(path, seed: int, words=WORDS, positions: int = 32) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(path)
 
 
-@pytest.fixture
-def text_recipe(tmp_path):
-    save_model(tmp_path / "small", 0)
-    save_model(tmp_path / "ref", 1)
-    rng = np.random.default_rng(0)
-    (tmp_path / "data").mkdir()
-    texts = [" ".join(rng.choice(WORDS[1:], size)) for size in rng.integers(2, 60, 40)]
-    lines = [json.dumps({"text": text}) for text in texts]
-    lines[3], lines[5], lines[8] = '{"text": null}', '{"text": "\\ud800 gold"}', '{"text": "gold"}'
-    (tmp_path / "data/a.jsonl").write_text("\n".join(lines))
+def write_text_project(root, lines, batch_tokens: int, **ensemble):
+    """Two small models, a shard of these JSON lines and a recipe of both, whose path is returned."""
+    save_model(root / "small", 0)
+    save_model(root / "ref", 1)
+    (root / "data").mkdir()
+    (root / "data/a.jsonl").write_text("\n".join(lines))
     recipe = {
         "version": 1,
         "corpus": {"path": "data"},
         "task": {"kind": "causal_lm", "max_length": 16},
         "models": {name: {"kind": "transformers", "path": name} for name in ("small", "ref")},
         "methods": [
-            {"method": "ensemble", "models": ["small", "ref"]},
+            {"method": "ensemble", "models": ["small", "ref"], **ensemble},
             {"method": "grad_mimic", "model": "small", "reference": "ref"},
         ],
         "output": "scores",
-        "batch": {"tokens": 100},
+        "batch": {"tokens": batch_tokens},
     }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    return tmp_path / "recipe.yaml", texts
+    (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return root / "recipe.yaml"
+
+
+@pytest.fixture
+def text_recipe(tmp_path):
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(WORDS[1:], size)) for size in rng.integers(2, 60, 40)]
+    lines = [json.dumps({"text": text}) for text in texts]
+    lines[3], lines[5], lines[8] = '{"text": null}', '{"text": "\\ud800 gold"}', '{"text": "gold"}'
+    return write_text_project(tmp_path, lines, 100), texts
 
 
 def test_texts_are_scored_as_the_model_itself_would(text_recipe):

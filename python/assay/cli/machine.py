@@ -20,8 +20,6 @@ _EXTRAS = {
     "text": "language models and data sets of Hugging Face",
     "image": "image files",
     "gpu": "kernels on NVIDIA GPUs",
-    "ray": "many machines",
-    "report": "figures and pages",
     "lance": "Lance files",
 }
 

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from assay.corpus.errors import ShardError
 
 EXTENSION_KEY = b"ARROW:extension:name"
+LISTS = ("list", "large_list", "fixed_size_list", "list_view", "large_list_view")
 _TENSOR = "arrow.fixed_shape_tensor"
 # pyarrow gives what these mean; the storage of the others below is what they mean, in order.
 _UNDERSTOOD_EXTENSIONS = ("arrow.uuid", "arrow.bool8")
@@ -120,9 +121,8 @@ def _dense_field(field: pa.Field) -> pa.Field:
 
 
 def _is_numeric_list(kind: pa.DataType) -> bool:
-    lists = ("list", "large_list", "fixed_size_list", "list_view", "large_list_view")
     numbers = ("integer", "floating", "boolean")
-    return is_any(kind, *lists) and is_any(kind.value_type, *numbers)
+    return is_any(kind, *LISTS) and is_any(kind.value_type, *numbers)
 
 
 def is_any(kind: pa.DataType, *names: str) -> bool:

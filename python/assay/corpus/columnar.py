@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from assay.corpus import format as limits
 from assay.corpus.arrow_values import dense_type, is_any, run_places, values_of
-from assay.corpus.dotted import Path
+from assay.corpus.dotted import Path, paths_of
 from assay.corpus.errors import ShardError
 from assay.corpus.format import Chunk, check_length
 
@@ -31,6 +31,26 @@ def chunks_of(pieces: Iterable[Piece], paths: Mapping[str, Path]) -> Iterator[Ch
         values = {name: _values_at(piece, name, path, faults) for name, path in paths.items()}
         yield Chunk(first, values, faults, piece.num_rows, progress)
         first += piece.num_rows
+
+
+def chunks_of_columns(
+    schema: pa.Schema, columns: Sequence[str], read: Callable[[list[str]], Iterable[Piece]]
+) -> Iterator[Chunk]:
+    """The same, of a shard whose columns are read whole: ``read`` gives the pieces of some."""
+    paths = paths_of(schema, columns)
+    whole = list(dict.fromkeys(path[0] for path in paths.values()))
+    yield from chunks_of(joined(read(whole)), paths)
+
+
+def counted(batches: Iterable[pa.RecordBatch], total: int, where: str) -> Iterator[Piece]:
+    """The batches in pieces, each with the share read so far. A ShardError unless they have the ``total`` rows that the
+    shard's ``where`` promises."""
+    seen = 0
+    for piece in pieces(batches):
+        seen += piece.num_rows
+        yield piece, seen / total if total else 1.0
+    if seen != total:
+        raise ShardError(f"holds {seen} rows where its {where} promises {total}")
 
 
 def _values_at(piece: pa.RecordBatch, name: str, path: Path, faults: dict[int, str]) -> Sequence[Any]:

@@ -10,14 +10,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from assay.corpus.arrow_values import extension_name, is_any
+from assay.corpus.arrow_values import LISTS, extension_name, is_any
 from assay.corpus.dotted import fields_below
 from assay.corpus.errors import ShardError
 from assay.corpus.format import ColumnFacts
 
 MIXED = "mixed"
 _HUGGING_FACE = b"huggingface"
-_LISTS = ("list", "large_list", "fixed_size_list", "list_view", "large_list_view")
 _MOST_SHOWN_FIELDS = 16
 _MOST_DEPTH = 32
 _MOST_FIELDS = 20_000
@@ -119,7 +118,7 @@ def _feature_of(feature: Feature, name: str) -> Feature:
 
 def _classes(kind: pa.DataType, feature: Feature) -> tuple[str, ...] | None:
     """The names of a ClassLabel, which must be stored as integers, or of the items of a list of them."""
-    while is_any(kind, *_LISTS):
+    while is_any(kind, *LISTS):
         kind, feature = kind.value_type, _item_feature(feature)
     if not pa.types.is_integer(kind) or not isinstance(feature, dict) or feature.get("_type") != "ClassLabel":
         return None
@@ -143,7 +142,7 @@ def _type_text(field: pa.Field, feature: Feature = None) -> str:
         return "string"
     if is_any(kind, "binary", "large_binary", "binary_view", "fixed_size_binary"):
         return "binary"
-    if is_any(kind, *_LISTS):
+    if is_any(kind, *LISTS):
         return f"list<{_type_text(kind.value_field, _item_feature(feature))}>"
     if pa.types.is_struct(kind):
         fields = [kind.field(i) for i in range(kind.num_fields)]

@@ -51,6 +51,11 @@ class Source:
     optional: frozenset[str] = frozenset()
     """Columns that are null where a row, of a format whose rows have keys of their own, has no such key."""
 
+    @property
+    def share_read(self) -> float:
+        """Of the file's bytes."""
+        return min(self.file.tell() / max(1, self.size), 1.0)
+
 
 @dataclass(frozen=True)
 class ColumnFacts:

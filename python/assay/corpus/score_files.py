@@ -111,11 +111,11 @@ def read_score(store: Store, path: str, name: str) -> tuple[npt.NDArray[np.int64
     return table["row"].to_numpy(), table[name].to_numpy()
 
 
-def stream_score(store: Store, path: str, name: str) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]:
-    """The same, a batch in memory at a time."""
+def stream_score(store: Store, path: str, name: str) -> Iterator[npt.NDArray[np.float32]]:
+    """One of a score table's scores, a batch in memory at a time."""
     with store.open(path) as file:
-        for batch in pq.ParquetFile(file).iter_batches(columns=["row", name], batch_size=ROW_GROUP_ROWS):
-            yield batch.column("row").to_numpy(), batch.column(name).to_numpy(zero_copy_only=False)
+        for batch in pq.ParquetFile(file).iter_batches(columns=[name], batch_size=ROW_GROUP_ROWS):
+            yield batch.column(name).to_numpy(zero_copy_only=False)
 
 
 def rows_at(store: Store, path: str, places: Sequence[int]) -> list[dict[str, Any]]:

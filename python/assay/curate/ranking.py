@@ -114,7 +114,7 @@ def rank(
     rows = nan = 0
     for table, shard in enumerate(shards):
         start = 0
-        for _, values in stream_score(scores.store, table_path(shard), name):
+        for values in stream_score(scores.store, table_path(shard), name):
             for end in (top, bottom):
                 end.see(table, start, values)
             bare = np.flatnonzero(np.isnan(values))

@@ -16,6 +16,7 @@ from assay.engine.kept_features import Scores
 from assay.engine.rows import Sample
 from assay.engine.timing import Times
 from assay.methods import Column
+from assay.probe.quiet import is_out_of_memory
 from assay.recipe.library_calls import memory_limits, unbounded_memory
 from assay.recipe.recipe import BatchSpec
 from assay.recipe.tasks import Encoder
@@ -165,12 +166,3 @@ def _scores(
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()  # what is cached in pieces of the failed batch's sizes may not serve a smaller one
     return None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out; torch's CPU allocator and CUDA's libraries say so only in words."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    # cuBLAS and cuDNN have their own: CUBLAS_STATUS_ALLOC_FAILED, CUDNN_STATUS_..._ALLOCATION_FAILED.
-    words = ("not enough memory", "DefaultCPUAllocator", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

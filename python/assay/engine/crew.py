@@ -32,45 +32,17 @@ from assay.engine.plan import Plan, write_manifest
 from assay.engine.progress import Progress
 from assay.engine.shard import Share
 from assay.engine.timing import Times
+from assay.engine.units import Job, Outcome, shares
 from assay.recipe.errors import EngineError
 
 log = logging.getLogger("assay")
 
 # How a worker's process starts. Not by forking: threads and GPU contexts do not survive it.
 START = "spawn"
-# A shard smaller than this is not worth reading several times.
-SPLIT_BYTES = 32 << 20
 DIED_TWICE = "a worker died twice on it"
 _PATIENCE_SECONDS = 5.0
 # Staged parts are given a new age so often: an hour's is what others take for an abandoned one.
 _RENEW_SECONDS = 600.0
-
-Outcome = tuple[Footer, bool] | str
-"""A table's footer and whether it came of stored features, or why the shard cannot be read."""
-
-
-def units_at_most(plan: Plan, sizes: Mapping[Shard, int], workers: int) -> int:
-    """How many units there may be of shards of these sizes, for so many workers."""
-    return sum(_shares(plan, size, sum(sizes.values()), workers) for size in sizes.values())
-
-
-def sizes_of(shards: Sequence[Shard]) -> dict[Shard, int]:
-    """Their bytes; 0 of one that is not there."""
-    sizes = {}
-    for shard in shards:
-        sizes[shard] = 0
-        with contextlib.suppress(OSError):
-            sizes[shard] = (shard.listed or shard.fingerprint()).size
-    return sizes
-
-
-def _shares(plan: Plan, size: int, total: int, workers: int) -> int:
-    """Into how many parts a shard is cut: as many as there are workers if it would keep one of them busy too long.
-
-    One whose rows are compared in groups stays whole: the last of them need rows before them.
-    """
-    whole = plan.recipe.task.group_rows is not None
-    return workers if not whole and size >= SPLIT_BYTES and 2 * workers * size > total else 1
 
 
 def score_with_workers(
@@ -122,27 +94,12 @@ def _staging(output: Store) -> Iterator[Callable[[], str]]:
 
 
 @dataclass
-class _Job:
-    """A unit and what became of it so far."""
-
-    shard: Shard
-    size: float
-    share: Share = field(default_factory=Share)
-    path: str | None = None
-    """Where its part is being staged; None while it is not, and of a whole shard."""
-    deaths: int = 0
-    began: bool = False
-    rows: int = 0
-    reached: float = 0.0
-
-
-@dataclass
 class _Worker:
     device: torch.device
     process: Any
     connection: Connection
     ready: Ready | None = None
-    job: _Job | None = None
+    job: Job | None = None
     began: float = field(default_factory=time.perf_counter)
 
 
@@ -165,7 +122,7 @@ class _Crew:
         self._devices: Sequence[torch.device] = ()
         self._threads = 1
         self._starts: dict[torch.device, int] = {}
-        self._waiting: deque[_Job] = deque()
+        self._waiting: deque[Job] = deque()
         self._ready: Ready | None = None
         self._staged: dict[Shard, dict[int, Part]] = {}
         self._renewed = time.monotonic()
@@ -227,7 +184,7 @@ class _Crew:
         if self._waiting or self._ready is None:
             self._brief(self._hire(dead.device))
 
-    def _retry(self, job: _Job, how: str) -> None:
+    def _retry(self, job: Job, how: str) -> None:
         self._progress.advance(-job.rows, -job.reached * job.size)
         if job.path is not None:
             _remove([job.path])
@@ -274,8 +231,8 @@ class _Crew:
         write_manifest(self._plan, self._ready.columns)
         total, workers = sum(self._sizes.values()), len(self._devices)
         for shard, size in sorted(self._sizes.items(), key=lambda item: -item[1]):
-            count = _shares(self._plan, size, total, workers) if self._ready.gathers is not None else 1
-            self._waiting += [_Job(shard, size / count, Share(i, count)) for i in range(count)]
+            count = shares(self._plan, size, total, workers) if self._ready.gathers is not None else 1
+            self._waiting += [Job(shard, size / count, Share(i, count)) for i in range(count)]
 
     def work(self) -> None:
         """Hand out units until every shard has its outcome."""
@@ -288,7 +245,7 @@ class _Crew:
                     self._hand_out(each, self._waiting.popleft())
             self._listen()
 
-    def _hand_out(self, to: _Worker, job: _Job) -> None:
+    def _hand_out(self, to: _Worker, job: Job) -> None:
         job.path = self.stage() if job.share.count > 1 else None
         to.job = job
         with contextlib.suppress(OSError):  # its death will be noticed where its words are waited for
@@ -332,7 +289,7 @@ class _Crew:
             self._times.add(message.times)
             self._finish(job, message)
 
-    def _finish(self, job: _Job, message: Finished) -> None:
+    def _finish(self, job: Job, message: Finished) -> None:
         outcome = message.outcome
         if job.path is not None and (isinstance(outcome, str) or job.shard in self.outcomes):
             _remove([job.path])
@@ -361,7 +318,7 @@ class _Crew:
             log.info("%s: has too few samples at its beginning for several workers; one scores it", shard.path)
             self._drop(shard)
             self._progress.advance(0, -size)
-            self._waiting.append(_Job(shard, size))
+            self._waiting.append(Job(shard, size))
         else:
             self._settle(shard, (footer, False))
 
@@ -369,8 +326,8 @@ class _Crew:
         """What became of a shard is known."""
         self.outcomes[shard] = outcome
         self._drop(shard)
-        self._waiting = deque(job for job in self._waiting if job.shard != shard)
-        if isinstance(outcome, str):
+        if isinstance(outcome, str):  # other parts of it may be waiting
+            self._waiting = deque(job for job in self._waiting if job.shard != shard)
             self._on_unreadable(shard, outcome)
         self._progress.finish_shard()
 

@@ -18,12 +18,13 @@ from assay.corpus.listing import summarise_left_out
 from assay.corpus.quarantine import QuarantineWriter
 from assay.corpus.shards import Shard
 from assay.corpus.storage import Store
-from assay.engine.crew import Outcome, score_with_workers, sizes_of, units_at_most
+from assay.engine.crew import score_with_workers
 from assay.engine.devices import find_devices
 from assay.engine.plan import Plan, find_corpora, make_plan, write_manifest
 from assay.engine.progress import Progress
 from assay.engine.shard import score_anew_or_stored
 from assay.engine.timing import Times
+from assay.engine.units import Outcome, sizes_of, units_at_most
 from assay.engine.workshop import open_workshop
 from assay.recipe.recipe import Recipe
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from assay._version import __version__
 from assay.corpus.errors import CorpusError
-from assay.corpus.footer import Footer, Identity, Manifest, Tally, canonical_hash, open_table
+from assay.corpus.footer import Identity, Manifest, Table, Tally, canonical_hash, open_table
 from assay.corpus.layout import MANIFEST, RESOLVED_RECIPE, quarantine_path, table_path
 from assay.corpus.shards import Corpus, Shard, find_shards, refuse_overlap
 from assay.corpus.storage import Store
@@ -76,7 +76,7 @@ def make_plan(
     for shard in corpus.shards[index - 1 :: count]:
         table = open_table(output, shard)
         differences = table.differences(identity) if table else []
-        if table and not differences and _unchanged(shard, table.footer):
+        if table and not differences and _unchanged(shard, table):
             done.add(table.footer)
             continue
         todo.append(shard)
@@ -111,9 +111,9 @@ def refuse_changes(plan: Plan) -> None:
         )
 
 
-def _unchanged(shard: Shard, footer: Footer) -> bool:
+def _unchanged(shard: Shard, table: Table) -> bool:
     try:
-        return shard.fingerprint() == footer.input.fingerprint
+        return table.input_is(shard.fingerprint())
     except OSError:
         return False  # scoring it will say what is the matter
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from assay.corpus.footer import Identity
-from assay.engine.batches import Budget, is_out_of_memory
+from assay.engine.batches import Budget
 from assay.engine.devices import place, take
 from assay.engine.groups import splitter
 from assay.engine.kept_features import FeatureMethod
@@ -19,6 +19,7 @@ from assay.engine.pool import Batches, draw_samples, read_target
 from assay.engine.timing import Times
 from assay.methods import Column, Method, Scorer
 from assay.methods.scorer import all_columns
+from assay.probe.quiet import is_out_of_memory
 from assay.recipe.errors import EngineError
 from assay.recipe.models import build_models
 from assay.recipe.recipe import Recipe

@@ -4,9 +4,10 @@ from assay.probe.adam import AdamState
 from assay.probe.formulas import Factors
 from assay.probe.gradient import PerSampleGradient
 from assay.probe.jvp import Jvp
-from assay.probe.probe import Probe, Signals
+from assay.probe.probe import Probe
 from assay.probe.reductions import Displaced, Dot, Feature, Reduction, Sketched, SqNorm, TokenDot
 from assay.probe.selection import tapped_parameters
+from assay.probe.signals import Signals
 from assay.probe.terms import Convolution, Dense, Outer, Scatter
 
 __all__ = [

@@ -6,6 +6,7 @@ A ``module`` is looked at for its options alone.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from assay.probe.terms import Convolution
+from assay.probe.terms import Convolution, Dense
 from assay.tasks.base import Lazy, wide
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -44,6 +45,17 @@ class Factors:
 
 
 # ---- Linear, Conv1D of transformers, Embedding
+
+
+def scale(factors: Factors, shape: Sequence[int]) -> Dense:
+    """The gradient of a weight of this shape that multiplies what is normalised, element by element."""
+    return Dense((wide(factors.inputs) * wide(factors.grads)).sum(1).reshape(-1, *shape))
+
+
+def shift(rows: Tensor, shape: Sequence[int] | None = None) -> Dense:
+    """The gradient of what is added to every row: (B, T, D) -> (B, D), or of a ``shape`` of its own."""
+    total = rows.sum(1, dtype=wide(rows[:0]).dtype)
+    return Dense(total if shape is None else total.reshape(-1, *shape))
 
 
 def last(module: nn.Module, tensor: Tensor) -> Tensor:

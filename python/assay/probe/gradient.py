@@ -12,7 +12,7 @@ from torch import Tensor
 from assay.ops import Sketch
 from assay.probe.experts import Experts
 from assay.probe.head import Head
-from assay.probe.terms import Convolution, Dense, Outer, Pulled, Scatter, Term
+from assay.probe.terms import Convolution, Dense, Outer, Pulled, Scatter, Term, sum_of
 from assay.tasks.base import wide
 
 # Gradients are multiplied out at most this many numbers at a time.
@@ -164,7 +164,3 @@ def _outer_scatter(outer: Outer, scatter: Scatter) -> Tensor:
 
 def _join(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), 1)
-
-
-def sum_of(tensors: Sequence[Tensor]) -> Tensor:
-    return sum(tensors[1:], start=tensors[0])

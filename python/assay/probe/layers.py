@@ -18,7 +18,7 @@ from assay.ops._exact import exact
 from assay.probe import formulas
 from assay.probe.experts import are_experts
 from assay.probe.formulas import Factors
-from assay.probe.terms import Dense, Outer, Scatter, Term
+from assay.probe.terms import Outer, Scatter, Term
 from assay.tasks.base import wide
 
 
@@ -50,16 +50,14 @@ class Rule:
     def term(self, module: nn.Module, name: str, inputs: Tensor, grads: Tensor) -> Term:
         """The gradient of the module's parameter ``name`` ("weight" or "bias") from one call."""
         if name == "bias":
-            bias = self.rows(module, grads).sum(1, dtype=wide(grads[:0]).dtype)
-            return Dense(bias.reshape(-1, *module.get_parameter(name).shape))
+            return formulas.shift(self.rows(module, grads), module.get_parameter(name).shape)
         if self.weight is not None:
             return self.weight(module, inputs, grads)
         factors = self.factors(module, inputs, grads)
         if factors.kind == "scatter":
             return Scatter(factors.inputs, factors.grads)
         if factors.kind == "elementwise":
-            scale = (wide(factors.inputs) * wide(factors.grads)).sum(1)
-            return Dense(scale.reshape(-1, *module.get_parameter(name).shape))
+            return formulas.scale(factors, module.get_parameter(name).shape)
         if self.transposed:
             return Outer(factors.inputs, factors.grads)
         return Outer(factors.grads, factors.inputs)

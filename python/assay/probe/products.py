@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
@@ -71,7 +72,7 @@ def _linear(given: Any, lead: Lead) -> Gradients | None:
         return None
     return {
         "weight": lambda grads: Outer(arrange(grads), arrange(given.input)),
-        "bias": lambda grads: _summed(arrange(grads)),
+        "bias": lambda grads: formulas.shift(arrange(grads)),
     }
 
 
@@ -151,7 +152,7 @@ def _convolution(given: Any, lead: Lead) -> Gradients | None:
     layer._reversed_padding_repeated_twice = [side for pad in reversed(pads) for side in pad]
     return {
         "weight": lambda grads: formulas.convolution(layer, given.input, grads),
-        "bias": lambda grads: _summed(grads.flatten(2).mT),
+        "bias": lambda grads: formulas.shift(grads.flatten(2).mT),
     }
 
 
@@ -163,7 +164,7 @@ def _conv_transpose(given: Any, lead: Lead) -> Gradients | None:
     layer.padding = _each(given.padding, n)
     return {
         "weight": lambda grads: formulas.transposed(layer, given.input, grads),
-        "bias": lambda grads: _summed(grads.flatten(2).mT),
+        "bias": lambda grads: formulas.shift(grads.flatten(2).mT),
     }
 
 
@@ -195,20 +196,15 @@ def _channel_norm(formula: Callable[[Any, Tensor, Tensor], formulas.Factors]) ->
     def found(given: Any, lead: Lead) -> Gradients | None:
         if given.input.ndim < 2 or not lead.batch(given.input) or given.training:
             return None
-        rows: Arrange = lambda grads: formulas.channels(given, grads)  # noqa: E731
-        return _scale_and_shift(given, lambda grads: formula(given, given.input, grads), rows)
+        return _scale_and_shift(given, partial(formula, given, given.input), partial(formulas.channels, given))
 
     return found
 
 
 def _scale_and_shift(given: Any, factors: Callable[[Tensor], formulas.Factors], rows: Arrange) -> Gradients:
-    def weight(grads: Tensor) -> Term:
-        found = factors(grads)
-        return Dense((wide(found.inputs) * wide(found.grads)).sum(1).reshape(-1, *given.weight.shape))
-
     return {
-        "weight": weight,
-        "bias": lambda grads: Dense(_summed(rows(grads)).values.reshape(-1, *given.bias.shape)),
+        "weight": lambda grads: formulas.scale(factors(grads), given.weight.shape),
+        "bias": lambda grads: formulas.shift(rows(grads), given.bias.shape),
     }
 
 
@@ -216,12 +212,7 @@ def _prelu(given: Any, lead: Lead) -> Gradients | None:
     if not lead.batch(given.input):
         return None
     layer: Any = SimpleNamespace(num_parameters=given.weight.numel())
-
-    def weight(grads: Tensor) -> Term:
-        found = formulas.prelu(layer, given.input, grads)
-        return Dense((wide(found.inputs) * wide(found.grads)).sum(1).reshape(-1, *given.weight.shape))
-
-    return {"weight": weight}
+    return {"weight": lambda grads: formulas.scale(formulas.prelu(layer, given.input, grads), given.weight.shape)}
 
 
 def _bilinear(given: Any, lead: Lead) -> Gradients | None:
@@ -232,7 +223,7 @@ def _bilinear(given: Any, lead: Lead) -> Gradients | None:
         first, second = wide(arrange(given.input1)), wide(arrange(given.input2))
         return Outer(arrange(grads), (first[..., None] * second[..., None, :]).flatten(2))
 
-    return {"weight": weight, "bias": lambda grads: _summed(arrange(grads))}
+    return {"weight": weight, "bias": lambda grads: formulas.shift(arrange(grads))}
 
 
 def _baddbmm(given: Any, lead: Lead) -> Gradients | None:
@@ -256,10 +247,6 @@ def _baddbmm(given: Any, lead: Lead) -> Gradients | None:
         return Dense(torch.stack([wide(arrange(side)).sum(1, keepdim=True) for side in grads], 1))
 
     return {"batch2": weight, "input": shift}
-
-
-def _summed(rows: Tensor) -> Dense:
-    return Dense(rows.sum(1, dtype=wide(rows[:0]).dtype))
 
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")

@@ -71,6 +71,9 @@ def other_leaves(losses: Tensor, own: Collection[Tensor]) -> list[Tensor]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out; torch's CPU allocator says so only in words."""
-    words = ("not enough memory", "DefaultCPUAllocator", "out of memory")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in words)
+    """Whether an error says that memory ran out; torch's CPU allocator and CUDA's libraries say so only in words."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    # cuBLAS and cuDNN have their own: CUBLAS_STATUS_ALLOC_FAILED, CUDNN_STATUS_..._ALLOCATION_FAILED.
+    words = ("not enough memory", "DefaultCPUAllocator", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

@@ -16,13 +16,14 @@ from torch.nn.utils.parametrize import ParametrizationList
 from assay.probe.calls import Call
 from assay.probe.experts import Routing
 from assay.probe.formulas import Factors
-from assay.probe.gradient import PerSampleGradient, sum_of
+from assay.probe.gradient import PerSampleGradient
 from assay.probe.layouts import Layout, possible
 from assay.probe.quiet import on_gradient, other_leaves
 from assay.probe.reductions import Reduced, Reduction
 from assay.probe.selection import Tap
 from assay.probe.shared import Region, Shared
 from assay.probe.starts import coincidences, untapped
+from assay.probe.terms import sum_of
 from assay.tasks.output_layer import UnmadeLogits
 
 

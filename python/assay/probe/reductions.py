@@ -55,14 +55,19 @@ class Displaced(Feature, Protocol):
 
 
 @dataclass(frozen=True)
-class Dot:
-    """⟨gradient of sample b, direction⟩ over the parameters that ``direction`` names."""
+class _Along:
+    """Something of the gradient along a direction, by parameter."""
 
     direction: Mapping[str, Tensor]
 
     @property
     def parameters(self) -> Collection[str]:
         return self.direction.keys()
+
+
+@dataclass(frozen=True)
+class Dot(_Along):
+    """⟨gradient of sample b, direction⟩ over the parameters that ``direction`` names."""
 
     def __call__(self, parameter: str, gradient: PerSampleGradient) -> Tensor:
         try:
@@ -72,17 +77,11 @@ class Dot:
 
 
 @dataclass(frozen=True)
-class TokenDot:
+class TokenDot(_Along):
     """Each token's part of ``Dot``, (B, T): what the positions at which the model reads the token give of the gradient.
 
     NaN where the task's mask says that there is no token.
     """
-
-    direction: Mapping[str, Tensor]
-
-    @property
-    def parameters(self) -> Collection[str]:
-        return self.direction.keys()
 
     def __call__(self, parameter: str, gradient: PerSampleGradient) -> Tensor:
         try:

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from assay.probe.gradient import sum_of
-from assay.probe.terms import Dense, Term
+from assay.probe.terms import Dense, Term, sum_of
 
 
 @dataclass(eq=False)

@@ -16,6 +16,10 @@ from assay.probe.head import Head
 from assay.tasks.base import wide
 
 
+def sum_of(tensors: Sequence[Tensor]) -> Tensor:
+    return sum(tensors[1:], start=tensors[0])
+
+
 @dataclass(frozen=True)
 class Outer:
     """Σ_t left[b,t]ᵀ right[b,t], viewed as the parameter. ``left`` (B, T, R), ``right`` (B, T, C)."""
@@ -246,7 +250,7 @@ class Pulled:
                     (more,) = torch.autograd.grad(pulled, u, part, retain_graph=True, allow_unused=True)
                     moved = more if moved is None or more is None else wide(moved) + more
         along = torch.zeros_like(self.value) if moved is None else moved
-        return sum((term.dot(along.detach()) for term in self.terms[1:]), start=self.terms[0].dot(along.detach()))
+        return sum_of([term.dot(along.detach()) for term in self.terms])
 
     def sqnorm(self) -> Tensor:
         return torch.cat([sample.sqnorm() for sample in self._samples()])
@@ -268,7 +272,7 @@ class Pulled:
         """Multiplied out one at a time: a gradient is as large as the weight."""
         for b in range(self.samples):
             each = [term.part(slice(b, b + 1)).dense(self.value.shape)[0] for term in self.terms]
-            grads = sum(each[1:], start=each[0]).to(self.value.dtype)
+            grads = sum_of(each).to(self.value.dtype)
             yield Dense(self._pull(grads).detach()[None])
 
     def _pull(self, grads: Tensor, create_graph: bool = False) -> Tensor:

@@ -23,6 +23,7 @@ from assay.recipe.model_files import (
     find_model_folder,
     read_mapping,
     read_weights,
+    refuse_packed,
     shortened,
 )
 
@@ -148,8 +149,7 @@ def _lora_values(path: str, stored: dict[str, Stored]) -> dict[str, Any]:
         raise EngineError(
             f"{path}: peft_type is {shortened([str(values.get('peft_type'))])}; only LORA can be scored with"
         )
-    if packed := sorted(name for name, tensor in stored.items() if not tensor.floating):
-        raise EngineError(f"{path}: {shortened(packed)} hold no floating-point numbers of 16 bits or more")
+    refuse_packed(path, stored)
     modules = {match["module"] for name in stored if ".lora_" in name and (match := _KEY.match(name))}
     if not modules:
         raise EngineError(f"{os.path.dirname(path)}: the weights hold no lora_A and lora_B of any layer")

@@ -7,19 +7,17 @@ neighbour in the batch changes it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from assay.recipe.errors import EngineError
 from assay.recipe.library_calls import quietly, refusing
+from assay.recipe.trials import device_of, differ, in_eval_mode, right_padded
 from assay.tasks import CausalLM
 
 _SHORT, _LONG = 8, 16
-_TOLERANCE = 1e-4  # of the largest logit, in float32: rounding is below 1e-5, what is looked for above 1e-3
-_ROUNDINGS = 8  # in types of fewer bits, that many of their steps: rounding adds up over the layers to about two
 _DRAWS = 2  # a router of experts may tip over by rounding, but not twice
 _MULTIPLY_ADDS, _LOGITS = 2e10, 2e7
 
@@ -120,39 +118,8 @@ class _Trial:
         batch["labels"] = torch.full_like(batch["input_ids"], -100)
         if positions is not None:
             batch["position_ids"] = positions
-        device = next((p.device for p in self._model.parameters()), torch.device("cpu"))
+        device = device_of(self._model)
         with torch.no_grad(), refusing(f"{self._key}: cannot be run on token ids; its config may be at fault"):
             logits = self._task.forward(self._model, self._task.to(batch, device)).logits
         assert logits is not None
         return [own[: len(row)] for own, row in zip(logits.view(len(rows), -1, logits.shape[1]), rows, strict=True)]
-
-
-def differ(one: Tensor, other: Tensor) -> bool:
-    """Whether logits of the same shape differ by more than rounding."""
-    finite, tolerance = one.isfinite(), max(_TOLERANCE, _ROUNDINGS * torch.finfo(one.dtype).eps)
-    if not torch.equal(finite, other.isfinite()):
-        return True
-    one, other = one[finite].double(), other[finite].double()
-    return bool(((one - other).abs() > tolerance * one.abs().max()).any()) if len(one) else False
-
-
-def right_padded(rows: Sequence[Tensor], padding: int = 0) -> dict[str, Tensor]:
-    """Token ids of several texts as a batch of `CausalLM`; where the mask is 0, the tokens are ``padding``."""
-    ids = torch.full((len(rows), max(map(len, rows))), padding, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for i, tokens in enumerate(rows):
-        ids[i, : len(tokens)] = tokens
-        mask[i, : len(tokens)] = 1
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-@contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode; which of its modules were in training is as before afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

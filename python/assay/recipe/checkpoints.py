@@ -32,6 +32,7 @@ from assay.recipe.model_files import (
     read_mapping,
     read_weights,
     shortened,
+    sizes,
 )
 from assay.recipe.model_labels import LABEL_KEYS, check_architecture, check_padding_token, has_labels, read_labels
 
@@ -276,7 +277,7 @@ def _slices(folder: ModelFolder) -> dict[str, Any]:
 
 def _check_report(path: str, model: Any, report: Mapping[str, Any], elsewhere: Mapping[str, Stored]) -> None:
     """What the library only warns of: random numbers in place of weights, or weights that it did not use."""
-    other = [f"{name} {_shape(own)} for {_shape(wants)}" for name, own, wants in sorted(report["mismatched_keys"])]
+    other = [f"{name} {sizes(own)} for {sizes(wants)}" for name, own, wants in sorted(report["mismatched_keys"])]
     missing, unused = sorted(set(report["missing_keys"]) - elsewhere.keys()), sorted(report["unexpected_keys"])
     heads = _beside_base(model, missing)
     # Where the file's head is not asked for, because there is to be none or another one, it is no loss.
@@ -302,10 +303,6 @@ def _beside_base(model: Any, names: Iterable[str]) -> list[str]:
     if model.base_model is not model:
         return [name for name in names if not name.startswith(prefix) or name.startswith(f"{prefix}pooler.")]
     return [name for name in names if name.removeprefix(prefix).split(".")[0] not in own]
-
-
-def _shape(shape: Iterable[int]) -> str:
-    return "×".join(map(str, shape)) or "scalar"
 
 
 def _check_duplicates(path: str, model: Any, stored: Mapping[str, Stored]) -> None:

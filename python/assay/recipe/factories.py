@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from assay._lazy import require
 from assay.recipe.errors import EngineError
 from assay.recipe.library_calls import refusing
-from assay.recipe.model_files import find_tokenizer, read_safetensors, shortened
+from assay.recipe.model_files import find_tokenizer, read_safetensors, shortened, sizes
 from assay.recipe.models import MODELS, ModelSpec, files_sha256
 from assay.recipe.parts import ExistingPath, located
 from assay.recipe.tokenizer import load_tokenizer
@@ -109,11 +109,11 @@ class PythonSpec(ModelSpec):
     def tokenizer(self) -> Any | None:
         return None if self.tokenizer_path is None else load_tokenizer(find_tokenizer(self.tokenizer_path), None)
 
-    def input_size(self, model: nn.Module) -> int | None:
+    def inputsizes(self, model: nn.Module) -> int | None:
         found = tried_out(model)
         return found[0] if found else None
 
-    def output_size(self, model: nn.Module) -> int | None:
+    def outputsizes(self, model: nn.Module) -> int | None:
         found = tried_out(model)
         return found[1] if found else None
 
@@ -214,7 +214,7 @@ def load_weights(path: str, model: nn.Module, factory: str) -> None:
     present = {id(tensor) for name, tensor in own.items() if name in stored}
     missing = [name for name, tensor in own.items() if name not in stored and id(tensor) not in present]
     other = [
-        f"{name} {_size(stored[name].shape)} for {_size(tensor.shape)}"
+        f"{name} {sizes(stored[name].shape)} for {sizes(tensor.shape)}"
         for name, tensor in own.items()
         if name in stored and stored[name].shape != tensor.shape
     ]
@@ -249,7 +249,3 @@ def _shared(tensors: Mapping[str, Tensor]) -> list[str]:
 
 def _same(one: Tensor, other: Tensor) -> bool:
     return bool(((one == other) | (one.isnan() & other.isnan())).all())
-
-
-def _size(shape: Iterable[int]) -> str:
-    return "×".join(map(str, shape)) or "scalar"

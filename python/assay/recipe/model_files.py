@@ -239,3 +239,14 @@ def one_line(error: BaseException) -> str:
 
 def _kind(data: Any) -> str:
     return "null" if data is None else f"a {type(data).__name__}"
+
+
+def sizes(shape: Iterable[int]) -> str:
+    """A tensor's shape in words."""
+    return "×".join(map(str, shape)) or "scalar"
+
+
+def refuse_packed(path: str, stored: Mapping[str, Stored]) -> None:
+    """EngineError if one of a file's tensors holds something else than floating-point numbers."""
+    if packed := sorted(name for name, tensor in stored.items() if not tensor.floating):
+        raise EngineError(f"{path}: {shortened(packed)} hold no floating-point numbers of 16 bits or more")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -81,9 +81,12 @@ def label_names(model: nn.Module) -> tuple[str, ...] | None:
     if not (number := output_size(model)):
         return None
     names: Mapping[int, str] = getattr(model, "config").id2label  # noqa: B009 (nn.Module has no such attribute)
-    if all(names[i] == f"LABEL_{i}" for i in range(number)):
-        return None
-    return tuple(names[i] for i in range(number))
+    return own_names([names[i] for i in range(number)])
+
+
+def own_names(names: Sequence[str]) -> tuple[str, ...] | None:
+    """Classes' names; None for transformers' own, LABEL_0, LABEL_1, …"""
+    return None if all(name == f"LABEL_{i}" for i, name in enumerate(names)) else tuple(names)
 
 
 def check_padding_token(path: str, model: Any) -> None:

@@ -24,7 +24,14 @@ from assay.recipe.adapters import Train, find_adapter, load_adapter, refuse_adap
 from assay.recipe.checkpoints import Dtype, Wanted, load_folder, load_gguf
 from assay.recipe.errors import EngineError
 from assay.recipe.library_calls import refusing
-from assay.recipe.model_files import ModelFolder, check_file, find_model_folder, read_safetensors, shortened
+from assay.recipe.model_files import (
+    ModelFolder,
+    check_file,
+    find_model_folder,
+    read_safetensors,
+    refuse_packed,
+    shortened,
+)
 from assay.recipe.parts import ExistingPath, Part, Registry, located
 from assay.recipe.tokenizer import behaviour, differences, load_gguf_tokenizer, load_tokenizer
 
@@ -118,8 +125,7 @@ class MlpSpec(ModelSpec):
                 raise EngineError(f"{self.path}: {i}.bias of shape {bias.shape} does not fit {i}.weight")
             layers += [nn.Linear(inputs, outputs, bias=bias is not None, device="meta"), nn.ReLU()]
             inputs = outputs
-        if packed := sorted(name for name, tensor in stored.items() if not tensor.floating):
-            raise EngineError(f"{self.path}: {shortened(packed)} hold no floating-point numbers of 16 bits or more")
+        refuse_packed(self.path, stored)
         model = nn.Sequential(*layers[:-1]).to_empty(device="cpu")
         with refusing(f"{self.path}: safetensors cannot read it"):
             model.load_state_dict(require("safetensors.torch", "cli").load_file(self.path))

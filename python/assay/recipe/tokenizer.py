@@ -44,7 +44,7 @@ def load_tokenizer(folder: ModelFolder, model: ModelFolder | None) -> Any:
     for name in folder.tokenizer:
         if name.endswith(".json"):
             # Some vocabularies are lists; everything else is a mapping.
-            _ = name.startswith("vocab") or read_mapping(folder.full(name))
+            _ = name.startswith("vocab") or name in _SETTINGS or read_mapping(folder.full(name))
     written = {} if model is None else {CONFIG: read_config(model, len(read_weights(model)))}
     written |= {name: _read_settings(folder.full(name)) for name in _SETTINGS if name in folder.tokenizer}
     linked = {name: folder.full(name) for name in folder.tokenizer if name not in written}

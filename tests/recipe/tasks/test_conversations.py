@@ -10,7 +10,7 @@ from assay.corpus.errors import BadRow
 from assay.recipe.chat_template import ChatTemplate
 from assay.recipe.errors import EngineError
 from assay.recipe.tasks.conversations import ChatEncoder
-from assay.recipe.tasks.documents import Reader
+from assay.recipe.tasks.documents import Limits
 from tests.recipe.tasks.chat_tokenizers import BARE, FORGETFUL, MARKED, PLAIN, STRICT, UNSTABLE, word_tokenizer
 
 TWO = [
@@ -55,7 +55,7 @@ def by_hand(text: str) -> list[tuple[str, bool]]:
 
 def encoder(template, loss_on="assistant", *, tools=None, max_length=64, truncate="right", **options):
     tokenizer = word_tokenizer(template, **options)
-    reader = Reader(tokenizer, max_length, truncate, 1000, "models.m")
+    reader = Limits(tokenizer, max_length, truncate, 1000, "models.m")
     return ChatEncoder("chat", tools, loss_on, ChatTemplate("models.m", tokenizer, tools is not None), reader)
 
 

@@ -7,12 +7,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from assay.corpus.errors import BadRow
-from assay.recipe.tasks.documents import CompletionEncoder, Reader, TextEncoder, holding
+from assay.recipe.tasks.documents import CompletionEncoder, Limits, TextEncoder, holding
 from tests.recipe.tasks.chat_tokenizers import word_tokenizer
 
 
 def completions(tokenizer=None, everything=False, max_length=64, truncate="right"):
-    reader = Reader(tokenizer or word_tokenizer(), max_length, truncate, 1000, "models.m")
+    reader = Limits(tokenizer or word_tokenizer(), max_length, truncate, 1000, "models.m")
     return CompletionEncoder("ask", "answer", everything, reader)
 
 
@@ -133,7 +133,7 @@ def test_cutting_keeps_a_token_that_counts_or_says_so():
     [("right", ["<s>", "gold*", " *", "is*"]), ("left", ["<s>", "no*", " *", "dig*"]), ("drop", None)],
 )
 def test_documents_are_cut_at_either_end(truncate, expected):
-    own = TextEncoder("text", Reader(word_tokenizer(), 4, truncate, 1000, "models.m"))
+    own = TextEncoder("text", Limits(word_tokenizer(), 4, truncate, 1000, "models.m"))
     if expected is None:
         assert reason(own, "gold is it no dig") == "text is longer than task.max_length, 4 tokens"
     else:
@@ -154,14 +154,14 @@ def test_a_cut_document_has_no_end(start):
     for text in ("gold", "gold is", "gold is it", "gold is it no dig " * 20):
         whole = ending(start)(text)["input_ids"]
         for length in (2, 3, 4, 5, 6):
-            (encoded,) = TextEncoder("text", Reader(ending(start), length, "right", 1000, "models.m")).encode([(text,)])
+            (encoded,) = TextEncoder("text", Limits(ending(start), length, "right", 1000, "models.m")).encode([(text,)])
             assert encoded.data.tolist() == whole[:length]
-            (dropped,) = TextEncoder("text", Reader(ending(start), length, "drop", 1000, "models.m")).encode([(text,)])
+            (dropped,) = TextEncoder("text", Limits(ending(start), length, "drop", 1000, "models.m")).encode([(text,)])
             assert isinstance(dropped, BadRow) == (len(whole) > length)
-    own = TextEncoder("text", Reader(ending(), 4, "left", 1000, "models.m"))
+    own = TextEncoder("text", Limits(ending(), 4, "left", 1000, "models.m"))
     assert shown(own, "gold is it no dig") == ["<s>", " *", "dig*", "</s>*"]
 
 
 def test_tokens_are_shown_as_text():
-    own = TextEncoder("text", Reader(byte_pairs(), 64, "right", 1000, "models.m"))
+    own = TextEncoder("text", Limits(byte_pairs(), 64, "right", 1000, "models.m"))
     assert shown(own, "a bé€\n") == ["a b", "é*", "â*", "Ĥ*", "¬*", "\n*"]

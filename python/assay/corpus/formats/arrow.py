@@ -15,8 +15,7 @@ from typing import Any, BinaryIO, cast
 import pyarrow as pa
 
 from assay.corpus.arrow_values import is_any
-from assay.corpus.columnar import Piece, check, chunks_of, filtered, joined, pieces
-from assay.corpus.dotted import paths_of
+from assay.corpus.columnar import Piece, check, chunks_of_columns, filtered, pieces
 from assay.corpus.errors import ShardError
 from assay.corpus.facts import facts_of_schema
 from assay.corpus.format import Chunk, ColumnFacts, Format, Mask, Source
@@ -31,9 +30,7 @@ _STREAM_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 
 def _read(source: Source, columns: Sequence[str]) -> Iterator[Chunk]:
     with _opened(source) as opened:
-        paths = paths_of(opened.schema, columns)
-        whole = list(dict.fromkeys(path[0] for path in paths.values()))
-        yield from chunks_of(joined(opened.pieces(whole)), paths)
+        yield from chunks_of_columns(opened.schema, columns, opened.pieces)
 
 
 def _facts(source: Source) -> dict[str, ColumnFacts]:

@@ -40,7 +40,7 @@ def _read(source: Source, columns: Sequence[str]) -> Iterator[Chunk]:
         kinds = kinds or {name: _kind_of(own) for name, own in cells.items()}
         faults = {i: str(row) for i, row in enumerate(rows) if isinstance(row, BadRow)}
         values = {name: kinds[name].values(name, own, faults) for name, own in cells.items()}
-        yield Chunk(first, values, faults, len(rows), min(source.file.tell() / max(1, source.size), 1.0))
+        yield Chunk(first, values, faults, len(rows), source.share_read)
 
 
 def _facts(source: Source) -> dict[str, ColumnFacts]:

@@ -21,7 +21,7 @@ _BYTE_ORDER_MARK = "\ufeff".encode()
 
 def _read(source: Source, columns: Sequence[str]) -> Iterator[Chunk]:
     for first, rows in _parts(source):
-        yield _chunk(first, rows, columns, source.optional, source.file.tell() / max(1, source.size))
+        yield _chunk(first, rows, columns, source.optional, source.share_read)
 
 
 def _facts(source: Source) -> dict[str, ColumnFacts]:

@@ -18,8 +18,8 @@ import pyarrow as pa
 
 from assay.corpus import format as limits
 from assay.corpus.arrow_values import extension_name
-from assay.corpus.columnar import Piece, chunks_of, filtered, joined, pieces
-from assay.corpus.dotted import fields_below, paths_of
+from assay.corpus.columnar import Piece, chunks_of_columns, counted, filtered
+from assay.corpus.dotted import fields_below
 from assay.corpus.errors import ShardError
 from assay.corpus.facts import facts_of_schema
 from assay.corpus.format import Chunk, ColumnFacts, Format, Mask, Source, check_length
@@ -42,9 +42,7 @@ def _files(store: Store, folder: str) -> list[str]:
 
 def _read(source: Source, columns: Sequence[str]) -> Iterator[Chunk]:
     with _opened(source) as data:
-        paths = paths_of(data.schema, columns)
-        whole = list(dict.fromkeys(path[0] for path in paths.values()))
-        yield from chunks_of(joined(_pieces(data, whole)), paths)
+        yield from chunks_of_columns(data.schema, columns, lambda whole: _pieces(data, whole))
 
 
 def _facts(source: Source) -> dict[str, ColumnFacts]:
@@ -65,14 +63,9 @@ def _copy(source: Source, keep: Mask, target: Store) -> None:
 
 
 def _pieces(data: Any, columns: Sequence[str]) -> Iterator[Piece]:
-    total, seen = data.count_rows(), 0
     bounds = {"batch_readahead": 1, "fragment_readahead": 1, "io_buffer_size": _READ_AHEAD_BYTES}
     scanner = data.scanner(columns=list(columns), batch_size=limits.CHUNK_ROWS, scan_in_order=True, **bounds)
-    for piece in pieces(scanner.to_batches()):
-        seen += piece.num_rows
-        yield piece, seen / total if total else 1.0
-    if seen != total:
-        raise ShardError(f"holds {seen} rows where its manifest promises {total}")
+    return counted(scanner.to_batches(), data.count_rows(), "manifest")
 
 
 @contextlib.contextmanager

@@ -8,9 +8,8 @@ from typing import BinaryIO
 import pyarrow.parquet as pq
 
 from assay.corpus import format as limits
-from assay.corpus.columnar import Piece, chunks_of, filtered, gathered, pieces
+from assay.corpus.columnar import Piece, chunks_of, counted, filtered, gathered
 from assay.corpus.dotted import paths_of
-from assay.corpus.errors import ShardError
 from assay.corpus.facts import facts_of_schema
 from assay.corpus.format import Chunk, ColumnFacts, Format, Mask, Source, check_length
 from assay.corpus.score_files import regroup
@@ -52,14 +51,9 @@ def _open(source: Source) -> pq.ParquetFile:
 
 def _batches(parquet: pq.ParquetFile, columns: Sequence[str] | None) -> Iterator[Piece]:
     """Pieces of the file, each with the share read so far; ``columns`` None takes all."""
-    total, seen = parquet.metadata.num_rows, 0
     rows = _batch_rows(parquet.metadata, columns)
     batches = parquet.iter_batches(batch_size=rows, columns=columns, use_threads=False)
-    for piece in pieces(gathered(batches)):
-        seen += piece.num_rows
-        yield piece, seen / total if total else 1.0
-    if seen != total:
-        raise ShardError(f"holds {seen} rows where its footer promises {total}")
+    return counted(gathered(batches), parquet.metadata.num_rows, "footer")
 
 
 def _batch_rows(facts: pq.FileMetaData, columns: Sequence[str] | None) -> int:

@@ -21,9 +21,8 @@ _DTYPES = {
 
 
 def _read(source: Source, columns: Sequence[str]) -> Iterator[Chunk]:
-    _, arrays = _stored(source)
+    _, arrays, rows = _stored(source)
     check_columns(columns, list(arrays))
-    rows = number_of_rows(arrays)
     yield from chunks_of_arrays(source.file, {name: arrays[name] for name in columns}, rows)
 
 
@@ -32,7 +31,7 @@ def _facts(source: Source) -> dict[str, ColumnFacts]:
 
 
 def _copy(source: Source, keep: Mask, file: BinaryIO) -> None:
-    header, arrays = _stored(source)
+    header, arrays, _ = _stored(source)
     count = int(keep.sum())
     entries: dict[str, object] = {METADATA: header.metadata} if header.metadata else {}
     end = 0
@@ -47,8 +46,8 @@ def _copy(source: Source, keep: Mask, file: BinaryIO) -> None:
         copy_chosen(source.file, array, keep, file)
 
 
-def _stored(source: Source) -> tuple[Header, Mapping[str, StoredArray]]:
-    """The file's header and, in the order of the file, its tensors."""
+def _stored(source: Source) -> tuple[Header, Mapping[str, StoredArray], int]:
+    """The file's header, in the order of the file its tensors, and how many rows these have."""
     header = read_header(source.file, source.size)
     arrays: dict[str, StoredArray] = {}
     end = 0
@@ -57,8 +56,7 @@ def _stored(source: Source) -> tuple[Header, Mapping[str, StoredArray]]:
             raise ShardError(f"has its tensor {name[:80]!r} at byte {facts.offsets[0]:,}; expected it at {end:,}")
         arrays[name] = _array(name, facts, header.start)
         end = facts.offsets[1]
-    number_of_rows(arrays)
-    return header, arrays
+    return header, arrays, number_of_rows(arrays)
 
 
 def _array(name: str, facts: TensorFacts, start: int) -> StoredArray:

@@ -86,7 +86,7 @@ def _read(source: Source, columns: Sequence[str]) -> Iterator[Chunk]:
             else:
                 for name, value in zip(columns, found, strict=True):
                     values[name][i] = value
-        yield Chunk(first, values, faults, len(rows), min(source.file.tell() / max(1, source.size), 1.0))
+        yield Chunk(first, values, faults, len(rows), source.share_read)
 
 
 def _facts(source: Source) -> dict[str, ColumnFacts]:

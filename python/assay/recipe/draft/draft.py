@@ -67,7 +67,7 @@ def draft_recipe(
     _check_labels(taken, facts, columns)
     if target is not None:
         _check_target(target, taken)
-    choices = Choices(data, facts, taken, out, further, other, target, _id_column(shard, columns), columns)
+    choices = Choices(data, facts, taken, out, further, other, target, _id_column(shard, columns))
     text, score = write(choices)
     return Draft(text, tuple(notes), score)
 

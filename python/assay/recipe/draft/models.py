@@ -21,6 +21,7 @@ from assay.recipe.model_files import (
     read_weights,
     shortened,
 )
+from assay.recipe.model_labels import own_names
 from assay.recipe.parts import is_pattern
 
 # What transformers' class names end in, and what such a model can be scored on.
@@ -165,8 +166,7 @@ def _names(labels: Any) -> tuple[str, ...] | None:
     """id2label in order; None if it has transformers' own LABEL_0, LABEL_1, … or is none."""
     if not isinstance(labels, dict) or labels.keys() != {str(i) for i in range(len(labels))}:
         return None
-    names = tuple(str(labels[str(i)]) for i in range(len(labels)))
-    return None if all(name == f"LABEL_{i}" for i, name in enumerate(names)) else names
+    return own_names([str(labels[str(i)]) for i in range(len(labels))])
 
 
 def _positions(config: Mapping[str, Any]) -> int | None:

@@ -123,20 +123,20 @@ def _classes(columns: Columns) -> Iterator[Reading]:
     label = label or columns.named(("float",), LABELS[:3])  # as pandas saves whole numbers with gaps
     if label is None and not columns.of("text"):  # beside texts a lone number may count anything
         label = columns.likely(("whole", "bool"), ())
-    if label is None:
-        return
-    for keys, why in _inputs(columns, label):
-        use = _CLASSIFIERS[next(iter(keys))]
-        yield Reading("classification", use, keys | {"label_column": label}, f"{why} and {label} their classes")
+    return _labelled(columns, "classification", "label_column", label, "their classes")
 
 
 def _regression(columns: Columns) -> Iterator[Reading]:
     target = columns.likely(("float",), NUMBERS) or columns.named(("whole",), NUMBERS)
-    if target is None:
+    return _labelled(columns, "regression", "target_column", target, "their numbers")
+
+
+def _labelled(columns: Columns, task: str, key: str, label: str | None, what: str) -> Iterator[Reading]:
+    """A sample for each input that the columns allow, with its label."""
+    if label is None:
         return
-    for keys, why in _inputs(columns, target):
-        use = _CLASSIFIERS[next(iter(keys))]
-        yield Reading("regression", use, keys | {"target_column": target}, f"{why} and {target} their numbers")
+    for keys, why in _inputs(columns, label):
+        yield Reading(task, _CLASSIFIERS[next(iter(keys))], keys | {key: label}, f"{why} and {label} {what}")
 
 
 def _texts(columns: Columns) -> Iterator[Reading]:

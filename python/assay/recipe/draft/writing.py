@@ -11,7 +11,6 @@ from typing import Any
 
 import yaml
 
-from assay.recipe.draft.columns import Columns
 from assay.recipe.draft.models import ModelFacts
 from assay.recipe.draft.readings import Reading
 
@@ -33,7 +32,6 @@ class Choices:
     reference: ModelFacts | None
     target: str | None
     id_column: str | None
-    columns: Columns
 
     @property
     def folder(self) -> str:

@@ -90,6 +90,9 @@ class ShowsTokens(Protocol):
         ...
 
 
+Models = Mapping[str, tuple[ModelSpec, nn.Module]]
+
+
 class TaskSpec(Part):
     """What a sample is."""
 
@@ -124,11 +127,12 @@ class TaskSpec(Part):
     def open(self, specs: Mapping[str, ModelSpec]) -> Callable[[Mapping[str, nn.Module]], Encoder]:
         """What makes the encoder of the models, once they are loaded; EngineError for what does not fit, as far as it
         shows before their weights are read."""
-        return lambda models: self.encoder({name: (specs[name], model) for name, model in models.items()})
-
-    def encoder(self, models: Mapping[str, tuple[ModelSpec, nn.Module]]) -> Encoder:
-        """How this task's rows become batches for these models."""
         raise NotImplementedError
+
+    def encoder(self, models: Models) -> Encoder:
+        """How this task's rows become batches for these models."""
+        opened = self.open({name: spec for name, (spec, _) in models.items()})
+        return opened({name: model for name, (_, model) in models.items()})
 
 
 TASKS: Registry[TaskSpec] = Registry("kind")

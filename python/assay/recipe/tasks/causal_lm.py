@@ -13,11 +13,12 @@ from assay.recipe.causal_checks import check_causal_lm
 from assay.recipe.chat_template import ChatTemplate, chat_behaviour
 from assay.recipe.errors import EngineError
 from assay.recipe.models import ModelSpec, own_tokenizers, refuse_differences
-from assay.recipe.padding_checks import setting
 from assay.recipe.parts import located
 from assay.recipe.tasks.base import TASKS, Encoder, TaskSpec
 from assay.recipe.tasks.conversations import ChatEncoder, LossOn
-from assay.recipe.tasks.documents import CompletionEncoder, Reader, TextEncoder, ends
+from assay.recipe.tasks.documents import CompletionEncoder, Limits, TextEncoder, ends
+from assay.recipe.tasks.vocabulary import check_vocabulary, embedded
+from assay.recipe.trials import setting
 from assay.tasks import CausalLM, Task
 
 log = logging.getLogger("assay")
@@ -89,18 +90,14 @@ class CausalLMSpec(TaskSpec):
         tokenizer, make = self._rows(own_tokenizers(specs))
         return lambda models: self._encoder(models, tokenizer, make)
 
-    def encoder(self, models: Mapping[str, tuple[ModelSpec, nn.Module]]) -> Encoder:
-        opened = self.open({name: spec for name, (spec, _) in models.items()})
-        return opened({name: model for name, (_, model) in models.items()})
-
-    def _encoder(self, models: Mapping[str, nn.Module], tokenizer: Any, make: Callable[[Reader], Encoder]) -> Encoder:
+    def _encoder(self, models: Mapping[str, nn.Module], tokenizer: Any, make: Callable[[Limits], Encoder]) -> Encoder:
         for name, model in models.items():
             self._check_positions(name, model)
         vocabulary = tokenizer.get_vocab().values()
         limit, owner = min((self._check(name, model, tokenizer, vocabulary), name) for name, model in models.items())
-        return make(Reader(tokenizer, self.max_length, self.truncate, limit, f"models.{owner}"))
+        return make(Limits(tokenizer, self.max_length, self.truncate, limit, f"models.{owner}"))
 
-    def _rows(self, tokenizers: Mapping[str, Any]) -> tuple[Any, Callable[[Reader], Encoder]]:
+    def _rows(self, tokenizers: Mapping[str, Any]) -> tuple[Any, Callable[[Limits], Encoder]]:
         """The tokenizer that makes tokens of rows, and how; EngineError if it cannot."""
         name, tokenizer = next(iter(tokenizers.items()))
         if self.text_column is not None:
@@ -117,7 +114,7 @@ class CausalLMSpec(TaskSpec):
             return tokenizer, lambda reader: CompletionEncoder(prompt, completion, everything, reader)
         return self._conversations(tokenizers)
 
-    def _conversations(self, tokenizers: Mapping[str, Any]) -> tuple[Any, Callable[[Reader], Encoder]]:
+    def _conversations(self, tokenizers: Mapping[str, Any]) -> tuple[Any, Callable[[Limits], Encoder]]:
         # A chat model's base has no template; what it is given is the chat model's.
         own = {name: one for name, one in tokenizers.items() if getattr(one, "chat_template", None) is not None}
         refuse_differences({name: chat_behaviour(one) for name, one in (own or tokenizers).items()})
@@ -137,16 +134,12 @@ class CausalLMSpec(TaskSpec):
 
     def _check(self, name: str, model: nn.Module, tokenizer: Any, vocabulary: Collection[int]) -> int:
         """The number of tokens that the model knows, after trying it out on some of them."""
-        embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-        rows = getattr(embeddings, "num_embeddings", None) or max(vocabulary, default=0) + 1
+        rows = embedded(model, vocabulary)
         special = {*tokenizer.all_special_ids, *_special_tokens(model)}
         usable = sorted({i for i in vocabulary if i < rows} - special) or list(range(rows))
         classes = check_causal_lm(f"models.{name}", model, usable, self.max_length)
         limit = min(rows, classes)
-        beyond = sum(i >= limit for i in vocabulary)
-        if 2 * beyond > len(vocabulary):
-            raise EngineError(f"models.{name}: knows {limit} tokens, its tokenizer {len(vocabulary)}: not of one model")
-        if beyond:
+        if beyond := check_vocabulary(name, limit, vocabulary):
             log.warning(
                 "models.%s: %d tokens of its tokenizer, from %d on, are not the model's; texts with one are not scored",
                 name,

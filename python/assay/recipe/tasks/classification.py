@@ -8,12 +8,11 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from assay.corpus.format import ColumnFacts
 from assay.recipe.parts import located
-from assay.recipe.tasks.base import TASKS, Columns, Encoder
+from assay.recipe.tasks.base import TASKS, Columns, Encoder, Models
 from assay.recipe.tasks.images import ImageTaskSpec, try_out
 from assay.recipe.tasks.labelled import Inputs, LabelledEncoder, Labels
 from assay.recipe.tasks.labels import (
     LabelKeys,
-    Models,
     check_probability_column,
     check_problem,
     class_labels,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -15,9 +15,10 @@ from assay.corpus.shards import Shard
 from assay.recipe.errors import EngineError
 from assay.recipe.library_calls import quietly, refusing
 from assay.recipe.models import ModelSpec, shared_tokenizer
-from assay.recipe.tasks.base import TASKS, Encoded, Encoder
+from assay.recipe.tasks.base import TASKS, Encoded, Encoder, Models
 from assay.recipe.tasks.images import ImageInputs, ImageTaskSpec
 from assay.recipe.tasks.text_rows import Reader, TextInputs, Tokens, Trial, check_room
+from assay.recipe.trials import device_of
 from assay.tasks import Contrastive, Task
 
 _TOLERANCE = 1e-4  # of an embedding of length 1, as for logits in `causal_checks`
@@ -40,7 +41,10 @@ class ContrastiveSpec(ImageTaskSpec):
     def task(self) -> Task:
         return Contrastive()
 
-    def encoder(self, models: Mapping[str, tuple[ModelSpec, nn.Module]]) -> Encoder:
+    def open(self, specs: Mapping[str, ModelSpec]) -> Callable[[Mapping[str, nn.Module]], Encoder]:
+        return lambda models: self._encoder({name: (specs[name], model) for name, model in models.items()})
+
+    def _encoder(self, models: Models) -> Encoder:
         for name, (_, model) in models.items():
             _check_kind(f"models.{name}", model)
         images = self.images(self.image_column, models)
@@ -60,7 +64,7 @@ class ContrastiveSpec(ImageTaskSpec):
         reader = replace(reader, ends=(end, plain.count(end))) if end in plain else reader
         return PairEncoder(images, TextInputs((self.text_column,), reader))
 
-    def _length(self, models: Mapping[str, tuple[ModelSpec, nn.Module]]) -> int:
+    def _length(self, models: Models) -> int:
         """The number of tokens that a text is cut to."""
         found = {name: _text_setting(model, "max_position_embeddings") for name, (_, model) in models.items()}
         known = {name: count for name, count in found.items() if count is not None}
@@ -144,7 +148,7 @@ def _try_out(key: str, model: nn.Module, images: ImageInputs, trial: Trial) -> N
 
 def _text_embeddings(key: str, model: nn.Module, images: ImageInputs, texts: dict[str, Tensor]) -> Tensor:
     """Of length 1."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     batch = Contrastive().to((images.collate(images.examples(len(texts["input_ids"]))), texts), device)
     what = f"{key}: cannot be run on images of {' × '.join(map(str, images.shape))} with token ids"
     with torch.no_grad(), quietly(), refusing(what):

@@ -13,8 +13,8 @@ from assay.corpus.errors import BadRow
 from assay.recipe.chat_template import ChatTemplate, Message, Span, chat_behaviour
 from assay.recipe.model_files import shortened
 from assay.recipe.tasks.base import Encoded, attempt
-from assay.recipe.tasks.documents import Reader, TokenEncoder, ends, holding
-from assay.recipe.tasks.text_rows import each
+from assay.recipe.tasks.documents import Limits, TokenEncoder, ends, holding
+from assay.recipe.tasks.text_rows import each_good
 
 LossOn = Literal["all", "completion", "assistant"]
 
@@ -33,7 +33,7 @@ class ChatEncoder(TokenEncoder):
     """Conversations to tokens. The template alone says which special tokens there are."""
 
     def __init__(
-        self, messages: str, tools: str | None, loss_on: LossOn, template: ChatTemplate, reader: Reader
+        self, messages: str, tools: str | None, loss_on: LossOn, template: ChatTemplate, reader: Limits
     ) -> None:
         super().__init__((messages,) if tools is None else (messages, tools), messages, reader)
         self._loss_on, self._template = loss_on, template
@@ -44,9 +44,11 @@ class ChatEncoder(TokenEncoder):
 
     def encode(self, rows: Sequence[tuple[Any, ...]]) -> list[Encoded | BadRow]:
         rendered = [attempt(self._render, *row) for row in rows]
-        texts = [row.text for row in rendered if isinstance(row, _Conversation)]
-        cut = iter(each(texts, self._in_tokens, self._what))
-        return [row if isinstance(row, BadRow) else self._sample(row, next(cut)) for row in rendered]
+        texts = [row if isinstance(row, BadRow) else row.text for row in rendered]
+        cut = zip(rendered, each_good(texts, self._in_tokens, self._what), strict=True)
+        return [
+            own if isinstance(row, BadRow) or isinstance(own, BadRow) else self._sample(row, own) for row, own in cut
+        ]
 
     def _render(self, value: Any, given: Any = None) -> _Conversation:
         messages, tools = check_messages(self._what, value), check_tools(self.columns[-1], given)
@@ -76,8 +78,6 @@ class ChatEncoder(TokenEncoder):
         return list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
 
     def _sample(self, row: _Conversation, cut: Any) -> Encoded | BadRow:
-        if isinstance(cut, BadRow):
-            return cut
         ids, offsets = cut
         predicted = np.ones(len(ids), bool) if row.spans is None else holding(offsets, row.spans)
         return self._cut(ids, predicted)

@@ -13,21 +13,19 @@ import torch
 from assay.corpus.checks import check_text
 from assay.corpus.errors import BadRow
 from assay.corpus.footer import canonical_hash
-from assay.recipe.causal_checks import right_padded
 from assay.recipe.chat_template import Span
-from assay.recipe.model_files import shortened
 from assay.recipe.tasks.base import Encoded, attempt
-from assay.recipe.tasks.text_rows import each
+from assay.recipe.tasks.text_rows import Ids, each_good
+from assay.recipe.tasks.vocabulary import unknown_token, usable_tokens
 from assay.recipe.tokenizer import behaviour
+from assay.recipe.trials import right_padded
+from assay.tasks.base import IGNORE
 
-Ids = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
-
-IGNORE = -100
 
 
 @dataclass(frozen=True)
-class Reader:
+class Limits:
     """What tokens a text becomes.
 
     Attributes:
@@ -60,7 +58,7 @@ class TokenEncoder:
         reader: the tokenizer and its limits.
     """
 
-    def __init__(self, columns: tuple[str, ...], what: str, reader: Reader) -> None:
+    def __init__(self, columns: tuple[str, ...], what: str, reader: Limits) -> None:
         self.columns = columns
         self._what = what
         self._reader = reader
@@ -68,9 +66,8 @@ class TokenEncoder:
 
     @property
     def identity(self) -> dict[str, Any]:
-        tokens = max(self._tokenizer.get_vocab().values(), default=0) + 1
         hashed = canonical_hash({**behaviour(self._tokenizer), **self._more_behaviour()})
-        return {"tokenizer": hashed, "tokens": min(self._reader.limit, tokens)}
+        return {"tokenizer": hashed, "tokens": usable_tokens(self._tokenizer, self._reader.limit)}
 
     def _more_behaviour(self) -> dict[str, Any]:
         """What else of the tokenizer decides which tokens a row becomes."""
@@ -106,13 +103,8 @@ class TokenEncoder:
         if len(ids) < 2:
             return BadRow(f"{self._what} is {len(ids)} token long; nothing in it can be predicted")
         tokens = np.asarray(ids, np.int32)
-        highest = int(tokens.max())
-        if highest >= self._reader.limit:
-            word = self._tokenizer.convert_ids_to_tokens(highest)
-            return BadRow(
-                f"{self._what} has the token {shortened([repr(word)])} (number {highest}); {self._reader.owner} knows "
-                f"those below {self._reader.limit}"
-            )
+        if unknown := unknown_token(self._what, tokens, self._tokenizer, self._reader.limit, self._reader.owner):
+            return unknown
         if predicted is None:
             return Encoded(tokens, len(tokens), tokens.nbytes)
         return Encoded(Counted(tokens, predicted), len(tokens), tokens.nbytes + predicted.nbytes)
@@ -164,7 +156,7 @@ def holding(offsets: Sequence[Span], spans: Sequence[Span]) -> Mask:
 class TextEncoder(TokenEncoder):
     """Documents, every token of which counts."""
 
-    def __init__(self, column: str, reader: Reader) -> None:
+    def __init__(self, column: str, reader: Limits) -> None:
         super().__init__((column,), column, reader)
         if reader.truncate == "left":
             self._tokenizer.truncation_side = "left"
@@ -173,8 +165,7 @@ class TextEncoder(TokenEncoder):
 
     def encode(self, rows: Sequence[tuple[Any, ...]]) -> list[Encoded | BadRow]:
         checked = [attempt(check_text, self._what, value) for (value,) in rows]
-        encoded = iter(each([text for text in checked if isinstance(text, str)], self._samples, self._what))
-        return [text if isinstance(text, BadRow) else next(encoded) for text in checked]
+        return each_good(checked, self._samples, self._what)
 
     def _samples(self, texts: list[str]) -> list[Encoded | BadRow]:
         limit, drop = self._reader.max_length, self._reader.truncate == "drop"
@@ -200,7 +191,7 @@ class CompletionEncoder(TokenEncoder):
     ``completion_only_loss``; where they do not, TRL warns and counts tokens from as many on as the prompt has alone.
     """
 
-    def __init__(self, prompt: str, completion: str, everything: bool, reader: Reader) -> None:
+    def __init__(self, prompt: str, completion: str, everything: bool, reader: Limits) -> None:
         super().__init__((prompt, completion), f"{prompt} with {completion}", reader)
         self._everything = everything
 
@@ -209,9 +200,11 @@ class CompletionEncoder(TokenEncoder):
 
     def encode(self, rows: Sequence[tuple[Any, ...]]) -> list[Encoded | BadRow]:
         checked = [attempt(self._check, *row) for row in rows]
-        good = [pair for pair in checked if not isinstance(pair, BadRow)]
-        cut = iter(each([prompt + completion for prompt, completion in good], self._in_tokens, self._what))
-        return [pair if isinstance(pair, BadRow) else self._sample(pair, next(cut)) for pair in checked]
+        texts = [pair if isinstance(pair, BadRow) else "".join(pair) for pair in checked]
+        cut = zip(checked, each_good(texts, self._in_tokens, self._what), strict=True)
+        return [
+            own if isinstance(pair, BadRow) or isinstance(own, BadRow) else self._sample(pair, own) for pair, own in cut
+        ]
 
     def _check(self, prompt: Any, completion: Any) -> tuple[str, str]:
         before, after = self.columns
@@ -223,8 +216,6 @@ class CompletionEncoder(TokenEncoder):
         return [(ids, offsets, encoded.sequence_ids(i)) for i, (ids, offsets) in enumerate(parts)]
 
     def _sample(self, pair: tuple[str, str], cut: Any) -> Encoded | BadRow:
-        if isinstance(cut, BadRow):
-            return cut
         ids, offsets, owners = cut
         own = [i for i, owner in enumerate(owners) if owner is not None]
         if not own:

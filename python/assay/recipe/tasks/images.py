@@ -17,9 +17,9 @@ from assay.corpus.images import MAX_BYTES, MAX_PIXELS, Beside, ImageLimits, deco
 from assay.corpus.shards import Shard
 from assay.recipe.errors import EngineError
 from assay.recipe.library_calls import quietly, refusing
-from assay.recipe.models import ModelSpec
 from assay.recipe.preprocessor import Preprocessor, shared_preprocessor
-from assay.recipe.tasks.base import Encoded, TaskSpec, attempt
+from assay.recipe.tasks.base import Encoded, Models, TaskSpec, attempt
+from assay.recipe.trials import device_of
 from assay.tasks.base import call, logits_of
 
 # An image takes part in the batch's budget of tokens as if these were its patches, as most transformers' are.
@@ -36,7 +36,7 @@ class ImageTaskSpec(TaskSpec):
     max_pixels: Annotated[int, Field(ge=1)] = MAX_PIXELS
     max_bytes: Annotated[int, Field(ge=1)] = MAX_BYTES
 
-    def images(self, column: str, models: Mapping[str, tuple[ModelSpec, nn.Module]]) -> ImageInputs:
+    def images(self, column: str, models: Models) -> ImageInputs:
         """What reads the images of a column. ImportError without Pillow, before the first of them comes."""
         require("PIL.Image", "image")
         return ImageInputs.of(column, self.preprocessor, ImageLimits(self.max_pixels, self.max_bytes), models)
@@ -58,7 +58,7 @@ class ImageInputs:
         column: str,
         given: Mapping[str, Any] | None,
         limits: ImageLimits,
-        models: Mapping[str, tuple[ModelSpec, nn.Module]],
+        models: Models,
     ) -> ImageInputs:
         """For these models, which must prepare an image alike unless a preprocessor is ``given``. EngineError if what
         comes out has no one shape: a batch's images are one tensor."""
@@ -112,7 +112,7 @@ def _channels(key: str, model: nn.Module) -> int:
 
 def try_out(key: str, model: nn.Module, images: ImageInputs) -> None:
     """Run a model that takes nothing else. An EngineError that begins with ``key`` if it does not take these images."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     shape = " × ".join(map(str, images.shape))
     with (
         torch.no_grad(),

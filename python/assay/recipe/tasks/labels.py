@@ -18,25 +18,22 @@ import numpy.typing as npt
 import torch
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
-from torch import nn
 
 from assay.corpus.checks import check_label, check_probabilities, shown
 from assay.corpus.errors import BadRow, ShardError
 from assay.corpus.format import ColumnFacts
 from assay.recipe.errors import EngineError
 from assay.recipe.model_files import shortened
-from assay.recipe.models import ModelSpec
-from assay.recipe.padding_checks import setting
 from assay.recipe.parts import Part
-from assay.recipe.tasks.base import Columns
+from assay.recipe.tasks.base import Columns, Models
+from assay.recipe.trials import setting
 from assay.tasks.base import SUM_TOLERANCE
 
 log = logging.getLogger("assay")
 
 Label = bool | int | str
-Models = Mapping[str, tuple[ModelSpec, nn.Module]]
 
-_NUMBERS = ("int", "uint", "float", "double", "halffloat", "decimal")
+NUMBERS = ("int", "uint", "float", "double", "halffloat", "decimal")
 # A mean of probabilities may be added up in another order where it is checked again.
 _TOLERANCE = SUM_TOLERANCE * (1 - 1e-6)
 _REMEDY = "give the class of each label, such as labels: {spam: 1, ham: 0}"
@@ -113,7 +110,7 @@ def _agree(given: list[Label] | dict[Label, int], names: tuple[str, ...], kind: 
 
 
 def _may_be_labels(kind: str) -> bool:
-    return kind in ("bool", "mixed", "null", "string") or kind.startswith(_NUMBERS)
+    return kind in ("bool", "mixed", "null", "string") or kind.startswith(NUMBERS)
 
 
 def item_type(kind: str) -> str:
@@ -148,7 +145,7 @@ def _check_types(
 
 def _check_places(column: str, kind: str, told: str, names: Sequence[Label]) -> None:
     """EngineError if names in order, which 0, 1, 2, … may stand for, say otherwise which of these they are."""
-    if (kind == "bool" or kind.startswith(_NUMBERS)) and (wrong := _misplaced(names, kind)) is not None:
+    if (kind == "bool" or kind.startswith(NUMBERS)) and (wrong := _misplaced(names, kind)) is not None:
         raise EngineError(
             f"{told} {_listed(names)}, and column {column!r} holds {kind} values, so that {names.index(wrong)} and "
             f"{shown(wrong)} might be one class or two; give the class of each value, such as "
@@ -313,7 +310,7 @@ def _check_models_names(column: str, names: Sequence[Label], facts: ColumnFacts 
         raise EngineError(
             f"column {column!r} has the classes {_listed(own)}, but the models have {_listed(names)}; {_REMEDY}"
         )
-    if not kind.startswith(_NUMBERS):
+    if not kind.startswith(NUMBERS):
         log.info("labels of column %r, in order: %s", column, _listed(names))
 
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
 
 from assay.corpus.checks import check_features
 from assay.corpus.errors import BadRow
 from assay.recipe.errors import EngineError
-from assay.recipe.models import ModelSpec
-from assay.recipe.tasks.base import Encoded, attempt
+from assay.recipe.tasks.base import Encoded, Models, attempt
 
 
 class NumberInputs:
@@ -26,9 +24,7 @@ class NumberInputs:
         self._shape, self._size = tuple(shape), math.prod(shape)
 
     @classmethod
-    def of(
-        cls, column: str, shape: Sequence[int] | None, models: Mapping[str, tuple[ModelSpec, nn.Module]]
-    ) -> NumberInputs:
+    def of(cls, column: str, shape: Sequence[int] | None, models: Models) -> NumberInputs:
         """For these models, which may tell the size of an input. EngineError if they differ, or none tells."""
         known = {size for spec, model in models.values() if (size := spec.input_size(model)) is not None}
         if shape is not None:

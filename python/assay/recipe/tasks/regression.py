@@ -15,17 +15,18 @@ from assay.corpus.checks import check_numbers
 from assay.recipe.errors import EngineError
 from assay.recipe.library_calls import quietly, refusing
 from assay.recipe.model_files import shortened
-from assay.recipe.tasks.base import TASKS, Columns, Encoder
+from assay.recipe.tasks.base import TASKS, Columns, Encoder, Models
 from assay.recipe.tasks.classification import InputKeys
 from assay.recipe.tasks.labelled import Inputs, LabelledEncoder
-from assay.recipe.tasks.labels import Models, check_problem
+from assay.recipe.tasks.labels import NUMBERS, check_problem
+from assay.recipe.trials import device_of, in_eval_mode
 from assay.tasks import Regression, Task
 from assay.tasks.base import call, logits_of, to_device
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_NUMBERS = ("int", "uint", "float", "double", "halffloat", "decimal", "list<", "mixed", "null")
+_TYPES = (*NUMBERS, "list<", "mixed", "null")
 
 
 @TASKS.add("regression")
@@ -40,7 +41,7 @@ class RegressionSpec(InputKeys):
 
     def seen(self, columns: Columns) -> Self:
         facts = columns.get(self.target_column)
-        if facts is not None and not facts.type.startswith(_NUMBERS):
+        if facts is not None and not facts.type.startswith(_TYPES):
             raise EngineError(f"column {self.target_column!r} holds {shortened([facts.type])}; expected numbers")
         if facts is not None and facts.classes is not None:
             raise EngineError(
@@ -80,13 +81,10 @@ def _output_shape(models: Models, inputs: Inputs) -> tuple[int, ...]:
     """The shape of one prediction, which the models are tried out for. EngineError if they differ in it."""
     shapes = {}
     for name, (_, model) in models.items():
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        x, training = to_device(inputs.collate(inputs.examples(2)), device), model.training
-        try:
-            with quietly(), torch.no_grad(), refusing(f"models.{name}: cannot be run on the task's inputs"):
-                output = logits_of(call(model.eval(), x))
-        finally:
-            model.train(training)
+        x = to_device(inputs.collate(inputs.examples(2)), device_of(model))
+        what = f"models.{name}: cannot be run on the task's inputs"
+        with quietly(), in_eval_mode(model), torch.no_grad(), refusing(what):
+            output = logits_of(call(model, x))
         if output.ndim == 0 or len(output) != 2:
             raise EngineError(f"models.{name}: gives {tuple(output.shape)} for two samples; expected a prediction each")
         shapes[name] = tuple(output.shape[1:])

@@ -16,12 +16,13 @@ from assay.corpus.checks import check_text
 from assay.corpus.errors import BadRow
 from assay.corpus.footer import canonical_hash
 from assay.recipe.errors import EngineError
-from assay.recipe.model_files import one_line, shortened
+from assay.recipe.model_files import one_line
 from assay.recipe.models import ModelSpec, own_tokenizers
-from assay.recipe.padding_checks import check_padding, padding_token, setting
-from assay.recipe.tasks.base import Encoded, Encoder, TaskSpec, attempt
-from assay.recipe.text_checks import check_longest, looks_for_end
+from assay.recipe.tasks.base import Encoded, Encoder, Models, TaskSpec, attempt
+from assay.recipe.tasks.vocabulary import check_vocabulary, embedded, unknown_token, usable_tokens
+from assay.recipe.text_checks import check_longest, check_padding, looks_for_end, padding_token
 from assay.recipe.tokenizer import behaviour
+from assay.recipe.trials import right_padded, setting
 
 Ids = npt.NDArray[np.int32]
 
@@ -40,11 +41,7 @@ class TextTaskSpec(TaskSpec):
         tokenizer = _making_types(own_tokenizers(specs).values()) if self.reads_text else None
         return lambda models: self.rows({name: (specs[name], model) for name, model in models.items()}, tokenizer)
 
-    def encoder(self, models: Mapping[str, tuple[ModelSpec, nn.Module]]) -> Encoder:
-        made = self.open({name: spec for name, (spec, _) in models.items()})
-        return made({name: model for name, (_, model) in models.items()})
-
-    def rows(self, models: Mapping[str, tuple[ModelSpec, nn.Module]], tokenizer: Any) -> Encoder:
+    def rows(self, models: Models, tokenizer: Any) -> Encoder:
         """``encoder`` with the models' tokenizer, if they have to have one."""
         raise NotImplementedError
 
@@ -96,10 +93,9 @@ class Reader:
     @property
     def identity(self) -> dict[str, Any]:
         """What decides which tokens a text becomes."""
-        tokens = max(self.tokenizer.get_vocab().values(), default=0) + 1
         return {
             "tokenizer": canonical_hash(behaviour(self.tokenizer)),
-            "tokens": min(self.limit, tokens),
+            "tokens": usable_tokens(self.tokenizer, self.limit),
             "max_length": self.max_length,
             "types": self.types,
             "ends": self.ends,
@@ -130,13 +126,8 @@ class Reader:
             return BadRow(f"{what} becomes no token")
         if len(tokens) > self.max_length:
             return BadRow(f"{what} is {len(tokens)} tokens long, which the tokenizer does not cut to {self.max_length}")
-        highest = int(tokens.max())
-        if highest >= self.limit:
-            word = self.tokenizer.convert_ids_to_tokens(highest)
-            return BadRow(
-                f"{what} has the token {shortened([repr(word)])} (number {highest}); {self.owner} knows those below "
-                f"{self.limit}"
-            )
+        if unknown := unknown_token(what, tokens, self.tokenizer, self.limit, self.owner):
+            return unknown
         if self.ends is not None and (found := int((tokens == self.ends[0]).sum())) != self.ends[1]:
             return BadRow(f"{what} has the token that ends a text {found} times, expected {self.ends[1]}")
         return Encoded(own, len(tokens), tokens.nbytes * (1 if own.types is None else 2))
@@ -152,17 +143,9 @@ class Reader:
 
 def padded(samples: Sequence[Tokens], pad: int) -> dict[str, Tensor]:
     """``input_ids`` with ``pad`` where a sample has ended, ``attention_mask``, and token types if there are any."""
-    batch = {"input_ids": _rows([own.ids for own in samples], pad)}
-    batch["attention_mask"] = _rows([np.ones_like(own.ids) for own in samples], 0)
-    types = [own.types for own in samples if own.types is not None]
-    return batch | {"token_type_ids": _rows(types, 0)} if types else batch
-
-
-def _rows(rows: Sequence[Ids], fill: int) -> Tensor:
-    made = torch.full((len(rows), max(map(len, rows))), fill, dtype=torch.int64)
-    for own, row in zip(made, rows, strict=True):
-        own[: len(row)] = torch.from_numpy(row)
-    return made
+    batch = right_padded([torch.from_numpy(own.ids) for own in samples], pad)
+    types = [torch.from_numpy(own.types) for own in samples if own.types is not None]
+    return batch | {"token_type_ids": right_padded(types)["input_ids"]} if types else batch
 
 
 class TextInputs:
@@ -177,9 +160,7 @@ class TextInputs:
         return self._reader.identity
 
     def encode(self, rows: Sequence[tuple[Any, ...]]) -> list[Encoded | BadRow]:
-        checked = [attempt(self._check, row) for row in rows]
-        good = iter(each([row for row in checked if not isinstance(row, BadRow)], self._encode, self._what))
-        return [row if isinstance(row, BadRow) else next(good) for row in checked]
+        return each_good([attempt(self._check, row) for row in rows], self._encode, self._what)
 
     def _check(self, row: tuple[Any, ...]) -> tuple[str, ...]:
         return tuple(check_text(name, value) for name, value in zip(self.columns, row, strict=True))
@@ -206,9 +187,13 @@ def each(rows: list[Any], encode: Callable[[list[Any]], Sequence[Any]], what: st
         return [result for row in rows for result in each([row], encode, what)]
 
 
-def make_reader(
-    models: Mapping[str, tuple[ModelSpec, nn.Module]], tokenizer: Any, max_length: int | None, pairs: bool = False
-) -> Reader:
+def each_good(checked: Sequence[Any], encode: Callable[[list[Any]], Sequence[Any]], what: str) -> list[Any]:
+    """``each`` of the rows that are no BadRow, which stay in their places."""
+    good = iter(each([row for row in checked if not isinstance(row, BadRow)], encode, what))
+    return [row if isinstance(row, BadRow) else next(good) for row in checked]
+
+
+def make_reader(models: Models, tokenizer: Any, max_length: int | None, pairs: bool = False) -> Reader:
     """For models that share a ``tokenizer``, each of them tried out on a few tokens; of texts or ``pairs`` of them.
 
     Raises:
@@ -216,7 +201,10 @@ def make_reader(
             the batch.
     """
     vocabulary = tokenizer.get_vocab().values()
-    limit, owner = min((_known(name, model, vocabulary), name) for name, (_, model) in models.items())
+    limits = {name: embedded(model, vocabulary) for name, (_, model) in models.items()}
+    for name, known in limits.items():
+        check_vocabulary(name, known, vocabulary)
+    limit, owner = min((known, name) for name, known in limits.items())
     length = _length(models, max_length)
     check_room(tokenizer, length, pairs)
     pad = max(padding_token(model) for _, model in models.values())  # 0 where it makes no difference
@@ -265,17 +253,7 @@ class Trial:
         return Tokens(ids, np.zeros_like(ids) if self._types else None)
 
 
-def _known(name: str, model: nn.Module, vocabulary: Iterable[int]) -> int:
-    """How many tokens a model knows."""
-    tokens = list(vocabulary)
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-    rows: int = getattr(embeddings, "num_embeddings", None) or max(tokens, default=0) + 1
-    if 2 * sum(i >= rows for i in tokens) > len(tokens):
-        raise EngineError(f"models.{name}: knows {rows} tokens, its tokenizer {len(tokens)}: not of one model")
-    return rows
-
-
-def _length(models: Mapping[str, tuple[ModelSpec, nn.Module]], given: int | None) -> int:
+def _length(models: Models, given: int | None) -> int:
     length = given or DEFAULT_LENGTH
     for name, (_, model) in models.items():
         positions = _positions(model)

@@ -1,4 +1,4 @@
-"""A class per word: lists of words with a tag each, for models that give a class per token."""
+"""A class per word: lists of words with a tag each_good, for models that give a class per token."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from assay.corpus.format import ColumnFacts
 from assay.recipe.errors import EngineError
 from assay.recipe.library_calls import refusing
 from assay.recipe.model_files import shortened
-from assay.recipe.tasks.base import TASKS, Columns, Encoded, Encoder, attempt
-from assay.recipe.tasks.labels import ClassLabels, LabelKeys, Models, class_labels, item_type, labels_seen
-from assay.recipe.tasks.text_rows import Reader, TextTaskSpec, Tokens, each, make_reader
+from assay.recipe.tasks.base import TASKS, Columns, Encoded, Encoder, Models, attempt
+from assay.recipe.tasks.labels import ClassLabels, LabelKeys, class_labels, item_type, labels_seen
+from assay.recipe.tasks.text_rows import Reader, TextTaskSpec, Tokens, each_good, make_reader
 from assay.tasks import IGNORE, Task, TokenClassification
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class TokenClassificationSpec(LabelKeys, TextTaskSpec):
     def seen(self, columns: Columns) -> Self:
         for name in (self.tokens_column, self.tags_column):
             kind = columns[name].type if name in columns else "null"
-            wanted = kind.startswith(_LIST) and (name == self.tags_column or kind[len(_LIST) : -1] in _TEXTS)
+            wanted = kind.startswith(_LIST) and (name == self.tags_column or item_type(kind) in _TEXTS)
             if not wanted and kind not in ("mixed", "null"):
                 what = "words" if name == self.tokens_column else "tags"
                 raise EngineError(f"column {name!r} holds {shortened([kind])}; expected lists of {what}")
@@ -97,10 +97,7 @@ class TagEncoder:
         return TagEncoder(self.columns[0], self._tags.for_columns(columns), self._reader)
 
     def encode(self, rows: Sequence[tuple[Any, ...]]) -> list[Encoded | BadRow]:
-        checked = [attempt(self._check, *row) for row in rows]
-        good = [row for row in checked if not isinstance(row, BadRow)]
-        encoded = iter(each(good, self._encode, self.columns[0]))
-        return [row if isinstance(row, BadRow) else next(encoded) for row in checked]
+        return each_good([attempt(self._check, *row) for row in rows], self._encode, self.columns[0])
 
     def _check(self, tokens: Any, tags: Any) -> tuple[list[str], npt.NDArray[np.int64]]:
         words_column, tags_column = self.columns

@@ -6,9 +6,9 @@ import pytest
 import torch
 import transformers
 
-from assay.recipe.causal_checks import right_padded
 from assay.recipe.errors import EngineError
-from assay.recipe.padding_checks import check_padding, padding_token
+from assay.recipe.text_checks import check_padding, padding_token
+from assay.recipe.trials import right_padded
 from tests.small_architectures import TOKENS, config
 
 SEQUENCE, TOKEN = "AutoModelForSequenceClassification", "AutoModelForTokenClassification"

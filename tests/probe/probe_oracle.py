@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from assay.probe import Dot, Factors, PerSampleGradient, Probe, Signals, SqNorm, tapped_parameters
 from assay.probe.selection import select
+from assay.probe.training import TrainingTaps
 from assay.tasks import Task
 
 Losses = Callable[[Callable[..., Any], Any], Tensor]
@@ -79,8 +80,13 @@ def check_probe(
     tolerance: float = 1e-10,
     forward_mode: bool = True,
     with_factors: str | None = None,
+    online: Collection[str] = ("all", "half"),
 ) -> Signals:
-    """The probe's losses, dots, norms, gradients and factors (of all layers that have them) are torch.func's."""
+    """The probe's losses, dots, norms, gradients and factors (of all layers that have them) are torch.func's.
+
+    ``online``: of which share of the parameters the same is tried in a trainer's pass, which follows no weight that is
+    used behind its layer's back.
+    """
     names = tapped_parameters(model)
     expected = jacobian(model, losses, batch)
     assert set(names) == set(expected)
@@ -100,7 +106,60 @@ def check_probe(
     if forward_mode:
         close(signals.reduced["dot"], directional(model, losses, batch, direction), tolerance, "jvp")
     check_factors(model, signals, expected, tolerance)
+    check_training(model, batch, losses, expected, tolerance, online)
     return signals
+
+
+def check_training(
+    model: nn.Module,
+    batch: Any,
+    losses: Losses,
+    expected: dict[str, Tensor],
+    tolerance: float,
+    shares: Collection[str],
+) -> None:
+    """In a trainer's own pass, of all layers and of every second one: dots, norms and weighted gradients are
+    torch.func's, and the parameters that are not tapped get autograd's."""
+    model.eval()
+    size = len(next(iter(expected.values())))
+    factors = torch.rand(size, generator=torch.Generator().manual_seed(3), dtype=torch.float64) + 0.5
+    scale = torch.arange(1, size + 1, dtype=torch.float64) / size
+    reached = [name for name in tapped_parameters(model) if bool(expected[name].any())]  # a layer may not run at all
+    largest = max(float(gradient.abs().max()) for gradient in expected.values())
+    for names in [{"all": reached, "half": reached[::2]}[share] for share in shares]:
+        direction = random_direction(model, names)
+        taps = TrainingTaps(model, names, batch_size=lambda args, kwargs: size)
+        own = losses(model, batch)
+        assert taps.recorded(own)
+        reductions = {"dot": Dot(direction), "sqnorm": SqNorm(names), "length": Length(names)}
+        passed = taps.backward(own, scale.to(own), reductions, names)
+        taps.add({name: gradient.scaled(factors).summed() for name, gradient in passed.held.items()})
+        taps.detach()
+        close(passed.reduced["dot"], sum(dots(expected[n], direction[n]) for n in names), tolerance, "online dot")
+        close(passed.reduced["sqnorm"], sum(dots(expected[n], expected[n]) for n in names), tolerance, "online sqnorm")
+        close(passed.reduced["length"], sum(_lengths(expected[n]) for n in names), tolerance, "online, unscaled")
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                by_sample = scale * factors if name in names else scale
+                mean = torch.einsum("b,b...->...", by_sample.to(expected[name]), expected[name])
+                found = torch.zeros_like(mean) if parameter.grad is None else parameter.grad
+                error = float((found.double() - mean.double()).abs().max())
+                assert error <= tolerance * largest, f"online gradient of {name}: {error:.2e} off, of {largest:.2e}"
+        model.zero_grad()
+
+
+class Length:
+    """A reduction that does not say how it grows with the gradient."""
+
+    def __init__(self, parameters: Collection[str]) -> None:
+        self.parameters = parameters
+
+    def __call__(self, parameter: str, gradient: PerSampleGradient) -> Tensor:
+        return _lengths(gradient.dense())
+
+
+def _lengths(gradients: Tensor) -> Tensor:
+    return gradients.abs().reshape(len(gradients), -1).sum(1)
 
 
 def check_factors(model: nn.Module, signals: Signals, expected: dict[str, Tensor], tolerance: float) -> None:

@@ -6,6 +6,7 @@ from assay.methods.ekfac import EKFAC
 from assay.methods.ensemble import Ensemble, ensemble_scores
 from assay.methods.grad_mimic import GradMimic
 from assay.methods.gradient_cosine import GradientCosine
+from assay.methods.grand import GraNd
 from assay.methods.influence import Influence, Kernel
 from assay.methods.influence_distillation import InfluenceDistillation
 from assay.methods.label_quality import label_quality, model_weights
@@ -24,6 +25,7 @@ __all__ = [
     "Column",
     "DsDm",
     "Ensemble",
+    "GraNd",
     "GradMimic",
     "GradientCosine",
     "Influence",

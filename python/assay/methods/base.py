@@ -122,6 +122,9 @@ class Method(Protocol):
         """
         return self
 
+    def refresh(self) -> None:
+        """The models have moved, or are about to: nothing that was made of their weights may be kept from now on."""
+
     def score(self, signals: Mapping[str, Signals]) -> dict[str, Tensor]:
         """Signals by role -> a tensor per column name, of the column's width."""
         ...

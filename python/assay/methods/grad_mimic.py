@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from assay.methods.base import Column, Method, Need
-from assay.methods.checks import difference
+from assay.methods.direction import Direction, Moving, check_reference, direction_towards
 from assay.methods.sums import cosines
 from assay.probe import Dot, Reduction, Signals, SqNorm, TokenDot, tapped_parameters
 from assay.probe.selection import make_taps
@@ -81,20 +80,23 @@ class GradMimic(Method):
         if tokens:
             _check_positions(model, task, self.parameters)
         check_reference(model, reference, self.parameters)
-        self._taken: Direction | None = None
+        self._taken: Direction | Moving | None = None
         self._left_out: frozenset[str] = frozenset()  # parameters that could not be tapped after all
         self._pairs: list[tuple[Tensor, Tensor]] = []
         self._lineage: float | None = None
 
     @property
     def direction(self) -> Mapping[str, Tensor]:
-        """v = θ_ref − θ by parameter, those of ``norm``. Copies in size, made when first asked for."""
-        return self._direction().steps
+        """v = θ_ref − θ by parameter, those of ``norm``. Copies in size, made when first asked for.
+
+        After ``refresh``, when the model moves, each is made when it is read, and not kept.
+        """
+        return self._taken if isinstance(self._taken, Moving) else self._direction().steps
 
     @property
     def norm(self) -> float:
         """‖v‖, over the parameters that could be tapped in what was scored so far."""
-        return self._direction().norm
+        return self._taken.norm(self._left_out) if isinstance(self._taken, Moving) else self._direction().norm
 
     @property
     def share(self) -> float:
@@ -102,13 +104,16 @@ class GradMimic(Method):
         return self._direction().share
 
     def _direction(self) -> Direction:
+        taken = self._taken
+        if taken is None or isinstance(taken, Moving):
+            taken = direction_towards(self.model, self.reference, self.parameters)
         if self._taken is None:
-            self._taken = direction_towards(self.model, self.reference, self.parameters)
-        return self._taken.without(self._left_out)
+            self._taken = taken
+        return taken.without(self._left_out)
 
     def refresh(self) -> None:
-        """Take the direction anew: call after the model has moved."""
-        self._taken, self._lineage = None, None
+        """The model has moved, or is about to: from now on the direction is that of the weights as they are."""
+        self._taken, self._lineage = Moving(self.model, self.reference, self.parameters), None
         self._pairs = []
 
     @property
@@ -175,7 +180,7 @@ class GradMimic(Method):
 
     def _check_lineage(self, first_order: Tensor, excess: Tensor) -> None:
         """Correlate ‖v‖·m with loss − reference loss on the first samples; warn once if they disagree."""
-        if self._lineage is not None:
+        if self._lineage is not None or bool(excess.isnan().all()):  # in a trainer the reference may not have run
             return
         self._pairs = [*self._pairs, (first_order.double().cpu(), excess.double().cpu())]  # a copy gathers its own
         if sum(len(x) for x, _ in self._pairs) < LINEAGE_SAMPLES:
@@ -218,70 +223,3 @@ def _check_positions(model: nn.Module, task: Task, parameters: Sequence[str]) ->
                 f"GradMimic: tokens: the gradient of layer {tap.layer!r} ({type(tap.module).__name__}) is not made of "
                 f"single tokens'; leave the layer out: layers=['*', '!{tap.layer}']"
             )
-
-
-@dataclass(frozen=True)
-class Direction:
-    """v = θ_ref − θ by parameter, in float32, and its squared length in every trainable parameter."""
-
-    steps: Mapping[str, Tensor]
-    squares: Mapping[str, float]
-
-    @property
-    def norm(self) -> float:
-        """‖v‖."""
-        return math.sqrt(self._square)
-
-    @property
-    def share(self) -> float:
-        """Of ‖v‖² over all trainable parameters."""
-        return self._square / math.fsum(self.squares.values())
-
-    @property
-    def _square(self) -> float:
-        return math.fsum(self.squares[name] for name in self.steps)
-
-    def without(self, names: Collection[str]) -> Direction:
-        """In the other parameters alone."""
-        return replace(self, steps={name: step for name, step in self.steps.items() if name not in names})
-
-
-def check_reference(model: nn.Module, reference: nn.Module, parameters: Sequence[str]) -> None:
-    """ValueError unless the reference has the model's trainable parameters, and differs in one of ``parameters``."""
-    if other := difference(model, reference, _trainable(model)):
-        raise ValueError(
-            f"reference: expected parameter {other.parameter} {other.expected} as in the model, found {other.actual}; "
-            "mimic scores need a reference of the same architecture"
-        )
-    ours, theirs = _trainable(model), dict(reference.named_parameters(remove_duplicate=False))
-    if all(_equal(ours[name], theirs[name]) for name in parameters):
-        raise ValueError("reference: equals the model in every chosen layer, so that there is no direction to it")
-
-
-def direction_towards(model: nn.Module, reference: nn.Module, parameters: Sequence[str]) -> Direction:
-    """The direction from a model to a reference that ``check_reference`` has nothing against.
-
-    Raises ValueError if it has no length, or none that is a number.
-    """
-    ours, theirs = _trainable(model), dict(reference.named_parameters(remove_duplicate=False))
-    steps, squares = {}, {}
-    with torch.no_grad():
-        for name, p in ours.items():
-            step = theirs[name].to(p.device, torch.float32) - p.float()
-            squares[name] = float(step.double().square().sum())
-            if name in parameters:
-                steps[name] = step
-    direction = Direction({name: steps[name] for name in parameters}, squares)
-    if not direction.norm > 0:
-        raise ValueError(f"reference: the direction to it has length {direction.norm}, which says nothing")
-    return direction
-
-
-def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    if (one.dtype, one.device) != (other.dtype, other.device):
-        one, other = one.float(), other.to(one.device, torch.float32)
-    return torch.equal(one, other)

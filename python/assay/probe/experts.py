@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -54,6 +54,16 @@ class Experts:
         values = self.left.new_zeros(self.samples, *shape)
         for sample, expert, left, right in self._groups():
             values[sample, expert] = left.T @ right
+        return values
+
+    def scaled(self, factors: Tensor) -> Experts:
+        return replace(self, left=self.left * factors.to(self.left)[self.owner, None])
+
+    def summed(self, shape: Sequence[int]) -> Tensor:
+        values = self.left.new_zeros(*shape)
+        for e in torch.unique(self.expert).tolist():
+            here = self.expert == e
+            values[e] = self.left[here].T @ self.right[here]
         return values
 
     def part(self, samples: slice) -> Experts:

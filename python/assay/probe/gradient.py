@@ -121,6 +121,14 @@ class PerSampleGradient:
             finite.append(fine)
         return sum_of(totals), torch.cat(finite)
 
+    def scaled(self, factors: Tensor) -> PerSampleGradient:
+        """Sample b's gradient times ``factors`` (B,)."""
+        return PerSampleGradient(self.shape, [term.scaled(factors) for term in self.terms])
+
+    def summed(self) -> Tensor:
+        """The sum over the samples, of the parameter's shape: a gradient as autograd gives it."""
+        return sum_of([term.summed(self.shape) for term in self.terms])
+
     def sketch(self, sketch: Sketch) -> Tensor:
         """A projection of the gradient -> (B, sketch.dim): the uses' sketches, summed, for sketching is linear."""
         return sum_of([term.sketch(sketch, self.shape) for term in self.terms])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from assay.ops import Kronecker, Sketch, grad_sketch, head_scores, linear_ensemble_stats
+from assay.ops import Kronecker, Sketch, grad_sketch, head_scores, linear_cross_entropy, linear_ensemble_stats
 
 # Rows of the weight whose gradient is multiplied out at a time.
 _ROWS = 4096
@@ -101,6 +101,17 @@ class Head:
     def dense(self, shape: Sequence[int]) -> Tensor:
         """Multiplied out, (B, C, D)."""
         return (self.residual().mT @ self.hidden.to(self._wide)).reshape(-1, *shape)
+
+    def scaled(self, factors: Tensor) -> Head:
+        return replace(self, scale=self.scale * factors.to(self.scale)[:, None])
+
+    def summed(self, shape: Sequence[int]) -> Tensor:
+        """Σ_b, (C, D): the fused loss's own gradient."""
+        with torch.enable_grad():
+            weight = self.weight.detach().requires_grad_()
+            losses = linear_cross_entropy(self.hidden.flatten(0, 1), weight, self.labels.flatten(), bias=self.bias)
+            (total,) = torch.autograd.grad(losses, weight, self.scale.flatten().to(losses.dtype))
+        return total
 
     def residual(self) -> Tensor:
         """scale (p − y), (B, T, C): the gradient in the logits, which the fused layer never made."""

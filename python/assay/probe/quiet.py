@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 
 @contextmanager
@@ -41,9 +42,18 @@ def on_gradient(output: Tensor, arrived: Callable[[Tensor], None]) -> None:
     A linear layer may give a view of what it computed, and torch forgets a view's hooks when it is modified; not those
     of the tensor that is viewed, which nobody else has.
     """
-    whole, shape = output._base, output.shape
-    whole = whole if whole is not None and whole.grad_fn is not None and _all_of(whole, output) else output
-    whole.register_hook(lambda grads: arrived(grads.reshape(shape)))  # type: ignore[no-untyped-call]
+    shape = output.shape
+    _hooked(output).register_hook(lambda grads: arrived(grads.reshape(shape)))  # type: ignore[no-untyped-call]
+
+
+def edge_of(output: Tensor) -> GradientEdge:
+    """What autograd is asked for, so that the gradient arrives at the hook of ``on_gradient``."""
+    return get_gradient_edge(_hooked(output))
+
+
+def _hooked(output: Tensor) -> Tensor:
+    whole = output._base
+    return whole if whole is not None and whole.grad_fn is not None and _all_of(whole, output) else output
 
 
 def _all_of(whole: Tensor, view: Tensor) -> bool:

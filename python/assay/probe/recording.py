@@ -18,7 +18,7 @@ from assay.probe.experts import Routing
 from assay.probe.formulas import Factors
 from assay.probe.gradient import PerSampleGradient
 from assay.probe.layouts import Layout, possible
-from assay.probe.quiet import on_gradient, other_leaves
+from assay.probe.quiet import edge_of, on_gradient, other_leaves
 from assay.probe.reductions import Reduced, Reduction
 from assay.probe.selection import Tap
 from assay.probe.shared import Region, Shared
@@ -42,6 +42,7 @@ class Recorder:
         guess: whether a layout that only the shape speaks for may be taken: it is checked.
         in_order: layers of whose inputs (B, T, …) is known that T are the tokens. It grows.
         may_follow: whether parameters that are used behind their layers' backs may be followed instead.
+        in_training: the graph is a trainer's, and stays whole: parameters ask for their gradients themselves.
 
     Attributes:
         dropped: those that were, with the reason.
@@ -59,6 +60,7 @@ class Recorder:
     guess: bool = False
     may_follow: bool = True
     in_order: set[str] = field(default_factory=set)
+    in_training: bool = False
     dropped: dict[str, str] = field(default_factory=dict)
     patterns: set[tuple[Any, ...]] = field(default_factory=set)
     ambiguous: dict[str, list[Layout]] = field(default_factory=dict)
@@ -73,7 +75,7 @@ class Recorder:
     _fold_into: Callable[[str], None] = field(default=lambda name: None)
 
     def __post_init__(self) -> None:
-        self._region = Region(self.size, self.constants, self.positions)
+        self.region = Region(self.size, self.constants, self.positions, in_training=self.in_training)
 
     @property
     def learned(self) -> dict[str, Layout]:
@@ -83,7 +85,7 @@ class Recorder:
 
     @property
     def _recording(self) -> bool:
-        return self._region.recording
+        return self.region.recording
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -102,12 +104,12 @@ class Recorder:
         """Put shared values into the places of a module's bare parameters."""
         own = tap.module._parameters
         if isinstance(tap.module, ParametrizationList):
-            self._wrap(tap.module, self._region.without_samples, stack)
+            self._wrap(tap.module, self.region.without_samples, stack)
         for local, name in tap.parameters.items():
             parameter = own[local]
             assert parameter is not None
             owner = f"parameter {name!r} of layer {tap.layer!r} ({type(tap.module).__name__})"
-            start, value = self._region.begin(parameter, owner, (name,), copy=False)
+            start, value = self.region.begin(parameter, owner, (name,), copy=False)
             value._is_param = True  # an nn.Parameter to isinstance()
             own[local] = value  # type: ignore[assignment]
             stack.callback(own.__setitem__, local, parameter)
@@ -139,9 +141,9 @@ class Recorder:
             RuntimeError: a shared value met the samples in a way that cannot be followed, or a layer did not run
                 although the losses depend on its parameter.
         """
-        self._region.recording = False  # from here on a layer that runs is a checkpoint being recomputed
-        self.patterns |= self._region.patterns
-        for start in self._region.starts:
+        self.region.recording = False  # from here on a layer that runs is a checkpoint being recomputed
+        self.patterns |= self.region.patterns
+        for start in self.region.starts:
             if start.obstacle is not None:
                 self._refuse(start.parameters, untapped(start.what, start.obstacle))
         behind = [
@@ -154,6 +156,28 @@ class Recorder:
         for name in behind:
             self._refuse((name,), untapped(f"parameter {name!r}", "it is used behind its layer's back"))
         self._forget()
+
+    @property
+    def has_run(self) -> bool:
+        """Whether a tapped layer, or what follows bare parameters, has run."""
+        return bool(self._calls)
+
+    @property
+    def idle(self) -> list[str]:
+        """Tapped layers that did not run."""
+        names = {name for name in self._calls if self._calls[name]}
+        return [tap.layer for tap in self.taps if names.isdisjoint(tap.parameters.values())]
+
+    @property
+    def followed(self) -> set[str]:
+        """Parameters whose gradient does not come by their layers' outputs."""
+        return {name for start in self.region.starts for name in start.parameters}
+
+    def take_layouts(self, layouts: Mapping[str, Layout]) -> None:
+        """Read layers' inputs in another way, where the shape leaves a choice."""
+        for calls in self._calls.values():
+            for call, _ in calls:
+                call.layout = layouts.get(call.tap.layer, call.layout)
 
     def drop(self, reasons: Mapping[str, str]) -> None:
         """Leave out parameters of which it turned out later that they cannot be tapped."""
@@ -189,32 +213,38 @@ class Recorder:
             reductions: folded as soon as the last use of a parameter has its gradient.
             last: whether nobody needs the graph and the layers' inputs any more.
         """
-        reduced = Reduced(self.size, reductions, losses.detach(), self.positions)
-        self._begin(reduced, last)
+        reduced = self.begin(losses, reductions, last)
         # A forward pass under autocast is differentiated outside of it; its casts are in the graph.
         with torch.autocast(losses.device.type, enabled=False):
-            if losses.requires_grad and (leaves := [*self._region.leaves, *self._leaves]):
+            if losses.requires_grad and (leaves := [*self.region.leaves, *self._leaves]):
                 leaves += other_leaves(losses, leaves)
                 arrived = torch.autograd.grad(losses.sum(), leaves, allow_unused=True, retain_graph=not last)
-                self._region.finish(arrived[: len(self._region.leaves)])
+                self.region.finish(arrived[: len(self.region.leaves)])
                 del arrived
-            with torch.no_grad():
-                self._finish_shared()
-                for name in list(self._open):  # some of their calls have got no gradient: it is zero
-                    self._fold_into(name)
-                reduced.add_untouched(
-                    {name for tap in self.taps for name in tap.parameters.values()} - set(self.dropped)
-                )
-                return reduced.values, self._factors()
+            return self.finish(reduced), self._factors()
 
-    def _begin(self, reduced: Reduced, last: bool) -> None:
-        self._region.reset()
+    def begin(
+        self, losses: Tensor, reductions: Mapping[str, Reduction], last: bool, scale: Tensor | None = None
+    ) -> Reduced:
+        """Get ready for a backward pass of Σ_b scale_b ℓ_b."""
+        reduced = Reduced(self.size, reductions, losses.detach(), self.positions, scale)
+        self.region.reset()
         self._open = dict.fromkeys(self._calls)
         self._waiting = {name: len(calls) for name, calls in self._calls.items()}
         for calls in self._calls.values():
             for call, _ in calls:
                 call.grads, call.open = None, sum(name in self._open for name in call.parameters.values())
         self._fold_into = lambda name: self._fold(name, reduced, last)
+        return reduced
+
+    @torch.no_grad()
+    def finish(self, reduced: Reduced) -> dict[str, Tensor]:
+        """What the reductions gave of the losses' own gradients, once the backward pass is over."""
+        self._finish_shared()
+        for name in list(self._open):  # some of their calls have got no gradient: it is zero
+            self._fold_into(name)
+        reduced.add_untouched({name for tap in self.taps for name in tap.parameters.values()} - set(self.dropped))
+        return reduced.unscaled()
 
     def _finish_shared(self) -> None:
         for calls in self._calls.values():
@@ -222,6 +252,7 @@ class Recorder:
                 if call.start is not None:
                     call.grads = call.start.grads if call.tap.rule is None else call.start.all_grads()
 
+    @torch.no_grad()
     def _factors(self) -> dict[str, Factors]:
         """The kept factors; a layer that the losses do not depend on has gradient zero and no entry."""
         kept = {}
@@ -264,8 +295,12 @@ class Recorder:
 
     def _grown(self, inputs: Tensor, output: Tensor) -> Tensor:
         """The output as part of a graph that starts at the first tapped layer."""
+        if self.in_training:
+            if self._recording and not inputs.requires_grad:
+                self.region.edges.append(edge_of(output))
+            return output
         # What asks for gradients before any layer was tapped is none of ours: a hook, or a model's own tensor.
-        if output.requires_grad and (self._leaves or self._region.leaves):
+        if output.requires_grad and (self._leaves or self.region.leaves):
             return output
         # A clone: no leaf may be modified in place, as by an inplace ReLU.
         leaf = output.detach().requires_grad_()
@@ -277,7 +312,7 @@ class Recorder:
         """Experts, called with tokens (N, D), the experts' indices (N, k) and their weights (N, k)."""
         fits = len(values) == 3 and all(isinstance(x, Tensor) and x.ndim == 2 for x in values)
         count = len(values[0]) if fits else 0
-        known = self.size == 1 or count == self.size or self._region.all_positions(count)
+        known = self.size == 1 or count == self.size or self.region.all_positions(count)
         if not fits or not known or not torch.is_grad_enabled():
             what = _called(tap, values[0], output, self.size)
             raise _Untapped(
@@ -292,7 +327,7 @@ class Recorder:
 
     def _share(self, tap: Tap, names: Mapping[str, str], inputs: Tensor, output: Tensor) -> Tensor:
         what = _called(tap, inputs, output, self.size)
-        start, value = self._region.begin(output, what, tuple(names.values()))
+        start, value = self.region.begin(output, what, tuple(names.values()))
         if self._recording:
             plain = inputs.detach().as_subclass(Tensor)
             self._record(Call(tap, names, plain, plain._version, start=start))
@@ -335,7 +370,7 @@ class Recorder:
 
     def _layouts(self, tap: Tap, inputs: Tensor, output: Tensor, deep: bool) -> list[Layout]:
         assert tap.rule is not None
-        positions = self._region.all_positions(len(inputs))
+        positions = self.region.all_positions(len(inputs))
         guess = self.guess and not isinstance(output, UnmadeLogits)
         found = possible(inputs, output, self.size, tap.rule.trailing, positions, guess)
         return found if deep else [layout for layout in found if layout in ("positions", "shared")]

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -30,6 +30,13 @@ class Reduction(Protocol):
     def __call__(self, parameter: str, gradient: PerSampleGradient) -> Tensor:
         """This parameter's share, (B,)."""
         ...
+
+
+@runtime_checkable
+class Homogeneous(Reduction, Protocol):
+    """A reduction f with f(c·g) = c^degree f(g)."""
+
+    degree: ClassVar[int]
 
 
 @runtime_checkable
@@ -59,6 +66,7 @@ class _Along:
     """Something of the gradient along a direction, by parameter."""
 
     direction: Mapping[str, Tensor]
+    degree: ClassVar[int] = 1
 
     @property
     def parameters(self) -> Collection[str]:
@@ -95,6 +103,7 @@ class SqNorm:
     """‖gradient of sample b‖² over ``parameters``."""
 
     parameters: Collection[str]
+    degree: ClassVar[int] = 2
 
     def __call__(self, parameter: str, gradient: PerSampleGradient) -> Tensor:
         return gradient.sqnorm()
@@ -118,6 +127,7 @@ class Sketched:
     shapes: Mapping[str, Sequence[int]]
     sketch: Sketch
     together: bool = False
+    degree: ClassVar[int] = 1
 
     @property
     def parameters(self) -> Collection[str]:
@@ -145,12 +155,16 @@ class Sketched:
 
 @dataclass
 class Reduced:
-    """What reductions have given so far, (B,), (B, width) or (B, positions) by key."""
+    """What reductions have given so far, (B,), (B, width) or (B, positions) by key.
+
+    ``scale`` (B,): what each sample's gradient comes multiplied with; ``unscaled`` takes it out again.
+    """
 
     size: int
     reductions: Mapping[str, Reduction]
     like: Tensor
     positions: int | None = None
+    scale: Tensor | None = None
     values: dict[str, Tensor] = field(default_factory=dict)
     touched: set[str] = field(default_factory=set)  # parameters in which a sample has a gradient
 
@@ -171,7 +185,10 @@ class Reduced:
         self.touched.add(name)
         for key, reduction in self.reductions.items():
             if name in reduction.parameters:
-                self._add(key, name, reduction(name, gradient))
+                own = gradient
+                if self.scale is not None and not isinstance(reduction, Homogeneous):
+                    own = gradient.scaled(self.scale.reciprocal())
+                self._add(key, name, reduction(name, own))
 
     def add_untouched(self, tapped: Collection[str]) -> None:
         """What features make of a gradient of 0 in the tapped parameters that no sample reaches."""
@@ -179,6 +196,15 @@ class Reduced:
             if isinstance(reduction, Displaced):
                 for name in [n for n in reduction.parameters if n in tapped and n not in self.touched]:
                     self._add(key, name, reduction.at_zero(name).expand(self.size, -1))
+
+    def unscaled(self) -> dict[str, Tensor]:
+        """The values of the samples' own gradients."""
+        values = dict(self.values)
+        for key, reduction in self.reductions.items():
+            if self.scale is not None and isinstance(reduction, Homogeneous):
+                by_sample = self.scale.to(values[key]).reshape(-1, *[1] * (values[key].ndim - 1))
+                values[key] = values[key] / by_sample**reduction.degree
+        return values
 
     def _add(self, key: str, name: str, value: Tensor) -> None:
         total = self.values[key]

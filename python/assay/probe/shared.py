@@ -15,11 +15,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from assay.probe import products
 from assay.probe.pulling import pulled
-from assay.probe.quiet import on_gradient
+from assay.probe.quiet import edge_of, on_gradient
 from assay.probe.starts import Start, broadcast, coincidences, untapped
 from assay.probe.terms import Dense, Term
 from assay.tasks.base import wide
@@ -90,6 +91,9 @@ class Region:
     starts: list[Start] = field(default_factory=list)
     leaves: list[Tensor] = field(default_factory=list)
     patterns: set[tuple[Any, ...]] = field(default_factory=set)
+    in_training: bool = False  # parameters ask for their gradients, so that weights that are products' are cut off too
+    edges: list[GradientEdge] = field(default_factory=list)  # in training: where the graph begins that nobody asks for
+    cuts: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (value, the leaf that the model went on with)
     _borders: dict[int, _Border] = field(default_factory=dict)
     _second: bool = False  # samples lie in the second dimension
     _alone: bool = False  # there are none
@@ -124,6 +128,7 @@ class Region:
             self.starts.append(start)
             if not within:
                 self.leaves.append(own)
+                self.cuts.append((value, own))
         if self.size == 1:  # the gradient of the sum is the sample's
             return start, own.clone() if copy else own.view_as(own)
         sources = value.sources if within else ()  # type: ignore[attr-defined]
@@ -232,7 +237,9 @@ class Region:
 
     def _leaf(self, value: Shared) -> Tensor:
         """The value cut off from what it was computed from: that part of the graph is run through per sample."""
-        return value.as_subclass(Tensor).detach().requires_grad_()
+        leaf = value.as_subclass(Tensor).detach().requires_grad_()
+        self.cuts.append((value.as_subclass(Tensor), leaf))
+        return leaf
 
     def _catch(self, value: Shared, start: Tensor, copies: Tensor) -> None:
         """Let the gradients of ``copies`` (B·k, …), made from ``start``, arrive at the value."""
@@ -272,8 +279,11 @@ class Region:
         found = products.gradients(func, plain, products.Lead(self._arrange, self._batched))
         if found is None or len(weights) != len(shared) or not weights.keys() <= found.keys():
             return None
-        args, kwargs = tree_unflatten([self._plain(x) if isinstance(x, Shared) else x for x in leaves], spec)
+        cut = self._leaf if self.in_training else self._plain
+        args, kwargs = tree_unflatten([cut(x) if isinstance(x, Shared) else x for x in leaves], spec)
         output: Tensor = func(*args, **kwargs)
+        if self.in_training and self.recording and not any(x.requires_grad for x in others):
+            self.edges.append(edge_of(output))
         if not output.requires_grad:
             leaf = output.detach().requires_grad_()
             output = leaf.clone()

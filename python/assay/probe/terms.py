@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from assay.ops import Kronecker, Mask, Rademacher, Sketch, grad_dot, grad_sketch, grad_sqnorm, project
 from assay.probe.experts import Experts
@@ -47,6 +48,15 @@ class Outer:
         for b in torch.nonzero(~finite & left.isfinite() & right.isfinite()).flatten().tolist():
             finite[b] = self.part(slice(b, b + 1)).dense(()).isfinite().all()
         return finite
+
+    def scaled(self, factors: Tensor) -> Outer:
+        if self.left.shape[-1] <= self.right.shape[-1]:
+            return Outer(_times(self.left, factors), self.right)
+        return Outer(self.left, _times(self.right, factors))
+
+    def summed(self, shape: Sequence[int]) -> Tensor:
+        left, right = _alike(self.left.flatten(0, 1), self.right.flatten(0, 1))
+        return (left.T @ right).reshape(shape)
 
     @property
     def samples(self) -> int:
@@ -91,6 +101,13 @@ class Scatter:
         sample = torch.arange(len(grads), device=grads.device)[:, None].expand_as(self.ids)
         return grads.new_zeros(len(grads), *shape).index_put_((sample, self.ids), grads, accumulate=True)
 
+    def scaled(self, factors: Tensor) -> Scatter:
+        return Scatter(self.ids, _times(self.grads, factors))
+
+    def summed(self, shape: Sequence[int]) -> Tensor:
+        rows = wide(self.grads).flatten(0, 1)
+        return rows.new_zeros(*shape).index_put_((self.ids.flatten(),), rows, accumulate=True)
+
     @property
     def samples(self) -> int:
         return len(self.ids)
@@ -122,6 +139,12 @@ class Dense:
         if isinstance(sketch, Kronecker):  # a vector has one side
             sketch = Rademacher(sketch.dim, seed=sketch.seed, name=sketch.name)
         return project(values.flatten(1), sketch)
+
+    def scaled(self, factors: Tensor) -> Dense:
+        return Dense(_times(self.values, factors))
+
+    def summed(self, shape: Sequence[int]) -> Tensor:
+        return wide(self.values).sum(0).reshape(shape)
 
     @property
     def samples(self) -> int:
@@ -163,6 +186,15 @@ class Convolution:
 
     def sketch(self, sketch: Sketch, shape: Sequence[int]) -> Tensor:
         return self.outer().sketch(sketch, shape)
+
+    def scaled(self, factors: Tensor) -> Convolution:
+        return replace(self, grads=_times(self.grads, factors))
+
+    def summed(self, shape: Sequence[int]) -> Tensor:
+        gradient = (conv1d_weight, conv2d_weight, conv3d_weight)[len(self.kernel_size) - 1]
+        inputs, grads = _alike(self.inputs, self.grads)
+        options = (self.stride, 0, self.dilation, self.groups)
+        return gradient(inputs, torch.Size(shape), grads, *options)  # type: ignore[no-untyped-call, no-any-return]
 
     @property
     def samples(self) -> int:
@@ -216,6 +248,19 @@ def _grouped(left: Tensor, right: Tensor) -> Outer:
     return Outer(placed, right.flatten(1, 2))
 
 
+def _times(tensor: Tensor, factors: Tensor) -> Tensor:
+    """``tensor`` (B, …) times a number per sample, in the tensor's own type."""
+    return tensor * factors.to(tensor.device, tensor.dtype).reshape(-1, *[1] * (tensor.ndim - 1))
+
+
+def _alike(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """In one type: under autocast a layer multiplies in that of the lower precision, and so does its gradient."""
+    if one.dtype == other.dtype:
+        return one, other
+    narrow = min(one.dtype, other.dtype, key=lambda dtype: torch.finfo(dtype).bits)
+    return one.to(narrow), other.to(narrow)
+
+
 def _parts(direction: Tensor, like: Tensor) -> list[Tensor]:
     """What a direction is the sum of in the type of ``like``: bfloat16 holds a third of a float32's bits."""
     parts, rest = [], direction.to(like.device)
@@ -260,6 +305,13 @@ class Pulled:
 
     def dense(self, shape: Sequence[int]) -> Tensor:
         return torch.cat([sample.dense(shape) for sample in self._samples()])
+
+    def scaled(self, factors: Tensor) -> Pulled:
+        return replace(self, terms=[term.scaled(factors) for term in self.terms])
+
+    def summed(self, shape: Sequence[int]) -> Tensor:
+        total = sum_of([term.summed(self.value.shape) for term in self.terms])
+        return self._pull(total.to(self.value.dtype)).detach()
 
     @property
     def samples(self) -> int:

@@ -163,6 +163,33 @@ def prepare_check(model: nn.Module, task: Task, batch: Any, parameters: Collecti
     return Check(weights, dict(zip(wanted, gradients, strict=True)), 5e-2 if loose else _TOLERANCE, finite)
 
 
+def signed_check(losses: Tensor, tapped: Mapping[str, nn.Parameter], cuts: Sequence[tuple[Tensor, Tensor]]) -> Check:
+    """The same of a forward pass that somebody else made, whose graph is kept.
+
+    Args:
+        losses: (B,).
+        tapped: by name, parameters that ask for their gradients.
+        cuts: where the graph was cut, (value, the leaf that the model went on with), in the order of the model.
+    """
+    weights = signs(len(losses)).to(losses.device)
+    ends = [*tapped.values(), *(leaf for _, leaf in cuts)]
+    gradients: dict[int, Tensor] = {}
+
+    def add(root: Tensor, grads: Tensor | None) -> None:
+        found = torch.autograd.grad(root, ends, grads, retain_graph=True, allow_unused=True)
+        for end, more in zip(ends, found, strict=True):
+            if more is not None:
+                gradients[id(end)] = gradients[id(end)] + more if id(end) in gradients else more
+
+    add((weights * losses).sum(), None)
+    for value, leaf in reversed(cuts):
+        if value.requires_grad and id(leaf) in gradients:
+            add(value, gradients[id(leaf)])
+    found = {name: gradients.get(id(p), torch.zeros_like(p)) for name, p in tapped.items()}
+    loose = _is_low_precision(tapped.values(), losses.device) or losses.dtype in _HALF
+    return Check(weights, found, 5e-2 if loose else _TOLERANCE, losses.detach().isfinite())
+
+
 def signs(size: int) -> Tensor:
     """(size,) of 1 and −1, the same for every batch of that size.
 

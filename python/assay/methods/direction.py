@@ -1,0 +1,117 @@
+"""The direction from a model to a better reference, in their parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from assay.methods.checks import difference
+
+
+@dataclass(frozen=True)
+class Direction:
+    """v = θ_ref − θ by parameter, in float32, and its squared length in every trainable parameter."""
+
+    steps: Mapping[str, Tensor]
+    squares: Mapping[str, float]
+
+    @property
+    def norm(self) -> float:
+        """‖v‖."""
+        return math.sqrt(self._square)
+
+    @property
+    def share(self) -> float:
+        """Of ‖v‖² over all trainable parameters."""
+        return self._square / math.fsum(self.squares.values())
+
+    @property
+    def _square(self) -> float:
+        return math.fsum(self.squares[name] for name in self.steps)
+
+    def without(self, names: Collection[str]) -> Direction:
+        """In the other parameters alone."""
+        return replace(self, steps={name: step for name, step in self.steps.items() if name not in names})
+
+
+def check_reference(model: nn.Module, reference: nn.Module, parameters: Sequence[str]) -> None:
+    """ValueError unless the reference has the model's trainable parameters, and differs in one of ``parameters``."""
+    if other := difference(model, reference, _trainable(model)):
+        raise ValueError(
+            f"reference: expected parameter {other.parameter} {other.expected} as in the model, found {other.actual}; "
+            "mimic scores need a reference of the same architecture"
+        )
+    ours, theirs = _trainable(model), dict(reference.named_parameters(remove_duplicate=False))
+    if all(_equal(ours[name], theirs[name]) for name in parameters):
+        raise ValueError("reference: equals the model in every chosen layer, so that there is no direction to it")
+
+
+def direction_towards(model: nn.Module, reference: nn.Module, parameters: Sequence[str]) -> Direction:
+    """The direction from a model to a reference that ``check_reference`` has nothing against.
+
+    Raises ValueError if it has no length, or none that is a number.
+    """
+    ours, theirs = _trainable(model), dict(reference.named_parameters(remove_duplicate=False))
+    steps, squares = {}, {}
+    with torch.no_grad():
+        for name, p in ours.items():
+            step = theirs[name].to(p.device, torch.float32) - p.float()
+            squares[name] = float(step.double().square().sum())
+            if name in parameters:
+                steps[name] = step
+    direction = Direction({name: steps[name] for name in parameters}, squares)
+    if not direction.norm > 0:
+        raise ValueError(f"reference: the direction to it has length {direction.norm}, which says nothing")
+    return direction
+
+
+class Moving(Mapping[str, Tensor]):
+    """v = θ_ref − θ of models that are being trained: a parameter's is made when it is read, and not kept.
+
+    Args:
+        model, reference: which ``check_reference`` has nothing against. The reference may lie on another device, or be
+            of another precision.
+        parameters: those of the direction.
+    """
+
+    def __init__(self, model: nn.Module, reference: nn.Module, parameters: Sequence[str]) -> None:
+        self._ours, self._theirs = _trainable(model), dict(reference.named_parameters(remove_duplicate=False))
+        self._names = list(parameters)
+        self._squares: dict[str, Tensor] = {}  # of what was read since the norm was last asked for
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        with torch.no_grad():
+            ours = self._ours[name]
+            step = self._theirs[name].to(ours.device, torch.float32) - ours.float()
+            self._squares[name] = step.square().sum(dtype=torch.float64)
+            return step
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def norm(self, without: Collection[str] = ()) -> float:
+        """‖v‖ as the weights are now, over all parameters but some."""
+        for name in self._names:
+            if name not in self._squares:
+                self[name]
+        squares, self._squares = self._squares, {}
+        return math.sqrt(math.fsum(float(squares[name]) for name in self._names if name not in without))
+
+
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    if (one.dtype, one.device) != (other.dtype, other.device):
+        one, other = one.float(), other.to(one.device, torch.float32)
+    return torch.equal(one, other)

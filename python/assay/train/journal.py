@@ -1,0 +1,65 @@
+"""What was scored in training: a row per sample and step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from assay.methods import Column
+
+
+class Journal:
+    """Rows of id, step, scores and weight, in the order in which they came.
+
+    Args:
+        columns: the scores.
+    """
+
+    def __init__(self, columns: Sequence[Column]) -> None:
+        self._columns = {column.name: column for column in columns}
+        self._ids: list[str | None] = []
+        self._steps: list[npt.NDArray[Any]] = []
+        self._values: dict[str, list[npt.NDArray[Any]]] = {}
+
+    def add(self, ids: Sequence[str] | None, step: int, values: Mapping[str, Tensor]) -> None:
+        """A batch's scores and weights, (B,) each; a name that was not there in the first batch is an error."""
+        size = len(next(iter(values.values())))
+        self._ids += list(ids) if ids is not None else [None] * size
+        self._steps.append(np.full(size, step, dtype=np.int64))
+        if not self._values:
+            self._values = {name: [] for name in values}
+        for name, value in values.items():
+            self._values[name].append(value.detach().float().cpu().numpy())
+
+    def table(self) -> pa.Table:
+        """``id`` (string), ``step`` (int64), a float32 column per score, ``weight`` (float32)."""
+        fields = [pa.field("id", pa.string()), pa.field("step", pa.int64())]
+        for name in self._values:
+            column = self._columns.get(name)
+            said = {} if column is None else {"keep": column.keep, "description": column.description}
+            fields.append(pa.field(name, pa.float32(), metadata=said))
+        steps = np.concatenate(self._steps) if self._steps else np.empty(0, np.int64)
+        values = [np.concatenate(parts) for parts in self._values.values()]
+        return pa.Table.from_arrays(
+            [pa.array(self._ids, pa.string()), pa.array(steps), *map(pa.array, values)], schema=pa.schema(fields)
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and text: what ``torch.load(weights_only=True)`` takes."""
+        sink = pa.BufferOutputStream()
+        table = self.table()
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        return {"rows": torch.frombuffer(bytearray(sink.getvalue()), dtype=torch.uint8)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        table = pa.ipc.open_stream(pa.py_buffer(state["rows"].numpy().tobytes())).read_all()
+        self._ids = table["id"].to_pylist()
+        self._steps = [table["step"].to_numpy()]
+        self._values = {name: [table[name].to_numpy()] for name in table.column_names[2:]}

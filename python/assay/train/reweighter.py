@@ -1,0 +1,311 @@
+"""Scores of the batch that is being trained on, turned into its weights in the same step."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from assay.methods.base import Column, Method, Need
+from assay.methods.checks import check_at_least, check_one_of
+from assay.probe import Jvp, PerSampleGradient, Signals, tapped_parameters
+from assay.probe.training import BatchSize, TrainingTaps
+from assay.train.journal import Journal
+from assay.train.weights import Mode, best_share, gathered, softmax_weights
+
+
+class Reweighter:
+    """Trains on what a method says is worth it, with one backward pass. Two lines of a training loop change::
+
+        reweighter = assay.train.Reweighter(model, method, layers="head")      # once
+        ...
+        losses = F.cross_entropy(model(x), y, reduction="none")                # one loss per sample
+        reweighter.backward(losses, ids)                                       # was: losses.mean().backward()
+
+    The method's scores come from the trainer's own forward and backward pass; the weights from the scores, over the
+    global batch where training is distributed; and the ``.grad`` of the reweighted parameters is
+    (1/B) Σ_b w_b ∇ℓ_b, from the same factors, where Σ_b w_b = B. All other parameters get the plain mean. With weight
+    1 for every sample, that is ``losses.mean().backward()``.
+
+    Online Grad-Mimic is 2501.06708, stage 1, with ``GradMimic``; its paper reweights one layer.
+
+    Args:
+        model: the model that is trained, itself rather than a wrapper (``DistributedDataParallel(model)`` is made of it
+            afterwards). It must be called once per ``backward``, and not be compiled.
+        method: whose first column, or ``by``, is what weights are made of. Its model is ``model``.
+        mode: ``"reweight"``: w = B softmax(score / temperature). ``"filter"``: w = B / n for the share ``keep`` with
+            the best scores, n samples, and 0 for the others. ``"observe"``: scores alone, every gradient is the plain
+            mean.
+        temperature: in units of the score.
+        layers: glob or globs of the layers whose gradient is reweighted; None: every supported layer. Their inputs and
+            output gradients are kept until the last layer that the score needs has run backward.
+        warmup_steps: that many first calls of ``backward`` train plainly and score nothing.
+        keep: of mode ``"filter"``, in (0, 1].
+        by: the column that the weights come from; a column that is kept low counts with its sign turned.
+        every: score every so many calls; those between train plainly.
+        batch_size: (args, kwargs) of the model's forward -> the number of samples; None: the first dimension of the
+            first tensor.
+        recompute: nothing is kept; a second backward pass, with weighted losses, gives the reweighted gradients.
+        verify: compare the per-sample gradients with autograd's in the first step, and whenever layers meet their
+            inputs in a new way.
+        skip_unsupported: leave the layers out that cannot be tapped exactly, instead of raising.
+        process_group: over which a batch is global; None: the default group.
+
+    Attributes:
+        weights: (B,) float32 of the last call; None before.
+        step: how often ``backward`` was called.
+
+    Raises:
+        ValueError: a mode, column or number that there is not; a method of another model, or one that wants what a
+            trainer does not give.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        mode: Mode = "reweight",
+        temperature: float = 0.5,
+        layers: str | Sequence[str] | None = None,
+        warmup_steps: int = 0,
+        keep: float | None = None,
+        *,
+        by: str | None = None,
+        every: int = 1,
+        batch_size: BatchSize | None = None,
+        recompute: bool = False,
+        verify: bool = True,
+        skip_unsupported: bool = False,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        _check_settings(mode, temperature, warmup_steps, keep, every)
+        self.model, self.method, self.mode = model, method, mode
+        self.temperature, self.keep, self.warmup_steps, self.every = temperature, keep, warmup_steps, every
+        self.recompute = recompute
+        self._group = process_group
+        method.refresh()
+        self._needs = method.needs()
+        self._own = _own_role(model, method, self._needs)
+        self._reductions = {key: r for key, r in self._needs[self._own].reductions.items() if not isinstance(r, Jvp)}
+        self._by = _column(method, by)
+        self._parameters = [] if mode == "observe" else tapped_parameters(model, layers, skip_unsupported)
+        scored = {name for reduction in self._reductions.values() for name in reduction.parameters}
+        names = [name for name, _ in model.named_parameters() if name in scored.union(self._parameters)]
+        self._taps = TrainingTaps(model, names, batch_size=batch_size, verify=verify)
+        self._journal = Journal(method.columns)
+        self._with_ids: bool | None = None
+        self.weights: Tensor | None = None
+        self.step = 0
+        self._arm()
+
+    def backward(
+        self,
+        losses: Tensor,
+        ids: Sequence[Any] | Tensor | None = None,
+        *,
+        scale: float | Tensor = 1.0,
+        logits: Tensor | None = None,
+        labels: Tensor | None = None,
+        reference_losses: Tensor | None = None,
+    ) -> None:
+        """In place of ``(scale * losses).mean().backward()``.
+
+        Args:
+            losses: (B,), one per sample, as they are: not divided by accumulation steps, not multiplied by a loss
+                scale. ``scale`` does that.
+            ids: B names of the samples, in every call or in none.
+            scale: what the trainer multiplies losses with before it backpropagates, a number or (B,): one over the
+                accumulation steps, ``scaler.get_scale()``, a sample's share of the batch's tokens.
+            logits, labels: (B, C) and (B,), of a method that asks for logits.
+            reference_losses: (B,), of a method that compares with a reference's.
+
+        Raises:
+            RuntimeError: losses that are not one finite number per sample of the last forward pass; a layer that did
+                not run, or whose gradients cannot be told apart by sample; scores that make no weights.
+            ValueError: ids that are missing, repeated, or not one per sample.
+        """
+        names = self._names(ids, losses)
+        size = _check_losses(losses)
+        scales = torch.as_tensor(scale, dtype=losses.dtype, device=losses.device).expand(size) / size
+        recorded = self._taps.recorded(losses)
+        self.step += 1
+        if not self._taps.is_on:
+            torch.autograd.backward(losses, scales)
+        else:
+            if not recorded:
+                raise RuntimeError(
+                    "the model did not run forward, with gradients and by its own __call__, since the last backward(): "
+                    "expected losses of a forward pass of the model that the Reweighter was given"
+                )
+            self._step(losses, scales, names, _Given(logits, labels, reference_losses))
+        self._arm()
+
+    def table(self) -> pa.Table:
+        """What was scored: ``id``, ``step`` (of the call, from 1), a column per score, ``weight``."""
+        return self._journal.table()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The calls so far and the table, for a checkpoint of the trainer's."""
+        return {"step": self.step, **self._journal.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.step = int(state["step"])
+        self._journal.load_state_dict(state)
+        self._arm()
+
+    def detach(self) -> None:
+        """Take the hooks off the model."""
+        self._taps.detach()
+
+    # ---- a step
+
+    def _arm(self) -> None:
+        """Decide whether the next forward pass is recorded."""
+        since = self.step - self.warmup_steps
+        self._taps.is_on = since >= 0 and since % self.every == 0
+
+    def _step(self, losses: Tensor, scales: Tensor, names: Sequence[str] | None, given: _Given) -> None:
+        passed = self._taps.backward(losses, scales, self._reductions, self._parameters, recompute=self.recompute)
+        own = Signals(losses.detach().float(), given.logits, given.labels, reduced=passed.reduced, size=len(losses))
+        others = {role: Signals(given.losses_of(role, losses), size=len(losses)) for role in self._needs}
+        with torch.no_grad():
+            scores = self.method.score({**others, self._own: own})
+            weights = self._weigh(scores[self._by.name].to(losses.device))
+            self._add(losses, scales, weights, passed.held)
+        self.weights = weights.local.float()
+        self._journal.add(names, self.step, {**_known(scores), "weight": self.weights})
+
+    def _weigh(self, scores: Tensor) -> _Weights:
+        everyone, own = gathered(scores.double()[:, None], self._group)
+        everyone = everyone[:, 0] * (-1 if self._by.keep == "low" else 1)
+        if bool(everyone.isnan().all()) or bool(everyone.isinf().any()):
+            raise RuntimeError(
+                f"score {self._by.name!r} is {'infinite for a sample' if everyone.isinf().any() else 'NaN for all'} "
+                f"of the batch in step {self.step}: no weights can be made of it"
+            )
+        if self.mode == "observe":
+            weights = torch.ones_like(everyone)
+        elif self.mode == "filter":
+            assert self.keep is not None
+            weights = best_share(everyone, self.keep)
+        else:
+            weights = softmax_weights(everyone, self.temperature)
+        ranks = dist.get_world_size(self._group) if len(everyone) > len(scores) else 1
+        return _Weights(weights[own], len(scores) * ranks / len(everyone))
+
+    def _add(self, losses: Tensor, scales: Tensor, weights: _Weights, held: Mapping[str, PerSampleGradient]) -> None:
+        """The reweighted parameters' gradients."""
+        factors = weights.local * weights.correction
+        self._taps.add({name: gradient.scaled(factors).summed() for name, gradient in held.items()})
+        rest = [name for name in self._parameters if name not in held]
+        if self.recompute and rest:
+            self._taps.weighted_pass(losses, scales * factors.to(scales), rest)
+
+    def _names(self, ids: Sequence[Any] | Tensor | None, losses: Tensor) -> list[str] | None:
+        if self._with_ids is None:
+            self._with_ids = ids is not None
+        if ids is None and self._with_ids:
+            raise ValueError(
+                f"ids: none came in step {self.step + 1}, and earlier steps had them; expected {len(losses)}"
+            )
+        if ids is None:
+            return None
+        names = [str(i) for i in (ids.tolist() if isinstance(ids, Tensor) else ids)]
+        if len(names) != losses.numel():
+            raise ValueError(f"ids: expected one per sample, {losses.numel()}, found {len(names)}")
+        if repeated := [name for name, count in Counter(names).items() if count > 1]:
+            raise ValueError(
+                f"ids: {repeated[0]!r} is in the batch of step {self.step + 1} more than once, expected once: drop the "
+                "last batch rather than fill it up (drop_last=True; Accelerate's even_batches=False)"
+            )
+        return names
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What the caller of ``backward`` gave beside the losses."""
+
+    logits: Tensor | None
+    labels: Tensor | None
+    reference_losses: Tensor | None
+
+    def losses_of(self, role: str, like: Tensor) -> Tensor:
+        if role == "reference" and self.reference_losses is not None:
+            return self.reference_losses.detach().float()
+        return torch.full_like(like, torch.nan, dtype=torch.float32, requires_grad=False)
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """This rank's weights, and what makes the mean over ranks of different sizes that over all samples."""
+
+    local: Tensor
+    correction: float
+
+
+def _known(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those that the trainer could give the signals of: a reference's loss may not be among them."""
+    return {name: values for name, values in scores.items() if values.ndim == 1 and not bool(values.isnan().all())}
+
+
+def _check_settings(mode: str, temperature: float, warmup_steps: int, keep: float | None, every: int) -> None:
+    check_one_of("Reweighter: mode", mode, ("reweight", "filter", "observe"))
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"Reweighter: temperature: expected a finite number above 0, found {temperature}")
+    check_at_least("Reweighter: warmup_steps", warmup_steps, 0)
+    check_at_least("Reweighter: every", every, 1)
+    if (mode == "filter") != (keep is not None):
+        raise ValueError(f"Reweighter: keep={keep} with mode {mode!r}; expected a share in (0, 1] with 'filter' alone")
+    if keep is not None and not 0 < keep <= 1:
+        raise ValueError(f"Reweighter: keep: expected a share in (0, 1], found {keep}")
+
+
+def _own_role(model: nn.Module, method: Method, needs: Mapping[str, Need]) -> str:
+    """The role of the model that is trained."""
+    own = [role for role, need in needs.items() if need.model is model]
+    if len(own) != 1:
+        kinds = ", ".join(f"{role}: {type(need.model).__name__}" for role, need in needs.items())
+        raise ValueError(
+            f"Reweighter: {method.name}: expected a method that looks at the model in training once, found {len(own)} "
+            f"of its models to be it ({kinds}); make the method of the same object as model"
+        )
+    need = needs[own[0]]
+    for what, asked in (("embeddings", need.embeddings), ("raw columns", need.raw), ("another view", need.view)):
+        if asked:
+            raise ValueError(f"Reweighter: {method.name} asks for {what}, which a trainer does not give; score offline")
+    if forward := [key for key, reduction in need.reductions.items() if isinstance(reduction, Jvp)]:
+        raise ValueError(
+            f"Reweighter: {method.name}: {forward[0]!r} takes further forward passes, which a trainer does not make"
+        )
+    return own[0]
+
+
+def _column(method: Method, by: str | None) -> Column:
+    columns = {column.name: column for column in method.columns if column.width == 1}
+    if by is not None and by not in columns:
+        raise ValueError(f"Reweighter: by: {method.name} gives no score {by!r}; it gives {', '.join(columns)}")
+    return columns[by] if by is not None else next(iter(columns.values()))
+
+
+def _check_losses(losses: Tensor) -> int:
+    """B, of losses that can be trained on."""
+    if losses.ndim != 1 or len(losses) == 0:
+        raise RuntimeError(
+            f"losses of shape {tuple(losses.shape)}; expected one per sample, (B,): reduction='none', and a mean over "
+            "each sample's tokens where it has several"
+        )
+    if not losses.requires_grad:
+        raise RuntimeError("the losses have no graph; expected those of a forward pass with gradients")
+    if not bool(losses.detach().isfinite().all()):
+        bad = torch.nonzero(~losses.detach().isfinite()).flatten().tolist()
+        raise RuntimeError(
+            f"the loss of sample {bad[0]} of the batch is {float(losses[bad[0]])}; expected finite losses"
+        )
+    return len(losses)

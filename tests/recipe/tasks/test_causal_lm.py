@@ -257,7 +257,7 @@ def test_tokens_that_end_a_text_must_agree(models, tmp_path):
         ),
         (
             PROMPT | {"conversational": False, "loss_on": "assistant"},
-            r"expected completion or all \(or conversational: ",
+            r"expected completion or all \(assistant, with ",
         ),
         ({"loss_on": "prompt"}, r"task\.loss_on: input should be 'all', 'completion' or 'assistant'"),
         ({"truncate": "middle"}, r"task\.truncate: input should be 'right', 'left' or 'drop'"),

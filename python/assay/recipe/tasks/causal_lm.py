@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("assay")
 
-# What a sample is, by the column that says so, with what of it may count; the first is the default. Of prompts and
-# completions that are conversations, the assistant's turns may, too.
+# What a sample is, by the column that says so, with what of it may count; the first is the default. Of prompts that
+# are ``conversational``, everything may.
 _FORMS: Mapping[str, tuple[LossOn, ...]] = {
     "text_column": ("all",),
     "messages_column": ("assistant", "completion", "all"),
@@ -38,7 +38,10 @@ _FORMS: Mapping[str, tuple[LossOn, ...]] = {
 
 @TASKS.add("causal_lm")
 class CausalLMSpec(TaskSpec):
-    """Texts, cut to ``max_length`` tokens, and which of their tokens count (``loss_on``)."""
+    """Texts, cut to ``max_length`` tokens, and which of their tokens count (``loss_on``).
+
+    ``conversational`` says of prompts and completions whether they are messages; if it is left out, their columns do.
+    """
 
     kind: Literal["causal_lm"]
     text_column: str | None = None
@@ -83,13 +86,10 @@ class CausalLMSpec(TaskSpec):
         (form,) = forms
         if self.conversational is not None and form != "prompt_column":
             raise located(("conversational",), "goes with prompt_column", self.conversational)
-        counted, more = _FORMS[form], ""
-        if form == "prompt_column":
-            counted, more = (*counted, "assistant") if self.conversational else counted, " (or conversational: true)"
-        if self.loss_on not in counted:
-            raise located(
-                ("loss_on",), f"{self.loss_on} means nothing for {form}; expected {' or '.join(counted)}{more}", None
-            )
+        if self.loss_on not in _FORMS[form] and not self.conversational:
+            more = " (assistant, with conversational: true)" if form == "prompt_column" else ""
+            expected = " or ".join(_FORMS[form]) + more
+            raise located(("loss_on",), f"{self.loss_on} means nothing for {form}; expected {expected}", None)
         return self
 
     def seen(self, columns: Columns) -> Self:

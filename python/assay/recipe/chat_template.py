@@ -126,7 +126,7 @@ class ChatTemplate:
             raise BadRow("has no turn of the assistant")
         if not self._is_marked(tools):
             return whole.text, [self._turn(messages, i, whole.text, tools) for i in turns]
-        start = self._turn(messages, turns[0], whole.text, tools)[0] if since else 0
+        start = self._start(messages, since, whole.text, tools) if since else 0
         return whole.text, [(max(a, start), b) for a, b in whole.marks if b > start]
 
     def completion(self, messages: Sequence[Message], tools: Any = None) -> tuple[str, list[Span]]:
@@ -141,14 +141,17 @@ class ChatTemplate:
         Raises:
             BadRow: the template refuses a part of it, or makes something else of the prompt once others follow.
         """
-        before = self.render(messages[:since], tools, prompt=True).text
         text = self.render(messages, tools).text
-        if not text.startswith(before):
+        return text, [(self._start(messages, since, text, tools), len(text))]
+
+    def _start(self, messages: Sequence[Message], since: int, whole: str, tools: Any) -> int:
+        before = self.render(messages[:since], tools, prompt=True).text
+        if not whole.startswith(before):
             raise BadRow(
                 "what the chat template makes of the prompt alone is not how it begins both, so that the completion's "
                 "tokens cannot be told"
             )
-        return text, [(len(before), len(text))]
+        return len(before)
 
     def _is_marked(self, tools: Any) -> bool:
         return bool(_MARK.search(self._plain if tools is None else self._with_tools))

@@ -383,6 +383,15 @@ def test_of_a_completion_the_assistants_turns_may_count(template):
     assert ("yes", False) in tokens
 
 
+def test_what_a_marked_template_adds_at_the_end_of_all_is_no_turns():
+    """As Phi-3's does, with the token that ends a text."""
+    ends = MARKED + "{% if not add_generation_prompt %}</s>{% endif %}"
+    tokens = shown(pairs(ends, "assistant"), ASK, AGENT)
+    assert [word for word, counts in tokens if counts] == ["yes", ".", "<end>", "no", "<end>"]
+    assert tokens[-1] == ("</s>", False)
+    assert shown(pairs(ends), ASK, AGENT)[-1] == ("</s>", True)
+
+
 def test_a_prompt_that_the_template_changes_is_refused():
     with pytest.raises(EngineError, match=r"^models\.m: its chat template is not prefix-stable: what the "):
         pairs(UNSTABLE)._template.check_added()

@@ -70,7 +70,7 @@ def byte_pairs() -> PreTrainedTokenizerFast:
 
 @pytest.mark.parametrize("trim", [False, True])
 def test_a_token_of_both_counts(trim):
-    """TRL would count from the third token on, which leaves out the completion's first."""
+    """Older TRL would count from the third token on, which leaves out the completion's first."""
     tokenizer = byte_pairs()
     if trim:
         tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)

@@ -134,6 +134,7 @@ def test_the_parts_of_a_conversation_are_of_one_form():
         ('[{"a": 1}]', False),
         ('{"role": "user"}', False),
         ("[" * 100_000, False),
+        ("[" + '{"role": 1},' * 100_000 + "{}]", False),
         ("gold", False),
         ("", False),
     ],

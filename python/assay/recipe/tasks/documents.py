@@ -189,7 +189,8 @@ class CompletionEncoder(TokenEncoder):
 
     A token counts if it holds a character of the completion, even if it holds some of the prompt's too; so does the one
     that ends the text. With ``everything``, all do. Where the prompt's tokens alone begin those of both, this is TRL's
-    ``completion_only_loss``; where they do not, TRL warns and counts tokens from as many on as the prompt has alone.
+    ``completion_only_loss``; where they do not, TRL 1.16 counts from the first token that differs on, and older ones
+    from as many on as the prompt has alone.
 
     Two texts that look like lists of messages in JSON are no sample unless they are ``surely`` texts.
     """

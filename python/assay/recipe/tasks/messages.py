@@ -13,6 +13,7 @@ from assay.recipe.model_files import shortened
 
 _PLAIN = ("role", "content")
 _SHAREGPT = ("from", "value")
+_LONGEST_LOOK = 1 << 20
 # Who speaks in ShareGPT's form. What else libraries know is not the same in all of them: LLaMA-Factory's
 # function_call, say, is a turn of the assistant whose text is no text.
 _SPEAKERS = {
@@ -126,8 +127,8 @@ def _part(name: str, part: object) -> str:
 
 
 def looks_like_messages(text: str) -> bool:
-    """Whether a text is the JSON of a conversation."""
-    if not text.lstrip().startswith("["):
+    """Whether a text is the JSON of a conversation; of a very long one nobody asks."""
+    if len(text) > _LONGEST_LOOK or not text.lstrip().startswith("["):
         return False
     try:
         value = json.loads(text)

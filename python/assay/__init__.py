@@ -5,7 +5,7 @@ Scores every sample of a corpus with the models you already have, and selects by
 
 import logging
 
-from assay import methods, ops, retrain, select, tasks
+from assay import methods, ops, retrain, select, tasks, train
 from assay._version import __version__
 from assay.ops import Kronecker, Mask, Rademacher, Sparse
 from assay.ops._backend import backend
@@ -26,6 +26,7 @@ __all__ = [
     "score",
     "select",
     "tasks",
+    "train",
 ]
 
 logging.getLogger("assay").addHandler(logging.NullHandler())

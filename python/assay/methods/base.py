@@ -124,6 +124,7 @@ class Method(Protocol):
 
     def refresh(self) -> None:
         """The models have moved, or are about to: nothing that was made of their weights may be kept from now on."""
+        return None
 
     def score(self, signals: Mapping[str, Signals]) -> dict[str, Tensor]:
         """Signals by role -> a tensor per column name, of the column's width."""

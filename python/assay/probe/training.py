@@ -68,7 +68,7 @@ class TrainingTaps:
     def __init__(
         self, model: nn.Module, parameters: Collection[str], *, batch_size: BatchSize | None = None, verify: bool = True
     ) -> None:
-        _refuse_compiled(model)
+        check_can_be_tapped(model)
         self.parameters = list(parameters)
         self.is_on = True
         self._model, self._verify = model, verify
@@ -108,7 +108,7 @@ class TrainingTaps:
             return
         if self._passes and not self._came:
             raise RuntimeError(
-                "the model runs forward again and Reweighter.backward never came, so that no weight reaches a gradient: "
+                "the model runs forward again and Reweighter.backward never came, so that no weights were used; "
                 "call it in place of loss.backward()"
             )
         self._passes += 1
@@ -132,11 +132,11 @@ class TrainingTaps:
 
     # ---- backward
 
-    def recorded(self, losses: Tensor) -> bool:
-        """Whether a forward pass was recorded for these losses.
+    def recorded(self) -> bool:
+        """Whether a forward pass was recorded since the last backward pass.
 
         Raises:
-            RuntimeError: the model ran several times since the last backward pass, or over another number of samples.
+            RuntimeError: several were, or one that mixes the samples.
         """
         passes, self._passes, self._came = self._passes, 0, True
         if passes > 1:
@@ -145,22 +145,14 @@ class TrainingTaps:
                 f"the model ran forward {passes} times with gradients since the last backward(); expected once. Run "
                 "what is not trained on under torch.no_grad()"
             )
-        if self._recorder is None:
-            return False
-        if self._recorder.size != len(losses):
-            size, self._recorder = self._recorder.size, None
+        if self._recorder is not None and self._coupled is not None:
+            self._recorder = None
             raise RuntimeError(
-                f"{len(losses)} losses came, and the model ran on a batch of {size} (the first dimension of its first "
-                "tensor); expected one loss per sample. If the batch's size is elsewhere, say where: "
-                "batch_size=lambda args, kwargs: ..."
+                f"layer {self._coupled!r} is a batch norm in training mode, which mixes the samples' gradients in the "
+                "layers before it. Choose layers behind it (layers='head', say), put it into eval mode, or use a group "
+                "norm"
             )
-        if self._coupled is not None:
-            name, self._recorder = self._coupled, None
-            raise RuntimeError(
-                f"layer {name!r} is a batch norm in training mode, which mixes the samples' gradients in the layers "
-                "before it. Choose layers behind it (layers='head', say), put it into eval mode, or use a group norm"
-            )
-        return True
+        return self._recorder is not None
 
     def backward(
         self,
@@ -181,11 +173,17 @@ class TrainingTaps:
             recompute: hold only what ``weighted_pass`` cannot make; it must come afterwards.
 
         Raises:
-            RuntimeError: a layer did not run, or cannot be tapped as the model called it, or the gradients fail the
-                check.
+            RuntimeError: not one loss per sample; a layer did not run, or cannot be tapped as the model called it; the
+                gradients fail the check.
         """
         recorder, self._recorder = self._recorder, None
         assert recorder is not None
+        if recorder.size != len(losses):
+            raise RuntimeError(
+                f"{len(losses)} losses came, and the model ran on a batch of {recorder.size} (the first dimension of "
+                "its first tensor); expected one loss per sample. If the batch's size is elsewhere, say where: "
+                "batch_size=lambda args, kwargs: ..."
+            )
         tapped = self._tapped()
         recorder.settle({})
         held = Held(recorder.followed.intersection(hold) if recompute else hold)
@@ -203,11 +201,16 @@ class TrainingTaps:
     ) -> None:
         """Backpropagate to all leaves but ``own``, and to those through whatever was cut off of the graph."""
         region = recorder.region
-        own = [*own, *(leaf for _, leaf in region.cuts)]
-        before = {id(leaf): found for value, leaf in region.cuts if (found := other_leaves(value, own))}
+        cut = {id(leaf) for _, leaf in region.cuts}
+        before: dict[int, list[Tensor]] = {}  # by leaf of a cut, what its value comes from and wants a gradient
+        for value, leaf in region.cuts:
+            found = [x for x in other_leaves(value, own) if id(x) not in cut or id(x) in before]
+            if found:
+                before[id(leaf)] = found
         leaves = {id(leaf): leaf for leaf in region.leaves}
         leaves |= {id(leaf): leaf for _, leaf in region.cuts if id(leaf) in before}
-        inputs: list[Any] = [*other_leaves(losses, own), *region.edges, *leaves.values()]
+        others = [x for x in other_leaves(losses, own) if id(x) not in cut]
+        inputs: list[Any] = [*others, *region.edges, *leaves.values()]
         if inputs:
             torch.autograd.backward(losses, scale, inputs=inputs, retain_graph=retain)
         region.finish([leaf.grad for leaf in region.leaves])
@@ -306,12 +309,17 @@ def first_dimension(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     )
 
 
-def _refuse_compiled(model: nn.Module) -> None:
-    compiled = type(model).__name__ == "OptimizedModule" or any(
-        getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()
-    )
-    if compiled:
-        raise ValueError(
-            f"{type(model).__name__}: the model, or a layer of it, is compiled (torch.compile), and its layers' inputs "
-            "cannot be seen; train it uncompiled, or score offline with assay.score"
-        )
+def check_can_be_tapped(model: nn.Module) -> None:
+    """ValueError of a model whose layers' inputs and output gradients nobody sees, or whose weights lie elsewhere."""
+    for module in model.modules():
+        if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
+            raise ValueError(
+                f"{type(module).__name__}: the model, or a layer of it, is compiled (torch.compile), and its layers' "
+                "inputs cannot be seen; train it uncompiled, or score offline with assay.score"
+            )
+    for name, parameter in model.named_parameters():
+        if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
+            raise ValueError(
+                f"parameter {name!r} is sharded (a DTensor, of FSDP2 or tensor parallelism): its layer's weight is not "
+                "whole when its gradient is made. Use DistributedDataParallel, or score offline with assay.score"
+            )

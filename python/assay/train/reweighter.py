@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from assay.methods.base import Column, Method, Need
 from assay.methods.checks import check_at_least, check_one_of
 from assay.probe import Jvp, PerSampleGradient, Signals, tapped_parameters
-from assay.probe.training import BatchSize, TrainingTaps
+from assay.probe.training import BatchSize, TrainingTaps, check_can_be_tapped
 from assay.train.journal import Journal
 from assay.train.weights import Mode, best_share, gathered, softmax_weights
 
@@ -86,6 +86,7 @@ class Reweighter:
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         _check_settings(mode, temperature, warmup_steps, keep, every)
+        check_can_be_tapped(model)
         self.model, self.method, self.mode = model, method, mode
         self.temperature, self.keep, self.warmup_steps, self.every = temperature, keep, warmup_steps, every
         self.recompute = recompute
@@ -131,10 +132,10 @@ class Reweighter:
                 not run, or whose gradients cannot be told apart by sample; scores that make no weights.
             ValueError: ids that are missing, repeated, or not one per sample.
         """
-        names = self._names(ids, losses)
+        recorded = self._taps.recorded()
         size = _check_losses(losses)
+        names = self._names(ids, losses)
         scales = torch.as_tensor(scale, dtype=losses.dtype, device=losses.device).expand(size) / size
-        recorded = self._taps.recorded(losses)
         self.step += 1
         if not self._taps.is_on:
             torch.autograd.backward(losses, scales)

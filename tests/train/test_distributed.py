@@ -1,0 +1,74 @@
+"""Two gloo processes train as one does on both their batches."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from assay.methods import GradMimic
+from assay.tasks import Classification
+from assay.train import Reweighter
+
+MODES = {"reweight": {}, "filter": {"keep": 0.5}}
+# By where the batch is cut: mode and layers. The plain mean over ranks of different sizes is not that over all samples,
+# so that there everything is reweighted.
+RUNS = {
+    4: [("reweight", None), ("reweight", "2"), ("filter", None), ("filter", "2")],
+    3: [("reweight", None), ("filter", None)],
+}
+
+
+def problem() -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    reference = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in reference.parameters():
+            p.add_(torch.randn_like(p), alpha=0.1)
+    return model, reference, torch.randn(2, 8, 4), torch.randint(3, (2, 8))
+
+
+def train(rows: slice | list[int], wrap: bool, mode: str, layers: str | None) -> dict[str, Tensor]:
+    """Two steps of SGD on the rows of a step's batch."""
+    model, reference, x, y = problem()
+    method = GradMimic(model, reference, Classification())
+    reweighter = Reweighter(model, method, mode, 0.2, layers, **MODES[mode])
+    run = DistributedDataParallel(model) if wrap else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for step in range(2):
+        optimizer.zero_grad()
+        losses = F.cross_entropy(run(x[step][rows]), y[step][rows], reduction="none")
+        reweighter.backward(losses, ids=torch.arange(8)[rows])
+        optimizer.step()
+    assert reweighter.weights is not None
+    return {**model.state_dict(), "weights": reweighter.weights}
+
+
+def work(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    found = {}
+    for cut in (4, 3):
+        rows = slice(0, cut) if rank == 0 else slice(cut, 8)
+        found |= {(cut, mode, layers): train(rows, True, mode, layers) for mode, layers in RUNS[cut]}
+    torch.save(found, Path(folder) / f"found{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    mp.spawn(work, (str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"found{rank}.pt", weights_only=True)
+        for (cut, mode, layers), values in found.items():
+            one = train(slice(0, 8), False, mode, layers)
+            for name, value in values.items():
+                own = slice(0, cut) if rank == 0 else slice(cut, 8)
+                expected = one[name][own] if name == "weights" else one[name]
+                what = f"{cut} {mode} {layers} {name}"
+                torch.testing.assert_close(value, expected, msg=what, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,434 @@
+"""Online scores and weighted gradients are those of torch.func, one sample at a time."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from assay.methods import TRAK, Ensemble, GradMimic, GraNd
+from assay.tasks import Classification
+from assay.train import Reweighter
+
+TASK = Classification()
+
+
+class Net(nn.Module):
+    """A convolution, a norm, a shared table of positions and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv1d(2, 6, 3, padding=1)
+        self.norm = nn.LayerNorm(6)
+        self.places = nn.Embedding(5, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.stem(x).mT) + self.places(torch.arange(5)[None])
+        return self.head(F.relu(h, inplace=True).mean(1))
+
+
+@pytest.fixture
+def data() -> tuple[Tensor, Tensor]:
+    return torch.randn(6, 2, 5), torch.randint(3, (6,))
+
+
+@pytest.fixture
+def models() -> tuple[nn.Module, nn.Module]:
+    model = Net()
+    reference = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in reference.parameters():
+            p.add_(torch.randn_like(p), alpha=0.1)
+    return model, reference
+
+
+def losses_of(model: nn.Module, data: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(data[0]), data[1], reduction="none")
+
+
+def by_sample(model: nn.Module, data: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """(B, *shape) by parameter, from as many backward passes as samples."""
+    each = []
+    for x, y in zip(*data, strict=True):
+        own = copy.deepcopy(model)
+        loss = losses_of(own, (x[None], y[None])).sum()
+        each.append(torch.autograd.grad(loss, list(own.parameters())))
+    names = [name for name, _ in model.named_parameters()]
+    return {name: torch.stack([grads[i] for grads in each]) for i, name in enumerate(names)}
+
+
+def mimic(gradients: dict[str, Tensor], model: nn.Module, reference: nn.Module, names: list[str]) -> Tensor:
+    ours, theirs = dict(model.named_parameters()), dict(reference.named_parameters())
+    steps = {name: (theirs[name] - ours[name]).detach().double() for name in names}
+    norm = sum(float(v.square().sum()) for v in steps.values()) ** 0.5
+    return -sum((gradients[n].double() * v).flatten(1).sum(1) for n, v in steps.items()) / norm
+
+
+def close_gradients(model: nn.Module, expected: dict[str, Tensor], rtol: float = 1e-5) -> None:
+    for name, p in model.named_parameters():
+        assert p.grad is not None, name
+        scale = float(expected[name].abs().max())
+        torch.testing.assert_close(p.grad.double(), expected[name].double(), rtol=rtol, atol=rtol * scale, msg=name)
+
+
+def mixed(gradients: dict[str, Tensor], weights: Tensor, names: list[str]) -> dict[str, Tensor]:
+    """What .grad should be."""
+    flat = torch.ones_like(weights)
+    return {
+        name: torch.einsum("b,b...->...", (weights if name in names else flat).to(g), g) / len(weights)
+        for name, g in gradients.items()
+    }
+
+
+EVERY = [name for name, _ in Net().named_parameters()]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    ("layers", "reweighted"), [(None, EVERY), ("head", ["head.weight", "head.bias"]), ("stem", EVERY[:2])]
+)
+@pytest.mark.parametrize("scored", [None, "head"])
+def test_gradients_and_scores(models, data, layers, reweighted, scored, recompute) -> None:
+    model, reference = models
+    method = GradMimic(model, reference, TASK, layers=scored)
+    names = EVERY if scored is None else ["head.weight", "head.bias"]
+    gradients = by_sample(model, data)
+    reweighter = Reweighter(model, method, temperature=0.3, layers=layers, recompute=recompute)
+    reweighter.backward(losses_of(model, data), ids=range(6))
+    scores = mimic(gradients, model, reference, names)
+    weights = 6 * (scores / 0.3).softmax(0)
+    close_gradients(model, mixed(gradients, weights, reweighted))
+    torch.testing.assert_close(reweighter.weights, weights.float(), rtol=1e-4, atol=1e-5)
+    table = reweighter.table()
+    assert table["id"].to_pylist() == list("012345")
+    assert table.column_names == ["id", "step", "mimic", "loss", "weight"]  # no reference ran
+    torch.testing.assert_close(torch.tensor(table["mimic"].to_pylist()), scores.float(), rtol=1e-4, atol=1e-6)
+
+
+def test_equal_weights_are_an_ordinary_step(models, data) -> None:
+    model, reference = models
+    plain = copy.deepcopy(model)
+    losses_of(plain, data).mean().backward()
+    reweighter = Reweighter(model, GradMimic(model, reference, TASK), mode="filter", keep=1.0)
+    reweighter.backward(losses_of(model, data))
+    close_gradients(model, {name: p.grad for name, p in plain.named_parameters()})
+
+
+def test_the_direction_follows_the_weights(models, data) -> None:
+    model, reference = models
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    reweighter = Reweighter(model, GradMimic(model, reference, TASK, layers="head"), layers="head")
+    for step in range(3):
+        optimizer.zero_grad()
+        gradients = by_sample(detached(model), data)
+        expected = mimic(gradients, model, reference, ["head.weight", "head.bias"])
+        reweighter.backward(losses_of(model, data))
+        found = torch.tensor(reweighter.table()["mimic"].to_pylist()[6 * step :])
+        torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-6)
+        optimizer.step()
+
+
+def detached(model: nn.Module) -> nn.Module:
+    """A copy without hooks."""
+    other = Net()
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def test_accumulation_and_a_scaler(models, data) -> None:
+    """Two micro-batches of different scale add up; scores are those of the losses themselves."""
+    model, reference = models
+    gradients = by_sample(model, data)
+    reweighter = Reweighter(model, GradMimic(model, reference, TASK), temperature=0.3)
+    scores = mimic(gradients, model, reference, EVERY)
+    for part, scale in ((slice(0, 4), 1024.0), (slice(4, 6), torch.tensor([512.0, 2048.0]))):
+        reweighter.backward(losses_of(model, (data[0][part], data[1][part])), scale=scale)
+    expected = {}
+    first, second = 4 * (scores[:4] / 0.3).softmax(0), 2 * (scores[4:] / 0.3).softmax(0)
+    for name, g in gradients.items():
+        shares = torch.cat([first * 1024 / 4, second * torch.tensor([512.0, 2048.0]) / 2])
+        expected[name] = torch.einsum("b,b...->...", shares, g.double())
+    close_gradients(model, expected, 2e-5)
+    torch.testing.assert_close(
+        torch.tensor(reweighter.table()["mimic"].to_pylist()), scores.float(), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_observing_changes_nothing(models, data) -> None:
+    model, _ = models
+    plain = copy.deepcopy(model)
+    losses_of(plain, data).mean().backward()
+    gradients = by_sample(model, data)
+    reweighter = Reweighter(model, GraNd(model, TASK), mode="observe", every=2)
+    for _ in range(3):
+        model.zero_grad()
+        reweighter.backward(losses_of(model, data))
+        for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, msg=name)
+    norms = sum(g.double().square().flatten(1).sum(1) for g in gradients.values()).sqrt()
+    table = reweighter.table()
+    assert table["step"].to_pylist() == [1] * 6 + [3] * 6
+    torch.testing.assert_close(torch.tensor(table["grand"].to_pylist()[:6]), norms.float(), rtol=1e-4, atol=1e-6)
+
+
+def test_filter_keeps_the_best_share(models, data) -> None:
+    model, reference = models
+    gradients = by_sample(model, data)
+    reweighter = Reweighter(model, GradMimic(model, reference, TASK), mode="filter", keep=0.5)
+    reweighter.backward(losses_of(model, data))
+    scores = mimic(gradients, model, reference, EVERY)
+    weights = torch.zeros(6).index_fill(0, scores.topk(3).indices, 2.0)
+    assert torch.equal(reweighter.weights, weights)
+    close_gradients(model, mixed(gradients, weights, EVERY))
+
+
+def test_a_column_that_is_kept_low_counts_turned(models, data) -> None:
+    model, reference = models
+    method = GradMimic(model, reference, TASK, layers="head")
+    reweighter = Reweighter(model, method, by="reference_loss", mode="filter", keep=1 / 6, layers="head")
+    own = torch.tensor([3.0, 1.0, 2.0, 5.0, 4.0, 6.0])
+    reweighter.backward(losses_of(model, data), reference_losses=own)
+    assert reweighter.weights.tolist() == [0, 6, 0, 0, 0, 0]
+    assert reweighter.table()["rho"].null_count == 0
+
+
+def test_rho(models, data) -> None:
+    model, reference = models
+    with torch.no_grad():
+        theirs = losses_of(reference, data)
+    reweighter = Reweighter(model, GradMimic(model, reference, TASK, layers="head"), by="rho", temperature=1.0)
+    losses = losses_of(model, data)
+    reweighter.backward(losses, reference_losses=theirs)
+    torch.testing.assert_close(reweighter.weights, 6 * (losses.detach() - theirs).softmax(0))
+
+
+def test_el2n_from_logits(models, data) -> None:
+    model, _ = models
+    reweighter = Reweighter(model, Ensemble([model], TASK), by="ensemble_el2n", mode="observe")
+    logits = model(data[0])
+    reweighter.backward(F.cross_entropy(logits, data[1], reduction="none"), logits=logits, labels=data[1])
+    expected = (logits.softmax(1) - F.one_hot(data[1], 3)).norm(dim=1)
+    found = torch.tensor(reweighter.table()["ensemble_el2n"].to_pylist())
+    torch.testing.assert_close(found, expected.detach())
+
+
+def test_warmup_is_plain_and_evaluations_are_none_of_its_business(models, data) -> None:
+    model, reference = models
+    reweighter = Reweighter(model, GradMimic(model, reference, TASK), warmup_steps=1)
+    plain = copy.deepcopy(model)
+    losses_of(plain, data).mean().backward()
+    reweighter.backward(losses_of(model, data))
+    close_gradients(model, {name: p.grad for name, p in plain.named_parameters()})
+    assert reweighter.weights is None
+    losses = losses_of(model, data)
+    model.eval()
+    losses_of(model, data)  # forgot no_grad
+    with torch.no_grad():
+        losses_of(model, data)
+    model.train()
+    reweighter.backward(losses)
+    assert reweighter.table().num_rows == 6
+
+
+def test_state(models, data) -> None:
+    model, reference = models
+    one = Reweighter(model, GradMimic(model, reference, TASK), warmup_steps=1)
+    for _ in range(3):
+        one.backward(losses_of(model, data), ids=list("abcdef"))
+    one.detach()
+    other = Reweighter(model, GradMimic(model, reference, TASK), warmup_steps=1)
+    other.load_state_dict(one.state_dict())
+    assert other.step == 3
+    assert other.table().equals(one.table())
+    other.backward(losses_of(model, data), ids=list("abcdef"))
+    assert other.table()["step"].to_pylist()[-6:] == [4] * 6
+
+
+def test_hooks_of_parameters_run_once(models, data) -> None:
+    model, reference = models
+    reweighter = Reweighter(model, GradMimic(model, reference, TASK, layers="head"), layers="head")
+    counts: dict[str, int] = {}
+    for name, p in model.named_parameters():
+        p.register_hook(lambda g, name=name: counts.__setitem__(name, counts.get(name, 0) + 1))
+    reweighter.backward(losses_of(model, data))  # the first step checks itself
+    counts.clear()
+    reweighter.backward(losses_of(model, data))
+    assert counts == dict.fromkeys(EVERY, 1)
+
+
+def test_under_autocast(models, data) -> None:
+    model, reference = models
+    gradients = by_sample(model, data)
+    reweighter = Reweighter(model, GradMimic(model, reference, TASK, layers="head"), layers="head", temperature=0.3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = losses_of(model, data).float()
+    reweighter.backward(losses)
+    weights = 6 * (mimic(gradients, model, reference, ["head.weight", "head.bias"]) / 0.3).softmax(0)
+    close_gradients(model, mixed(gradients, weights, ["head.weight", "head.bias"]), 5e-2)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_language_model_with_adapters_and_checkpoints(tied: bool) -> None:
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=17, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
+        tie_word_embeddings=tied, attn_implementation="eager",
+    )  # fmt: skip
+    base = transformers.LlamaForCausalLM(config)
+    model = peft.get_peft_model(
+        base, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    )
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    ids = torch.randint(17, (4, 6))
+
+    def losses(rows: Tensor) -> Tensor:
+        logits = model(input_ids=rows, use_cache=False).logits[:, :-1]
+        return F.cross_entropy(logits.mT, rows[:, 1:], reduction="none").mean(1)
+
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    each = []
+    for row in ids:
+        model.zero_grad()
+        losses(row[None]).sum().backward()
+        each.append([p.grad for p in model.parameters() if p.requires_grad])
+    model.zero_grad()
+    gradients = {name: torch.stack([grads[i] for grads in each]) for i, name in enumerate(names)}
+    reweighter = Reweighter(model, GraNd(model, TASK), temperature=2.0)
+    for _ in range(2):
+        model.zero_grad()
+        reweighter.backward(losses(ids))
+    norms = sum(g.double().square().flatten(1).sum(1) for g in gradients.values()).sqrt()
+    weights = 4 * (norms / 2.0).softmax(0)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            expected = torch.einsum("b,b...->...", weights, gradients[name].double()) / 4
+            torch.testing.assert_close(p.grad.double(), expected, rtol=1e-4, atol=1e-7, msg=name)
+
+
+# ---- what goes wrong is an error before the optimizer steps
+
+
+def test_a_trainer_that_goes_its_own_way(models, data) -> None:
+    model, reference = models
+    Reweighter(model, GradMimic(model, reference, TASK))
+    losses_of(model, data).mean().backward()
+    with pytest.raises(RuntimeError, match=r"Reweighter\.backward never came"):
+        losses_of(model, data)
+
+
+def test_ids(models, data) -> None:
+    model, reference = models
+    reweighter = Reweighter(model, GradMimic(model, reference, TASK))
+    with pytest.raises(ValueError, match="expected one per sample, 6, found 2"):
+        reweighter.backward(losses_of(model, data), ids=["a", "b"])
+    with pytest.raises(ValueError, match="'a' is in the batch of step 1 more than once"):
+        reweighter.backward(losses_of(model, data), ids=list("abcdea"))
+    with pytest.raises(ValueError, match="ids: none came in step 1"):
+        reweighter.backward(losses_of(model, data))
+
+
+def parts(model: Any, x: Tensor) -> Tensor:
+    """The model's own, without its __call__."""
+    return model.head(model.norm(model.stem(x).mT).mean(1))
+
+
+def coupled(model: nn.Module, data: tuple[Tensor, Tensor]) -> Tensor:
+    """Every sample's loss grows with the others' logits."""
+    logits = model(data[0])
+    return F.cross_entropy(logits + logits.mean(0), data[1], reduction="none")
+
+
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [
+        (lambda model, data: losses_of(model, data).mean(), r"losses of shape \(\); expected one per sample"),
+        (lambda model, data: losses_of(model, data)[:3], "3 losses came, and the model ran on a batch of 6"),
+        (lambda model, data: losses_of(model, data).detach(), "have no graph"),
+        (lambda model, data: losses_of(model, data) / torch.tensor([1, 1, 0, 1, 1, 1]), "loss of sample 2 .* inf"),
+        (lambda model, data: losses_of(model, data) + losses_of(model, data), "ran forward 2 times"),
+        (lambda model, data: parts(model, data[0]).sum(1), "did not run forward"),
+    ],
+)
+def test_losses(models, data, losses, message) -> None:
+    model, reference = models
+    reweighter = Reweighter(model, GradMimic(model, reference, TASK))
+    reweighter.backward(losses_of(model, data))
+    with pytest.raises(RuntimeError, match=message):
+        reweighter.backward(losses(model, data))
+
+
+def test_losses_that_depend_on_other_samples(models, data) -> None:
+    model, reference = models
+    with pytest.raises(RuntimeError, match="do not add up"):
+        Reweighter(model, GradMimic(model, reference, TASK)).backward(coupled(model, data))
+
+
+def test_batch_norm_in_training_mode(models, data) -> None:
+    class Normed(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.batch = nn.BatchNorm1d(6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.batch(self.stem(x)).mean(2))
+
+    model = Normed()
+    with pytest.raises(RuntimeError, match="layer 'batch' is a batch norm in training mode"):
+        Reweighter(model, GraNd(model, TASK, layers="stem"), layers="stem").backward(losses_of(model, data))
+    model = Normed()
+    reweighter = Reweighter(model, GraNd(model, TASK, layers="head"), layers="head")
+    reweighter.backward(losses_of(model, data))  # behind it every sample is its own
+    assert reweighter.weights is not None
+
+
+def test_layers_that_never_run(models, data) -> None:
+    model = Net()
+    model.extra = nn.Linear(2, 2)
+    with pytest.raises(RuntimeError, match="layer 'extra' did not run in the first step"):
+        Reweighter(model, GraNd(model, TASK, layers="head")).backward(losses_of(model, data))
+
+
+def test_scores_that_make_no_weights(models, data) -> None:
+    model, reference = models
+    reweighter = Reweighter(model, GradMimic(model, reference, TASK), by="rho")
+    with pytest.raises(RuntimeError, match="score 'rho' is NaN for all of the batch in step 1"):
+        reweighter.backward(losses_of(model, data))
+
+
+def test_what_a_constructor_refuses(models, data) -> None:
+    model, reference = models
+    method = GradMimic(model, reference, TASK)
+    for arguments, message in [
+        ({"mode": "drop"}, "mode 'drop'; expected"),
+        ({"temperature": 0.0}, "temperature: expected a finite number above 0"),
+        ({"mode": "filter"}, "keep=None with mode 'filter'"),
+        ({"keep": 0.5}, "keep=0.5 with mode 'reweight'"),
+        ({"mode": "filter", "keep": 1.5}, r"expected a share in \(0, 1\]"),
+        ({"by": "mimics"}, "gives no score 'mimics'; it gives mimic, loss"),
+        ({"layers": "tail"}, "'tail' matches no layer"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Reweighter(model, method, **arguments)
+    with pytest.raises(ValueError, match="found 0 of its models to be it"):
+        Reweighter(Net(), method)
+    with pytest.raises(ValueError, match="compiled"):
+        Reweighter(torch.compile(model), GraNd(model, TASK))
+    small = Net()
+    small.head = nn.Linear(6, 2)
+    with pytest.raises(ValueError, match=r"expected parameter head\.weight of shape"):
+        GradMimic(model, small, TASK)
+
+
+def test_a_method_that_was_not_fitted(models, data) -> None:
+    model, _ = models
+    reweighter = Reweighter(model, TRAK([model], TASK, {"t": [data]}))
+    with pytest.raises(RuntimeError, match=r"call fit\(\)"):
+        reweighter.backward(losses_of(model, data))

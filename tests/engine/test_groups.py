@@ -14,6 +14,7 @@ from assay.engine.rows import Sample
 from assay.engine.units import units_at_most
 from assay.methods import Column
 from assay.recipe.tasks import Encoded
+from assay.tasks.contrastive import Pieces
 
 
 @pytest.mark.parametrize(
@@ -68,7 +69,7 @@ class SumOfGroup:
         self.room, self.tried = room, []
 
     def __call__(self, batch: tuple) -> dict[str, torch.Tensor]:
-        images = batch[0] if isinstance(batch[0], tuple) else (batch[0],)
+        images = [images for images, _ in batch.parts] if isinstance(batch, Pieces) else [batch[0]]
         assert [len(piece) for piece in images] == [len(piece) for piece in images if len(piece)]
         self.tried.append(len(images))
         if max(map(len, images)) > self.room:

@@ -37,7 +37,7 @@ def test_a_language_model(llama):
         ("BertForTokenClassification", {"id2label": {"0": "O", "1": "B"}}, "token_classification", 2, False),
         ("ViTForImageClassification", {"num_labels": 7}, "image classification", 7, False),
         ("CLIPModel", {}, "contrastive", None, False),
-        ("SiglipModel", {}, "unknown", None, False),
+        ("SiglipModel", {}, "contrastive", None, False),
         ("BertForSequenceClassification", {"problem_type": "multi_label_classification"}, "unknown", None, False),
         ("BertModel", {}, "unknown", None, False),
         ("T5ForConditionalGeneration", {"is_encoder_decoder": True}, "unknown", None, False),

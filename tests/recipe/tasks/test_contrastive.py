@@ -1,0 +1,137 @@
+"""Pairs for models that are called otherwise than CLIP: SigLIP's filled up texts and loss."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.nn.functional as F
+
+import assay
+from assay.engine.local import run
+from assay.ops import project
+from assay.probe import Probe, Sketched
+from assay.recipe.errors import EngineError
+from assay.recipe.recipe import load_recipe
+from assay.tasks import Contrastive
+from tests.engine.test_contrastive import GROUPS, PICTURES, TEXTS, make_tokenizer, write_pairs, write_recipe
+from tests.small_architectures import save
+
+Image = pytest.importorskip("PIL.Image")
+PREPROCESSOR = {"image_processor_type": "SiglipImageProcessor", "size": {"height": 16, "width": 16}}
+
+
+@pytest.fixture(scope="module")
+def siglips(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+    """Two checkpoints, in folders of the names that `write_recipe` looks for, and the models themselves."""
+    root = tmp_path_factory.mktemp("models")
+    made = []
+    for seed in (0, 1):
+        path = root / f"clip-{seed}"
+        made.append(save(path, "siglip", "AutoModel", seed))
+        (path / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+        make_tokenizer().save_pretrained(path)
+    return root, made
+
+
+def own_batch(rows: list[int]) -> dict[str, torch.Tensor]:
+    """As transformers alone prepares these pairs for a SigLIP."""
+    module = pytest.importorskip("transformers.models.siglip.image_processing_pil_siglip")
+    processor = module.SiglipImageProcessorPil(size={"height": 16, "width": 16})
+    pixels = processor([Image.fromarray(PICTURES[i]) for i in rows], return_tensors="pt")
+    own = {"padding": "max_length", "max_length": 12, "truncation": True, "return_tensors": "pt"}
+    return {**pixels, "input_ids": make_tokenizer()([TEXTS[i] for i in rows], **own)["input_ids"]}
+
+
+def own_losses(model: Any, rows: list[int]) -> torch.Tensor:
+    """Pair by pair: a sample's own, and half of each that it is one of, the other one's embedding held fixed."""
+    output = model(**own_batch(rows))
+    image, text, scale, bias = output.image_embeds, output.text_embeds, model.logit_scale.exp(), model.logit_bias
+    losses = []
+    for i in range(len(rows)):
+        loss = -F.logsigmoid(scale * image[i] @ text[i] + bias)
+        for j in set(range(len(rows))) - {i}:
+            for logit in (image[i] @ text[j].detach(), image[j].detach() @ text[i]):
+                loss = loss - F.logsigmoid(-(scale * logit + bias)) / 2
+        losses.append(loss)
+    return torch.cat(losses)
+
+
+@pytest.fixture(scope="module")
+def scored(siglips: tuple[Path, list[Any]], tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
+    root = tmp_path_factory.mktemp("run")
+    write_pairs(root / "data/a.parquet")
+    assert run(load_recipe(str(write_recipe(root, siglips[0])))).clean
+    return pq.read_table(root / "scores/a.parquet")
+
+
+def test_losses_are_those_of_transformers(siglips: Any, scored: pa.Table) -> None:
+    for model, column in zip(siglips[1], ("loss", "reference_loss"), strict=True):
+        with torch.no_grad():
+            expected = torch.cat([own_losses(model, rows)[known:] for rows, known in GROUPS])
+            whole = model(**own_batch(GROUPS[0][0]), return_loss=True).loss
+        np.testing.assert_allclose(scored[column].to_numpy(), expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(scored[column].to_numpy()[:8].mean(), whole, rtol=1e-5)
+
+
+def test_mimic_is_the_product_of_autograds_gradient_and_the_direction(siglips: Any, scored: pa.Table) -> None:
+    model, reference = siglips[1]
+    own, others = dict(model.named_parameters()), dict(reference.named_parameters())
+    direction = {name: (others[name] - p).detach() for name, p in own.items()}
+    norm = sum(v.double().square().sum() for v in direction.values()).sqrt()
+    rows, _ = GROUPS[0]
+    expected = []
+    for loss in own_losses(model, rows):
+        gradient = torch.autograd.grad(loss, list(own.values()), retain_graph=True, allow_unused=True)
+        dots = [(g * v).sum() for g, v in zip(gradient, direction.values(), strict=True) if g is not None]
+        expected.append(-sum(dots) / norm)
+    found = scored["mimic"].to_numpy()[: len(rows)]
+    np.testing.assert_allclose(found, torch.stack(expected).detach(), rtol=1e-3, atol=1e-5)
+
+
+def test_sketches_are_those_of_autograds_gradients(siglips: Any) -> None:
+    model, batch = siglips[1][0], own_batch([0, 1, 2, 3])
+    named = dict(model.named_parameters())
+    rows = [torch.autograd.grad(x, list(named.values()), retain_graph=True) for x in own_losses(model, [0, 1, 2, 3])]
+    sketch = assay.Sparse(16, seed=3)
+    expected = torch.zeros(4, 16)
+    for name, *gradients in zip(named, *rows, strict=True):
+        expected += project(torch.stack(gradients).flatten(1), sketch.named(name))
+    reduction = Sketched({name: tuple(p.shape) for name, p in named.items()}, sketch, together=True)
+    pairs = batch.pop("pixel_values"), batch
+    found = Probe(model, Contrastive(), reductions={"x": reduction})(pairs).reduced["x"]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+
+
+def refusal(root: Path, *paths: Path) -> str:
+    write_pairs(root / "data/a.parquet")
+    changes = [f"models.m{i}.path={path}" for i, path in enumerate(paths)]
+    with pytest.raises(EngineError) as caught:
+        run(load_recipe(str(write_recipe(root, paths[0].parent)), changes))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_models_of_two_losses_or_of_patches_are_refused(siglips: Any, tmp_path: Path) -> None:
+    paths = {kind: tmp_path / kind for kind in ("clip", "siglip2")}
+    for kind, path in paths.items():
+        save(path, kind, "AutoModel")
+        (path / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+        make_tokenizer().save_pretrained(path)
+    own = siglips[0] / "clip-0"
+    said = "models.m1 judges every pair by itself (it has a logit_bias, as SigLIP has), models.m0 compares"
+    assert said in refusal(tmp_path, paths["clip"], own)
+    assert "models.m0: is a Siglip2Model, of images in patches" in refusal(tmp_path, paths["siglip2"], own)
+    endless = tmp_path / "clip-0"
+    save(endless, "siglip", "AutoModel")
+    (endless / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(endless)
+    assert "its tokenizer has no pad_token" in refusal(tmp_path, endless, endless)

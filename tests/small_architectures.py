@@ -52,6 +52,14 @@ def config(name: str, **changes: Any) -> Any:
                 "vision_config": _SIDES | {"num_patches": 4, "patch_size": 8},
             },
         ),
+        "dual": (  # takes images of any size
+            "VisionTextDualEncoderConfig",
+            {
+                "text_config": _SIDES | {"model_type": "bert", "vocab_size": TOKENS, "max_position_embeddings": 32},
+                "vision_config": _SIDES | {"model_type": "dinov2", "image_size": 16, "patch_size": 8},
+                "projection_dim": 12,
+            },
+        ),
         "clip": (
             "CLIPConfig",
             {
@@ -61,7 +69,7 @@ def config(name: str, **changes: Any) -> Any:
             },
         ),
     }[name]
-    common = {} if name in ("resnet", "clip", "siglip", "siglip2") else {"bos_token_id": 1, "eos_token_id": 2}
+    common = {} if name in ("resnet", "clip", "dual", "siglip", "siglip2") else {"bos_token_id": 1, "eos_token_id": 2}
     if name == "gpt2":
         common["pad_token_id"] = 0
     return getattr(transformers, kind)(**(common | values | changes))

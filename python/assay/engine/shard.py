@@ -155,7 +155,7 @@ def score_windows(
                     scores, failed = score_samples(scorer, workshop.encoder, samples, limits, workshop.budget, times)
                 else:
                     groups = make_groups([sample.row for sample in samples], window.rows[-1].row + 1, group)
-                    scores, failed = score_groups(scorer, workshop.encoder, samples, groups, times)
+                    scores, failed = score_groups(scorer, workshop.encoder, samples, groups, limits, times)
             except Exception as error:  # whatever a model or a method may raise
                 where = f"{shard.path}, rows {window.rows[0].row} to {window.rows[-1].row}"
                 raise EngineError(f"{where}: scoring failed: {type(error).__name__}: {error}") from error

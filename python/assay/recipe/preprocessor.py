@@ -98,6 +98,13 @@ class Preprocessor:
         size = self.crop or self.size
         return None if size is None else (self.channels, *size)
 
+    def shapes(self, base: tuple[int, int]) -> list[tuple[int, int, int]]:
+        """Some (C, H, W) that come out: the only one, or two; ``base`` (H, W) is where images stay as they are."""
+        if self.shape is not None:
+            return [self.shape]
+        height, width = base if self.shortest is None else (self.shortest, self.shortest)
+        return [(self.channels, height, width), (self.channels, height, width + 32)]
+
     @property
     def identity(self) -> dict[str, Any]:
         return asdict(self)

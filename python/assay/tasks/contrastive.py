@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from assay.tasks.base import Outputs, describe, pair, to_device, wide
 from assay.tasks.losses import row_losses
 
-_SIZES = (
+NO_GRADIENTS = (
     "Contrastive: images of differing sizes are embedded size by size, and methods that take gradients need all "
     "samples of a group in one pass; give a preprocessor with size: {height, width}"
 )
+"""Said to whoever takes gradients of `Pieces` with an ``order``."""
 
 
 class Embedded(NamedTuple):
@@ -104,7 +105,7 @@ class Contrastive:
                 f"Contrastive: {self.size(batch)} samples with their gradients do not fit into memory at once, and "
                 "cannot be taken in pieces; compare fewer with one another (a recipe's task.group)"
                 if batch.order is None
-                else _SIZES
+                else NO_GRADIENTS
             )
         parts = [self._embeddings(model, _run(model, *part)) for part in batch.parts]
         image, text = torch.cat([part.image for part in parts]), torch.cat([part.text for part in parts])

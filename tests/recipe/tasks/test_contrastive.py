@@ -20,7 +20,7 @@ from assay.probe import Probe, Sketched
 from assay.recipe.errors import EngineError
 from assay.recipe.recipe import load_recipe
 from assay.tasks import Contrastive
-from tests.engine.test_contrastive import GROUPS, PICTURES, TEXTS, make_tokenizer, write_pairs, write_recipe
+from tests.engine.test_contrastive import GROUPS, PICTURES, TEXTS, make_tokenizer, png, write_pairs, write_recipe
 from tests.small_architectures import save
 
 Image = pytest.importorskip("PIL.Image")
@@ -107,6 +107,57 @@ def test_sketches_are_those_of_autograds_gradients(siglips: Any) -> None:
     pairs = batch.pop("pixel_values"), batch
     found = Probe(model, Contrastive(), reductions={"x": reduction})(pairs).reduced["x"]
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+
+
+OWN_SIZES = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 16}, "do_center_crop": False}
+
+
+@pytest.fixture(scope="module")
+def duals(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+    """Two models of images of any size."""
+    root = tmp_path_factory.mktemp("models")
+    made = []
+    for seed in (0, 1):
+        made.append(save(root / f"clip-{seed}", "dual", "AutoModel", seed))
+        (root / f"clip-{seed}/preprocessor_config.json").write_text(json.dumps(OWN_SIZES))
+        make_tokenizer().save_pretrained(root / f"clip-{seed}")
+    return root, made
+
+
+def test_images_of_differing_sizes_are_embedded_by_size_and_compared(duals: Any, tmp_path: Path) -> None:
+    """A group's losses are those of embeddings that were made one image at a time, whatever the batches."""
+    shapes = [(16, 40), (16, 16), (24, 16), (16, 40), (16, 16), (24, 16), (16, 16), (16, 40)]
+    pictures = [np.random.default_rng(i).integers(0, 256, (*s, 3), dtype=np.uint8) for i, s in enumerate(shapes)]
+    write_pairs(tmp_path / "data/a.parquet", [png(p) for p in pictures], TEXTS[:8])
+    ensemble = f"methods={json.dumps([{'method': 'ensemble', 'models': ['m0', 'm1']}])}"
+    recipe = str(write_recipe(tmp_path, duals[0]))
+    assert run(load_recipe(recipe, [ensemble])).clean
+    table = pq.read_table(tmp_path / "scores/a.parquet")
+    module = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
+    processor = module.CLIPImageProcessorPil(size={"shortest_edge": 16}, do_center_crop=False)
+    texts = make_tokenizer()(TEXTS[:8], padding=True, return_tensors="pt")
+    texts = {name: texts[name] for name in ("input_ids", "attention_mask")}
+    made = []
+    with torch.no_grad():
+        for model in duals[1]:
+            images = [processor(Image.fromarray(p), return_tensors="pt")["pixel_values"] for p in pictures]
+            each = torch.cat([model(pixel_values=image, **texts).image_embeds for image in images])
+            text = model(pixel_values=images[0], **texts).text_embeds
+            made.append((model.logit_scale.exp() * each @ text.T).softmax(1))
+    expected = -torch.stack(made).mean(0).diagonal().log()
+    np.testing.assert_allclose(table["ensemble_nll"].to_numpy(), expected, rtol=1e-5, atol=1e-5)
+    run(load_recipe(recipe, [ensemble, "batch.tokens=12", "output=other"]))
+    other = pq.read_table(tmp_path / "other/a.parquet")
+    np.testing.assert_allclose(other["ensemble_nll"], table["ensemble_nll"], rtol=1e-5, atol=1e-5)
+    methods = (
+        {"method": "grad_mimic", "model": "m0", "reference": "m1"},
+        {"method": "gradient_cosine", "model": "m0"},
+    )
+    for method in methods:
+        changes = [f"methods={json.dumps([method])}", "targets={t: {path: data}}", "output=third"]
+        with pytest.raises(EngineError, match=r"^methods.*differing sizes.*give a preprocessor with size") as caught:
+            run(load_recipe(recipe, changes))
+        assert "\n" not in str(caught.value)
 
 
 def refusal(root: Path, *paths: Path) -> str:

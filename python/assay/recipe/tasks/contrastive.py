@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from assay.corpus.errors import BadRow
 from assay.corpus.shards import Shard
 from assay.recipe.errors import EngineError
-from assay.recipe.library_calls import quietly, refusing
 from assay.recipe.models import ModelSpec, shared_tokenizer
 from assay.recipe.tasks.base import TASKS, Encoded, Encoder, Models
-from assay.recipe.tasks.images import ImageInputs, ImageTaskSpec
+from assay.recipe.tasks.images import ImageInputs, ImageTaskSpec, each_shape
 from assay.recipe.tasks.text_rows import Reader, TextInputs, Tokens, Trial, check_room
 from assay.recipe.trials import device_of
 from assay.tasks import Contrastive, Task
-from assay.tasks.contrastive import judges_pairs
+from assay.tasks.contrastive import Embedded, judges_pairs
 
 _TOLERANCE = 1e-4  # of an embedding of length 1, as for logits in `causal_checks`
 
@@ -107,13 +106,21 @@ class PairEncoder:
     def collate(self, data: Sequence[tuple[Any, Tokens]]) -> tuple[Tensor, dict[str, Tensor]]:
         return self._images.collate([image for image, _ in data]), self._texts.collate([text for _, text in data])
 
+    @property
+    def apart(self) -> bool:
+        return self._images.own_sizes
+
+    def misfit(self, data: tuple[Any, Tokens]) -> BadRow | None:
+        pixels, texts = self.collate([data])
+        return self._images.misfit_of(data[0], lambda model: _embedded(model, pixels, texts))
+
 
 def _pair(image: Encoded | BadRow, text: Encoded | BadRow) -> Encoded | BadRow:
     if isinstance(image, BadRow):
         return image
     if isinstance(text, BadRow):
         return text
-    return Encoded((image.data, text.data), image.length + text.length, image.nbytes + text.nbytes)
+    return Encoded((image.data, text.data), image.length + text.length, image.nbytes + text.nbytes, image.shape)
 
 
 def _text_setting(model: nn.Module, key: str) -> int | None:
@@ -211,9 +218,13 @@ def _try_out(key: str, model: nn.Module, images: ImageInputs, trial: Trial) -> N
 
 def _text_embeddings(key: str, model: nn.Module, images: ImageInputs, texts: dict[str, Tensor]) -> Tensor:
     """Of length 1."""
-    device = device_of(model)
-    batch = Contrastive().to((images.collate(images.examples(len(texts["input_ids"]))), texts), device)
-    what = f"{key}: cannot be run on images of {' × '.join(map(str, images.shape))} with token ids"
-    with torch.no_grad(), quietly(), refusing(what):
-        embedded = Contrastive().embed(model, batch).text
+
+    def run(some: Sequence[Any]) -> Tensor:
+        return _embedded(model, images.collate(some), texts).text
+
+    embedded = each_shape(key, images, run, count=len(texts["input_ids"]))
     return torch.nn.functional.normalize(embedded.double(), dim=1)
+
+
+def _embedded(model: nn.Module, images: Tensor, texts: dict[str, Tensor]) -> Embedded:
+    return Contrastive().embed(model, Contrastive().to((images, texts), device_of(model)))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from assay.corpus.errors import BadRow
 from assay.corpus.shards import Shard
-from assay.recipe.tasks.base import Columns, Encoded, Encoder, ReadsFiles, attempt
+from assay.recipe.tasks.base import Columns, Encoded, Encoder, OwnShapes, ReadsFiles, attempt
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -75,7 +76,12 @@ class LabelledEncoder:
         if isinstance(own, BadRow):
             return own
         label = attempt(self._labels.encode, value)
-        return label if isinstance(label, BadRow) else Encoded((own.data, label), own.length, own.nbytes)
+        return label if isinstance(label, BadRow) else replace(own, data=(own.data, label))
+
+    apart = False
+
+    def misfit(self, data: tuple[Any, Any]) -> BadRow | None:
+        return self._inputs.misfit(data[0]) if isinstance(self._inputs, OwnShapes) else None
 
     def collate(self, data: Sequence[tuple[Any, Any]]) -> tuple[Any, torch.Tensor]:
         return self._inputs.collate([x for x, _ in data]), self._labels.collate([y for _, y in data])

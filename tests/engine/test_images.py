@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from assay.corpus.scores_folder import open_scores
 from assay.engine.batches import score_samples
 from assay.engine.local import run
 from assay.engine.rows import Sample
@@ -207,6 +208,32 @@ def test_what_is_no_image_is_quarantined_with_its_reason(tmp_path: Path, models:
         strict=True,
     ):
         assert said in reason
+
+
+def test_a_changed_image_file_is_a_changed_shard(tmp_path: Path, models: Any) -> None:
+    """Of those that name it, and of them alone."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for i, picture in enumerate(PICTURES):
+        (data / f"{i}.png").write_bytes(png(picture))
+    for name in ("a", "b"):
+        rows = [{"image": f"{i}.png", "label": label} for i, label in enumerate(LABELS) if name == "a" or i]
+        (data / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    recipe = load_recipe(str(write_recipe(tmp_path, models[0], "vit")))
+    assert run(recipe).scored == 2
+    assert run(recipe).scored == 0
+    before = [pq.read_table(tmp_path / f"scores/{name}.parquet") for name in ("a", "b")]
+    (data / "0.png").write_bytes(png(PICTURES[1]))
+    (status, other) = open_scores(str(tmp_path / "scores")).shards
+    assert (status.state.value, other.state.value) == ("changed", "done")
+    assert status.detail == "'0.png', which it names, has changed since it was scored"
+    summary = run(recipe)
+    assert (summary.scored, summary.rescored, summary.done_before) == (1, 1, 1)
+    after = [pq.read_table(tmp_path / f"scores/{name}.parquet") for name in ("a", "b")]
+    assert after[1].equals(before[1], check_metadata=True)
+    assert before[0]["loss"][0] != after[0]["loss"][0]
+    assert after[0].slice(1).equals(before[0].slice(1))
+    assert run(recipe).scored == 0
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from assay._lazy import require
 from assay.corpus.errors import BadRow, ShardError
-from assay.corpus.storage import Store, is_of_file
+from assay.corpus.storage import Fingerprint, Store, is_of_file
 from assay.corpus.tiff import TiffError, bare_tiff
 
 MAX_PIXELS = 1 << 26
@@ -69,10 +69,14 @@ class ImageLimits:
 
 @dataclass(frozen=True)
 class Beside:
-    """Where a table lies whose values may be paths: ``folder`` is relative to the corpus's root, which is ``store``."""
+    """Where a table lies whose values may be paths: ``folder`` is relative to the corpus's root, which is ``store``.
+
+    ``files`` are those that were read, as they were then, by path relative to the root; None: they could not be.
+    """
 
     store: Store
     folder: str
+    files: dict[str, Fingerprint | None] = field(default_factory=dict, compare=False)
 
     def read(self, name: str, path: str, limit: int) -> bytes:
         """At most ``limit`` bytes and one of a file that the table names; BadRow if it leads out of the corpus or
@@ -86,11 +90,17 @@ class Beside:
             raise BadRow(f"{name} is the path {_shown(path)}, which leads out of the corpus by a link")
         try:
             with self.store.open(inner) as file:
+                self._note(inner, self.store.fingerprint_of(inner, file))
                 return file.read(limit + 1)
         except (OSError, ValueError) as error:  # fsspec's file systems raise ValueErrors, too
             if isinstance(error, OSError) and not is_of_file(error):
                 raise ShardError(f"{name}: {_shown(path)} cannot be read: {error}; run again when it can") from error
+            self._note(inner, None)
             raise BadRow(f"{name} is the path {_shown(path)}, which cannot be read ({type(error).__name__})") from error
+
+    def _note(self, inner: str, found: Fingerprint | None) -> None:
+        if self.files.setdefault(inner, found) != found:
+            raise ShardError(f"{_shown(inner)}, which it names, changed while it was being scored; run again")
 
 
 def decode_image(name: str, value: object, limits: ImageLimits, beside: Beside | None = None) -> Any:

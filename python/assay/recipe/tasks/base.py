@@ -10,6 +10,7 @@ from torch import nn
 
 from assay.corpus.errors import BadRow
 from assay.corpus.format import ColumnFacts
+from assay.corpus.named_files import NamedFiles
 from assay.corpus.shards import Shard
 from assay.recipe.models import ModelSpec
 from assay.recipe.parts import Part, Registry
@@ -80,6 +81,11 @@ class ReadsFiles(Protocol):
 
     def beside(self, shard: Shard) -> Encoder:
         """The encoder of this shard's rows."""
+        ...
+
+    @property
+    def files(self) -> NamedFiles:
+        """Those that were read so far."""
         ...
 
 

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from assay.corpus.errors import BadRow
+from assay.corpus.named_files import NamedFiles
 from assay.corpus.shards import Shard
 from assay.recipe.errors import EngineError
 from assay.recipe.models import ModelSpec, shared_tokenizer
@@ -97,6 +98,10 @@ class PairEncoder:
     def beside(self, shard: Shard) -> PairEncoder:
         """For the rows of this shard."""
         return PairEncoder(self._images.beside(shard), self._texts)
+
+    @property
+    def files(self) -> NamedFiles:
+        return self._images.files
 
     def encode(self, rows: Sequence[tuple[Any, ...]]) -> list[Encoded | BadRow]:
         images = self._images.encode([(image,) for image, _ in rows])

@@ -14,6 +14,7 @@ from torch import nn
 from assay._lazy import require
 from assay.corpus.errors import BadRow
 from assay.corpus.images import MAX_BYTES, MAX_PIXELS, Beside, ImageLimits, decode_image
+from assay.corpus.named_files import NamedFiles
 from assay.corpus.shards import Shard
 from assay.recipe.errors import EngineError
 from assay.recipe.library_calls import quietly, refusing
@@ -96,6 +97,10 @@ class ImageInputs:
         """For the rows of this shard, whose paths lead from where it lies."""
         folder = Beside(shard.store, shard.folder)
         return ImageInputs(self.columns[0], self.preprocessor, self._limits, self._models, folder)
+
+    @property
+    def files(self) -> NamedFiles:
+        return {} if self._folder is None else self._folder.files
 
     def encode(self, rows: Sequence[tuple[Any, ...]]) -> list[Encoded | BadRow]:
         return [attempt(self._encode_value, value) for (value,) in rows]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from assay.corpus.errors import BadRow
+from assay.corpus.named_files import NamedFiles
 from assay.corpus.shards import Shard
 from assay.recipe.tasks.base import Columns, Encoded, Encoder, OwnShapes, ReadsFiles, attempt
 
@@ -67,6 +68,10 @@ class LabelledEncoder:
     def beside(self, shard: Shard) -> LabelledEncoder:
         inputs = self._inputs.beside(shard) if isinstance(self._inputs, ReadsFiles) else self._inputs
         return LabelledEncoder(inputs, self._labels)
+
+    @property
+    def files(self) -> NamedFiles:
+        return self._inputs.files if isinstance(self._inputs, ReadsFiles) else {}
 
     def encode(self, rows: Sequence[tuple[Any, ...]]) -> list[Encoded | BadRow]:
         inputs = self._inputs.encode([row[:-1] for row in rows])

@@ -236,6 +236,35 @@ def test_a_changed_image_file_is_a_changed_shard(tmp_path: Path, models: Any) ->
     assert run(recipe).scored == 0
 
 
+def test_features_of_a_changed_image_file_are_made_anew(tmp_path: Path, models: Any) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for i, picture in enumerate(PICTURES[:4]):
+        (data / f"{i}.png").write_bytes(png(picture))
+    rows = "\n".join(json.dumps({"image": f"{i}.png", "label": LABELS[i]}) for i in range(4))
+    (data / "a.jsonl").write_text(rows)
+    method = {
+        "method": "less",
+        "models": ["m0"],
+        "optimizers": None,
+        "layers": "classifier",
+        "keep_features": "float32",
+    }
+    method["sketch"] = {"kind": "sparse", "dim": 4}
+    pq.write_table(pa.table({"image": [png(PICTURES[5])], "label": [0]}), tmp_path / "target.parquet")
+    changes = [f"methods={json.dumps([method])}", "targets={t: {path: target.parquet}}"]
+    recipe = load_recipe(str(write_recipe(tmp_path, models[0], "vit")), changes)
+    assert run(recipe).scored == 1
+    first = pq.read_table(tmp_path / "scores/a.parquet")
+    (tmp_path / "scores/a.parquet").unlink()
+    assert run(recipe).reused == 1
+    (data / "0.png").write_bytes(png(PICTURES[5]))
+    summary = run(recipe)
+    assert (summary.scored, summary.reused) == (1, 0)
+    second = pq.read_table(tmp_path / "scores/a.parquet")
+    assert first["less"][0] != second["less"][0]
+
+
 @pytest.mark.parametrize(
     ("task", "said"),
     [

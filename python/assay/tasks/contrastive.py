@@ -62,7 +62,7 @@ class Contrastive:
     with these two attributes, as Hugging Face does. Without a third item the multiplier is ``exp(model.logit_scale)``,
     and the bias ``model.logit_bias`` if there is one; ``scale`` replaces whatever multiplier the model says. It is
     called ``model(images, texts)``, or, when ``texts`` is a mapping (a tokenizer's output),
-    ``model(pixel_values=images, **texts)``.
+    ``model(pixel_values=images, **texts)``. Images that are a mapping, too, are ``model(**images, **texts)``.
 
     A batch that does not fit into memory, or whose images differ in size, may come as `Pieces`: the model embeds one
     after the other, and all samples are compared. That is an error where somebody asks for gradients.
@@ -71,7 +71,7 @@ class Contrastive:
     scale: float | None = None
 
     def size(self, batch: Any) -> int:
-        return sum(len(images) for images, _ in _parts(batch))
+        return sum(_length(images) for images, _ in _parts(batch))
 
     def to(self, batch: Any, device: torch.device) -> Any:
         if isinstance(batch, Pieces):
@@ -150,9 +150,10 @@ def in_pieces(batch: Any, pieces: int) -> Pieces:
     more."""
     made: list[tuple[Any, Any]] = []
     parts = _parts(batch)
-    size = -(-sum(len(images) for images, _ in parts) // pieces)
+    size = -(-sum(_length(images) for images, _ in parts) // pieces)
     for images, texts in parts:
-        made += [(images[i : i + size], _part(texts, i, i + size)) for i in range(0, len(images), size)]
+        starts = range(0, _length(images), size)
+        made += [(_part(images, i, i + size), _part(texts, i, i + size)) for i in starts]
     return replace(batch, parts=made) if isinstance(batch, Pieces) else Pieces(made)
 
 
@@ -181,11 +182,18 @@ def _parts(batch: Any) -> Sequence[tuple[Any, Any]]:
     return batch.parts if isinstance(batch, Pieces) else [_pair(batch)]
 
 
-def _part(texts: Any, start: int, end: int) -> Any:
-    if isinstance(texts, Mapping):
-        return {name: _part(values, start, end) for name, values in texts.items()}
-    return texts[start:end] if isinstance(texts, Tensor | Sequence) else texts
+def _length(images: Any) -> int:
+    return len(next(iter(images.values()))) if isinstance(images, Mapping) else len(images)
+
+
+def _part(values: Any, start: int, end: int) -> Any:
+    """Some samples of the images or the texts of a batch."""
+    if isinstance(values, Mapping):
+        return {name: _part(own, start, end) for name, own in values.items()}
+    return values[start:end] if isinstance(values, Tensor | Sequence) else values
 
 
 def _run(model: nn.Module, images: Any, texts: Any) -> Any:
+    if isinstance(images, Mapping):
+        return model(**images, **texts)
     return model(pixel_values=images, **texts) if isinstance(texts, Mapping) else model(images, texts)

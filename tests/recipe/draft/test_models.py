@@ -38,6 +38,7 @@ def test_a_language_model(llama):
         ("ViTForImageClassification", {"num_labels": 7}, "image classification", 7, False),
         ("CLIPModel", {}, "contrastive", None, False),
         ("SiglipModel", {}, "contrastive", None, False),
+        ("Siglip2Model", {}, "contrastive", None, False),
         ("BertForSequenceClassification", {"problem_type": "multi_label_classification"}, "unknown", None, False),
         ("BertModel", {}, "unknown", None, False),
         ("T5ForConditionalGeneration", {"is_encoder_decoder": True}, "unknown", None, False),

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import Siglip2Tokenizer
 
 import assay
 from assay.engine.local import run
@@ -50,8 +51,12 @@ def own_batch(rows: list[int]) -> dict[str, torch.Tensor]:
 
 
 def own_losses(model: Any, rows: list[int]) -> torch.Tensor:
+    return pair_losses(model, own_batch(rows))
+
+
+def pair_losses(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Pair by pair: a sample's own, and half of each that it is one of, the other one's embedding held fixed."""
-    output = model(**own_batch(rows))
+    output, rows = model(**batch), range(len(batch["input_ids"]))
     image, text, scale, bias = output.image_embeds, output.text_embeds, model.logit_scale.exp(), model.logit_bias
     losses = []
     for i in range(len(rows)):
@@ -160,6 +165,46 @@ def test_images_of_differing_sizes_are_embedded_by_size_and_compared(duals: Any,
         assert "\n" not in str(caught.value)
 
 
+def test_siglip_2_takes_images_of_any_size_as_patches(tmp_path: Path) -> None:
+    """Losses are transformers'. Its table of positions, which it resizes for each image, is refused by name."""
+    values = {"patch_size": 8, "max_num_patches": 6}
+    letters = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *"w0123456789"]
+    tokenizer = Siglip2Tokenizer(vocab={letter: i for i, letter in enumerate(letters)}, merges=[])
+    made = []
+    for seed in (0, 1):
+        path = tmp_path / f"clip-{seed}"
+        made.append(save(path, "siglip2", "AutoModel", seed))
+        (path / "preprocessor_config.json").write_text(json.dumps(values))
+        tokenizer.save_pretrained(path)
+    shapes = [(16, 40), (16, 16), (50, 16), (5, 5), (16, 16), (24, 16), (16, 16), (16, 40)]
+    pictures = [np.random.default_rng(i).integers(0, 256, (*s, 3), dtype=np.uint8) for i, s in enumerate(shapes)]
+    write_pairs(tmp_path / "data/a.parquet", [png(p) for p in pictures], TEXTS[:8])
+    recipe = str(write_recipe(tmp_path, tmp_path))
+    with pytest.raises(EngineError, match=r"'vision_model\.embeddings\.position_embedding\.weight'.*Leave it out"):
+        run(load_recipe(recipe))
+    layers = 'methods.1.layers=["*", "!vision_model.embeddings.position_embedding"]'
+    assert run(load_recipe(recipe, [layers])).clean
+    table = pq.read_table(tmp_path / "scores/a.parquet")
+    module = pytest.importorskip("transformers.models.siglip2.image_processing_pil_siglip2")
+    batch = dict(module.Siglip2ImageProcessorPil(**values)([Image.fromarray(p) for p in pictures], return_tensors="pt"))
+    own = {"padding": "max_length", "max_length": 12, "truncation": True, "padding_side": "right"}
+    batch["input_ids"] = tokenizer(TEXTS[:8], return_tensors="pt", **own)["input_ids"]
+    assert len(batch["input_ids"].unique(dim=0)) == 8
+    for model, column in zip(made, ("loss", "reference_loss"), strict=True):
+        with torch.no_grad():
+            whole = model(**batch, return_loss=True).loss
+        np.testing.assert_allclose(table[column].to_numpy().mean(), whole, rtol=1e-5)
+    step = {n: p.detach() for n, p in made[1].named_parameters() if "vision_model.embeddings.position" not in n}
+    named = {n: p for n, p in made[0].named_parameters() if n in step}
+    losses = pair_losses(made[0], batch)
+    np.testing.assert_allclose(table["loss"].to_numpy(), losses.detach(), rtol=1e-5, atol=1e-5)
+    gradients = [torch.autograd.grad(loss, list(named.values()), retain_graph=True) for loss in losses]
+    direction = [step[name] - p.detach() for name, p in named.items()]
+    norm = sum(v.double().square().sum() for v in direction).sqrt()
+    expected = [-sum((g * v).sum() for g, v in zip(row, direction, strict=True)) / norm for row in gradients]
+    np.testing.assert_allclose(table["mimic"].to_numpy(), torch.stack(expected), rtol=1e-3, atol=1e-5)
+
+
 def refusal(root: Path, *paths: Path) -> str:
     write_pairs(root / "data/a.parquet")
     changes = [f"models.m{i}.path={path}" for i, path in enumerate(paths)]
@@ -169,16 +214,14 @@ def refusal(root: Path, *paths: Path) -> str:
     return str(caught.value)
 
 
-def test_models_of_two_losses_or_of_patches_are_refused(siglips: Any, tmp_path: Path) -> None:
-    paths = {kind: tmp_path / kind for kind in ("clip", "siglip2")}
-    for kind, path in paths.items():
-        save(path, kind, "AutoModel")
-        (path / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
-        make_tokenizer().save_pretrained(path)
+def test_models_of_two_losses_or_without_padding_are_refused(siglips: Any, tmp_path: Path) -> None:
+    clip = tmp_path / "clip"
+    save(clip, "clip", "AutoModel")
+    (clip / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+    make_tokenizer().save_pretrained(clip)
     own = siglips[0] / "clip-0"
     said = "models.m1 judges every pair by itself (it has a logit_bias, as SigLIP has), models.m0 compares"
-    assert said in refusal(tmp_path, paths["clip"], own)
-    assert "models.m0: is a Siglip2Model, of images in patches" in refusal(tmp_path, paths["siglip2"], own)
+    assert said in refusal(tmp_path, clip, own)
     endless = tmp_path / "clip-0"
     save(endless, "siglip", "AutoModel")
     (endless / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))

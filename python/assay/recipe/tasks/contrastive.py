@@ -108,7 +108,7 @@ class PairEncoder:
         texts = self._texts.encode([(text,) for _, text in rows])
         return [_pair(*own) for own in zip(images, texts, strict=True)]
 
-    def collate(self, data: Sequence[tuple[Any, Tokens]]) -> tuple[Tensor, dict[str, Tensor]]:
+    def collate(self, data: Sequence[tuple[Any, Tokens]]) -> tuple[Tensor | dict[str, Tensor], dict[str, Tensor]]:
         return self._images.collate([image for image, _ in data]), self._texts.collate([text for _, text in data])
 
     @property
@@ -141,11 +141,6 @@ def _check_kinds(models: Models) -> None:
             raise EngineError(
                 f"models.{name}: is a {found}, without a logit_scale; a contrastive task needs a model like CLIP"
             )
-        if _model_type(model) == "siglip2":
-            raise EngineError(
-                f"models.{name}: is a {found}, of images in patches (NaFlex), which are not made here; take one of a "
-                "fixed size, whose model_type is siglip"
-            )
     kinds = {judges_pairs(model): name for name, (_, model) in models.items()}
     if len(kinds) > 1:
         raise EngineError(
@@ -160,7 +155,7 @@ def _model_type(model: nn.Module) -> str | None:
 
 def _pads_fully(model: nn.Module) -> bool:
     """Whether a model wants its texts filled up to all of its positions, and no mask."""
-    return _model_type(model) == "siglip"
+    return _model_type(model) in ("siglip", "siglip2")
 
 
 class FullTexts(TextInputs):
@@ -231,5 +226,5 @@ def _text_embeddings(key: str, model: nn.Module, images: ImageInputs, texts: dic
     return torch.nn.functional.normalize(embedded.double(), dim=1)
 
 
-def _embedded(model: nn.Module, images: Tensor, texts: dict[str, Tensor]) -> Embedded:
+def _embedded(model: nn.Module, images: Tensor | dict[str, Tensor], texts: dict[str, Tensor]) -> Embedded:
     return Contrastive().embed(model, Contrastive().to((images, texts), device_of(model)))

@@ -22,7 +22,7 @@ from assay.recipe.model_files import one_line
 from assay.recipe.preprocessor import Preprocessor, shared_preprocessor
 from assay.recipe.tasks.base import Encoded, Models, TaskSpec, attempt
 from assay.recipe.trials import device_of, in_eval_mode, setting
-from assay.tasks.base import call, logits_of
+from assay.tasks.base import call, logits_of, to_device
 
 # An image takes part in the batch's budget of tokens as if these were its patches, as most transformers' are.
 _PIXELS_PER_TOKEN = 256
@@ -91,7 +91,7 @@ class ImageInputs:
     @property
     def own_sizes(self) -> bool:
         """Whether images may differ in size."""
-        return self.preprocessor.shape is None
+        return self.preprocessor.own_sizes
 
     def beside(self, shard: Shard) -> ImageInputs:
         """For the rows of this shard, whose paths lead from where it lies."""
@@ -108,14 +108,14 @@ class ImageInputs:
     def _encode_value(self, value: Any) -> Encoded:
         image = decode_image(self.columns[0], value, self._limits, self._folder)
         pixels = self.preprocessor.pixels(self.columns[0], image, self._limits.pixels)
-        length = max(1, pixels.shape[1] * pixels.shape[2] // _PIXELS_PER_TOKEN)
+        length = max(1, self.preprocessor.area(pixels) // _PIXELS_PER_TOKEN)
         return Encoded(pixels, length, pixels.nbytes, pixels.shape if self.own_sizes else ())
 
     def examples(self, count: int, shape: tuple[int, int, int] | None = None) -> list[npt.NDArray[np.uint8]]:
         """Some that a model can be tried out on, of one shape."""
         return list(np.random.default_rng(0).integers(0, 256, (count, *(shape or self.shapes[0])), np.uint8))
 
-    def collate(self, data: Sequence[npt.NDArray[np.uint8]]) -> torch.Tensor:
+    def collate(self, data: Sequence[npt.NDArray[np.uint8]]) -> torch.Tensor | dict[str, torch.Tensor]:
         return self.preprocessor.batch(data)
 
     def misfit(self, data: npt.NDArray[np.uint8]) -> BadRow | None:
@@ -184,4 +184,4 @@ def try_out(key: str, model: nn.Module, images: ImageInputs) -> None:
 
 
 def _logits(model: nn.Module, images: ImageInputs, some: Sequence[npt.NDArray[np.uint8]]) -> torch.Tensor:
-    return logits_of(call(model, images.collate(some).to(device_of(model))))
+    return logits_of(call(model, to_device(images.collate(some), device_of(model))))

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from assay.corpus.images import ImageLimits
 from assay.corpus.scores_folder import open_scores
 from assay.engine.batches import score_samples
 from assay.engine.local import run
@@ -21,8 +22,10 @@ from assay.engine.rows import Sample
 from assay.methods import Ensemble, Scorer
 from assay.recipe.errors import EngineError, RecipeError
 from assay.recipe.models import MlpSpec
+from assay.recipe.preprocessor import parse
 from assay.recipe.recipe import BatchSpec, load_recipe
 from assay.recipe.tasks.classification import ClassificationSpec
+from assay.recipe.tasks.images import ImageInputs
 from assay.tasks import Classification
 from tests.small_architectures import save
 
@@ -153,6 +156,22 @@ def test_images_of_differing_sizes_are_scored_as_each_by_itself(tmp_path: Path, 
         other_table = pq.read_table(tmp_path / "other/a.parquet")
         for name in table.column_names[2:]:
             np.testing.assert_allclose(other_table[name], table[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [(384, (384, 384)), ([20, 30], (20, 30)), (10**9, (224, 224)), ("x", (224, 224)), (None, (224, 224))],
+)
+def test_images_that_stay_as_they_are_are_tried_out_at_the_models_size(told: Any, expected: tuple[int, int]) -> None:
+    """If it is one: a config may say anything."""
+    model = Patches()
+    model.config = {"image_size": told}  # type: ignore[assignment]
+    limits = ImageLimits()
+    images = ImageInputs(
+        "image", parse({**OWN, "image_processor_type": "ViTImageProcessor"}, "x"), limits, {"m": model}
+    )
+    height, width = expected
+    assert images.shapes == [(3, height, width), (3, height, width + 32)]
 
 
 class Patches(torch.nn.Module):

@@ -26,7 +26,7 @@ from assay.tasks.base import call, logits_of, to_device
 
 # An image takes part in the batch's budget of tokens as if these were its patches, as most transformers' are.
 _PIXELS_PER_TOKEN = 256
-_USUAL_SIDE = 224
+_USUAL_SIDE, _MOST_SIDE = 224, 1 << 10  # of an image that a model is tried out on
 T = TypeVar("T")
 
 
@@ -152,7 +152,7 @@ def _usual_size(models: Iterable[nn.Module]) -> tuple[int, int]:
         config = setting(model, "config")
         size = setting(setting(config, "vision_config") or config, "image_size")
         height, width = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
-        if isinstance(height, int) and isinstance(width, int) and min(height, width) > 0:
+        if all(isinstance(side, int) and 0 < side <= _MOST_SIDE for side in (height, width)):
             return height, width
     return _USUAL_SIDE, _USUAL_SIDE
 

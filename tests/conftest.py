@@ -56,5 +56,15 @@ def _log_as_it_was() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def _shortcut_as_it_was() -> Iterator[None]:
+    """What a test leaves switched off for its process is every later test's."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    yield
+    after = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(before)
+    assert after == before, "the test left attention without torch's shortcut"
+
+
+@pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -15,6 +15,7 @@ pytest.importorskip("mypy")
 ROOM = Path(assay.__file__).parent
 
 
+@pytest.mark.slow  # mypy's stubgen takes half a minute
 @pytest.mark.parametrize("module", ["_native", "_cuda"])
 def test_a_stub_is_what_its_module_says(module: str, tmp_path: Path) -> None:
     if importlib.util.find_spec(f"assay.{module}") is None:

@@ -102,6 +102,39 @@ def test_conversations(folder, models, capsys):
     assert "has no chat_template, and messages holds turns" in capsys.readouterr().err
 
 
+def counted(card) -> str:
+    return "".join(token for token, counts in card["tokens"] if counts).replace("Ġ", " ")
+
+
+def test_conversations_of_sharegpts_form(folder, models, capsys):
+    turns = [[{"from": "human", "value": "Gold?"}, {"from": "gpt", "value": text}] for text in TEXTS]
+    lines(folder / "a.jsonl", [{"conversations": its} for its in turns])
+    recipe = started("--model", str(models / "chat"))
+    assert recipe["task"]["messages_column"] == "conversations"
+    assert "conversations holds turns with from and value" in capsys.readouterr().out
+    assert main(["show", "scores", "--worst", "1", "--best", "0", "--tokens"]) == 0
+    out = capsys.readouterr().out
+    assert "human: Gold?" in out
+    assert "tokens count in the loss (+)" in out
+
+
+def test_prompts_with_completions_of_messages(folder, models, capsys):
+    ask = [{"role": "user", "content": [{"type": "text", "text": "Gold?"}]}]
+    rows = [{"prompt": ask, "completion": [{"role": "assistant", "content": text}]} for text in TEXTS]
+    lines(folder / "a.jsonl", rows)
+    recipe = started("--model", str(models / "chat"))
+    assert (recipe["task"]["prompt_column"], recipe["task"]["completion_column"]) == ("prompt", "completion")
+    assert "task: causal_lm, because prompt and completion hold messages" in capsys.readouterr().out
+    assert main(["show", "scores", "--worst", "8", "--best", "0", "--json", "--tokens"]) == 0
+    cards = json.loads(capsys.readouterr().out)
+    assert len(cards) == 8
+    for card in cards:
+        assert counted(card).startswith(card["sample"]["completion"][0]["content"][:20])
+        assert card["tokens"][-1] == ["Ċ", True]
+    assert main(["init", "data", "--model", str(models / "llama"), "--out", "other.yaml"]) == 2
+    assert "has no chat_template, and prompt and completion hold messages" in capsys.readouterr().err
+
+
 def test_prompts_with_completions(folder, models, capsys):
     rows = [f'"Question {i}?","{text}"' for i, text in enumerate(TEXTS)]
     (folder / "a.csv").write_text("\n".join(["instruction,output", *rows]) + "\n")
@@ -110,8 +143,7 @@ def test_prompts_with_completions(folder, models, capsys):
     capsys.readouterr()
     assert main(["show", "scores", "--worst", "8", "--best", "0", "--json", "--tokens"]) == 0
     for card in json.loads(capsys.readouterr().out):
-        counted = "".join(token for token, counts in card["tokens"] if counts)
-        assert counted.replace("Ġ", " ").startswith(card["sample"]["output"][:20])
+        assert counted(card).startswith(card["sample"]["output"][:20])
         assert not any(counts for token, counts in card["tokens"][:9])
 
 

@@ -86,6 +86,8 @@ def test_a_class_has_its_name_and_a_conversation_its_turns():
     assert ragged.count("dog") == 2
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello", "tool_calls": None}]
     assert value_lines(turns, 80) == ["user: Hi", "assistant: Hello"]
+    shared = [{"from": "human", "value": "Hi", "role": None}, {"from": "gpt", "value": "Hello", "weight": 1}]
+    assert value_lines(shared, 80) == ["human: Hi", "gpt: Hello {weight: 1}"]
     assert value_lines([{"role": "user", "content": "Hi"}] * 11, 80)[-1] == "… 3 more turns"
 
 

@@ -19,7 +19,11 @@ from transformers import PreTrainedTokenizerFast
 
 from assay.engine.local import run
 from assay.recipe.errors import EngineError
+from assay.recipe.factories import PythonSpec
 from assay.recipe.recipe import load_recipe
+from assay.recipe.tasks.classification import ClassificationSpec
+from assay.recipe.tasks.contrastive import ContrastiveSpec
+from assay.recipe.tasks.regression import RegressionSpec
 from tests.small_architectures import TOKENS, save
 
 Image = pytest.importorskip("PIL.Image")
@@ -233,3 +237,22 @@ def test_a_model_of_texts_alone_is_no_clip(tmp_path: Path) -> None:
         save(tmp_path / f"clip-{seed}", "bert", "AutoModel", seed)
         make_tokenizer().save_pretrained(tmp_path / f"clip-{seed}")
     assert "models.m0: is a BertModel, without a logit_scale" in refusal(tmp_path, tmp_path)
+
+
+def test_tokenizers_and_places_of_preprocessors_are_looked_at_before_weights_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("assay.engine.workshop.build_models", lambda *_: pytest.fail("a model was loaded"))
+    for seed in (0, 1):
+        save(tmp_path / f"clip-{seed}", "clip", "AutoModel", seed)
+        (tmp_path / f"clip-{seed}/tokenizer.json").write_text("{")
+    assert refusal(tmp_path, tmp_path).startswith("models.m0: ")
+    for task in (
+        ContrastiveSpec(kind="contrastive"),
+        ClassificationSpec(kind="classification", image_column="image"),
+        RegressionSpec(kind="regression", image_column="image"),
+    ):
+        make_tokenizer().save_pretrained(tmp_path / "words")
+        spec = PythonSpec.model_construct(kind="python", path=None, tokenizer_path=str(tmp_path / "words"))
+        with pytest.raises(EngineError, match=r"^models\.m: is of kind python and has no path; .*task\.preprocessor"):
+            task.open({"m": spec})

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GAPS = [3, 16]  # between rows: ragged ones, aligned ones
 MARGIN = 4096
 
 

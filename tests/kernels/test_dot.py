@@ -9,7 +9,7 @@ from torch import Tensor
 import assay
 from assay.kernels import dot
 from assay.ops import grad_dot
-from tests.kernels.guarded import DEVICE, far_apart, fence_intact, fenced
+from tests.kernels.guarded import DEVICE, GAPS, far_apart, fence_intact, fenced
 from tests.kernels.work import work_of
 
 F32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -59,7 +59,7 @@ def draw(
     return a, g, v
 
 
-@pytest.mark.parametrize("gap", [3, 16])  # ragged rows, aligned rows
+@pytest.mark.parametrize("gap", GAPS)
 @pytest.mark.parametrize("types", TYPES[:3])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_against_float64(

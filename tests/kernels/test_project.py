@@ -14,7 +14,8 @@ from assay.kernels import project as kernel
 from assay.ops import grad_sketch, project
 from assay.ops.philox import make_key
 from assay.ops.sketch import buckets
-from tests.kernels.guarded import DEVICE, far_apart, fence_intact, fenced
+from tests.grid import checkered
+from tests.kernels.guarded import DEVICE, GAPS, far_apart, fence_intact, fenced
 
 F32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = [F32, BF16, FP16]
@@ -62,9 +63,7 @@ def added(x: Tensor, first: int, sketch: assay.Sparse) -> Tensor:
     return sums
 
 
-@pytest.mark.parametrize("gap", [3, 16])  # ragged rows, aligned rows
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sketch", SKETCHES, ids=str)
+@pytest.mark.parametrize(("sketch", "dtype", "gap"), checkered(SKETCHES, DTYPES, GAPS))
 def test_against_float64(sketch: assay.Sparse, dtype: torch.dtype, gap: int) -> None:
     shapes = SHAPES if gap == 3 else SHAPES[-1:]
     for b, d in shapes if sketch.dim < 9000 else [(3, 63)]:

@@ -12,7 +12,8 @@ import assay
 from assay.kernels import scan
 from assay.ops import scan_scores, topk_scan
 from assay.ops.scan import REDUCTIONS
-from tests.kernels.guarded import DEVICE, MARGIN, far_apart, fence_intact, fenced
+from tests.grid import checkered
+from tests.kernels.guarded import DEVICE, GAPS, MARGIN, far_apart, fence_intact, fenced
 
 F32, BF16, FP16, INT8 = torch.float32, torch.bfloat16, torch.float16, torch.int8
 DTYPES = [F32, BF16, FP16, INT8]
@@ -95,7 +96,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scan, "MOST_KEPT", 16)
 
 
-@pytest.mark.parametrize("gap", [3, 16])  # ragged rows, aligned rows
+@pytest.mark.parametrize("gap", GAPS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "d", "m"), SHAPES)
 def test_against_float64(n: int, d: int, m: int, dtype: torch.dtype, gap: int) -> None:
@@ -104,9 +105,9 @@ def test_against_float64(n: int, d: int, m: int, dtype: torch.dtype, gap: int) -
         check(features, queries, scales, reduce)
 
 
-@pytest.mark.parametrize("dtype", [F32, INT8])
-@pytest.mark.parametrize(("n", "d", "m"), SHAPES[:5])
-def test_the_best_are_those_of_the_scores(n: int, d: int, m: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("shape", "dtype"), checkered(SHAPES[:5], [F32, INT8]))
+def test_the_best_are_those_of_the_scores(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    n, d, m = shape
     features, queries, scales = draw(n, d, m, dtype)
     for reduce in ("mean", "max"):
         scores = triton_scores(features, queries, reduce, scales)

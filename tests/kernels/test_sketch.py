@@ -13,7 +13,8 @@ from assay.kernels.philox import INPUT_SIDE, OUTPUT_SIDE
 from assay.kernels.slices import plan_sum, plan_total
 from assay.ops import grad_sketch
 from assay.ops.sketch import signs
-from tests.kernels.guarded import DEVICE, far_apart, fence_intact, fenced
+from tests.grid import checkered
+from tests.kernels.guarded import DEVICE, GAPS, far_apart, fence_intact, fenced
 
 F32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 SHAPES = [  # (B, T, I, O); what it is there for
@@ -54,9 +55,7 @@ def draw(
     return fenced(torch.randn(b, t, i).to(types[0]), gap), fenced(torch.randn(b, t, o).to(types[1]), gap)
 
 
-@pytest.mark.parametrize("gap", [3, 16])  # ragged rows, aligned rows
-@pytest.mark.parametrize("types", TYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "types", "gap"), checkered(SHAPES, TYPES, GAPS))
 def test_against_float64(shape: tuple[int, int, int, int], types: tuple[torch.dtype, torch.dtype], gap: int) -> None:
     a, g = draw(*shape, types, gap)
     for rows, cols in SIDES[:1] if gap == 16 else SIDES[1:4]:

@@ -10,7 +10,8 @@ import assay
 from assay.kernels import sqnorm
 from assay.ops import grad_sqnorm
 from assay.ops.sqnorm import CANCELLED
-from tests.kernels.guarded import DEVICE, far_apart, fence_intact, fenced
+from tests.grid import checkered
+from tests.kernels.guarded import DEVICE, GAPS, far_apart, fence_intact, fenced
 from tests.kernels.work import work_of
 
 F32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -58,9 +59,7 @@ def plan_name(inputs: Tensor, grads: Tensor, generation: int = 8) -> str:
     return sqnorm.plan(inputs, grads, CANCELLED, generation)[0][0].kernel.__name__
 
 
-@pytest.mark.parametrize("gap", [3, 16])  # ragged rows, aligned rows
-@pytest.mark.parametrize("types", TYPES[:3])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "types", "gap"), checkered(SHAPES, TYPES[:3], GAPS))
 def test_against_float64(shape: tuple[int, int, int, int], types: tuple[torch.dtype, torch.dtype], gap: int) -> None:
     check(*draw(*shape, types, gap))
 

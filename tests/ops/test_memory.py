@@ -19,6 +19,7 @@ from assay import ops
 from assay.kernels import project as project_kernels
 from assay.kernels import sketch as sketch_kernels
 from assay.ops import _head_backends, dot, sqnorm
+from tests.grid import checkered
 from tests.ops.test_autocast import tensors
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu measures a GPU's own memory")
@@ -103,9 +104,7 @@ def cases(dtype: torch.dtype, scale: int) -> dict[str, tuple[Callable[[Tensor], 
 NAMES = list(cases(BF16, 1))
 
 
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
-@pytest.mark.parametrize("dtype", [BF16, F32])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "dtype", "backend"), checkered(NAMES, [BF16, F32], ["cpu", "triton"]))
 def test_no_copy_of_an_argument(name: str, dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if (name, backend) == ("ensemble_stats", "triton"):
         pytest.skip("its GPU kernel is CUDA C++")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -267,6 +267,7 @@ class Gpu:
         self.stream, self.capturing, self.waited, self.noted = 1, False, [], []
         self.device = torch.device("cpu")  # where its tensors really are
         monkeypatch.setattr("assay.ops.sketch._held", OrderedDict())
+        monkeypatch.setattr("assay.ops.sketch._held_bytes", Counter())
         monkeypatch.setattr("assay.ops.sketch.CACHE_BYTES", 1000)
         monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)

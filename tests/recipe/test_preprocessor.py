@@ -204,3 +204,17 @@ def test_models_share_a_preprocessor_or_say_what_differs(tmp_path: Path) -> None
         shared({"a": bare}, {"size": 16, "colour": "red"})
     with pytest.raises(EngineError, match=r"models.a 3, models.b 1"):
         shared_preprocessor({"a": one, "b": one}, None, {"a": 3, "b": 1})
+
+
+@pytest.mark.parametrize(
+    ("path", "said"), [(None, "has no path"), ("weights.safetensors", "is one file, .*weights.safetensors")]
+)
+def test_a_model_without_a_folder_has_no_preprocessor(tmp_path: Path, path: str | None, said: str) -> None:
+    if path is not None:
+        (tmp_path / path).touch()
+        path = str(tmp_path / path)
+    bare = Somewhere.model_construct(kind="python", path=path)
+    with pytest.raises(EngineError, match=rf"^models\.a: is of kind python and {said}; .*task\.preprocessor") as caught:
+        shared({"a": bare})
+    assert "\n" not in str(caught.value)
+    assert shared({"a": bare}, {"size": 16}).size == (16, 16)

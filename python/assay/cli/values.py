@@ -156,14 +156,17 @@ def _flat(values: Any, depth: int) -> Iterator[Any]:
 
 def _turns(value: Any) -> list[str]:
     """The turns of a conversation, empty if it is none."""
-    if not isinstance(value, list | tuple) or not all(isinstance(v, dict) and "role" in v for v in value):
+    if not isinstance(value, list | tuple) or not all(isinstance(v, dict) for v in value):
         return []
-    return [f"{turn['role']}: {_content(turn)}" for turn in value]
+    for who, what in (("role", "content"), ("from", "value")):
+        if all(turn.get(who) is not None for turn in value):
+            return [f"{turn[who]}: {_content(turn, who, what)}" for turn in value]
+    return []
 
 
-def _content(turn: Mapping[str, Any]) -> str:
-    content = turn.get("content")
-    more = {key: value for key, value in turn.items() if key not in ("role", "content") and value is not None}
+def _content(turn: Mapping[str, Any], who: str, what: str) -> str:
+    content = turn.get(what)
+    more = {key: value for key, value in turn.items() if key not in (who, what) and value is not None}
     shown = content if isinstance(content, str) else in_words(content)
     return shown + (f" {in_words(more)}" if more else "")
 

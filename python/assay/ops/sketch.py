@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -252,6 +252,7 @@ class _Entry:
 
 
 _held: OrderedDict[object, _Entry] = OrderedDict()
+_held_bytes: Counter[torch.device] = Counter()
 _lock = threading.Lock()
 
 
@@ -286,7 +287,7 @@ def _cached_on_gpu(key: object, make: Callable[[], Tensor]) -> Tensor:
             if not capturing:
                 found.tensor.record_stream(stream)
                 return found.tensor
-            if found.pinned or _bytes(found.tensor.device, pinned=True) + found.tensor.nbytes <= _budget(stream) // 2:
+            if found.pinned or _pinned_bytes(found.tensor.device) + found.tensor.nbytes <= _budget(stream) // 2:
                 found.pinned = True
                 return found.tensor
     made = make()
@@ -303,15 +304,16 @@ def _hold(key: object, made: Tensor, budget: int | None = None) -> None:
     if key in _held or made.nbytes > budget:  # another thread was faster
         return
     _held[key] = _Entry(made)
-    loose = [k for k, entry in _held.items() if entry.tensor.device == made.device and not entry.pinned]
-    for old in loose:
-        if _bytes(made.device) <= budget:
-            break
-        del _held[old]
+    _held_bytes[made.device] += made.nbytes
+    while _held_bytes[made.device] > budget:
+        loose = (k for k, entry in _held.items() if entry.tensor.device == made.device and not entry.pinned)
+        if (oldest := next(loose, None)) is None:
+            return
+        _held_bytes[made.device] -= _held.pop(oldest).tensor.nbytes
 
 
-def _bytes(device: torch.device, *, pinned: bool = False) -> int:
-    return sum(e.tensor.nbytes for e in _held.values() if e.tensor.device == device and (e.pinned or not pinned))
+def _pinned_bytes(device: torch.device) -> int:
+    return sum(e.tensor.nbytes for e in _held.values() if e.tensor.device == device and e.pinned)
 
 
 def _budget(stream: torch.cuda.Stream) -> int:

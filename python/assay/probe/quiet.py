@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+
+class _Shortcut:
+    """Attention's shortcut, which is the process's: off from the first that leaves it until the last is back."""
+
+    def __init__(self) -> None:
+        self._lock, self._away, self._was_on = threading.Lock(), 0, True
+
+    def leave(self) -> None:
+        with self._lock:
+            if self._away == 0:
+                self._was_on = torch.backends.mha.get_fastpath_enabled()
+                torch.backends.mha.set_fastpath_enabled(False)
+            self._away += 1
+
+    def come_back(self) -> None:
+        with self._lock:
+            self._away -= 1
+            if self._away == 0:
+                torch.backends.mha.set_fastpath_enabled(self._was_on)
+
+
+_SHORTCUT = _Shortcut()
 
 
 @contextmanager
@@ -17,18 +41,17 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     thrown away. Attention layers run their formula, not the shortcut that torch has for them without gradients: it
     passes their layers by.
     """
-    shortcut = torch.backends.mha.get_fastpath_enabled()
     training = [(module, module.training) for module in model.modules()]
     trainable = [p for p in model.parameters() if p.requires_grad]
     try:
-        torch.backends.mha.set_fastpath_enabled(False)
+        _SHORTCUT.leave()
         for module, _ in training:
             module.training = False  # not eval(): models override it, and it could not be undone module by module
         for parameter in trainable:
             parameter.requires_grad_(False)
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(shortcut)
+        _SHORTCUT.come_back()
         for parameter in trainable:
             parameter.requires_grad_(True)
         for module, was_training in training:

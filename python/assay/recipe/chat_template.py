@@ -9,7 +9,7 @@ import contextlib
 import datetime
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from assay._lazy import require
@@ -110,8 +110,8 @@ class ChatTemplate:
             raise BadRow(f"the chat template makes {len(text):,} characters of it, more than {_LONGEST:,}")
         return Rendered(text, list(marks[0]) if marked else [])
 
-    def assistant(self, messages: Sequence[Message], tools: Any = None) -> tuple[str, list[Span]]:
-        """The text, and the characters of it that the assistant's turns are.
+    def assistant(self, messages: Sequence[Message], tools: Any = None, *, since: int = 0) -> tuple[str, list[Span]]:
+        """The text, and the characters of it that the assistant's turns are, those from message ``since`` on.
 
         A template with generation marks says so itself. With any other, a turn is what it adds to the text: from the
         conversation before it, with the prompt for the assistant, to the conversation that ends with it. What comes
@@ -121,22 +121,37 @@ class ChatTemplate:
             BadRow: the template refuses a part of it, or renders a turn differently once others follow.
         """
         whole = self.render(messages, tools)
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= since]
         if not turns:
             raise BadRow("has no turn of the assistant")
-        if self._is_marked(tools):
-            return whole.text, whole.marks
-        return whole.text, [self._turn(messages, i, whole.text, tools) for i in turns]
+        if not self._is_marked(tools):
+            return whole.text, [self._turn(messages, i, whole.text, tools) for i in turns]
+        start = self._start(messages, since, whole.text, tools) if since else 0
+        return whole.text, [(max(a, start), b) for a, b in whole.marks if b > start]
 
     def completion(self, messages: Sequence[Message], tools: Any = None) -> tuple[str, list[Span]]:
         """The same of the last turn alone, which must be the assistant's."""
         if messages[-1]["role"] != "assistant":
             raise BadRow(f"ends with a turn of {shown(messages[-1]['role'])}, expected one of 'assistant'")
-        whole = self.render(messages, tools)
-        start, end = self._turn(messages, len(messages) - 1, whole.text, tools)
-        if self._is_marked(tools):
-            return whole.text, [(max(a, start), b) for a, b in whole.marks if b > start]
-        return whole.text, [(start, end)]
+        return self.assistant(messages, tools, since=len(messages) - 1)
+
+    def added(self, messages: Sequence[Message], tools: Any = None, *, since: int) -> tuple[str, list[Span]]:
+        """The text, and all that the messages from ``since`` on add to those before with the prompt for the assistant.
+
+        Raises:
+            BadRow: the template refuses a part of it, or makes something else of the prompt once others follow.
+        """
+        text = self.render(messages, tools).text
+        return text, [(self._start(messages, since, text, tools), len(text))]
+
+    def _start(self, messages: Sequence[Message], since: int, whole: str, tools: Any) -> int:
+        before = self.render(messages[:since], tools, prompt=True).text
+        if not whole.startswith(before):
+            raise BadRow(
+                "what the chat template makes of the prompt alone is not how it begins both, so that the completion's "
+                "tokens cannot be told"
+            )
+        return len(before)
 
     def _is_marked(self, tools: Any) -> bool:
         return bool(_MARK.search(self._plain if tools is None else self._with_tools))
@@ -180,7 +195,13 @@ class ChatTemplate:
         Raises:
             EngineError: they cannot.
         """
-        find = self.completion if last else self.assistant
+        return self._try_out(self.completion if last else self.assistant)
+
+    def check_added(self) -> str | None:
+        """The same of an answer's tokens after what comes before it."""
+        return self._try_out(lambda messages: self.added(messages, since=len(messages) - 1))
+
+    def _try_out(self, find: Callable[[list[Message]], tuple[str, list[Span]]]) -> str | None:
         try:
             text, spans = find(self._probe)
         except BadRow as fault:

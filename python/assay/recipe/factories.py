@@ -109,11 +109,11 @@ class PythonSpec(ModelSpec):
     def tokenizer(self) -> Any | None:
         return None if self.tokenizer_path is None else load_tokenizer(find_tokenizer(self.tokenizer_path), None)
 
-    def inputsizes(self, model: nn.Module) -> int | None:
+    def input_size(self, model: nn.Module) -> int | None:
         found = tried_out(model)
         return found[0] if found else None
 
-    def outputsizes(self, model: nn.Module) -> int | None:
+    def output_size(self, model: nn.Module) -> int | None:
         found = tried_out(model)
         return found[1] if found else None
 

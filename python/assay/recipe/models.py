@@ -232,13 +232,9 @@ def fingerprints(specs: Mapping[str, ModelSpec]) -> dict[str, str]:
     return result
 
 
-def shared_tokenizer(specs: Mapping[str, ModelSpec]) -> Any:
-    """The one tokenizer of a text recipe's models: unless they do the same, a text means different tokens."""
-    return next(iter(own_tokenizers(specs).values()))
-
-
 def own_tokenizers(specs: Mapping[str, ModelSpec]) -> dict[str, Any]:
-    """By model the tokenizers of a text recipe, one at least; EngineError unless they do the same."""
+    """By model the tokenizers of a text recipe, one at least; EngineError unless they do the same: a text would mean
+    different tokens."""
     found: dict[str, Any] = {}
     for name, spec in specs.items():
         with naming(f"models.{name}"):

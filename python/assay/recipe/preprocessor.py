@@ -340,7 +340,7 @@ def shared_preprocessor(
     first: tuple[str, Preprocessor] | None = None
     for name, spec in specs.items():
         with naming(f"models.{name}"):
-            own = _of_folder(spec.path, channels[name])
+            own = _of_folder(preprocessor_folder(spec), channels[name])
         if first is None:
             first = name, own
         elif first[1] != own:
@@ -352,6 +352,18 @@ def shared_preprocessor(
     if first is None:
         raise EngineError("the recipe has no model that an image could be prepared for")
     return first[1]
+
+
+def preprocessor_folder(spec: ModelSpec) -> str:
+    """The folder in which a model's preprocessor lies. EngineError if the model is of a kind that has none."""
+    path: str | None = spec.path  # a kind may do without
+    if path is None or os.path.isfile(path):
+        where = "has no path" if path is None else f"is one file, {path}"
+        raise EngineError(
+            f"is of kind {spec.kind} and {where}; a {PREPROCESSOR} lies in a model's folder: say under "
+            "task.preprocessor what is made of an image"
+        )
+    return path
 
 
 def _of_folder(path: str, channels: int) -> Preprocessor:

@@ -9,6 +9,7 @@ from assay.recipe.draft.columns import Columns
 from assay.recipe.draft.readings import readings
 
 TURNS = "list<struct<role: string, content: string>>"
+SHAREGPT = "list<struct<from: string, value: string>>"
 COLORS = ("red", "green")
 
 
@@ -28,6 +29,17 @@ TEXT = ("causal_lm", "causal_lm", {"text_column": "text"})
         ({"whatever": "string", "n": "int64"}, [("causal_lm", "causal_lm", {"text_column": "whatever"})]),
         ({"messages": TURNS}, [("causal_lm", "causal_lm", {"messages_column": "messages"})]),
         ({"talk": TURNS, "n": "int64"}, [("causal_lm", "causal_lm", {"messages_column": "talk"})]),
+        ({"conversations": SHAREGPT}, [("causal_lm", "causal_lm", {"messages_column": "conversations"})]),
+        (
+            {"talk": "list<struct<value: list<struct<type: string, text: string>>, from: string>>"},
+            [("causal_lm", "causal_lm", {"messages_column": "talk"})],
+        ),
+        ({"mails": "list<struct<from: string, body: string>>"}, []),
+        ({"messages": "mixed", "prompt": "mixed"}, [("causal_lm", "causal_lm", {"messages_column": "messages"})]),
+        (
+            {"prompt": TURNS, "completion": TURNS},
+            [("causal_lm", "causal_lm", {"prompt_column": "prompt", "completion_column": "completion"})],
+        ),
         (
             {"instruction": "string", "input": "string", "output": "string"},
             [("causal_lm", "causal_lm", {"prompt_column": "instruction", "completion_column": "output"})],
@@ -84,7 +96,7 @@ TEXT = ("causal_lm", "causal_lm", {"text_column": "text"})
         ({"a": "int64", "b": "timestamp[ns]"}, []),
         ({}, []),
     ],
-    ids=range(18),
+    ids=range(23),
 )
 def test_columns_are_read_as(columns, expected):
     found = read(**columns)

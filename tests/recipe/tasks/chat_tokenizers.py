@@ -35,6 +35,12 @@ BARE = (
     "{% for m in messages %}{{ bos_token + '<user>' + m.content if m.role == 'user' else m.content + eos_token }}"
     "{% endfor %}"
 )
+# SmolLM2's form, which is ChatML's: where no system speaks, the template does.
+DEFAULTED = (
+    "{% for m in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<system>dig here<end>\n' }}"
+    "{% endif %}{{ '<' + m['role'] + '>' + m['content'] + '<end>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
 STRICT = (
     "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('turns must alternate') }}{% endif %}{% endfor %}" + PLAIN

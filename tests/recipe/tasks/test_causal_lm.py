@@ -13,6 +13,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from assay.corpus.facts import MIXED
+from assay.corpus.format import ColumnFacts
 from assay.engine import make_plan, open_workshop, run
 from assay.recipe.errors import EngineError, RecipeError
 from assay.recipe.recipe import load_recipe
@@ -31,6 +33,8 @@ CHATS = [
     ],
     [{"role": "user", "content": "ore?"}],
 ]
+SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt"}
+SHAREGPT = [[{"from": SPEAKERS[m["role"]], "value": m["content"]} for m in chat] for chat in CHATS]
 PAIRS = [("gold?", " yes."), ("is it ore here? dig ", "no"), ("dig", None)]
 
 
@@ -45,7 +49,10 @@ def models(tmp_path_factory):
 
 def write(root, models, task, names=("plain",), **changes):
     (root / "data").mkdir(exist_ok=True)
-    rows = [{"chat": chat, "ask": ask, "answer": answer} for chat, (ask, answer) in zip(CHATS, PAIRS, strict=True)]
+    rows = [
+        {"chat": chat, "shared": shared, "ask": ask, "answer": answer, "asked": chat[:-1], "said": chat[-1:]}
+        for chat, shared, (ask, answer) in zip(CHATS, SHAREGPT, PAIRS, strict=True)
+    ]
     pq.write_table(pa.Table.from_pylist(rows), root / "data/a.parquet")
     recipe = {
         "version": 1,
@@ -67,6 +74,7 @@ def own_loss(folder, ids, labels) -> float:
 
 CHAT = {"messages_column": "chat"}
 PROMPT = {"prompt_column": "ask", "completion_column": "answer"}
+TURNS = {"prompt_column": "asked", "completion_column": "said"}
 
 
 @pytest.mark.parametrize("task", [CHAT, CHAT | {"loss_on": "completion"}, CHAT | {"loss_on": "all"}])
@@ -97,6 +105,89 @@ def test_losses_of_completions_are_transformers_own(models, tmp_path, loss_on):
         ids = [*tokenizer(ask + answer)["input_ids"], tokenizer.eos_token_id]
         start = len(tokenizer(ask)["input_ids"]) if loss_on == "completion" else 0
         assert score == pytest.approx(own_loss(models / "plain", ids, [-100] * start + ids[start:]), rel=1e-5)
+
+
+@pytest.mark.parametrize("loss_on", ["completion", "assistant", "all"])
+def test_losses_of_completions_of_messages_are_transformers_own(models, tmp_path, loss_on):
+    task = TURNS | {"loss_on": loss_on} | ({"conversational": True} if loss_on == "assistant" else {})
+    assert run(load_recipe(write(tmp_path, models, task))).rows_quarantined == 1
+    table = pq.read_table(tmp_path / "scores/a.parquet")
+    tokenizer = word_tokenizer(MARKED)  # of the same text, with marks
+    for row, score in zip(table["row"].to_pylist(), table["ensemble_mean_nll"].to_pylist(), strict=True):
+        out = tokenizer.apply_chat_template(CHATS[row], return_dict=True, return_assistant_tokens_mask=True)
+        before = tokenizer.apply_chat_template(CHATS[row][:-1], return_dict=True, add_generation_prompt=True)
+        ids, marks = out["input_ids"], out["assistant_masks"]
+        start = 0 if loss_on == "all" else len(before["input_ids"])
+        counts = [i >= start and (loss_on != "assistant" or marks[i]) for i in range(len(ids))]
+        labels = [id_ if c else -100 for id_, c in zip(ids, counts, strict=True)]
+        assert score == pytest.approx(own_loss(models / "plain", ids, labels), rel=1e-5)
+
+
+def test_sharegpts_conversations_have_the_scores_of_plain_ones(models, tmp_path):
+    path = write(tmp_path, models, CHAT)
+    run(load_recipe(path))
+    run(load_recipe(path, ["task.messages_column=shared", "output=shared-scores"]))
+    plain, shared = (pq.read_table(tmp_path / name / "a.parquet") for name in ("scores", "shared-scores"))
+    assert plain.num_rows == 2
+    assert plain.equals(shared)
+
+
+def seen(**types):
+    spec = CausalLMSpec(kind="causal_lm", **PROMPT)
+    return spec.seen({name: ColumnFacts(type_) for name, type_ in types.items()}).conversational
+
+
+def test_lists_are_messages_and_texts_are_texts():
+    turns = "list<struct<role: string, content: string>>"
+    assert (
+        seen(ask=turns, answer=turns) is seen(ask="list<null>", answer=MIXED) is seen(ask=turns, answer="null") is True
+    )
+    assert seen(ask="string", answer="string") is seen(ask="string", answer=MIXED) is seen(ask="string") is None
+    for types in ({"ask": turns, "answer": "string"}, {"ask": "string", "answer": turns}):
+        with pytest.raises(
+            EngineError, match=r"^task\.prompt_column, .* holds lists, and '\w+' texts; expected messages"
+        ):
+            seen(**types)
+    told = CausalLMSpec(kind="causal_lm", conversational=False, **PROMPT)
+    assert told.seen({"ask": ColumnFacts(turns), "answer": ColumnFacts(turns)}).conversational is False
+
+
+def test_a_column_that_mixes_texts_and_messages_is_one_of_messages(models, tmp_path):
+    path = write(tmp_path, models, PROMPT)
+    (tmp_path / "data/a.parquet").unlink()
+    ask, answer = CHATS[0][:1], CHATS[0][1:]
+    rows = [(ask, answer), ("gold?", answer), (json.dumps(ask), answer), ("gold?", "yes"), (ask, "yes")]
+    lines = [json.dumps({"ask": one, "answer": other}) for one, other in rows]
+    (tmp_path / "data/a.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    assert run(load_recipe(path)).rows_quarantined == 3
+    assert pq.read_table(tmp_path / "scores/a.parquet")["row"].to_pylist() == [0, 2]
+    reasons = [json.loads(line) for line in (tmp_path / "scores/quarantine/a.jsonl").read_text().splitlines()]
+    named = [(entry["row"], entry["reason"].split(";")[0]) for entry in reasons]
+    told = "is a text that is no JSON (JSONDecodeError)"
+    assert named == [(1, f"ask {told}"), (3, f"ask {told}"), (4, f"answer {told}")]
+
+
+def test_messages_in_json_are_told_of(models, tmp_path):
+    path = write(tmp_path, models, PROMPT)
+    rows = [{"ask": json.dumps(chat[:-1]), "answer": json.dumps(chat[-1:])} for chat in CHATS[:2]]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data/a.parquet")
+    assert run(load_recipe(path)).rows_quarantined == 2
+    assert "task.conversational: true" in (tmp_path / "scores/quarantine/a.jsonl").read_text()
+    assert run(load_recipe(path, ["task.conversational=true", "output=json"])).rows_scored == 2
+    run(load_recipe(write(tmp_path, models, TURNS, output="lists")))
+    assert pq.read_table(tmp_path / "json/a.parquet").equals(pq.read_table(tmp_path / "lists/a.parquet").slice(0, 2))
+
+
+def test_tools_of_texts_are_one_line_before_weights_are_read(models, tmp_path, monkeypatch):
+    monkeypatch.setattr("assay.engine.workshop.build_models", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(EngineError, match=r"^task\.tools_column: goes with messages, and 'ask' holds texts; leave it"):
+        open_workshop(make_plan(load_recipe(write(tmp_path, models, PROMPT | {"tools_column": "chat"}))))
+    with pytest.raises(EngineError, match=r"^models\.none: its tokenizer has no chat template"):
+        open_workshop(make_plan(load_recipe(write(tmp_path, models, TURNS, names=("none",)))))
+    save_model(tmp_path / "unstable", 0, llama_config(vocab_size=24), word_tokenizer(UNSTABLE))
+    for more in ({}, {"conversational": True, "loss_on": "assistant"}):
+        with pytest.raises(EngineError, match=r"^models\.unstable: its chat template is not prefix-stable"):
+            open_workshop(make_plan(load_recipe(write(tmp_path, tmp_path, TURNS | more, names=("unstable",)))))
 
 
 def test_one_batch_or_many(models, tmp_path):
@@ -158,6 +249,16 @@ def test_tokens_that_end_a_text_must_agree(models, tmp_path):
         ({"tools_column": "t"}, r"task\.tools_column: goes with messages_column alone"),
         ({"loss_on": "assistant"}, r"task\.loss_on: assistant means nothing for text_column; expected all"),
         (PROMPT | {"loss_on": "assistant"}, r"means nothing for prompt_column; expected completion or all"),
+        (CHAT | {"conversational": True}, r"task\.conversational: goes with prompt_column"),
+        ({"conversational": False}, r"task\.conversational: goes with prompt_column"),
+        (
+            PROMPT | {"conversational": False, "tools_column": "t"},
+            r"task\.tools_column: goes with messages_column alone",
+        ),
+        (
+            PROMPT | {"conversational": False, "loss_on": "assistant"},
+            r"expected completion or all \(assistant, with ",
+        ),
         ({"loss_on": "prompt"}, r"task\.loss_on: input should be 'all', 'completion' or 'assistant'"),
         ({"truncate": "middle"}, r"task\.truncate: input should be 'right', 'left' or 'drop'"),
         ({"message_column": "chat"}, r"task\.message_column: unknown key; did you mean 'messages_column'"),

@@ -9,9 +9,18 @@ import pytest
 from assay.corpus.errors import BadRow
 from assay.recipe.chat_template import ChatTemplate
 from assay.recipe.errors import EngineError
-from assay.recipe.tasks.conversations import ChatEncoder
+from assay.recipe.tasks.conversations import ChatEncoder, PromptChatEncoder
 from assay.recipe.tasks.documents import Limits
-from tests.recipe.tasks.chat_tokenizers import BARE, FORGETFUL, MARKED, PLAIN, STRICT, UNSTABLE, word_tokenizer
+from tests.recipe.tasks.chat_tokenizers import (
+    BARE,
+    DEFAULTED,
+    FORGETFUL,
+    MARKED,
+    PLAIN,
+    STRICT,
+    UNSTABLE,
+    word_tokenizer,
+)
 
 TWO = [
     {"role": "system", "content": "dig"},
@@ -221,10 +230,10 @@ def test_what_is_nested_deeply_is_quarantined(depth):
         ([], "chat is empty"),
         ("[]", "chat is empty"),
         (["gold"], "chat[0] is of type str, expected a message with role and content"),
-        ([{"from": "human", "value": "dig"}], "chat[0] has no role (it has from, value); expected role and content"),
+        ([{"speaker": "a", "says": "dig"}], "chat[0] has no role (it has says, speaker); expected role and content"),
         ([TWO[0], {"content": "dig"}], "chat[1] has no role (it has content); expected role and content"),
         ([{"role": "user", "content": None}], "chat[0] has no content"),
-        ([{"role": "user", "content": [{"type": "image"}]}], "chat[0].content is of type list, expected a text"),
+        ([{"role": "user", "content": 7}], "chat[0].content is of type int, expected a text"),
         ([{**TWO[1], "tool_calls": "dig"}], "chat[0].tool_calls is of type str, expected a list of mappings"),
         (TWO[:2], "chat: has no turn of the assistant"),
         (TWO[2:3], "chat: begins with a turn of the assistant, which the chat template marks no tokens of"),
@@ -307,3 +316,128 @@ def test_labels_are_the_counted_tokens_and_padding_is_none():
 def test_the_template_is_part_of_the_identity():
     assert encoder(PLAIN).identity != encoder(MARKED).identity
     assert encoder(PLAIN).identity == encoder(PLAIN).identity
+
+
+ASK, ANSWER = TWO[1:2], TWO[2:3]
+AGENT = [TWO[2], {"role": "user", "content": "here?"}, {"role": "assistant", "content": "no"}]
+
+
+def pairs(template, loss_on="completion", *, tools=None, max_length=64, truncate="right"):
+    tokenizer = word_tokenizer(template)
+    reader = Limits(tokenizer, max_length, truncate, 1000, "models.m")
+    made = ChatTemplate("models.m", tokenizer, tools is not None)
+    return PromptChatEncoder("ask", "answer", tools, loss_on, made, reader)
+
+
+CHATML = "<user> gold ? <end> \\n <assistant> yes* .* <end>* \\n*"
+PAIR_BY_HAND = {
+    PLAIN: f"<s> {CHATML}",
+    MARKED: f"<s> {CHATML}",
+    BARE: "<s> <user> gold ? yes* .* </s>*",
+    FORGETFUL: "<user> gold ? <end> <assistant> it* _* yes* .* <end>*",
+    DEFAULTED: f"<system> dig _ here <end> \\n {CHATML}",
+}
+
+
+@pytest.mark.parametrize("template", PAIR_BY_HAND, ids=["plain", "marked", "bare", "forgetful", "defaulted"])
+@pytest.mark.parametrize("form", [list, json.dumps], ids=["list", "json"])
+def test_of_prompt_and_completion_all_that_the_completion_adds_counts(template, form):
+    own = pairs(template)
+    assert own._template.check_added() is None
+    words = [word.replace("\\n", "\n").replace("_", " ") for word in PAIR_BY_HAND[template].split(" ")]
+    expected = [(word.removesuffix("*"), word.endswith("*")) for word in words]
+    assert shown(own, form(ASK), form(ANSWER)) == expected
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED, BARE, DEFAULTED], ids=["plain", "marked", "bare", "defaulted"])
+@pytest.mark.parametrize("completion", [ANSWER, AGENT], ids=["one", "several"])
+@pytest.mark.parametrize("prompt", [ASK, TWO[:2], TWO[1:4]], ids=["ask", "system", "turns"])
+def test_masks_of_prompts_and_completions_are_trls(template, completion, prompt):
+    """As its SFTTrainer makes a conversational prompt with a completion into tokens and masks."""
+    if template == BARE:
+        prompt = prompt[-1:]  # it knows no system
+    tokenizer = word_tokenizer(template)
+    before = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+    whole = tokenizer.apply_chat_template(
+        [*prompt, *completion], return_dict=True, return_assistant_tokens_mask=template == MARKED
+    )
+    ids = whole["input_ids"]
+    assert ids[: len(before)] == before
+    added = [False] * len(before) + [True] * (len(ids) - len(before))
+    (encoded,) = pairs(template).encode([(prompt, completion)])
+    assert encoded.data.ids.tolist() == ids
+    assert encoded.data.predicted.tolist() == added
+    (everything,) = pairs(template, "all").encode([(prompt, completion)])
+    assert everything.data.ids.tolist() == ids
+    assert everything.data.predicted.all()
+    if template == MARKED:  # assistant_only_loss
+        (turns,) = pairs(template, "assistant").encode([(prompt, completion)])
+        both = [bool(mark) and own for mark, own in zip(whole["assistant_masks"], added, strict=True)]
+        assert turns.data.predicted.tolist() == both
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED], ids=["plain", "marked"])
+def test_of_a_completion_the_assistants_turns_may_count(template):
+    tokens = shown(pairs(template, "assistant"), TWO[:4], [TWO[4], *AGENT[1:]])
+    assert [word for word, counts in tokens if counts] == ["no", "<end>", "no", "<end>"]
+    assert ("yes", False) in tokens
+
+
+def test_what_a_marked_template_adds_at_the_end_of_all_is_no_turns():
+    """As Phi-3's does, with the token that ends a text."""
+    ends = MARKED + "{% if not add_generation_prompt %}</s>{% endif %}"
+    tokens = shown(pairs(ends, "assistant"), ASK, AGENT)
+    assert [word for word, counts in tokens if counts] == ["yes", ".", "<end>", "no", "<end>"]
+    assert tokens[-1] == ("</s>", False)
+    assert shown(pairs(ends), ASK, AGENT)[-1] == ("</s>", True)
+
+
+def test_a_prompt_that_the_template_changes_is_refused():
+    with pytest.raises(EngineError, match=r"^models\.m: its chat template is not prefix-stable: what the "):
+        pairs(UNSTABLE)._template.check_added()
+    assert "is not how it begins both" in reason(pairs(UNSTABLE), ASK, ANSWER)
+    assert shown(pairs(UNSTABLE, "all"), ASK, ANSWER)
+
+
+def test_prompts_with_tools():
+    own = pairs("{% for t in tools or [] %}{{ t.name }}{% endfor %}" + PLAIN, tools="tools")
+    tokens = shown(own, ASK, ANSWER, [{"name": "dig"}])
+    assert tokens[0] == ("dig", False)
+    assert [word for word, counts in tokens if counts] == ["yes", ".", "<end>", "\n"]
+    assert shown(own, ASK, ANSWER, None)[0] == ("<s>", False)
+    assert reason(own, ASK, ANSWER, "{") == "tools is a text that is no JSON (JSONDecodeError)"
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (("gold?", ANSWER), "ask is a text that is no JSON (JSONDecodeError); expected a list of messages"),
+        ((ASK, "yes"), "answer is a text that is no JSON (JSONDecodeError); expected a list of messages"),
+        (("gold?", "yes"), "ask is a text that is no JSON"),
+        ((None, ANSWER), "ask is null"),
+        ((ASK, None), "answer is null"),
+        (([], ANSWER), "ask is empty"),
+        ((ASK, []), "answer is empty"),
+        ((ASK, ASK), "answer begins with a turn of 'user', expected one of 'assistant'"),
+        ((ASK, [{"role": "assistant", "content": None}]), "answer[0] has no content"),
+        ((ASK, [{"from": "gpt", "value": "yes"}]), "ask with answer has messages of role and content and some of from"),
+        (([CALL], ANSWER), "ask[0] has tool calls, which the chat template makes nothing of"),
+        ((ASK, [*ANSWER, CALL]), "answer[1] has tool calls, which the chat template makes nothing of"),
+        ((ASK, [*ANSWER, {"role": "user", "content": [{"type": "image"}]}]), "answer[1].content[0] is of type 'image'"),
+    ],
+)
+def test_what_are_no_prompt_and_completion_of_messages_is_quarantined(row, expected):
+    assert reason(pairs(PLAIN), *row).startswith(expected)
+
+
+def test_long_prompts_are_cut_as_texts_are():
+    assert shown(pairs(PLAIN, max_length=8), ASK, ANSWER)[-1] == ("yes", True)
+    expected = "ask with answer is 11 tokens long, and none that counts is left when it is cut to 7 (task.max_length, "
+    assert reason(pairs(PLAIN, max_length=7), ASK, ANSWER) == f"{expected}truncate: right)"
+    left = shown(pairs(PLAIN, max_length=4, truncate="left"), ASK, ANSWER)
+    assert left == [("<s>", False), (".", True), ("<end>", True), ("\n", True)]
+
+
+def test_sharegpts_prompts_are_the_same_sample():
+    plain = shown(pairs(PLAIN), ASK, ANSWER)
+    assert shown(pairs(PLAIN), [{"from": "human", "value": "gold?"}], [{"from": "gpt", "value": "yes."}]) == plain

@@ -70,7 +70,7 @@ def byte_pairs() -> PreTrainedTokenizerFast:
 
 @pytest.mark.parametrize("trim", [False, True])
 def test_a_token_of_both_counts(trim):
-    """TRL would count from the third token on, which leaves out the completion's first."""
+    """Older TRL would count from the third token on, which leaves out the completion's first."""
     tokenizer = byte_pairs()
     if trim:
         tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
@@ -109,6 +109,17 @@ def test_spaces_that_offsets_leave_out_belong_to_the_token_after():
 )
 def test_what_is_no_completion_is_quarantined(row, expected):
     assert reason(completions(), *row) == expected
+
+
+def test_texts_that_are_messages_are_taken_for_neither():
+    ask, answer = '[{"role": "user", "content": "gold?"}]', '[{"from": "gpt", "value": "yes"}]'
+    assert reason(completions(), ask, answer) == (
+        "ask with answer are messages in JSON; task.conversational: true takes them for a conversation, false for texts"
+    )
+    assert shown(completions(), ask, "yes")[-2:] == ["yes*", "</s>*"]
+    assert shown(completions(), "gold", answer)[-1] == "</s>*"
+    reader = Limits(word_tokenizer(), 64, "right", 1000, "models.m")
+    assert shown(CompletionEncoder("ask", "answer", False, reader, surely=True), ask, answer)[-1] == "</s>*"
 
 
 def test_cutting_keeps_a_token_that_counts_or_says_so():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+from assay.corpus.facts import MIXED
 from assay.corpus.format import ColumnFacts
 
 # Names that people give, the likeliest first.
@@ -39,7 +40,8 @@ CAPTIONS = ("caption", "captions", "text", "description", "alt_text", "sentence"
 _WHOLE = re.compile(r"u?int\d+")
 _FLOAT = re.compile(r"float|double|halffloat|float\d+|decimal\d*.*")
 _NESTED_NUMBERS = re.compile(r"(list<)+(u?int\d+|float|double|halffloat|bool)>+")
-_TURNS = re.compile(r"list<struct<.*\brole: string\b.*>>")
+# Messages, and those of ShareGPT's form.
+_TURNS = re.compile(r"list<struct<(.*\brole: string\b|(?=.*\bfrom: string\b).*\bvalue: (string|list<)).*>>")
 _IMAGE_STRUCT = re.compile(r"struct<(bytes: binary, path: (string|null)|path: (string|null), bytes: binary)>")
 
 
@@ -48,7 +50,7 @@ def form(name: str, facts: ColumnFacts) -> str:
     kind = facts.type
     if kind == "image" or _IMAGE_STRUCT.fullmatch(kind) or (kind == "binary" and name.lower() in IMAGES):
         return "image"
-    if _TURNS.fullmatch(kind):
+    if _TURNS.fullmatch(kind) or (kind == MIXED and name.lower() in MESSAGES):
         return "messages"
     if facts.classes is not None and not kind.startswith("list<"):
         return "class"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from assay.corpus.facts import MIXED
 from assay.recipe.draft.columns import (
     CAPTIONS,
     IMAGES,
@@ -41,34 +42,45 @@ class Reading:
     why: str
     comments: Mapping[str, str] = field(default_factory=dict)
     """What is to be said beside a key."""
-
-    @property
-    def chat(self) -> bool:
-        """Whether it needs a chat template."""
-        return "messages_column" in self.keys
+    chat: bool = False
+    """Whether it needs a chat template."""
 
 
 def readings(columns: Columns) -> list[Reading]:
     """Every task that the columns allow."""
-    found = [_conversations, _pairs, _two_towers, _token_classes, _classes, _regression, _texts]
+    found = [_conversations, _pairs_of_messages, _pairs, _two_towers, _token_classes, _classes, _regression, _texts]
     return [reading for look in found for reading in look(columns)]
 
 
 def _conversations(columns: Columns) -> Iterator[Reading]:
     name = columns.likely(("messages",), MESSAGES)
     why = f"{name} holds turns with role and content"
+    kind = "" if name is None else columns.facts[name].type
+    if kind == MIXED:
+        why = f"{name} is a conversation by its name, in more forms than one"
+    elif name is not None and "role: string" not in kind:
+        why = f"{name} holds turns with from and value"
     if name is None:
         name = columns.named(("text",), MESSAGES)
         why = f"{name} is a text by a conversation's name, taken for JSON"
     if name is not None:
         comments = {"messages_column": "the assistant's tokens count (loss_on: assistant)"}
-        yield Reading("causal_lm", "causal_lm", {"messages_column": name}, why, comments)
+        yield Reading("causal_lm", "causal_lm", {"messages_column": name}, why, comments, chat=True)
 
 
-def _named_pair(columns: Columns, names: Sequence[tuple[str, str]]) -> tuple[str, str] | None:
-    """The first two columns of texts that bear two of the names."""
-    texts = {name.lower(): name for name in columns.of("text")}
-    return next(((texts[one], texts[other]) for one, other in names if one in texts and other in texts), None)
+def _named_pair(columns: Columns, names: Sequence[tuple[str, str]], form: str = "text") -> tuple[str, str] | None:
+    """The first two columns of a form, of texts, that bear two of the names."""
+    found = {name.lower(): name for name in columns.of(form)}
+    return next(((found[one], found[other]) for one, other in names if one in found and other in found), None)
+
+
+def _pairs_of_messages(columns: Columns) -> Iterator[Reading]:
+    pair = _named_pair(columns, PAIRS, "messages")
+    if pair is not None:
+        comments = {"completion_column": "what it adds to the prompt counts (loss_on: completion)"}
+        keys = dict(zip(("prompt_column", "completion_column"), pair, strict=True))
+        why = f"{pair[0]} and {pair[1]} hold messages"
+        yield Reading("causal_lm", "causal_lm", keys, why, comments, chat=True)
 
 
 def _pairs(columns: Columns) -> Iterator[Reading]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
+from torch import nn
 
 from assay.corpus.format import ColumnFacts
+from assay.recipe.models import ModelSpec
 from assay.recipe.parts import located
 from assay.recipe.tasks.base import TASKS, Columns, Encoder, Models
 from assay.recipe.tasks.images import ImageTaskSpec, try_out
@@ -70,6 +73,11 @@ class InputKeys(ImageTaskSpec, TextTaskSpec):
     def column_keys(self) -> dict[str, str]:
         named = super().column_keys()
         return named if self.text_column or self.image_column else {"input_column": "input"} | named
+
+    def open(self, specs: Mapping[str, ModelSpec]) -> Callable[[Mapping[str, nn.Module]], Encoder]:
+        if self.image_column is not None:
+            self.look_for_preprocessors(specs)
+        return super().open(specs)
 
     def inputs(self, models: Models, tokenizer: Any) -> Inputs:
         """What reads a sample's input."""

@@ -14,7 +14,7 @@ from assay.corpus.errors import BadRow
 from assay.corpus.named_files import NamedFiles
 from assay.corpus.shards import Shard
 from assay.recipe.errors import EngineError
-from assay.recipe.models import ModelSpec, shared_tokenizer
+from assay.recipe.models import ModelSpec, own_tokenizers
 from assay.recipe.tasks.base import TASKS, Encoded, Encoder, Models
 from assay.recipe.tasks.images import ImageInputs, ImageTaskSpec, each_shape
 from assay.recipe.tasks.text_rows import Reader, TextInputs, Tokens, Trial, check_room
@@ -44,12 +44,13 @@ class ContrastiveSpec(ImageTaskSpec):
         return Contrastive()
 
     def open(self, specs: Mapping[str, ModelSpec]) -> Callable[[Mapping[str, nn.Module]], Encoder]:
-        return lambda models: self._encoder({name: (specs[name], model) for name, model in models.items()})
+        tokenizer = next(iter(own_tokenizers(specs).values()))
+        self.look_for_preprocessors(specs)
+        return lambda models: self._encoder({name: (specs[name], model) for name, model in models.items()}, tokenizer)
 
-    def _encoder(self, models: Models) -> Encoder:
+    def _encoder(self, models: Models, tokenizer: Any) -> Encoder:
         _check_kinds(models)
         images = self.images(self.image_column, models)
-        tokenizer = shared_tokenizer({name: spec for name, (spec, _) in models.items()})
         vocabulary = set(tokenizer.get_vocab().values())
         all_tokens = max(vocabulary, default=0) + 1
         limit, owner = min((_text_setting(model, "vocab_size") or all_tokens, n) for n, (_, model) in models.items())

@@ -15,6 +15,7 @@ from assay.corpus.errors import BadRow
 from assay.corpus.footer import canonical_hash
 from assay.recipe.chat_template import Span
 from assay.recipe.tasks.base import Encoded, attempt
+from assay.recipe.tasks.messages import looks_like_messages
 from assay.recipe.tasks.text_rows import Ids, each_good
 from assay.recipe.tasks.vocabulary import unknown_token, usable_tokens
 from assay.recipe.tokenizer import behaviour
@@ -188,12 +189,15 @@ class CompletionEncoder(TokenEncoder):
 
     A token counts if it holds a character of the completion, even if it holds some of the prompt's too; so does the one
     that ends the text. With ``everything``, all do. Where the prompt's tokens alone begin those of both, this is TRL's
-    ``completion_only_loss``; where they do not, TRL warns and counts tokens from as many on as the prompt has alone.
+    ``completion_only_loss``; where they do not, TRL 1.16 counts from the first token that differs on, and older ones
+    from as many on as the prompt has alone.
+
+    Two texts that look like lists of messages in JSON are no sample unless they are ``surely`` texts.
     """
 
-    def __init__(self, prompt: str, completion: str, everything: bool, reader: Limits) -> None:
+    def __init__(self, prompt: str, completion: str, everything: bool, reader: Limits, *, surely: bool = False) -> None:
         super().__init__((prompt, completion), f"{prompt} with {completion}", reader)
-        self._everything = everything
+        self._everything, self._surely = everything, surely
 
     def _more_behaviour(self) -> dict[str, Any]:
         return ends(self._tokenizer)
@@ -208,7 +212,13 @@ class CompletionEncoder(TokenEncoder):
 
     def _check(self, prompt: Any, completion: Any) -> tuple[str, str]:
         before, after = self.columns
-        return "" if prompt == "" else check_text(before, prompt), check_text(after, completion)
+        texts = "" if prompt == "" else check_text(before, prompt), check_text(after, completion)
+        if not self._surely and all(map(looks_like_messages, texts)):
+            raise BadRow(
+                f"{self._what} are messages in JSON; task.conversational: true takes them for a conversation, false "
+                "for texts"
+            )
+        return texts
 
     def _in_tokens(self, texts: list[str]) -> list[Any]:
         encoded = self._tokenizer(texts, return_offsets_mapping=True)

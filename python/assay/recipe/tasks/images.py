@@ -19,7 +19,8 @@ from assay.corpus.shards import Shard
 from assay.recipe.errors import EngineError
 from assay.recipe.library_calls import quietly, refusing
 from assay.recipe.model_files import one_line
-from assay.recipe.preprocessor import Preprocessor, shared_preprocessor
+from assay.recipe.models import ModelSpec, naming
+from assay.recipe.preprocessor import Preprocessor, preprocessor_folder, shared_preprocessor
 from assay.recipe.tasks.base import Encoded, Models, TaskSpec, attempt
 from assay.recipe.trials import device_of, in_eval_mode, setting
 from assay.tasks.base import call, logits_of, to_device
@@ -39,6 +40,12 @@ class ImageTaskSpec(TaskSpec):
     preprocessor: dict[str, Any] | None = None
     max_pixels: Annotated[int, Field(ge=1)] = MAX_PIXELS
     max_bytes: Annotated[int, Field(ge=1)] = MAX_BYTES
+
+    def look_for_preprocessors(self, specs: Mapping[str, ModelSpec]) -> None:
+        """EngineError, before a model loads, if one can have no preprocessor and the recipe gives none."""
+        for name, spec in specs.items() if self.preprocessor is None else ():
+            with naming(f"models.{name}"):
+                preprocessor_folder(spec)
 
     def images(self, column: str, models: Models) -> ImageInputs:
         """What reads the images of a column. ImportError without Pillow, before the first of them comes."""

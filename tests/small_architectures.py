@@ -38,6 +38,28 @@ def config(name: str, **changes: Any) -> Any:
             "ResNetConfig",
             {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"},
         ),
+        "siglip": (
+            "SiglipConfig",
+            {
+                "text_config": _SIDES | {"vocab_size": TOKENS, "max_position_embeddings": 12, "projection_size": 16},
+                "vision_config": _SIDES | {"image_size": 16, "patch_size": 8},
+            },
+        ),
+        "siglip2": (
+            "Siglip2Config",
+            {
+                "text_config": _SIDES | {"vocab_size": TOKENS, "max_position_embeddings": 12, "projection_size": 16},
+                "vision_config": _SIDES | {"num_patches": 4, "patch_size": 8},
+            },
+        ),
+        "dual": (  # takes images of any size
+            "VisionTextDualEncoderConfig",
+            {
+                "text_config": _SIDES | {"model_type": "bert", "vocab_size": TOKENS, "max_position_embeddings": 32},
+                "vision_config": _SIDES | {"model_type": "dinov2", "image_size": 16, "patch_size": 8},
+                "projection_dim": 12,
+            },
+        ),
         "clip": (
             "CLIPConfig",
             {
@@ -47,7 +69,7 @@ def config(name: str, **changes: Any) -> Any:
             },
         ),
     }[name]
-    common = {} if name in ("resnet", "clip") else {"bos_token_id": 1, "eos_token_id": 2}
+    common = {} if name in ("resnet", "clip", "dual", "siglip", "siglip2") else {"bos_token_id": 1, "eos_token_id": 2}
     if name == "gpt2":
         common["pad_token_id"] = 0
     return getattr(transformers, kind)(**(common | values | changes))

@@ -45,7 +45,7 @@ def reason(value: object, beside: Beside | None = None) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "BMP", "GIF", "JPEG", "WEBP"])
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "GIF", "JPEG", "WEBP", "TIFF", "PPM"])
 @pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "RGBA", "LA", "CMYK"])
 def test_every_format_and_mode_is_what_pillow_makes_of_it_in_rgb(kind: str, mode: str) -> None:
     image = Image.fromarray(COLOURS).convert(mode)
@@ -66,14 +66,15 @@ def test_a_palette_with_opacities_drops_them() -> None:
 
 def test_sixteen_bits_keep_the_higher_eight() -> None:
     grey = np.array([[0, 255, 256, 65535], [300, 32768, 65280, 1]], np.uint16)
-    data = saved(Image.fromarray(grey), "PNG")
-    assert Image.open(io.BytesIO(data)).mode.startswith("I")
-    np.testing.assert_array_equal(decoded(data)[:, :, 0], grey >> 8)
+    for kind in ("PNG", "TIFF", "PPM"):
+        data = saved(Image.fromarray(grey), kind)
+        assert Image.open(io.BytesIO(data)).mode.startswith("I")
+        np.testing.assert_array_equal(decoded(data)[:, :, 0], grey >> 8)
 
 
 def test_an_animation_is_its_first_frame() -> None:
     frames = [Image.new("RGB", (5, 4), colour) for colour in ("red", "blue")]
-    for kind in ("GIF", "WEBP", "PNG"):
+    for kind in ("GIF", "WEBP", "PNG", "TIFF"):
         data = saved(
             frames[0], kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "WEBP" else {})
         )
@@ -81,7 +82,7 @@ def test_an_animation_is_its_first_frame() -> None:
 
 
 @pytest.mark.parametrize("orientation", range(10))
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 def test_orientation_is_applied(orientation: int, kind: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -134,6 +135,10 @@ def test_pixels_as_arrow_tensors() -> None:
         (b"\x89PNG\r\n\x1a\n", "no PNG that can be decoded"),
         (b"RIFF\x10\0\0\0WEBPVP8 ", "no WEBP that can be decoded"),
         (b"BM" + bytes(60), "no BMP that can be decoded"),
+        (b"P6 2 1 255\n" + bytes(5), "no PNM that can be decoded"),
+        (b"P5 2 1 15\n" + bytes(2), "a PNM whose highest value is neither 255 nor 65,535"),
+        (b"P3 1 1 255\n1 2 3\n", "no image"),
+        (b"Pf 1 1 1\n" + bytes(4), "no image"),
         ({"bytes": None, "path": None}, "neither bytes nor a path"),
         ({"bytes": "text", "path": None}, "image.bytes is of type str"),
         ({"colour": 1}, "only 'colour'"),
@@ -145,11 +150,11 @@ def test_what_is_no_image_says_so(value: object, said: str) -> None:
     assert re.search(said, reason(value))
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "WEBP"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "WEBP", "PPM"])
 def test_truncated_files_are_bad_rows(kind: str) -> None:
     data = saved(Image.fromarray(np.repeat(np.repeat(COLOURS, 8, 0), 8, 1)), kind)
     for share in (0.2, 0.5, 0.8):
-        assert f"no {kind} that can be decoded" in reason(data[: int(len(data) * share)])
+        assert f"no {'PNM' if kind == 'PPM' else kind} that can be decoded" in reason(data[: int(len(data) * share)])
 
 
 def png(width: int, height: int, body: bytes) -> bytes:
@@ -169,7 +174,7 @@ def test_a_decompression_bomb_is_refused_by_its_header() -> None:
 
 
 def test_random_damage_is_a_bad_row_or_an_image() -> None:
-    for kind in ("PNG", "JPEG", "GIF", "BMP", "WEBP"):
+    for kind in ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM"):
         data = bytearray(saved(Image.fromarray(COLOURS), kind))
         for _ in range(60):
             copy = bytearray(data)
@@ -220,7 +225,9 @@ def test_pillows_search_for_a_reader_is_never_started(monkeypatch: pytest.Monkey
     def refuse(*arguments: object, **options: object) -> None:
         raise AssertionError("searched")
 
-    data = {kind: saved(Image.fromarray(COLOURS), kind) for kind in ("PNG", "JPEG", "GIF", "BMP", "WEBP")}
+    data = {
+        kind: saved(Image.fromarray(COLOURS), kind) for kind in ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
+    }
     for name in ("open", "init", "preinit"):
         monkeypatch.setattr(Image, name, refuse)
     for image in data.values():

@@ -53,19 +53,32 @@ def samples_of(lengths) -> list[Sample]:
 
 @given(st.lists(st.integers(1, 100), max_size=60), st.integers(1, 300), st.integers(1, 20))
 def test_batches_hold_every_row_once_within_their_limits(lengths, tokens, count):
-    batches = make_batches(lengths, BatchSpec(tokens=tokens, samples=count))
+    samples = [sample.encoded for sample in samples_of(lengths)]
+    batches = make_batches(samples, BatchSpec(tokens=tokens, samples=count))
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     for batch in batches:
         longest = max(lengths[i] for i in batch)
         assert len(batch) <= count
         assert len(batch) == 1 or longest * len(batch) <= tokens
         assert lengths[batch[0]] == longest  # so the batch most likely not to fit comes first
-    assert batches == make_batches(lengths, BatchSpec(tokens=tokens, samples=count))
+    assert batches == make_batches(samples, BatchSpec(tokens=tokens, samples=count))
+
+
+@given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 9)), max_size=40), st.integers(1, 60))
+def test_samples_of_different_shapes_share_no_batch(shapes, tokens):
+    samples = [Encoded(0.0, height * width, 4, (height, width)) for height, width in shapes]
+    batches = make_batches(samples, BatchSpec(tokens=tokens))
+    assert sorted(i for batch in batches for i in batch) == list(range(len(samples)))
+    for batch in batches:
+        assert len({samples[i].shape for i in batch}) == 1
+        assert len(batch) == 1 or sum(samples[i].length for i in batch) <= tokens
+    if tokens >= sum(sample.length for sample in samples):
+        assert len(batches) == len(set(shapes))
 
 
 def test_sorting_by_length_saves_padding():
     lengths = [1, 100] * 50
-    batches = make_batches(lengths, BatchSpec(tokens=1000, samples=100))
+    batches = make_batches([sample.encoded for sample in samples_of(lengths)], BatchSpec(tokens=1000, samples=100))
     padded = sum(max(lengths[i] for i in batch) * len(batch) for batch in batches)
     assert padded < 1.2 * sum(lengths)
 

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from assay.corpus.errors import BadRow
 from assay.engine.groups import Group, consecutive, make_groups, score_groups
 from assay.engine.rows import Sample
 from assay.engine.units import units_at_most
 from assay.methods import Column
+from assay.recipe.recipe import BatchSpec
 from assay.recipe.tasks import Encoded
+from assay.tasks.contrastive import Pieces
 
 
 @pytest.mark.parametrize(
@@ -68,7 +71,7 @@ class SumOfGroup:
         self.room, self.tried = room, []
 
     def __call__(self, batch: tuple) -> dict[str, torch.Tensor]:
-        images = batch[0] if isinstance(batch[0], tuple) else (batch[0],)
+        images = [images for images, _ in batch.parts] if isinstance(batch, Pieces) else [batch[0]]
         assert [len(piece) for piece in images] == [len(piece) for piece in images if len(piece)]
         self.tried.append(len(images))
         if max(map(len, images)) > self.room:
@@ -80,7 +83,7 @@ class SumOfGroup:
 def scored(room: int, numbers: list[int], end: int) -> tuple[list[float], dict[int, str], list[int]]:
     scorer = SumOfGroup(room)
     samples = [Sample(row, str(row), Encoded(row, 1, 1)) for row in numbers]
-    scores, failed = score_groups(scorer, Pairs(), samples, make_groups(numbers, end, 4))  # type: ignore[arg-type]
+    scores, failed = score_groups(scorer, Pairs(), samples, make_groups(numbers, end, 4), BatchSpec())  # type: ignore[arg-type]
     return scores["score"].tolist(), failed, scorer.tried
 
 
@@ -106,6 +109,38 @@ def test_a_sample_without_another_is_no_sample() -> None:
     scores, failed, _ = scored(4, [0, 1, 6], 8)
     assert failed == {2: "no other row of its group is a sample that it could be compared with"}
     assert np.isnan(scores).tolist() == [False, False, True]
+
+
+class Misfits(Pairs):
+    """Odd numbers are of a shape that no model takes."""
+
+    apart = True
+
+    def misfit(self, data: int) -> BadRow | None:
+        return BadRow("too odd") if data % 2 else None
+
+
+class NothingOdd(SumOfGroup):
+    def __call__(self, batch: Any) -> dict[str, torch.Tensor]:
+        parts = batch.parts if isinstance(batch, Pieces) else [batch]
+        if any((images % 2).any() for images, _ in parts) or self.room == 0:
+            raise RuntimeError("a kernel larger than the image")
+        whole = torch.cat([images for images, _ in parts]).float()
+        whole = whole if parts[0] is batch or batch.order is None else whole[batch.order]
+        return {"score": whole.sum() + whole / 100}
+
+
+def test_members_of_a_shape_that_no_model_takes_are_missing_in_their_group() -> None:
+    numbers = [0, 2, 3, 4, 5, 6, 8]
+    samples = [Sample(i, str(i), Encoded(x, 1, 1, (x % 2, x % 4))) for i, x in enumerate(numbers)]
+    groups = make_groups(range(7), 7, 4)
+    scores, failed = score_groups(NothingOdd(9), Misfits(), samples, groups, BatchSpec())  # type: ignore[arg-type]
+    assert failed == {2: "too odd", 4: "too odd"}
+    found = scores["score"].tolist()
+    np.testing.assert_allclose([found[i] for i in (0, 1, 3, 5, 6)], [6, 6.02, 6.04, 18.06, 18.08], rtol=1e-6)
+    assert np.isnan([found[2], found[4]]).all()
+    with pytest.raises(RuntimeError, match="a kernel"):
+        score_groups(NothingOdd(0), Misfits(), samples[:2], [Group([0, 1])], BatchSpec())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("group", "units"), [(None, 4), (64, 1)])

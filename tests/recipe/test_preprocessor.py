@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from assay.corpus.errors import BadRow
 from assay.recipe.errors import EngineError
@@ -63,6 +64,37 @@ def test_equal_to_transformers(model: str, values: dict[str, Any]) -> None:
             assert found.shape == expected.shape
             np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
             assert own.shape is None or own.shape == found.shape[1:]
+
+
+@pytest.mark.parametrize(
+    "values", [{}, {"patch_size": 8, "max_num_patches": 20}, {"patch_size": 5, "max_num_patches": 1}]
+)
+def test_patches_are_those_of_transformers(values: dict[str, Any]) -> None:
+    processor, written = saved("siglip2", values)
+    images = [*IMAGES, Image.new("RGB", (300, 1)), Image.new("RGB", (2, 90)), Image.new("RGB", (1, 1))]
+    for own in (parse(written, "file"), parse(values, "file", model_type="siglip2")):
+        assert not own.own_sizes
+        found = own.batch([own.pixels("image", image, 1 << 20) for image in images])
+        expected = processor(images, return_tensors="pt")
+        assert found.keys() == expected.keys()
+        for name, values_ in expected.items():
+            torch.testing.assert_close(found[name], values_.to(found[name].dtype), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"size": 16}, "size is 16; Siglip2ImageProcessor takes patch_size and max_num_patches"),
+        ({"do_resize": False}, "resizes images to whole patches"),
+        ({"do_center_crop": True}, "resizes images to whole patches"),
+        ({"max_num_patches": 0}, "max_num_patches is 0"),
+        ({"patch_size": 10**6}, "patch_size is 1000000"),
+        ({"patch_size": 512, "max_num_patches": 17}, "17 patches of 512 × 512 are more than 4,194,304 pixels"),
+    ],
+)
+def test_patches_of_other_kinds_are_refused(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(EngineError, match=said):
+        parse(values, "file", model_type="siglip2")
 
 
 @pytest.mark.parametrize("model", ["vit", "clip", "convnext", "deit", "bit", "siglip", "blip"])

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from assay.tasks import Contrastive
-from assay.tasks.contrastive import in_pieces
+from assay.tasks.contrastive import Pieces, in_pieces
 from tests.tasks.models import Fixed
 
 
@@ -85,5 +85,32 @@ def test_pieces_are_embedded_one_by_one_and_compared_together() -> None:
             assert model.sizes == sizes
             torch.testing.assert_close(found.losses, whole.losses)
             torch.testing.assert_close(found.logits, whole.logits)
+        apart = Pieces([rows_of(batch, [1, 4]), rows_of(batch, [0, 2, 3, 5, 6])], torch.tensor([2, 0, 3, 4, 1, 5, 6]))
+        torch.testing.assert_close(task.forward(model, apart).losses, whole.losses)
+        model.sizes.clear()
+        torch.testing.assert_close(task.forward(model, in_pieces(apart, 3)).losses, whole.losses)
+        assert model.sizes == [2, 3, 2]
     with pytest.raises(ValueError, match=r"7 samples with their gradients do not fit into memory.*task\.group"):
         task.forward(model, in_pieces(batch, 2))
+    with pytest.raises(ValueError, match=r"differing sizes.*give a preprocessor"):
+        task.forward(model, apart)
+
+
+def rows_of(batch: tuple[Tensor, dict[str, Tensor]], rows: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+    return batch[0][rows], {name: values[rows] for name, values in batch[1].items()}
+
+
+def test_a_logit_bias_makes_the_loss_that_of_siglip() -> None:
+    """Wherever it comes from; the samples' losses average to that of the paper."""
+    image, text = F.normalize(torch.randn(4, 3), dim=1), F.normalize(torch.randn(4, 3), dim=1)
+    logits = 9 * text @ image.T - 2
+    expected = -F.logsigmoid((2 * torch.eye(4) - 1) * logits).sum() / 4
+    empty = torch.zeros(4, 1), torch.zeros(4, 1)
+    outputs = Contrastive().forward(Fixed((image, text, 9.0, torch.tensor(-2.0))), empty)
+    torch.testing.assert_close(outputs.losses.mean(), expected)
+    torch.testing.assert_close(outputs.logits, logits.T)
+    model = Fixed((image, text))
+    model.logit_scale, model.logit_bias = nn.Parameter(torch.tensor([9.0]).log()), nn.Parameter(torch.tensor([-2.0]))
+    torch.testing.assert_close(Contrastive().forward(model, empty).losses, outputs.losses)
+    plain = Contrastive().forward(Fixed((image, text, 9.0, None)), empty)
+    torch.testing.assert_close(plain.losses.mean(), clip_loss(image, text, 9.0))

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from assay._version import __version__
 from assay.corpus.errors import CorpusError
 from assay.corpus.layout import table_path
+from assay.corpus.named_files import FileFacts
 from assay.corpus.score_files import ScoreFile, open_score_file
 from assay.corpus.shards import Shard
 from assay.corpus.storage import Fingerprint, Store
@@ -32,6 +33,7 @@ class InputFacts(_Record):
     mtime_ns: int | None = None
     etag: str | None = None
     rows: int
+    files: FileFacts | None = None
 
     @property
     def fingerprint(self) -> Fingerprint:

@@ -13,7 +13,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,24 +21,31 @@ import numpy.typing as npt
 
 from assay._lazy import require
 from assay.corpus.errors import BadRow, ShardError
-from assay.corpus.storage import Store, is_of_file
+from assay.corpus.storage import Fingerprint, Store, is_of_file
+from assay.corpus.tiff import TiffError, bare_tiff
 
 MAX_PIXELS = 1 << 26
 MAX_BYTES = 1 << 26
 
-# The beginning of a file of each format, and the class of Pillow that reads it. TIFF is none: a file of a few bytes
-# may ask for a strip of 2 GiB whatever its size in pixels.
+# The beginning of a file of each format, and the class of Pillow that reads it: those that read bytes in memory, and
+# take no more of it than the size in their header asks for. Others run programs (EPS, WMF), contain further formats
+# (ICO, ICNS, FPX), are pure Python (plain PNM, QOI), or leave it to the stream how much they take (JPEG 2000, AVIF).
 _READERS = (
     (b"\x89PNG\r\n\x1a\n", "PNG", "PngImagePlugin", "PngImageFile"),
     (b"\xff\xd8\xff", "JPEG", "JpegImagePlugin", "JpegImageFile"),
     (b"GIF87a", "GIF", "GifImagePlugin", "GifImageFile"),
     (b"GIF89a", "GIF", "GifImagePlugin", "GifImageFile"),
     (b"BM", "BMP", "BmpImagePlugin", "BmpImageFile"),
+    (b"II*\0", "TIFF", "TiffImagePlugin", "TiffImageFile"),
+    (b"MM\0*", "TIFF", "TiffImagePlugin", "TiffImageFile"),
+    (b"II+\0", "TIFF", "TiffImagePlugin", "TiffImageFile"),
+    (b"MM\0+", "TIFF", "TiffImagePlugin", "TiffImageFile"),
+    *((magic, "PNM", "PpmImagePlugin", "PpmImageFile") for magic in (b"P4", b"P5", b"P6")),
     (b"RIFF", "WEBP", "WebPImagePlugin", "WebPImageFile"),  # "WEBP" stands at byte 8
 )
 # What warnings.filterwarnings makes of it: all warnings of Pillow's modules are ignored.
 _QUIET = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
-FORMATS = "PNG, JPEG, WebP, GIF or BMP"
+FORMATS = "PNG, JPEG, WebP, GIF, BMP, TIFF or binary PNM"
 _MOST_SCANS = 500  # a progressive JPEG has about ten
 _ORIENTATION = 0x0112  # of EXIF; the values are what turns the stored pixels upright
 _UPRIGHT = {
@@ -62,10 +69,14 @@ class ImageLimits:
 
 @dataclass(frozen=True)
 class Beside:
-    """Where a table lies whose values may be paths: ``folder`` is relative to the corpus's root, which is ``store``."""
+    """Where a table lies whose values may be paths: ``folder`` is relative to the corpus's root, which is ``store``.
+
+    ``files`` are those that were read, as they were then, by path relative to the root; None: they could not be.
+    """
 
     store: Store
     folder: str
+    files: dict[str, Fingerprint | None] = field(default_factory=dict, compare=False)
 
     def read(self, name: str, path: str, limit: int) -> bytes:
         """At most ``limit`` bytes and one of a file that the table names; BadRow if it leads out of the corpus or
@@ -79,11 +90,17 @@ class Beside:
             raise BadRow(f"{name} is the path {_shown(path)}, which leads out of the corpus by a link")
         try:
             with self.store.open(inner) as file:
+                self._note(inner, self.store.fingerprint_of(inner, file))
                 return file.read(limit + 1)
         except (OSError, ValueError) as error:  # fsspec's file systems raise ValueErrors, too
             if isinstance(error, OSError) and not is_of_file(error):
                 raise ShardError(f"{name}: {_shown(path)} cannot be read: {error}; run again when it can") from error
+            self._note(inner, None)
             raise BadRow(f"{name} is the path {_shown(path)}, which cannot be read ({type(error).__name__})") from error
+
+    def _note(self, inner: str, found: Fingerprint | None) -> None:
+        if self.files.setdefault(inner, found) != found:
+            raise ShardError(f"{_shown(inner)}, which it names, changed while it was being scored; run again")
 
 
 def decode_image(name: str, value: object, limits: ImageLimits, beside: Beside | None = None) -> Any:
@@ -96,8 +113,9 @@ def decode_image(name: str, value: object, limits: ImageLimits, beside: Beside |
         limits: what is refused.
         beside: where paths lead from; without it there are none.
 
-    Of an animation the first frame counts. 16 bits become 8 by leaving out the lower ones; an opacity is dropped, as
-    ``convert("RGB")`` does, which is what transformers' processors do; CMYK is converted without a colour profile.
+    Of an animation or a TIFF of several pages the first frame counts. 16 bits become 8 by leaving out the lower ones;
+    an opacity is dropped, as ``convert("RGB")`` does, which is what transformers' processors do; CMYK is converted
+    without a colour profile.
 
     Raises:
         BadRow: it is none of these, larger than the limits, or damaged.
@@ -122,8 +140,18 @@ def image_facts(name: str, data: bytes) -> tuple[str, int, int]:
     known, module, reader = _reader(name, data)
     plugin = _pillow(module)
     with _bad_rows(name, known):
-        width, height = getattr(plugin, reader)(io.BytesIO(data)).size
+        width, height = getattr(plugin, reader)(io.BytesIO(_bare(name, known, data, MAX_PIXELS))).size
         return known, width, height
+
+
+def _bare(name: str, known: str, data: bytes, most_pixels: int) -> bytes:
+    """A file that can be handed to its reader."""
+    if known != "TIFF":
+        return data
+    try:
+        return bare_tiff(data, most_pixels)
+    except TiffError as error:
+        raise BadRow(f"{name} is a TIFF, {error}") from error
 
 
 def _of_struct(name: str, value: Mapping[Any, Any]) -> object:
@@ -145,7 +173,9 @@ def _decoded(name: str, data: bytes, limits: ImageLimits) -> Any:
         raise BadRow(f"{name} is a JPEG of {scans:,} scans, each as much work as a whole image")
     plugin = _pillow(module)
     with _bad_rows(name, known):
-        image = getattr(plugin, reader)(io.BytesIO(data))
+        image = getattr(plugin, reader)(io.BytesIO(_bare(name, known, data, limits.pixels)))
+        if known == "PNM" and image.tile[0][0] != "raw":  # of other values Pillow makes pixels one by one, in Python
+            raise BadRow(f"{name} is a PNM whose highest value is neither 255 nor 65,535 (of greys)")
         width, height = image.size
         _check_size(name, width, height, limits)
         image.load()

@@ -6,7 +6,15 @@ from assay.corpus.shards import MANIFEST, Shard
 
 RESOLVED_RECIPE = "recipe.resolved.yaml"
 
-__all__ = ["MANIFEST", "RESOLVED_RECIPE", "features_path", "quarantine_path", "selection_path", "table_path"]
+__all__ = [
+    "MANIFEST",
+    "RESOLVED_RECIPE",
+    "features_path",
+    "files_path",
+    "quarantine_path",
+    "selection_path",
+    "table_path",
+]
 
 
 def table_path(shard: Shard) -> str:
@@ -17,6 +25,11 @@ def table_path(shard: Shard) -> str:
 def quarantine_path(shard: Shard) -> str:
     """The list of its rows that were not scored; there is none if all were."""
     return f"quarantine/{shard.stem}.jsonl"
+
+
+def files_path(shard: Shard) -> str:
+    """The list of the files that its rows name, as they were when they were read; there is none if they name none."""
+    return f"files/{shard.stem}.jsonl"
 
 
 def features_path(method: str, checkpoint: int, shard: Shard) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-IMAGES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff")
+IMAGES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".pbm", ".pgm", ".ppm", ".pnm")
 SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a")
 VIDEOS = (".mp4", ".webm", ".mkv", ".mov", ".avi")
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from assay.corpus.errors import CorpusError
 from assay.corpus.footer import Identity, InputFacts, Manifest, RowCounts, open_table
 from assay.corpus.layout import MANIFEST
+from assay.corpus.named_files import changed_file
 from assay.corpus.quarantine import read_quarantine
 from assay.corpus.shards import Corpus, Shard, find_shards
 from assay.corpus.storage import Store
@@ -101,4 +102,6 @@ def _status(store: Store, shard: Shard, identity: Identity) -> ShardStatus:
         return ShardStatus(shard, State.CHANGED, scored, f"the file cannot be looked at: {error.strerror}")
     if not same:
         return ShardStatus(shard, State.CHANGED, scored, "the file has changed since it was scored")
+    if changed := changed_file(store, shard, table.footer.input.files):
+        return ShardStatus(shard, State.CHANGED, scored, changed)
     return ShardStatus(shard, State.DONE, scored)

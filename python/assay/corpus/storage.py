@@ -103,11 +103,38 @@ class Store:
 
     def fingerprint(self, path: str) -> Fingerprint:
         """Size and etag, or size and modification time, as they are now."""
-        full = self.full(path)
+        if not self.is_local:
+            self.fs.invalidate_cache()
+        return self._look(self.full(path))
+
+    def fingerprints(self, paths: Iterable[str]) -> dict[str, Fingerprint | None]:
+        """Those of several files; None of one that is not there, or cannot be looked at. Elsewhere than here by one
+        listing for each of their folders."""
+        paths = list(paths)
+        if not self.is_local:
+            self.fs.invalidate_cache()
+            for folder in sorted({os.path.dirname(path) for path in paths}):
+                with contextlib.suppress(OSError):
+                    self.fs.ls(self.full(folder), detail=True)  # which `_look` finds in the listings' cache
+        return {path: self._look_if_there(self.full(path)) for path in paths}
+
+    def fingerprint_of(self, path: str, file: BinaryIO) -> Fingerprint:
+        """That of a file that has just been opened, before anything is read."""
+        if self.is_local:
+            status = os.fstat(file.fileno())
+            return Fingerprint(status.st_size, mtime_ns=status.st_mtime_ns)
+        return self._look(self.full(path))
+
+    def _look_if_there(self, full: str) -> Fingerprint | None:
+        try:
+            return self._look(full)
+        except (OSError, ValueError):
+            return None
+
+    def _look(self, full: str) -> Fingerprint:
         if self.is_local:
             status = os.stat(full)
             return Fingerprint(status.st_size, mtime_ns=status.st_mtime_ns)
-        self.fs.invalidate_cache()
         info: dict[str, Any] = self.fs.info(full)
         etag = etag_of(info)
         if etag:

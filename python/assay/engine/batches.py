@@ -19,7 +19,7 @@ from assay.methods import Column
 from assay.probe.quiet import is_out_of_memory
 from assay.recipe.library_calls import memory_limits, unbounded_memory
 from assay.recipe.recipe import BatchSpec
-from assay.recipe.tasks import Encoder
+from assay.recipe.tasks import Encoded, Encoder, OwnShapes
 
 
 class BatchScorer(Protocol):
@@ -71,13 +71,20 @@ def score_samples(
     columns = {column.name: column for column in scorer.columns}
     scores = empty_scores(scorer.columns, len(samples))
     failed: dict[int, str] = {}
-    waiting = deque(make_batches([sample.encoded.length for sample in samples], limits))
+    waiting = deque(make_batches([sample.encoded for sample in samples], limits))
     while waiting:
         batch = waiting.popleft()
         padded = len(batch) * max(samples[i].encoded.length for i in batch)
         result = None
         if len(batch) == 1 or padded <= budget.tokens:
-            result = unless_out_of_memory(scorer, encoder.collate, [samples[i] for i in batch], times)
+            try:
+                result = unless_out_of_memory(scorer, encoder.collate, [samples[i] for i in batch], times)
+            except Exception:
+                misfit = why_misfit(encoder, samples[batch[0]])  # of all of them, which are of one shape
+                if misfit is None:
+                    raise
+                failed |= dict.fromkeys(batch, misfit)
+                continue
             if result is not None:
                 budget.passed()
             elif len(batch) > 1:
@@ -122,21 +129,28 @@ def _put(
         scores[i] = row[:length].copy()  # a view would hold the whole batch's
 
 
-def make_batches(lengths: Sequence[int], limits: BatchSpec) -> list[list[int]]:
-    """Positions in batches of like lengths, longest first, within the limits of samples and padded tokens.
+def make_batches(samples: Sequence[Encoded], limits: BatchSpec) -> list[list[int]]:
+    """Positions in batches of one shape and like lengths, longest first, within the limits of samples and tokens.
 
     A sample beyond the token budget is a batch of its own.
     """
     batches: list[list[int]] = []
-    longest = 0
-    for position in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        batch = batches[-1] if batches else None
-        if batch is None or len(batch) == limits.samples or longest * (len(batch) + 1) > limits.tokens:
-            batches.append([position])
-            longest = lengths[position]
+    first: Encoded | None = None
+    for i in sorted(range(len(samples)), key=lambda i: (-samples[i].length, samples[i].shape)):
+        own, batch = samples[i], batches[-1] if batches else []
+        is_full = len(batch) == limits.samples or (first and first.length * (len(batch) + 1) > limits.tokens)
+        if first is None or is_full or own.shape != first.shape:
+            batches.append([i])
+            first = own
         else:
-            batch.append(position)
+            batch.append(i)
     return batches
+
+
+def why_misfit(encoder: Encoder, sample: Sample) -> str | None:
+    """Why a batch with this sample has failed, if models cannot be run on samples of its shape."""
+    found = encoder.misfit(sample.encoded.data) if isinstance(encoder, OwnShapes) else None
+    return None if found is None else str(found)
 
 
 def unless_out_of_memory(

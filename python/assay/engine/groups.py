@@ -7,18 +7,21 @@ same number of rows to be compared with, save those of a shard with fewer; rows 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from assay.engine.batches import BatchScorer, empty_scores, make_batches, unless_out_of_memory
+import torch
+
+from assay.engine.batches import BatchScorer, empty_scores, make_batches, unless_out_of_memory, why_misfit
 from assay.engine.kept_features import Scores
 from assay.engine.rows import Sample
 from assay.engine.timing import Times
-from assay.recipe.recipe import Recipe
-from assay.recipe.tasks import Encoder
-from assay.tasks.contrastive import in_pieces
+from assay.recipe.recipe import BatchSpec, Recipe
+from assay.recipe.tasks import Encoded, Encoder
+from assay.tasks.contrastive import Pieces, in_pieces
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,11 @@ class Group:
     def scored(self) -> Sequence[int]:
         """Those whose scores are wanted."""
         return self.members[self.known :]
+
+    def without(self, others: Collection[int]) -> Group:
+        """The group of the other members."""
+        kept = [i for i in self.members if i not in others]
+        return Group(kept, sum(i not in others for i in self.members[: self.known]))
 
 
 def make_groups(rows: Sequence[int], end: int, group: int) -> list[Group]:
@@ -60,6 +68,7 @@ def score_groups(
     encoder: Encoder,
     samples: Sequence[Sample],
     groups: Sequence[Group],
+    limits: BatchSpec,
     times: Times | None = None,
 ) -> tuple[Scores, dict[int, str]]:
     """As `score_samples`, a group at a time.
@@ -73,16 +82,27 @@ def score_groups(
     scores = empty_scores(scorer.columns, len(samples))
     failed: dict[int, str] = {}
     pieces = 1  # what has helped once is kept
-    for group in groups:
+    waiting = deque(groups)
+    while waiting:
+        group = waiting.popleft()
         own = [samples[i] for i in group.members]
         result = None
         if len(own) > 1:
             pieces = min(pieces, len(own))
-            while True:
-                result = unless_out_of_memory(scorer, partial(_collate, encoder, pieces), own, times)
-                if result is not None or pieces == len(own):
-                    break
-                pieces = min(2 * pieces, len(own))
+            try:
+                while True:
+                    collate = partial(_collate, encoder, limits, pieces, own)
+                    result = unless_out_of_memory(scorer, collate, own, times)
+                    if result is not None or pieces == len(own):
+                        break
+                    pieces = min(2 * pieces, len(own))
+            except Exception:
+                misfits = _misfits(encoder, samples, group)
+                if not misfits:
+                    raise
+                failed |= {i: reason for i, reason in misfits.items() if i in group.scored}
+                waiting.appendleft(group.without(misfits))
+                continue
         if result is not None:
             for name, values in result.items():
                 scores[name][group.scored] = values[group.known :].numpy()
@@ -96,9 +116,26 @@ def score_groups(
     return scores, failed
 
 
-def _collate(encoder: Encoder, pieces: int, data: Sequence[Any]) -> Any:
-    batch = encoder.collate(data)
+def _collate(encoder: Encoder, limits: BatchSpec, pieces: int, samples: Sequence[Sample], data: Sequence[Any]) -> Any:
+    batch = collate_group(encoder, [sample.encoded for sample in samples], limits)
     return batch if pieces == 1 else in_pieces(batch, pieces)
+
+
+def collate_group(encoder: Encoder, samples: Sequence[Encoded], limits: BatchSpec) -> Any:
+    """A group as a batch; if its samples differ in shape, as `Pieces` of one each, within the limits."""
+    if len({sample.shape for sample in samples}) < 2:
+        return encoder.collate([sample.data for sample in samples])
+    batches = make_batches(samples, limits)
+    places = torch.tensor([i for batch in batches for i in batch])
+    return Pieces([encoder.collate([samples[i].data for i in batch]) for batch in batches], places.argsort())
+
+
+def _misfits(encoder: Encoder, samples: Sequence[Sample], group: Group) -> dict[int, str]:
+    """The members whose shape the models do not take, and why."""
+    first = {samples[i].encoded.shape: i for i in reversed(group.members)}
+    reasons = {shape: why_misfit(encoder, samples[i]) for shape, i in first.items()}
+    found = {i: reasons[samples[i].encoded.shape] for i in group.members}
+    return {i: reason for i, reason in found.items() if reason is not None}
 
 
 def consecutive(count: int, group: int) -> list[list[int]]:
@@ -110,9 +147,9 @@ def consecutive(count: int, group: int) -> list[list[int]]:
     return [list(range(start, end)) for start, end in zip(starts, [*starts, count][1:], strict=True)]
 
 
-def splitter(recipe: Recipe) -> Callable[[Sequence[int]], list[list[int]]]:
-    """Lengths of samples that are no rows of one shard -> which of them go together."""
-    group = recipe.task.group_rows
-    if group is None:
-        return partial(make_batches, limits=recipe.batch)
-    return lambda lengths: consecutive(len(lengths), group)
+def batches_of(recipe: Recipe, encoder: Encoder, samples: Sequence[Encoded]) -> Iterator[Any]:
+    """Samples that are no rows of one shard as batches of the task, collated."""
+    group, limits = recipe.task.group_rows, recipe.batch
+    batches = make_batches(samples, limits) if group is None else consecutive(len(samples), group)
+    for batch in batches:
+        yield collate_group(encoder, [samples[i] for i in batch], limits)

@@ -18,6 +18,7 @@ from assay._version import __version__
 from assay.corpus.features import FeatureBatch, FeatureFile, FeatureSpec, FeatureWriter, open_features
 from assay.corpus.footer import Identity, InputFacts, RowCounts, canonical_hash
 from assay.corpus.layout import features_path, quarantine_path
+from assay.corpus.named_files import changed_file
 from assay.corpus.shards import Shard
 from assay.corpus.storage import Fingerprint, Store
 from assay.methods import Column, Method
@@ -216,6 +217,9 @@ def open_stored(
                 usable = False
             elif differences := file.differences(known | method.footer(k) | {"features": asdict(spec)}):
                 log.info("%s: not used, but made again: %s", path, differences[0])
+                usable = False
+            elif changed := changed_file(output, shard, InputFacts(**file.metadata["input"]).files):
+                log.info("%s: not used, but made again: %s", path, changed)
                 usable = False
             else:
                 found.setdefault(method.name, []).append(file)

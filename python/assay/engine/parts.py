@@ -13,14 +13,14 @@ from typing import Any
 import pyarrow as pa
 
 from assay.corpus.errors import ShardError
-from assay.corpus.footer import Footer, Identity, InputFacts, RowCounts
+from assay.corpus.footer import Footer, Identity, RowCounts
 from assay.corpus.layout import table_path
 from assay.corpus.quarantine import QuarantineWriter
 from assay.corpus.score_files import ScoreWriter
 from assay.corpus.shards import Shard
 from assay.corpus.storage import Fingerprint, Store
 from assay.corpus.tables import ScoreColumn, count_nan, make_table, score_schema
-from assay.engine.shard import Scored, Share, score_windows
+from assay.engine.shard import Scored, Share, Source, score_windows
 from assay.engine.workshop import Workshop
 from assay.methods.base import samples_gathered
 from assay.recipe.errors import EngineError
@@ -33,8 +33,7 @@ class Part:
     """What a worker says of the part that it has staged."""
 
     path: str
-    fingerprint: Fingerprint | None = None
-    """Of the shard, before and after."""
+    source: Source | None = None
     nan: Counter[str] = field(default_factory=Counter)
     metadata: Mapping[str, str] = field(default_factory=dict)
     first_scored: int = 0
@@ -79,7 +78,7 @@ def score_part(workshop: Workshop, shard: Shard, share: Share, path: str, on_pro
             part.first_scored += table.num_rows if scored.window.block == 0 else 0
             blocks.add(scored.window.block)
 
-        part.fingerprint = score_windows(workshop, scorer, shard, record, on_progress, share=share)
+        part.source = score_windows(workshop, scorer, shard, record, on_progress, share=share)
     part.metadata, part.blocks = scorer.metadata(), len(blocks)
     return part
 
@@ -100,8 +99,7 @@ def join_parts(
         ShardError: the shard has changed between the parts.
         PartsDiffer: its first block holds fewer samples than the methods wanted to gather, and there are others.
     """
-    if any(part.fingerprint != parts[0].fingerprint for part in parts):
-        raise ShardError("changed while it was being scored; run again when nobody writes to it")
+    source = _same_source([part.source for part in parts])
     if parts[0].first_scored < gathers and sum(part.blocks for part in parts) > 1:
         raise PartsDiffer
     nan: Counter[str] = Counter()
@@ -116,13 +114,27 @@ def join_parts(
                 quarantine.add(row, sample_id, reason)
             table.add_batch(batch)
             rows += count
-        assert parts[0].fingerprint is not None
-        facts = InputFacts(path=shard.path, rows=rows, **vars(parts[0].fingerprint))
         counts = RowCounts(scored=table.rows, quarantined=quarantine.count)
+        facts = source.save(output, shard, rows)
         footer = Footer.make(identity, facts, counts, nan, parts[0].metadata)
         quarantine.save(output)
         table.save(output, table_path(shard), footer.to_json())
     return footer
+
+
+def _same_source(sources: Sequence[Source | None]) -> Source:
+    """The shard that all parts were read from, with the files that each of them named. ShardError if it has changed."""
+    files: dict[str, Fingerprint | None] = {}
+    first = sources[0]
+    for source in sources:
+        assert first is not None
+        assert source is not None
+        known = {name: found for name, found in files.items() if name in source.files}
+        if source.fingerprint != first.fingerprint or any(source.files[name] != at for name, at in known.items()):
+            raise ShardError("changed while it was being scored; run again when nobody writes to it")
+        files |= source.files
+    assert first is not None
+    return Source(first.fingerprint, files)
 
 
 def _windows(part: Part) -> Iterator[tuple[int, int, list[Any], pa.RecordBatch]]:

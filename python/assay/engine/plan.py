@@ -10,7 +10,8 @@ from typing import Any
 from assay._version import __version__
 from assay.corpus.errors import CorpusError
 from assay.corpus.footer import Identity, Manifest, Table, Tally, canonical_hash, open_table
-from assay.corpus.layout import MANIFEST, RESOLVED_RECIPE, quarantine_path, table_path
+from assay.corpus.layout import MANIFEST, RESOLVED_RECIPE, files_path, quarantine_path, table_path
+from assay.corpus.named_files import changed_file
 from assay.corpus.shards import Corpus, Shard, find_shards, refuse_overlap
 from assay.corpus.storage import Store
 from assay.engine.columns import with_columns
@@ -43,7 +44,7 @@ def find_corpora(recipe: Recipe) -> dict[str, Corpus]:
     output = Store.at(recipe.output)
     corpora = {path: find_shards(path) for path in (recipe.corpus.path, *recipe.fitted_to().values())}
     shards = corpora[recipe.corpus.path].shards
-    written = [path for shard in shards for path in (table_path(shard), quarantine_path(shard))]
+    written = [path for shard in shards for path in (table_path(shard), quarantine_path(shard), files_path(shard))]
     for path, corpus in corpora.items():
         refuse_overlap(output, path, corpus, written)
     output.refuse_detours(written)
@@ -76,7 +77,7 @@ def make_plan(
     for shard in corpus.shards[index - 1 :: count]:
         table = open_table(output, shard)
         differences = table.differences(identity) if table else []
-        if table and not differences and _unchanged(shard, table):
+        if table and not differences and _unchanged(output, shard, table):
             done.add(table.footer)
             continue
         todo.append(shard)
@@ -111,9 +112,10 @@ def refuse_changes(plan: Plan) -> None:
         )
 
 
-def _unchanged(shard: Shard, table: Table) -> bool:
+def _unchanged(output: Store, shard: Shard, table: Table) -> bool:
     try:
-        return table.input_is(shard.fingerprint())
+        same = table.input_is(shard.fingerprint())
+        return same and changed_file(output, shard, table.footer.input.files) is None
     except OSError:
         return False  # scoring it will say what is the matter
 

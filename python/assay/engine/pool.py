@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,9 @@ from assay.corpus.format import Chunk
 from assay.corpus.readers import read
 from assay.corpus.shards import Corpus, Shard
 from assay.engine.columns import for_shard, optional_columns
+from assay.engine.groups import batches_of
 from assay.recipe.errors import EngineError
+from assay.recipe.recipe import Recipe
 from assay.recipe.tasks import Encoded, Encoder
 
 log = logging.getLogger("assay")
@@ -23,16 +25,14 @@ log = logging.getLogger("assay")
 
 @dataclass(frozen=True)
 class Batches:
-    """Samples as batches of the task, collated anew each time they are gone through."""
+    """Samples as batches of the recipe's task, collated anew each time they are gone through."""
 
     samples: Sequence[Encoded]
     encoder: Encoder
-    split: Callable[[Sequence[int]], list[list[int]]]
-    """Lengths -> which samples go together."""
+    recipe: Recipe
 
     def __iter__(self) -> Iterator[Any]:
-        for batch in self.split([sample.length for sample in self.samples]):
-            yield self.encoder.collate([self.samples[i].data for i in batch])
+        return batches_of(self.recipe, self.encoder, self.samples)
 
 
 def corpus_fingerprint(corpus: Corpus) -> str:

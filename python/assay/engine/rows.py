@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from assay.corpus.checks import SeenIds, check_id
 from assay.corpus.errors import BadRow
 from assay.corpus.format import Chunk
+from assay.corpus.named_files import NamedFiles
 from assay.corpus.quarantine import row_id
 from assay.corpus.shards import Shard
 from assay.engine.columns import for_shard, optional_columns
-from assay.recipe.tasks import Encoded, Encoder, attempt
+from assay.recipe.tasks import Encoded, Encoder, ReadsFiles, attempt
 
 # What is encoded at once: samples may be a thousand times as large as the rows that they are made of.
 ROWS_AT_ONCE = 128
@@ -54,6 +55,11 @@ class RowReader:
     def optional(self) -> frozenset[str]:
         """Those of them that a row may lack."""
         return optional_columns(self._encoder) - {str(self._id_column)}
+
+    @property
+    def files(self) -> NamedFiles:
+        """The files that rows have named so far."""
+        return self._encoder.files if isinstance(self._encoder, ReadsFiles) else {}
 
     def rows(self, chunk: Chunk, wanted: Callable[[int], bool] = lambda row: True) -> Iterator[Sample | Rejected]:
         """Every row of the chunk whose number in the shard is ``wanted``; of the others only their ids are looked at.

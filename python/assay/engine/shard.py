@@ -7,12 +7,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO
 
 from assay.corpus.errors import ShardError
 from assay.corpus.footer import Footer, InputFacts, RowCounts
 from assay.corpus.layout import table_path
+from assay.corpus.named_files import NamedFiles, save_files
 from assay.corpus.quarantine import QuarantineWriter
 from assay.corpus.readers import read, shard_errors
 from assay.corpus.score_files import ScoreWriter
@@ -78,6 +79,19 @@ class Scored:
     rejected: Sequence[Rejected]
 
 
+@dataclass(frozen=True)
+class Source:
+    """What was read: the shard, before and after, and the files that its rows name."""
+
+    fingerprint: Fingerprint
+    files: NamedFiles = field(default_factory=dict)
+
+    def save(self, output: Store, shard: Shard, rows: int) -> InputFacts:
+        """Write the list of files, if there are any -> what the footer says of a shard of so many rows."""
+        files = save_files(output, shard, self.files)
+        return InputFacts(path=shard.path, rows=rows, files=files, **vars(self.fingerprint))
+
+
 def score_shard(
     workshop: Workshop,
     shard: Shard,
@@ -99,10 +113,10 @@ def score_shard(
         quarantine = QuarantineWriter(shard, spool())
         features = FeatureWriters(feature_methods, shard, spool)
         writers = _ShardWriters(table, quarantine, features)
-        before = score_windows(workshop, scorer, shard, writers.record, on_progress, features.bytes_per_row)
-        facts = InputFacts(path=shard.path, rows=writers.rows, **vars(before))
-        footer = Footer.make(workshop.identity, facts, writers.counts(), writers.nan, scorer.metadata())
+        source = score_windows(workshop, scorer, shard, writers.record, on_progress, features.bytes_per_row)
         with workshop.times.measure("write"):
+            facts = source.save(output, shard, writers.rows)
+            footer = Footer.make(workshop.identity, facts, writers.counts(), writers.nan, scorer.metadata())
             quarantine.save(output)
             features.save(output, facts, footer.rows)
             table.save(output, table_path(shard), footer.to_json())
@@ -128,8 +142,8 @@ def score_windows(
     on_progress: Callable[[int, float], None] = lambda rows, progress: None,
     bytes_per_row: int = 0,
     share: Share = Share(),
-) -> Fingerprint:
-    """Score a shard, or a share of it, window by window -> the shard's fingerprint, which is the same afterwards.
+) -> Source:
+    """Score a shard, or a share of it, window by window -> what was read, which is the same afterwards.
 
     Args:
         scorer: gathers what the methods find out.
@@ -155,7 +169,7 @@ def score_windows(
                     scores, failed = score_samples(scorer, workshop.encoder, samples, limits, workshop.budget, times)
                 else:
                     groups = make_groups([sample.row for sample in samples], window.rows[-1].row + 1, group)
-                    scores, failed = score_groups(scorer, workshop.encoder, samples, groups, times)
+                    scores, failed = score_groups(scorer, workshop.encoder, samples, groups, limits, times)
             except Exception as error:  # whatever a model or a method may raise
                 where = f"{shard.path}, rows {window.rows[0].row} to {window.rows[-1].row}"
                 raise EngineError(f"{where}: scoring failed: {type(error).__name__}: {error}") from error
@@ -168,7 +182,7 @@ def score_windows(
     with shard_errors():
         if shard.fingerprint() != before:
             raise ShardError("changed while it was being scored; run again when nobody writes to it")
-    return before
+    return Source(before, reader.files)
 
 
 def _size(window: Window) -> int:

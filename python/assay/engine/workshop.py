@@ -12,7 +12,6 @@ import torch
 from assay.corpus.footer import Identity
 from assay.engine.batches import Budget
 from assay.engine.devices import place, take
-from assay.engine.groups import splitter
 from assay.engine.kept_features import FeatureMethod
 from assay.engine.plan import Plan
 from assay.engine.pool import Batches, draw_samples, read_target
@@ -24,7 +23,8 @@ from assay.recipe.errors import EngineError
 from assay.recipe.models import build_models
 from assay.recipe.recipe import Recipe
 from assay.recipe.signatures import Given
-from assay.recipe.tasks import Encoder, ShowsTokens
+from assay.recipe.tasks import Encoder, OwnShapes, ShowsTokens
+from assay.tasks.contrastive import NO_GRADIENTS
 
 CPU = torch.device("cpu")
 
@@ -90,10 +90,10 @@ def open_encoder(recipe: Recipe) -> Encoder:
 
 def _targets(plan: Plan, encoder: Encoder) -> dict[str, Batches]:
     """Each target is read once, whoever wants it."""
-    split = splitter(plan.recipe)
     paths = {name: target.path for name, target in plan.recipe.targets_used.items()}
     return {
-        name: Batches(read_target(name, plan.corpora[path], encoder), encoder, split) for name, path in paths.items()
+        name: Batches(read_target(name, plan.corpora[path], encoder), encoder, plan.recipe)
+        for name, path in paths.items()
     }
 
 
@@ -101,11 +101,12 @@ def _fit(plan: Plan, methods: Sequence[Method], encoder: Encoder) -> None:
     recipe, samples = plan.recipe, []
     if recipe.uses_pool:
         samples = draw_samples(plan.corpora[recipe.fitted_to()["fit"]], encoder, recipe.fit.samples, recipe.seed)
-    pool = Batches(samples, encoder, splitter(recipe))
+    pool = Batches(samples, encoder, recipe)
     for i, method in enumerate(methods):
         torch.manual_seed(recipe.seed)  # labels may be drawn from the model
         with _refusals(recipe, i):
             method.fit(pool)
+            _refuse_gradients(method, encoder)
 
 
 def _fits(method: Method) -> bool:
@@ -127,10 +128,18 @@ def _refuse_unsupported(methods: Sequence[Method], encoder: Encoder) -> None:
     for method in methods:
         if any(column.width is None for column in method.columns) and not isinstance(encoder, ShowsTokens):
             raise ValueError(f"{method.name}: gives a number per token, and the task's samples are no tokens")
+        if not _fits(method):
+            _refuse_gradients(method, encoder)
         if not _fits(method) and any(need.raw or need.view for need in method.needs().values()):
             raise ValueError(
                 f"{method.name}: wants raw columns or another view, which a recipe does not give; use assay.score"
             )
+
+
+def _refuse_gradients(method: Method, encoder: Encoder) -> None:
+    """ValueError where a method wants them, and what shares a loss goes through the models in several passes."""
+    if isinstance(encoder, OwnShapes) and encoder.apart and any(need.reductions for need in method.needs().values()):
+        raise ValueError(NO_GRADIENTS)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from assay.corpus.errors import BadRow
 from assay.recipe.errors import EngineError
 from assay.recipe.model_files import CONFIG, read_mapping, shortened
 from assay.recipe.models import ModelSpec, naming
+from assay.recipe.patches import patched_size, patches
 
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 
@@ -27,6 +28,7 @@ _HALF = ([0.5] * 3, [0.5] * 3)
 _CLIP = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
 _NEAREST, _BILINEAR, _BICUBIC, _HAMMING = 0, 2, 3, 5  # Pillow's numbers: 0 to 5
 _MOST_SIDE = 1 << 13
+_MOST_AREA = 1 << 22  # of an image in patches, which is filled up to all of them
 
 
 def _defaults(size: Any, resample: int, colours: tuple[list[float], list[float]], crop: int | None) -> dict[str, Any]:
@@ -50,12 +52,14 @@ _KINDS: dict[str, dict[str, Any]] = {
     "ViTImageProcessor": _defaults(224, _BILINEAR, _HALF, None),
     "DeiTImageProcessor": _defaults(256, _BICUBIC, _HALF, 224),
     "SiglipImageProcessor": _defaults({"height": 224, "width": 224}, _BICUBIC, _HALF, None),
+    "Siglip2ImageProcessor": _defaults(None, _BILINEAR, _HALF, None) | {"patch_size": 16, "max_num_patches": 256},
     "BlipImageProcessor": _defaults(384, _BICUBIC, _CLIP, None),
     "CLIPImageProcessor": _defaults(_SHORTEST, _BICUBIC, _CLIP, 224),
     "ChineseCLIPImageProcessor": _defaults(_SHORTEST, _BICUBIC, _CLIP, 224),
     "BitImageProcessor": _defaults(_SHORTEST, _BICUBIC, _CLIP, 224),
     "ConvNextImageProcessor": _defaults({"shortest_edge": 384}, _BICUBIC, _HALF, None) | {"crop_pct": 224 / 256},
 }
+_PATCHES = "Siglip2ImageProcessor"
 # Those for which a size of one number is that of a square.
 _SQUARE = ("ViTImageProcessor", "DeiTImageProcessor", "BlipImageProcessor")
 # A configuration without a type is that of its model's.
@@ -65,6 +69,7 @@ _OF_MODELS = {
     **dict.fromkeys(["bit", "dinov2"], "BitImageProcessor"),
     "deit": "DeiTImageProcessor",
     "siglip": "SiglipImageProcessor",
+    "siglip2": "Siglip2ImageProcessor",
     "blip": "BlipImageProcessor",
     "clip": "CLIPImageProcessor",
     "chinese_clip": "ChineseCLIPImageProcessor",
@@ -80,7 +85,8 @@ _IDLE = {
 class Preprocessor:
     """Image -> resized -> cropped -> (C, H, W) float32, scaled and normalised; steps that are None are left out.
 
-    ``size`` (H, W) is what an image is resized to; ``shortest`` what its shorter edge is, at the same ratio.
+    ``size`` (H, W) is what an image is resized to; ``shortest`` what its shorter edge is, at the same ratio; with
+    ``patches`` it becomes at most so many of ``patch`` by ``patch`` pixels, and is handed on as those.
     """
 
     size: tuple[int, int] | None
@@ -91,12 +97,32 @@ class Preprocessor:
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
     channels: int = 3
+    patch: int | None = None
+    patches: int = 0
+
+    @property
+    def own_sizes(self) -> bool:
+        """Whether images of differing sizes share no batch."""
+        return self.shape is None and self.patch is None
+
+    def area(self, image: npt.NDArray[np.uint8]) -> int:
+        """How many pixels an image, as ``pixels`` gives it, takes in a batch."""
+        return image.shape[1] * image.shape[2] if self.patch is None else self.patches * self.patch**2
 
     @property
     def shape(self) -> tuple[int, int, int] | None:
         """The (C, H, W) of what comes out; None if it depends on the image."""
         size = self.crop or self.size
         return None if size is None else (self.channels, *size)
+
+    def shapes(self, base: tuple[int, int]) -> list[tuple[int, int, int]]:
+        """Some (C, H, W) that come out: the only one, or two; ``base`` (H, W) is where images stay as they are."""
+        if self.shape is not None:
+            return [self.shape]
+        if self.patch is not None:
+            return [(self.channels, self.patch, self.patch), (self.channels, self.patch, self.patch * self.patches)]
+        height, width = base if self.shortest is None else (self.shortest, self.shortest)
+        return [(self.channels, height, width), (self.channels, height, width + 32)]
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -118,14 +144,22 @@ class Preprocessor:
         return np.ascontiguousarray(array if self.crop is None else _centre(array, self.crop))
 
     def _size_by_edge(self, height: int, width: int) -> tuple[int, int]:
+        if self.patch is not None:
+            return patched_size(height, width, self.patch, self.patches)
         if self.shortest is None:
             return height, width
         short, long = sorted((height, width))
         stretched = int(self.shortest * long / short)
         return (stretched, self.shortest) if width <= height else (self.shortest, stretched)
 
-    def batch(self, images: Sequence[npt.NDArray[np.uint8]]) -> torch.Tensor:
-        """Images of one shape (C, H, W), as ``pixels`` gives them, as the model's input (B, C, H, W) float32."""
+    def batch(self, images: Sequence[npt.NDArray[np.uint8]]) -> torch.Tensor | dict[str, torch.Tensor]:
+        """Images of one shape (C, H, W), as ``pixels`` gives them, as the model's input (B, C, H, W) float32; or images
+        of whole patches as those, by the names that a model calls them."""
+        if self.patch is not None:
+            return patches([self._stacked([image])[0] for image in images], self.patch, self.patches)
+        return self._stacked(images)
+
+    def _stacked(self, images: Sequence[npt.NDArray[np.uint8]]) -> torch.Tensor:
         tables = self._tables()
         result = np.empty((len(images), *images[0].shape), np.float32)
         for i, image in enumerate(images):
@@ -184,6 +218,10 @@ def parse(values: Mapping[str, Any], where: str, channels: int = 3, model_type: 
     steps = Preprocessor(
         None, None, _integer(where, "resample", settings["resample"], _HAMMING, 0), None, None, None, None
     )
+    if kind == _PATCHES and (settings["do_center_crop"] or not settings["do_resize"]):
+        raise EngineError(
+            f"{where}: {kind} resizes images to whole patches and does not crop; it asks for something else"
+        )
     if settings["do_resize"]:
         steps = _resized(steps, settings, where, kind)
     if settings["do_center_crop"]:
@@ -217,6 +255,13 @@ def _kind(values: Mapping[str, Any], where: str, model_type: str | None) -> str:
 
 def _resized(steps: Preprocessor, settings: Mapping[str, Any], where: str, kind: str) -> Preprocessor:
     size = settings["size"]
+    if kind == _PATCHES:
+        if size is not None:
+            raise EngineError(f"{where}: size is {_shown(size)}; {kind} takes patch_size and max_num_patches")
+        number, side = (_integer(where, key, settings[key], _MOST_SIDE) for key in ("max_num_patches", "patch_size"))
+        if number * side * side > _MOST_AREA:
+            raise EngineError(f"{where}: {number:,} patches of {side} × {side} are more than {_MOST_AREA:,} pixels")
+        return replace(steps, patch=side, patches=number)
     if isinstance(size, int) and kind not in _SQUARE:
         size = {"shortest_edge": size}
     if not isinstance(size, Mapping) or size.get("shortest_edge") is None:

@@ -31,7 +31,7 @@ _HEADS = (
     (re.compile(r"ForTokenClassification$"), "token_classification"),
     (re.compile(r"ForImageClassification$"), "image classification"),
 )
-_TWO_TOWERS = re.compile(r"^(CLIP|ChineseCLIP|AltCLIP|VisionTextDualEncoder|MetaClip)[A-Za-z0-9]*Model$")
+_TWO_TOWERS = re.compile(r"^(CLIP|ChineseCLIP|Siglip|AltCLIP|VisionTextDualEncoder|MetaClip)[A-Za-z0-9]*Model$")
 _PEFT_TASKS = {"CAUSAL_LM": "causal_lm", "SEQ_CLS": "text classification", "TOKEN_CLS": "token_classification"}
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from assay.corpus.errors import BadRow
 from assay.corpus.format import ColumnFacts
+from assay.corpus.named_files import NamedFiles
 from assay.corpus.shards import Shard
 from assay.recipe.models import ModelSpec
 from assay.recipe.parts import Part, Registry
@@ -24,11 +25,13 @@ Columns = Mapping[str, ColumnFacts]
 
 @dataclass(frozen=True)
 class Encoded:
-    """A row as its task wants it: what it costs in a batch, in tokens, and in memory while it waits."""
+    """A row as its task wants it: what it costs in a batch, in tokens, and in memory while it waits. Samples of other
+    ``shape``s share no batch."""
 
     data: Any
     length: int
     nbytes: int
+    shape: tuple[int, ...] = ()
 
 
 class Encoder(Protocol):
@@ -78,6 +81,25 @@ class ReadsFiles(Protocol):
 
     def beside(self, shard: Shard) -> Encoder:
         """The encoder of this shard's rows."""
+        ...
+
+    @property
+    def files(self) -> NamedFiles:
+        """Those that were read so far."""
+        ...
+
+
+@runtime_checkable
+class OwnShapes(Protocol):
+    """An encoder whose samples may have shapes of their own, of which models may take some and not others."""
+
+    def misfit(self, data: Any) -> BadRow | None:
+        """Why a model cannot be run on a sample of this ``data``; None if all can, whatever else they failed at."""
+        ...
+
+    @property
+    def apart(self) -> bool:
+        """Whether samples that share a loss go through the models by shapes, which gives no gradients."""
         ...
 
 

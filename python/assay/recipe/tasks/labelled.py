@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from assay.corpus.errors import BadRow
+from assay.corpus.named_files import NamedFiles
 from assay.corpus.shards import Shard
-from assay.recipe.tasks.base import Columns, Encoded, Encoder, ReadsFiles, attempt
+from assay.recipe.tasks.base import Columns, Encoded, Encoder, OwnShapes, ReadsFiles, attempt
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -67,6 +69,10 @@ class LabelledEncoder:
         inputs = self._inputs.beside(shard) if isinstance(self._inputs, ReadsFiles) else self._inputs
         return LabelledEncoder(inputs, self._labels)
 
+    @property
+    def files(self) -> NamedFiles:
+        return self._inputs.files if isinstance(self._inputs, ReadsFiles) else {}
+
     def encode(self, rows: Sequence[tuple[Any, ...]]) -> list[Encoded | BadRow]:
         inputs = self._inputs.encode([row[:-1] for row in rows])
         return [self._labelled(own, row[-1]) for own, row in zip(inputs, rows, strict=True)]
@@ -75,7 +81,12 @@ class LabelledEncoder:
         if isinstance(own, BadRow):
             return own
         label = attempt(self._labels.encode, value)
-        return label if isinstance(label, BadRow) else Encoded((own.data, label), own.length, own.nbytes)
+        return label if isinstance(label, BadRow) else replace(own, data=(own.data, label))
+
+    apart = False
+
+    def misfit(self, data: tuple[Any, Any]) -> BadRow | None:
+        return self._inputs.misfit(data[0]) if isinstance(self._inputs, OwnShapes) else None
 
     def collate(self, data: Sequence[tuple[Any, Any]]) -> tuple[Any, torch.Tensor]:
         return self._inputs.collate([x for x, _ in data]), self._labels.collate([y for _, y in data])

@@ -112,9 +112,13 @@ def read_score(store: Store, path: str, name: str) -> tuple[npt.NDArray[np.int64
 
 
 def stream_score(store: Store, path: str, name: str) -> Iterator[npt.NDArray[np.float32]]:
-    """One of a score table's scores, a batch in memory at a time."""
+    """One of a score table's scores, a batch in memory at a time. A CorpusError unless it is one number per row."""
     with store.open(path) as file:
-        for batch in pq.ParquetFile(file).iter_batches(columns=[name], batch_size=ROW_GROUP_ROWS):
+        table = pq.ParquetFile(file)
+        kind = table.schema_arrow.field(name).type
+        if kind != pa.float32():
+            raise CorpusError(f"{name}: {store.full(path)} holds {kind} per row; expected one number to judge by")
+        for batch in table.iter_batches(columns=[name], batch_size=ROW_GROUP_ROWS):
             yield batch.column(name).to_numpy(zero_copy_only=False)
 
 

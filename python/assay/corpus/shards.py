@@ -69,22 +69,24 @@ class Shard:
     def files(self) -> list[str]:
         """The files that it is made of, as they are now, relative to the corpus's root. An OSError for a folder without
         any."""
+        return list(self._listed_files())
+
+    def _listed_files(self) -> dict[str, Fingerprint | None]:
+        """One listing tells of all files, where it can, what a request for each would."""
         if self.format.files is None:
-            return [self.path]
-        return [f"{self.path}/{path}" for path in self.format.files(self.store, self.path)]
+            return {self.path: None}
+        return {f"{self.path}/{path}": found for path, found in self.format.files(self.store, self.path).items()}
 
     def fingerprint(self) -> Fingerprint:
         """The file's fingerprint as it is now, or one of all files' names and fingerprints."""
         if not self.is_folder:
             return self.store.fingerprint(self.path)
         self.store.fs.invalidate_cache()
-        # Elsewhere one listing tells of all files what a request for each would.
-        listed = {} if self.store.is_local else list_files(self.store, self.path).files
         digest, size = hashlib.sha256(), 0
-        for path in self.files():
+        for path, listed in self._listed_files().items():
             facts = "not there"  # a link that leads nowhere; reading it will say what is the matter
             try:
-                found = listed.get(path) or self.store.fingerprint(path)
+                found = listed or self.store.fingerprint(path)
                 size, facts = size + found.size, str(sorted(found.to_json().items()))
             except OSError as error:
                 if not is_of_file(error):

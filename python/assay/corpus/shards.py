@@ -147,8 +147,7 @@ def refuse_overlap(output: Store, named: str, corpus: Corpus, written: Sequence[
     """
     fs, root = corpus.store.fs, Store.at(named)
     own = {corpus.store.real(folder) for folder in {f for shard in corpus.shards for f in _folders(shard)}}
-    # Where the files themselves lie; one that is a link lies elsewhere.
-    folders = {os.path.dirname(corpus.store.real(shard.path)) for shard in corpus.shards if not shard.is_folder}
+    folders = _real_folders(corpus.store, [shard.path for shard in corpus.shards if not shard.is_folder])
     folders |= own if any(shard.is_folder for shard in corpus.shards) else set()
     # In a folder the next run would find what lies there, and what lies behind its links.
     searched = {root.real(), *own}
@@ -158,6 +157,13 @@ def refuse_overlap(output: Store, named: str, corpus: Corpus, written: Sequence[
     if inside or matched or any(output.holds(Store(fs, folder)) for folder in folders):
         at = "" if output.real() == output.root else f" ({output.real()})"
         raise CorpusError(f"{output.url}{at}: the output and the corpus {named} must not lie in each other")
+
+
+def _real_folders(store: Store, paths: Sequence[str]) -> set[str]:
+    """The folders where files themselves lie; one that is a link lies elsewhere."""
+    links = {path for path in paths if store.is_local and os.path.islink(store.full(path))}
+    named = {os.path.dirname(path) for path in paths if path not in links}
+    return {os.path.dirname(store.real(path)) for path in links} | {store.real(folder) for folder in named}
 
 
 def _folders(shard: Shard) -> set[str]:

@@ -77,6 +77,10 @@ class Shard:
             return {self.path: None}
         return {f"{self.path}/{path}": found for path, found in self.format.files(self.store, self.path).items()}
 
+    def as_found(self) -> Fingerprint:
+        """The fingerprint that it was found with, or, where the listing does not tell it, as it is now."""
+        return self.listed or self.fingerprint()
+
     def fingerprint(self) -> Fingerprint:
         """The file's fingerprint as it is now, or one of all files' names and fingerprints."""
         if not self.is_folder:

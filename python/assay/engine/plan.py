@@ -113,7 +113,7 @@ def refuse_changes(plan: Plan) -> None:
 
 def _unchanged(shard: Shard, table: Table) -> bool:
     try:
-        return table.input_is(shard.fingerprint())
+        return table.input_is(shard.as_found())
     except OSError:
         return False  # scoring it will say what is the matter
 

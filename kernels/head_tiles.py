@@ -41,7 +41,7 @@ class DescribedTiles:
 HALF_TILES = {
     8: Tiles(
         logits=Tile(128, 128, 32, 8, 4),
-        labelled=Tile(128, 64, 32, 8, 4),
+        labelled=Tile(128, 128, 32, 16, 4, registers=128),
         more=Tile(128, 64, 32, 8, 4),
         wide=Tile(64, 32, 32, 8, 4),
         gradient=Tile(128, 128, 32, 8, 4),

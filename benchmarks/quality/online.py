@@ -226,7 +226,7 @@ def show(console: Console, model: str, noise: float, runs: Sequence[dict[str, An
 
 def main() -> None:
     quick = "--quick" in sys.argv[1:]
-    seeds, steps = (1, 100) if quick else (5, 400)
+    seeds, steps = (1, 100) if quick else (5, 250)
     console, began, results = Console(), time.perf_counter(), []
     for model, make in MODELS.items():
         for noise in NOISE[1:2] if quick else NOISE:

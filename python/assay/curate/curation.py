@@ -18,7 +18,7 @@ from assay._version import __version__
 from assay.corpus.claim import CLAIM, claim
 from assay.corpus.copying import copy_rows, copy_sidecars
 from assay.corpus.errors import CorpusError, ShardError
-from assay.corpus.layout import MANIFEST, quarantine_path, selection_path, table_path
+from assay.corpus.layout import MANIFEST, selection_path, table_path
 from assay.corpus.listing import summarise_left_out
 from assay.corpus.quarantine import read_quarantine
 from assay.corpus.score_files import read_score, score_field, stream_ids
@@ -28,6 +28,7 @@ from assay.corpus.storage import TEMPORARY_SUFFIX, Store
 from assay.corpus.tables import ROW_AND_ID
 from assay.curate.ranking import score_name
 from assay.curate.rules import Rule
+from assay.curate.whole import check_rows, scored_shards
 from assay.select import Selection
 
 log = logging.getLogger("assay")
@@ -89,7 +90,7 @@ def curate(scores_url: str, by: str | None, rule: Rule, output_url: str, corpus_
     """
     scores = open_scores(scores_url, corpus_path)
     name = score_name(scores, by)
-    tables = _complete(scores)
+    tables = scored_shards(scores)
     output = Store.at(output_url)
     _refuse_inputs(output, scores, [shard for shard, _ in tables])
     selection, shards = _select(scores, tables, name, rule)
@@ -168,36 +169,15 @@ def _is_selection(output: Store) -> bool:
     return isinstance(manifest, dict) and {"rule", "by", "scores"} <= manifest.keys()
 
 
-def _complete(scores: Scores) -> list[tuple[Shard, Scored]]:
-    """The score tables, if they cover every readable shard of the corpus."""
-    for state, advice in (
-        (State.MISSING, "have no score table; finish the run with `assay score`"),
-        (State.CHANGED, "do not match their score table; score them again with `assay score`"),
-    ):
-        found = scores.of(state)
-        if found:
-            example = f"{found[0].shard.path}{': ' if found[0].detail else ''}{found[0].detail}"
-            raise CorpusError(f"{len(found)} of {len(scores.shards)} shards {advice} ({example})")
-    tables = [(status.shard, status.table) for status in scores.shards if status.table is not None]
-    if not tables:
-        raise CorpusError(f"{scores.store.url}: no shard could be scored, so there is nothing to select from")
-    return tables
-
-
 def _read(
     store: Store, tables: Sequence[tuple[Shard, Scored]], name: str
 ) -> tuple[list[npt.NDArray[np.int64]], list[npt.NDArray[np.float32]]]:
     rows, values = [], []
     for shard, table in tables:
         own_rows, own_values = read_score(store, table_path(shard), name)
-        total = table.rows
-        if (np.diff(np.concatenate([[-1], own_rows, [total]])) <= 0).any():
-            raise CorpusError(f"{store.full(table_path(shard))}: its rows do not ascend below {total}; score it again")
+        check_rows(store, shard, table, own_rows)
         rows.append(own_rows)
         values.append(own_values)
-        listed = [entry.row for entry in read_quarantine(store, shard)] if table.quarantined else []
-        if listed != np.setdiff1d(np.arange(total), own_rows, assume_unique=True).tolist():
-            raise CorpusError(f"{store.full(quarantine_path(shard))}: not the list of the rows that {shard.path} lacks")
     return rows, values
 
 

@@ -44,7 +44,7 @@ def score_table(
     values = source[by].to_numpy()
     if (infinite := np.flatnonzero(np.isinf(values))).size:
         raise ValueError(f"by={by!r}: row {infinite[0]} of the table is infinite; expected finite scores, or NaN")
-    return source.select([by]).replace_schema_metadata(None), _positions(source)
+    return source.select([by]).replace_schema_metadata(None), row_positions(source)
 
 
 def is_path(source: Any) -> bool:
@@ -73,7 +73,12 @@ def check_column(names: list[str], by: str) -> None:
         raise ValueError(f"by={by!r}: there is no such column; there are {known or 'none'}")
 
 
-def _positions(table: pa.Table) -> npt.NDArray[np.int64] | None:
+def row_positions(table: pa.Table) -> npt.NDArray[np.int64] | None:
+    """Which row of the data set each of the table's is, by its column ``row``; None: they are the data set's own.
+
+    Raises:
+        ValueError: the column does not hold whole numbers from 0, each once; or there are ids instead.
+    """
     if "row" not in table.column_names:
         if "id" in table.column_names:
             raise ValueError(
@@ -81,7 +86,7 @@ def _positions(table: pa.Table) -> npt.NDArray[np.int64] | None:
                 "scores to the data set with assay.train.join(dataset, table) and pass that"
             )
         return None
-    rows = table_rows(table)
+    rows = _rows(table)
     if (np.diff(np.sort(rows)) == 0).any():
         values, counts = np.unique(rows, return_counts=True)
         raise ValueError(
@@ -91,8 +96,7 @@ def _positions(table: pa.Table) -> npt.NDArray[np.int64] | None:
     return rows
 
 
-def table_rows(table: pa.Table) -> npt.NDArray[np.int64]:
-    """The column ``row``. ValueError unless it holds whole numbers from 0."""
+def _rows(table: pa.Table) -> npt.NDArray[np.int64]:
     column = table["row"]
     if not pa.types.is_integer(column.type) or column.null_count:
         raise ValueError(f"the table's column `row` holds {column.type} or nulls; expected whole numbers")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -95,6 +96,26 @@ def draw(
     places = np.searchsorted(sums, uniform(count, seed) * sums[-1], side="right")
     drawn: npt.NDArray[np.int64] = drawable[np.minimum(places, len(drawable) - 1)]  # a product may round up to the sum
     return drawn
+
+
+def weigh(table: pa.Table, selection: Selection, by: str, temperature: float, keep: Keep | None = None) -> Selection:
+    """The same rows with weights n · softmax(worth / temperature) over the n kept ones: mean 1. The others' are 0.
+
+    Worth is the score or, if it is better when low, its negative. ValueError if a kept row's score is not finite.
+    """
+    score = oriented(table, by, keep)
+    logits = log_proportions(score, temperature)[selection.mask]
+    if not np.isfinite(logits).all():
+        bad = int((~np.isfinite(logits)).sum())
+        raise ValueError(
+            f"by={by!r}: {bad} kept rows have no finite score to be weighed by; leave them out by it first"
+        )
+    weights = np.zeros(table.num_rows)
+    if logits.size:
+        shares = np.exp(logits - logits.max())
+        weights[selection.mask] = shares * (len(shares) / shares.sum())
+    rule = f"{selection.rule}, weighed by softmax at temperature {temperature:g} of {by}"
+    return replace(selection, rule=rule, weights=weights)
 
 
 def log_proportions(score: OrientedScore, temperature: float | None) -> Floats:

@@ -283,7 +283,7 @@ class TrainingTaps:
 
 
 def _choices(ambiguous: Mapping[str, Sequence[Layout]]) -> Iterator[dict[str, Layout]]:
-    """First what the layers were taken to have, then one layer at a time otherwise, then all of them alike."""
+    """First what the layers were taken to have, then another layout for all that may have it, then one by one."""
     taken = {layer: layouts[0] for layer, layouts in ambiguous.items()}
     yield taken
     for other in dict.fromkeys(

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
+import socket
 import warnings
 
+import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,6 +23,13 @@ L = pytest.importorskip("lightning.pytorch")
 from assay.train.lightning import ReweightCallback  # noqa: E402
 
 ROWS = 24
+QUIET = {
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+    "accelerator": "cpu",
+}
 
 
 def samples() -> list[dict]:
@@ -58,8 +68,7 @@ def make_reweighter(net: nn.Module) -> Reweighter:
 def fit(module, path, callback=None, ckpt_path=None, epochs=1, **settings):
     callback = callback or ReweightCallback(make_reweighter(module.net), ids="id")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    trainer = L.Trainer(max_epochs=epochs, callbacks=[callback], default_root_dir=path, **{**quiet, **settings})
+    trainer = L.Trainer(max_epochs=epochs, callbacks=[callback], default_root_dir=path, **{**QUIET, **settings})
     loader = DataLoader(samples(), batch_size=6)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -140,16 +149,11 @@ def test_its_table_is_in_the_checkpoint(tmp_path):
 
 
 def test_a_weighted_sampler_serves_it(tmp_path):
-    import pyarrow as pa
-
     table = pa.table({"weight": [1.0] * 12 + [0.0] * 12})
     loader = DataLoader(samples(), batch_size=6, sampler=WeightedSampler(table, "weight", world_size=1, num_samples=6))
     module = Module()
     callback = ReweightCallback(make_reweighter(module.net))
-    trainer = L.Trainer(
-        max_epochs=3, callbacks=[callback], logger=False, enable_progress_bar=False, enable_model_summary=False,
-        enable_checkpointing=False, accelerator="cpu", default_root_dir=tmp_path,
-    )  # fmt: skip
+    trainer = L.Trainer(max_epochs=3, callbacks=[callback], default_root_dir=tmp_path, **QUIET)
     trainer.fit(module, loader)
     assert callback.reweighter.step == 3
     assert loader.sampler.epoch == 2
@@ -188,3 +192,45 @@ def test_what_would_train_unweighted_is_an_error_before_the_optimizer_steps(
     assert message in str(error.value)
     assert all(torch.equal(value, module.net.state_dict()[name]) for name, value in before.items())
     assert "backward" not in vars(module)
+
+
+def make_sampler() -> WeightedSampler:
+    weights = torch.rand(ROWS, generator=torch.Generator().manual_seed(3))
+    table = pa.table({"weight": weights.tolist()})
+    return WeightedSampler(table, "weight", world_size=1, num_samples=12, replacement=False)
+
+
+def work(rank: int, port: int, folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0")
+    os.environ.pop("PL_GLOBAL_SEED", None)
+    module = Module()
+    callback = ReweightCallback(make_reweighter(module.net), ids="id")
+    trainer = L.Trainer(max_epochs=2, callbacks=[callback], devices=2, strategy="ddp", default_root_dir=folder, **QUIET)
+    trainer.fit(module, DataLoader(samples(), batch_size=3, sampler=make_sampler()))
+    torch.save({**module.net.state_dict(), "ids": callback.reweighter.table()["id"].to_pylist()}, f"{folder}/{rank}.pt")
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_and_share_a_sampler_out(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(work, (port, str(tmp_path)), nprocs=2)
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    net, sampler, data = Module().net, make_sampler(), samples()
+    reweighter, optimizer = make_reweighter(net), torch.optim.SGD(net.parameters(), lr=0.5)
+    for epoch in range(2):
+        drawn = list(sampler)
+        # Lightning's wrapper shuffles what it wraps, as torch's DistributedSampler does.
+        order = torch.randperm(12, generator=torch.Generator().manual_seed(epoch)).tolist()
+        for batch in DataLoader([data[drawn[i]] for i in order], batch_size=6):
+            optimizer.zero_grad()
+            losses = F.cross_entropy(net(batch["x"]), batch["y"], reduction="none")
+            reweighter.backward(losses, batch["id"])
+            optimizer.step()
+    ids = reweighter.table()["id"].to_pylist()
+    assert found[0].pop("ids") == ids[::2]
+    assert found[1].pop("ids") == ids[1::2]
+    for state in found:
+        for name, value in net.state_dict().items():
+            torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5)

@@ -10,8 +10,8 @@ from torch import Tensor
 from assay._lazy import require
 from assay.train.reweighter import Reweighter
 
-_lightning = require("lightning.pytorch", "lightning")
-_strategies = require("lightning.pytorch.strategies", "lightning")
+_lightning: Any = require("lightning.pytorch", "lightning")
+_strategies: Any = require("lightning.pytorch.strategies", "lightning")
 
 Ids = str | Callable[[Any], Sequence[Any] | Tensor] | None
 

@@ -53,7 +53,8 @@ class WeightedSampler(Sampler[int]):
         curriculum: shares of the table's rows, one per epoch, of which the last goes on: in epoch e only the best
             ``curriculum[e]`` are drawn from. With ``replacement=False`` and no ``num_samples`` each of them comes once.
         seed: of the draws, at least 0.
-        rank, world_size: of this process, and of how many, if the sampler is to share the sequence out.
+        rank, world_size: of this process, and of how many, if the sampler is to share the sequence out; without
+            ``rank``, that which torch.distributed has.
         corpus_path: of a scores folder, where the corpus is now, if it has moved.
 
     Attributes:

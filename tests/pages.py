@@ -55,3 +55,8 @@ def wrong_labels(root: Path) -> None:
 
 def train_by_score(root: Path) -> None:
     """It takes scikit-learn's digits."""
+
+
+def train_with_accelerate(root: Path) -> None:
+    """It takes scikit-learn's digits."""
+    pytest.importorskip("accelerate")

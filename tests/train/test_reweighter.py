@@ -119,6 +119,31 @@ def test_equal_weights_are_an_ordinary_step(models, data) -> None:
     close_gradients(model, {name: p.grad for name, p in plain.named_parameters()})
 
 
+class Bare(nn.Module):
+    """Parameters of the model's own: a class token, places, a scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.places = nn.Parameter(torch.randn(1, 1, 2)), nn.Parameter(torch.randn(1, 6, 2))
+        self.scale, self.head = nn.Parameter(torch.randn(2)), nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.cat([self.token.expand(len(x), -1, -1), x.mT], 1) + self.places
+        return self.head((h + self.scale * h.tanh()).mean(1))
+
+
+@pytest.mark.parametrize("size", [6, 1])
+@pytest.mark.parametrize(("mode", "layers"), [("observe", None), ("filter", "head"), ("filter", None)])
+def test_bare_parameters_that_are_scored_get_the_plain_mean(data, mode, layers, size) -> None:
+    model, data = Bare(), (data[0][:size], data[1][:size])
+    losses_of(model, data).mean().backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    keep = 1.0 if mode == "filter" else None
+    Reweighter(model, GraNd(model, TASK), mode=mode, keep=keep, layers=layers).backward(losses_of(model, data))
+    close_gradients(model, expected)
+
+
 def test_the_direction_follows_the_weights(models, data) -> None:
     model, reference = models
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)

@@ -204,7 +204,8 @@ class TrainingTaps:
         cut = {id(leaf) for _, leaf in region.cuts}
         before: dict[int, list[Tensor]] = {}  # by leaf of a cut, what its value comes from and wants a gradient
         for value, leaf in region.cuts:
-            found = [x for x in other_leaves(value, own) if id(x) not in cut or id(x) in before]
+            ends = [value] if value.is_leaf else other_leaves(value, own)  # a bare parameter is its own beginning
+            found = [x for x in ends if not _is_in(x, own) and (id(x) not in cut or id(x) in before)]
             if found:
                 before[id(leaf)] = found
         leaves = {id(leaf): leaf for leaf in region.leaves}
@@ -280,6 +281,10 @@ class TrainingTaps:
         arrived = torch.autograd.grad(losses.sum(), inputs, retain_graph=True, allow_unused=True)
         recorder.region.finish(arrived[: len(leaves)])
         recorder.finish(reduced)
+
+
+def _is_in(tensor: Tensor, tensors: Collection[Tensor]) -> bool:
+    return any(tensor is other for other in tensors)
 
 
 def _choices(ambiguous: Mapping[str, Sequence[Layout]]) -> Iterator[dict[str, Layout]]:

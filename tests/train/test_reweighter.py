@@ -396,6 +396,45 @@ def test_losses_that_depend_on_other_samples(models, data) -> None:
         Reweighter(model, GradMimic(model, reference, TASK)).backward(coupled(model, data))
 
 
+def penalised(model: Any, data: tuple[Tensor, Tensor]) -> Tensor:
+    return losses_of(model, data) + 1e-5 * model.head.weight.square().sum()
+
+
+def replaced(model: Any, data: tuple[Tensor, Tensor]) -> Tensor:
+    model.head = nn.Linear(6, 3)
+    return losses_of(model, data)
+
+
+def of_another_pass(model: nn.Module, data: tuple[Tensor, Tensor]) -> Tensor:
+    model(data[0])
+    losses = losses_of(model.eval(), data)
+    model.train()
+    return losses
+
+
+@pytest.mark.parametrize("losses", [penalised, replaced, of_another_pass])
+@pytest.mark.parametrize(("first", "verify"), [(True, True), (False, True), (False, False)])
+def test_gradients_that_come_behind_a_layers_back(models, data, losses, first, verify) -> None:
+    """However small they are, and in whatever step they begin."""
+    model, _ = models
+    reweighter = Reweighter(model, GraNd(model, TASK, layers="head"), layers="head", verify=verify)
+    model.train()
+    if not first:
+        reweighter.backward(losses_of(model, data))
+    with pytest.raises(RuntimeError, match=r"parameter 'head\.(weight|bias)': the losses depend on it behind"):
+        reweighter.backward(losses(model, data))
+
+
+def test_a_weight_that_is_used_twice_under_autocast(models, data) -> None:
+    """Its cast is one node of the graph for both uses."""
+    model, _ = models
+    reweighter = Reweighter(model, GraNd(model, TASK, layers="head"), layers="head")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = losses_of(model, data).float() + F.linear(torch.ones(6, 6), model.head.weight).sum(1).float()
+    with pytest.raises(RuntimeError, match=r"parameter 'head\.weight': the losses depend on it behind"):
+        reweighter.backward(losses)
+
+
 def test_batch_norm_in_training_mode(models, data) -> None:
     class Normed(Net):
         def __init__(self) -> None:

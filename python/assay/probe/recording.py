@@ -18,7 +18,7 @@ from assay.probe.experts import Routing
 from assay.probe.formulas import Factors
 from assay.probe.gradient import PerSampleGradient
 from assay.probe.layouts import Layout, possible
-from assay.probe.quiet import edge_of, on_gradient, other_leaves
+from assay.probe.quiet import Inside, edge_of, on_gradient, other_leaves
 from assay.probe.reductions import Reduced, Reduction
 from assay.probe.selection import Tap
 from assay.probe.shared import Region, Shared
@@ -73,6 +73,7 @@ class Recorder:
     _seen: dict[str, set[Layout | None]] = field(default_factory=lambda: defaultdict(set))
     _leaves: list[Tensor] = field(default_factory=list)
     _fold_into: Callable[[str], None] = field(default=lambda name: None)
+    inside: Inside = field(default_factory=Inside)  # in training: the graph's nodes within the layers' calls
 
     def __post_init__(self) -> None:
         self.region = Region(self.size, self.constants, self.positions, in_training=self.in_training)
@@ -282,7 +283,7 @@ class Recorder:
                 return None
             if layout == "shared":
                 return self._share(tap, names, inputs, output)
-            tapped = self._grown(inputs, output if unmade is None else unmade.losses)
+            tapped = self._grown([inputs], output if unmade is None else unmade.losses)
             if self._recording:
                 labels = None if unmade is None else unmade.labels
                 self._watch(Call(tap, names, inputs.detach(), inputs._version, labels, layout, self.size), tapped)
@@ -293,11 +294,13 @@ class Recorder:
 
         return after
 
-    def _grown(self, inputs: Tensor, output: Tensor) -> Tensor:
+    def _grown(self, inputs: Sequence[Tensor], output: Tensor) -> Tensor:
         """The output as part of a graph that starts at the first tapped layer."""
         if self.in_training:
-            if self._recording and not inputs.requires_grad:
-                self.region.edges.append(edge_of(output))
+            if self._recording:
+                self.inside.add(inputs, output)
+                if not inputs[0].requires_grad:
+                    self.region.edges.append(edge_of(output))
             return output
         # What asks for gradients before any layer was tapped is none of ours: a hook, or a model's own tensor.
         if output.requires_grad and (self._leaves or self.region.leaves):
@@ -319,7 +322,7 @@ class Recorder:
                 untapped(what, "its tokens are not all positions of all samples, one sample after the other")
             )
         tokens, index, weights = (x.detach() for x in values)
-        tapped = self._grown(values[0], output)
+        tapped = self._grown(values, output)
         if self._recording:
             self.patterns |= {(tuple(tap.parameters.values()),), (tuple(tap.parameters.values()), self.size > 1)}
             self._watch(Call(tap, names, tokens, tokens._version, routing=Routing(index, weights, self.size)), tapped)

@@ -185,6 +185,7 @@ class TrainingTaps:
                 "batch_size=lambda args, kwargs: ..."
             )
         tapped = self._tapped()
+        self._refuse_behind(recorder, losses, tapped)
         recorder.settle({})
         held = Held(recorder.followed.intersection(hold) if recompute else hold)
         with torch.autocast(losses.device.type, enabled=False):
@@ -195,6 +196,19 @@ class TrainingTaps:
             self._differentiate(recorder, losses, scale, own, recompute)
             values = recorder.finish(reduced)
         return Passed({key: value for key, value in values.items() if key != _HELD}, held.gradients)
+
+    def _refuse_behind(self, recorder: Recorder, losses: Tensor, tapped: Mapping[str, nn.Parameter]) -> None:
+        """RuntimeError where the losses depend on a tapped parameter by a way that no tap sees, in whatever step."""
+        found = recorder.inside.passed_by(losses, list(tapped.values()))
+        recorder.inside.clear()
+        for name, parameter in tapped.items():
+            if parameter is found:
+                raise RuntimeError(
+                    f"parameter {name!r}: the losses depend on it behind its layer's back, as in F.linear(x, "
+                    "layer.weight) or a penalty on the weight itself, or by a forward pass that was not recorded; its "
+                    "gradient would be lost. Call the layer within the model's forward pass, give a penalty a "
+                    f"backward() of its own, or leave the parameter out (layers=['*', {'!' + name!r}])"
+                )
 
     def _differentiate(
         self, recorder: Recorder, losses: Tensor, scale: Tensor, own: Sequence[Tensor], retain: bool

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -28,12 +29,13 @@ class Held:
     """A reduction that keeps the per-sample gradients themselves, as factors, and gives zeros."""
 
     parameters: Collection[str]
+    like: Tensor  # (B,)
     gradients: dict[str, PerSampleGradient] = field(default_factory=dict)
     degree: ClassVar[int] = 1  # they are held as they come
 
     def __call__(self, parameter: str, gradient: PerSampleGradient) -> Tensor:
         self.gradients[parameter] = gradient
-        return torch.zeros(gradient.samples)
+        return torch.zeros_like(self.like)  # where the losses are: no copy to a GPU has to be waited for
 
 
 @dataclass(frozen=True)
@@ -69,18 +71,20 @@ class TrainingTaps:
         self, model: nn.Module, parameters: Collection[str], *, batch_size: BatchSize | None = None, verify: bool = True
     ) -> None:
         check_can_be_tapped(model)
+        _check_is_free(model)
         self.parameters = list(parameters)
         self.is_on = True
         self._model, self._verify = model, verify
         self._batch_size = batch_size or first_dimension
         self._taps = make_taps(model, parameters)
-        self._constants = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         self._verified: set[Any] = set()
         self._layouts: dict[str, Layout] = {}
         self._recorder: Recorder | None = None
         self._trains = False  # in training mode
         self._came = False  # a backward pass, ever
-        self._passes = 0  # forward passes since the last backward pass
+        self._ran = False  # a forward pass that trains, recorded or not
+        self._runs = False  # one, at the moment
+        self._passes = 0  # recorded forward passes since the last backward pass
         self._running = ExitStack()
         self._coupled: str | None = None  # by a batch norm that ran after a tapped layer
         self._handles = [
@@ -90,7 +94,8 @@ class TrainingTaps:
         tapped = {tap.module for tap in self._taps}
         for name, module in model.named_modules():
             if isinstance(module, _BatchNorm):
-                self._handles.append(module.register_forward_pre_hook(self._at_batch_norm(name, module in tapped)))
+                hook = partial(self._at_batch_norm, name, module, module in tapped)
+                self._handles.append(module.register_forward_pre_hook(hook))
 
     def detach(self) -> None:
         """Take every hook off the model."""
@@ -98,37 +103,64 @@ class TrainingTaps:
             handle.remove()
         self._handles, self._recorder = [], None
 
+    def __deepcopy__(self, memo: Any) -> TrainingTaps:
+        """A copy of the model, as for a moving average, is not trained: its hooks find another model here."""
+        return self
+
+    def __reduce__(self) -> Any:
+        """Nor is one that is loaded from a file, or sent to another process."""
+        return _Nothing, ()
+
     # ---- forward
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module is not self._model:
+            return
         self._running.close()
         self._trains = self._trains or module.training
         is_evaluation = not torch.is_grad_enabled() or (self._trains and not module.training)
-        if not self.is_on or is_evaluation:
+        if is_evaluation or not any(p.requires_grad for p in module.parameters()):
             return
-        if self._passes and not self._came:
+        if self._ran and not self._came:
             raise RuntimeError(
                 "the model runs forward again and Reweighter.backward never came, so that no weights were used; "
                 "call it in place of loss.backward()"
             )
+        self._runs = True
+        if self.is_on:
+            self._record(args, kwargs)
+
+    def _record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for name, parameter in self._tapped().items():
+            if not parameter.requires_grad:
+                raise RuntimeError(
+                    f"parameter {name!r} has been frozen since the Reweighter was made; detach() it and make another"
+                )
         self._passes += 1
         self._coupled = None
-        known = ((), None, self._constants, (), self._layouts)
+        # As they are now, and held for as long as they are compared by id: a model that moves has other buffers.
+        constants = [*self._model.parameters(), *self._model.buffers()]
+        self._running.callback(constants.clear)
+        known = ((), None, {id(tensor) for tensor in constants}, (), self._layouts)
         self._recorder = Recorder(
             self._taps, self._batch_size(args, kwargs), *known, guess=self._verify, may_follow=False, in_training=True
         )
         self._running.enter_context(self._recorder.attached())
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if module is not self._model:
+            return
         self._running.close()
+        if self._runs and output is None:  # it failed
+            self._passes, self._recorder = max(0, self._passes - 1), None
+        self._ran = self._ran or (self._runs and output is not None)
+        self._runs = False
 
-    def _at_batch_norm(self, name: str, is_tapped: bool) -> Callable[[nn.Module, Any], None]:
-        def before(module: nn.Module, args: Any) -> None:
-            uses_batch = module.training or module.running_mean is None
-            if self._recorder is not None and uses_batch and (is_tapped or self._recorder.has_run):
-                self._coupled = self._coupled or name
-
-        return before
+    def _at_batch_norm(self, name: str, own: nn.Module, is_tapped: bool, module: nn.Module, args: Any) -> None:
+        uses_batch = module.training or module.running_mean is None
+        recorder = self._recorder if module is own and self._runs and uses_batch else None
+        if recorder is not None and (is_tapped or recorder.has_run):
+            self._coupled = self._coupled or name
 
     # ---- backward
 
@@ -187,7 +219,7 @@ class TrainingTaps:
         tapped = self._tapped()
         self._refuse_behind(recorder, losses, tapped)
         recorder.settle({})
-        held = Held(recorder.followed.intersection(hold) if recompute else hold)
+        held = Held(recorder.followed.intersection(hold) if recompute else hold, losses.detach())
         with torch.autocast(losses.device.type, enabled=False):
             if recorder.patterns - self._verified:
                 self._meet_anew(recorder, losses, tapped)
@@ -269,7 +301,7 @@ class TrainingTaps:
         Raises:
             RuntimeError: nothing is.
         """
-        check = signed_check(losses, tapped, recorder.region.cuts)
+        check = signed_check(losses, tapped, recorder.region.cuts, recorder.is_coarse)
         recorder.settle(check.gradients)
         first: dict[str, str] = {}
         for layouts in _choices(recorder.ambiguous):
@@ -326,6 +358,26 @@ def first_dimension(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         "the model was called without a tensor, so that its number of samples is not known; say how to tell: "
         "batch_size=lambda args, kwargs: ..."
     )
+
+
+class _Nothing:
+    """What the hooks of a model's copy call in another process."""
+
+    def _before(self, *args: Any) -> None: ...
+
+    def _after(self, *args: Any) -> None: ...
+
+    def _at_batch_norm(self, *args: Any) -> None: ...
+
+
+def _check_is_free(model: nn.Module) -> None:
+    """ValueError of a model that has taps already: two of them would cut off each other's parameters."""
+    for name, module in model.named_modules():
+        for hook in module._forward_pre_hooks.values():
+            other = getattr(hook, "__self__", None)
+            if isinstance(other, TrainingTaps) and other._model is module:
+                what = f"its layer {name!r}" if name else "the model"
+                raise ValueError(f"{what} has a Reweighter already; detach() that one first, or use it")
 
 
 def check_can_be_tapped(model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 from typing import Any
 
@@ -155,6 +156,28 @@ def test_bare_parameters_that_are_scored_get_the_plain_mean(data, mode, layers, 
     keep = 1.0 if mode == "filter" else None
     Reweighter(model, GraNd(model, TASK), mode=mode, keep=keep, layers=layers).backward(losses_of(model, data))
     close_gradients(model, expected)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("make", [Net, Bare])
+def test_nothing_of_a_step_is_kept(data, make, recompute) -> None:
+    """Not even until Python looks for cycles: on a GPU that may be many steps."""
+    model = make()
+    reweighter = Reweighter(model, GraNd(model, TASK), recompute=recompute)
+    gc.collect()
+    gc.disable()
+    try:
+        tensors = set()
+        for _ in range(3):
+            model.zero_grad()
+            reweighter.backward(losses_of(model, data))
+            tensors.add(sum(issubclass(type(x), Tensor) for x in gc.get_objects()))
+        losses_of(model, data)  # and no backward pass
+        reweighter.detach()
+        tensors.add(sum(issubclass(type(x), Tensor) for x in gc.get_objects()))
+    finally:
+        gc.enable()
+    assert len(tensors) == 1
 
 
 def test_the_direction_follows_the_weights(models, data) -> None:

@@ -255,6 +255,14 @@ class Recorder:
                 if call.start is not None:
                     call.grads = call.start.grads if call.tap.rule is None else call.start.all_grads()
 
+    def close(self) -> None:
+        """Let go of the batch, and of its graph: a recorder and the hooks that it left there hold one another."""
+        self._fold_into = _ignore
+        self.region.close()
+        self.inside.clear()
+        for kept in (self._calls, self._kept, self._open, self._leaves):
+            kept.clear()
+
     @torch.no_grad()
     def _factors(self) -> dict[str, Factors]:
         """The kept factors; a layer that the losses do not depend on has gradient zero and no entry."""
@@ -385,8 +393,9 @@ class Recorder:
         self._record(call)
 
         def arrived(grads: Tensor) -> None:
-            call.grads = grads.detach()
-            self._arrived(call)
+            if not self._open.keys().isdisjoint(call.parameters.values()):  # nobody else would let go of it
+                call.grads = grads.detach()
+                self._arrived(call)
 
         on_gradient(output, arrived)
 
@@ -421,6 +430,9 @@ class Recorder:
         return sum_of(
             [call.dot_by_position(local, direction, self.positions, self.in_order) for call, local in reached]
         )
+
+
+def _ignore(name: str) -> None: ...
 
 
 class Behind(Exception):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from assay.probe.gradient import PerSampleGradient
-from assay.probe.layouts import Layout
+from assay.probe.layouts import Layout, choices
 from assay.probe.quiet import other_leaves
 from assay.probe.recording import Recorder
 from assay.probe.reductions import Reduction
 from assay.probe.selection import make_taps
 from assay.probe.verify import Check, signed_check
+from assay.probe.wrappers import looks_for_unused, refuse_static_graph
 
 _HELD = "\0held"  # the key of the taps' own reduction: no user's key
 BatchSize = Callable[[tuple[Any, ...], dict[str, Any]], int]
@@ -81,6 +82,7 @@ class TrainingTaps:
         self._layouts: dict[str, Layout] = {}
         self._recorder: Recorder | None = None
         self._trains = False  # in training mode
+        self._looks_for_unused = False  # DistributedDataParallel does
         self._came = False  # a backward pass, ever
         self._ran = False  # a forward pass that trains, recorded or not
         self._runs = False  # one, at the moment
@@ -101,7 +103,14 @@ class TrainingTaps:
         """Take every hook off the model."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._recorder = [], None
+        self._handles = []
+        self._forget()
+
+    def _forget(self) -> None:
+        """Let go of a forward pass of which no backward pass comes."""
+        if self._recorder is not None:
+            self._recorder.close()
+        self._recorder = None
 
     def __deepcopy__(self, memo: Any) -> TrainingTaps:
         """A copy of the model, as for a moving average, is not trained: its hooks find another model here."""
@@ -126,6 +135,7 @@ class TrainingTaps:
                 "the model runs forward again and Reweighter.backward never came, so that no weights were used; "
                 "call it in place of loss.backward()"
             )
+        refuse_static_graph()
         self._runs = True
         if self.is_on:
             self._record(args, kwargs)
@@ -136,6 +146,8 @@ class TrainingTaps:
                 raise RuntimeError(
                     f"parameter {name!r} has been frozen since the Reweighter was made; detach() it and make another"
                 )
+        self._forget()
+        self._looks_for_unused = looks_for_unused()
         self._passes += 1
         self._coupled = None
         # As they are now, and held for as long as they are compared by id: a model that moves has other buffers.
@@ -152,7 +164,8 @@ class TrainingTaps:
             return
         self._running.close()
         if self._runs and output is None:  # it failed
-            self._passes, self._recorder = max(0, self._passes - 1), None
+            self._passes = max(0, self._passes - 1)
+            self._forget()
         self._ran = self._ran or (self._runs and output is not None)
         self._runs = False
 
@@ -172,17 +185,24 @@ class TrainingTaps:
         """
         passes, self._passes, self._came = self._passes, 0, True
         if passes > 1:
-            self._recorder = None
+            self._forget()
             raise RuntimeError(
                 f"the model ran forward {passes} times with gradients since the last backward(); expected once. Run "
                 "what is not trained on under torch.no_grad()"
             )
         if self._recorder is not None and self._coupled is not None:
-            self._recorder = None
+            self._forget()
             raise RuntimeError(
                 f"layer {self._coupled!r} is a batch norm in training mode, which mixes the samples' gradients in the "
                 "layers before it. Choose layers behind it (layers='head', say), put it into eval mode, or use a group "
                 "norm"
+            )
+        if self._recorder is not None and self._recorder.region.cuts and self._looks_for_unused:
+            self._forget()
+            raise RuntimeError(
+                "DistributedDataParallel(find_unused_parameters=True) looks for parameters in the graph, and those "
+                "that all samples share (positions, a class token) are cut off from it to tell the samples apart. "
+                "Leave it off where every parameter is used, or choose other layers (layers='head', say)"
             )
         return self._recorder is not None
 
@@ -210,6 +230,20 @@ class TrainingTaps:
         """
         recorder, self._recorder = self._recorder, None
         assert recorder is not None
+        try:
+            return self._backward(recorder, losses, scale, reductions, hold, recompute)
+        finally:
+            recorder.close()
+
+    def _backward(
+        self,
+        recorder: Recorder,
+        losses: Tensor,
+        scale: Tensor,
+        reductions: Mapping[str, Reduction],
+        hold: Collection[str],
+        recompute: bool,
+    ) -> Passed:
         if recorder.size != len(losses):
             raise RuntimeError(
                 f"{len(losses)} losses came, and the model ran on a batch of {recorder.size} (the first dimension of "
@@ -304,7 +338,7 @@ class TrainingTaps:
         check = signed_check(losses, tapped, recorder.region.cuts, recorder.is_coarse)
         recorder.settle(check.gradients)
         first: dict[str, str] = {}
-        for layouts in _choices(recorder.ambiguous):
+        for layouts in choices(recorder.ambiguous):
             recorder.take_layouts(layouts)
             self._fill(check, recorder, losses, tapped)
             complaints = check.complaints()
@@ -331,18 +365,6 @@ class TrainingTaps:
 
 def _is_in(tensor: Tensor, tensors: Collection[Tensor]) -> bool:
     return any(tensor is other for other in tensors)
-
-
-def _choices(ambiguous: Mapping[str, Sequence[Layout]]) -> Iterator[dict[str, Layout]]:
-    """First what the layers were taken to have, then one layer at a time otherwise, then all of them alike."""
-    taken = {layer: layouts[0] for layer, layouts in ambiguous.items()}
-    yield taken
-    for other in dict.fromkeys(
-        layout for layouts in ambiguous.values() for layout in layouts[1:] if layout != "shared"
-    ):
-        yield taken | {layer: other for layer, layouts in ambiguous.items() if other in layouts}
-    for layer, layouts in ambiguous.items():
-        yield from (taken | {layer: other} for other in layouts[1:] if other != "shared")
 
 
 def first_dimension(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

@@ -37,7 +37,8 @@ class Journal:
                 self._values[name] = [_unknown(before)]
         for name, parts in self._values.items():
             known = name in values
-            parts.append(values[name].detach().float().cpu().numpy() if known else _unknown(size))
+            # a copy, that keeps no tensor of the step's
+            parts.append(values[name].detach().float().cpu().numpy().copy() if known else _unknown(size))
 
     @property
     def has_ids(self) -> bool | None:

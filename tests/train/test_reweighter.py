@@ -414,6 +414,31 @@ def test_small_layers_in_sixteen_bits_pass_the_check() -> None:
         reweighter.backward(losses)
 
 
+class Placed(nn.Module):
+    """Ids of places are as many as tokens, and in one batch as samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.head = nn.Embedding(5, 2), nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((x.mT + self.places(torch.arange(5))).tanh().mean(1))
+
+
+@pytest.mark.parametrize("sizes", [(6, 5), (6, 1, 5, 1)])
+def test_a_batch_as_long_as_its_samples(data, sizes) -> None:
+    model = Placed()
+    reweighter = Reweighter(model, GraNd(model, TASK), temperature=0.1)
+    for size in sizes:
+        part, plain = (data[0][:size], data[1][:size]), Placed()
+        plain.load_state_dict(model.state_dict())
+        model.zero_grad()
+        reweighter.backward(losses_of(model, part))
+        close_gradients(
+            model, mixed(by_sample(plain, part), reweighter.weights, [n for n, _ in plain.named_parameters()])
+        )
+
+
 class Fixed(nn.Module):
     """Places times a buffer, as long as the batch."""
 

@@ -180,7 +180,8 @@ class Recorder:
         """Read layers' inputs in another way, where the shape leaves a choice."""
         for calls in self._calls.values():
             for call, _ in calls:
-                call.layout = layouts.get(call.tap.layer, call.layout)
+                if call.start is None:  # what was taken to be shared is in the graph as such
+                    call.layout = layouts.get(call.tap.layer, call.layout)
 
     def drop(self, reasons: Mapping[str, str]) -> None:
         """Leave out parameters of which it turned out later that they cannot be tapped."""

@@ -64,6 +64,29 @@ def refusal_of_sharded_weights() -> str:
     return ""
 
 
+class Placed(nn.Module):
+    """Its places are shared by all samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.head = nn.Parameter(torch.randn(4)), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x + self.places)
+
+
+def complaint(layers: str | None, **settings: bool) -> str:
+    """What a Reweighter says of a wrapper's settings; it would train without the other ranks."""
+    model, (_, _, x, y) = Placed(), problem()
+    reweighter = Reweighter(model, GraNd(model, Classification(), layers), layers=layers)
+    run = DistributedDataParallel(model, **settings)
+    try:
+        reweighter.backward(F.cross_entropy(run(x[0]), y[0], reduction="none"))
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
 def work(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     found: dict[Any, Any] = {}
@@ -71,6 +94,10 @@ def work(rank: int, folder: str) -> None:
         rows = slice(0, cut) if rank == 0 else slice(cut, 8)
         found |= {(cut, mode, layers): train(rows, True, mode, layers) for mode, layers in RUNS[cut]}
     found["refused"] = refusal_of_sharded_weights()
+    assert "static_graph=True" in complaint("head", static_graph=True)
+    assert "(find_unused_parameters=True) looks for" in complaint(None, find_unused_parameters=True)
+    assert not complaint("head", find_unused_parameters=True)
+    assert not complaint(None, gradient_as_bucket_view=True)
     torch.save(found, Path(folder) / f"found{rank}.pt")
     dist.destroy_process_group()
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
+import io
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,6 +33,17 @@ class Net(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(self.stem(x).mT) + self.places(torch.arange(5)[None])
         return self.head(F.relu(h, inplace=True).mean(1))
+
+
+class Normed(Net):
+    """With a batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batch = nn.BatchNorm1d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.batch(self.stem(x)).mean(2))
 
 
 @pytest.fixture
@@ -117,6 +131,53 @@ def test_equal_weights_are_an_ordinary_step(models, data) -> None:
     reweighter = Reweighter(model, GradMimic(model, reference, TASK), mode="filter", keep=1.0)
     reweighter.backward(losses_of(model, data))
     close_gradients(model, {name: p.grad for name, p in plain.named_parameters()})
+
+
+class Bare(nn.Module):
+    """Parameters of the model's own: a class token, places, a scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.places = nn.Parameter(torch.randn(1, 1, 2)), nn.Parameter(torch.randn(1, 6, 2))
+        self.scale, self.head = nn.Parameter(torch.randn(2)), nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.cat([self.token.expand(len(x), -1, -1), x.mT], 1) + self.places
+        return self.head((h + self.scale * h.tanh()).mean(1))
+
+
+@pytest.mark.parametrize("size", [6, 1])
+@pytest.mark.parametrize(("mode", "layers"), [("observe", None), ("filter", "head"), ("filter", None)])
+def test_bare_parameters_that_are_scored_get_the_plain_mean(data, mode, layers, size) -> None:
+    model, data = Bare(), (data[0][:size], data[1][:size])
+    losses_of(model, data).mean().backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    keep = 1.0 if mode == "filter" else None
+    Reweighter(model, GraNd(model, TASK), mode=mode, keep=keep, layers=layers).backward(losses_of(model, data))
+    close_gradients(model, expected)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("make", [Net, Bare])
+def test_nothing_of_a_step_is_kept(data, make, recompute) -> None:
+    """Not even until Python looks for cycles: on a GPU that may be many steps."""
+    model = make()
+    reweighter = Reweighter(model, GraNd(model, TASK), recompute=recompute)
+    gc.collect()
+    gc.disable()
+    try:
+        tensors = set()
+        for _ in range(3):
+            model.zero_grad()
+            reweighter.backward(losses_of(model, data))
+            tensors.add(sum(issubclass(type(x), Tensor) for x in gc.get_objects()))
+        losses_of(model, data)  # and no backward pass
+        reweighter.detach()
+        tensors.add(sum(issubclass(type(x), Tensor) for x in gc.get_objects()))
+    finally:
+        gc.enable()
+    assert len(tensors) == 1
 
 
 def test_the_direction_follows_the_weights(models, data) -> None:
@@ -313,6 +374,141 @@ def test_a_language_model_with_adapters_and_checkpoints(tied: bool) -> None:
             torch.testing.assert_close(p.grad.double(), expected, rtol=1e-4, atol=1e-7, msg=name)
 
 
+def test_a_grad_scaler_skips_what_overflows_and_goes_on() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 2))
+    x, y = torch.randn(8, 8), torch.randint(2, (8,))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, backoff_factor=2.0**-10)
+    reweighter, skipped = Reweighter(model, GraNd(model, TASK, layers="2"), layers="2"), []
+    for _ in range(3):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.float16):
+            losses = F.cross_entropy(model(x), y, reduction="none").float()
+        before = model[2].weight.clone()
+        reweighter.backward(losses, scale=scaler.scale(losses.new_ones(())))
+        scaler.step(optimizer)
+        scaler.update()
+        skipped.append(torch.equal(model[2].weight, before))
+    assert skipped == [True, False, False]
+    weights = reweighter.table()["weight"].to_pylist()
+    assert weights[:8] == [1.0] * 8
+    assert weights[-8:] != [1.0] * 8
+
+
+def test_infinite_scores_are_no_overflow_of_a_scale(models, data) -> None:
+    model, reference = models
+    reweighter = Reweighter(model, GradMimic(model, reference, TASK))
+    reference.load_state_dict(model.state_dict())  # no direction
+    for scale in (1.0, 1024.0):
+        with pytest.raises(RuntimeError, match=r"score 'mimic' is (NaN|infinite)"):
+            reweighter.backward(losses_of(model, data), scale=scale)
+
+
+def test_small_layers_in_sixteen_bits_pass_the_check() -> None:
+    for seed in range(12):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 16), nn.Linear(16, 2))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            reweighter = Reweighter(model, GraNd(model, TASK))
+            losses = F.cross_entropy(model(torch.randn(8, 8)).float(), torch.randint(2, (8,)), reduction="none")
+        reweighter.backward(losses)
+
+
+class Placed(nn.Module):
+    """Ids of places are as many as tokens, and in one batch as samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.head = nn.Embedding(5, 2), nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((x.mT + self.places(torch.arange(5))).tanh().mean(1))
+
+
+@pytest.mark.parametrize("sizes", [(6, 5), (6, 1, 5, 1)])
+def test_a_batch_as_long_as_its_samples(data, sizes) -> None:
+    model = Placed()
+    reweighter = Reweighter(model, GraNd(model, TASK), temperature=0.1)
+    for size in sizes:
+        part, plain = (data[0][:size], data[1][:size]), Placed()
+        plain.load_state_dict(model.state_dict())
+        model.zero_grad()
+        reweighter.backward(losses_of(model, part))
+        close_gradients(
+            model, mixed(by_sample(plain, part), reweighter.weights, [n for n, _ in plain.named_parameters()])
+        )
+
+
+class Fixed(nn.Module):
+    """Places times a buffer, as long as the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.head = nn.Parameter(torch.randn(6, 2)), nn.Linear(2, 3)
+        self.register_buffer("fixed", torch.randn(6, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((torch.cat([x, x[..., :1]], 2).mT + self.places * self.fixed).mean(1))
+
+
+def test_a_model_that_has_moved_or_was_loaded(data) -> None:
+    """Buffers, and perhaps parameters, are others then."""
+    model, reference = Fixed(), Fixed()
+    method = GradMimic(model, reference, TASK, layers="places")
+    reweighter = Reweighter(model, method, "filter", keep=1.0)
+    model.double()
+    model.load_state_dict({name: value + 1 for name, value in model.state_dict().items()}, assign=True)
+    plain, data = copy.deepcopy(model), (data[0].double(), data[1])
+    losses_of(plain, data).mean().backward()
+    reweighter.backward(losses_of(model, data))
+    close_gradients(model, {name: p.grad for name, p in plain.named_parameters()})
+    distance = (reference.places - model.places).norm()
+    assert method.norm == pytest.approx(float(distance), rel=1e-6)
+
+
+def test_copies_of_the_model_are_not_trained(data) -> None:
+    model = Normed()
+    reweighter = Reweighter(model, GraNd(model, TASK, layers="head"), layers="head")
+    losses = losses_of(model, data)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    for _ in range(3):
+        average(data[0])
+    reweighter.backward(losses)
+    torch.save(model, file := io.BytesIO())
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    for _ in range(3):
+        losses_of(loaded, data).mean().backward()
+    again = Reweighter(loaded, GraNd(loaded, TASK, layers="head"), layers="head")
+    again.backward(losses_of(loaded, data))
+    reweighter.backward(losses_of(model, data))
+    assert reweighter.table().num_rows == 12
+
+
+def test_a_forward_pass_that_fails_is_none(models, data) -> None:
+    model, _ = models
+    reweighter = Reweighter(model, GraNd(model, TASK))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="size"):
+            model(torch.randn(6, 3, 5))
+        assert not any(module._forward_hooks for module in model.children())
+        reweighter.backward(losses_of(model, data))
+
+
+def test_a_score_that_not_every_batch_has(models, data) -> None:
+    model, reference = models
+    reweighter = Reweighter(model, GradMimic(model, reference, TASK))
+    for given in (None, torch.rand(6), None):
+        reweighter.backward(losses_of(model, data), ids=list("abcdef"), reference_losses=given)
+    table = reweighter.table()
+    assert table.column_names == ["id", "step", "mimic", "loss", "reference_loss", "rho", "weight"]
+    known = np.isfinite(table["rho"].to_numpy())
+    assert known.tolist() == [False] * 6 + [True] * 6 + [False] * 6
+    reweighter.load_state_dict(reweighter.state_dict())
+    with pytest.raises(ValueError, match="ids: none came in step 4"):
+        reweighter.backward(losses_of(model, data))
+
+
 # ---- what goes wrong is an error before the optimizer steps
 
 
@@ -322,6 +518,45 @@ def test_a_trainer_that_goes_its_own_way(models, data) -> None:
     losses_of(model, data).mean().backward()
     with pytest.raises(RuntimeError, match=r"Reweighter\.backward never came"):
         losses_of(model, data)
+
+
+def test_a_trainer_that_goes_its_own_way_from_the_start(models, data) -> None:
+    model, reference = models
+    Reweighter(model, GradMimic(model, reference, TASK), warmup_steps=100)
+    losses_of(model, data).mean().backward()
+    with pytest.raises(RuntimeError, match=r"Reweighter\.backward never came"):
+        losses_of(model, data)
+
+
+def test_two_on_one_model(models, data) -> None:
+    model, _ = models
+    method = GraNd(model, TASK)
+    first = Reweighter(model, method)
+    with pytest.raises(ValueError, match=r"the model has a Reweighter already; detach\(\)"):
+        Reweighter(model, method)
+    whole = nn.Sequential(model)
+    method_of_whole = GraNd(whole, TASK)
+    with pytest.raises(ValueError, match="its layer '0' has a Reweighter already"):
+        Reweighter(whole, method_of_whole)
+    first.detach()
+    Reweighter(model, method).backward(losses_of(model, data))
+
+
+def test_parameters_that_are_frozen_or_unfrozen_later(models, data) -> None:
+    model, _ = models
+    model.stem.requires_grad_(False)
+    reweighter = Reweighter(model, GraNd(model, TASK, layers="head"), layers=["head", "norm"])
+    reweighter.backward(losses_of(model, data))
+    model.stem.requires_grad_(True)  # none of the reweighted
+    reweighter.backward(losses_of(model, data))
+    model.norm.requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r"'norm\.weight' has been frozen"):
+        losses_of(model, data)
+    reweighter.detach()
+    reweighter = Reweighter(model, GraNd(model, TASK, layers="head"))
+    model.norm.requires_grad_(True)
+    with pytest.raises(RuntimeError, match=r"'norm\.weight' has been unfrozen"):
+        reweighter.backward(losses_of(model, data))
 
 
 def test_ids(models, data) -> None:
@@ -371,15 +606,46 @@ def test_losses_that_depend_on_other_samples(models, data) -> None:
         Reweighter(model, GradMimic(model, reference, TASK)).backward(coupled(model, data))
 
 
+def penalised(model: Any, data: tuple[Tensor, Tensor]) -> Tensor:
+    return losses_of(model, data) + 1e-5 * model.head.weight.square().sum()
+
+
+def replaced(model: Any, data: tuple[Tensor, Tensor]) -> Tensor:
+    model.head = nn.Linear(6, 3)
+    return losses_of(model, data)
+
+
+def of_another_pass(model: nn.Module, data: tuple[Tensor, Tensor]) -> Tensor:
+    model(data[0])
+    losses = losses_of(model.eval(), data)
+    model.train()
+    return losses
+
+
+@pytest.mark.parametrize("losses", [penalised, replaced, of_another_pass])
+@pytest.mark.parametrize(("first", "verify"), [(True, True), (False, True), (False, False)])
+def test_gradients_that_come_behind_a_layers_back(models, data, losses, first, verify) -> None:
+    """However small they are, and in whatever step they begin."""
+    model, _ = models
+    reweighter = Reweighter(model, GraNd(model, TASK, layers="head"), layers="head", verify=verify)
+    model.train()
+    if not first:
+        reweighter.backward(losses_of(model, data))
+    with pytest.raises(RuntimeError, match=r"parameter 'head\.(weight|bias)': the losses depend on it behind"):
+        reweighter.backward(losses(model, data))
+
+
+def test_a_weight_that_is_used_twice_under_autocast(models, data) -> None:
+    """Its cast is one node of the graph for both uses."""
+    model, _ = models
+    reweighter = Reweighter(model, GraNd(model, TASK, layers="head"), layers="head")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = losses_of(model, data).float() + F.linear(torch.ones(6, 6), model.head.weight).sum(1).float()
+    with pytest.raises(RuntimeError, match=r"parameter 'head\.weight': the losses depend on it behind"):
+        reweighter.backward(losses)
+
+
 def test_batch_norm_in_training_mode(models, data) -> None:
-    class Normed(Net):
-        def __init__(self) -> None:
-            super().__init__()
-            self.batch = nn.BatchNorm1d(6)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.batch(self.stem(x)).mean(2))
-
     model = Normed()
     with pytest.raises(RuntimeError, match="layer 'batch' is a batch norm in training mode"):
         Reweighter(model, GraNd(model, TASK, layers="stem"), layers="stem").backward(losses_of(model, data))

@@ -79,7 +79,7 @@ class Moving(Mapping[str, Tensor]):
     """
 
     def __init__(self, model: nn.Module, reference: nn.Module, parameters: Sequence[str]) -> None:
-        self._ours, self._theirs = _trainable(model), dict(reference.named_parameters(remove_duplicate=False))
+        self._model, self._reference = model, reference
         self._names = list(parameters)
         self._squares: dict[str, Tensor] = {}  # of what was read since the norm was last asked for
 
@@ -87,8 +87,8 @@ class Moving(Mapping[str, Tensor]):
         if name not in self._names:
             raise KeyError(name)
         with torch.no_grad():
-            ours = self._ours[name]
-            step = self._theirs[name].to(ours.device, torch.float32) - ours.float()
+            ours = self._model.get_parameter(name)  # as it is now: loading a state may put another in its place
+            step = self._reference.get_parameter(name).to(ours.device, torch.float32) - ours.float()
             self._squares[name] = step.square().sum(dtype=torch.float64)
             return step
 

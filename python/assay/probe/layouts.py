@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 from torch import Tensor
@@ -52,3 +53,15 @@ def arranged(tensor: Tensor, layout: Layout, size: int) -> Tensor:
     if layout == "second":
         return tensor.transpose(0, 1)
     return tensor if layout == "first" else tensor.reshape(size, -1, *tensor.shape[1:])
+
+
+def choices(ambiguous: Mapping[str, Sequence[Layout]]) -> Iterator[dict[str, Layout]]:
+    """First what the layers were taken to have, then one layer at a time otherwise, then all of them alike."""
+    taken = {layer: layouts[0] for layer, layouts in ambiguous.items()}
+    yield taken
+    for other in dict.fromkeys(
+        layout for layouts in ambiguous.values() for layout in layouts[1:] if layout != "shared"
+    ):
+        yield taken | {layer: other for layer, layouts in ambiguous.items() if other in layouts}
+    for layer, layouts in ambiguous.items():
+        yield from (taken | {layer: other} for other in layouts[1:] if other != "shared")

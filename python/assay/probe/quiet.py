@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,24 +85,66 @@ def _all_of(whole: Tensor, view: Tensor) -> bool:
     return whole.numel() == view.numel() and whole.is_contiguous() and view.is_contiguous()
 
 
+@dataclass
+class Inside:
+    """The nodes of a graph that lie within calls of layers, and those by which a call is entered."""
+
+    nodes: set[Any] = field(default_factory=set)
+    entries: set[Any] = field(default_factory=set)
+
+    def add(self, inputs: Sequence[Tensor], output: Tensor) -> None:
+        """What a layer made of these inputs."""
+        ends = {get_gradient_edge(x).node for x in inputs if x.requires_grad}
+        self.entries |= {output.grad_fn, _hooked(output).grad_fn}
+        stack: list[Any] = [output.grad_fn]
+        while stack:
+            node = stack.pop()
+            if node is not None and node not in ends and node not in self.nodes:
+                self.nodes.add(node)
+                stack += [after for after, _ in node.next_functions]
+
+    def clear(self) -> None:
+        """Forget them: a node and a hook of it hold one another."""
+        self.nodes, self.entries = set(), set()
+
+    def passed_by(self, losses: Tensor, own: Collection[Tensor]) -> Tensor | None:
+        """One of our leaves that the losses depend on by another way than through a call."""
+        known = {id(leaf): leaf for leaf in own}
+        for node, after in _edges(losses.grad_fn):
+            if node not in self.nodes and after not in self.entries:
+                leaf = getattr(after, "variable", None)
+                if id(leaf) in known:
+                    return leaf
+                if after in self.nodes:  # a weight's cast to another type, say
+                    below = (getattr(end, "variable", None) for _, end in _edges(after))
+                    return next((leaf for leaf in below if id(leaf) in known), None)
+        return None
+
+
+def _edges(root: Any) -> Iterator[tuple[Any, Any]]:
+    """(node, what comes after it on the way back) of a graph."""
+    stack, seen = [root], {root}
+    while stack:
+        node = stack.pop()
+        for after, _ in node.next_functions if node is not None else ():
+            if after is not None:
+                yield node, after
+                if after not in seen:
+                    seen.add(after)
+                    stack.append(after)
+
+
 def other_leaves(losses: Tensor, own: Collection[Tensor]) -> list[Tensor]:
     """Tensors that ask for gradients and are not ours: a hook of the model's, or a tensor that it keeps.
 
     Without them autograd would not enter the part of the graph that starts there, nor reach the layers tapped in it.
     """
-    known, found = {id(leaf) for leaf in own}, []
-    stack, seen = [losses.grad_fn], set()
-    while stack:
-        node = stack.pop()
-        for after, _ in node.next_functions if node is not None else ():
-            if after is not None and after not in seen:
-                seen.add(after)
-                leaf = getattr(after, "variable", None)
-                if leaf is None:
-                    stack.append(after)
-                elif id(leaf) not in known and leaf.requires_grad:  # not a parameter in what the model has kept
-                    found.append(leaf)
-    return found
+    known = {id(leaf) for leaf in own}
+    leaves = {
+        id(leaf): leaf for _, after in _edges(losses.grad_fn) if (leaf := getattr(after, "variable", None)) is not None
+    }
+    # not a parameter in what the model has kept
+    return [leaf for key, leaf in leaves.items() if key not in known and leaf.requires_grad]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -18,7 +18,7 @@ from assay.probe.experts import Routing
 from assay.probe.formulas import Factors
 from assay.probe.gradient import PerSampleGradient
 from assay.probe.layouts import Layout, possible
-from assay.probe.quiet import edge_of, on_gradient, other_leaves
+from assay.probe.quiet import Inside, edge_of, on_gradient, other_leaves
 from assay.probe.reductions import Reduced, Reduction
 from assay.probe.selection import Tap
 from assay.probe.shared import Region, Shared
@@ -48,6 +48,7 @@ class Recorder:
         dropped: those that were, with the reason.
         patterns: how layers met their inputs: a gradient that is booked on the wrong sample shows in a new one first.
         ambiguous: by layer, the layout that its input was taken to have and others that it may have by its shape.
+        is_coarse: in training, whether a layer gave its output in 16 bits.
     """
 
     taps: Sequence[Tap]
@@ -64,6 +65,7 @@ class Recorder:
     dropped: dict[str, str] = field(default_factory=dict)
     patterns: set[tuple[Any, ...]] = field(default_factory=set)
     ambiguous: dict[str, list[Layout]] = field(default_factory=dict)
+    is_coarse: bool = False
     # By parameter: the calls that use it, with its name in their layer, and how many have no gradient yet.
     _calls: dict[str, list[tuple[Call, str]]] = field(default_factory=lambda: defaultdict(list))
     _waiting: dict[str, int] = field(default_factory=dict)
@@ -73,6 +75,7 @@ class Recorder:
     _seen: dict[str, set[Layout | None]] = field(default_factory=lambda: defaultdict(set))
     _leaves: list[Tensor] = field(default_factory=list)
     _fold_into: Callable[[str], None] = field(default=lambda name: None)
+    inside: Inside = field(default_factory=Inside)  # in training: the graph's nodes within the layers' calls
 
     def __post_init__(self) -> None:
         self.region = Region(self.size, self.constants, self.positions, in_training=self.in_training)
@@ -177,7 +180,8 @@ class Recorder:
         """Read layers' inputs in another way, where the shape leaves a choice."""
         for calls in self._calls.values():
             for call, _ in calls:
-                call.layout = layouts.get(call.tap.layer, call.layout)
+                if call.start is None:  # what was taken to be shared is in the graph as such
+                    call.layout = layouts.get(call.tap.layer, call.layout)
 
     def drop(self, reasons: Mapping[str, str]) -> None:
         """Leave out parameters of which it turned out later that they cannot be tapped."""
@@ -252,6 +256,14 @@ class Recorder:
                 if call.start is not None:
                     call.grads = call.start.grads if call.tap.rule is None else call.start.all_grads()
 
+    def close(self) -> None:
+        """Let go of the batch, and of its graph: a recorder and the hooks that it left there hold one another."""
+        self._fold_into = _ignore
+        self.region.close()
+        self.inside.clear()
+        for kept in (self._calls, self._kept, self._open, self._leaves):
+            kept.clear()
+
     @torch.no_grad()
     def _factors(self) -> dict[str, Factors]:
         """The kept factors; a layer that the losses do not depend on has gradient zero and no entry."""
@@ -282,7 +294,7 @@ class Recorder:
                 return None
             if layout == "shared":
                 return self._share(tap, names, inputs, output)
-            tapped = self._grown(inputs, output if unmade is None else unmade.losses)
+            tapped = self._grown([inputs], output if unmade is None else unmade.losses)
             if self._recording:
                 labels = None if unmade is None else unmade.labels
                 self._watch(Call(tap, names, inputs.detach(), inputs._version, labels, layout, self.size), tapped)
@@ -293,11 +305,14 @@ class Recorder:
 
         return after
 
-    def _grown(self, inputs: Tensor, output: Tensor) -> Tensor:
+    def _grown(self, inputs: Sequence[Tensor], output: Tensor) -> Tensor:
         """The output as part of a graph that starts at the first tapped layer."""
         if self.in_training:
-            if self._recording and not inputs.requires_grad:
-                self.region.edges.append(edge_of(output))
+            if self._recording:
+                self.inside.add(inputs, output)
+                self.is_coarse = self.is_coarse or output.dtype in (torch.float16, torch.bfloat16)
+                if not inputs[0].requires_grad:
+                    self.region.edges.append(edge_of(output))
             return output
         # What asks for gradients before any layer was tapped is none of ours: a hook, or a model's own tensor.
         if output.requires_grad and (self._leaves or self.region.leaves):
@@ -319,7 +334,7 @@ class Recorder:
                 untapped(what, "its tokens are not all positions of all samples, one sample after the other")
             )
         tokens, index, weights = (x.detach() for x in values)
-        tapped = self._grown(values[0], output)
+        tapped = self._grown(values, output)
         if self._recording:
             self.patterns |= {(tuple(tap.parameters.values()),), (tuple(tap.parameters.values()), self.size > 1)}
             self._watch(Call(tap, names, tokens, tokens._version, routing=Routing(index, weights, self.size)), tapped)
@@ -379,8 +394,9 @@ class Recorder:
         self._record(call)
 
         def arrived(grads: Tensor) -> None:
-            call.grads = grads.detach()
-            self._arrived(call)
+            if not self._open.keys().isdisjoint(call.parameters.values()):  # nobody else would let go of it
+                call.grads = grads.detach()
+                self._arrived(call)
 
         on_gradient(output, arrived)
 
@@ -415,6 +431,9 @@ class Recorder:
         return sum_of(
             [call.dot_by_position(local, direction, self.positions, self.in_order) for call, local in reached]
         )
+
+
+def _ignore(name: str) -> None: ...
 
 
 class Behind(Exception):

@@ -97,6 +97,7 @@ class Region:
     _borders: dict[int, _Border] = field(default_factory=dict)
     _second: bool = False  # samples lie in the second dimension
     _alone: bool = False  # there are none
+    _closed: bool = False
 
     @contextmanager
     def batch_second(self) -> Iterator[None]:
@@ -256,6 +257,8 @@ class Region:
         lengthwise = copies.ndim == value.ndim > 0 and shape[0] > 1
 
         def arrived(grads: Tensor) -> None:
+            if self._closed:
+                return
             grads = grads.detach()
             if lengthwise:
                 grads = wide(grads.reshape(size, -1, *shape)).sum(1)
@@ -306,6 +309,8 @@ class Region:
                     source.loose = True
 
         def arrived(grads: Tensor) -> None:
+            if self._closed:
+                return
             if any(x._version != before for x, before in zip(inputs, versions, strict=True)):
                 what = next(iter(weights.values())).sources[0].what
                 raise RuntimeError(f"{what}: what it multiplies was modified in place after it was used")
@@ -371,6 +376,13 @@ class Region:
             start.reset()
         for border in self._borders.values():
             border.grads, border.terms = None, []
+
+    def close(self) -> None:
+        """Let go of the graph; gradients that still come are nobody's."""
+        self._closed = True
+        for start in self.starts:
+            start.close()
+        self.starts, self.leaves, self.edges, self.cuts, self._borders = [], [], [], [], {}
 
     def _finish_one(self, ordinary: dict[int, Tensor | None]) -> None:
         for start in self.starts:

@@ -11,6 +11,9 @@ from torch import Tensor
 from assay.probe.terms import Dense, Term, sum_of
 
 
+def _nothing() -> None: ...
+
+
 @dataclass(eq=False)
 class Start:
     """A tensor whose gradient is wanted for every sample: a bare parameter, or a layer's output.
@@ -37,10 +40,14 @@ class Start:
     uses: int = 0
     loose: bool = False
     waiting: int = 0
-    complete: Callable[[], None] = field(default=lambda: None)
+    complete: Callable[[], None] = field(default=_nothing)
 
     def reset(self) -> None:
         self.terms, self.grads, self.waiting = [], None, self.uses
+
+    def close(self) -> None:
+        """Let go of the gradients, and of whom to call."""
+        self.terms, self.grads, self.complete = [], None, _nothing
 
     def take(self, term: Term) -> None:
         self.terms.append(term)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -12,12 +13,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from assay.probe.gradient import PerSampleGradient
-from assay.probe.layouts import Layout
+from assay.probe.layouts import Layout, choices
 from assay.probe.quiet import other_leaves
 from assay.probe.recording import Recorder
 from assay.probe.reductions import Reduction
 from assay.probe.selection import make_taps
 from assay.probe.verify import Check, signed_check
+from assay.probe.wrappers import looks_for_unused, refuse_static_graph
 
 _HELD = "\0held"  # the key of the taps' own reduction: no user's key
 BatchSize = Callable[[tuple[Any, ...], dict[str, Any]], int]
@@ -28,12 +30,13 @@ class Held:
     """A reduction that keeps the per-sample gradients themselves, as factors, and gives zeros."""
 
     parameters: Collection[str]
+    like: Tensor  # (B,)
     gradients: dict[str, PerSampleGradient] = field(default_factory=dict)
     degree: ClassVar[int] = 1  # they are held as they come
 
     def __call__(self, parameter: str, gradient: PerSampleGradient) -> Tensor:
         self.gradients[parameter] = gradient
-        return torch.zeros(gradient.samples)
+        return torch.zeros_like(self.like)  # where the losses are: no copy to a GPU has to be waited for
 
 
 @dataclass(frozen=True)
@@ -69,18 +72,21 @@ class TrainingTaps:
         self, model: nn.Module, parameters: Collection[str], *, batch_size: BatchSize | None = None, verify: bool = True
     ) -> None:
         check_can_be_tapped(model)
+        _check_is_free(model)
         self.parameters = list(parameters)
         self.is_on = True
         self._model, self._verify = model, verify
         self._batch_size = batch_size or first_dimension
         self._taps = make_taps(model, parameters)
-        self._constants = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         self._verified: set[Any] = set()
         self._layouts: dict[str, Layout] = {}
         self._recorder: Recorder | None = None
         self._trains = False  # in training mode
+        self._looks_for_unused = False  # DistributedDataParallel does
         self._came = False  # a backward pass, ever
-        self._passes = 0  # forward passes since the last backward pass
+        self._ran = False  # a forward pass that trains, recorded or not
+        self._runs = False  # one, at the moment
+        self._passes = 0  # recorded forward passes since the last backward pass
         self._running = ExitStack()
         self._coupled: str | None = None  # by a batch norm that ran after a tapped layer
         self._handles = [
@@ -90,45 +96,84 @@ class TrainingTaps:
         tapped = {tap.module for tap in self._taps}
         for name, module in model.named_modules():
             if isinstance(module, _BatchNorm):
-                self._handles.append(module.register_forward_pre_hook(self._at_batch_norm(name, module in tapped)))
+                hook = partial(self._at_batch_norm, name, module, module in tapped)
+                self._handles.append(module.register_forward_pre_hook(hook))
 
     def detach(self) -> None:
         """Take every hook off the model."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._recorder = [], None
+        self._handles = []
+        self._forget()
+
+    def _forget(self) -> None:
+        """Let go of a forward pass of which no backward pass comes."""
+        if self._recorder is not None:
+            self._recorder.close()
+        self._recorder = None
+
+    def __deepcopy__(self, memo: Any) -> TrainingTaps:
+        """A copy of the model, as for a moving average, is not trained: its hooks find another model here."""
+        return self
+
+    def __reduce__(self) -> Any:
+        """Nor is one that is loaded from a file, or sent to another process."""
+        return _Nothing, ()
 
     # ---- forward
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module is not self._model:
+            return
         self._running.close()
         self._trains = self._trains or module.training
         is_evaluation = not torch.is_grad_enabled() or (self._trains and not module.training)
-        if not self.is_on or is_evaluation:
+        if is_evaluation or not any(p.requires_grad for p in module.parameters()):
             return
-        if self._passes and not self._came:
+        if self._ran and not self._came:
             raise RuntimeError(
                 "the model runs forward again and Reweighter.backward never came, so that no weights were used; "
                 "call it in place of loss.backward()"
             )
+        refuse_static_graph()
+        self._runs = True
+        if self.is_on:
+            self._record(args, kwargs)
+
+    def _record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for name, parameter in self._tapped().items():
+            if not parameter.requires_grad:
+                raise RuntimeError(
+                    f"parameter {name!r} has been frozen since the Reweighter was made; detach() it and make another"
+                )
+        self._forget()
+        self._looks_for_unused = looks_for_unused()
         self._passes += 1
         self._coupled = None
-        known = ((), None, self._constants, (), self._layouts)
+        # As they are now, and held for as long as they are compared by id: a model that moves has other buffers.
+        constants = [*self._model.parameters(), *self._model.buffers()]
+        self._running.callback(constants.clear)
+        known = ((), None, {id(tensor) for tensor in constants}, (), self._layouts)
         self._recorder = Recorder(
             self._taps, self._batch_size(args, kwargs), *known, guess=self._verify, may_follow=False, in_training=True
         )
         self._running.enter_context(self._recorder.attached())
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if module is not self._model:
+            return
         self._running.close()
+        if self._runs and output is None:  # it failed
+            self._passes = max(0, self._passes - 1)
+            self._forget()
+        self._ran = self._ran or (self._runs and output is not None)
+        self._runs = False
 
-    def _at_batch_norm(self, name: str, is_tapped: bool) -> Callable[[nn.Module, Any], None]:
-        def before(module: nn.Module, args: Any) -> None:
-            uses_batch = module.training or module.running_mean is None
-            if self._recorder is not None and uses_batch and (is_tapped or self._recorder.has_run):
-                self._coupled = self._coupled or name
-
-        return before
+    def _at_batch_norm(self, name: str, own: nn.Module, is_tapped: bool, module: nn.Module, args: Any) -> None:
+        uses_batch = module.training or module.running_mean is None
+        recorder = self._recorder if module is own and self._runs and uses_batch else None
+        if recorder is not None and (is_tapped or recorder.has_run):
+            self._coupled = self._coupled or name
 
     # ---- backward
 
@@ -140,17 +185,24 @@ class TrainingTaps:
         """
         passes, self._passes, self._came = self._passes, 0, True
         if passes > 1:
-            self._recorder = None
+            self._forget()
             raise RuntimeError(
                 f"the model ran forward {passes} times with gradients since the last backward(); expected once. Run "
                 "what is not trained on under torch.no_grad()"
             )
         if self._recorder is not None and self._coupled is not None:
-            self._recorder = None
+            self._forget()
             raise RuntimeError(
                 f"layer {self._coupled!r} is a batch norm in training mode, which mixes the samples' gradients in the "
                 "layers before it. Choose layers behind it (layers='head', say), put it into eval mode, or use a group "
                 "norm"
+            )
+        if self._recorder is not None and self._recorder.region.cuts and self._looks_for_unused:
+            self._forget()
+            raise RuntimeError(
+                "DistributedDataParallel(find_unused_parameters=True) looks for parameters in the graph, and those "
+                "that all samples share (positions, a class token) are cut off from it to tell the samples apart. "
+                "Leave it off where every parameter is used, or choose other layers (layers='head', say)"
             )
         return self._recorder is not None
 
@@ -178,6 +230,20 @@ class TrainingTaps:
         """
         recorder, self._recorder = self._recorder, None
         assert recorder is not None
+        try:
+            return self._backward(recorder, losses, scale, reductions, hold, recompute)
+        finally:
+            recorder.close()
+
+    def _backward(
+        self,
+        recorder: Recorder,
+        losses: Tensor,
+        scale: Tensor,
+        reductions: Mapping[str, Reduction],
+        hold: Collection[str],
+        recompute: bool,
+    ) -> Passed:
         if recorder.size != len(losses):
             raise RuntimeError(
                 f"{len(losses)} losses came, and the model ran on a batch of {recorder.size} (the first dimension of "
@@ -185,8 +251,9 @@ class TrainingTaps:
                 "batch_size=lambda args, kwargs: ..."
             )
         tapped = self._tapped()
+        self._refuse_behind(recorder, losses, tapped)
         recorder.settle({})
-        held = Held(recorder.followed.intersection(hold) if recompute else hold)
+        held = Held(recorder.followed.intersection(hold) if recompute else hold, losses.detach())
         with torch.autocast(losses.device.type, enabled=False):
             if recorder.patterns - self._verified:
                 self._meet_anew(recorder, losses, tapped)
@@ -196,6 +263,19 @@ class TrainingTaps:
             values = recorder.finish(reduced)
         return Passed({key: value for key, value in values.items() if key != _HELD}, held.gradients)
 
+    def _refuse_behind(self, recorder: Recorder, losses: Tensor, tapped: Mapping[str, nn.Parameter]) -> None:
+        """RuntimeError where the losses depend on a tapped parameter by a way that no tap sees, in whatever step."""
+        found = recorder.inside.passed_by(losses, list(tapped.values()))
+        recorder.inside.clear()
+        for name, parameter in tapped.items():
+            if parameter is found:
+                raise RuntimeError(
+                    f"parameter {name!r}: the losses depend on it behind its layer's back, as in F.linear(x, "
+                    "layer.weight) or a penalty on the weight itself, or by a forward pass that was not recorded; its "
+                    "gradient would be lost. Call the layer within the model's forward pass, give a penalty a "
+                    f"backward() of its own, or leave the parameter out (layers=['*', {'!' + name!r}])"
+                )
+
     def _differentiate(
         self, recorder: Recorder, losses: Tensor, scale: Tensor, own: Sequence[Tensor], retain: bool
     ) -> None:
@@ -204,7 +284,8 @@ class TrainingTaps:
         cut = {id(leaf) for _, leaf in region.cuts}
         before: dict[int, list[Tensor]] = {}  # by leaf of a cut, what its value comes from and wants a gradient
         for value, leaf in region.cuts:
-            found = [x for x in other_leaves(value, own) if id(x) not in cut or id(x) in before]
+            ends = [value] if value.is_leaf else other_leaves(value, own)  # a bare parameter is its own beginning
+            found = [x for x in ends if not _is_in(x, own) and (id(x) not in cut or id(x) in before)]
             if found:
                 before[id(leaf)] = found
         leaves = {id(leaf): leaf for leaf in region.leaves}
@@ -254,10 +335,10 @@ class TrainingTaps:
         Raises:
             RuntimeError: nothing is.
         """
-        check = signed_check(losses, tapped, recorder.region.cuts)
+        check = signed_check(losses, tapped, recorder.region.cuts, recorder.is_coarse)
         recorder.settle(check.gradients)
         first: dict[str, str] = {}
-        for layouts in _choices(recorder.ambiguous):
+        for layouts in choices(recorder.ambiguous):
             recorder.take_layouts(layouts)
             self._fill(check, recorder, losses, tapped)
             complaints = check.complaints()
@@ -282,16 +363,8 @@ class TrainingTaps:
         recorder.finish(reduced)
 
 
-def _choices(ambiguous: Mapping[str, Sequence[Layout]]) -> Iterator[dict[str, Layout]]:
-    """First what the layers were taken to have, then another layout for all that may have it, then one by one."""
-    taken = {layer: layouts[0] for layer, layouts in ambiguous.items()}
-    yield taken
-    for other in dict.fromkeys(
-        layout for layouts in ambiguous.values() for layout in layouts[1:] if layout != "shared"
-    ):
-        yield taken | {layer: other for layer, layouts in ambiguous.items() if other in layouts}
-    for layer, layouts in ambiguous.items():
-        yield from (taken | {layer: other} for other in layouts[1:] if other != "shared")
+def _is_in(tensor: Tensor, tensors: Collection[Tensor]) -> bool:
+    return any(tensor is other for other in tensors)
 
 
 def first_dimension(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -307,6 +380,26 @@ def first_dimension(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         "the model was called without a tensor, so that its number of samples is not known; say how to tell: "
         "batch_size=lambda args, kwargs: ..."
     )
+
+
+class _Nothing:
+    """What the hooks of a model's copy call in another process."""
+
+    def _before(self, *args: Any) -> None: ...
+
+    def _after(self, *args: Any) -> None: ...
+
+    def _at_batch_norm(self, *args: Any) -> None: ...
+
+
+def _check_is_free(model: nn.Module) -> None:
+    """ValueError of a model that has taps already: two of them would cut off each other's parameters."""
+    for name, module in model.named_modules():
+        for hook in module._forward_pre_hooks.values():
+            other = getattr(hook, "__self__", None)
+            if isinstance(other, TrainingTaps) and other._model is module:
+                what = f"its layer {name!r}" if name else "the model"
+                raise ValueError(f"{what} has a Reweighter already; detach() that one first, or use it")
 
 
 def check_can_be_tapped(model: nn.Module) -> None:

@@ -28,24 +28,34 @@ class Journal:
         self._values: dict[str, list[npt.NDArray[Any]]] = {}
 
     def add(self, ids: Sequence[str] | None, step: int, values: Mapping[str, Tensor]) -> None:
-        """A batch's scores and weights, (B,) each; a name that was not there in the first batch is an error."""
-        size = len(next(iter(values.values())))
+        """A batch's scores and weights, (B,) each; NaN where another batch has a score that this one has not."""
+        size, before = len(next(iter(values.values()))), sum(map(len, self._steps))
         self._ids += list(ids) if ids is not None else [None] * size
         self._steps.append(np.full(size, step, dtype=np.int64))
-        if not self._values:
-            self._values = {name: [] for name in values}
-        for name, value in values.items():
-            self._values[name].append(value.detach().float().cpu().numpy())
+        for name in values:
+            if name not in self._values:
+                self._values[name] = [_unknown(before)]
+        for name, parts in self._values.items():
+            known = name in values
+            # a copy, that keeps no tensor of the step's
+            parts.append(values[name].detach().float().cpu().numpy().copy() if known else _unknown(size))
+
+    @property
+    def has_ids(self) -> bool | None:
+        """Whether rows have ids; None: there are none yet."""
+        return self._ids[-1] is not None if self._ids else None
 
     def table(self) -> pa.Table:
         """``id`` (string), ``step`` (int64), a float32 column per score, ``weight`` (float32)."""
         fields = [pa.field("id", pa.string()), pa.field("step", pa.int64())]
-        for name in self._values:
+        order = [*(name for name in self._columns if name in self._values)]
+        order += [name for name in self._values if name not in self._columns]
+        for name in order:
             column = self._columns.get(name)
             said = {} if column is None else {"keep": column.keep, "description": column.description}
             fields.append(pa.field(name, pa.float32(), metadata=said))
         steps = np.concatenate(self._steps) if self._steps else np.empty(0, np.int64)
-        values = [np.concatenate(parts) for parts in self._values.values()]
+        values = [np.concatenate(self._values[name]) for name in order]
         return pa.Table.from_arrays(
             [pa.array(self._ids, pa.string()), pa.array(steps), *map(pa.array, values)], schema=pa.schema(fields)
         )
@@ -63,3 +73,7 @@ class Journal:
         self._ids = table["id"].to_pylist()
         self._steps = [table["step"].to_numpy()]
         self._values = {name: [table[name].to_numpy()] for name in table.column_names[2:]}
+
+
+def _unknown(size: int) -> npt.NDArray[Any]:
+    return np.full(size, np.nan, dtype=np.float32)

@@ -90,12 +90,13 @@ class Reweighter:
         self.model, self.method, self.mode = model, method, mode
         self.temperature, self.keep, self.warmup_steps, self.every = temperature, keep, warmup_steps, every
         self.recompute = recompute
-        self._group = process_group
+        self._group, self._layers, self._skips = process_group, layers, skip_unsupported
         method.refresh()
         self._needs = method.needs()
         self._own = _own_role(model, method, self._needs)
         self._reductions = {key: r for key, r in self._needs[self._own].reductions.items() if not isinstance(r, Jvp)}
         self._by = _column(method, by)
+        self._trainable = _trainable(model)
         self._parameters = [] if mode == "observe" else tapped_parameters(model, layers, skip_unsupported)
         scored = {name for reduction in self._reductions.values() for name in reduction.parameters}
         names = [name for name, _ in model.named_parameters() if name in scored.union(self._parameters)]
@@ -120,10 +121,11 @@ class Reweighter:
 
         Args:
             losses: (B,), one per sample, as they are: not divided by accumulation steps, not multiplied by a loss
-                scale. ``scale`` does that.
+                scale. ``scale`` does that. Where gradients overflow because of a scale above 1, the step is a plain
+                one, whose gradients a ``GradScaler`` finds not to be finite.
             ids: B names of the samples, in every call or in none.
             scale: what the trainer multiplies losses with before it backpropagates, a number or (B,): one over the
-                accumulation steps, ``scaler.get_scale()``, a sample's share of the batch's tokens.
+                accumulation steps, ``scaler.scale(losses.new_ones(()))``, a sample's share of the batch's tokens.
             logits, labels: (B, C) and (B,), of a method that asks for logits.
             reference_losses: (B,), of a method that compares with a reference's.
 
@@ -145,6 +147,7 @@ class Reweighter:
                     "the model did not run forward, with gradients and by its own __call__, since the last backward(): "
                     "expected losses of a forward pass of the model that the Reweighter was given"
                 )
+            self._check_parameters()
             self._step(losses, scales, names, _Given(logits, labels, reference_losses))
         self._arm()
 
@@ -159,6 +162,7 @@ class Reweighter:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.step = int(state["step"])
         self._journal.load_state_dict(state)
+        self._with_ids = self._journal.has_ids
         self._arm()
 
     def detach(self) -> None:
@@ -172,26 +176,42 @@ class Reweighter:
         since = self.step - self.warmup_steps
         self._taps.is_on = since >= 0 and since % self.every == 0
 
+    def _check_parameters(self) -> None:
+        """RuntimeError where a parameter that has been unfrozen belongs to the reweighted ones."""
+        if self.mode == "observe" or _trainable(self.model) == self._trainable:
+            return
+        now = tapped_parameters(self.model, self._layers, self._skips)
+        if added := [name for name in now if name not in self._parameters]:
+            raise RuntimeError(
+                f"parameter {added[0]!r} has been unfrozen since the Reweighter was made, and would be trained without "
+                "weights; detach() it and make another"
+            )
+
     def _step(self, losses: Tensor, scales: Tensor, names: Sequence[str] | None, given: _Given) -> None:
         passed = self._taps.backward(losses, scales, self._reductions, self._parameters, recompute=self.recompute)
         own = Signals(losses.detach().float(), given.logits, given.labels, reduced=passed.reduced, size=len(losses))
         others = {role: Signals(given.losses_of(role, losses), size=len(losses)) for role in self._needs}
         with torch.no_grad():
             scores = self.method.score({**others, self._own: own})
-            weights = self._weigh(scores[self._by.name].to(losses.device))
+            overflowed = _overflowed(passed.reduced, losses)
+            weights = self._weigh(scores[self._by.name].to(losses.device), overflowed, scales)
             self._add(losses, scales, weights, passed.held)
+            if weights.are_void and bool(overflowed.any()) and self._all_finite():
+                raise RuntimeError(f"the gradients of step {self.step} are finite, and scores made of them are not")
         self.weights = weights.local.float()
         self._journal.add(names, self.step, {**_known(scores), "weight": self.weights})
 
-    def _weigh(self, scores: Tensor) -> _Weights:
-        everyone, own = gathered(scores.double()[:, None], self._group)
-        everyone = everyone[:, 0] * (-1 if self._by.keep == "low" else 1)
-        if bool(everyone.isnan().all()) or bool(everyone.isinf().any()):
+    def _weigh(self, scores: Tensor, overflowed: Tensor, scales: Tensor) -> _Weights:
+        columns = torch.stack([scores.double(), overflowed.double()], 1)
+        everyone, own = gathered(columns, self._group)
+        overflow, everyone = bool(everyone[:, 1].any()), everyone[:, 0] * (-1 if self._by.keep == "low" else 1)
+        void = bool(everyone.isnan().all()) or bool(everyone.isinf().any())
+        if void and not (overflow and float(scales.max()) * len(scales) > 1):
             raise RuntimeError(
                 f"score {self._by.name!r} is {'infinite for a sample' if everyone.isinf().any() else 'NaN for all'} "
                 f"of the batch in step {self.step}: no weights can be made of it"
             )
-        if self.mode == "observe":
+        if self.mode == "observe" or void:
             weights = torch.ones_like(everyone)
         elif self.mode == "filter":
             assert self.keep is not None
@@ -199,7 +219,10 @@ class Reweighter:
         else:
             weights = softmax_weights(everyone, self.temperature)
         ranks = dist.get_world_size(self._group) if len(everyone) > len(scores) else 1
-        return _Weights(weights[own], len(scores) * ranks / len(everyone))
+        return _Weights(weights[own], len(scores) * ranks / len(everyone), void)
+
+    def _all_finite(self) -> bool:
+        return all(p.grad is None or bool(p.grad.isfinite().all()) for p in self.model.parameters())
 
     def _add(self, losses: Tensor, scales: Tensor, weights: _Weights, held: Mapping[str, PerSampleGradient]) -> None:
         """The reweighted parameters' gradients."""
@@ -245,10 +268,26 @@ class _Given:
 
 @dataclass(frozen=True)
 class _Weights:
-    """This rank's weights, and what makes the mean over ranks of different sizes that over all samples."""
+    """This rank's weights, and what makes the mean over ranks of different sizes that over all samples.
+
+    ``are_void``: a loss scale has overflowed, so that they are all 1, and the trainer's scaler will skip the step.
+    """
 
     local: Tensor
     correction: float
+    are_void: bool
+
+
+def _overflowed(reduced: Mapping[str, Tensor], losses: Tensor) -> Tensor:
+    """(B,) bool: the samples of which something that was made of their gradients is not finite."""
+    found = torch.zeros(len(losses), dtype=torch.bool, device=losses.device)
+    for values in reduced.values():
+        found |= ~values.isfinite().reshape(len(values), -1).all(1)
+    return found
+
+
+def _trainable(model: nn.Module) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _known(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -204,7 +204,7 @@ class TrainingTaps:
         cut = {id(leaf) for _, leaf in region.cuts}
         before: dict[int, list[Tensor]] = {}  # by leaf of a cut, what its value comes from and wants a gradient
         for value, leaf in region.cuts:
-            found = [x for x in other_leaves(value, own) if id(x) not in cut or id(x) in before]
+            found = [x for x in _leaves_of(value, own) if id(x) not in cut or id(x) in before]
             if found:
                 before[id(leaf)] = found
         leaves = {id(leaf): leaf for leaf in region.leaves}
@@ -280,6 +280,13 @@ class TrainingTaps:
         arrived = torch.autograd.grad(losses.sum(), inputs, retain_graph=True, allow_unused=True)
         recorder.region.finish(arrived[: len(leaves)])
         recorder.finish(reduced)
+
+
+def _leaves_of(value: Tensor, own: Sequence[Tensor]) -> list[Tensor]:
+    """``other_leaves``, of a value that may be one itself: a parameter that the model adds as it is."""
+    if value.grad_fn is None:
+        return [value] if value.requires_grad and all(value is not x for x in own) else []
+    return other_leaves(value, own)
 
 
 def _choices(ambiguous: Mapping[str, Sequence[Layout]]) -> Iterator[dict[str, Layout]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from assay._lazy import require
 from assay.train.collation import WithIds, WithoutIds
+from assay.train.fused_head import has_tapped_head, unfused
 from assay.train.model_losses import ModelLosses, split_loss
 from assay.train.reweighter import Reweighter
 
@@ -139,13 +140,15 @@ class ReweightMixin:
         def backward(loss: Tensor, **options: Any) -> None:
             self._backward(loss, passes, ids)
 
-        hook = self.reweighter.model.register_forward_hook(after, with_kwargs=True)
-        self.accelerator.backward = backward  # on the instance, for this micro-batch
-        try:
-            loss: Tensor = above.training_step(model, inputs, *args, **kwargs)
-        finally:
-            hook.remove()
-            del self.accelerator.backward
+        own = self.reweighter.model
+        with unfused(own) if has_tapped_head(own, self.reweighter.tapped) else nullcontext():
+            hook = own.register_forward_hook(after, with_kwargs=True)
+            self.accelerator.backward = backward  # on the instance, for this micro-batch
+            try:
+                loss: Tensor = above.training_step(model, inputs, *args, **kwargs)
+            finally:
+                hook.remove()
+                del self.accelerator.backward
         return loss
 
     def _ids(self, inputs: Any) -> list[str] | None:

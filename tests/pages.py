@@ -51,3 +51,7 @@ def wrong_labels(root: Path) -> None:
     save(root / "models/vit", "vit", "AutoModelForImageClassification", id2label={0: "cat", 1: "dog"})
     settings = {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}}
     (root / "models/vit/preprocessor_config.json").write_text(json.dumps(settings))
+
+
+def train_by_score(root: Path) -> None:
+    """It takes scikit-learn's digits."""

@@ -190,12 +190,12 @@ def _read(
     rows, values = [], []
     for shard, table in tables:
         own_rows, own_values = read_score(store, table_path(shard), name)
-        total = table.input.rows
+        total = table.rows
         if (np.diff(np.concatenate([[-1], own_rows, [total]])) <= 0).any():
             raise CorpusError(f"{store.full(table_path(shard))}: its rows do not ascend below {total}; score it again")
         rows.append(own_rows)
         values.append(own_values)
-        listed = [entry.row for entry in read_quarantine(store, shard)] if table.rows.quarantined else []
+        listed = [entry.row for entry in read_quarantine(store, shard)] if table.quarantined else []
         if listed != np.setdiff1d(np.arange(total), own_rows, assume_unique=True).tolist():
             raise CorpusError(f"{store.full(quarantine_path(shard))}: not the list of the rows that {shard.path} lacks")
     return rows, values
@@ -216,7 +216,7 @@ class _ShardSelection:
     @property
     def total(self) -> int:
         """The shard's physical rows."""
-        return self.table.input.rows
+        return self.table.rows
 
     def keep(self) -> npt.NDArray[np.bool_]:
         """One Boolean per physical row; quarantined rows are not kept."""
@@ -226,10 +226,10 @@ class _ShardSelection:
 
 
 def _write_shard(store: Store, chosen: _ShardSelection, name: str, output: Store) -> ShardCounts:
-    shard, counts = chosen.shard, chosen.table.rows
+    shard, counts = chosen.shard, chosen.table
     try:
         copy_rows(shard, chosen.keep(), output)
-        if not chosen.table.input.fingerprint == shard.fingerprint():
+        if chosen.table.input != shard.fingerprint():
             raise ShardError("has changed meanwhile")
     except ShardError as error:
         raise CorpusError(f"{shard.path}: cannot be copied: {error}") from error

@@ -290,7 +290,7 @@ def _leaves_of(value: Tensor, own: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _choices(ambiguous: Mapping[str, Sequence[Layout]]) -> Iterator[dict[str, Layout]]:
-    """First what the layers were taken to have, then one layer at a time otherwise, then all of them alike."""
+    """First what the layers were taken to have, then another layout for all that may have it, then one by one."""
     taken = {layer: layouts[0] for layer, layouts in ambiguous.items()}
     yield taken
     for other in dict.fromkeys(

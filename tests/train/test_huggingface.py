@@ -29,6 +29,8 @@ from assay.train import Reweighter
 from assay.train.huggingface import ReweightMixin
 from tests.small_models import byte_tokenizer, llama_config
 
+pytestmark = pytest.mark.usefixtures("quick_collections")
+
 
 class MyTrainer(ReweightMixin, Trainer):
     pass
@@ -203,18 +205,23 @@ def test_a_resumed_run_is_the_uninterrupted_one(text, tmp_path) -> None:
         run(True)
 
 
-@pytest.mark.parametrize("kept", [True, False])
-def test_evaluation_is_the_trainers_own(kept, text, tmp_path) -> None:
-    args = arguments(tmp_path, remove_unused_columns=not kept)
-    stock = Trainer(language_model(), args, pad(), text, text.remove_columns("id")).evaluate()
+@pytest.mark.parametrize("removed", [True, False])
+def test_evaluation_is_the_trainers_own(removed, text, tmp_path) -> None:
+    """While it trains too; with ids in the held-out data or without."""
+    args = arguments(tmp_path, remove_unused_columns=removed, eval_strategy="steps", eval_steps=1, max_steps=2)
+    stock_args = arguments(tmp_path, eval_strategy="steps", eval_steps=1, max_steps=2)
+    stock = Trainer(language_model(), stock_args, pad(), text, text)
+    stock.train()
     model = language_model()
-    reweighter = Reweighter(model, mimic(language_model, model), layers="lm_head")
-    held_out = text if kept else text.remove_columns("id")
+    reweighter = Reweighter(model, mimic(language_model, model, "lm_head"), mode="observe")
+    held_out = text.remove_columns("id") if removed else text
     trainer = MyTrainer(model, args, pad(), text, held_out, reweighter=reweighter, id_column="id")
-    assert trainer.evaluate()["eval_loss"] == stock["eval_loss"]
-    assert trainer.predict(held_out).metrics["test_loss"] == pytest.approx(stock["eval_loss"])
     trainer.train()
-    assert len(reweighter.table()) == 9
+    logged = [[row["eval_loss"] for row in t.state.log_history if "eval_loss" in row] for t in (trainer, stock)]
+    assert len(logged[0]) == 2
+    assert logged[0] == pytest.approx(logged[1], rel=1e-5)
+    assert trainer.predict(held_out).metrics["test_loss"] == pytest.approx(logged[1][-1], rel=1e-5)
+    assert len(reweighter.table()) == 6
 
 
 @pytest.mark.parametrize(

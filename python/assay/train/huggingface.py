@@ -22,7 +22,6 @@ _REFUSED = {
     "label_smoothing_factor": "the trainer replaces the model's loss by a smoothed one",
     "torch_compile": "the layers' inputs cannot be seen in a compiled model",
     "auto_find_batch_size": "a batch that does not fit is tried again, smaller, and its samples would count twice",
-    "parallelism_config": "a sample's tokens, or a layer's weight, lie on several devices",
     "use_liger_kernel": "its fused loss gives no losses by sample",
     "packing": "a packed row holds many samples, and their ids are lost",
     "padding_free": "all samples are one row, and their ids are lost",
@@ -240,6 +239,7 @@ def _check_trainer(trainer: Any) -> None:
         ("DeepSpeed", trainer.is_deepspeed_enabled),
         ("FSDP", trainer.is_fsdp_enabled or bool(getattr(args, "fsdp", None))),
         ("torch.compile (of Accelerate)", _compiles(trainer.accelerator)),
+        ("parallelism_config", getattr(trainer.accelerator, "parallelism_config", None) is not None),
         ("a LOMO optimizer", "lomo" in str(args.optim).lower()),
     ):
         if is_on:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -393,3 +396,50 @@ def test_a_copied_model_does_not_count(images, tmp_path) -> None:
     trainer.model_wrapped = copy.deepcopy(made)
     with pytest.raises(RuntimeError, match="ran forward 0 times"):
         trainer.train()
+
+
+# ---- several processes
+
+
+def lines_of(path: Path) -> datasets.Dataset:
+    tokenizer = byte_tokenizer()
+    ids = [tokenizer(line[:48])["input_ids"] for line in path.read_text().splitlines() if line.strip()][:20]
+    return datasets.Dataset.from_list(
+        [{"id": f"line-{i}", "input_ids": x, "labels": list(x)} for i, x in enumerate(ids)]
+    )
+
+
+def work(rank: int, folder: str) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    torch.set_num_threads(1)
+    data, found = lines_of(Path(__file__)), {}
+    args = arguments(Path(folder), gradient_accumulation_steps=2, save_strategy="steps", save_steps=1)
+    gc.collect()
+    gc.freeze()
+    stock = Trainer(language_model(), args, pad(), data)
+    stock.train()
+    for name, options in (("observe", {"mode": "observe"}), ("all", {"mode": "filter", "keep": 1.0})):
+        tables = []
+        for resume in (None, f"{folder}/checkpoint-1"):
+            model = language_model()
+            reweighter = Reweighter(model, mimic(language_model, model), **options)
+            trainer = MyTrainer(model, args, pad(), data, reweighter=reweighter, id_column="id")
+            trainer.train(resume_from_checkpoint=resume)
+            assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel"
+            close(weights_of(model), weights_of(stock.model))
+            tables.append(reweighter.table().select(["id", "step"]))
+        assert tables[0].equals(tables[1])
+        found[name] = tables[0]["id"].to_pylist()
+    torch.save(found, Path(folder) / f"found{rank}.pt")
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_without(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("MASTER_PORT", str(20000 + os.getpid() % 20000))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    mp.spawn(work, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"found{rank}.pt", weights_only=True) for rank in (0, 1))
+    for name, ids in first.items():
+        assert len(ids) == 18
+        for i in range(0, 18, 3):  # a micro-batch
+            assert len({*ids[i : i + 3], *second[name][i : i + 3]}) == 6

@@ -41,6 +41,7 @@ class ReweightMixin:
     tokens where it has several), scaled so that with equal weights the gradient is the trainer's own, whatever it does
     about accumulation, tokens and processes; what it reports as the loss stays its own number. Weights are made within
     a micro-batch, over all processes; the reweighter's ``step``, ``warmup_steps`` and ``every`` count micro-batches.
+    With several processes, a sample with which Accelerate fills up an epoch's last batch is in the table again.
 
     The reweighter's state and table lie beside ``trainer_state.json`` in every checkpoint, and come back with it.
 
@@ -63,6 +64,8 @@ class ReweightMixin:
     data_collator: Any
     model: Any
     train_dataset: Any
+    add_callback: Any
+    _set_signature_columns_if_needed: Any
     _signature_columns: Any
 
     def __init__(self, *args: Any, reweighter: Reweighter, id_column: str | None = "id", **kwargs: Any) -> None:
@@ -77,7 +80,7 @@ class ReweightMixin:
         _check_column(self.train_dataset, id_column)
         watch = require("transformers", "train").TrainerCallback()
         watch.on_substep_end = watch.on_pre_optimizer_step = self._check_consumed
-        self._add_callback(watch)
+        self.add_callback(watch)
 
     # ---- ids
 
@@ -85,7 +88,7 @@ class ReweightMixin:
         above: Any = super()
         if self.id_column is None:
             return above.get_train_dataloader()
-        self._set_columns()
+        self._set_signature_columns_if_needed()
         if self.id_column in self._signature_columns:
             raise ValueError(
                 f"id_column: {self.id_column!r} is an argument of the model; expected a column beside them"
@@ -116,14 +119,6 @@ class ReweightMixin:
             self.data_collator = own
             if columns:
                 self._signature_columns = kept
-
-    def _set_columns(self) -> None:
-        above: Any = super()
-        above._set_signature_columns_if_needed()
-
-    def _add_callback(self, callback: Any) -> None:
-        above: Any = super()
-        above.add_callback(callback)
 
     # ---- a step
 

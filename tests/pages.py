@@ -60,3 +60,10 @@ def train_by_score(root: Path) -> None:
 def train_with_accelerate(root: Path) -> None:
     """It takes scikit-learn's digits."""
     pytest.importorskip("accelerate")
+
+
+def train_with_transformers(root: Path) -> None:
+    lines = [json.dumps({"id": f"note-{i}", "text": text}) for i, text in enumerate(TEXTS)]
+    (root / "notes.jsonl").write_text("\n".join(lines))
+    save_model(root / "models/base")
+    save_model(root / "models/better", seed=1)

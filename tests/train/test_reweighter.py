@@ -237,6 +237,28 @@ def test_observing_changes_nothing(models, data) -> None:
     torch.testing.assert_close(torch.tensor(table["grand"].to_pylist()[:6]), norms.float(), rtol=1e-4, atol=1e-6)
 
 
+class Token(nn.Module):
+    """A parameter that the model adds as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(10))
+        self.head = nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((x.flatten(1) + self.token).tanh())
+
+
+@pytest.mark.parametrize("options", [{"mode": "observe"}, {"layers": "head", "temperature": 1e9}])
+def test_a_parameter_that_is_scored_alone_gets_the_plain_mean(options, data) -> None:
+    model = Token()
+    plain, reference = copy.deepcopy(model), Token()
+    losses_of(plain, data).mean().backward()
+    reweighter = Reweighter(model, GradMimic(model, reference, TASK), **options)
+    reweighter.backward(losses_of(model, data))
+    close_gradients(model, {name: p.grad for name, p in plain.named_parameters()})
+
+
 def test_filter_keeps_the_best_share(models, data) -> None:
     model, reference = models
     gradients = by_sample(model, data)

@@ -3,11 +3,12 @@
 import importlib
 from typing import Any
 
+from assay.train import huggingface
 from assay.train.joining import join
 from assay.train.reweighter import Reweighter
 from assay.train.sampler import WeightedSampler
 
-__all__ = ["Reweighter", "WeightedSampler", "join"]
+__all__ = ["Reweighter", "WeightedSampler", "huggingface", "join"]
 
 
 def __getattr__(name: str) -> Any:

@@ -151,6 +151,11 @@ class Reweighter:
             self._step(losses, scales, names, _Given(logits, labels, reference_losses))
         self._arm()
 
+    @property
+    def tapped(self) -> list[str]:
+        """Names of the parameters whose gradients are scored or reweighted."""
+        return list(self._taps.parameters)
+
     def table(self) -> pa.Table:
         """What was scored: ``id``, ``step`` (of the call, from 1), a column per score, ``weight``."""
         return self._journal.table()

@@ -163,11 +163,14 @@ class ReweightMixin:
                 "compute_loss override has to leave the forward pass to the trainer's own"
             )
         own = passes[0]
-        scaler = self.accelerator.scaler
         scale = len(own.losses) * own.multiplier(loss) * own.counts / self.accelerator.gradient_accumulation_steps
-        if scaler is not None:
-            scale = scale * scaler.scale(torch.ones((), device=loss.device))
-        self.reweighter.backward(own.losses, ids, scale=scale, logits=own.logits, labels=own.labels)
+        may_overflow = False
+        if self.accelerator.scaler is not None:
+            factor = self.accelerator.scaler.scale(torch.ones((), device=loss.device))
+            scale, may_overflow = scale * factor, bool(factor > 1)
+        self.reweighter.backward(
+            own.losses, ids, scale=scale, logits=own.logits, labels=own.labels, may_overflow=may_overflow
+        )
 
     def _check_consumed(self, *args: Any, **kwargs: Any) -> None:
         """After every micro-batch, before the optimizer steps."""

@@ -115,6 +115,7 @@ class Reweighter:
         logits: Tensor | None = None,
         labels: Tensor | None = None,
         reference_losses: Tensor | None = None,
+        may_overflow: bool = False,
     ) -> None:
         """In place of ``(scale * losses).mean().backward()``.
 
@@ -126,6 +127,9 @@ class Reweighter:
                 accumulation steps, ``scaler.get_scale()``, a sample's share of the batch's tokens.
             logits, labels: (B, C) and (B,), of a method that asks for logits.
             reference_losses: (B,), of a method that compares with a reference's.
+            may_overflow: ``scale`` is a ``GradScaler``'s, which skips a step whose gradients are not finite. Scores
+                that are not finite then are no error: weights and the reweighted gradients are NaN, and the table has
+                no rows of the step.
 
         Raises:
             RuntimeError: losses that are not one finite number per sample of the last forward pass; a layer that did
@@ -145,7 +149,7 @@ class Reweighter:
                     "the model did not run forward, with gradients and by its own __call__, since the last backward(): "
                     "expected losses of a forward pass of the model that the Reweighter was given"
                 )
-            self._step(losses, scales, names, _Given(logits, labels, reference_losses))
+            self._step(losses, scales, names, _Given(logits, labels, reference_losses), may_overflow)
         self._arm()
 
     @property
@@ -177,26 +181,32 @@ class Reweighter:
         since = self.step - self.warmup_steps
         self._taps.is_on = since >= 0 and since % self.every == 0
 
-    def _step(self, losses: Tensor, scales: Tensor, names: Sequence[str] | None, given: _Given) -> None:
+    def _step(
+        self, losses: Tensor, scales: Tensor, names: Sequence[str] | None, given: _Given, may_overflow: bool
+    ) -> None:
         passed = self._taps.backward(losses, scales, self._reductions, self._parameters, recompute=self.recompute)
         own = Signals(losses.detach().float(), given.logits, given.labels, reduced=passed.reduced, size=len(losses))
         others = {role: Signals(given.losses_of(role, losses), size=len(losses)) for role in self._needs}
         with torch.no_grad():
             scores = self.method.score({**others, self._own: own})
-            weights = self._weigh(scores[self._by.name].to(losses.device))
+            weights = self._weigh(scores[self._by.name].to(losses.device), may_overflow)
             self._add(losses, scales, weights, passed.held)
         self.weights = weights.local.float()
-        self._journal.add(names, self.step, {**_known(scores), "weight": self.weights})
+        if not bool(self.weights.isnan().any()):
+            self._journal.add(names, self.step, {**_known(scores), "weight": self.weights})
 
-    def _weigh(self, scores: Tensor) -> _Weights:
+    def _weigh(self, scores: Tensor, may_overflow: bool) -> _Weights:
         everyone, own = gathered(scores.double()[:, None], self._group)
         everyone = everyone[:, 0] * (-1 if self._by.keep == "low" else 1)
-        if bool(everyone.isnan().all()) or bool(everyone.isinf().any()):
+        is_broken = bool(everyone.isnan().all()) or bool(everyone.isinf().any())
+        if is_broken and not may_overflow:
             raise RuntimeError(
                 f"score {self._by.name!r} is {'infinite for a sample' if everyone.isinf().any() else 'NaN for all'} "
                 f"of the batch in step {self.step}: no weights can be made of it"
             )
-        if self.mode == "observe":
+        if is_broken:
+            weights = torch.full_like(everyone, torch.nan)  # of every process, so that none of them steps
+        elif self.mode == "observe":
             weights = torch.ones_like(everyone)
         elif self.mode == "filter":
             assert self.keep is not None

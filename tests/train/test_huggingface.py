@@ -246,6 +246,36 @@ def test_other_losses_of_classifiers(kind, labels, classes, images, tmp_path) ->
     close(weights_of(model), weights_of(stock))
 
 
+def scaled(kind: type[Trainer]) -> type[Trainer]:
+    """With a scaler that overflows in the first step, as half precision's does."""
+
+    class Scaled(kind):
+        def create_accelerator_and_postprocess(self) -> None:
+            super().create_accelerator_and_postprocess()
+            self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-100)
+
+    return Scaled
+
+
+@pytest.mark.parametrize("options", [{"mode": "observe"}, {"mode": "filter", "keep": 1.0, "layers": "stem"}])
+def test_a_step_that_overflows_is_the_scalers_to_skip(options, images, tmp_path) -> None:
+    args = arguments(tmp_path, max_steps=4)
+    model, stock = net(), net()
+    with torch.no_grad():
+        for made in (model, stock):
+            made.head.weight *= 1e3  # so that gradients overflow, and losses do not
+    start = weights_of(model)
+    scaled(Trainer)(stock, args, None, images).train()
+    reweighter = Reweighter(model, mimic(net, model), **options)
+    scaled(MyTrainer)(model, args, None, images, reweighter=reweighter).train()
+    close(weights_of(model), weights_of(stock))
+    assert not torch.equal(start["head.weight"], model.head.weight)
+    table = reweighter.table()
+    assert 1 not in table["step"].to_pylist()
+    assert 4 in table["step"].to_pylist()
+    assert set(table["weight"].to_pylist()) == {1.0}
+
+
 # ---- nothing is lost without a word
 
 

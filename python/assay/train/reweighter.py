@@ -204,7 +204,8 @@ class Reweighter:
             if weights.are_void and bool(overflowed.any()) and self._all_finite():
                 raise RuntimeError(f"the gradients of step {self.step} are finite, and scores made of them are not")
         self.weights = weights.local.float()
-        self._journal.add(names, self.step, {**_known(scores), "weight": self.weights})
+        if not weights.are_void:
+            self._journal.add(names, self.step, {**_known(scores), "weight": self.weights})
 
     def _weigh(self, scores: Tensor, overflowed: Tensor, scales: Tensor) -> _Weights:
         columns = torch.stack([scores.double(), overflowed.double()], 1)

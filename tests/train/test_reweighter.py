@@ -412,9 +412,9 @@ def test_a_grad_scaler_skips_what_overflows_and_goes_on() -> None:
         scaler.update()
         skipped.append(torch.equal(model[2].weight, before))
     assert skipped == [True, False, False]
-    weights = reweighter.table()["weight"].to_pylist()
-    assert weights[:8] == [1.0] * 8
-    assert weights[-8:] != [1.0] * 8
+    table = reweighter.table()
+    assert table["step"].to_pylist() == [2] * 8 + [3] * 8  # of a step that is skipped there is nothing to tell
+    assert set(table["weight"].to_pylist()) != {1.0}
 
 
 def test_infinite_scores_are_no_overflow_of_a_scale(models, data) -> None:

@@ -122,7 +122,7 @@ class Reweighter:
         Args:
             losses: (B,), one per sample, as they are: not divided by accumulation steps, not multiplied by a loss
                 scale. ``scale`` does that. Where gradients overflow because of a scale above 1, the step is a plain
-                one, whose gradients a ``GradScaler`` finds not to be finite.
+                one, whose gradients a ``GradScaler`` finds not to be finite, and the table has no rows of it.
             ids: B names of the samples, in every call or in none.
             scale: what the trainer multiplies losses with before it backpropagates, a number or (B,): one over the
                 accumulation steps, ``scaler.scale(losses.new_ones(()))``, a sample's share of the batch's tokens.

@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from assay.methods import GradMimic, GraNd
@@ -74,12 +75,25 @@ def complaint(layers: str | None, **settings: bool) -> str:
     return ""
 
 
+def complaint_of_shards() -> str:
+    """The same of a model that is sharded behind the Reweighter's back."""
+    model, (_, _, x, y) = Placed(), problem()
+    reweighter = Reweighter(model, GraNd(model, Classification(), "head"), layers="head", verify=False)
+    fully_shard(model)
+    try:
+        reweighter.backward(F.cross_entropy(model(x[0]), y[0], reduction="none"))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def work(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     found = {}
     for cut in (4, 3):
         rows = slice(0, cut) if rank == 0 else slice(cut, 8)
         found |= {(cut, mode, layers): train(rows, True, mode, layers) for mode, layers in RUNS[cut]}
+    assert "is sharded (of FSDP2" in complaint_of_shards()
     assert "static_graph=True" in complaint("head", static_graph=True)
     assert "(find_unused_parameters=True) looks for" in complaint(None, find_unused_parameters=True)
     assert not complaint("head", find_unused_parameters=True)

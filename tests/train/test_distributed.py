@@ -87,6 +87,18 @@ def complaint(layers: str | None, **settings: bool) -> str:
     return ""
 
 
+def complaint_of_shards() -> str:
+    """The same of a model that is sharded behind the Reweighter's back."""
+    model, (_, _, x, y) = Placed(), problem()
+    reweighter = Reweighter(model, GraNd(model, Classification(), "head"), layers="head", verify=False)
+    fully_shard(model)
+    try:
+        reweighter.backward(F.cross_entropy(model(x[0]), y[0], reduction="none"))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def work(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     found: dict[Any, Any] = {}
@@ -94,6 +106,7 @@ def work(rank: int, folder: str) -> None:
         rows = slice(0, cut) if rank == 0 else slice(cut, 8)
         found |= {(cut, mode, layers): train(rows, True, mode, layers) for mode, layers in RUNS[cut]}
     found["refused"] = refusal_of_sharded_weights()
+    assert "is sharded (of FSDP2" in complaint_of_shards()
     assert "static_graph=True" in complaint("head", static_graph=True)
     assert "(find_unused_parameters=True) looks for" in complaint(None, find_unused_parameters=True)
     assert not complaint("head", find_unused_parameters=True)
@@ -106,7 +119,7 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     mp.spawn(work, (str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
     for rank in (0, 1):
         found = torch.load(tmp_path / f"found{rank}.pt", weights_only=True)
-        assert "parameter '0.weight' is sharded (a DTensor, of FSDP2" in found.pop("refused")
+        assert "parameter '0.weight' is sharded (of FSDP2" in found.pop("refused")
         for (cut, mode, layers), values in found.items():
             one = train(slice(0, 8), False, mode, layers)
             for name, value in values.items():

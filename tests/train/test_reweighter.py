@@ -581,6 +581,14 @@ def test_parameters_that_are_frozen_or_unfrozen_later(models, data) -> None:
         reweighter.backward(losses_of(model, data))
 
 
+def test_a_parameter_that_is_gone(models, data) -> None:
+    model, _ = models
+    Reweighter(model, GraNd(model, TASK, layers="head"), layers="head")
+    model.head = nn.Linear(6, 3, bias=False)
+    with pytest.raises(RuntimeError, match=r"'head\.bias' is the model's no more"):
+        losses_of(model, data)
+
+
 def test_ids(models, data) -> None:
     model, reference = models
     reweighter = Reweighter(model, GradMimic(model, reference, TASK))

@@ -104,7 +104,10 @@ class Moving(Mapping[str, Tensor]):
             if name not in self._squares:
                 self[name]
         squares, self._squares = self._squares, {}
-        return math.sqrt(math.fsum(float(squares[name]) for name in self._names if name not in without))
+        each = [squares[name] for name in self._names if name not in without]
+        if not each:
+            return 0.0
+        return math.sqrt(float(torch.stack([x.to(each[0].device) for x in each]).sum()))  # a device is waited for once
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:

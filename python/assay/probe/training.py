@@ -19,7 +19,7 @@ from assay.probe.recording import Recorder
 from assay.probe.reductions import Reduction
 from assay.probe.selection import make_taps
 from assay.probe.verify import Check, signed_check
-from assay.probe.wrappers import looks_for_unused, refuse_static_graph
+from assay.probe.wrappers import check_can_be_tapped, looks_for_unused, refuse_static_graph
 
 _HELD = "\0held"  # the key of the taps' own reduction: no user's key
 BatchSize = Callable[[tuple[Any, ...], dict[str, Any]], int]
@@ -136,6 +136,8 @@ class TrainingTaps:
                 "call it in place of loss.backward()"
             )
         refuse_static_graph()
+        if not self._came:  # what was done to the model since the taps were made
+            check_can_be_tapped(self._model)
         self._runs = True
         if self.is_on:
             self._record(args, kwargs)
@@ -315,6 +317,12 @@ class TrainingTaps:
 
     def _tapped(self) -> dict[str, nn.Parameter]:
         owned = dict(self._model.named_parameters())
+        if lost := [name for name in self.parameters if name not in owned]:
+            raise RuntimeError(
+                f"parameter {lost[0]!r} is the model's no more, since the Reweighter was made: a layer was put in its "
+                "layer's place, or a wrapper (FullyShardedDataParallel) took it. Make the Reweighter of the model that "
+                "is trained"
+            )
         return {name: owned[name] for name in self.parameters}
 
     def _meet_anew(self, recorder: Recorder, losses: Tensor, tapped: Mapping[str, nn.Parameter]) -> None:
@@ -400,19 +408,3 @@ def _check_is_free(model: nn.Module) -> None:
             if isinstance(other, TrainingTaps) and other._model is module:
                 what = f"its layer {name!r}" if name else "the model"
                 raise ValueError(f"{what} has a Reweighter already; detach() that one first, or use it")
-
-
-def check_can_be_tapped(model: nn.Module) -> None:
-    """ValueError of a model whose layers' inputs and output gradients nobody sees, or whose weights lie elsewhere."""
-    for module in model.modules():
-        if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
-            raise ValueError(
-                f"{type(module).__name__}: the model, or a layer of it, is compiled (torch.compile), and its layers' "
-                "inputs cannot be seen; train it uncompiled, or score offline with assay.score"
-            )
-    for name, parameter in model.named_parameters():
-        if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
-            raise ValueError(
-                f"parameter {name!r} is sharded (a DTensor, of FSDP2 or tensor parallelism): its layer's weight is not "
-                "whole when its gradient is made. Use DistributedDataParallel, or score offline with assay.score"
-            )

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from assay.methods.base import Column, Method, Need
 from assay.methods.checks import check_at_least, check_one_of
 from assay.probe import Jvp, PerSampleGradient, Signals, tapped_parameters
-from assay.probe.training import BatchSize, TrainingTaps, check_can_be_tapped
+from assay.probe.training import BatchSize, TrainingTaps
+from assay.probe.wrappers import check_can_be_tapped
 from assay.train.journal import Journal
 from assay.train.weights import Mode, best_share, gathered, softmax_weights
 
@@ -45,14 +46,15 @@ class Reweighter:
             mean.
         temperature: in units of the score.
         layers: glob or globs of the layers whose gradient is reweighted; None: every supported layer. Their inputs and
-            output gradients are kept until the last layer that the score needs has run backward.
+            output gradients are kept until the backward pass is over, also where a checkpoint would let go of inputs.
         warmup_steps: that many first calls of ``backward`` train plainly and score nothing.
         keep: of mode ``"filter"``, in (0, 1].
         by: the column that the weights come from; a column that is kept low counts with its sign turned.
         every: score every so many calls; those between train plainly.
         batch_size: (args, kwargs) of the model's forward -> the number of samples; None: the first dimension of the
             first tensor.
-        recompute: nothing is kept; a second backward pass, with weighted losses, gives the reweighted gradients.
+        recompute: no output gradients are kept but those of what all samples share, and the graph is; a second
+            backward pass, with weighted losses, gives the reweighted gradients.
         verify: compare the per-sample gradients with autograd's in the first step, and whenever layers meet their
             inputs in a new way.
         skip_unsupported: leave the layers out that cannot be tapped exactly, instead of raising.
@@ -157,7 +159,10 @@ class Reweighter:
         return list(self._taps.parameters)
 
     def table(self) -> pa.Table:
-        """What was scored: ``id``, ``step`` (of the call, from 1), a column per score, ``weight``."""
+        """What was scored: ``id``, ``step`` (of the call, from 1), a column per score, ``weight``.
+
+        It grows by a row per sample and scored step, in the host's memory and in ``state_dict``.
+        """
         return self._journal.table()
 
     def state_dict(self) -> dict[str, Any]:
@@ -210,11 +215,12 @@ class Reweighter:
     def _weigh(self, scores: Tensor, overflowed: Tensor, scales: Tensor) -> _Weights:
         columns = torch.stack([scores.double(), overflowed.double()], 1)
         everyone, own = gathered(columns, self._group)
-        overflow, everyone = bool(everyone[:, 1].any()), everyone[:, 0] * (-1 if self._by.keep == "low" else 1)
-        void = bool(everyone.isnan().all()) or bool(everyone.isinf().any())
+        overflow, everyone = everyone[:, 1].any(), everyone[:, 0] * (-1 if self._by.keep == "low" else 1)
+        overflow, unknown, infinite = torch.stack([overflow, everyone.isnan().all(), everyone.isinf().any()]).tolist()
+        void = unknown or infinite
         if void and not (overflow and float(scales.max()) * len(scales) > 1):
             raise RuntimeError(
-                f"score {self._by.name!r} is {'infinite for a sample' if everyone.isinf().any() else 'NaN for all'} "
+                f"score {self._by.name!r} is {'infinite for a sample' if infinite else 'NaN for all'} "
                 f"of the batch in step {self.step}: no weights can be made of it"
             )
         if self.mode == "observe" or void:
@@ -352,6 +358,6 @@ def _check_losses(losses: Tensor) -> int:
     if not bool(losses.detach().isfinite().all()):
         bad = torch.nonzero(~losses.detach().isfinite()).flatten().tolist()
         raise RuntimeError(
-            f"the loss of sample {bad[0]} of the batch is {float(losses[bad[0]])}; expected finite losses"
+            f"the loss of sample {bad[0]} of the batch is {float(losses.detach()[bad[0]])}; expected finite losses"
         )
     return len(losses)

@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from assay.kernels import head_gradient, head_mixture, head_sweep
 from assay.kernels._common import Launch, Tile, ceil_div, round_up
 from assay.kernels.fields import FIELDS, MIXTURE_FIELDS, has
-from assay.kernels.head_tiles import GROUP_M, mix_tile, slices, sweep_tile, tiles_for
+from assay.kernels.head_tiles import GROUP_M, last_first, mix_tile, slices, sweep_tile, tiles_for
 from assay.kernels.philox import OUTPUT_SIDE, ROWS_PER_COUNTER, plan_signs
 
 MIN_SKETCH = 16  # what tl.dot takes
@@ -93,6 +93,10 @@ class Kept:
     top: bool = False  # the largest logit's index
     squares: bool = False  # Σ p²
 
+    @property
+    def any(self) -> bool:
+        return self.moment or self.top or self.squares
+
 
 @dataclass(frozen=True)
 class Sketch:
@@ -130,7 +134,12 @@ def sweep(
     vector, along = direction or (None, None)
     operands = [hidden, weight] if vector is None else [hidden, weight, vector]
     tile, widen, described = sweep_tile(
-        operands, padded=padded, direction=direction is not None, bias=bias is not None, top=kept.top
+        operands,
+        padded=padded,
+        direction=direction is not None,
+        bias=bias is not None,
+        labelled=models.labels is not None and kept.any,
+        top=kept.top,
     )
     count, per_slice = slices(models.classes, tile, words=6 + (direction is not None) + padded)
 
@@ -171,6 +180,7 @@ def sweep(
         **flags,
         EVEN_D=size % tile.k == 0,
         WIDEN=widen,
+        LAST_FIRST=last_first(tile, hidden, widen),
         DESCRIBED=described,
     )
     yield from launch(
@@ -300,6 +310,7 @@ def mix(
         **mixture_flags(fields),
         EVEN_D=all(h.shape[1] % tile.k == 0 for h in models.hidden),
         WIDEN=widen,
+        LAST_FIRST=last_first(tile, models.hidden[0], widen),
         TOGETHER=TOGETHER and described and models.hidden[0].shape[1] == models.hidden[1].shape[1],
     )
     return launches, (state, top, at_label), count

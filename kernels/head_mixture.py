@@ -120,6 +120,7 @@ def mix(
     WANT_KL: tl.constexpr,
     EVEN_D: tl.constexpr,
     WIDEN: tl.constexpr,
+    LAST_FIRST: tl.constexpr,  # the order of a tile's sums
     TOGETHER: tl.constexpr,  # two models of one size: both products in one loop, whose pipeline fills once
 ):
     block, part = place(rows, slices, BLOCK_M, GROUP_M)
@@ -187,21 +188,23 @@ def mix(
         if WANT_ENTROPY or WANT_KL:
             plogp = p * log2(tl.maximum(p, TINY), not WIDEN)
             if WANT_ENTROPY:
-                p_log_p += total(plogp, WIDEN)
+                p_log_p += total(plogp, LAST_FIRST)
             if WANT_KL:
-                kl += total(own - plogp, WIDEN)  # element by element: where the models agree, nothing is left to cancel
+                kl += total(
+                    own - plogp, LAST_FIRST
+                )  # element by element: where the models agree, nothing is left to cancel
         if labels is not None:  # noqa: SIM102
             if ((labelled >> ((c0 - begin) // part_32)) & 1) != 0:
                 is_y = is_column(y - c0, BLOCK_N)
-                p_y += total(tl.where(is_y, p, 0.0), WIDEN)
+                p_y += total(tl.where(is_y, p, 0.0), LAST_FIRST)
                 p = tl.where(is_y, 0.0, p)
         if WANT_TOP:
             high, first = highest_and_index(p, BLOCK_M, BLOCK_N)
             best = tl.where(high > peak, c0 + first, best)
             peak = tl.maximum(peak, high)
         if WANT_SQUARES:
-            others += total(p, WIDEN)
-            squares += total(p * p, WIDEN)
+            others += total(p, LAST_FIRST)
+            squares += total(p * p, LAST_FIRST)
 
     mask = row < rows
     out = state + part.to(tl.int64) * MIX * stride + row

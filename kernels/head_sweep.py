@@ -126,21 +126,23 @@ def folded(x, M: tl.constexpr, N: tl.constexpr):
 
 # In which order, decides whether every thread that holds a row's sum holds the same bits. Between threads it goes by
 # butterflies, a + b in one and b + a in the other; but where an addend is a product, and the addition with it one fused
-# multiply-add, that is ab + r(cd) in one and cd + r(ab) in the other, r for rounded. Matrix units leave a row in four
-# threads, and the first sums are each thread's own. Without them (WIDEN) a row of the tile lies along threads: the last
-# axis goes first, for its sums stay within a thread. tests/kernels/butterfly.py looks for the others.
+# multiply-add, that is ab + r(cd) in one and cd + r(ab) in the other, r for rounded. So the first sums must be each
+# thread's own. Ampere's and Hopper's matrix units leave a row in four threads, the last axis but for one in each: the
+# first axis goes first, a multiply-add for each number. Elsewhere a thread holds neighbours, and of the first axis
+# perhaps one number: Blackwell's units leave it whole eighths, ordinary ones (WIDEN) a few columns. There the last axis
+# goes first. tests/kernels/butterfly.py looks for the others.
 
 
 @triton.jit
-def total(x, WIDEN: tl.constexpr):
+def total(x, LAST_FIRST: tl.constexpr):
     """(M,): the sum over a folded tile's columns."""
-    return tl.sum(tl.sum(tl.sum(x, 3), 2), 1) if WIDEN else tl.sum(tl.sum(tl.sum(x, 1), 2), 1)
+    return tl.sum(tl.sum(tl.sum(x, 3), 2), 1) if LAST_FIRST else tl.sum(tl.sum(tl.sum(x, 1), 2), 1)
 
 
 @triton.jit
-def highest(x, WIDEN: tl.constexpr):
+def highest(x, LAST_FIRST: tl.constexpr):
     """(M,): the maximum, in the order of ``total``'s sums."""
-    return tl.max(tl.max(tl.max(x, 3), 2), 1) if WIDEN else tl.max(tl.max(tl.max(x, 1), 2), 1)
+    return tl.max(tl.max(tl.max(x, 3), 2), 1) if LAST_FIRST else tl.max(tl.max(tl.max(x, 1), 2), 1)
 
 
 @triton.jit
@@ -293,6 +295,7 @@ def sweep(
     WANT_SQUARES: tl.constexpr,
     EVEN_D: tl.constexpr,
     WIDEN: tl.constexpr,
+    LAST_FIRST: tl.constexpr,  # the order of a tile's sums
     DESCRIBED: tl.constexpr,  # by tensor descriptors
 ):
     block, part = place(rows, slices, BLOCK_M, GROUP_M)
@@ -340,28 +343,28 @@ def sweep(
         if labels is not None:  # noqa: SIM102
             if ((labelled >> ((c0 - begin) // part_32)) & 1) != 0:
                 is_y = is_column(y - c0, BLOCK_N)  # never a padded column: y < end ≤ classes
-                z_y += total(tl.where(is_y, z, 0.0), WIDEN)
+                z_y += total(tl.where(is_y, z, 0.0), LAST_FIRST)
                 if direction is not None:
-                    u_y += total(tl.where(is_y, u, 0.0), WIDEN)
+                    u_y += total(tl.where(is_y, u, 0.0), LAST_FIRST)
                 z = tl.where(is_y, float("-inf"), z)
 
         if WANT_TOP:
             peak, first = highest_and_index(z, BLOCK_M, BLOCK_N)
             best = tl.where(peak > m, c0 + first, best)
         else:
-            peak = highest(z, WIDEN)
+            peak = highest(z, LAST_FIRST)
         m_new = tl.maximum(m, peak)
         gap = tl.maximum(m - m_new, FLOOR)
         r = tl.exp2(gap * LOG2E)
         x = z - m_new[:, None, None, None]
         e = tl.exp2(x * LOG2E)  # NaN from a NaN or +inf logit: d carries it on, where max would drop it
         if WANT_MOMENT:
-            s = r * (s + gap * d) + total(tl.maximum(x, FLOOR) * e, WIDEN)
-        d = d * r + total(e, WIDEN)
+            s = r * (s + gap * d) + total(tl.maximum(x, FLOOR) * e, LAST_FIRST)
+        d = d * r + total(e, LAST_FIRST)
         if WANT_SQUARES:
-            q = q * (r * r) + total(e * e, WIDEN)
+            q = q * (r * r) + total(e * e, LAST_FIRST)
         if direction is not None:
-            t = t * r + total(e * u, WIDEN)
+            t = t * r + total(e * u, LAST_FIRST)
         if sketch is not None:
             sign = signs(words, classes, tl.minimum(c0 + tl.arange(0, BLOCK_N), classes - 1), SKETCH)
             sketched = times_signs(sketched * r[:, None], tl.reshape(e, (BLOCK_M, BLOCK_N)), sign, WIDEN)

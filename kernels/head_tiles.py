@@ -15,6 +15,7 @@ class Tiles:
     """By what a program keeps in registers. Never by the number of rows: a row's bits must not depend on the batch."""
 
     logits: Tile  # one product, reduced at once
+    labelled: Tile  # one product with labels, of which more is kept than the labels' loss
     more: Tile  # beside it a second product, up to 32 rows of a sketch (or both), or the mixture's two sums
     wide: Tile  # beside it up to 128 rows of a sketch
     gradient: Tile  # residual times weight
@@ -38,18 +39,50 @@ class DescribedTiles:
 # that no supported Triton spills (tests/kernels), for what a product reads falls when its tile grows. Half precision
 # runs on tensor cores; an unlisted generation gets Ampere's tiles, which stay under Ada's 99 KB of shared memory.
 HALF_TILES = {
-    8: Tiles(Tile(128, 128, 32, 8, 4), Tile(128, 64, 32, 8, 4), Tile(64, 32, 32, 8, 4), Tile(128, 128, 32, 8, 4)),
-    9: Tiles(Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 8, 3), Tile(128, 128, 64, 8, 3)),
-    10: Tiles(Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 8, 3), Tile(128, 128, 64, 8, 3)),
+    8: Tiles(
+        logits=Tile(128, 128, 32, 8, 4),
+        labelled=Tile(128, 128, 32, 16, 4, registers=128),
+        more=Tile(128, 64, 32, 8, 4),
+        wide=Tile(64, 32, 32, 8, 4),
+        gradient=Tile(128, 128, 32, 8, 4),
+    ),
+    9: Tiles(
+        logits=Tile(128, 128, 64, 8, 3),
+        labelled=Tile(128, 128, 64, 8, 3),
+        more=Tile(128, 128, 64, 8, 3),
+        wide=Tile(64, 64, 64, 8, 3),
+        gradient=Tile(128, 128, 64, 8, 3),
+    ),
+    10: Tiles(
+        logits=Tile(128, 128, 64, 8, 3),
+        labelled=Tile(128, 128, 64, 8, 3),
+        more=Tile(128, 64, 64, 8, 3),
+        wide=Tile(64, 64, 64, 8, 3),
+        gradient=Tile(128, 128, 64, 8, 3),
+    ),
 }
 # float32 runs on the ordinary units, a register per operand.
-FLOAT_TILES = Tiles(Tile(128, 64, 16, 8, 3), Tile(64, 64, 16, 8, 3), Tile(32, 32, 16, 8, 3), Tile(64, 64, 16, 4, 3))
+FLOAT_TILES = Tiles(
+    logits=Tile(128, 64, 16, 8, 3),
+    labelled=Tile(128, 64, 16, 8, 3),
+    more=Tile(64, 64, 16, 8, 3),
+    wide=Tile(32, 32, 16, 8, 3),
+    gradient=Tile(64, 64, 16, 4, 3),
+)
 # Rows that start at any address are loaded element by element, which takes more registers.
 RAGGED_HALF_TILES = Tiles(
-    Tile(64, 64, 32, 8, 3), Tile(64, 32, 32, 8, 3), Tile(32, 32, 32, 8, 3), Tile(64, 64, 32, 4, 3)
+    logits=Tile(64, 64, 32, 8, 3),
+    labelled=Tile(64, 64, 32, 8, 3),
+    more=Tile(64, 32, 32, 8, 3),
+    wide=Tile(32, 32, 32, 8, 3),
+    gradient=Tile(64, 64, 32, 4, 3),
 )
 RAGGED_FLOAT_TILES = Tiles(
-    Tile(32, 64, 16, 4, 3), Tile(64, 64, 16, 8, 3), Tile(32, 32, 16, 8, 3), Tile(32, 64, 16, 4, 3)
+    logits=Tile(32, 64, 16, 4, 3),
+    labelled=Tile(32, 64, 16, 4, 3),
+    more=Tile(64, 64, 16, 8, 3),
+    wide=Tile(32, 32, 16, 8, 3),
+    gradient=Tile(32, 64, 16, 4, 3),
 )
 DESCRIBED_TILES = {
     9: DescribedTiles(
@@ -75,10 +108,11 @@ DESCRIBED_TILES = {
 }
 NARROW = 576  # up to here products are so short that a second program on a processor has to hide their epilogues
 # Under the interpreter: small, so that small tests cross every edge.
-INTERPRETED = Tiles(*[Tile(16, 32, 16, 4, 1)] * 4)
+INTERPRETED = Tiles(*[Tile(16, 32, 16, 4, 1)] * 5)
 INTERPRETED_DESCRIBED = DescribedTiles(*[Tile(16, 32, 16, 4, 1)] * 8)
 EVEN = 64  # a row is whole steps of every tile above
 MAX_STRIDE = 1 << 40  # bytes from row to row that a tensor descriptor can hold
+BLACKWELL_ROWS = 64  # what Blackwell's matrix units take at least; fewer go to those that Ampere has
 GROUP_M = 8  # row blocks that run together: 1,024 rows of hidden states stay in L2, and share each weight tile
 MAX_SLICES = 16
 # A slice is long enough for its partial states to stay under 1 % of its bfloat16 logits: 100 · 4 / 2 columns a word.
@@ -118,17 +152,20 @@ def described_tiles(operands: Sequence[Tensor]) -> DescribedTiles | None:
 
 
 def sweep_tile(
-    operands: Sequence[Tensor], *, padded: int, direction: bool, bias: bool, top: bool
+    operands: Sequence[Tensor], *, padded: int, direction: bool, bias: bool, labelled: bool, top: bool
 ) -> tuple[Tile, bool, bool]:
     """The tile for a first sweep, whether to widen, and whether to load by descriptors.
 
-    By what a program holds: ``padded`` rows of a sketch, a second product, a bias, the largest logit's index.
+    By what a program holds: ``padded`` rows of a sketch, a second product, a bias, labels and more than their loss, the
+    largest logit's index.
     """
     (plain, widen), described = tiles_for(operands), described_tiles(operands)
     if padded > 32:
         return (described or plain).wide, widen, described is not None
     if described is None:
-        return plain.more if padded or direction or (bias and top) else plain.logits, widen, False
+        if padded or direction or (bias and top):
+            return plain.more, widen, False
+        return plain.labelled if labelled else plain.logits, widen, False
     if padded or direction:
         return described.most if padded and direction else described.more, widen, True
     if bias:
@@ -142,6 +179,11 @@ def mix_tile(operands: Sequence[Tensor], *, bias: bool) -> tuple[Tile, bool, boo
     if described is None or len(operands) != 4:
         return plain.more, widen, False
     return described.biased_pair if bias else described.pair, widen, True
+
+
+def last_first(tile: Tile, hidden: Tensor, widen: bool) -> bool:
+    """Whether ``head_sweep.total`` begins along a tile's last axis: where a thread may hold no two of the first."""
+    return widen or (generation(hidden) >= 10 and tile.m >= BLACKWELL_ROWS)
 
 
 def slices(classes: int, tile: Tile, words: int) -> tuple[int, int]:

@@ -51,3 +51,19 @@ def wrong_labels(root: Path) -> None:
     save(root / "models/vit", "vit", "AutoModelForImageClassification", id2label={0: "cat", 1: "dog"})
     settings = {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}}
     (root / "models/vit/preprocessor_config.json").write_text(json.dumps(settings))
+
+
+def train_by_score(root: Path) -> None:
+    """It takes scikit-learn's digits."""
+
+
+def train_with_accelerate(root: Path) -> None:
+    """It takes scikit-learn's digits."""
+    pytest.importorskip("accelerate")
+
+
+def train_with_transformers(root: Path) -> None:
+    lines = [json.dumps({"id": f"note-{i}", "text": text}) for i, text in enumerate(TEXTS)]
+    (root / "notes.jsonl").write_text("\n".join(lines))
+    save_model(root / "models/base")
+    save_model(root / "models/better", seed=1)

@@ -32,6 +32,15 @@ def test_score_select_ls(project, capsys):
     assert main(["select", "scores", "--by", "mimic", "--top", "0.5", "--out", "curated"]) == 0
     assert "rows in 80 = kept 40 + dropped 40 + quarantined 0" in capsys.readouterr().out
     assert pq.read_metadata(project.root / "curated/a.parquet").num_rows < 50
+    assert main(["select", "scores", "--by", "mimic", "--top", "9", "--format", "indices", "--out", "rows"]) == 0
+    assert "indices: rows" in capsys.readouterr().out
+    assert pq.read_table(project.root / "rows/indices").num_rows == 9
+    weights = ["--by", "mimic", "--top", "9", "--format", "weights", "--out", "weights"]
+    assert main(["select", "scores", *weights]) == 2
+    assert "--format weights: --top weighs all rows that it keeps alike" in capsys.readouterr().err
+    assert main(["select", "scores", *weights, "--temperature", "0.5"]) == 0
+    capsys.readouterr()
+    assert pq.read_table(project.root / "weights/weights").column_names == ["id", "weight"]
     assert main(["ls", "scores", "--json"]) == 0
     assert [line["state"] for line in json.loads(capsys.readouterr().out)] == ["done", "done"]
     os.utime(project.root / "data/a.parquet")

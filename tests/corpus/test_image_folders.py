@@ -127,6 +127,23 @@ def test_the_fingerprint_is_of_all_files(tmp_path):
         assert seen[-1] != seen[-2]
 
 
+def test_one_listing_of_an_object_store_tells_all_fingerprints(monkeypatch):
+    fs = fsspec.filesystem("memory")
+    fs.pipe({f"/etags/{name}": b"x" for name in NAMES})
+    find, asked = fs.find, []
+
+    def listed(root, **options):
+        asked.append(root)
+        return {path: facts | {"ETag": path} for path, facts in find(root, **options).items()}
+
+    monkeypatch.setattr(fs, "find", listed)
+    (shard,) = find_shards("memory://etags").shards
+    monkeypatch.setattr(fs, "info", None)
+    asked.clear()
+    assert shard.fingerprint().size == len(NAMES)
+    assert asked == ["/etags"]
+
+
 def test_chosen_files_are_copied_and_others_of_an_earlier_selection_go(tmp_path):
     fill(tmp_path / "pets")
     (shard,) = find_shards(str(tmp_path / "pets")).shards

@@ -9,7 +9,8 @@ import pytest
 
 from assay.corpus.errors import CorpusError
 from assay.corpus.layout import table_path
-from assay.corpus.shards import find_shards
+from assay.corpus.shards import find_shards, refuse_overlap
+from assay.corpus.storage import Store
 
 
 def touch(folder, *names: str) -> None:
@@ -146,3 +147,15 @@ def test_other_formats_beside_a_saved_data_set_are_read(tmp_path):
     saved(tmp_path, ["data-0.arrow"])
     touch(tmp_path, "more.jsonl")
     assert paths(tmp_path) == ["data-0.arrow", "more.jsonl"]
+
+
+def test_the_output_is_not_where_a_linked_file_lies(tmp_path):
+    for name in ("elsewhere/real.jsonl", "data/own.jsonl"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("{}\n")
+    (tmp_path / "data/linked.jsonl").symlink_to(tmp_path / "elsewhere/real.jsonl")
+    corpus = find_shards(str(tmp_path / "data"))
+    refuse_overlap(Store.at(str(tmp_path / "scores")), str(tmp_path / "data"), corpus)
+    for output in ("elsewhere", "data", "data/deeper", ""):
+        with pytest.raises(CorpusError, match="must not lie in each other"):
+            refuse_overlap(Store.at(str(tmp_path / output)), str(tmp_path / "data"), corpus)

@@ -12,7 +12,7 @@ import pytest
 
 from assay import select
 from assay.corpus.errors import CorpusError
-from assay.curate import curation
+from assay.curate import forms
 from assay.curate.curation import curate
 from assay.curate.rules import RuleOptions
 from assay.engine.local import run
@@ -155,7 +155,7 @@ def test_a_crash_leaves_no_manifest_to_trust(project, monkeypatch):
     def fail(*arguments):
         raise OSError("disk full")
 
-    monkeypatch.setattr("assay.curate.curation.copy_rows", fail)
+    monkeypatch.setattr("assay.curate.forms.copy_rows", fail)
     with pytest.raises(OSError, match="disk full"):
         curate(scores, "mimic", top(0.25), str(out))
     assert not (out / "manifest.json").exists()
@@ -321,7 +321,7 @@ def test_the_scores_are_never_written_over(project, out):
 def test_two_selections_do_not_write_into_one_folder(project, monkeypatch):
     scores, out = scored(project), project.root / "out"
     monkeypatch.setattr("assay.corpus.claim._PATIENCE_SECONDS", 0.1)
-    original, refused = curation.copy_rows, []
+    original, refused = forms.copy_rows, []
 
     def beside(*arguments):
         """Another selection starts while this one writes."""
@@ -331,7 +331,7 @@ def test_two_selections_do_not_write_into_one_folder(project, monkeypatch):
             refused.append(caught)
         return original(*arguments)
 
-    monkeypatch.setattr(curation, "copy_rows", beside)
+    monkeypatch.setattr(forms, "copy_rows", beside)
     curated = curate(scores, "mimic", top(0.5), str(out))
     assert refused
     assert len(kept_ids(out)) == curated.kept

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -65,6 +66,17 @@ def test_both_ends_are_those_of_the_whole_table(project, keep, monkeypatch):
     assert [(s.shard.path, s.row) for s in ranking.without] == [("a.parquet", 3), ("a.parquet", 8), ("deep/b.jsonl", 3)]
     assert ranking.best[0].scores.keys() >= {"ensemble_nll", "loss"}
     assert not ranking.left_out
+
+
+def test_a_table_with_several_numbers_per_row_is_refused_wherever_it_stands(project, tmp_path):
+    folder = shutil.copytree(project.scores, tmp_path / "scores")
+    table = pq.read_table(folder / "deep/b.parquet")
+    place = table.schema.get_field_index("mimic")
+    lists = pa.array([[0.5]] * len(table), pa.list_(pa.float32()))
+    field = table.schema.field("mimic").with_type(lists.type)
+    pq.write_table(table.set_column(place, field, lists), folder / "deep/b.parquet")
+    with pytest.raises(CorpusError, match=r"^mimic: .*b\.parquet holds list<.*> per row; expected one number"):
+        rank(open_scores(str(folder)), "mimic")
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 200])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from assay.engine import shard, worker
 from assay.engine.shard import score_anew_or_stored, score_windows
+from assay.recipe import models
 
 SMALL_WINDOW = 90
 
@@ -75,6 +76,12 @@ def finds_another_model(connection) -> None:
     other.write_bytes(models["ref"].read_bytes())
     other.replace(models["b"])
     worker.serve(connection, setup)
+
+
+def reads_no_model_for_its_hash(connection) -> None:
+    """Takes the hashes of whoever started it, or fails."""
+    models.sha256 = None
+    worker.main(connection)
 
 
 def dies_before_it_listens(connection) -> None:

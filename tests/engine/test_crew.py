@@ -23,6 +23,7 @@ from assay.engine.crew import DIED_TWICE
 from assay.engine.local import run
 from assay.engine.progress import Progress
 from assay.engine.shard import BLOCK_WINDOWS
+from assay.recipe import models
 from assay.recipe.errors import EngineError
 from assay.recipe.recipe import load_recipe
 from tests.engine import odd_workers, test_text, unimportable
@@ -255,6 +256,12 @@ def test_a_model_that_is_overwritten_meanwhile_is_not_scored_with(project, monke
     ):
         score(project, TWO)
     assert project.tables() == {}
+
+
+def test_weights_are_hashed_once_for_all_workers(project, monkeypatch):
+    monkeypatch.setattr(models, "_SETTLED_NS", -(1 << 62))  # they have just been written
+    odd(monkeypatch, "reads_no_model_for_its_hash")
+    assert score(project, TWO).clean
 
 
 def test_workers_trust_the_modules_that_the_caller_trusts(project, monkeypatch):

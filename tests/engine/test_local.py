@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import threading
@@ -13,6 +14,8 @@ import pytest
 
 import assay
 from assay.corpus.errors import CorpusError
+from assay.corpus.scores_folder import State, open_scores
+from assay.corpus.shards import Shard
 from assay.corpus.storage import Store
 from assay.engine import shard
 from assay.engine.local import make_plan, run
@@ -308,6 +311,28 @@ def test_another_file_system_in_and_out(project):
     assert score(project, *overrides).done_before == 2
     store = Store.at("memory://engine/scores")
     assert store.files() == ["a.parquet", "deep/b.parquet", "manifest.json", "recipe.resolved.yaml"]
+
+
+def test_what_is_done_costs_no_request_of_its_shard_where_the_listing_tells_all(project, monkeypatch):
+    fs = fsspec.filesystem("memory")
+    fs.put(str(project.root / "data"), "/etags/data", recursive=True)
+    info, find = fs.info, fs.find
+
+    def described(path, **options):
+        facts = info(path, **options)
+        return facts if facts["type"] == "directory" else facts | {"ETag": hashlib.sha256(fs.cat(path)).hexdigest()}
+
+    monkeypatch.setattr(fs, "info", described)
+    monkeypatch.setattr(fs, "find", lambda root, **options: {path: described(path) for path in find(root)})
+    overrides = ["corpus.path=memory://etags/data", "output=memory://etags/scores"]
+    assert score(project, *overrides).scored == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(Shard, "fingerprint", None)
+        assert score(project, *overrides).done_before == 2
+        assert all(status.state is State.DONE for status in open_scores("memory://etags/scores").shards)
+    fs.pipe("/etags/data/deep/b.jsonl", fs.cat("/etags/data/deep/b.jsonl").replace(b"0.5", b"0.6") + b"\n")
+    assert [s.state for s in open_scores("memory://etags/scores").shards] == [State.DONE, State.CHANGED]
+    assert score(project, *overrides).rescored == 1
 
 
 @pytest.mark.parametrize(

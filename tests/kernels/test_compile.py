@@ -153,6 +153,50 @@ def test_a_sum_between_threads_that_fuses_one_sides_product_is_caught() -> None:
     assert "grad_dot large for sm_90: 2 sums" in line
 
 
+PAIRS = """\
+ mov.b64 %rd3, {%r1, %r2};
+ mul.f32x2 %rd4, %rd1, %rd3;
+ mov.b64 {%r3, %r4}, %rd4;
+ shfl.sync.bfly.b32 %r5, %r3, 16, 31, -1;
+ shfl.sync.bfly.b32 %r6, %r4, 16, 31, -1;
+ mov.b64 %rd5, {%r5, %r6};
+ mov.b64 %rd6, {%r6, %r5};
+ fma.rn.f32x2 %rd7, %rd3, %rd1, %rd5;
+ fma.rn.f32x2 %rd8, %rd1, %rd3, %rd6;
+ mov.b64 {_, %r7}, %rd1;
+ fma.rn.f32 %r8, %r2, %r7, %r6;
+ fma.rn.f32 %r9, %r1, %r7, %r6;
+"""
+
+
+def test_pairs_of_numbers_are_looked_into() -> None:
+    """Blackwell's code, of either Triton: halves that changed places are no thread's own product."""
+    whole, half = "fma.rn.f32x2 %rd7, %rd3, %rd1, %rd5;", "fma.rn.f32 %r8, %r2, %r7, %r6;"
+    assert lopsided(PAIRS) == [whole, half]
+    assert lopsided(PAIRS.replace("mul.f32x2", "add.f32x2")) == []
+
+
+ORDERS = """
+from dataclasses import replace
+import torch
+from tests.kernels import aot, cases_head
+plan = dict(cases_head.plans(torch.bfloat16, 1023))["bare mixture"]
+(launch,) = [launch for launch in cases_head.record(10, plan) if launch.kernel.fn.__name__ == "mix"]
+for order in (launch.arguments["LAST_FIRST"], False):
+    changed = replace(launch, arguments={**launch.arguments, "LAST_FIRST": order})
+    print(aot.compile_case(cases_head.compiled("mix", changed, 100), 100).lopsided)
+"""
+
+
+def test_threads_that_share_a_row_hold_the_same_sums_on_blackwell() -> None:
+    """Of the tile that leaves a thread one number of a row's first axis; in the other order they do not."""
+    run = compiling("-c", ORDERS)
+    assert run.returncode == 0, run.stderr
+    chosen, other = map(int, run.stdout.split())
+    assert chosen == 0
+    assert other > 0
+
+
 def test_the_table_is_aligned() -> None:
     head, line, other = render([ROW, replace(ROW, kernel="x", registers=8, hot=False)]).splitlines()
     assert head.split() == ["kernel", "target", "registers", "spill", "stack", "shared", "hot", "lopsided"]

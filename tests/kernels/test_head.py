@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder
 
-from assay.kernels import head, head_gradient, head_launch, head_sweep, head_tiles
+from assay.kernels import head, head_gradient, head_launch, head_mixture, head_sweep, head_tiles
 from assay.kernels._common import Launch
 from assay.kernels.fields import FIELDS
 from assay.kernels.head_launch import Models
@@ -702,3 +702,51 @@ def test_slices_cover_the_vocabulary_in_little_memory(classes: int) -> None:
             if count > 1:
                 assert count * words * 4 <= 0.01 * classes * 2  # of the logits in bfloat16
     assert head_sweep.STATE.value + 1 <= 6  # the words above: the state and the maximum's index
+
+
+def sweeps(generation: int, dtype: torch.dtype, size: int, count: int, fields: int = ALL) -> list[Launch]:
+    """The sweeps of labelled models without a bias."""
+    hidden, weight = (torch.empty(m, size, dtype=dtype, device="meta") for m in (64, 32_000))
+    labels = torch.empty(64, dtype=torch.int64, device="meta")
+    models = Models.of([hidden] * count, [weight] * count, None, labels, -100)
+    with mock.patch.object(head_tiles, "generation", return_value=generation):
+        launches = list(head.plan_statistics(models, [1 / count] * count, fields, *models.statistics()))
+    return [x for x in launches if x.kernel in (head_sweep.sweep, head_mixture.mix)]
+
+
+def test_a_labelled_sweep_that_keeps_more_than_the_loss_takes_more_warps_on_ampere() -> None:
+    """Eight spill; what Hopper takes, and ragged rows, is what it was."""
+
+    def tile(generation: int, size: int, *fields: str) -> tuple[int, int, int, int]:
+        mask = sum(1 << FIELDS.index(name) for name in fields) or ALL
+        (launch,) = sweeps(generation, torch.bfloat16, size, 1, mask)
+        return launch.arguments["BLOCK_M"], launch.arguments["BLOCK_N"], launch.num_warps, launch.registers
+
+    assert tile(8, 1024, "nll") == (128, 128, 8, 255)
+    assert [tile(8, 1024, *x) for x in (("entropy",), ("el2n",), ("agreement",), ())] == [(128, 128, 16, 128)] * 4
+    assert [tile(g, 1024) for g in (9, 10)] == [(128, 256, 8, 255), (128, 128, 8, 255)]
+    assert [tile(g, 1023) for g in (8, 9, 10)] == [(64, 64, 8, 255)] * 3
+
+
+@pytest.mark.parametrize(
+    ("generation", "dtype", "size", "order"),
+    [
+        (8, torch.bfloat16, 1024, False),
+        (9, torch.bfloat16, 1023, False),
+        (10, torch.bfloat16, 1023, True),
+        (12, torch.float16, 1024, True),
+        (9, torch.float32, 1024, True),
+    ],
+)
+def test_which_axis_of_a_tile_is_summed_first(generation: int, dtype: torch.dtype, size: int, order: bool) -> None:
+    """The last where a thread may hold no two numbers of the first: on Blackwell, and without matrix units."""
+    launches = sweeps(generation, dtype, size, 2)
+    assert [x.kernel for x in launches] == [head_sweep.sweep, head_sweep.sweep, head_mixture.mix]
+    assert [x.arguments["LAST_FIRST"] for x in launches] == [order] * 3
+
+
+def test_blackwells_matrix_units_take_no_tile_of_fewer_rows() -> None:
+    x = torch.empty(1, device="meta")
+    with mock.patch.object(head_tiles, "generation", return_value=10):
+        tiles = head_tiles.RAGGED_HALF_TILES
+        assert [head_tiles.last_first(tile, x, False) for tile in (tiles.more, tiles.wide)] == [True, False]

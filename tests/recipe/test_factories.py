@@ -246,6 +246,10 @@ def test_the_size_of_its_inputs_is_found_by_trying(root):
     project, package = root
     made = spec(project, package, arguments={"hidden": 8})
     assert (made.input_size(made.build()), made.output_size(made.build())) == (6, 3)
+    model, calls = made.build(), []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    assert (made.input_size(model), made.output_size(model)) == (6, 3)
+    assert len(calls) == 1, "a model is tried out once"
     assert tried_out(nn.Sequential(nn.Flatten(), nn.Linear(6, 3))) == (6, 3)
     for model in (nn.Embedding(6, 3), nn.Linear(6, 3).bfloat16(), nn.ReLU(), nn.LSTM(6, 3), nn.Conv1d(6, 3, 1)):
         assert tried_out(model) == ((6, 3) if isinstance(model, nn.Linear) else None)

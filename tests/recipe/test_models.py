@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import time
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from assay.recipe import models
 from assay.recipe.errors import EngineError
 from assay.recipe.models import MlpSpec, TransformersSpec
 from tests.small_models import edit_json, edit_weights, save_model
@@ -127,3 +130,27 @@ def test_a_file_that_is_no_mlp_is_named(tmp_path, data):
     (tmp_path / "m.safetensors").write_bytes(data)
     with pytest.raises(EngineError, match=r"m\.safetensors: "):
         MlpSpec(kind="mlp", path=str(tmp_path / "m.safetensors")).build()
+
+
+def test_a_file_is_hashed_once_unless_it_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "_HASHED", {})
+    read, reads = models.sha256, []
+    monkeypatch.setattr(models, "sha256", lambda file: reads.append(file.name) or read(file))
+    path = tmp_path / "weights"
+    path.write_bytes(b"gold")
+    for _ in range(2):  # it has only just been written
+        assert models.file_sha256(str(path)) == hashlib.sha256(b"gold").hexdigest()
+    assert len(reads) == 2
+    monkeypatch.setattr(models, "_SETTLED_NS", -(1 << 62))
+    models.file_sha256(str(path))
+    told = models.hashed_files()
+    monkeypatch.setattr(models, "_HASHED", {})
+    models.take_hashed(told)  # as a worker does
+    assert models.file_sha256(str(path)) == hashlib.sha256(b"gold").hexdigest()
+    assert len(reads) == 3
+    before = path.stat()
+    time.sleep(0.02)
+    path.write_bytes(b"lead")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert models.file_sha256(str(path)) == hashlib.sha256(b"lead").hexdigest()

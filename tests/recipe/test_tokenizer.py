@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from tokenizers import normalizers
 
@@ -157,11 +159,25 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
         opened(tmp_path, {"small": tmp_path / "m"})
 
 
-def test_validate_refuses_an_ensemble_of_differently_padded_vocabularies(tmp_path):
+def test_an_ensemble_takes_a_vocabulary_that_is_padded_differently(tmp_path):
     for name, size in (("small", 257), ("large", 264)):
         save_model(tmp_path / name, config=llama_config(vocab_size=size))
     models = {name: tmp_path / name for name in ("small", "large")}
-    with pytest.raises(EngineError, match=r"methods.*output layers of 257, 264 classes") as caught:
+    methods = [{"method": "ensemble", "name": name, "models": [name]} for name in models]
+    methods.append({"method": "ensemble", "models": list(models)})
+    assert run(load_recipe(str(write_recipe(tmp_path, models, methods=methods)))).clean
+    (table,) = (tmp_path / "scores").rglob("*.parquet")
+    scores = pq.read_table(table).to_pandas()
+    for together, apart in (("mean_nll", "nll"), ("expected_entropy", "entropy")):
+        own = (scores[f"small_{apart}"] + scores[f"large_{apart}"]) / 2
+        np.testing.assert_allclose(scores[f"ensemble_{together}"], own, rtol=1e-5)
+
+
+def test_validate_refuses_an_ensemble_whose_vocabularies_differ_by_more_than_padding(tmp_path):
+    for name, size in (("small", 257), ("large", 1282)):
+        save_model(tmp_path / name, config=llama_config(vocab_size=size))
+    models = {name: tmp_path / name for name in ("small", "large")}
+    with pytest.raises(EngineError, match=r"methods.*output layers of 257, 1282 classes") as caught:
         opened(tmp_path, models)
     assert "\n" not in str(caught.value)
     apart = [{"method": "ensemble", "name": name, "models": [name]} for name in models]

@@ -161,3 +161,14 @@ def test_reasons_and_summary():
 @pytest.mark.parametrize("values", [[], [math.nan, math.nan]])
 def test_nothing_to_choose_from(rule, values):
     assert not rule(table(values)).mask.any()
+
+
+def test_a_draw_with_replacement_takes_no_row_without_a_score_and_is_reproducible():
+    values = [0.0, 1.0, math.nan, 3.0, 0.0]
+    drawn = select.draw(table(values), "s", 4000, seed=5)
+    counts = np.bincount(drawn, minlength=5)
+    assert (counts[[0, 2, 4]] == 0).all()
+    assert abs(counts[3] - 3000) < 5 * math.sqrt(750)
+    assert (drawn[:10] == select.draw(table(values), "s", 10, seed=5)).all()
+    with pytest.raises(ValueError, match="found none or infinite"):
+        select.draw(table([math.nan]), "s", 1, seed=0)

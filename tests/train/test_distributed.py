@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -52,6 +53,17 @@ def train(rows: slice | list[int], wrap: bool, mode: str, layers: str | None) ->
     return {**model.state_dict(), "weights": reweighter.weights}
 
 
+def refusal_of_sharded_weights() -> str:
+    model = problem()[0]
+    method = GraNd(model, Classification())
+    fully_shard(model)
+    try:
+        Reweighter(model, method)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 class Placed(nn.Module):
     """Its places are shared by all samples."""
 
@@ -89,10 +101,11 @@ def complaint_of_shards() -> str:
 
 def work(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    found = {}
+    found: dict[Any, Any] = {}
     for cut in (4, 3):
         rows = slice(0, cut) if rank == 0 else slice(cut, 8)
         found |= {(cut, mode, layers): train(rows, True, mode, layers) for mode, layers in RUNS[cut]}
+    found["refused"] = refusal_of_sharded_weights()
     assert "is sharded (of FSDP2" in complaint_of_shards()
     assert "static_graph=True" in complaint("head", static_graph=True)
     assert "(find_unused_parameters=True) looks for" in complaint(None, find_unused_parameters=True)
@@ -106,6 +119,7 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     mp.spawn(work, (str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
     for rank in (0, 1):
         found = torch.load(tmp_path / f"found{rank}.pt", weights_only=True)
+        assert "parameter '0.weight' is sharded (of FSDP2" in found.pop("refused")
         for (cut, mode, layers), values in found.items():
             one = train(slice(0, 8), False, mode, layers)
             for name, value in values.items():

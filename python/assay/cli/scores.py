@@ -14,7 +14,7 @@ import typer
 from assay.cli.terminal import INCOMPLETE, OK, CorpusNow, ScoresFolder, Trust, clean, fail, log_to_stderr
 
 if TYPE_CHECKING:
-    from assay.corpus.scores_folder import Scores
+    from assay.corpus.scores_folder import ShardStatus
 
 _LISTED_SHARDS = 50
 
@@ -28,40 +28,35 @@ def list_scores(
     from assay.corpus.scores_folder import open_scores
 
     found = open_scores(scores, corpus)
-    lines = _shard_lines(found)
     if as_json:
-        print(json.dumps(lines, indent=2))
+        print(json.dumps([_line(status) for status in found.shards], indent=2))
         return OK
     from rich.console import Console
     from rich.table import Table
 
     table = Table("shard", "state", "rows", "scored", "quarantined", box=None)
-    for line in lines[:_LISTED_SHARDS]:
-        table.add_row(*(clean("" if value is None else str(value)) for value in line.values()))
+    for status in found.shards[:_LISTED_SHARDS]:
+        table.add_row(*(clean("" if value is None else str(value)) for value in _line(status).values()))
     console = Console(width=None if sys.stdout.isatty() else 200, markup=False, emoji=False, highlight=False)
     console.print(table)
-    if len(lines) > _LISTED_SHARDS:
-        console.print(f"… and {len(lines) - _LISTED_SHARDS} more (--json lists all)")
-    states = Counter(line["state"] for line in lines)
-    console.print(f"{len(lines)} shards: " + ", ".join(f"{count} {state}" for state, count in states.items()))
+    total = len(found.shards)
+    if total > _LISTED_SHARDS:
+        console.print(f"… and {total - _LISTED_SHARDS} more (--json lists all)")
+    states = Counter(status.state.value for status in found.shards)
+    console.print(f"{total} shards: " + ", ".join(f"{count} {state}" for state, count in states.items()))
     console.print(clean(f"scores: {', '.join(found.columns)}"))
     return OK
 
 
-def _shard_lines(scores: Scores) -> list[dict[str, Any]]:
-    lines = []
-    for status in scores.shards:
-        table = status.table
-        lines.append(
-            {
-                "shard": status.shard.path,
-                "state": status.state.value,
-                "rows": table.input.rows if table else None,
-                "scored": table.rows.scored if table else None,
-                "quarantined": table.rows.quarantined if table else None,
-            }
-        )
-    return lines
+def _line(status: ShardStatus) -> dict[str, Any]:
+    table = status.table
+    return {
+        "shard": status.shard.path,
+        "state": status.state.value,
+        "rows": table.rows if table else None,
+        "scored": table.scored if table else None,
+        "quarantined": table.quarantined if table else None,
+    }
 
 
 def show(

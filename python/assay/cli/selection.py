@@ -29,7 +29,17 @@ def select(
         str | None, typer.Option(metavar="high|low", help="Which end is better, if not as the table says.")
     ] = None,
     seed: Annotated[int, typer.Option(help="For --sample, --random and --gmm.")] = 0,
-    temperature: Annotated[float | None, typer.Option(help="For --sample: softmax(worth / temperature).")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="For --sample and --format weights: softmax(worth / temperature).")
+    ] = None,
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            metavar="shards|indices|weights|datasets",
+            help="The rows in their own files, their indices, their ids with weights, or a folder for load_dataset.",
+        ),
+    ] = "shards",
     corpus: CorpusNow = None,
 ) -> int:
     """Write the part of the corpus that is worth keeping, with a manifest and a reason per row."""
@@ -47,12 +57,13 @@ def select(
         keep=keep,
         seed=seed,
         temperature=temperature,
+        weigh=form == "weights",
     )
-    curated = curate(scores, by, options.rule(), out, corpus)
+    curated = curate(scores, by, options.rule(), out, corpus, form)
     dropped = curated.rows - curated.kept - curated.quarantined
     say(curated.selection.summary())
     print(
         f"rows in {curated.rows:,} = kept {curated.kept:,} + dropped {dropped:,} + quarantined {curated.quarantined:,}"
     )
-    say(f"corpus: {out}")
+    say(f"{'corpus' if form == 'shards' else form}: {out}")
     return fail(curated.missing, INCOMPLETE) if curated.missing else OK

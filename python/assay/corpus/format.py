@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from assay.corpus.compression import Compression
 from assay.corpus.errors import ShardError
-from assay.corpus.storage import Store
+from assay.corpus.storage import Fingerprint, Store
 
 T = TypeVar("T")
 Mask = npt.NDArray[np.bool_]
@@ -98,8 +98,9 @@ class Format:
     for which the mask, one Boolean per physical row, is true. ``facts`` tells the columns, a struct's own ones by
     dotted names after it, from a schema or the first rows. All raise ShardError, or whatever their library raises for
     a damaged file. ``compressible`` says whether a suffix like `.gz` may follow the format's own. ``files`` makes it a
-    format of folders: it gives the files that a shard is made of, relative to its folder, and ``copy`` gets the folder
-    to write into. The names of the files that it writes are those of ``files``, or others that ``own_files`` matches.
+    format of folders: it gives the files that a shard is made of, relative to its folder, each with its fingerprint
+    where the listing tells it, and ``copy`` gets the folder to write into. The names of the files that it writes are
+    those of ``files``, or others that ``own_files`` matches.
     """
 
     name: str
@@ -108,7 +109,7 @@ class Format:
     copy: Callable[[Source, Mask, Any], None]
     facts: Callable[[Source], dict[str, ColumnFacts]]
     compressible: bool = False
-    files: Callable[[Store, str], list[str]] | None = None
+    files: Callable[[Store, str], Mapping[str, Fingerprint | None]] | None = None
     own_files: re.Pattern[str] | None = None
 
 

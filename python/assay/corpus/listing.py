@@ -120,6 +120,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _remote(store: Store, folder: str) -> Listing:
+    store.fs.invalidate_cache()
     found = store.fs.find(store.full(folder), detail=True)
     files: dict[str, Fingerprint | None] = {}
     below = len(folder) + 1 if folder else 0

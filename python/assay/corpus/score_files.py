@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from assay.corpus.errors import CorpusError
 from assay.corpus.storage import Store
-from assay.corpus.tables import ScoreColumn, make_table, read_metadata, score_schema
+from assay.corpus.tables import ScoreColumn, make_table, parse_metadata, score_schema
 
 ROW_GROUP_ROWS = 1 << 16
 GROUP_BYTES = 128 << 20
@@ -79,22 +79,16 @@ class ScoreFile:
 
     path: str
     rows: int
-    schema: pa.Schema
     metadata: Mapping[str, Any]
-
-    @property
-    def scores(self) -> list[str]:
-        """The names of its score columns."""
-        return [name for name in self.schema.names if name not in ("row", "id")]
 
 
 def open_score_file(store: Store, path: str) -> ScoreFile | None:
-    """A score table's schema and footer; None if there is none. A foreign file is a CorpusError."""
+    """A score table's footer; None if there is none. A foreign file is a CorpusError."""
     try:
         with store.open(path) as file:
-            parquet = pq.ParquetFile(file)
-            schema = parquet.schema_arrow
-            return ScoreFile(path, parquet.metadata.num_rows, schema, read_metadata(schema))
+            # Not its Arrow schema, which takes longer to make than all the rest.
+            facts = pq.ParquetFile(file).metadata
+            return ScoreFile(path, facts.num_rows, parse_metadata(facts.metadata))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (pa.ArrowException, ValueError, OSError, RecursionError) as error:
@@ -112,9 +106,13 @@ def read_score(store: Store, path: str, name: str) -> tuple[npt.NDArray[np.int64
 
 
 def stream_score(store: Store, path: str, name: str) -> Iterator[npt.NDArray[np.float32]]:
-    """One of a score table's scores, a batch in memory at a time."""
+    """One of a score table's scores, a batch in memory at a time. A CorpusError unless it is one number per row."""
     with store.open(path) as file:
-        for batch in pq.ParquetFile(file).iter_batches(columns=[name], batch_size=ROW_GROUP_ROWS):
+        table = pq.ParquetFile(file)
+        kind = table.schema_arrow.field(name).type
+        if kind != pa.float32():
+            raise CorpusError(f"{name}: {store.full(path)} holds {kind} per row; expected one number to judge by")
+        for batch in table.iter_batches(columns=[name], batch_size=ROW_GROUP_ROWS):
             yield batch.column(name).to_numpy(zero_copy_only=False)
 
 

@@ -7,12 +7,12 @@ from enum import Enum
 from typing import NamedTuple
 
 from assay.corpus.errors import CorpusError
-from assay.corpus.footer import Identity, InputFacts, Manifest, RowCounts, open_table
+from assay.corpus.footer import Identity, Manifest, open_table
 from assay.corpus.layout import MANIFEST
 from assay.corpus.named_files import changed_file
 from assay.corpus.quarantine import read_quarantine
 from assay.corpus.shards import Corpus, Shard, find_shards
-from assay.corpus.storage import Store
+from assay.corpus.storage import Fingerprint, Store
 
 
 class State(Enum):
@@ -26,10 +26,13 @@ class State(Enum):
 
 
 class Scored(NamedTuple):
-    """What a shard's score table says of its rows."""
+    """What a shard's score table says of it: as it was then, its rows, and what became of them. For each of hundreds of
+    thousands of shards it is held in memory."""
 
-    input: InputFacts
-    rows: RowCounts
+    input: Fingerprint
+    rows: int
+    scored: int
+    quarantined: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +95,13 @@ def _status(store: Store, shard: Shard, identity: Identity) -> ShardStatus:
         if entry is not None and entry.row is None:
             return ShardStatus(shard, State.UNREADABLE, detail=entry.reason)
         return ShardStatus(shard, State.MISSING)
-    scored = Scored(table.footer.input, table.footer.rows)
+    then, counts = table.footer.input, table.footer.rows
+    scored = Scored(then.fingerprint, then.rows, counts.scored, counts.quarantined)
     differences = table.differences(identity)
     if differences:
         return ShardStatus(shard, State.CHANGED, scored, differences[0])
     try:
-        same = table.input_is(shard.fingerprint())
+        same = table.input_is(shard.as_found())
     except OSError as error:
         return ShardStatus(shard, State.CHANGED, scored, f"the file cannot be looked at: {error.strerror}")
     if not same:

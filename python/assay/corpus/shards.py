@@ -69,22 +69,28 @@ class Shard:
     def files(self) -> list[str]:
         """The files that it is made of, as they are now, relative to the corpus's root. An OSError for a folder without
         any."""
+        return list(self._listed_files())
+
+    def _listed_files(self) -> dict[str, Fingerprint | None]:
+        """One listing tells of all files, where it can, what a request for each would."""
         if self.format.files is None:
-            return [self.path]
-        return [f"{self.path}/{path}" for path in self.format.files(self.store, self.path)]
+            return {self.path: None}
+        return {f"{self.path}/{path}": found for path, found in self.format.files(self.store, self.path).items()}
+
+    def as_found(self) -> Fingerprint:
+        """The fingerprint that it was found with, or, where the listing does not tell it, as it is now."""
+        return self.listed or self.fingerprint()
 
     def fingerprint(self) -> Fingerprint:
         """The file's fingerprint as it is now, or one of all files' names and fingerprints."""
         if not self.is_folder:
             return self.store.fingerprint(self.path)
         self.store.fs.invalidate_cache()
-        # Elsewhere one listing tells of all files what a request for each would.
-        listed = {} if self.store.is_local else list_files(self.store, self.path).files
         digest, size = hashlib.sha256(), 0
-        for path in self.files():
+        for path, listed in self._listed_files().items():
             facts = "not there"  # a link that leads nowhere; reading it will say what is the matter
             try:
-                found = listed.get(path) or self.store.fingerprint(path)
+                found = listed or self.store.fingerprint(path)
                 size, facts = size + found.size, str(sorted(found.to_json().items()))
             except OSError as error:
                 if not is_of_file(error):
@@ -145,8 +151,7 @@ def refuse_overlap(output: Store, named: str, corpus: Corpus, written: Sequence[
     """
     fs, root = corpus.store.fs, Store.at(named)
     own = {corpus.store.real(folder) for folder in {f for shard in corpus.shards for f in _folders(shard)}}
-    # Where the files themselves lie; one that is a link lies elsewhere.
-    folders = {os.path.dirname(corpus.store.real(shard.path)) for shard in corpus.shards if not shard.is_folder}
+    folders = _real_folders(corpus.store, [shard.path for shard in corpus.shards if not shard.is_folder])
     folders |= own if any(shard.is_folder for shard in corpus.shards) else set()
     # In a folder the next run would find what lies there, and what lies behind its links.
     searched = {root.real(), *own}
@@ -156,6 +161,13 @@ def refuse_overlap(output: Store, named: str, corpus: Corpus, written: Sequence[
     if inside or matched or any(output.holds(Store(fs, folder)) for folder in folders):
         at = "" if output.real() == output.root else f" ({output.real()})"
         raise CorpusError(f"{output.url}{at}: the output and the corpus {named} must not lie in each other")
+
+
+def _real_folders(store: Store, paths: Sequence[str]) -> set[str]:
+    """The folders where files themselves lie; one that is a link lies elsewhere."""
+    links = {path for path in paths if store.is_local and os.path.islink(store.full(path))}
+    named = {os.path.dirname(path) for path in paths if path not in links}
+    return {os.path.dirname(store.real(path)) for path in links} | {store.real(folder) for folder in named}
 
 
 def _folders(shard: Shard) -> set[str]:

@@ -107,7 +107,12 @@ def _lists(rows: Sequence[npt.NDArray[np.float32]]) -> pa.Array:
 
 def read_metadata(schema: pa.Schema) -> dict[str, Any]:
     """The footer's JSON of a score table's schema; ValueError if it has none."""
-    raw = (schema.metadata or {}).get(METADATA_KEY)
+    return parse_metadata(schema.metadata)
+
+
+def parse_metadata(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
+    """The footer's JSON in what a schema or a file of Parquet says beside its columns; ValueError if it has none."""
+    raw = (metadata or {}).get(METADATA_KEY)
     if raw is None:
         raise ValueError("not a score table: its schema has no `assay` metadata")
     footer = json.loads(raw)

@@ -3,5 +3,6 @@
 from assay.curate.curation import Curated, curate
 from assay.curate.ranking import Ranked, Ranking, rank, read_samples
 from assay.curate.rules import RuleOptions
+from assay.curate.whole import WholeTable, read_whole
 
-__all__ = ["Curated", "Ranked", "Ranking", "RuleOptions", "curate", "rank", "read_samples"]
+__all__ = ["Curated", "Ranked", "Ranking", "RuleOptions", "WholeTable", "curate", "rank", "read_samples", "read_whole"]

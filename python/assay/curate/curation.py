@@ -4,37 +4,34 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from assay._version import __version__
 from assay.corpus.claim import CLAIM, claim
-from assay.corpus.copying import copy_rows, copy_sidecars
+from assay.corpus.copying import copy_sidecars
 from assay.corpus.errors import CorpusError, ShardError
-from assay.corpus.layout import MANIFEST, quarantine_path, selection_path, table_path
+from assay.corpus.layout import MANIFEST, selection_path, table_path
 from assay.corpus.listing import summarise_left_out
-from assay.corpus.quarantine import read_quarantine
-from assay.corpus.score_files import read_score, score_field, stream_ids
+from assay.corpus.score_files import read_score, score_field
 from assay.corpus.scores_folder import Scored, Scores, State, open_scores
 from assay.corpus.shards import Shard, find_shards, refuse_overlap
 from assay.corpus.storage import TEMPORARY_SUFFIX, Store
-from assay.corpus.tables import ROW_AND_ID
+from assay.curate.chosen import ShardSelection, write_fates
+from assay.curate.forms import Form, find_form
 from assay.curate.ranking import score_name
 from assay.curate.rules import Rule
+from assay.curate.whole import check_rows, scored_shards
 from assay.select import Selection
 
 log = logging.getLogger("assay")
 
 SELECTION = "a selection"
-
-_ROW_GROUP_ROWS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -48,6 +45,9 @@ class ShardCounts:
     kept: int
     dropped: int
     quarantined: int
+    written: str | None = None
+    """The file that holds its kept rows' indices or weights."""
+    written_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -80,35 +80,48 @@ class Curated:
         return sum(shard.quarantined for shard in self.shards)
 
 
-def curate(scores_url: str, by: str | None, rule: Rule, output_url: str, corpus_path: str | None = None) -> Curated:
-    """Choose rows by one score over all shards and write them, in their own format, under ``output_url``.
+def curate(
+    scores_url: str,
+    by: str | None,
+    rule: Rule,
+    output_url: str,
+    corpus_path: str | None = None,
+    form: str = "shards",
+) -> Curated:
+    """Choose rows by one score over all shards and write them under ``output_url``, in their own format.
 
     ``rule`` gets a table with the one score, all shards after one another, and returns a `Selection`. Beside
-    the shards go a manifest and, per shard, a table of every input row with its score, fate and reason.
+    the shards go a manifest and, per shard, a table of every input row with its score, fate and reason. Instead of
+    the shards, other ``form``s write per shard the kept rows' ``"indices"`` or their ids and ``"weights"``, or
+    ``"datasets"``: the shards in a folder that ``datasets.load_dataset`` takes.
     Scores that do not cover the corpus as it is now are an CorpusError, before anything is written.
     """
     scores = open_scores(scores_url, corpus_path)
     name = score_name(scores, by)
-    tables = _complete(scores)
-    output = Store.at(output_url)
-    _refuse_inputs(output, scores, [shard for shard, _ in tables])
+    tables = scored_shards(scores)
+    output, written = Store.at(output_url), find_form(form)
+    _refuse_inputs(output, scores, [shard for shard, _ in tables], written)
     selection, shards = _select(scores, tables, name, rule)
+    written.check(selection, [chosen.shard for chosen in shards])
     with claim(output, SELECTION):
         for path in output.sweep():
             log.info("removed %s, left by a selection that was killed", path)
         output.remove(MANIFEST)  # it comes back when everything that it speaks of is there
-        counts = tuple(_write_shard(scores.store, chosen, name, output) for chosen in shards)
-        copy_sidecars(scores.corpus, output, selection.rule)
+        counts = tuple(_write_shard(scores.store, chosen, name, output, written) for chosen in shards)
+        if written.has_sidecars:
+            copy_sidecars(scores.corpus, output, selection.rule)
         unreadable = {status.shard.path: status.detail for status in scores.of(State.UNREADABLE)}
         left_out = {entry.path: entry.reason for entry in scores.corpus.left_out}
         curated = Curated(selection, counts, unreadable, left_out)
-        output.write_text(MANIFEST, json.dumps(_manifest(scores, name, curated), indent=2, ensure_ascii=False) + "\n")
+        output.write_text(
+            MANIFEST, json.dumps(_manifest(scores, name, form, curated), indent=2, ensure_ascii=False) + "\n"
+        )
     return curated
 
 
 def _select(
     scores: Scores, tables: Sequence[tuple[Shard, Scored]], name: str, rule: Rule
-) -> tuple[Selection, list[_ShardSelection]]:
+) -> tuple[Selection, list[ShardSelection]]:
     """What the rule makes of all scores together, and of each shard's."""
     rows, values = _read(scores.store, tables, name)
     field = score_field(scores.store, table_path(tables[0][0]), name)
@@ -116,21 +129,39 @@ def _select(
         raise CorpusError(f"--by {name}: holds {field.type} per row; expected one number to judge by")
     selection = rule(pa.Table.from_arrays([pa.array(np.concatenate(values))], schema=pa.schema([field])))
     legend = np.array(selection.legend, object)
+    scale, firsts = _scale(selection), _firsts(scores)
     shards, start = [], 0
     for (shard, table), own_rows, own_scores in zip(tables, rows, values, strict=True):
         part = slice(start, start := start + len(own_rows))
         weights = None if selection.weights is None else selection.weights[part]
         reasons = legend[selection.codes[part]]
-        shards.append(_ShardSelection(shard, table, own_rows, own_scores, selection.mask[part], reasons, weights))
+        own = (own_rows, own_scores, selection.mask[part], reasons, weights)
+        shards.append(ShardSelection(shard, table, *own, scale, firsts[shard.path]))
     return selection, shards
 
 
-def _refuse_inputs(output: Store, scores: Scores, shards: Sequence[Shard]) -> None:
+def _scale(selection: Selection) -> float:
+    """What makes the weights' mean 1 over the kept rows."""
+    kept = 0.0 if selection.weights is None else float(selection.weights[selection.mask].sum())
+    return int(selection.mask.sum()) / kept if kept > 0 else 1.0
+
+
+def _firsts(scores: Scores) -> dict[str, int | None]:
+    """By shard, how many rows lie in those before it; None from the first that nobody could read on."""
+    firsts: dict[str, int | None] = {}
+    start: int | None = 0
+    for status in scores.shards:
+        firsts[status.shard.path] = start
+        start = None if start is None or status.table is None else start + status.table.rows
+    return firsts
+
+
+def _refuse_inputs(output: Store, scores: Scores, shards: Sequence[Shard], form: Form) -> None:
     """CorpusError if what is written would fall on the corpus, the scores or somebody's files."""
     refuse_overlap(output, scores.corpus_path, scores.corpus)
     if output.holds(scores.store) or scores.store.holds(output):
         raise CorpusError(f"{output.url}: the output and the scores {scores.store.url} must not lie in each other")
-    ours = {path for shard in shards for path in (*shard.files(), selection_path(shard))}
+    ours = {path for shard in shards for path in (*form.files(shard), selection_path(shard))}
     output.refuse_detours(ours)
     for path in scores.inputs:
         try:
@@ -139,9 +170,9 @@ def _refuse_inputs(output: Store, scores: Scores, shards: Sequence[Shard]) -> No
             continue
         refuse_overlap(output, path, found)
     # A folder with other files would become a mixture of two corpora; and files of these names may be another corpus.
-    ours |= {MANIFEST, CLAIM, *scores.corpus.sidecars}
+    ours |= {MANIFEST, CLAIM, *(scores.corpus.sidecars if form.has_sidecars else ())}
     there = [path for path in output.files() if not path.endswith(TEMPORARY_SUFFIX)]
-    strangers = [path for path in there if path not in ours and not any(_is_own(shard, path) for shard in shards)]
+    strangers = [path for path in there if path not in ours and not any(_is_own(shard, path, form) for shard in shards)]
     if strangers:
         raise CorpusError(
             f"{output.url}: holds {len(strangers)} files that this selection would not write "
@@ -151,9 +182,9 @@ def _refuse_inputs(output: Store, scores: Scores, shards: Sequence[Shard]) -> No
         raise CorpusError(f"{output.url}: holds {there[0]}, which no selection wrote; choose an empty folder")
 
 
-def _is_own(shard: Shard, path: str) -> bool:
+def _is_own(shard: Shard, path: str, form: Form) -> bool:
     """Whether a file lies in a shard that is a folder, under a name of those that its format makes up."""
-    pattern, folder = shard.format.own_files, f"{shard.path}/"
+    pattern, folder = shard.format.own_files, f"{form.prefix}{shard.path}/"
     return pattern is not None and path.startswith(folder) and pattern.fullmatch(path[len(folder) :]) is not None
 
 
@@ -168,138 +199,43 @@ def _is_selection(output: Store) -> bool:
     return isinstance(manifest, dict) and {"rule", "by", "scores"} <= manifest.keys()
 
 
-def _complete(scores: Scores) -> list[tuple[Shard, Scored]]:
-    """The score tables, if they cover every readable shard of the corpus."""
-    for state, advice in (
-        (State.MISSING, "have no score table; finish the run with `assay score`"),
-        (State.CHANGED, "do not match their score table; score them again with `assay score`"),
-    ):
-        found = scores.of(state)
-        if found:
-            example = f"{found[0].shard.path}{': ' if found[0].detail else ''}{found[0].detail}"
-            raise CorpusError(f"{len(found)} of {len(scores.shards)} shards {advice} ({example})")
-    tables = [(status.shard, status.table) for status in scores.shards if status.table is not None]
-    if not tables:
-        raise CorpusError(f"{scores.store.url}: no shard could be scored, so there is nothing to select from")
-    return tables
-
-
 def _read(
     store: Store, tables: Sequence[tuple[Shard, Scored]], name: str
 ) -> tuple[list[npt.NDArray[np.int64]], list[npt.NDArray[np.float32]]]:
     rows, values = [], []
     for shard, table in tables:
         own_rows, own_values = read_score(store, table_path(shard), name)
-        total = table.input.rows
-        if (np.diff(np.concatenate([[-1], own_rows, [total]])) <= 0).any():
-            raise CorpusError(f"{store.full(table_path(shard))}: its rows do not ascend below {total}; score it again")
+        check_rows(store, shard, table, own_rows)
         rows.append(own_rows)
         values.append(own_values)
-        listed = [entry.row for entry in read_quarantine(store, shard)] if table.rows.quarantined else []
-        if listed != np.setdiff1d(np.arange(total), own_rows, assume_unique=True).tolist():
-            raise CorpusError(f"{store.full(quarantine_path(shard))}: not the list of the rows that {shard.path} lacks")
     return rows, values
 
 
-@dataclass(frozen=True)
-class _ShardSelection:
-    """One shard's scored rows, and what the selection over all shards makes of them."""
-
-    shard: Shard
-    table: Scored
-    rows: npt.NDArray[np.int64]
-    scores: npt.NDArray[np.float32]
-    kept: npt.NDArray[np.bool_]
-    reasons: npt.NDArray[np.object_]
-    weights: npt.NDArray[np.float64] | None
-
-    @property
-    def total(self) -> int:
-        """The shard's physical rows."""
-        return self.table.input.rows
-
-    def keep(self) -> npt.NDArray[np.bool_]:
-        """One Boolean per physical row; quarantined rows are not kept."""
-        keep = np.zeros(self.total, bool)
-        keep[self.rows] = self.kept
-        return keep
-
-
-def _write_shard(store: Store, chosen: _ShardSelection, name: str, output: Store) -> ShardCounts:
-    shard, counts = chosen.shard, chosen.table.rows
+def _write_shard(store: Store, chosen: ShardSelection, name: str, output: Store, form: Form) -> ShardCounts:
+    shard, counts = chosen.shard, chosen.table
     try:
-        copy_rows(shard, chosen.keep(), output)
-        if not chosen.table.input.fingerprint == shard.fingerprint():
+        written = form.write(store, chosen, output)
+        if chosen.table.input != shard.fingerprint():
             raise ShardError("has changed meanwhile")
     except ShardError as error:
         raise CorpusError(f"{shard.path}: cannot be copied: {error}") from error
-    schema = pa.schema(
-        [
-            ROW_AND_ID[0],
-            pa.field("id", pa.string()),  # null where quarantine took a row without one
-            pa.field(name, pa.float32()),
-            pa.field("kept", pa.bool_(), nullable=False),
-            pa.field("reason", pa.string(), nullable=False),
-            *([pa.field("weight", pa.float64())] if chosen.weights is not None else []),
-        ]
-    )
-    with (
-        output.write(selection_path(shard)) as file,
-        pq.ParquetWriter(file, schema, compression="zstd") as writer,
-    ):
-        for columns in _selection_columns(store, chosen):
-            writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+    write_fates(store, chosen, name, output)
     kept = int(chosen.kept.sum())
     digest = store.sha256(table_path(shard))
+    dropped, hashed = counts.scored - kept, None if written is None else output.sha256(written)
     return ShardCounts(
-        shard.path, table_path(shard), digest, chosen.total, kept, counts.scored - kept, counts.quarantined
+        shard.path, table_path(shard), digest, chosen.total, kept, dropped, counts.quarantined, written, hashed
     )
 
 
-def _selection_columns(store: Store, chosen: _ShardSelection) -> Iterator[list[pa.Array]]:
-    """Row, id, score, kept, reason and weight of every row of the shard, a row group at a time."""
-    ids = stream_ids(store, table_path(chosen.shard))
-    quarantined = read_quarantine(store, chosen.shard)
-    for start in range(0, chosen.total, _ROW_GROUP_ROWS):
-        size = min(_ROW_GROUP_ROWS, chosen.total - start)
-        first, last = np.searchsorted(chosen.rows, [start, start + size])
-        here = slice(first, last)
-        places = chosen.rows[here] - start
-        columns = {"id": np.full(size, None, object), "reason": np.full(size, None, object)}
-        columns["id"][places] = list(islice(ids, last - first))
-        columns["reason"][places] = chosen.reasons[here]
-        missing = np.setdiff1d(np.arange(size), places, assume_unique=True)
-        for place, entry in zip(missing.tolist(), islice(quarantined, len(missing)), strict=True):
-            columns["id"][place] = entry.id
-            columns["reason"][place] = f"quarantined: {entry.reason}"
-        scored = np.zeros(size, bool)
-        scored[places] = True
-        arrays = [
-            pa.array(np.arange(start, start + size)),
-            pa.array(columns["id"], pa.string()),
-            _spread(chosen.scores[here], places, scored),
-            pa.array(_spread(chosen.kept[here], places, scored).fill_null(False)),
-            pa.array(columns["reason"], pa.string()),
-        ]
-        if chosen.weights is not None:
-            arrays.append(_spread(chosen.weights[here], places, scored))
-        yield arrays
-
-
-def _spread(values: npt.NDArray[Any], places: npt.NDArray[np.int64], scored: npt.NDArray[np.bool_]) -> pa.Array:
-    """The scored rows' values at their places, null elsewhere."""
-    spread = np.zeros(len(scored), values.dtype)
-    spread[places] = values
-    return pa.array(spread, mask=~scored, from_pandas=False)
-
-
-def _manifest(scores: Scores, name: str, curated: Curated) -> dict[str, Any]:
+def _manifest(scores: Scores, name: str, form: str, curated: Curated) -> dict[str, Any]:
     selection = curated.selection
     return {
         "format": 1,
         "version": __version__,
         "rule": selection.rule,
         "by": name,
+        "output": form,
         "threshold": selection.threshold,
         "facts": dict(selection.facts),
         "scores": scores.store.url,
@@ -309,5 +245,9 @@ def _manifest(scores: Scores, name: str, curated: Curated) -> dict[str, Any]:
         "rows": {"in": curated.rows, "kept": curated.kept, "quarantined": curated.quarantined},
         "unreadable": curated.unreadable,
         "left_out": curated.left_out,
-        "shards": [vars(shard) for shard in curated.shards],
+        "shards": [_counts(shard) for shard in curated.shards],
     }
+
+
+def _counts(shard: ShardCounts) -> dict[str, Any]:
+    return {key: value for key, value in vars(shard).items() if value is not None}

@@ -106,7 +106,7 @@ def rank(
     if not shards:
         first = "".join(f" ({path}: {why})" for path, why in list(left_out.items())[:1])
         raise CorpusError(f"{scores.store.url}: no shard of {scores.corpus_path} is scored as it is now{first}")
-    column = _column(scores, shards, name)
+    column = score_field(scores.store, table_path(shards[0]), name)
     better = _direction(column, keep)
     up = 1.0 if better == "high" else -1.0
     top, bottom = _End(best, up), _End(worst, -up)
@@ -125,14 +125,6 @@ def rank(
     found = [_look_up(scores, shards, places) for places in (top.places.tolist(), bottom.places.tolist(), lacking)]
     described = (column.metadata or {}).get(b"description", b"").decode("utf-8", "replace")
     return Ranking(name, better, described, rows, nan, found[0], found[1], found[2], left_out)
-
-
-def _column(scores: Scores, shards: Sequence[Shard], name: str) -> pa.Field:
-    columns = [score_field(scores.store, table_path(shard), name) for shard in shards]
-    for column in columns:
-        if column.type != pa.float32():
-            raise CorpusError(f"--by {name}: holds {column.type} per row; expected one number to judge by")
-    return columns[0]
 
 
 def _direction(column: pa.Field, keep: str | None) -> str:

@@ -31,6 +31,8 @@ class RuleOptions:
     keep: str | None = None
     seed: int = 0
     temperature: float | None = None
+    weigh: bool = False
+    """Whether kept rows are to have weights: the rule's own, or softmax(worth / temperature)."""
 
     def rule(self) -> Rule:
         """The rule that was asked for. CorpusError unless it is one, and complete."""
@@ -44,7 +46,26 @@ class RuleOptions:
             raise CorpusError(f"--keep {self.keep}: expected high or low")
         if self.by is None and given != ["random"]:
             raise CorpusError(f"--by is missing: --{given[0]} needs a score to judge by")
-        return self._rule(self.by or "", cast("Literal['high', 'low'] | None", self.keep))
+        keep = cast("Literal['high', 'low'] | None", self.keep)
+        rule = self._rule(self.by or "", keep)
+        return self._weighed(rule, given[0], keep) if self.weigh else rule
+
+    def _weighed(self, rule: Rule, kind: str, keep: Literal["high", "low"] | None) -> Rule:
+        by, temperature = self.by, self.temperature
+        if kind == "sample":
+            raise CorpusError("--format weights: --sample draws by the score already; take --top, or --random")
+        if kind == "gmm":
+            if temperature is not None:
+                raise CorpusError(f"--temperature {temperature}: --gmm has weights of its own; leave it out")
+            return rule
+        if temperature is None:
+            raise CorpusError(
+                f"--format weights: --{kind} weighs all rows that it keeps alike; add --temperature, by which weights "
+                "are softmax(worth / temperature), or take --gmm"
+            )
+        if by is None:
+            raise CorpusError("--by is missing: --format weights needs a score to weigh by")
+        return lambda table: select.weigh(table, rule(table), by, temperature, keep)
 
     def _rule(self, by: str, keep: Literal["high", "low"] | None) -> Rule:
         if self.top is not None:

@@ -34,6 +34,7 @@ from assay.engine.shard import Share
 from assay.engine.timing import Times
 from assay.engine.units import Job, Outcome, shares
 from assay.recipe.errors import EngineError
+from assay.recipe.models import hashed_files
 
 log = logging.getLogger("assay")
 
@@ -158,6 +159,7 @@ class _Crew:
             recipe.trust,
             self._plan.identity,
             fitted,
+            hashed_files(),
             str(hired.device),
             self._threads,
             logging.getLogger("assay").getEffectiveLevel(),

@@ -12,6 +12,7 @@ from assay.engine.parts import Part
 from assay.engine.shard import Share
 from assay.engine.timing import Times
 from assay.methods import Column
+from assay.recipe.models import Hashed
 from assay.recipe.tasks import TaskSpec
 
 
@@ -28,6 +29,8 @@ class Setup:
     identity: Identity
     corpora: Mapping[str, Corpus]
     """Those that methods are fitted to, by path."""
+    hashed: Mapping[str, Hashed]
+    """The models' files as the plan was made."""
     device: str
     threads: int
     log_level: int

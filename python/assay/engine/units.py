@@ -30,7 +30,7 @@ def sizes_of(shards: Sequence[Shard]) -> dict[Shard, int]:
     for shard in shards:
         sizes[shard] = 0
         with contextlib.suppress(OSError):
-            sizes[shard] = (shard.listed or shard.fingerprint()).size
+            sizes[shard] = shard.as_found().size
     return sizes
 
 

@@ -29,6 +29,7 @@ from assay.engine.plan import Plan, refuse_changes
 from assay.engine.shard import score_anew_or_stored
 from assay.engine.timing import Times
 from assay.engine.workshop import Workshop, open_workshop
+from assay.recipe.models import take_hashed
 from assay.recipe.recipe import Recipe
 
 
@@ -65,6 +66,7 @@ def serve(connection: Connection, setup: Setup) -> None:
 
 
 def _open(setup: Setup) -> tuple[Workshop, Store]:
+    take_hashed(setup.hashed)
     recipe = Recipe.model_validate(setup.recipe, context={"base": "/", "trust": setup.trust})
     recipe = recipe.model_copy(update={"task": setup.task})
     output = Store.at(recipe.output)

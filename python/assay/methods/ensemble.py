@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from assay import ops
@@ -17,7 +18,7 @@ from assay.methods.label_quality import COLUMNS as LABEL_QUALITY
 from assay.methods.label_quality import label_quality
 from assay.methods.weights import shares
 from assay.probe import Signals
-from assay.tasks import Classification, Regression, Task
+from assay.tasks import CausalLM, Classification, Regression, Task
 from assay.tasks.base import ByToken, base_task
 
 STATISTICS = (
@@ -43,6 +44,8 @@ REGRESSION = (
     Column("residual", "low", "(mean − y)², averaged over outputs"),
 )
 
+_PADDING = 1024  # a vocabulary is padded to a multiple of 128 for each of up to 8 devices
+
 
 class Ensemble(Method):
     """K models' view of each sample's label.
@@ -51,6 +54,9 @@ class Ensemble(Method):
     and cleanlab's label-quality scores. A sample with several rows (a text) gets the mean over its predicted tokens.
     For regression: ``mean``, ``variance`` and ``residual`` of the models' predictions, w_k normalised to sum 1: the
     models' own losses have the weighted mean residual + variance.
+
+    Language models of one vocabulary may have it padded differently: each keeps its own softmax, padding included, so
+    that ``mean_nll`` is the mean of the losses they were trained on, and gives the tokens that it lacks probability 0.
 
     Args:
         models: K modules of any architectures over the same classes or vocabulary. To find wrong labels they must not
@@ -61,8 +67,8 @@ class Ensemble(Method):
         name: prefix of the columns.
 
     Raises:
-        ValueError: no model, weights that are none, output layers of different sizes, labels that are probabilities, or
-            ``tokens`` of samples that are none.
+        ValueError: no model, weights that are none, output layers that differ by more than padding, labels that are
+            probabilities, or ``tokens`` of samples that are none.
     """
 
     gathers: ClassVar[int | None] = 0
@@ -79,7 +85,6 @@ class Ensemble(Method):
         if not models:
             raise ValueError("Ensemble: expected at least one model, got none")
         shares(weights, len(models))  # an error now, not after the models have run
-        _check_same_classes(models)
         if getattr(task, "soft", False):
             raise ValueError(
                 "Ensemble: compares predictions with one class per sample, and the task's labels are probabilities "
@@ -93,6 +98,7 @@ class Ensemble(Method):
         self.weights = [float(w) for w in weights] if weights is not None else None
         self._per_sample = isinstance(task, Classification)
         self._numbers = isinstance(task, Regression)
+        self._most(_told_classes(models))  # an error now, too
 
     @property
     def columns(self) -> Sequence[Column]:
@@ -131,6 +137,8 @@ class Ensemble(Method):
             logits.append(member.logits)
         labels = members[0].labels
         assert labels is not None
+        classes = self._most([own.shape[1] for own in logits])
+        logits = [F.pad(own, (0, classes - own.shape[1]), value=-torch.inf) for own in logits]
         return ensemble_scores(logits, labels, self.weights, classes=self._per_sample)
 
     def _fused_scores(self, members: Sequence[Signals]) -> dict[str, Tensor] | None:
@@ -138,6 +146,8 @@ class Ensemble(Method):
         layers = [member.output_layer for member in members if member.output_layer is not None]
         if len(layers) < len(members):
             return None
+        classes = self._most([len(layer.weight) for layer in layers])
+        layers = [layer.padded(classes) for layer in layers]
         stats = ops.linear_ensemble_stats(
             [layer.hidden for layer in layers],
             [layer.weight for layer in layers],
@@ -146,6 +156,16 @@ class Ensemble(Method):
             weights=self.weights,
         )
         return {column.name: getattr(stats, column.name) for column in STATISTICS}
+
+    def _most(self, classes: Sequence[int]) -> int:
+        """The most of the models' classes; ValueError unless they are as many, or one vocabulary's."""
+        most, least = max(classes, default=0), min(classes, default=0)
+        if most - least > (_PADDING if isinstance(base_task(self.task), CausalLM) else 0):
+            raise ValueError(
+                f"Ensemble: its models have output layers of {', '.join(map(str, classes))} classes (those of one "
+                f"vocabulary differ by {_PADDING} rows of padding at most); score them in ensembles of their own"
+            )
+        return most
 
     def _regression_scores(self, members: Sequence[Signals]) -> dict[str, Tensor]:
         predictions = [member.prediction for member in members if member.prediction is not None]
@@ -207,16 +227,11 @@ def regression_scores(
     return {name: values.float() for name, values in scores.items()}
 
 
-def _check_same_classes(models: Sequence[nn.Module]) -> None:
-    """Language models tell their output layer: refuse what would fail, or mean something else, on the first batch."""
+def _told_classes(models: Sequence[nn.Module]) -> list[int]:
+    """The sizes of their output layers, of those models that tell: language models."""
     layers = [getattr(model, "get_output_embeddings", lambda: None)() for model in models]
     weights = [getattr(layer, "weight", None) for layer in layers]
-    classes = [weight.shape[0] for weight in weights if isinstance(weight, Tensor)]
-    if len(set(classes)) > 1:
-        raise ValueError(
-            f"Ensemble: its models have output layers of {', '.join(map(str, classes))} classes (one vocabulary may be "
-            "padded differently); score them in ensembles of their own"
-        )
+    return [weight.shape[0] for weight in weights if isinstance(weight, Tensor)]
 
 
 def sample_means(values: Tensor, labels: Tensor, rows: Tensor, samples: int) -> Tensor:

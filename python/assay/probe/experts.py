@@ -59,11 +59,11 @@ class Experts:
     def scaled(self, factors: Tensor) -> Experts:
         return replace(self, left=self.left * factors.to(self.left)[self.owner, None])
 
-    def summed(self, shape: Sequence[int]) -> Tensor:
-        values = self.left.new_zeros(*shape)
+    def weighted(self, factors: Tensor, shape: Sequence[int]) -> Tensor:
+        values, own = self.left.new_zeros(*shape), self.scaled(factors)
         for e in torch.unique(self.expert).tolist():
             here = self.expert == e
-            values[e] = self.left[here].T @ self.right[here]
+            values[e] = own.left[here].T @ own.right[here]
         return values
 
     def part(self, samples: slice) -> Experts:

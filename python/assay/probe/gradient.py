@@ -17,6 +17,8 @@ from assay.tasks.base import wide
 
 # Gradients are multiplied out at most this many numbers at a time.
 _ELEMENTS = 1 << 24
+# So much more memory than its factors a gradient may take that is multiplied out to be used several times.
+_WORTH = 2
 # Terms that cancel below this share of their own squared norms are multiplied out, one sample at a time.
 _CANCELLED = 1e-2
 
@@ -125,9 +127,28 @@ class PerSampleGradient:
         """Sample b's gradient times ``factors`` (B,)."""
         return PerSampleGradient(self.shape, [term.scaled(factors) for term in self.terms])
 
-    def summed(self) -> Tensor:
-        """The sum over the samples, of the parameter's shape: a gradient as autograd gives it."""
-        return sum_of([term.summed(self.shape) for term in self.terms])
+    def weighted(self, factors: Tensor) -> Tensor:
+        """Σ_b factors_b · gradient of sample b, of the parameter's shape: a gradient as autograd gives it."""
+        return sum_of([term.weighted(factors, self.shape) for term in self.terms])
+
+    def multiplied_out(self) -> PerSampleGradient:
+        """The same as matrices where these are not much larger than their factors: for who looks at it several times.
+
+        A product with a direction then costs no matrix product of its own, nor does a weighted sum.
+        """
+        outer, *rest = self.terms
+        if not isinstance(outer, Outer) or outer.left.dtype != torch.float32 or outer.right.dtype != torch.float32:
+            return self
+        length, rows, columns = *outer.left.shape[1:], outer.right.shape[2]
+        if rows * columns > _WORTH * length * (rows + columns):
+            return self
+        values = outer.dense((rows, columns))
+        for scatter in rest:  # of at most one other kind
+            if not isinstance(scatter, Scatter):
+                return self
+            sample = torch.arange(len(values), device=values.device)[:, None].expand_as(scatter.ids)
+            values.index_put_((sample, scatter.ids), wide(scatter.grads).to(values), accumulate=True)
+        return PerSampleGradient(self.shape, [Dense(values.reshape(-1, *self.shape))])
 
     def sketch(self, sketch: Sketch) -> Tensor:
         """A projection of the gradient -> (B, sketch.dim): the uses' sketches, summed, for sketching is linear."""

@@ -105,12 +105,12 @@ class Head:
     def scaled(self, factors: Tensor) -> Head:
         return replace(self, scale=self.scale * factors.to(self.scale)[:, None])
 
-    def summed(self, shape: Sequence[int]) -> Tensor:
-        """Σ_b, (C, D): the fused loss's own gradient."""
+    def weighted(self, factors: Tensor, shape: Sequence[int]) -> Tensor:
+        """Σ_b factors_b · gradient, (C, D): the fused loss's own."""
         with torch.enable_grad():
             weight = self.weight.detach().requires_grad_()
             losses = linear_cross_entropy(self.hidden.flatten(0, 1), weight, self.labels.flatten(), bias=self.bias)
-            (total,) = torch.autograd.grad(losses, weight, self.scale.flatten().to(losses.dtype))
+            (total,) = torch.autograd.grad(losses, weight, self.scaled(factors).scale.flatten().to(losses.dtype))
         return total
 
     def residual(self) -> Tensor:

@@ -157,7 +157,8 @@ class Sketched:
 class Reduced:
     """What reductions have given so far, (B,), (B, width) or (B, positions) by key.
 
-    ``scale`` (B,): what each sample's gradient comes multiplied with; ``unscaled`` takes it out again.
+    ``scale`` (B,): what each sample's gradient comes multiplied with; ``unscaled`` takes it out again. What a single
+    reduction uses, it uses as it comes.
     """
 
     size: int
@@ -183,6 +184,8 @@ class Reduced:
 
     def add(self, name: str, gradient: PerSampleGradient) -> None:
         self.touched.add(name)
+        if self.scale is not None and sum(name in reduction.parameters for reduction in self.reductions.values()) > 1:
+            gradient = gradient.multiplied_out()
         for key, reduction in self.reductions.items():
             if name in reduction.parameters:
                 own = gradient

@@ -12,9 +12,12 @@ from torch import Tensor
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from assay.ops import Kronecker, Mask, Rademacher, Sketch, grad_dot, grad_sketch, grad_sqnorm, project
+from assay.ops._exact import exact
 from assay.probe.experts import Experts
 from assay.probe.head import Head
 from assay.tasks.base import wide
+
+_LARGE = 1 << 16  # numbers of a sample's gradient from which on no product is written down
 
 
 def sum_of(tensors: Sequence[Tensor]) -> Tensor:
@@ -54,8 +57,9 @@ class Outer:
             return Outer(_times(self.left, factors), self.right)
         return Outer(self.left, _times(self.right, factors))
 
-    def summed(self, shape: Sequence[int]) -> Tensor:
-        left, right = _alike(self.left.flatten(0, 1), self.right.flatten(0, 1))
+    def weighted(self, factors: Tensor, shape: Sequence[int]) -> Tensor:
+        own = self.scaled(factors)
+        left, right = _alike(own.left.flatten(0, 1), own.right.flatten(0, 1))
         return (left.T @ right).reshape(shape)
 
     @property
@@ -104,8 +108,8 @@ class Scatter:
     def scaled(self, factors: Tensor) -> Scatter:
         return Scatter(self.ids, _times(self.grads, factors))
 
-    def summed(self, shape: Sequence[int]) -> Tensor:
-        rows = wide(self.grads).flatten(0, 1)
+    def weighted(self, factors: Tensor, shape: Sequence[int]) -> Tensor:
+        rows = _times(wide(self.grads), factors).flatten(0, 1)
         return rows.new_zeros(*shape).index_put_((self.ids.flatten(),), rows, accumulate=True)
 
     @property
@@ -123,7 +127,11 @@ class Dense:
     values: Tensor
 
     def dot(self, direction: Tensor) -> Tensor:
-        return (wide(self.values) * wide(direction)).reshape(self.samples, -1).sum(1)
+        values, along = wide(self.values), wide(direction)
+        if values[:1].numel() < _LARGE:
+            return (values * along).reshape(self.samples, -1).sum(1)
+        with exact():
+            return values.reshape(self.samples, -1).to(along.dtype) @ along.flatten()
 
     def sqnorm(self) -> Tensor:
         return wide(self.values).square().reshape(self.samples, -1).sum(1)
@@ -143,8 +151,10 @@ class Dense:
     def scaled(self, factors: Tensor) -> Dense:
         return Dense(_times(self.values, factors))
 
-    def summed(self, shape: Sequence[int]) -> Tensor:
-        return wide(self.values).sum(0).reshape(shape)
+    def weighted(self, factors: Tensor, shape: Sequence[int]) -> Tensor:
+        values = wide(self.values).reshape(self.samples, -1)
+        with exact():
+            return (factors.to(values) @ values).reshape(shape)
 
     @property
     def samples(self) -> int:
@@ -190,9 +200,9 @@ class Convolution:
     def scaled(self, factors: Tensor) -> Convolution:
         return replace(self, grads=_times(self.grads, factors))
 
-    def summed(self, shape: Sequence[int]) -> Tensor:
+    def weighted(self, factors: Tensor, shape: Sequence[int]) -> Tensor:
         gradient = (conv1d_weight, conv2d_weight, conv3d_weight)[len(self.kernel_size) - 1]
-        inputs, grads = _alike(self.inputs, self.grads)
+        inputs, grads = _alike(self.inputs, _times(self.grads, factors))
         options = (self.stride, 0, self.dilation, self.groups)
         return gradient(inputs, torch.Size(shape), grads, *options)  # type: ignore[no-untyped-call, no-any-return]
 
@@ -309,8 +319,8 @@ class Pulled:
     def scaled(self, factors: Tensor) -> Pulled:
         return replace(self, terms=[term.scaled(factors) for term in self.terms])
 
-    def summed(self, shape: Sequence[int]) -> Tensor:
-        total = sum_of([term.summed(self.value.shape) for term in self.terms])
+    def weighted(self, factors: Tensor, shape: Sequence[int]) -> Tensor:
+        total = sum_of([term.weighted(factors, self.value.shape) for term in self.terms])
         return self._pull(total.to(self.value.dtype)).detach()
 
     @property

@@ -12,9 +12,10 @@ import importlib
 import itertools
 import random
 import re
+import weakref
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import Any, Literal
 
@@ -64,6 +65,7 @@ class PythonSpec(ModelSpec):
     arguments: dict[str, JsonValue] = Field(default_factory=dict)
     tokenizer_path: ExistingPath | None = None
     _trust: tuple[str, ...] = PrivateAttr(default=())
+    _tried: tuple[Callable[[], nn.Module | None], tuple[int, int] | None] | None = PrivateAttr(default=None)
 
     @model_validator(mode="before")
     @classmethod
@@ -110,12 +112,18 @@ class PythonSpec(ModelSpec):
         return None if self.tokenizer_path is None else load_tokenizer(find_tokenizer(self.tokenizer_path), None)
 
     def input_size(self, model: nn.Module) -> int | None:
-        found = tried_out(model)
+        found = self._sizes(model)
         return found[0] if found else None
 
     def output_size(self, model: nn.Module) -> int | None:
-        found = tried_out(model)
+        found = self._sizes(model)
         return found[1] if found else None
+
+    def _sizes(self, model: nn.Module) -> tuple[int, int] | None:
+        """A model is tried out once, and not kept for that."""
+        if self._tried is None or self._tried[0]() is not model:
+            self._tried = weakref.ref(model), tried_out(model)
+        return self._tried[1]
 
     def identity(self) -> dict[str, Any]:
         return self.model_dump(exclude={"path", "tokenizer_path"})

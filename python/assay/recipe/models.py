@@ -7,12 +7,12 @@ downloaded; a checkpoint's own Python never runs.
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import PrivateAttr, model_validator
 from torch import nn
@@ -277,13 +277,38 @@ def files_sha256(files: Iterable[tuple[str, str]], *more: str) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
+class Hashed(NamedTuple):
+    """A file's SHA-256, and by what it is known to be the same file still: no write leaves all of that as it was."""
+
+    stamp: tuple[int, ...]
+    sha256: str
+
+
+_HASHED: dict[str, Hashed] = {}
+# A clock's ticks: a file that has only just been written may be written again within one.
+_SETTLED_NS = 2 * 10**9
+
+
 def file_sha256(path: str) -> str:
+    """The SHA-256 of a file's content. Large weights are read once per run, unless they change."""
     status = os.stat(path)
-    return _cached_sha256(path, status.st_size, status.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=1024)
-def _cached_sha256(path: str, size: int, mtime_ns: int) -> str:
-    """Large weights are read once per process, unless they change."""
+    stamp = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    known = _HASHED.get(path)
+    if known is not None and known.stamp == stamp:
+        return known.sha256
+    settled = time.time_ns() - status.st_ctime_ns > _SETTLED_NS
     with open(path, "rb") as file:
-        return sha256(file)
+        found = Hashed(stamp, sha256(file))
+    if settled:
+        _HASHED[path] = found
+    return found.sha256
+
+
+def hashed_files() -> dict[str, Hashed]:
+    """What this process has read of files by path, for another one on the same machine: `take_hashed`."""
+    return dict(_HASHED)
+
+
+def take_hashed(files: Mapping[str, Hashed]) -> None:
+    """What another process has read of files need not be read again, as long as they are the same."""
+    _HASHED.update(files)

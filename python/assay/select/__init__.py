@@ -6,7 +6,7 @@ never kept, ties go to the earlier row, and every draw takes a seed: the same in
 """
 
 from assay.select.mixtures import gmm, kmeans
-from assay.select.rules import quantile, random, sample, threshold, top
+from assay.select.rules import draw, quantile, random, sample, threshold, top, weigh
 from assay.select.selection import Selection
 from assay.select.targets import robust, round_robin
 from assay.select.votes import Quality, average, quality, vote
@@ -15,6 +15,7 @@ __all__ = [
     "Quality",
     "Selection",
     "average",
+    "draw",
     "gmm",
     "kmeans",
     "quality",
@@ -26,4 +27,5 @@ __all__ = [
     "threshold",
     "top",
     "vote",
+    "weigh",
 ]

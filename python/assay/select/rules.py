@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from assay.select.selection import Floats, Mask, Selection, oriented
+from assay.select.selection import Floats, Mask, OrientedScore, Selection, oriented
 
 Keep = Literal["high", "low"]
 Amount = int | float
@@ -65,19 +66,7 @@ def sample(
     """
     score = oriented(table, by, keep)
     wanted = amount_rows(amount, table.num_rows)
-    logits = np.full(table.num_rows, -np.inf)
-    valid = score.values[score.valid]
-    if temperature is not None:
-        if not temperature > 0:
-            raise ValueError(f"temperature={temperature}: expected a positive number")
-        logits[score.valid] = valid / temperature
-    elif score.sign < 0:
-        raise ValueError(f"by={by!r} is better when low, so it is no proportion; pass a temperature")
-    elif valid.size and valid.min() < 0:
-        raise ValueError(f"by={by!r} goes down to {valid.min():.6g}, no proportion; pass a temperature")
-    else:
-        with np.errstate(divide="ignore"):
-            logits[score.valid] = np.log(valid)
+    logits = log_proportions(score, temperature)
     keys = logits + _gumbel(table.num_rows, seed)
     drawable = np.flatnonzero(logits > -np.inf)
     drawn = drawable[np.argsort(-keys[drawable], kind="stable")][:wanted]
@@ -90,9 +79,69 @@ def sample(
     )
 
 
+def draw(
+    table: pa.Table,
+    by: str,
+    count: int,
+    seed: int,
+    temperature: float | None = None,
+    keep: Keep | None = None,
+) -> npt.NDArray[np.int64]:
+    """``count`` rows' positions, drawn *with* replacement in the proportions of `sample`, in the order of the draw."""
+    logits = log_proportions(oriented(table, by, keep), temperature)
+    drawable = np.flatnonzero(logits > -np.inf)
+    if not drawable.size or not np.isfinite(logits[drawable]).all():
+        raise ValueError(f"by={by!r}: expected finite scores to draw by, found none or infinite ones")
+    sums = np.cumsum(np.exp(logits[drawable] - logits[drawable].max()))
+    wanted = uniform(count, seed) * sums[-1]
+    order = np.argsort(wanted, kind="stable")  # looked up in their order, millions miss no cache
+    places = np.empty(count, np.int64)
+    places[order] = np.searchsorted(sums, wanted[order], side="right")
+    drawn: npt.NDArray[np.int64] = drawable[np.minimum(places, len(drawable) - 1)]  # a product may round up to the sum
+    return drawn
+
+
+def weigh(table: pa.Table, selection: Selection, by: str, temperature: float, keep: Keep | None = None) -> Selection:
+    """The same rows with weights n · softmax(worth / temperature) over the n kept ones: mean 1. The others' are 0.
+
+    Worth is the score or, if it is better when low, its negative. ValueError if a kept row's score is not finite.
+    """
+    score = oriented(table, by, keep)
+    logits = log_proportions(score, temperature)[selection.mask]
+    if not np.isfinite(logits).all():
+        bad = int((~np.isfinite(logits)).sum())
+        raise ValueError(
+            f"by={by!r}: {bad} kept rows have no finite score to be weighed by; leave them out by it first"
+        )
+    weights = np.zeros(table.num_rows)
+    if logits.size:
+        shares = np.exp(logits - logits.max())
+        weights[selection.mask] = shares * (len(shares) / shares.sum())
+    rule = f"{selection.rule}, weighed by softmax at temperature {temperature:g} of {by}"
+    return replace(selection, rule=rule, weights=weights)
+
+
+def log_proportions(score: OrientedScore, temperature: float | None) -> Floats:
+    """Logarithms of what rows are drawn in proportion to; -inf for those that never are."""
+    logits = np.full(len(score.values), -np.inf)
+    valid = score.values[score.valid]
+    if temperature is not None:
+        if not temperature > 0:
+            raise ValueError(f"temperature={temperature}: expected a positive number")
+        logits[score.valid] = valid / temperature
+    elif score.sign < 0:
+        raise ValueError(f"by={score.name!r} is better when low, so it is no proportion; pass a temperature")
+    elif valid.size and valid.min() < 0:
+        raise ValueError(f"by={score.name!r} goes down to {valid.min():.6g}, no proportion; pass a temperature")
+    else:
+        with np.errstate(divide="ignore"):
+            logits[score.valid] = np.log(valid)
+    return logits
+
+
 def random(table: pa.Table, amount: Amount, seed: int) -> Selection:
     """Draw ``amount`` rows (as in `top`) uniformly: the control by which every other rule is judged."""
-    keys = _uniform(table.num_rows, seed)
+    keys = uniform(table.num_rows, seed)
     mask = indices_mask(table.num_rows, np.argsort(keys, kind="stable")[: amount_rows(amount, table.num_rows)])
     return Selection(
         f"{amount} drawn at random, seed {seed}",
@@ -120,12 +169,12 @@ def indices_mask(rows: int, indices: npt.NDArray[np.int64]) -> Mask:
     return mask
 
 
-def _uniform(rows: int, seed: int) -> Floats:
+def uniform(rows: int, seed: int) -> Floats:
     """Philox's raw stream: unlike numpy's distributions, it is promised never to change."""
     raw = np.random.Philox(seed).random_raw(rows)
     return (np.asarray(raw >> np.uint64(11), dtype=np.float64) + 0.5) * 2.0**-53
 
 
 def _gumbel(rows: int, seed: int) -> Floats:
-    keys: Floats = -np.log(-np.log(_uniform(rows, seed)))
+    keys: Floats = -np.log(-np.log(uniform(rows, seed)))
     return keys

@@ -21,7 +21,7 @@ class Selection:
     """Which rows of a table are kept.
 
     ``mask`` has one Boolean per row; ``weights``, if the rule thinks in degrees, one float in [0, 1]; of
-    `robust`, any whose sum is the number of kept rows.
+    `robust` and `weigh`, any whose sum is the number of kept rows.
     ``threshold`` is where the score was cut, in the score's own units. ``codes`` indexes ``legend``, the
     reasons. ``facts`` holds what the rule learned (component means, voters' accuracies).
     """

@@ -33,6 +33,14 @@ class OutputLayer:
         """(N, C), made now."""
         return F.linear(self.hidden, self.weight, self.bias)
 
+    def padded(self, classes: int) -> OutputLayer:
+        """The same over more classes, which have probability 0."""
+        more = classes - len(self.weight)
+        if more == 0:
+            return self
+        bias = self.weight.new_zeros(len(self.weight)) if self.bias is None else self.bias
+        return OutputLayer(self.hidden, F.pad(self.weight, (0, 0, 0, more)), F.pad(bias, (0, more), value=-torch.inf))
+
 
 class LogitsUsed(Exception):
     """Logits that were not made have been used: the model must run as it is."""

@@ -1,5 +1,17 @@
 """Methods inside trainers: scores that become weights, a filter or a log in the same step."""
 
-from assay.train.reweighter import Reweighter
+import importlib
+from typing import Any
 
-__all__ = ["Reweighter"]
+from assay.train import huggingface
+from assay.train.joining import join
+from assay.train.reweighter import Reweighter
+from assay.train.sampler import WeightedSampler
+
+__all__ = ["Reweighter", "WeightedSampler", "huggingface", "join"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "lightning":  # its callback is a class of Lightning's
+        return importlib.import_module("assay.train.lightning")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -124,7 +124,7 @@ class Reweighter:
         Args:
             losses: (B,), one per sample, as they are: not divided by accumulation steps, not multiplied by a loss
                 scale. ``scale`` does that. Where gradients overflow because of a scale above 1, the step is a plain
-                one, whose gradients a ``GradScaler`` finds not to be finite.
+                one, whose gradients a ``GradScaler`` finds not to be finite, and the table has no rows of it.
             ids: B names of the samples, in every call or in none.
             scale: what the trainer multiplies losses with before it backpropagates, a number or (B,): one over the
                 accumulation steps, ``scaler.scale(losses.new_ones(()))``, a sample's share of the batch's tokens.
@@ -152,6 +152,11 @@ class Reweighter:
             self._check_parameters()
             self._step(losses, scales, names, _Given(logits, labels, reference_losses))
         self._arm()
+
+    @property
+    def tapped(self) -> list[str]:
+        """Names of the parameters whose gradients are scored or reweighted."""
+        return list(self._taps.parameters)
 
     def table(self) -> pa.Table:
         """What was scored: ``id``, ``step`` (of the call, from 1), a column per score, ``weight``.
@@ -204,7 +209,8 @@ class Reweighter:
             if weights.are_void and bool(overflowed.any()) and self._all_finite():
                 raise RuntimeError(f"the gradients of step {self.step} are finite, and scores made of them are not")
         self.weights = weights.local.float()
-        self._journal.add(names, self.step, {**_known(scores), "weight": self.weights})
+        if not weights.are_void:
+            self._journal.add(names, self.step, {**_known(scores), "weight": self.weights})
 
     def _weigh(self, scores: Tensor, overflowed: Tensor, scales: Tensor) -> _Weights:
         columns = torch.stack([scores.double(), overflowed.double()], 1)
@@ -233,7 +239,7 @@ class Reweighter:
     def _add(self, losses: Tensor, scales: Tensor, weights: _Weights, held: Mapping[str, PerSampleGradient]) -> None:
         """The reweighted parameters' gradients."""
         factors = weights.local * weights.correction
-        self._taps.add({name: gradient.scaled(factors).summed() for name, gradient in held.items()})
+        self._taps.add({name: gradient.weighted(factors) for name, gradient in held.items()})
         rest = [name for name in self._parameters if name not in held]
         if self.recompute and rest:
             self._taps.weighted_pass(losses, scales * factors.to(scales), rest)

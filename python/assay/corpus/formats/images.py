@@ -17,16 +17,16 @@ from assay.corpus.errors import BadRow
 from assay.corpus.format import Chunk, ColumnFacts, Folder, Format, Mask, Source, check_columns, check_length, parts
 from assay.corpus.listing import list_files, shown
 from assay.corpus.media import IMAGES
-from assay.corpus.storage import Store, is_of_file
+from assay.corpus.storage import Fingerprint, Store, is_of_file
 
 _ROW_BYTES = 1000
 
 
-def _files(store: Store, folder: str) -> list[str]:
+def _files(store: Store, folder: str) -> dict[str, Fingerprint | None]:
     """The images in the folders of a folder, relative to it, in order of their paths. An OSError if there are none."""
     below = len(folder) + 1 if folder else 0
-    files = [path[below:] for path in list_files(store, folder).files if path.lower().endswith(IMAGES)]
-    files = [path for path in files if path.count("/") == 1]
+    listed = {path[below:]: found for path, found in list_files(store, folder).files.items()}
+    files = {path: found for path, found in listed.items() if path.lower().endswith(IMAGES) and path.count("/") == 1}
     if not files:
         raise FileNotFoundError(f"{store.full(folder)}: no image in a folder of a class")
     return files

@@ -23,7 +23,7 @@ from assay.corpus.dotted import fields_below
 from assay.corpus.errors import ShardError
 from assay.corpus.facts import facts_of_schema
 from assay.corpus.format import Chunk, ColumnFacts, Format, Mask, Source, check_length
-from assay.corpus.storage import Store
+from assay.corpus.storage import Fingerprint, Store
 
 _READ_AHEAD_BYTES = 32 << 20
 # Of such columns the library gives descriptions, or bytes from wherever a description says.
@@ -32,12 +32,12 @@ _BLOB = b"lance-encoding:blob"
 _OWN_FILES = re.compile(r"data/[^/]+\.lance|_versions/[^/]+\.manifest|_transactions/[^/]+\.txn")
 
 
-def _files(store: Store, folder: str) -> list[str]:
+def _files(store: Store, folder: str) -> dict[str, Fingerprint | None]:
     """Every file of the data set, relative to it. An OSError if there are none."""
     files = Store(store.fs, store.full(folder)).files()
     if not files:
         raise FileNotFoundError(f"{store.full(folder)}: no file in it")
-    return files
+    return dict.fromkeys(files)
 
 
 def _read(source: Source, columns: Sequence[str]) -> Iterator[Chunk]:

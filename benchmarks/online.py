@@ -1,0 +1,82 @@
+"""What reweighting adds to a training step of a GPT-2-shaped model: ``python -m benchmarks.online``.
+
+Every variant trains a copy of its own with AdamW on the same batch, in turn. Contract (DESIGN): one layer at most 3 %
+beside the plain step, all layers at most 35 %.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from assay.methods import GradMimic, GraNd
+from assay.tasks import CausalLM
+from assay.train import Reweighter
+from benchmarks import timing
+from benchmarks.mimic import model_and_reference
+
+LAST = "transformer.h.5.*"  # the last block
+
+
+def losses_of(model: nn.Module, ids: Tensor) -> Tensor:
+    logits = model(input_ids=ids).logits[:, :-1]
+    losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return losses.view(len(ids), -1).mean(1)
+
+
+def step_of(model: nn.Module, ids: Tensor, backward: Callable[[Tensor], None]) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        backward(losses_of(model, ids))
+        optimizer.step()
+
+    return step
+
+
+def variants(ids: Tensor) -> dict[str, Callable[[], None]]:
+    start, reference = model_and_reference()
+    task = CausalLM()
+
+    def reweighted(layers: str | None, method: str = "mimic", **settings: Any) -> Callable[[], None]:
+        model = copy.deepcopy(start).train()
+        scored = GradMimic(model, reference, task, layers) if method == "mimic" else GraNd(model, task, layers)
+        return step_of(model, ids, Reweighter(model, scored, layers=layers, **settings).backward)
+
+    return {
+        "plain step": step_of(copy.deepcopy(start).train(), ids, lambda losses: losses.mean().backward()),
+        "plain step, again": step_of(copy.deepcopy(start).train(), ids, lambda losses: losses.mean().backward()),
+        "mimic, last norm": reweighted("transformer.ln_f"),
+        "mimic, last block": reweighted(LAST),
+        "mimic, head (tied: 64 % of the weights)": reweighted("lm_head"),
+        "mimic, all layers": reweighted(None),
+        "mimic, all layers, recomputed": reweighted(None, recompute=True),
+        "mimic, last block, observed": reweighted(LAST, mode="observe"),
+        "GraNd, all layers": reweighted(None, "grand"),
+    }
+
+
+def main() -> None:
+    ids = torch.randint(50257, (8, 256))
+    timings = timing.interleave(variants(ids), rounds=9)
+    plain = timings["plain step"].median
+    table = Table(title="GPT-2 shape, 6 layers × 384, batch 8 × 256, float32")
+    for heading in ("training step", "median ms", "÷ plain step"):
+        table.add_column(heading)
+    for name, found in timings.items():
+        table.add_row(name, f"{found.median:.0f}", f"{found.median / plain:.3f}")
+    Console().print(table)
+    case = {"model": "GPT-2 6×384, vocabulary 50257", "batch": [8, 256], "timings": timings}
+    print("written to", timing.write("online", [case]).relative_to(timing.RESULTS.parent.parent))
+
+
+if __name__ == "__main__":
+    main()

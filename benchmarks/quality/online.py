@@ -1,0 +1,245 @@
+"""Grad-Mimic's claims for training on noisy labels, at small scale: ``python -m benchmarks.quality.online [--quick]``.
+
+scikit-learn's digits with 40, 50 and 60 % of the training labels wrong (symmetric noise), a linear probe on the pixels
+and a small convolutional network, five seeds: one seed is one split, one noise, one start. The reference is the same
+start trained on 150 trusted digits that nobody else sees. Every selection trains with the same optimizer and number of
+steps: plain SGD; online weights by GraNd, RHO-loss and mimic (of the head, of all layers), and mimic as a filter; stage
+2, which cuts the mean mimic of an observed run by each identifier and trains on what is kept; the right labels alone
+(oracle). The reference's own accuracy stands below.
+
+The temperature is Reweighter's default everywhere. (At a tenth of it the network collapses: its first steps are made of
+a few samples each.) Published (2501.06708): 20.7 %
+fewer steps to the accuracy of training on everything, detection F1 about .97.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from sklearn.datasets import load_digits
+from sklearn.metrics import f1_score
+from torch import Tensor, nn
+
+from assay import select
+from assay.corpus.tables import make_table
+from assay.methods import Column, GradMimic, GraNd
+from assay.tasks import Classification
+from assay.train import Reweighter
+from benchmarks.timing import RESULTS, machine
+
+TRUSTED, TRAIN = 150, 1000
+NOISE = (0.4, 0.5, 0.6)
+BATCH, EVERY = 64, 10
+TASK = Classification()
+
+
+@dataclass(frozen=True)
+class World:
+    """One seed's data and start."""
+
+    x: Tensor
+    given: Tensor  # the training samples' labels, some of them wrong
+    right: Tensor
+    is_wrong: Tensor
+    test: tuple[Tensor, Tensor]
+    trusted: tuple[Tensor, Tensor]
+    start: nn.Module
+    batches: list[Tensor]
+
+
+def linear_probe() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+
+def small_cnn() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2), nn.ReLU(),
+        nn.Flatten(), nn.Linear(32 * 9, 10),
+    )  # fmt: skip
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"linear probe": linear_probe, "small CNN": small_cnn}
+
+
+def make_world(make: Callable[[], nn.Module], noise: float, seed: int, steps: int) -> World:
+    pixels, digits = load_digits(return_X_y=True)
+    x, y = torch.tensor(pixels / 16, dtype=torch.float32).view(-1, 1, 8, 8), torch.tensor(digits)
+    torch.manual_seed(seed)
+    order = torch.randperm(len(x))
+    trusted, train, test = order[:TRUSTED], order[TRUSTED : TRUSTED + TRAIN], order[TRUSTED + TRAIN :]
+    is_wrong = torch.zeros(TRAIN, dtype=torch.bool)
+    is_wrong[torch.randperm(TRAIN)[: int(noise * TRAIN)]] = True
+    given = torch.where(is_wrong, (y[train] + torch.randint(1, 10, (TRAIN,))) % 10, y[train])
+    start = make()
+    batches = [torch.randperm(TRAIN)[:BATCH] for _ in range(steps)]
+    return World(x[train], given, y[train], is_wrong, (x[test], y[test]), (x[trusted], y[trusted]), start, batches)
+
+
+def accuracy(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
+    with torch.no_grad():
+        return float((model(data[0]).argmax(1) == data[1]).float().mean())
+
+
+Backward = Callable[[Tensor, Tensor], None]
+
+
+def train(world: World, model: nn.Module, backward: Backward, batches: Sequence[Tensor]) -> list[float]:
+    """Test accuracies, one every ``EVERY`` steps."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    found = []
+    for step, rows in enumerate(batches, 1):
+        optimizer.zero_grad()
+        backward(F.cross_entropy(model(world.x[rows]), world.given[rows], reduction="none"), rows)
+        optimizer.step()
+        if step % EVERY == 0:
+            found.append(accuracy(model, world.test))
+    return found
+
+
+def plain(losses: Tensor, rows: Tensor) -> None:
+    losses.mean().backward()
+
+
+def trained_reference(world: World) -> nn.Module:
+    model = copy.deepcopy(world.start)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    x, y = world.trusted
+    for _ in range(200):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return model
+
+
+def reweighted(world: World, method: Callable[[nn.Module], Any], **settings: Any) -> tuple[list[float], pa.Table]:
+    """Online weights -> the accuracies, and what was scored."""
+    reference_losses = settings.pop("reference_losses", None)
+    model = copy.deepcopy(world.start)
+    reweighter = Reweighter(model, method(model), **settings)
+
+    def backward(losses: Tensor, rows: Tensor) -> None:
+        theirs = None if reference_losses is None else reference_losses[rows]
+        reweighter.backward(losses, rows, reference_losses=theirs)
+
+    return train(world, model, backward, world.batches), reweighter.table()
+
+
+def filtered(world: World, kept: Tensor) -> list[float]:
+    """The batches' samples of which only some are left, as many to a batch, trained on plainly."""
+    rows = torch.nonzero(kept).flatten()
+    generator = torch.Generator().manual_seed(0)
+    batches = [rows[torch.randperm(len(rows), generator=generator)[:BATCH]] for _ in world.batches]
+    return train(world, copy.deepcopy(world.start), plain, batches)
+
+
+def mean_scores(journal: pa.Table) -> pa.Table:
+    """A score table of every sample's mean mimic in training."""
+    means = journal.group_by("id").aggregate([("mimic", "mean")])
+    rows = np.array([int(i) for i in means["id"].to_pylist()])
+    scores = means["mimic_mean"].to_numpy().astype(np.float32)
+    return make_table(rows, [str(row) for row in rows], {"mimic": scores}, [Column("mimic", "high", "mean")], {})
+
+
+IDENTIFIERS: dict[str, Callable[[pa.Table, float], Any]] = {
+    "mimic > 0": lambda table, noise: select.threshold(table, "mimic", 0.0),
+    "GMM": lambda table, noise: select.gmm(table, "mimic"),
+    "k-means": lambda table, noise: select.kmeans(table, "mimic"),
+    "share known": lambda table, noise: select.top(table, "mimic", 1 - noise),
+}
+
+
+def one_seed(make: Callable[[], nn.Module], noise: float, seed: int, steps: int) -> dict[str, Any]:
+    world = make_world(make, noise, seed, steps)
+    reference = trained_reference(world)
+    with torch.no_grad():
+        theirs = F.cross_entropy(reference(world.x), world.given, reduction="none")
+    head = f"{len(world.start) - 1}"  # type: ignore[arg-type]
+
+    def mimic(layers: str | None) -> Callable[[nn.Module], GradMimic]:
+        return lambda model: GradMimic(model, reference, TASK, layers)
+
+    curves = {
+        "SGD": train(world, copy.deepcopy(world.start), plain, world.batches),
+        "GraNd, online": reweighted(world, lambda model: GraNd(model, TASK))[0],
+        "RHO, online": reweighted(world, mimic(head), by="rho", reference_losses=theirs)[0],
+        "mimic, online, head": reweighted(world, mimic(head), layers=head)[0],
+        "mimic, online, all layers": reweighted(world, mimic(None))[0],
+        "mimic, best half of a batch": reweighted(world, mimic(None), mode="filter", keep=0.5)[0],
+        "oracle": filtered(world, ~world.is_wrong),
+    }
+    table = mean_scores(reweighted(world, mimic(None), mode="observe")[1])
+    rows = torch.tensor(table["row"].to_numpy())
+    scores = {}
+    for name, identify in IDENTIFIERS.items():
+        kept = torch.zeros(TRAIN, dtype=torch.bool)
+        kept[rows[torch.tensor(identify(table, noise).mask)]] = True
+        scores[name] = float(f1_score(world.is_wrong.numpy(), ~kept.numpy()))
+        curves[f"mimic, then {name}"] = filtered(world, kept)
+    return {"curves": curves, "f1": scores, "reference": accuracy(reference, world.test)}
+
+
+def steps_to(curve: Sequence[float], goal: float) -> int | None:
+    """The first step at which the accuracy is at least the goal."""
+    return next((EVERY * (i + 1) for i, value in enumerate(curve) if value >= goal), None)
+
+
+def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    rows = []
+    for name in runs[0]["curves"]:
+        final = [statistics.fmean(run["curves"][name][-5:]) for run in runs]
+        share = []
+        for run in runs:
+            baseline = run["curves"]["SGD"]
+            steps = steps_to(run["curves"][name], statistics.fmean(baseline[-5:]))
+            share.append(None if steps is None else steps / (EVERY * len(baseline)))
+        reached = [value for value in share if value is not None]
+        median = statistics.median(reached) if len(reached) == len(share) else None
+        rows.append({"selection": name, "accuracy": final, "steps_to_sgd": share, "median_steps": median})
+    return rows
+
+
+def show(console: Console, model: str, noise: float, runs: Sequence[dict[str, Any]]) -> None:
+    table = Table(title=f"{model}, {noise:.0%} of the labels wrong, {len(runs)} seeds")
+    for column in ("training", "test accuracy", "± sd", "steps to SGD's accuracy"):
+        table.add_column(column)
+    for row in summary(runs):
+        spread = statistics.stdev(row["accuracy"]) if len(runs) > 1 else 0.0
+        steps = "not by every seed" if row["median_steps"] is None else f"{row['median_steps']:.0%}"
+        table.add_row(row["selection"], f"{statistics.fmean(row['accuracy']):.3f}", f"{spread:.3f}", steps)
+    table.add_row("the reference itself", f"{statistics.fmean(run['reference'] for run in runs):.3f}", "", "")
+    console.print(table)
+    f1 = {name: statistics.fmean(run["f1"][name] for run in runs) for name in IDENTIFIERS}
+    console.print("F1 of wrong labels: " + ", ".join(f"{name} {value:.3f}" for name, value in f1.items()))
+
+
+def main() -> None:
+    quick = "--quick" in sys.argv[1:]
+    seeds, steps = (1, 100) if quick else (5, 250)
+    console, began, results = Console(), time.perf_counter(), []
+    for model, make in MODELS.items():
+        for noise in NOISE[1:2] if quick else NOISE:
+            runs = [one_seed(make, noise, seed, steps) for seed in range(seeds)]
+            show(console, model, noise, runs)
+            f1 = {name: [run["f1"][name] for run in runs] for name in IDENTIFIERS}
+            own = {"model": model, "noise": noise, "rows": summary(runs), "f1": f1}
+            results.append(own | {"reference": [run["reference"] for run in runs]})
+    if not quick:
+        found = {**machine(), "steps": steps, "seconds": time.perf_counter() - began, "results": results}
+        (RESULTS / "quality-online.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

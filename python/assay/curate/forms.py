@@ -1,0 +1,181 @@
+"""What a selection may be written as: curated shards, rows' indices, ids with weights, or a folder for `datasets`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import compress
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from assay.corpus.copying import copy_rows
+from assay.corpus.errors import CorpusError
+from assay.corpus.layout import table_path
+from assay.corpus.score_files import stream_ids
+from assay.corpus.shards import Shard
+from assay.corpus.storage import Store
+from assay.curate.chosen import ShardSelection
+from assay.select import Selection
+
+DATA = "data/"
+CARD = "README.md"
+CARD_TEXT = """---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: data/**
+---
+The rows of a corpus that `assay select` has kept; `manifest.json` says by which rule and from what.
+"""
+# Suffixes that `datasets` has a loader for, by the loader and its settings: one folder is loaded by one.
+_LOADERS = {
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv with tabs",
+    ".tar": "webdataset",
+}
+_COMPRESSED = ("json", "csv", "csv with tabs")
+
+
+@dataclass(frozen=True)
+class Form:
+    """A way to write a selection.
+
+    Attributes:
+        prefix: of the paths of a shard's files, in the output.
+        files: the files that a shard is written as.
+        write: writes a shard's rows and gives the path of the file that holds them; None of a copied shard.
+        check: a CorpusError for a selection that cannot be written so, before anything is.
+        has_sidecars: whether a saved data set stays one.
+    """
+
+    name: str
+    files: Callable[[Shard], Sequence[str]]
+    write: Callable[[Store, ShardSelection, Store], str | None]
+    check: Callable[[Selection, Sequence[Shard]], None]
+    prefix: str = ""
+    has_sidecars: bool = False
+
+
+def find_form(name: str) -> Form:
+    """The form of this name. CorpusError if there is none."""
+    if name not in FORMS:
+        raise CorpusError(f"--format {name}: expected {', '.join(FORMS)}")
+    return FORMS[name]
+
+
+# ---- shards
+
+
+def _copy(store: Store, chosen: ShardSelection, output: Store) -> None:
+    copy_rows(chosen.shard, chosen.keep(), output)
+
+
+def _check_nothing(selection: Selection, shards: Sequence[Shard]) -> None:
+    """Any selection can be written so."""
+
+
+# ---- indices
+
+
+def _indices_path(shard: Shard) -> str:
+    return f"indices/{table_path(shard)}"
+
+
+def _write_indices(store: Store, chosen: ShardSelection, output: Store) -> str:
+    """`shard`, `row` in it and `index` over all shards, of every row that is kept."""
+    rows = chosen.rows[chosen.kept]
+    index = pa.nulls(len(rows), pa.int64()) if chosen.first is None else pa.array(rows + chosen.first)
+    shard = pa.DictionaryArray.from_arrays(pa.array(np.zeros(len(rows), np.int32)), [chosen.shard.path])
+    table = pa.table({"shard": shard.cast(pa.string()), "row": pa.array(rows), "index": index})
+    return _write(table, _indices_path(chosen.shard), output)
+
+
+# ---- weights
+
+
+def _weights_path(shard: Shard) -> str:
+    return f"weights/{table_path(shard)}"
+
+
+def _write_weights(store: Store, chosen: ShardSelection, output: Store) -> str:
+    """`id` and `weight` of every row that is kept; over all shards the weights' mean is 1."""
+    assert chosen.weights is not None
+    ids = pa.array(compress(stream_ids(store, table_path(chosen.shard)), chosen.kept), pa.string())
+    weights = (chosen.weights[chosen.kept] * chosen.weight_scale).astype(np.float32)
+    field = pa.field("weight", pa.float32(), metadata={"keep": "high", "description": "mean 1 over the selection"})
+    table = pa.table([ids, pa.array(weights)], schema=pa.schema([pa.field("id", pa.string()), field]))
+    return _write(table, _weights_path(chosen.shard), output)
+
+
+def _check_weights(selection: Selection, shards: Sequence[Shard]) -> None:
+    if selection.weights is None:
+        raise CorpusError(
+            "--format weights: the rule weighs all rows that it keeps alike; add --temperature (softmax of the score), "
+            "or take --gmm"
+        )
+    if selection.mask.any() and not selection.weights[selection.mask].sum() > 0:
+        raise CorpusError("--format weights: the weights of the kept rows sum to 0; expected some above it")
+
+
+# ---- datasets
+
+
+def _data_files(shard: Shard) -> list[str]:
+    return [CARD, *(DATA + path for path in shard.files())]
+
+
+def _write_data(store: Store, chosen: ShardSelection, output: Store) -> None:
+    """The shard under data/, unless it has no rows left: loaders stumble over empty files."""
+    if chosen.kept.any() or chosen.shard.is_folder:
+        copy_rows(chosen.shard, chosen.keep(), Store(output.fs, output.full(DATA.rstrip("/"))))
+    else:
+        output.remove(DATA + chosen.shard.path)
+    output.write_text(CARD, CARD_TEXT)
+
+
+def _check_data(selection: Selection, shards: Sequence[Shard]) -> None:
+    if not selection.mask.any():
+        raise CorpusError("--format datasets: no row is kept; expected at least one")
+    loaders = {shard.path: _loader(shard) for shard in shards}
+    first = shards[0].path
+    for path, loader in loaders.items():
+        if loader is None:
+            raise CorpusError(f"--format datasets: {path}: `datasets` has no loader for it; take --format indices")
+        if loader != loaders[first]:
+            raise CorpusError(
+                f"--format datasets: {first} is loaded as {loaders[first]} and {path} as {loader}; expected shards of "
+                "one format; take --format indices"
+            )
+
+
+def _loader(shard: Shard) -> str | None:
+    if shard.is_folder:
+        return "imagefolder" if shard.format.name == "images" else None
+    suffix = shard.path[len(shard.stem) :]
+    loader = _LOADERS.get(f".{suffix.split('.')[1]}")
+    return loader if shard.compression is None or loader in _COMPRESSED else None
+
+
+def _write(table: pa.Table, path: str, output: Store) -> str:
+    with output.write(path) as file:
+        pq.write_table(table, file, compression="zstd")
+    return path
+
+
+FORMS = {
+    form.name: form
+    for form in (
+        Form("shards", Shard.files, _copy, _check_nothing, has_sidecars=True),
+        Form("indices", lambda shard: [_indices_path(shard)], _write_indices, _check_nothing),
+        Form("weights", lambda shard: [_weights_path(shard)], _write_weights, _check_weights),
+        Form("datasets", _data_files, _write_data, _check_data, DATA),
+    )
+}

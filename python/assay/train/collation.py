@@ -1,0 +1,60 @@
+"""Ids beside the batches of a collator that knows nothing of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class WithIds:
+    """Collates without a column, and adds it to the batch as a list of strings."""
+
+    collator: Any
+    column: str
+
+    def __call__(self, features: Sequence[Any]) -> Any:
+        ids = [_id(feature, self.column) for feature in features]
+        batch = self.collator(_without(features, self.column))
+        if not isinstance(batch, MutableMapping):
+            raise TypeError(f"the collator gives a {type(batch).__name__}; expected a mapping, to put the ids into")
+        batch[self.column] = ids
+        return batch
+
+
+@dataclass(frozen=True)
+class WithoutIds:
+    """Collates without a column, if it is there."""
+
+    collator: Any
+    column: str | None
+
+    def __call__(self, features: Sequence[Any]) -> Any:
+        return self.collator(features if self.column is None else _without(features, self.column))
+
+
+def _without(features: Sequence[Any], column: str) -> list[Any]:
+    return [
+        {name: value for name, value in feature.items() if name != column}
+        if isinstance(feature, Mapping) and column in feature
+        else feature
+        for feature in features
+    ]
+
+
+def _id(feature: Any, column: str) -> str:
+    if not isinstance(feature, Mapping) or column not in feature:
+        found = ", ".join(map(str, feature)) if isinstance(feature, Mapping) else f"a {type(feature).__name__}"
+        raise ValueError(f"id_column: a training sample has no {column!r}, only {found}; expected its id")
+    value = feature[column]
+    if isinstance(value, torch.Tensor) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, str | Integral):
+        raise ValueError(
+            f"id_column: {column!r} of a training sample is {value!r:.80}; expected a string or an integer"
+        )
+    return str(value)

@@ -1,0 +1,89 @@
+"""The SFTTrainer of TRL trains with a reweighter as it does without, or as plain PyTorch does with weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from assay.train import Reweighter
+from assay.train.huggingface import ReweightMixin
+from tests.small_models import byte_tokenizer
+from tests.train.test_huggingface import close, language_model, losses_logged, mimic, replayed, weights_of
+
+trl = pytest.importorskip("trl")
+pytestmark = pytest.mark.usefixtures("quick_collections")
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+    monkeypatch.setenv("CI", "1")
+
+
+def trainer_of(folder: Path, reweighter: Reweighter | None = None, model: Any = None, **options: Any) -> Any:
+    lines = [line for line in Path(__file__).read_text().splitlines() if line.strip()][:12]
+    data = datasets.Dataset.from_list([{"id": f"line-{i}", "text": line[:48]} for i, line in enumerate(lines)])
+    own = {
+        "optim": "sgd",
+        "learning_rate": 0.5,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+    }
+    more = {} if reweighter is None else {"reweighter": reweighter, "id_column": "id"}
+    kind = trl.SFTTrainer if reweighter is None else type("MyTrainer", (ReweightMixin, trl.SFTTrainer), {})
+    args = trl.SFTConfig(str(folder), **(own | options))
+    return kind(model, args, train_dataset=data, processing_class=byte_tokenizer(pad_token="<eos>"), **more)
+
+
+@pytest.mark.parametrize("layers", ["model.layers.*", None])
+def test_observing_trains_as_without(layers, tmp_path) -> None:
+    """With the output layer fused, and scored: then it is not."""
+    stock = trainer_of(tmp_path, model=language_model())
+    stock.train()
+    model = language_model()
+    reweighter = Reweighter(model, mimic(language_model, model, layers), mode="observe")
+    trainer = trainer_of(tmp_path, reweighter, model)
+    trainer.train()
+    assert losses_logged(trainer) == pytest.approx(losses_logged(stock), rel=1e-5)
+    close(weights_of(model), weights_of(stock.model))
+    ours, theirs = ([row for row in t.state.log_history if "loss" in row][-1] for t in (trainer, stock))
+    for name in ("entropy", "mean_token_accuracy", "num_tokens"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+    assert set(reweighter.table()["id"].to_pylist()) <= {f"line-{i}" for i in range(12)}
+
+
+def test_reweighting_is_that_of_plain_pytorch(tmp_path) -> None:
+    model = language_model()
+    reweighter = Reweighter(model, mimic(language_model, model, "*self_attn*"), temperature=0.03)
+    trainer = trainer_of(tmp_path, reweighter, model)
+    trainer.train()
+    table = reweighter.table()
+    assert max(table["weight"].to_pylist()) > 1.1
+    close(weights_of(model), replayed(language_model(), table, trainer.train_dataset, 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"packing": True}, "packing=True: a packed row holds many samples"),
+        ({"padding_free": True, "max_length": None}, "padding_free=True: all samples are one row"),
+        ({"loss_type": "dft"}, "loss_type='dft'"),
+    ],
+)
+def test_what_loses_samples_is_refused(options, message, tmp_path) -> None:
+    model = language_model()
+    reweighter = Reweighter(model, mimic(language_model, model, "lm_head"), mode="observe")
+    with pytest.raises(ValueError, match=message):
+        trainer_of(tmp_path, reweighter, model, **options)

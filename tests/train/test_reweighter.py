@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from assay.methods import TRAK, Ensemble, GradMimic, GraNd
+from assay.probe import Probe, SqNorm
 from assay.tasks import Classification
 from assay.train import Reweighter
 
@@ -579,6 +580,26 @@ def test_parameters_that_are_frozen_or_unfrozen_later(models, data) -> None:
     model.norm.requires_grad_(True)
     with pytest.raises(RuntimeError, match=r"'norm\.weight' has been unfrozen"):
         reweighter.backward(losses_of(model, data))
+
+
+def test_another_backward_pass_of_what_is_cut_off(data) -> None:
+    model = Bare()
+    reweighter = Reweighter(model, GraNd(model, TASK))
+    losses = losses_of(model, data)
+    losses.square().sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="something else was backpropagated"):
+        reweighter.backward(losses)
+
+
+def test_a_probe_beside_it(data) -> None:
+    model = Bare()
+    reduction = {"n": SqNorm(["token", "places", "head.weight"])}
+    expected = Probe(model, TASK, reductions=reduction)(data).reduced["n"]
+    reweighter = Reweighter(model, GraNd(model, TASK))
+    for _ in range(2):
+        torch.testing.assert_close(Probe(model, TASK, reductions=reduction)(data).reduced["n"], expected)
+    reweighter.backward(losses_of(model, data))
+    assert reweighter.weights is not None
 
 
 def test_a_parameter_that_is_gone(models, data) -> None:

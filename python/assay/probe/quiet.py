@@ -34,6 +34,12 @@ class _Shortcut:
 
 
 _SHORTCUT = _Shortcut()
+_LOOKED_AT: list[set[int]] = []  # ids of modules, by call of undisturbed
+
+
+def is_looked_at(module: nn.Module) -> bool:
+    """Whether a module runs within ``undisturbed``, and not for its trainer."""
+    return any(id(module) in modules for modules in _LOOKED_AT)
 
 
 @contextmanager
@@ -46,6 +52,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """
     training = [(module, module.training) for module in model.modules()]
     trainable = [p for p in model.parameters() if p.requires_grad]
+    own = {id(module) for module, _ in training}
+    _LOOKED_AT.append(own)
     try:
         _SHORTCUT.leave()
         for module, _ in training:
@@ -54,6 +62,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(False)
         yield
     finally:
+        _LOOKED_AT.remove(own)
         _SHORTCUT.come_back()
         for parameter in trainable:
             parameter.requires_grad_(True)

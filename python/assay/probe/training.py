@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from assay.probe.gradient import PerSampleGradient
 from assay.probe.layouts import Layout, choices
-from assay.probe.quiet import other_leaves
+from assay.probe.quiet import is_looked_at, other_leaves
 from assay.probe.recording import Recorder
 from assay.probe.reductions import Reduction
 from assay.probe.selection import make_taps
@@ -123,7 +123,7 @@ class TrainingTaps:
     # ---- forward
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module is not self._model:
+        if module is not self._model or is_looked_at(module):
             return
         self._running.close()
         self._trains = self._trains or module.training
@@ -162,7 +162,7 @@ class TrainingTaps:
         self._running.enter_context(self._recorder.attached())
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if module is not self._model:
+        if module is not self._model or is_looked_at(module):
             return
         self._running.close()
         if self._runs and output is None:  # it failed
@@ -251,6 +251,12 @@ class TrainingTaps:
                 f"{len(losses)} losses came, and the model ran on a batch of {recorder.size} (the first dimension of "
                 "its first tensor); expected one loss per sample. If the batch's size is elsewhere, say where: "
                 "batch_size=lambda args, kwargs: ..."
+            )
+        if any(leaf.grad is not None for _, leaf in recorder.region.cuts):
+            raise RuntimeError(
+                "something else was backpropagated through this forward pass before, and parameters that all samples "
+                "share (positions, a class token) are cut off from its graph: their gradients would be lost. Add it to "
+                "the losses, or choose other layers (layers='head', say)"
             )
         tapped = self._tapped()
         self._refuse_behind(recorder, losses, tapped)

@@ -66,7 +66,7 @@ def variants(ids: Tensor) -> dict[str, Callable[[], None]]:
 
 def main() -> None:
     ids = torch.randint(50257, (8, 256))
-    timings = timing.interleave(variants(ids), rounds=9)
+    timings = timing.interleave(variants(ids), rounds=5, warmup=1)
     plain = timings["plain step"].median
     table = Table(title="GPT-2 shape, 6 layers × 384, batch 8 × 256, float32")
     for heading in ("training step", "median ms", "÷ plain step"):

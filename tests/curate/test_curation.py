@@ -236,6 +236,7 @@ def test_unknown_scores_and_folders_are_named(project):
         ({"top": "0.5"}, "--by is missing"),
         ({"top": "half", "by": "s"}, "'half' is no amount"),
         ({"top": "0.5", "by": "s", "keep": "best"}, "--keep best"),
+        ({"top": "0.5", "by": "s", "temperature": 0.5}, "--temperature 0.5: has no effect with --top"),
     ],
 )
 def test_rule_options_are_checked(options, message):

@@ -46,6 +46,11 @@ class RuleOptions:
             raise CorpusError(f"--keep {self.keep}: expected high or low")
         if self.by is None and given != ["random"]:
             raise CorpusError(f"--by is missing: --{given[0]} needs a score to judge by")
+        if self.temperature is not None and given != ["sample"] and not self.weigh:
+            raise CorpusError(
+                f"--temperature {self.temperature}: has no effect with --{given[0]}; expected with --sample, or "
+                "--format weights"
+            )
         keep = cast("Literal['high', 'low'] | None", self.keep)
         rule = self._rule(self.by or "", keep)
         return self._weighed(rule, given[0], keep) if self.weigh else rule

@@ -235,7 +235,10 @@ def test_an_interrupt_while_a_worker_starts_ends_it(project, monkeypatch):
         real(self)
         pids.append(self.pid)
         os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)  # a thread that does not block the signal takes it meanwhile
 
+    waiting = threading.Event()
+    threading.Thread(target=waiting.wait, daemon=True).start()
     monkeypatch.setattr(multiprocessing.context.ForkServerProcess, "start", start)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     collected: list = []  # what would keep the pipe of a forgotten worker open
@@ -244,6 +247,7 @@ def test_an_interrupt_while_a_worker_starts_ends_it(project, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             score(project, TWO)
     finally:
+        waiting.set()
         signal.signal(signal.SIGINT, before)
     assert len(pids) == 1
     assert alive(pids) == []

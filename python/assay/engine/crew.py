@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import tempfile
+import threading
 import time
 import uuid
 from collections import deque
@@ -339,12 +340,24 @@ class _Crew:
 
 @contextlib.contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """A process that is started in the block does not hear Ctrl-C."""
+    """A process that is started in the block does not hear Ctrl-C, and an interrupt waits for the block's end.
+
+    The mask is one thread's: another that does not block the signal takes it, and Python interrupts the main one.
+    """
+    heard: list[int] = []
+    own = signal.getsignal(signal.SIGINT)
+    waits = threading.current_thread() is threading.main_thread() and callable(own)
+    if waits:
+        signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if waits:
+            signal.signal(signal.SIGINT, own)
+        if heard:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _join(processes: Sequence[Any]) -> None:

@@ -110,6 +110,8 @@ def curate(
         counts = tuple(_write_shard(scores.store, chosen, name, output, written) for chosen in shards)
         if written.has_sidecars:
             copy_sidecars(scores.corpus, output, selection.rule)
+        for path, text in written.texts.items():
+            output.write_text(path, text)
         unreadable = {status.shard.path: status.detail for status in scores.of(State.UNREADABLE)}
         left_out = {entry.path: entry.reason for entry in scores.corpus.left_out}
         curated = Curated(selection, counts, unreadable, left_out)
@@ -170,7 +172,7 @@ def _refuse_inputs(output: Store, scores: Scores, shards: Sequence[Shard], form:
             continue
         refuse_overlap(output, path, found)
     # A folder with other files would become a mixture of two corpora; and files of these names may be another corpus.
-    ours |= {MANIFEST, CLAIM, *(scores.corpus.sidecars if form.has_sidecars else ())}
+    ours |= {MANIFEST, CLAIM, *form.texts, *(scores.corpus.sidecars if form.has_sidecars else ())}
     there = [path for path in output.files() if not path.endswith(TEMPORARY_SUFFIX)]
     strangers = [path for path in there if path not in ours and not any(_is_own(shard, path, form) for shard in shards)]
     if strangers:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import compress
 
 import numpy as np
@@ -54,6 +54,7 @@ class Form:
         write: writes a shard's rows and gives the path of the file that holds them; None of a copied shard.
         check: a CorpusError for a selection that cannot be written so, before anything is.
         has_sidecars: whether a saved data set stays one.
+        texts: by path, what is written beside the shards.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Form:
     check: Callable[[Selection, Sequence[Shard]], None]
     prefix: str = ""
     has_sidecars: bool = False
+    texts: Mapping[str, str] = field(default_factory=dict)
 
 
 def find_form(name: str) -> Form:
@@ -110,8 +112,8 @@ def _write_weights(store: Store, chosen: ShardSelection, output: Store) -> str:
     assert chosen.weights is not None
     ids = pa.array(compress(stream_ids(store, table_path(chosen.shard)), chosen.kept), pa.string())
     weights = (chosen.weights[chosen.kept] * chosen.weight_scale).astype(np.float32)
-    field = pa.field("weight", pa.float32(), metadata={"keep": "high", "description": "mean 1 over the selection"})
-    table = pa.table([ids, pa.array(weights)], schema=pa.schema([pa.field("id", pa.string()), field]))
+    weight = pa.field("weight", pa.float32(), metadata={"keep": "high", "description": "mean 1 over the selection"})
+    table = pa.table([ids, pa.array(weights)], schema=pa.schema([pa.field("id", pa.string()), weight]))
     return _write(table, _weights_path(chosen.shard), output)
 
 
@@ -129,7 +131,7 @@ def _check_weights(selection: Selection, shards: Sequence[Shard]) -> None:
 
 
 def _data_files(shard: Shard) -> list[str]:
-    return [CARD, *(DATA + path for path in shard.files())]
+    return [DATA + path for path in shard.files()]
 
 
 def _write_data(store: Store, chosen: ShardSelection, output: Store) -> None:
@@ -138,7 +140,6 @@ def _write_data(store: Store, chosen: ShardSelection, output: Store) -> None:
         copy_rows(chosen.shard, chosen.keep(), Store(output.fs, output.full(DATA.rstrip("/"))))
     else:
         output.remove(DATA + chosen.shard.path)
-    output.write_text(CARD, CARD_TEXT)
 
 
 def _check_data(selection: Selection, shards: Sequence[Shard]) -> None:
@@ -176,6 +177,6 @@ FORMS = {
         Form("shards", Shard.files, _copy, _check_nothing, has_sidecars=True),
         Form("indices", lambda shard: [_indices_path(shard)], _write_indices, _check_nothing),
         Form("weights", lambda shard: [_weights_path(shard)], _write_weights, _check_weights),
-        Form("datasets", _data_files, _write_data, _check_data, DATA),
+        Form("datasets", _data_files, _write_data, _check_data, DATA, texts={CARD: CARD_TEXT}),
     )
 }

@@ -59,7 +59,7 @@ def direction_towards(model: nn.Module, reference: nn.Module, parameters: Sequen
     steps, squares = {}, {}
     with torch.no_grad():
         for name, p in ours.items():
-            step = theirs[name].to(p.device, torch.float32) - p.float()
+            step = _step(p, theirs[name])
             squares[name] = float(step.double().square().sum())
             if name in parameters:
                 steps[name] = step
@@ -88,7 +88,7 @@ class Moving(Mapping[str, Tensor]):
             raise KeyError(name)
         with torch.no_grad():
             ours = self._model.get_parameter(name)  # as it is now: loading a state may put another in its place
-            step = self._reference.get_parameter(name).to(ours.device, torch.float32) - ours.float()
+            step = _step(ours, self._reference.get_parameter(name))
             self._squares[name] = step.square().sum(dtype=torch.float64)
             return step
 
@@ -108,6 +108,10 @@ class Moving(Mapping[str, Tensor]):
         if not each:
             return 0.0
         return math.sqrt(float(torch.stack([x.to(each[0].device) for x in each]).sum()))  # a device is waited for once
+
+
+def _step(ours: Tensor, theirs: Tensor) -> Tensor:
+    return theirs.to(ours.device, torch.float32) - ours.float()
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -93,13 +93,18 @@ def test_conversations(folder, models, capsys):
     recipe = started("--model", str(models / "chat"))
     assert recipe["task"]["messages_column"] == "messages"
     assert "it could also be read so: text is the only column of texts" in capsys.readouterr().out
-    assert main(["show", "scores", "--worst", "1", "--best", "0", "--tokens"]) == 0
-    out = capsys.readouterr().out
+    out = tokens_shown(capsys)
     assert "assistant: " in out
     assert "tokens count in the loss (+)" in out
     lines(folder / "a.jsonl", [{"messages": its} for its in turns])
     assert main(["init", "data", "--model", str(models / "llama"), "--out", "other.yaml"]) == 2
     assert "has no chat_template, and messages holds turns" in capsys.readouterr().err
+
+
+def tokens_shown(capsys) -> str:
+    """What `assay show --tokens` prints of one sample."""
+    assert main(["show", "scores", "--worst", "1", "--best", "0", "--tokens"]) == 0
+    return capsys.readouterr().out
 
 
 def counted(card) -> str:
@@ -112,8 +117,7 @@ def test_conversations_of_sharegpts_form(folder, models, capsys):
     recipe = started("--model", str(models / "chat"))
     assert recipe["task"]["messages_column"] == "conversations"
     assert "conversations holds turns with from and value" in capsys.readouterr().out
-    assert main(["show", "scores", "--worst", "1", "--best", "0", "--tokens"]) == 0
-    out = capsys.readouterr().out
+    out = tokens_shown(capsys)
     assert "human: Gold?" in out
     assert "tokens count in the loss (+)" in out
 

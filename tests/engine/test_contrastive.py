@@ -108,12 +108,16 @@ def own_losses(model: Any, rows: list[int]) -> torch.Tensor:
 GROUPS = [(list(range(8)), 0), (list(range(8, 16)), 0), (list(range(13, 21)), 3)]
 
 
+def scored_pairs(root: Path, models: Path) -> pa.Table:
+    """The scores of the pairs by the models in a folder."""
+    write_pairs(root / "data/a.parquet")
+    assert run(load_recipe(str(write_recipe(root, models)))).clean
+    return pq.read_table(root / "scores/a.parquet")
+
+
 @pytest.fixture(scope="module")
 def scored(clips: tuple[Path, list[Any]], tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
-    root = tmp_path_factory.mktemp("run")
-    write_pairs(root / "data/a.parquet")
-    assert run(load_recipe(str(write_recipe(root, clips[0])))).clean
-    return pq.read_table(root / "scores/a.parquet")
+    return scored_pairs(tmp_path_factory.mktemp("run"), clips[0])
 
 
 def test_losses_are_those_of_transformers_in_groups_of_rows(clips: Any, scored: pa.Table) -> None:

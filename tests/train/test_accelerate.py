@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 
 import pyarrow as pa
@@ -15,6 +14,7 @@ from torch.utils.data import DataLoader
 from assay.methods import GradMimic
 from assay.tasks import Classification
 from assay.train import Reweighter, WeightedSampler
+from tests.train.small_models import classifier, moved, samples
 
 accelerate = pytest.importorskip("accelerate")
 
@@ -28,19 +28,9 @@ def _no_state_is_left() -> Iterator[None]:
     accelerate.state.GradientState._reset_state()
 
 
-def samples() -> list[dict]:
-    torch.manual_seed(1)
-    return [{"x": torch.randn(4), "y": int(torch.randint(3, ())), "id": f"s{i}"} for i in range(24)]
-
-
 def make() -> tuple[nn.Module, Reweighter, torch.optim.Optimizer]:
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
-    reference = copy.deepcopy(net)
-    with torch.no_grad():
-        for p in reference.parameters():
-            p.add_(torch.randn_like(p), alpha=0.3)
-    reweighter = Reweighter(net, GradMimic(net, reference, Classification()), temperature=0.1)
+    net = classifier()
+    reweighter = Reweighter(net, GradMimic(net, moved(net, by=0.3), Classification()), temperature=0.1)
     return net, reweighter, torch.optim.SGD(net.parameters(), lr=0.5)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from assay.methods import GradMimic, GraNd
 from assay.tasks import Classification
 from assay.train import Reweighter
+from tests.train.small_models import classifier, moved
 
 MODES = {"reweight": {}, "filter": {"keep": 0.5}}
 # By where the batch is cut: mode and layers. The plain mean over ranks of different sizes is not that over all samples,
@@ -28,13 +28,8 @@ RUNS = {
 
 
 def problem() -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
-    reference = copy.deepcopy(model)
-    with torch.no_grad():
-        for p in reference.parameters():
-            p.add_(torch.randn_like(p), alpha=0.1)
-    return model, reference, torch.randn(2, 8, 4), torch.randint(3, (2, 8))
+    model = classifier()
+    return model, moved(model, by=0.1), torch.randn(2, 8, 4), torch.randint(3, (2, 8))
 
 
 def train(rows: slice | list[int], wrap: bool, mode: str, layers: str | None) -> dict[str, Tensor]:

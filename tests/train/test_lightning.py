@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader
 from assay.methods import GradMimic
 from assay.tasks import Classification
 from assay.train import Reweighter, WeightedSampler
+from tests.train.small_models import ROWS, classifier, moved, samples
 
 L = pytest.importorskip("lightning.pytorch")
 from assay.train.lightning import ReweightCallback  # noqa: E402
 
-ROWS = 24
 QUIET = {
     "logger": False,
     "enable_progress_bar": False,
@@ -32,18 +32,12 @@ QUIET = {
 }
 
 
-def samples() -> list[dict]:
-    torch.manual_seed(1)
-    return [{"x": torch.randn(4), "y": int(torch.randint(3, ())), "id": f"s{i}"} for i in range(ROWS)]
-
-
 class Module(L.LightningModule):
     """Returns what ``losses`` makes of the logits, by default one loss per sample."""
 
     def __init__(self, returned=lambda module, losses: losses, manual=False):
         super().__init__()
-        torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+        self.net = classifier()
         self.returned, self.automatic_optimization = returned, not manual
 
     def training_step(self, batch, batch_idx):
@@ -58,11 +52,7 @@ class Module(L.LightningModule):
 
 def make_reweighter(net: nn.Module) -> Reweighter:
     torch.manual_seed(2)
-    reference = copy.deepcopy(net)
-    with torch.no_grad():
-        for p in reference.parameters():
-            p.add_(torch.randn_like(p), alpha=0.3)
-    return Reweighter(net, GradMimic(net, reference, Classification()), temperature=0.1)
+    return Reweighter(net, GradMimic(net, moved(net, by=0.3), Classification()), temperature=0.1)
 
 
 def fit(module, path, callback=None, ckpt_path=None, epochs=1, **settings):

@@ -17,6 +17,7 @@ from assay.methods import TRAK, Ensemble, GradMimic, GraNd
 from assay.probe import Probe, SqNorm
 from assay.tasks import Classification
 from assay.train import Reweighter
+from tests.train.small_models import moved
 
 TASK = Classification()
 
@@ -55,11 +56,7 @@ def data() -> tuple[Tensor, Tensor]:
 @pytest.fixture
 def models() -> tuple[nn.Module, nn.Module]:
     model = Net()
-    reference = copy.deepcopy(model)
-    with torch.no_grad():
-        for p in reference.parameters():
-            p.add_(torch.randn_like(p), alpha=0.1)
-    return model, reference
+    return model, moved(model, by=0.1)
 
 
 def losses_of(model: nn.Module, data: tuple[Tensor, Tensor]) -> Tensor:

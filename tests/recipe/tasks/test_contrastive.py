@@ -21,7 +21,16 @@ from assay.probe import Probe, Sketched
 from assay.recipe.errors import EngineError
 from assay.recipe.recipe import load_recipe
 from assay.tasks import Contrastive
-from tests.engine.test_contrastive import GROUPS, PICTURES, TEXTS, make_tokenizer, png, write_pairs, write_recipe
+from tests.engine.test_contrastive import (
+    GROUPS,
+    PICTURES,
+    TEXTS,
+    make_tokenizer,
+    png,
+    scored_pairs,
+    write_pairs,
+    write_recipe,
+)
 from tests.small_architectures import save
 
 Image = pytest.importorskip("PIL.Image")
@@ -70,10 +79,7 @@ def pair_losses(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def scored(siglips: tuple[Path, list[Any]], tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
-    root = tmp_path_factory.mktemp("run")
-    write_pairs(root / "data/a.parquet")
-    assert run(load_recipe(str(write_recipe(root, siglips[0])))).clean
-    return pq.read_table(root / "scores/a.parquet")
+    return scored_pairs(tmp_path_factory.mktemp("run"), siglips[0])
 
 
 def test_losses_are_those_of_transformers(siglips: Any, scored: pa.Table) -> None:

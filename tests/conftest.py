@@ -44,15 +44,23 @@ def project(tmp_path: Path) -> Project:
     return make_project(tmp_path)
 
 
+_LOG = logging.getLogger("assay")
+_LOG_AS_IMPORTED = (_LOG.level, list(_LOG.handlers), _LOG.propagate)
+
+
 @pytest.fixture(autouse=True)
-def _log_as_it_was() -> Iterator[None]:
-    """The command sets assay's log up for its process, which here is every later test's."""
-    log = logging.getLogger("assay")
-    level, handlers, propagates = log.level, list(log.handlers), log.propagate
+def _log_as_imported() -> Iterator[None]:
+    """The command sets assay's log up for its process, which here is every later test's: also where a module's
+    fixture has called it, before any fixture of a test."""
+
+    def restore() -> None:
+        level, handlers, _LOG.propagate = _LOG_AS_IMPORTED
+        _LOG.setLevel(level)
+        _LOG.handlers[:] = handlers
+
+    restore()
     yield
-    log.propagate = propagates
-    log.setLevel(level)
-    log.handlers[:] = handlers
+    restore()
 
 
 @pytest.fixture(autouse=True)

@@ -198,6 +198,7 @@ class Reweighter:
             )
 
     def _step(self, losses: Tensor, scales: Tensor, names: Sequence[str] | None, given: _Given) -> None:
+        self.method.refresh()
         passed = self._taps.backward(losses, scales, self._reductions, self._parameters, recompute=self.recompute)
         own = Signals(losses.detach().float(), given.logits, given.labels, reduced=passed.reduced, size=len(losses))
         others = {role: Signals(given.losses_of(role, losses), size=len(losses)) for role in self._needs}

@@ -67,3 +67,12 @@ def train_with_transformers(root: Path) -> None:
     (root / "notes.jsonl").write_text("\n".join(lines))
     save_model(root / "models/base")
     save_model(root / "models/better", seed=1)
+
+
+def two_stage(root: Path) -> None:
+    (root / "corpus").mkdir()
+    (root / "held-out").mkdir()
+    pq.write_table(pa.table({"text": TEXTS}), root / "corpus/a.parquet")
+    pq.write_table(pa.table({"text": [text[::-1] for text in TEXTS[:4]]}), root / "held-out/test.parquet")
+    for seed, name in enumerate(("small", "small-tuned", "large")):
+        save_model(root / f"models/{name}", seed=seed)

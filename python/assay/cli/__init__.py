@@ -13,6 +13,7 @@ import typer
 
 import assay
 from assay.cli.demos import demo_digits, demo_text
+from assay.cli.experiments import two_stage
 from assay.cli.machine import doctor
 from assay.cli.recipes import init, validate
 from assay.cli.runs import score
@@ -90,6 +91,7 @@ app.command()(init)
 app.command()(score)
 app.command()(validate)
 app.command()(select)
+app.command("two-stage")(two_stage)
 app.command()(show)
 app.command("ls")(list_scores)
 app.command()(doctor)

@@ -36,7 +36,7 @@ def score(
 ) -> int:
     """Score a corpus: one table per shard. Running it again does only what is missing."""
     log_to_stderr(quiet)
-    _limit_threads()
+    limit_threads()
     from assay.corpus.layout import table_path
     from assay.engine import find_devices, make_plan, run
     from assay.recipe import load_recipe
@@ -53,7 +53,7 @@ def score(
         for line in loaded.to_yaml().splitlines():
             say(line)
         return OK
-    summary = run(loaded, part=part, rescore=rescore, progress=_progress(quiet, interval))
+    summary = run(loaded, part=part, rescore=rescore, progress=progress_of(quiet, interval))
     if not quiet:
         for line in summary.lines():
             say(line)
@@ -72,7 +72,8 @@ def _part(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _progress(quiet: bool, interval: float) -> Progress:
+def progress_of(quiet: bool, interval: float) -> Progress:
+    """A bar on a terminal, lines in a log."""
     from assay.engine.progress import BarProgress, LogProgress, Progress
 
     if quiet:
@@ -80,7 +81,8 @@ def _progress(quiet: bool, interval: float) -> Progress:
     return BarProgress() if sys.stderr.isatty() else LogProgress(interval)
 
 
-def _limit_threads() -> None:
+def limit_threads() -> None:
+    """To ASSAY_NUM_THREADS, where that is set."""
     threads = os.environ.get("ASSAY_NUM_THREADS")
     if threads:
         import torch

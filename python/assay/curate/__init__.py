@@ -2,7 +2,18 @@
 
 from assay.curate.curation import Curated, curate
 from assay.curate.ranking import Ranked, Ranking, rank, read_samples
-from assay.curate.rules import RuleOptions
+from assay.curate.rules import RuleOptions, parse_amount
 from assay.curate.whole import WholeTable, read_whole
 
-__all__ = ["Curated", "Ranked", "Ranking", "RuleOptions", "WholeTable", "curate", "rank", "read_samples", "read_whole"]
+__all__ = [
+    "Curated",
+    "Ranked",
+    "Ranking",
+    "RuleOptions",
+    "WholeTable",
+    "curate",
+    "parse_amount",
+    "rank",
+    "read_samples",
+    "read_whole",
+]

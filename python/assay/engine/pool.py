@@ -47,29 +47,37 @@ def corpus_fingerprint(corpus: Corpus) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def read_target(name: str, corpus: Corpus, encoder: Encoder) -> list[Encoded]:
-    """A target's samples. Rows that cannot be one are left out with a warning.
+def samples_by_row(what: str, corpus: Corpus, encoder: Encoder) -> dict[int, Encoded]:
+    """A corpus's samples by row, which counts those of all shards one after another. Rows that cannot be one are left
+    out with a warning.
+
+    Args:
+        what: what they are for, which errors and the warning begin with.
 
     Raises:
         EngineError: a shard that cannot be read, or no sample at all.
     """
-    samples, faults = [], []
+    samples: dict[int, Encoded] = {}
+    faults, start = [], 0
     for shard in corpus.shards:
+        rows = 0
         try:
             own = for_shard(encoder, shard)
             for chunk in read(shard, list(dict.fromkeys(own.columns)), optional_columns(own)):
                 for row, result in _encoded(chunk, range(chunk.length), own):
                     if isinstance(result, Encoded):
-                        samples.append(result)
+                        samples[start + row] = result
                     else:
                         faults.append(f"{shard.path}, row {row}: {result}")
-        except (ShardError, OSError) as error:  # noqa: PERF203
-            raise EngineError(f"targets.{name}: {shard.path}: {error}") from error
+                rows = chunk.first + chunk.length
+        except (ShardError, OSError) as error:
+            raise EngineError(f"{what}: {shard.path}: {error}") from error
+        start += rows
     first = f"; {len(faults)} rows are none, the first: {faults[0]}" if faults else ""
     if not samples:
-        raise EngineError(f"targets.{name}: no samples in {corpus.store.url}{first}")
+        raise EngineError(f"{what}: no samples in {corpus.store.url}{first}")
     if faults:
-        log.warning("targets.%s: %d samples%s", name, len(samples), first)
+        log.warning("%s: %d samples%s", what, len(samples), first)
     return samples
 
 

@@ -14,7 +14,7 @@ from assay.engine.batches import Budget
 from assay.engine.devices import place, take
 from assay.engine.kept_features import FeatureMethod
 from assay.engine.plan import Plan
-from assay.engine.pool import Batches, draw_samples, read_target
+from assay.engine.pool import Batches, draw_samples, samples_by_row
 from assay.engine.timing import Times
 from assay.methods import Column, Method, Scorer
 from assay.methods.scorer import all_columns
@@ -90,11 +90,11 @@ def open_encoder(recipe: Recipe) -> Encoder:
 
 def _targets(plan: Plan, encoder: Encoder) -> dict[str, Batches]:
     """Each target is read once, whoever wants it."""
-    paths = {name: target.path for name, target in plan.recipe.targets_used.items()}
-    return {
-        name: Batches(read_target(name, plan.corpora[path], encoder), encoder, plan.recipe)
-        for name, path in paths.items()
-    }
+    found = {}
+    for name, target in plan.recipe.targets_used.items():
+        samples = samples_by_row(f"targets.{name}", plan.corpora[target.path], encoder)
+        found[name] = Batches(list(samples.values()), encoder, plan.recipe)
+    return found
 
 
 def _fit(plan: Plan, methods: Sequence[Method], encoder: Encoder) -> None:

@@ -7,8 +7,9 @@ from assay.train import huggingface, trajectories
 from assay.train.joining import join
 from assay.train.reweighter import Reweighter
 from assay.train.sampler import WeightedSampler
+from assay.train.tokens import token_weights
 
-__all__ = ["Reweighter", "WeightedSampler", "huggingface", "join", "trajectories"]
+__all__ = ["Reweighter", "WeightedSampler", "huggingface", "join", "token_weights", "trajectories"]
 
 
 def __getattr__(name: str) -> Any:

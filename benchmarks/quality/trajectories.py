@@ -4,8 +4,8 @@ scikit-learn's digits, 1,000 of them to train on, 20 % of whose labels are wrong
 that learns them by heart over 60 epochs of SGD: at the end it agrees with most of the wrong labels, so that one look at
 it is worth less than its whole way there. What was recorded on that way (``Dynamics`` and ``GraNd``, observed) is
 scored by AUROC against the planted wrong labels: AUM, forgetting, data maps' coordinates, EL2N and gradient length in
-the first epochs, the mean loss; after all epochs and after the first ten. Beside them stand the last epoch's loss and a
-random order. Five seeds: one is one split, one noise, one start, one order of the batches.
+the first epochs, the mean loss; after all epochs and after the first ten. Beside them stand the loss in the last
+of those epochs alone, and a random order. Five seeds: one is one split, one noise, one start, one order of the batches.
 
 Each score counts in the direction of "wrong": low AUM, confidence and correctness, high forgetting, variability, loss,
 EL2N and gradient length. That variability or forgetting points the other way is a result, not an error.
@@ -73,7 +73,7 @@ def observed(world: World, method: type[Dynamics | GraNd], epochs: int) -> tuple
     reweighter = Reweighter(model, scored, mode="observe")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for _ in range(epochs):
-        for rows in torch.randperm(TRAIN).split(BATCH):
+        for rows in torch.randperm(TRAIN).view(-1, BATCH):
             optimizer.zero_grad()
             logits, labels = model(world.x[rows]), world.given[rows]
             losses = F.cross_entropy(logits, labels, reduction="none")
@@ -93,6 +93,7 @@ def scores(dynamics: pa.Table, lengths: pa.Table | None = None) -> dict[str, pa.
         "variability (data map)": maps.select(["id", "variability"]),
         "correctness (data map)": negated(maps, "correctness"),
         "mean loss": trajectories.mean(dynamics, "loss"),
+        "last epoch's loss": dynamics.slice(dynamics.num_rows - TRAIN).select(["id", "loss"]),
     }
     for first in (1, 5, 10):
         found[f"EL2N, first {first}"] = trajectories.early(dynamics, "el2n", first=first)
@@ -120,15 +121,14 @@ def one_seed(seed: int, epochs: int = EPOCHS) -> dict[str, Mapping[str, float]]:
     world = make_world(seed)
     model, dynamics = observed(world, Dynamics, epochs)
     _, lengths = observed(world, GraNd, min(epochs, EARLY))
-    last = dynamics.slice(dynamics.num_rows - TRAIN).select(["id", "loss"])
-    chance = pa.table({"id": last["id"], "random": torch.rand(TRAIN).numpy()})
+    chance = pa.table({"id": [str(i) for i in range(TRAIN)], "random": torch.rand(TRAIN).numpy()})
     whole = {name: auroc(world, own) for name, own in scores(dynamics, lengths).items()}
     early = {name: auroc(world, own) for name, own in scores(until(dynamics, EARLY)).items() if "first" not in name}
     with torch.no_grad():
         said, test = model(world.x).argmax(1), model(world.test[0]).argmax(1)
     learned = (said == world.given)[world.is_wrong].float().mean()
     return {
-        "all epochs": {"last epoch's loss": auroc(world, last), "random": auroc(world, chance), **whole},
+        "all epochs": {**whole, "random": auroc(world, chance)},
         "first epochs": early,
         "network": {
             "wrong labels learned by heart": float(learned),

@@ -2,7 +2,8 @@
 
 A row of that table is a presentation: a sample (``id``), the ``step`` in which it was trained on, and scores, such as
 those of ``assay.methods.Dynamics``. Presentations are ordered by step, in whatever order the rows are, and samples may
-have different numbers of them. One whose score is not finite is left out, and counted.
+have different numbers of them. One whose score is not finite is left out, and counted. Where several processes train,
+each has a table of its own presentations: ``pyarrow.concat_tables`` makes one of them.
 
 Every function gives a table with a row per id, in the order in which ids first appear; its fields' metadata say which
 end of a score to keep, as those of score tables do. ``assay.train.join`` adds it to a data set.
@@ -202,7 +203,8 @@ def select_by_trajectory(
     rows = np.asarray(trajectories)
     _check_trajectories(rows, len(ids), count, clusters)
     model = require("sklearn.cluster", "cli").KMeans(clusters, n_init=1, random_state=seed)
-    cluster = model.fit_predict(rows).astype(np.int64)
+    with require("threadpoolctl", "cli").threadpool_limits(1):  # several threads add up in any order
+        cluster = model.fit_predict(rows).astype(np.int64)
     selected = np.zeros(len(rows), dtype=np.float32)
     selected[_balanced(cluster, count, clusters, np.random.default_rng(seed))] = 1
     columns = [

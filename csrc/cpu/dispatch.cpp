@@ -10,9 +10,13 @@ namespace assay {
   extern const Kernels kernels; \
   }
 ASSAY_DECLARE(scalar)
-#ifdef ASSAY_X86
+#ifdef ASSAY_HAS_avx2
 ASSAY_DECLARE(avx2)
+#endif
+#ifdef ASSAY_HAS_avx512
 ASSAY_DECLARE(avx512)
+#endif
+#ifdef ASSAY_HAS_avx512_bf16
 ASSAY_DECLARE(avx512_bf16)
 #endif
 #undef ASSAY_DECLARE
@@ -21,13 +25,20 @@ ASSAY_DECLARE(avx512_bf16)
 int isa_list(Isa out[4]) {
   int n = 0;
   out[n++] = {&scalar::kernels, true};
-#ifdef ASSAY_X86
+#if defined(ASSAY_HAS_avx2) || defined(ASSAY_HAS_avx512) || defined(ASSAY_HAS_avx512_bf16)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  [[maybe_unused]] const bool avx512 =
+      avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+#ifdef ASSAY_HAS_avx2
   out[n++] = {&avx2::kernels, avx2};
+#endif
+#ifdef ASSAY_HAS_avx512
   out[n++] = {&avx512::kernels, avx512};
+#endif
+#ifdef ASSAY_HAS_avx512_bf16
   out[n++] = {&avx512_bf16::kernels, avx512 && __builtin_cpu_supports("avx512bf16")};
 #endif
   return n;

@@ -212,6 +212,7 @@ def test_padded_columns_do_not_count() -> None:
     assert_contract(given)
 
 
+@pytest.mark.slow
 def test_many_slices() -> None:
     """The vocabulary in two slices at least, the labels in either, and a tie for the largest logit across both."""
     c = 2 * 6 * head_tiles.COLUMNS_PER_WORD + 50
@@ -561,6 +562,7 @@ def test_losses(n: int, c: int, d: int, bias: bool) -> None:
     assert nothing is None
 
 
+@pytest.mark.slow
 def test_gradient_in_panels_chunks_and_splits(launched: list[str]) -> None:
     """Two panels of rows, a chunk of four splits and a short one, a block of ignored rows that hold NaN."""
     tile = head_tiles.INTERPRETED.logits

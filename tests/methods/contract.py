@@ -24,7 +24,7 @@ from assay.methods import AdamState, Kernel, Method
 from assay.methods.base import samples_gathered
 from assay.methods.targets import Targets
 from assay.ops import Kronecker, Sketch
-from assay.recipe.methods import METHODS
+from assay.recipe.methods import LIVE, METHODS
 from assay.recipe.signatures import Given
 from assay.tasks import CausalLM, Classification, Task
 
@@ -320,8 +320,9 @@ def remedies_exist(method: type[Any], world: World) -> None:
 def its_constructor_is_its_recipes_keys(method: type[Any], world: World) -> None:
     spec = METHODS._specs[method.__module__.rpartition(".")[2]]
     parameters = list(inspect.signature(method.__init__).parameters.values())[1:]
-    assert [key.name for key in spec.keys] == [p.name for p in parameters if p.name not in ("task", "seed")]
     models, hints = {f"m{i}": model for i, model in enumerate(world.models)}, get_type_hints(method.__init__)
+    keys = [p.name for p in parameters if p.name not in ("task", "seed") and hints[p.name] not in LIVE]
+    assert [key.name for key in spec.keys] == keys
     names, options = iter(models), {"optimizers": None} if "optimizers" in hints else {}
     in_recipe = {
         Sequence[nn.Module]: ["m0", "m1"],

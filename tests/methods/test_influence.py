@@ -103,7 +103,7 @@ def test_a_sample_with_nothing_to_predict_has_no_score() -> None:
             assert scores.isnan().tolist() == [False, False, True, False, False, False], column.name
 
 
-@pytest.mark.parametrize("make", [TRAK, DsDm, LoGra, TrackStar])
+@pytest.mark.parametrize("make", [*(pytest.param(m, marks=pytest.mark.slow) for m in (TRAK, DsDm, LoGra)), TrackStar])
 def test_target_samples_without_a_finite_gradient_are_left_out(problem, make) -> None:
     models, pool, (x, y) = problem
     broken = x.clone()

@@ -29,6 +29,7 @@ def test_sources_are_without_their_docstrings() -> None:
     assert rest == "def f():\n    return 1"
 
 
+@pytest.mark.slow
 def test_too_little_text_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"test set: expected 100000 pieces of 128 bytes, this machine has \d+"):
         corpus.build(pool=100, target=10, validation=10, test=100_000, seed=0)

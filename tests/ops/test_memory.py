@@ -102,9 +102,14 @@ def cases(dtype: torch.dtype, scale: int) -> dict[str, tuple[Callable[[Tensor], 
 
 
 NAMES = list(cases(BF16, 1))
+LONG = {("project", "triton"), ("grad_sqnorm, Gram", "triton")}  # in the interpreter
+CASES = [
+    pytest.param(*case.values, marks=[*case.marks, *([pytest.mark.slow] if case.values[::2] in LONG else [])])
+    for case in checkered(NAMES, [BF16, F32], ["cpu", "triton"])
+]
 
 
-@pytest.mark.parametrize(("name", "dtype", "backend"), checkered(NAMES, [BF16, F32], ["cpu", "triton"]))
+@pytest.mark.parametrize(("name", "dtype", "backend"), CASES)
 def test_no_copy_of_an_argument(name: str, dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if (name, backend) == ("ensemble_stats", "triton"):
         pytest.skip("its GPU kernel is CUDA C++")

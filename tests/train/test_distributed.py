@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from assay.methods import GradMimic, GraNd
+from assay.methods import GradMimic, GraNd, InRunInfluence
 from assay.tasks import Classification
 from assay.train import Reweighter, token_weights
 from tests.train.small_models import classifier, moved
 
-MODES = {"reweight": {}, "filter": {"keep": 0.5}}
+MODES = {"reweight": {}, "filter": {"keep": 0.5}, "in_run": {}}
 # By where the batch is cut: mode and layers. The plain mean over ranks of different sizes is not that over all samples,
 # so that there everything is reweighted.
 RUNS = {
     4: [("reweight", None), ("reweight", "2"), ("filter", None), ("filter", "2")],
-    3: [("reweight", None), ("filter", None)],
+    3: [("reweight", None), ("filter", None), ("in_run", None)],
 }
 
 
@@ -35,8 +35,13 @@ def problem() -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
 def train(rows: slice | list[int], wrap: bool, mode: str, layers: str | None) -> dict[str, Tensor]:
     """Two steps of SGD on the rows of a step's batch."""
     model, reference, x, y = problem()
-    method = GradMimic(model, reference, Classification())
-    reweighter = Reweighter(model, method, mode, 0.2, layers, **MODES[mode])
+    held_out = {"all": [(torch.randn(8, 4)[rows], torch.randint(3, (8,))[rows])]}  # each rank has some of them
+    if mode == "in_run":
+        method = InRunInfluence(model, Classification(), held_out, normalise=True)
+    else:
+        method = GradMimic(model, reference, Classification())
+    how = "reweight" if mode == "in_run" else mode
+    reweighter = Reweighter(model, method, how, 0.2, layers, **MODES[mode])
     run = DistributedDataParallel(model) if wrap else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     for step in range(2):

@@ -26,7 +26,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from assay.methods import GradMimic
+from assay.methods import GradMimic, GraNd
 from assay.tasks import CausalLM, Classification
 from assay.train import Reweighter
 from assay.train.huggingface import ReweightMixin
@@ -183,6 +183,27 @@ def test_reweighting_is_that_of_plain_pytorch(options, text, tmp_path) -> None:
     assert float(weights.max()) > 1.4
     assert float(weights.min()) < 0.6
     close(weights_of(model), replayed(language_model(), table, text, 2))
+
+
+@pytest.mark.parametrize("make", [language_model, vit])
+def test_a_reference_s_losses_are_its_own(make, text, images, tmp_path) -> None:
+    data, collator = (text, pad()) if make is language_model else (images, None)
+    model, reference = make(), make(1).train()
+    reweighter = Reweighter(model, mimic(make, model), by="rho", temperature=0.1, every=2)
+    runs = []
+    reference.register_forward_hook(lambda *_: runs.append(torch.is_grad_enabled() or reference.training))
+    trainer = MyTrainer(model, arguments(tmp_path), collator, data, reweighter=reweighter, reference=reference)
+    trainer.train()
+    assert runs == [False, False]  # of three steps, the first and the third are scored
+    rows = {str(row["id"]): row for row in data}
+    table = reweighter.table().to_pylist()
+    for row in table:
+        sample = {name: torch.tensor([value]) for name, value in rows[row["id"]].items() if name != "id"}
+        own = float(reference.eval()(**sample).loss)
+        assert (row["reference_loss"], row["rho"]) == pytest.approx((own, row["loss"] - own), rel=1e-4, abs=1e-5)
+    rho = torch.tensor([row["rho"] for row in table]).view(2, 3)
+    weights = torch.tensor([row["weight"] for row in table]).view(2, 3)
+    torch.testing.assert_close(weights, 3 * (rho / 0.1).softmax(1), rtol=1e-4, atol=1e-5)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(text, tmp_path) -> None:
@@ -399,6 +420,17 @@ def test_what_does_not_fit_is_refused(images, tmp_path, monkeypatch) -> None:
         refusal(f"{name} is on", tmp_path, images, Sharded)
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
     refusal("2 GPUs in one process", tmp_path, images)
+
+
+def test_a_reference_that_is_none_is_refused(images, tmp_path) -> None:
+    model = net()
+    args = (arguments(tmp_path), None, images)
+    with pytest.raises(ValueError, match="reference: is the model that is trained"):
+        MyTrainer(model, *args, reweighter=Reweighter(model, mimic(net, model)), reference=model)
+    other = net()
+    plain = Reweighter(other, GraNd(other, Classification()))
+    with pytest.raises(ValueError, match="reference: grand compares with no reference's losses"):
+        MyTrainer(other, *args, reweighter=plain, reference=net(1))
 
 
 def test_ids_that_are_none_are_refused(images, tmp_path) -> None:

@@ -97,6 +97,20 @@ def test_training_is_that_of_a_loop(accumulate, tmp_path):
     assert "backward" not in vars(module)
 
 
+def test_what_a_method_asks_for_beside_losses_comes_from_the_step(tmp_path):
+    def step(module, losses):
+        return {"loss": losses, "reference_losses": losses.detach() / 4, "logits": losses[:, None]}
+
+    module = Module(step)
+    net = module.net
+    method = GradMimic(net, moved(net, by=0.3), Classification())
+    reweighter, _ = fit(module, tmp_path, ReweightCallback(Reweighter(net, method, by="rho"), ids="id"))
+    table = reweighter.table()
+    rho, loss = (torch.tensor(table[name].to_pylist()) for name in ("rho", "loss"))
+    torch.testing.assert_close(rho, 0.75 * loss)
+    assert "training_step" not in vars(module)
+
+
 def manually(module, losses):
     optimizer = module.optimizers()
     optimizer.zero_grad()

@@ -612,6 +612,10 @@ def test_ids(models, data) -> None:
     reweighter = Reweighter(model, GradMimic(model, reference, TASK))
     with pytest.raises(ValueError, match="expected one per sample, 6, found 2"):
         reweighter.backward(losses_of(model, data), ids=["a", "b"])
+    wrong = {"reference_losses": torch.ones(1), "logits": torch.ones(5, 3), "labels": torch.ones(())}
+    for name, values in wrong.items():
+        with pytest.raises(ValueError, match=f"{name}: expected one per sample"):
+            reweighter.backward(losses_of(model, data), **{name: values})
     with pytest.raises(ValueError, match="'a' is in the batch of step 1 more than once"):
         reweighter.backward(losses_of(model, data), ids=list("abcdea"))
     with pytest.raises(ValueError, match="ids: none came in step 1"):

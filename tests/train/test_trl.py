@@ -7,6 +7,7 @@ from typing import Any
 
 import datasets
 import pytest
+import torch
 
 from assay.train import Reweighter
 from assay.train.huggingface import ReweightMixin
@@ -23,7 +24,9 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CI", "1")
 
 
-def trainer_of(folder: Path, reweighter: Reweighter | None = None, model: Any = None, **options: Any) -> Any:
+def trainer_of(
+    folder: Path, reweighter: Reweighter | None = None, model: Any = None, reference: Any = None, **options: Any
+) -> Any:
     lines = [line for line in Path(__file__).read_text().splitlines() if line.strip()][:12]
     data = datasets.Dataset.from_list([{"id": f"line-{i}", "text": line[:48]} for i, line in enumerate(lines)])
     own = {
@@ -41,7 +44,7 @@ def trainer_of(folder: Path, reweighter: Reweighter | None = None, model: Any = 
         "bf16": False,
         "disable_tqdm": True,
     }
-    more = {} if reweighter is None else {"reweighter": reweighter, "id_column": "id"}
+    more = {} if reweighter is None else {"reweighter": reweighter, "id_column": "id", "reference": reference}
     kind = trl.SFTTrainer if reweighter is None else type("MyTrainer", (ReweightMixin, trl.SFTTrainer), {})
     args = trl.SFTConfig(str(folder), **(own | options))
     return kind(model, args, train_dataset=data, processing_class=byte_tokenizer(pad_token="<eos>"), **more)
@@ -72,6 +75,20 @@ def test_reweighting_is_that_of_plain_pytorch(tmp_path) -> None:
     table = reweighter.table()
     assert max(table["weight"].to_pylist()) > 1.1
     close(weights_of(model), replayed(language_model(), table, trainer.train_dataset, 2))
+
+
+@pytest.mark.parametrize("layers", ["model.layers.*", "lm_head"])
+def test_a_reference_s_losses_are_its_own(layers, tmp_path) -> None:
+    """With the output layer fused, and scored: the reference's never is."""
+    model, reference = language_model(), language_model(1)
+    reweighter = Reweighter(model, mimic(language_model, model, layers), mode="observe", by="rho")
+    trainer = trainer_of(tmp_path, reweighter, model, reference, max_steps=1)
+    trainer.train()
+    rows = {row["id"]: torch.tensor([row["input_ids"]]) for row in trainer.train_dataset}
+    for row in reweighter.table().to_pylist():
+        with torch.no_grad():
+            own = float(reference(input_ids=rows[row["id"]], labels=rows[row["id"]]).loss)
+        assert (row["reference_loss"], row["rho"]) == pytest.approx((own, row["loss"] - own), rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from assay.methods.ensemble import Ensemble, ensemble_scores
 from assay.methods.grad_mimic import GradMimic
 from assay.methods.gradient_cosine import GradientCosine
 from assay.methods.grand import GraNd
+from assay.methods.in_run import InRunInfluence
 from assay.methods.influence import Influence, Kernel
 from assay.methods.influence_distillation import InfluenceDistillation
 from assay.methods.label_quality import label_quality, model_weights
@@ -30,6 +31,7 @@ __all__ = [
     "GraNd",
     "GradMimic",
     "GradientCosine",
+    "InRunInfluence",
     "Influence",
     "InfluenceDistillation",
     "Kernel",

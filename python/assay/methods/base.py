@@ -123,7 +123,11 @@ class Method(Protocol):
         return self
 
     def refresh(self) -> None:
-        """The models have moved, or are about to: nothing that was made of their weights may be kept from now on."""
+        """The models have moved, or are about to: nothing that was made of their weights may be kept from now on.
+
+        A ``Reweighter`` calls this when it is made and before each scored step's backward pass; what reductions hold
+        may change, which parameters they name may not.
+        """
         return None
 
     def score(self, signals: Mapping[str, Signals]) -> dict[str, Tensor]:

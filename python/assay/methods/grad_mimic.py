@@ -113,8 +113,9 @@ class GradMimic(Method):
 
     def refresh(self) -> None:
         """The model has moved, or is about to: from now on the direction is that of the weights as they are."""
-        self._taken, self._lineage = Moving(self.model, self.reference, self.parameters), None
-        self._pairs = []
+        if not isinstance(self._taken, Moving):
+            self._taken, self._lineage = Moving(self.model, self.reference, self.parameters), None
+            self._pairs = []
 
     @property
     def columns(self) -> Sequence[Column]:

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
+import torch
+import torch.distributed as dist
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationInfo
 from torch import nn
 
@@ -70,6 +72,8 @@ ROLES: dict[Any, Role] = {
     Kernel: KERNEL,
     **SKETCH_ROLES,
 }
+LIVE = (torch.optim.Optimizer | None, dist.ProcessGroup | None)
+"""A trainer's own objects: no file holds one, and a method goes without."""
 
 
 class MethodSpec(Part):
@@ -156,7 +160,7 @@ def derived(kind: str, method: type[Any]) -> type[DerivedSpec]:
     fields: dict[str, Any] = {"method": (Literal[kind], ...)}
     if issubclass(method, Influence):  # new targets can be scored from stored features
         fields["keep_features"] = (Literal["float32", "float16", "bfloat16", "int8"] | None, None)
-    spec = derive(method, DerivedSpec, ROLES, (Task, "seed"), **fields)
+    spec = derive(method, DerivedSpec, ROLES, (Task, "seed", *LIVE), **fields)
     spec.uses_pool = getattr(method, "uses_pool", False)
     spec.needs_target = any(key.role is TARGETS and key.required for key in spec.keys)
     return spec

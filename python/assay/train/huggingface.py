@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from assay._lazy import require
 from assay.train.collation import WithIds, WithoutIds
 from assay.train.fused_head import has_tapped_head, unfused
-from assay.train.model_losses import ModelLosses, split_loss
+from assay.train.model_losses import ModelLosses, reference_losses, split_loss
 from assay.train.reweighter import Reweighter
 
 # Arguments of the trainer with which a loss is not the model's own, one per sample, of layers that can be seen.
@@ -53,6 +53,8 @@ class ReweightMixin:
         reweighter: of the trainer's model, the same object.
         id_column: of the training data, with the samples' ids, strings or integers; the model does not see it, and
             evaluation does not need it. None: the table's rows have no ids.
+        reference: for a method that compares losses with a reference's (``by="rho"``): run without gradients on every
+            micro-batch that is scored, in eval mode, on the device that it is on.
         args, kwargs: the trainer's own.
 
     Raises:
@@ -68,15 +70,22 @@ class ReweightMixin:
     _set_signature_columns_if_needed: Any
     _signature_columns: Any
 
-    def __init__(self, *args: Any, reweighter: Reweighter, id_column: str | None = "id", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        reweighter: Reweighter,
+        id_column: str | None = "id",
+        reference: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
         if not isinstance(reweighter, Reweighter):
             raise TypeError(f"reweighter: expected an assay.train.Reweighter, found {type(reweighter).__name__}")
         above: Any = super()
         above.__init__(*args, **kwargs)
-        self.reweighter, self.id_column = reweighter, id_column
+        self.reweighter, self.id_column, self.reference = reweighter, id_column, reference
         self._seen = reweighter.step
         _check_trainer(self)
-        _check_model(reweighter, self.model)
+        _check_model(reweighter, self.model, reference)
         _check_column(self.train_dataset, id_column)
         watch = require("transformers", "train").TrainerCallback()
         watch.on_substep_end = watch.on_pre_optimizer_step = self._check_consumed
@@ -127,21 +136,30 @@ class ReweightMixin:
         above: Any = super()
         ids = self._ids(inputs)
         passes: list[ModelLosses] = []
+        references: list[Tensor] = []
+
+        def before(_: nn.Module, called_with: Any, arguments: dict[str, Any]) -> None:
+            if self.reference is not None and self.reweighter.is_due:
+                references.append(reference_losses(self.reference, called_with, arguments))
 
         def after(module: nn.Module, _: Any, arguments: dict[str, Any], output: Any) -> None:
             passes.append(split_loss(module, arguments, output))
 
         def backward(loss: Tensor, **options: Any) -> None:
-            self._backward(loss, passes, ids)
+            self._backward(loss, passes, ids, references)
 
         own = self.reweighter.model
         with unfused(own) if has_tapped_head(own, self.reweighter.tapped) else nullcontext():
-            hook = own.register_forward_hook(after, with_kwargs=True)
+            hooks = (
+                own.register_forward_pre_hook(before, with_kwargs=True, prepend=True),  # as the trainer calls it
+                own.register_forward_hook(after, with_kwargs=True),
+            )
             self.accelerator.backward = backward  # on the instance, for this micro-batch
             try:
                 loss: Tensor = above.training_step(model, inputs, *args, **kwargs)
             finally:
-                hook.remove()
+                for hook in hooks:
+                    hook.remove()
                 del self.accelerator.backward
         return loss
 
@@ -156,7 +174,9 @@ class ReweightMixin:
         ids: list[str] = inputs.pop(self.id_column)
         return ids
 
-    def _backward(self, loss: Tensor, passes: list[ModelLosses], ids: list[str] | None) -> None:
+    def _backward(
+        self, loss: Tensor, passes: list[ModelLosses], ids: list[str] | None, references: list[Tensor]
+    ) -> None:
         if len(passes) != 1:
             raise RuntimeError(
                 f"the model ran forward {len(passes)} times in a training step; expected once, on the batch: a "
@@ -167,7 +187,10 @@ class ReweightMixin:
         scale = len(own.losses) * own.multiplier(loss) * own.counts / self.accelerator.gradient_accumulation_steps
         if scaler is not None:
             scale = scale * scaler.scale(torch.ones((), device=loss.device))
-        self.reweighter.backward(own.losses, ids, scale=scale, logits=own.logits, labels=own.labels)
+        others = references[0] if references else None
+        self.reweighter.backward(
+            own.losses, ids, scale=scale, logits=own.logits, labels=own.labels, reference_losses=others
+        )
 
     def _check_consumed(self, *args: Any, **kwargs: Any) -> None:
         """After every micro-batch, before the optimizer steps."""
@@ -268,7 +291,14 @@ def _check_dispatch(trainer: Any) -> None:
         )
 
 
-def _check_model(reweighter: Reweighter, model: Any) -> None:
+def _check_model(reweighter: Reweighter, model: Any, reference: nn.Module | None) -> None:
+    if reference is not None and not reweighter.compares:
+        raise ValueError(
+            f"ReweightMixin: reference: {reweighter.method.name} compares with no reference's losses; leave it out, or "
+            "score with a method that does, such as GradMimic (by='rho')"
+        )
+    if reference is model:
+        raise ValueError("ReweightMixin: reference: is the model that is trained; expected another one")
     if reweighter.model is not model:
         raise ValueError(
             "ReweightMixin: the reweighter was made of another model than the trainer's; expected the same object. "

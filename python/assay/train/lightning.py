@@ -13,6 +13,7 @@ from assay.train.reweighter import Reweighter
 _lightning: Any = require("lightning.pytorch", "lightning")
 _strategies: Any = require("lightning.pytorch.strategies", "lightning")
 
+_GIVEN = ("logits", "labels", "reference_losses")
 Ids = str | Callable[[Any], Sequence[Any] | Tensor] | None
 
 
@@ -28,8 +29,9 @@ class ReweightCallback(_lightning.Callback):  # type: ignore[misc]
     by the loss scale of 16-bit precision: both stay in the gradients and out of the scores.
 
     The reweighter's steps are calls of backward, one per batch, not per step of the optimizer. Its state and table are
-    in Lightning's checkpoints. Methods that ask for logits or a reference's losses do not get them here: call
-    ``reweighter.backward`` yourself, with manual optimization; the callback then checks and saves alone.
+    in Lightning's checkpoints. What a method asks for beside the losses, ``"logits"``, ``"labels"`` and
+    ``"reference_losses"``, is taken from the dict that ``training_step`` returns. With manual optimization, call
+    ``reweighter.backward`` yourself where it is wanted; the callback then checks and saves alone.
 
     Args:
         reweighter: of the module's network. Its model is a part of the LightningModule; on a single device it may be
@@ -48,6 +50,7 @@ class ReweightCallback(_lightning.Callback):  # type: ignore[misc]
             raise TypeError(f"reweighter: expected an assay.train.Reweighter, found {type(reweighter).__name__}")
         self.reweighter, self.ids = reweighter, ids
         self._batch_ids: Sequence[Any] | Tensor | None = None
+        self._given: dict[str, Tensor] = {}
         self._at_backward = self._at_batch = reweighter.step
 
     # ---- Lightning's hooks
@@ -57,6 +60,8 @@ class ReweightCallback(_lightning.Callback):  # type: ignore[misc]
         _check_module(trainer, pl_module, self.reweighter)
         self._at_backward = self.reweighter.step
         pl_module.backward = lambda loss, *args, **kwargs: self._backward(trainer, pl_module, loss, args, kwargs)
+        step = pl_module.training_step
+        pl_module.training_step = lambda *args, **kwargs: self._returned(step(*args, **kwargs))
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._batch_ids = None if self.ids is None else _ids_of(batch, self.ids)
@@ -71,10 +76,10 @@ class ReweightCallback(_lightning.Callback):  # type: ignore[misc]
             self._check_consumed(self._at_batch)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        pl_module.__dict__.pop("backward", None)
+        _give_back(pl_module)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        pl_module.__dict__.pop("backward", None)
+        _give_back(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         return self.reweighter.state_dict()
@@ -84,6 +89,12 @@ class ReweightCallback(_lightning.Callback):  # type: ignore[misc]
 
     # ---- a step
 
+    def _returned(self, output: Any) -> Any:
+        """Of the training step: what a method may ask for beside the losses."""
+        there = output if isinstance(output, Mapping) else {}
+        self._given = {name: there[name].detach() for name in _GIVEN if isinstance(there.get(name), Tensor)}
+        return output
+
     def _backward(self, trainer: Any, pl_module: Any, loss: Tensor, args: Any, kwargs: Any) -> None:
         """In place of ``loss.backward()``."""
         if args or kwargs:
@@ -92,7 +103,8 @@ class ReweightCallback(_lightning.Callback):  # type: ignore[misc]
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None:
             scale *= scaler.get_scale()
-        self.reweighter.backward(loss / scale, self._batch_ids, scale=scale)
+        given, self._given = self._given, {}
+        self.reweighter.backward(loss / scale, self._batch_ids, scale=scale, **given)
 
     def _check_consumed(self, since: int) -> None:
         if self.reweighter.step == since:
@@ -101,6 +113,12 @@ class ReweightCallback(_lightning.Callback):  # type: ignore[misc]
                 "training_step to return its losses, or self.manual_backward(losses) in place of "
                 "losses.mean().backward()"
             )
+
+
+def _give_back(module: Any) -> None:
+    """What stood in for the module's own."""
+    for name in ("backward", "training_step"):
+        module.__dict__.pop(name, None)
 
 
 def _check_strategy(trainer: Any) -> None:
@@ -116,8 +134,8 @@ def _check_module(trainer: Any, module: Any, reweighter: Reweighter) -> None:
     name = type(module).__name__
     if type(module).backward is not _lightning.LightningModule.backward:
         raise ValueError(f"{name}.backward is its own, and the callback would replace it; remove it")
-    if "backward" in vars(module):
-        raise ValueError(f"{name}: another callback has replaced its backward; expected one ReweightCallback")
+    if "backward" in vars(module) or "training_step" in vars(module):
+        raise ValueError(f"{name}: its backward or training_step has been replaced; expected one ReweightCallback")
     if not any(part is reweighter.model for part in module.modules()):
         raise ValueError(
             f"the Reweighter's model, a {type(reweighter.model).__name__}, is no part of {name}; make it of the same "

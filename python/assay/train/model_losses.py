@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from assay.probe.quiet import undisturbed
+from assay.tasks.base import to_device
+
 IGNORE = -100
 
 
@@ -81,6 +84,20 @@ def split_loss(model: nn.Module, arguments: Mapping[str, Any], output: Any) -> M
         raise RuntimeError(f"the model gave a {type(output).__name__}; expected a mapping with its loss and logits")
     with torch.autocast(_device(output).type, enabled=False):
         return _fused(output) if output.get("log_probs") is not None else _plain(model, arguments, output)
+
+
+def reference_losses(reference: nn.Module, args: Any, arguments: Mapping[str, Any]) -> Tensor:
+    """(B,), the losses of another model on what a model is called with, in eval mode, on its own device.
+
+    Raises:
+        RuntimeError: as ``split_loss``.
+    """
+    device = next(reference.parameters()).device
+    own = {name: value for name, value in arguments.items() if name not in ("fused_lm_head", "num_items_in_batch")}
+    with undisturbed(reference), torch.no_grad():
+        args, own = to_device(args, device), to_device(own, device)
+        output = reference(*args, **own)
+        return split_loss(reference, own, output).losses.detach()
 
 
 def _fused(output: dict[str, Any]) -> ModelLosses:

@@ -134,10 +134,12 @@ class Reweighter:
         Raises:
             RuntimeError: losses that are not one finite number per sample of the last forward pass; a layer that did
                 not run, or whose gradients cannot be told apart by sample; scores that make no weights.
-            ValueError: ids that are missing, repeated, or not one per sample.
+            ValueError: ids that are missing, repeated, or not one per sample; logits, labels or reference losses that
+                are not.
         """
         recorded = self._taps.recorded()
         size = _check_losses(losses)
+        _check_given(size, logits=logits, labels=labels, reference_losses=reference_losses)
         names = self._names(ids, losses)
         scales = torch.as_tensor(scale, dtype=losses.dtype, device=losses.device).expand(size) / size
         self.step += 1
@@ -152,6 +154,16 @@ class Reweighter:
             self._check_parameters()
             self._step(losses, scales, names, _Given(logits, labels, reference_losses))
         self._arm()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the next ``backward`` scores; within a forward pass, that pass' own."""
+        return self._taps.is_on
+
+    @property
+    def compares(self) -> bool:
+        """Whether the method takes ``reference_losses``."""
+        return "reference" in self._needs and self._own != "reference"
 
     @property
     def tapped(self) -> list[str]:
@@ -198,6 +210,7 @@ class Reweighter:
             )
 
     def _step(self, losses: Tensor, scales: Tensor, names: Sequence[str] | None, given: _Given) -> None:
+        self.method.refresh()
         passed = self._taps.backward(losses, scales, self._reductions, self._parameters, recompute=self.recompute)
         own = Signals(losses.detach().float(), given.logits, given.labels, reduced=passed.reduced, size=len(losses))
         others = {role: Signals(given.losses_of(role, losses), size=len(losses)) for role in self._needs}
@@ -274,8 +287,18 @@ class _Given:
 
     def losses_of(self, role: str, like: Tensor) -> Tensor:
         if role == "reference" and self.reference_losses is not None:
-            return self.reference_losses.detach().float()
+            return self.reference_losses.detach().to(like.device, torch.float32)
         return torch.full_like(like, torch.nan, dtype=torch.float32, requires_grad=False)
+
+
+def _check_given(size: int, **given: Tensor | None) -> None:
+    """ValueError unless what came beside B losses is (B, ...), or (B,) where it is a number each."""
+    for name, values in given.items():
+        if values is None:
+            continue
+        shape, expected = tuple(values.shape), f"({size}, C)" if name == "logits" else f"({size},)"
+        if shape[:1] != (size,) or (name == "reference_losses" and len(shape) != 1):
+            raise ValueError(f"{name}: expected one per sample, {expected}, found shape {shape}")
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ def test_what_a_loop_forgot_is_named(model: nn.Module, batch: tuple[Tensor, Tens
         reweighter.backward(F.cross_entropy(model(x), y, reduction="none"))
     logits = model(x)
     losses = F.cross_entropy(logits, y, reduction="none")
-    with pytest.raises(ValueError, match=r"logits of shape \(4, 3\) for 8 samples; expected a row per sample"):
+    with pytest.raises(ValueError, match=r"logits: expected one per sample, \(8, C\), found shape \(4, 3\)"):
         reweighter.backward(losses, logits=logits[:4], labels=y[:4])
 
 

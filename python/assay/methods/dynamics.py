@@ -75,11 +75,6 @@ class Dynamics(Method):
                 "your own pass them: reweighter.backward(losses, ids, logits=logits, labels=labels) (labels that are "
                 "probabilities are none: Classification(soft=True) has the loss alone)"
             )
-        if model.logits.ndim != 2 or len(model.logits) != model.samples:
-            raise ValueError(
-                f"{self.name}: logits of shape {tuple(model.logits.shape)} for {model.samples} samples; expected a row "
-                "per sample, (B, C)"
-            )
         return model.logits.detach(), model.labels
 
 

@@ -53,6 +53,14 @@ def wrong_labels(root: Path) -> None:
     (root / "models/vit/preprocessor_config.json").write_text(json.dumps(settings))
 
 
+def forgotten_samples(root: Path) -> None:
+    """It takes scikit-learn's digits."""
+
+
+def chosen_tokens(root: Path) -> None:
+    train_with_transformers(root)
+
+
 def train_by_score(root: Path) -> None:
     """It takes scikit-learn's digits."""
 

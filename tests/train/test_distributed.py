@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from assay.methods import GradMimic, GraNd, InRunInfluence
 from assay.tasks import Classification
-from assay.train import Reweighter
+from assay.train import Reweighter, token_weights
 from tests.train.small_models import classifier, moved
 
 MODES = {"reweight": {}, "filter": {"keep": 0.5}, "in_run": {}}
@@ -99,12 +99,29 @@ def complaint_of_shards() -> str:
     return ""
 
 
+def token_weights_of(rows: slice) -> Tensor:
+    """Of texts of which two ranks have different numbers, with excess losses that tie across them."""
+    losses = torch.tensor([[3.0, 1, 2], [0, 2, 5], [2, 4, 1]])
+    return token_weights(losses[rows], torch.zeros(3, 3)[rows], 0.5, losses[rows] > 0)
+
+
+def complaint_of_tokens(rank: int) -> str:
+    """Of a loss that is not finite on one rank: the other would wait for it."""
+    try:
+        token_weights(torch.full((1, 2), torch.nan if rank else 1.0), torch.zeros(1, 2), 0.5)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
 def work(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     found: dict[Any, Any] = {}
     for cut in (4, 3):
         rows = slice(0, cut) if rank == 0 else slice(cut, 8)
         found |= {(cut, mode, layers): train(rows, True, mode, layers) for mode, layers in RUNS[cut]}
+    found["tokens"] = token_weights_of(slice(0, 1) if rank == 0 else slice(1, 3))
+    assert "2 of the batch's 4 counted losses are not finite" in complaint_of_tokens(rank)
     found["refused"] = refusal_of_sharded_weights()
     assert "is sharded (of FSDP2" in complaint_of_shards()
     assert "static_graph=True" in complaint("head", static_graph=True)
@@ -120,6 +137,8 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     for rank in (0, 1):
         found = torch.load(tmp_path / f"found{rank}.pt", weights_only=True)
         assert "parameter '0.weight' is sharded (of FSDP2" in found.pop("refused")
+        texts = slice(0, 1) if rank == 0 else slice(1, 3)
+        assert torch.equal(found.pop("tokens"), token_weights_of(slice(0, 3))[texts])
         for (cut, mode, layers), values in found.items():
             one = train(slice(0, 8), False, mode, layers)
             for name, value in values.items():

@@ -2,6 +2,7 @@
 
 from assay.methods.base import Column, Method, Need, Views
 from assay.methods.dsdm import DsDm
+from assay.methods.dynamics import Dynamics
 from assay.methods.ekfac import EKFAC
 from assay.methods.ensemble import Ensemble, ensemble_scores
 from assay.methods.grad_mimic import GradMimic
@@ -25,6 +26,7 @@ __all__ = [
     "AdamState",
     "Column",
     "DsDm",
+    "Dynamics",
     "Ensemble",
     "GraNd",
     "GradMimic",

@@ -30,10 +30,10 @@ def best_share(scores: Tensor, keep: float) -> Tensor:
         scores: (B,), NaN where there is none; such a sample is never kept.
         keep: in (0, 1].
     """
-    scored = int((~scores.isnan()).sum())
-    count = min(scored, math.ceil(keep * len(scores) - 1e-9))
-    order = scores.double().nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
-    best = order.argsort(descending=True, stable=True)[:count]
+    unknown = scores.isnan()
+    count = min(int((~unknown).sum()), math.ceil(keep * len(scores) - 1e-9))
+    order = scores.double().masked_fill(unknown, 0).argsort(descending=True, stable=True)
+    best = order[unknown[order].argsort(stable=True)][:count]  # behind the worst score, −inf too
     weights = torch.zeros(len(scores), dtype=torch.float64, device=scores.device)
     weights[best] = len(scores) / max(count, 1)
     return weights

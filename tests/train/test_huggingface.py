@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -183,6 +184,44 @@ def test_reweighting_is_that_of_plain_pytorch(options, text, tmp_path) -> None:
     assert float(weights.max()) > 1.4
     assert float(weights.min()) < 0.6
     close(weights_of(model), replayed(language_model(), table, text, 2))
+
+
+def replayed_tokens(model: nn.Module, reference: nn.Module, table: Any, data: Any, steps: int, keep: float) -> Any:
+    """Plain PyTorch on the batches that the table tells of, with the best tokens of each sorted out one by one."""
+    rows = {str(row["id"]): row for row in data}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    batches: dict[int, list[dict[str, Any]]] = {}
+    for row in table.to_pylist():
+        batches.setdefault(row["step"], []).append(rows[row["id"]])
+    windows = [list(batches.values())[i : i + steps] for i in range(0, len(batches), steps)]
+    for window in windows:
+        optimizer.zero_grad()
+        items = 0
+        total = torch.zeros(())
+        for batch in window:
+            tokens = []
+            for row in batch:
+                ids = torch.tensor([row["input_ids"]])
+                labels = torch.tensor(row["labels"] if "labels" in row else row["input_ids"])
+                own, other = (m(input_ids=ids).logits[0, :-1] for m in (model, reference))
+                for place in (labels[1:] != -100).nonzero()[:, 0].tolist():
+                    pair = [F.cross_entropy(z[place], labels[place + 1]) for z in (own, other)]
+                    tokens.append((float((pair[0] - pair[1]).detach()), pair[0]))
+            best = sorted(tokens, key=lambda token: -token[0])[: math.ceil(keep * len(tokens) - 1e-9)]
+            total = total + len(tokens) / len(best) * sum(loss for _, loss in best)
+            items += len(tokens)
+        (total / items).backward()
+        optimizer.step()
+    return weights_of(model)
+
+
+def test_chosen_tokens_are_those_of_plain_pytorch(text, tmp_path) -> None:
+    model, reference = language_model(), language_model(1)
+    reweighter = Reweighter(model, GraNd(model, CausalLM()), mode="observe")
+    args = arguments(tmp_path, gradient_accumulation_steps=2)
+    trainer = MyTrainer(model, args, pad(), text, reweighter=reweighter, reference=reference, keep_tokens=0.3)
+    trainer.train()
+    close(weights_of(model), replayed_tokens(language_model(), reference, reweighter.table(), text, 2, 0.3))
 
 
 @pytest.mark.parametrize("make", [language_model, vit])
@@ -425,6 +464,10 @@ def test_what_does_not_fit_is_refused(images, tmp_path, monkeypatch) -> None:
 def test_a_reference_that_is_none_is_refused(images, tmp_path) -> None:
     model = net()
     args = (arguments(tmp_path), None, images)
+    for keep, message in ((0.0, r"expected a share in \(0, 1\], found 0\.0"), (0.5, "pass reference=")):
+        with pytest.raises(ValueError, match=message):
+            MyTrainer(model, *args, reweighter=Reweighter(model, mimic(net, model)), keep_tokens=keep)
+        model = net()
     with pytest.raises(ValueError, match="reference: is the model that is trained"):
         MyTrainer(model, *args, reweighter=Reweighter(model, mimic(net, model)), reference=model)
     other = net()

@@ -9,10 +9,20 @@ import datasets
 import pytest
 import torch
 
+from assay.methods import GraNd
+from assay.tasks import CausalLM
 from assay.train import Reweighter
 from assay.train.huggingface import ReweightMixin
 from tests.small_models import byte_tokenizer
-from tests.train.test_huggingface import close, language_model, losses_logged, mimic, replayed, weights_of
+from tests.train.test_huggingface import (
+    close,
+    language_model,
+    losses_logged,
+    mimic,
+    replayed,
+    replayed_tokens,
+    weights_of,
+)
 
 trl = pytest.importorskip("trl")
 pytestmark = pytest.mark.usefixtures("quick_collections")
@@ -25,7 +35,12 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def trainer_of(
-    folder: Path, reweighter: Reweighter | None = None, model: Any = None, reference: Any = None, **options: Any
+    folder: Path,
+    reweighter: Reweighter | None = None,
+    model: Any = None,
+    reference: Any = None,
+    keep_tokens: float | None = None,
+    **options: Any,
 ) -> Any:
     lines = [line for line in Path(__file__).read_text().splitlines() if line.strip()][:12]
     data = datasets.Dataset.from_list([{"id": f"line-{i}", "text": line[:48]} for i, line in enumerate(lines)])
@@ -44,7 +59,9 @@ def trainer_of(
         "bf16": False,
         "disable_tqdm": True,
     }
-    more = {} if reweighter is None else {"reweighter": reweighter, "id_column": "id", "reference": reference}
+    more = {} if reweighter is None else {"reweighter": reweighter, "id_column": "id"}
+    if reweighter is not None:
+        more |= {"reference": reference, "keep_tokens": keep_tokens}
     kind = trl.SFTTrainer if reweighter is None else type("MyTrainer", (ReweightMixin, trl.SFTTrainer), {})
     args = trl.SFTConfig(str(folder), **(own | options))
     return kind(model, args, train_dataset=data, processing_class=byte_tokenizer(pad_token="<eos>"), **more)
@@ -75,6 +92,16 @@ def test_reweighting_is_that_of_plain_pytorch(tmp_path) -> None:
     table = reweighter.table()
     assert max(table["weight"].to_pylist()) > 1.1
     close(weights_of(model), replayed(language_model(), table, trainer.train_dataset, 2))
+
+
+@pytest.mark.parametrize("layers", ["model.layers.*", "lm_head"])
+def test_chosen_tokens_are_those_of_plain_pytorch(layers, tmp_path) -> None:
+    model, reference = language_model(), language_model(1)
+    reweighter = Reweighter(model, GraNd(model, CausalLM(), layers), mode="observe")
+    trainer = trainer_of(tmp_path, reweighter, model, reference, keep_tokens=0.3)
+    trainer.train()
+    data = trainer.train_dataset
+    close(weights_of(model), replayed_tokens(language_model(), reference, reweighter.table(), data, 2, 0.3))
 
 
 @pytest.mark.parametrize("layers", ["model.layers.*", "lm_head"])

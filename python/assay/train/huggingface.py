@@ -16,6 +16,7 @@ from assay.train.collation import WithIds, WithoutIds
 from assay.train.fused_head import has_tapped_head, unfused
 from assay.train.model_losses import ModelLosses, reference_losses, split_loss
 from assay.train.reweighter import Reweighter
+from assay.train.tokens import token_weights
 
 # Arguments of the trainer with which a loss is not the model's own, one per sample, of layers that can be seen.
 _REFUSED = {
@@ -55,6 +56,9 @@ class ReweightMixin:
             evaluation does not need it. None: the table's rows have no ids.
         reference: for a method that compares losses with a reference's (``by="rho"``): run without gradients on every
             micro-batch that is scored, in eval mode, on the device that it is on.
+        keep_tokens: of a language model, train on this share of a micro-batch's tokens (of all processes), those
+            whose loss most exceeds the ``reference``'s (Rho-1; see ``token_weights``). A sample's loss, which is scored
+            and weighted, is then the mean of its tokens' losses times those weights.
         args, kwargs: the trainer's own.
 
     Raises:
@@ -76,16 +80,19 @@ class ReweightMixin:
         reweighter: Reweighter,
         id_column: str | None = "id",
         reference: nn.Module | None = None,
+        keep_tokens: float | None = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(reweighter, Reweighter):
             raise TypeError(f"reweighter: expected an assay.train.Reweighter, found {type(reweighter).__name__}")
         above: Any = super()
         above.__init__(*args, **kwargs)
-        self.reweighter, self.id_column, self.reference = reweighter, id_column, reference
+        self.reweighter, self.id_column = reweighter, id_column
+        self.reference, self.keep_tokens = reference, keep_tokens
         self._seen = reweighter.step
         _check_trainer(self)
-        _check_model(reweighter, self.model, reference)
+        _check_model(reweighter, self.model)
+        _check_reference(reweighter, self.model, reference, keep_tokens)
         _check_column(self.train_dataset, id_column)
         watch = require("transformers", "train").TrainerCallback()
         watch.on_substep_end = watch.on_pre_optimizer_step = self._check_consumed
@@ -136,10 +143,10 @@ class ReweightMixin:
         above: Any = super()
         ids = self._ids(inputs)
         passes: list[ModelLosses] = []
-        references: list[Tensor] = []
+        references: list[ModelLosses] = []
 
         def before(_: nn.Module, called_with: Any, arguments: dict[str, Any]) -> None:
-            if self.reference is not None and self.reweighter.is_due:
+            if self.reference is not None and (self.reweighter.is_due or self.keep_tokens is not None):
                 references.append(reference_losses(self.reference, called_with, arguments))
 
         def after(module: nn.Module, _: Any, arguments: dict[str, Any], output: Any) -> None:
@@ -175,7 +182,7 @@ class ReweightMixin:
         return ids
 
     def _backward(
-        self, loss: Tensor, passes: list[ModelLosses], ids: list[str] | None, references: list[Tensor]
+        self, loss: Tensor, passes: list[ModelLosses], ids: list[str] | None, references: list[ModelLosses]
     ) -> None:
         if len(passes) != 1:
             raise RuntimeError(
@@ -187,9 +194,11 @@ class ReweightMixin:
         scale = len(own.losses) * own.multiplier(loss) * own.counts / self.accelerator.gradient_accumulation_steps
         if scaler is not None:
             scale = scale * scaler.scale(torch.ones((), device=loss.device))
-        others = references[0] if references else None
+        theirs = references[0] if references else None
+        losses = own.losses if self.keep_tokens is None else _of_chosen_tokens(own, theirs, self.keep_tokens)
+        others = theirs.losses if theirs is not None and self.reweighter.compares else None
         self.reweighter.backward(
-            own.losses, ids, scale=scale, logits=own.logits, labels=own.labels, reference_losses=others
+            losses, ids, scale=scale, logits=own.logits, labels=own.labels, reference_losses=others
         )
 
     def _check_consumed(self, *args: Any, **kwargs: Any) -> None:
@@ -291,14 +300,32 @@ def _check_dispatch(trainer: Any) -> None:
         )
 
 
-def _check_model(reweighter: Reweighter, model: Any, reference: nn.Module | None) -> None:
-    if reference is not None and not reweighter.compares:
+def _of_chosen_tokens(own: ModelLosses, theirs: ModelLosses | None, keep: float) -> Tensor:
+    """(B,): means over a sample's tokens times their weights, whose mean is 1 over the batch."""
+    if own.tokens is None or theirs is None or theirs.tokens is None:
+        raise RuntimeError("ReweightMixin: keep_tokens: the model's losses are not of tokens; leave it out")
+    ours, other = own.tokens, theirs.tokens.as_wide_as(own.tokens)
+    if not torch.equal(ours.counted, other.counted.to(ours.counted.device)):
+        raise RuntimeError("ReweightMixin: keep_tokens: the reference predicts other tokens than the model does")
+    weights = token_weights(ours.losses, other.losses.to(ours.losses.device), keep, ours.counted)
+    return ours.means(weights)[0]
+
+
+def _check_reference(reweighter: Reweighter, model: Any, reference: nn.Module | None, keep: float | None) -> None:
+    if keep is not None and not 0 < keep <= 1:
+        raise ValueError(f"ReweightMixin: keep_tokens: expected a share in (0, 1], found {keep}")
+    if keep is not None and reference is None:
+        raise ValueError("ReweightMixin: keep_tokens: tokens are compared with a reference's; pass reference=")
+    if reference is not None and keep is None and not reweighter.compares:
         raise ValueError(
             f"ReweightMixin: reference: {reweighter.method.name} compares with no reference's losses; leave it out, or "
             "score with a method that does, such as GradMimic (by='rho')"
         )
     if reference is model:
         raise ValueError("ReweightMixin: reference: is the model that is trained; expected another one")
+
+
+def _check_model(reweighter: Reweighter, model: Any) -> None:
     if reweighter.model is not model:
         raise ValueError(
             "ReweightMixin: the reweighter was made of another model than the trainer's; expected the same object. "

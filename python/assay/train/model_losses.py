@@ -18,6 +18,32 @@ IGNORE = -100
 
 
 @dataclass(frozen=True)
+class TokenLosses:
+    """Losses by token, (B, T) with a graph, of labels that are aligned with them, and which of the tokens count."""
+
+    losses: Tensor
+    counted: Tensor
+
+    def as_wide_as(self, other: TokenLosses) -> TokenLosses:
+        """With as many columns: the last ones, in which nothing counts, are there or not."""
+        more = other.losses.shape[1] - self.losses.shape[1]
+        if more < 0 and bool(self.counted[:, more:].any()):
+            return self
+        return TokenLosses(F.pad(self.losses, (0, more)), F.pad(self.counted, (0, more)))
+
+    def means(self, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(B,), over each sample's tokens that count, and (B,) float, how many those are."""
+        counts = self.counted.sum(1)
+        if bool((counts == 0).any()):
+            raise RuntimeError(
+                f"sample {int((counts == 0).nonzero()[0])} of the batch has nothing to predict, all its labels are "
+                f"{IGNORE}, so that it has no loss and no score; leave such samples out of the training data"
+            )
+        losses = self.losses if weights is None else self.losses * weights
+        return losses.masked_fill(~self.counted, 0).sum(1) / counts, counts.float()
+
+
+@dataclass(frozen=True)
 class ModelLosses:
     """Losses by sample, and what the trainer is given in their place.
 
@@ -31,6 +57,7 @@ class ModelLosses:
         leaf: what the trainer sees.
         unit: of the model's loss, that is unit · Σ_b counts_b losses_b; None: the leaf holds tokens.
         counted: (B, T), which tokens of the leaf are.
+        tokens: what the losses are means of; None where a sample has none.
         logits, labels: (B, C) and (B,), of classification; else None.
     """
 
@@ -39,6 +66,7 @@ class ModelLosses:
     leaf: Tensor
     unit: Tensor | None = None
     counted: Tensor | None = None
+    tokens: TokenLosses | None = None
     logits: Tensor | None = None
     labels: Tensor | None = None
 
@@ -86,8 +114,8 @@ def split_loss(model: nn.Module, arguments: Mapping[str, Any], output: Any) -> M
         return _fused(output) if output.get("log_probs") is not None else _plain(model, arguments, output)
 
 
-def reference_losses(reference: nn.Module, args: Any, arguments: Mapping[str, Any]) -> Tensor:
-    """(B,), the losses of another model on what a model is called with, in eval mode, on its own device.
+def reference_losses(reference: nn.Module, args: Any, arguments: Mapping[str, Any]) -> ModelLosses:
+    """The losses of another model on what a model is called with, in eval mode, on its own device.
 
     Raises:
         RuntimeError: as ``split_loss``.
@@ -97,19 +125,20 @@ def reference_losses(reference: nn.Module, args: Any, arguments: Mapping[str, An
     with undisturbed(reference), torch.no_grad():
         args, own = to_device(args, device), to_device(own, device)
         output = reference(*args, **own)
-        return split_loss(reference, own, output).losses.detach()
+        return split_loss(reference, own, output)
 
 
 def _fused(output: dict[str, Any]) -> ModelLosses:
     """Of TRL's head: log probabilities by token, 0 where the label is ignored."""
     counted, values = output["label_mask"], output["log_probs"]
     leaf = values.detach().requires_grad_()
-    losses, counts = _means(-values.float(), counted)
+    tokens = TokenLosses(-values.float(), counted)
+    losses, counts = tokens.means()
     output["log_probs"] = leaf.clone()
     for name in ("loss", "entropy"):  # nothing is learned of them: let their graphs go
         if output.get(name) is not None:
             output[name] = output[name].detach()
-    return ModelLosses(losses, counts, leaf, counted=counted)
+    return ModelLosses(losses, counts, leaf, counted=counted, tokens=tokens)
 
 
 def _plain(model: nn.Module, arguments: Mapping[str, Any], output: dict[str, Any]) -> ModelLosses:
@@ -126,16 +155,15 @@ def _plain(model: nn.Module, arguments: Mapping[str, Any], output: dict[str, Any
     output["loss"] = leaf.clone()  # which the trainer multiplies in place
     items = arguments.get("num_items_in_batch")
     seen = None
-    for losses, counts in _by_sample(model, logits, labels, arguments.get("shift_labels")):
+    for losses, counts, tokens in _by_sample(model, logits, labels, arguments.get("shift_labels")):
         summed = (losses.detach() * counts).sum()
         units = [1 / counts.sum()] if items is None else [1 / torch.as_tensor(items).to(counts), 1 / counts.sum()]
         unit = min(units, key=lambda u: abs(float(u * summed) - float(total)))
         seen = unit * summed if seen is None else seen
         if _close(total, unit * summed) or not math.isfinite(float(summed)):
             by_sample = logits.ndim == 2
-            return ModelLosses(
-                losses, counts, leaf, unit, None, logits.detach() if by_sample else None, labels if by_sample else None
-            )
+            classes = (logits.detach(), labels) if by_sample else (None, None)
+            return ModelLosses(losses, counts, leaf, unit, None, tokens if logits.ndim == 3 else None, *classes)
     raise RuntimeError(
         f"{type(model).__name__} gives the loss {float(total):.6g}"
         + ("" if seen is None else f", and its logits and labels {float(seen):.6g}")
@@ -147,8 +175,8 @@ def _plain(model: nn.Module, arguments: Mapping[str, Any], output: dict[str, Any
 
 def _by_sample(
     model: nn.Module, logits: Tensor, labels: Tensor, shift_labels: Tensor | None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """What the model's loss may be made of, the likeliest first: (B,) losses and (B,) counts."""
+) -> Iterator[tuple[Tensor, Tensor, TokenLosses | None]]:
+    """What the model's loss may be made of, the likeliest first: (B,) losses, (B,) counts, and what they are of."""
     labels = labels.to(logits.device)
     if logits.ndim == 3 and labels.shape == logits.shape[:2] and not labels.is_floating_point():
         if shift_labels is not None:
@@ -166,25 +194,16 @@ def _by_sample(
         yield _tokens(logits[:, None], labels.view(-1, 1))
 
 
-def _tokens(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _tokens(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, TokenLosses]:
     """Cross-entropy of (B, T, C) with (B, T), a mean over each sample's tokens that are not ignored."""
     rows = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
-    return _means(rows.view(targets.shape), targets != IGNORE)
+    tokens = TokenLosses(rows.view(targets.shape), targets != IGNORE)
+    return *tokens.means(), tokens
 
 
-def _means(rows: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-    counts = counted.sum(1)
-    if bool((counts == 0).any()):
-        raise RuntimeError(
-            f"sample {int((counts == 0).nonzero()[0])} of the batch has nothing to predict, all its labels are "
-            f"{IGNORE}, so that it has no loss and no score; leave such samples out of the training data"
-        )
-    return rows.masked_fill(~counted, 0).sum(1) / counts, counts.float()
-
-
-def _rows(values: Tensor) -> tuple[Tensor, Tensor]:
+def _rows(values: Tensor) -> tuple[Tensor, Tensor, None]:
     losses = values.flatten(1).mean(1) if values.ndim > 1 else values
-    return losses, torch.ones_like(losses, requires_grad=False)
+    return losses, torch.ones_like(losses, requires_grad=False), None
 
 
 def _shifts(model: Any) -> bool:

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "recipe": {"corpus", "methods", "ops", "tasks", "_lazy"},
     "engine": {"corpus", "methods", "ops", "probe", "recipe", "tasks", "_lazy", "_version"},
     "curate": {"corpus", "select", "_version"},
-    "train": {"corpus", "curate", "methods", "probe", "select", "_lazy"},
+    "train": {"corpus", "curate", "methods", "ops", "probe", "select", "_lazy"},
     "demo": {"corpus", "curate", "engine", "methods", "ops", "probe", "recipe", "retrain", "select", "tasks", "_lazy"},
     "cli": {"corpus", "curate", "engine", "recipe", "ops", "demo", "select", "__init__"},
     "__main__": {"cli"},

@@ -85,7 +85,7 @@ def divergences(
         rows = slice(start, min(start + step, n))
 
         def settle(k: int, z: Tensor, rows: slice = rows) -> None:
-            _normalise(way.sums, z, temperature, normal[k, :, rows])
+            normalise(way.sums, z, temperature, normal[k, :, rows])
 
         buffers = scratch[:, : rows.stop - rows.start]
         log_p, log_q = _log_probabilities(way, models, rows, slice(None), buffers, settle)
@@ -163,7 +163,7 @@ def _part(layer: Layer, rows: Rows, columns: slice) -> Layer:
     return Layer(layer.hidden[rows], layer.weight[columns], None if layer.bias is None else layer.bias[columns])
 
 
-def _normalise(sums: Sums, z: Tensor, temperature: float, out: Tensor) -> None:
+def normalise(sums: Sums, z: Tensor, temperature: float, out: Tensor) -> None:
     """Logits become log-probabilities in place: (z / T − top) − log Σ exp(z / T − top); ``out`` (2, rows) holds top and
     the second logarithm. Where a logit is NaN or +inf, or all are −inf, all of the row becomes NaN."""
     for part in _pieces(z):

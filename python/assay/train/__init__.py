@@ -3,12 +3,12 @@
 import importlib
 from typing import Any
 
-from assay.train import huggingface
+from assay.train import huggingface, losses
 from assay.train.joining import join
 from assay.train.reweighter import Reweighter
 from assay.train.sampler import WeightedSampler
 
-__all__ = ["Reweighter", "WeightedSampler", "huggingface", "join"]
+__all__ = ["Reweighter", "WeightedSampler", "huggingface", "join", "losses"]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,8 +8,8 @@ from benchmarks.quality.weak_to_strong import CEILING, POOL, one_seed, summary
 
 
 def test_one_seed() -> None:
-    run = one_seed(0, steps=25)
-    assert 0.4 < run["weak"] < 0.85  # there is something to teach, and something to recover
+    run = one_seed(0, steps=40)
+    assert 0.5 < run["weak"] < 0.85  # there is something to teach, and something to recover
     assert run["right"]["surest half"] > run["right"]["all"]
     assert 0 < run["agreed"] < POOL
     rows = {row["training"]: row for row in summary([run])}

@@ -170,7 +170,7 @@ def _spread(values: Sequence[float]) -> float:
 
 def main() -> None:
     quick = "--quick" in sys.argv[1:]
-    seeds, steps = (1, 50) if quick else (10, 200)
+    seeds, steps = (1, 100) if quick else (10, 200)
     began = time.perf_counter()
     runs = [one_seed(seed, steps) for seed in range(seeds)]
     show(Console(), runs)

@@ -37,11 +37,11 @@ class Models:
             hidden, weight, th, tw, bias=bias, teacher_bias=tb, teacher_weights=self.shares, **options
         )
 
-    def leaves(self, dtype: torch.dtype | None = None) -> Models:
+    def leaves(self, dtype: torch.dtype | None = None, device: str = "cpu") -> Models:
         """The same numbers, whose student asks for gradients; in ``dtype`` if there is one."""
 
         def of(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.detach().to(dtype or x.dtype, copy=True)
+            return None if x is None else x.detach().to(device, dtype or x.dtype, copy=True)
 
         student = tuple(None if x is None else of(x).requires_grad_() for x in self.student)
         return replace(self, student=student, teachers=tuple([of(x) for x in xs] for xs in self.teachers))
@@ -100,18 +100,18 @@ def test_values_and_gradients_are_those_of_stored_logits(
 
 
 def test_the_plain_backend_agrees() -> None:
-    """What a GPU runs: blocks in plain torch, whose 16-bit weights are widened in pieces."""
-    for dtype in (torch.float32, torch.bfloat16):
+    """What a GPU runs, on one if there is: blocks in plain torch, whose 16-bit weights are widened in pieces."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for dtype, rounding in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
         some, outer = models(3, dtype, True).leaves(), torch.rand(N)
+        there = some.leaves(device=device)
         native = some.op(temperature=2.0)
-        with assay.backend("reference"):
-            plain = some.op(temperature=2.0)
-            theirs = gradients(plain, some.student, outer)
-        torch.testing.assert_close(native, plain, rtol=1e-5, atol=1e-5)
+        with assay.backend("auto" if device == "cuda" else "reference"):
+            plain = there.op(temperature=2.0)
+            theirs = gradients(plain, there.student, outer.to(device))
+        torch.testing.assert_close(native, plain.cpu(), rtol=1e-5, atol=1e-5)
         for mine, their in zip(gradients(native, some.student, outer), theirs, strict=True):
-            torch.testing.assert_close(
-                mine.float(), their.float(), rtol=1e-2 if dtype != torch.float32 else 1e-5, atol=1e-5
-            )
+            torch.testing.assert_close(mine.float(), their.cpu().float(), rtol=rounding, atol=1e-5)
 
 
 def test_a_teacher_equal_to_the_student_gives_nothing() -> None:

@@ -78,7 +78,7 @@ def linear_distillation(
 
 
 def check_temperature(temperature: Any) -> float:
-    if isinstance(temperature, bool) or not isinstance(temperature, int | float | np.floating):
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float | np.integer | np.floating):
         raise TypeError(f"temperature: expected a number above 0, got {temperature!r:.100}")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature: expected a finite number above 0, got {temperature}")

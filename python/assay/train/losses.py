@@ -229,7 +229,9 @@ def performance_gap_recovered(weak: float, strong: float, ceiling: float) -> flo
 
 
 def _number(name: str, value: Any) -> float:
-    scalar = isinstance(value, int | float | np.integer | np.floating) or (isinstance(value, Tensor) and value.dim() == 0)
+    scalar = (
+        value.dim() == 0 if isinstance(value, Tensor) else isinstance(value, int | float | np.integer | np.floating)
+    )
     if isinstance(value, bool) or not scalar:
         raise TypeError(f"{name}: expected a number, got {value!r:.100}")
     return float(value)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.small_models import TEXTS, byte_tokenizer, save_model
+from tests.small_models import TEXTS, byte_tokenizer, llama_config, save_model
 
 CHAT = "{% for m in messages %}{{ m['role'][0] + ':' + m['content'] + '\n' }}{% endfor %}"
 CHAT += "{% if add_generation_prompt %}a:{% endif %}"
@@ -63,6 +63,13 @@ def chosen_tokens(root: Path) -> None:
 
 def train_by_score(root: Path) -> None:
     """It takes scikit-learn's digits."""
+
+
+def learn_from_small_models(root: Path) -> None:
+    (root / "notes.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    save_model(root / "models/large")
+    save_model(root / "models/small-a", seed=1, config=llama_config(hidden_size=16))
+    save_model(root / "models/small-b", seed=2, config=llama_config(hidden_size=8, num_hidden_layers=1))
 
 
 def train_with_accelerate(root: Path) -> None:

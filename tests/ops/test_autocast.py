@@ -22,6 +22,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "linear_ensemble_stats": lambda: ops.linear_ensemble_stats(H, W, Y),
     "head_scores": lambda: ops.head_scores(H, W, Y, directions=W, sketch=KRONECKER),
     "linear_cross_entropy": lambda: ops.linear_cross_entropy(H[0], W[0], Y),
+    "linear_distillation": lambda: ops.linear_distillation(H[0], W[0], H, W, reverse=True),
     "grad_dot": lambda: ops.grad_dot(A, G, V),
     "grad_sqnorm, Gram": lambda: ops.grad_sqnorm(A, G),
     "grad_sqnorm, product": lambda: ops.grad_sqnorm(A.expand(3, 9, 20).repeat(1, 90, 1), G.repeat(1, 90, 1)),

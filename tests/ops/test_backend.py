@@ -14,7 +14,8 @@ from assay.kernels._common import Launch
 from tests.ops.test_tensors import GOOD, call
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there under Triton's interpreter
-TRITON = [op for op in GOOD if op not in ("ensemble_stats", "grad_sketch", "project")]
+WITHOUT_GPU_KERNELS = ("linear_distillation",)
+TRITON = [op for op in GOOD if op not in ("ensemble_stats", "grad_sketch", "project", *WITHOUT_GPU_KERNELS)]
 SKETCHES: dict[str, Any] = {  # with a kernel
     "grad_sketch Kronecker": ("grad_sketch", assay.Kronecker(4, 3)),
     "grad_sketch Sparse": ("grad_sketch", assay.Sparse(9)),
@@ -81,7 +82,11 @@ def test_every_other_backend_is_an_error_that_says_what_there_is(op: str) -> Non
         call(op, **(GOOD[op] | ({"sketch": assay.Sparse(4)} if "sketch" in GOOD[op] else {})))
     double = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in GOOD[op].items()}
     double |= {"features": torch.randn(6, 5).double(), "scales": None} if op == "scan_scores" else {}
-    for name in ("cpu", exists):
+    if op in WITHOUT_GPU_KERNELS:
+        words = f"^{op}: there is no kernel in {exists}, only in cpu; use backend 'auto' or 'reference'"
+        with assay.backend(exists), pytest.raises(ValueError, match=words):
+            call(op, **GOOD[op])
+    for name in ("cpu",) if op in WITHOUT_GPU_KERNELS else ("cpu", exists):
         words = f"^{op}: the {name} backend takes float32, bfloat16 and float16.*float64"
         with assay.backend(name), pytest.raises(ValueError, match=words):
             call(op, **double)

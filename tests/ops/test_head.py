@@ -271,6 +271,22 @@ def test_the_loss_and_its_gradients_compile_whole() -> None:
         torch.testing.assert_close(compiled, eager)
 
 
+def test_a_row_that_does_not_count_adds_nothing_to_gradients() -> None:
+    hidden, weight, bias = (torch.randn(*shape, requires_grad=True) for shape in ((5, 4), (9, 4), (9,)))
+    labels, outer = torch.tensor([0, 3, 8, 2, 1]), torch.tensor([1.0, 0.0, -2.0, 0.0, 0.5])
+    with torch.no_grad():
+        hidden[1, 2] = math.nan
+        hidden[3] = math.inf
+    torch.autograd.backward(linear_cross_entropy(hidden, weight, labels, bias=bias), outer)
+    kept = outer != 0
+    plain = [x.detach().clone().requires_grad_() for x in (hidden[kept], weight, bias)]
+    F.cross_entropy(F.linear(*plain), labels[kept], reduction="none").mul(outer[kept]).sum().backward()
+    torch.testing.assert_close(hidden.grad[kept], plain[0].grad)
+    assert bool((hidden.grad[~kept] == 0).all())
+    torch.testing.assert_close(weight.grad, plain[1].grad)
+    torch.testing.assert_close(bias.grad, plain[2].grad)
+
+
 def test_memory_stays_far_below_the_logits() -> None:
     """Two models' logits would take 536 MB; the op takes less than 64."""
     code = """

@@ -18,7 +18,7 @@ import assay
 from assay import ops
 from assay.kernels import project as project_kernels
 from assay.kernels import sketch as sketch_kernels
-from assay.ops import _head_backends, dot, sqnorm
+from assay.ops import _distillation_backends, _head_backends, dot, sqnorm
 from tests.grid import checkered
 from tests.ops.test_autocast import tensors
 
@@ -32,6 +32,8 @@ BLOCKS: list[tuple[Any, str, int]] = [  # what is widened a block at a time: blo
     (sqnorm, "TILE_BYTES", 1 << 14),
     (sqnorm, "WIDEN_BYTES", 1 << 14),
     (_head_backends, "MAX_ROWS", 16),
+    (_distillation_backends, "MAX_ROWS", 16),
+    (_distillation_backends, "WIDEN_BYTES", 1 << 14),
     (project_kernels, "SCRATCH_BYTES", 1 << 14),
     (sketch_kernels, "SCRATCH_BYTES", 1 << 14),
 ]
@@ -69,6 +71,7 @@ def factors(b: int, t: int, i: int, o: int, dtype: torch.dtype) -> list[Tensor]:
 def cases(dtype: torch.dtype, scale: int) -> dict[str, tuple[Callable[[Tensor], Any], Tensor]]:
     """A call, and the argument of which no copy may be made."""
     hidden, few, labels = head(64 * scale, 3, 512, dtype)
+    teacher = hidden.to(F32 if dtype == BF16 else BF16)
     row, weight, label = head(2, 256 * scale, 128, dtype)
     wide, narrow = factors(4 * scale, 2, 4096, 4, dtype)
     other = F32 if dtype == BF16 else BF16
@@ -88,6 +91,8 @@ def cases(dtype: torch.dtype, scale: int) -> dict[str, tuple[Callable[[Tensor], 
         "head_scores, weight of another type": (lambda w: ops.head_scores(row.to(other), w, label), weight),
         "linear_ensemble_stats": (lambda w: ops.linear_ensemble_stats([row, row], [w, w], label), weight),
         "linear_cross_entropy": (lambda w: ops.linear_cross_entropy(row.float(), w, label), weight),
+        "linear_distillation": (lambda h: ops.linear_distillation(h, few, teacher, few), hidden),
+        "linear_distillation, weight": (lambda w: ops.linear_distillation(row.float(), w, [row, row], [w, w]), weight),
         "grad_dot": (lambda a: ops.grad_dot(a, narrow, along), wide),
         "grad_dot, direction": (lambda v: ops.grad_dot(*left, v), direction),
         "grad_sqnorm, Gram": (lambda a: ops.grad_sqnorm(a, narrow), wide),
@@ -111,8 +116,8 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "dtype", "backend"), CASES)
 def test_no_copy_of_an_argument(name: str, dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if (name, backend) == ("ensemble_stats", "triton"):
-        pytest.skip("its GPU kernel is CUDA C++")
+    if backend == "triton" and name.startswith(("ensemble_stats", "linear_distillation")):
+        pytest.skip("its GPU kernel is CUDA C++, or it has none")
     for module, constant, value in BLOCKS:
         monkeypatch.setattr(module, constant, value)
     call, argument = cases(dtype, 4 if backend == "cpu" else 1)[name]  # the interpreter is slow

@@ -40,6 +40,15 @@ GOOD: dict[str, dict[str, Any]] = {
         "labels": torch.arange(N),
         "bias": torch.randn(C),
     },
+    "linear_distillation": {
+        "hidden": torch.randn(N, D),
+        "weight": torch.randn(C, D),
+        "teacher_hidden": torch.randn(K, N, D),
+        "teacher_weight": torch.randn(K, C, D),
+        "bias": torch.randn(C),
+        "teacher_bias": torch.randn(K, C),
+        "teacher_weights": torch.tensor([0.3, 0.7]),
+    },
     "grad_dot": {"inputs": torch.randn(B, T, D), "grads": torch.randn(B, T, C), "direction": torch.randn(C, D)},
     "grad_sqnorm": {"inputs": torch.randn(B, T, D), "grads": torch.randn(B, T, C)},
     "grad_sketch": {"inputs": torch.randn(B, T, D), "grads": torch.randn(B, T, C), "sketch": assay.Sparse(9)},
@@ -52,7 +61,8 @@ GOOD: dict[str, dict[str, Any]] = {
     },
 }
 TENSORS = [(op, name) for op, arguments in GOOD.items() for name, x in arguments.items() if isinstance(x, Tensor)]
-OPTIONAL = {"bias", "weights", "directions"}
+SHARES = ("weights", "teacher_weights")
+OPTIONAL = {"bias", "directions", "teacher_bias", *SHARES}
 OTHERS = {  # argument -> what is none, for every op that has it
     "sketch": [None, 3, "Sparse", assay.Sparse, torch.ones(2), [assay.Sparse(3)]],
     "ignore_index": [None, 1.5, "0", True, 2**63, -(2**63) - 1, torch.ones(2)],
@@ -60,7 +70,10 @@ OTHERS = {  # argument -> what is none, for every op that has it
     "k": [None, -1, 2.0, "3", True, N + 1, 2**70, torch.ones(2)],
     "reduce": [None, "sum", 3, ["mean"], torch.ones(2)],
     "weights": ["ab", [1.0], [1.0, -1.0], [0.0, 0.0], [1.0, float("nan")], [1.0, "x"], [1.0, None], [[1.0, 1.0]], 3],
+    "temperature": [None, "1", True, 0, -1.0, float("nan"), float("inf"), torch.ones(2)],
+    "reverse": [None, 0, "True", torch.ones(2)],
 }
+OTHERS["teacher_weights"] = OTHERS["weights"]
 
 
 def call(op: str, **changed: Any) -> Any:
@@ -79,7 +92,7 @@ def refused(x: Tensor, name: str) -> Iterator[tuple[str, Any]]:
     yield "another device", x.to("meta")
     yield "one row less", x[:-1]
     yield "no rows", x[:0]
-    if name != "weights":
+    if name not in SHARES:
         yield "an array", x.numpy()
         yield "nested lists", x.tolist()
         yield "a list of arrays", [x.numpy()]
@@ -133,14 +146,14 @@ def test_what_is_taken_is_taken_for_what_it_is(op: str, name: str) -> None:
     same = [torch.stack([x, x], -1)[..., 0]]
     if x.is_floating_point():
         same += [x.clone().requires_grad_(), torch.nn.Parameter(x.clone()), torch.complex(x, -x).conj().imag]
-    if x.dim() == 3 and op in ("ensemble_stats", "linear_ensemble_stats", "head_scores"):
+    if x.dim() == 3 and op in ("ensemble_stats", "linear_ensemble_stats", "head_scores", "linear_distillation"):
         same += [list(x), tuple(x), iter(x), torch.nn.ParameterList(map(torch.nn.Parameter, x))]
-    if name == "weights":
+    if name in SHARES:
         same += [x.tolist(), x.numpy(), 8 * x]
     for value in same:
         for a, b in zip(tensors(call(op, **{name: value})), want, strict=True):
             torch.testing.assert_close(a.detach(), b, rtol=1e-6, atol=1e-6, equal_nan=True)
-    if x.is_floating_point() and name not in ("scales", "weights", "bias"):
+    if x.is_floating_point() and name not in ("scales", "bias", "teacher_bias", *SHARES):
         wide = tensors(call(op, **{name: x.double()}))
         assert [t.dtype for t in wide if t.is_floating_point()] == [torch.float64] * sum(
             t.is_floating_point() for t in wide
@@ -180,7 +193,7 @@ def test_labels_outside_the_classes_are_an_index_error() -> None:
 
 @pytest.mark.parametrize("op", GOOD)
 def test_meta_tensors_give_the_shapes(op: str) -> None:
-    meta = {k: v.to("meta") if isinstance(v, Tensor) and k != "weights" else v for k, v in GOOD[op].items()}
+    meta = {k: v.to("meta") if isinstance(v, Tensor) and k not in SHARES else v for k, v in GOOD[op].items()}
     for a, b in zip(tensors(call(op, **meta)), tensors(call(op)), strict=True):
         assert (a.device.type, a.shape, a.dtype) == ("meta", b.shape, b.dtype)
 

@@ -4,6 +4,7 @@ float32, bfloat16 or float16 in (float64 runs the reference), any strides; float
 """
 
 from assay.ops._build import build_info
+from assay.ops.distillation import linear_distillation
 from assay.ops.dot import grad_dot
 from assay.ops.ensemble import EnsembleStats, ensemble_stats
 from assay.ops.head import HeadScores, head_scores, linear_cross_entropy, linear_ensemble_stats
@@ -28,6 +29,7 @@ __all__ = [
     "grad_sqnorm",
     "head_scores",
     "linear_cross_entropy",
+    "linear_distillation",
     "linear_ensemble_stats",
     "project",
     "scan_scores",

@@ -90,7 +90,7 @@ def check_labels(labels: Tensor | None, n: int, device: torch.device, needed: bo
     return labels.detach()
 
 
-def check_weights(weights: Tensor | Sequence[float] | None, models: int) -> Tensor | None:
+def check_weights(weights: Tensor | Sequence[float] | None, models: int, name: str = "weights") -> Tensor | None:
     """(K,) float64 on the CPU."""
     if weights is None:
         return None
@@ -98,12 +98,12 @@ def check_weights(weights: Tensor | Sequence[float] | None, models: int) -> Tens
         try:
             weights = torch.tensor([float(w) for w in weights], dtype=torch.float64)
         except (TypeError, ValueError):
-            raise TypeError(f"weights: expected one number per model, {models}, got {weights!r:.100}") from None
+            raise TypeError(f"{name}: expected one number per model, {models}, got {weights!r:.100}") from None
     if weights.is_complex() or weights.is_meta or weights.layout != torch.strided:
-        raise TypeError(f"weights: expected real numbers, got {weights.dtype} on {weights.device}, {weights.layout}")
+        raise TypeError(f"{name}: expected real numbers, got {weights.dtype} on {weights.device}, {weights.layout}")
     weights = weights.detach().to("cpu", torch.float64)
     if weights.shape != (models,):
-        raise ValueError(f"weights: expected one per model, shape ({models},), got {tuple(weights.shape)}")
+        raise ValueError(f"{name}: expected one per model, shape ({models},), got {tuple(weights.shape)}")
     return weights
 
 
@@ -156,12 +156,12 @@ def check_range(labels: Tensor | None, c: int, ignore_index: int) -> None:
             )
 
 
-def normalise(weights: Tensor | None, k: int) -> list[float]:
+def normalise(weights: Tensor | None, k: int, name: str = "weights") -> list[float]:
     if weights is None:
         return [1.0 / k] * k
     values: list[float] = weights.tolist()
     if not all(math.isfinite(w) and w >= 0 for w in values) or not sum(values) > 0:
-        raise ValueError(f"weights: expected finite, not negative, with a positive sum, got {values}")
+        raise ValueError(f"{name}: expected finite, not negative, with a positive sum, got {values}")
     total = math.fsum(values)
     return [w / total for w in values]
 

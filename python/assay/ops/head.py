@@ -81,7 +81,7 @@ def linear_ensemble_stats(
         TypeError, ValueError: a shape, dtype, device, weight or field is wrong.
         IndexError: a label outside [0, C).
     """
-    models = _check_models(hidden, weight, bias)
+    models = check_models(hidden, weight, bias)
     labels = ensemble.check_labels(labels, len(models.hidden[0]), models.hidden[0].device)
     share = ensemble.check_weights(weights, len(models.hidden))
     mask, ignore_index = ensemble.check_fields(fields), check_int("ignore_index", ignore_index)
@@ -118,7 +118,7 @@ def head_scores(
         TypeError, ValueError: a shape, dtype, device, weight or field is wrong.
         IndexError: a label outside [0, C).
     """
-    models = _check_models(hidden, weight, bias, directions)
+    models = check_models(hidden, weight, bias, directions)
     first = models.hidden[0]
     checked = ensemble.check_labels(labels, len(first), first.device, needed=True)
     share = ensemble.check_weights(weights, len(models.hidden))
@@ -152,7 +152,8 @@ def linear_cross_entropy(
         labels: (N,) int64 in [0, C) or ``ignore_index``, where loss and gradient are 0.
 
     Returns:
-        (N,) float32 (float64 for float64 inputs), not reduced. One row's NaN stays in its row.
+        (N,) float32 (float64 for float64 inputs), not reduced. One row's NaN stays in its row, and a row whose loss
+        enters a sum with a factor of 0 adds 0 to gradients, whatever its loss.
 
     Raises:
         TypeError, ValueError: a shape, dtype or device is wrong.
@@ -162,7 +163,7 @@ def linear_cross_entropy(
     check_tensor("weight", weight, (2,), "two dimensions, (C, D)")
     if bias is not None:
         check_tensor("bias", bias, (1,), "one dimension, (C,)")
-    models = _check_models(hidden, weight, bias)
+    models = check_models(hidden, weight, bias)
     if not torch.is_grad_enabled():
         (hidden,), (weight,), _, (bias,) = models  # detached: no gradient is made
     ensemble.check_labels(labels, len(hidden), hidden.device, needed=True)
@@ -191,49 +192,54 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden, weight, bias, labels, gradient = ctx.saved_tensors
         into_hidden = into_weight = into_bias = None
         if ctx.needs_input_grad[0]:
-            into_hidden = (gradient * outer[0][:, None]).to(hidden.dtype)
+            unused = (outer[0] == 0)[:, None]  # such a row adds nothing, whatever its loss
+            into_hidden = (gradient * outer[0][:, None]).masked_fill_(unused, 0).to(hidden.dtype)
         if any(ctx.needs_input_grad[1:3]):
+            labels = labels.masked_fill(outer[0] == 0, ctx.ignore_index)
             into_weight, into_bias = _weight_gradient(hidden, weight, bias, labels, outer[0], ctx.ignore_index)
         return into_hidden, into_weight, into_bias if bias is not None else None, None, None
 
 
-def _check_models(
+def check_models(
     hidden: Tensors,
     weight: Tensors,
     bias: Tensor | Sequence[Tensor | None] | None,
     directions: Tensors | None = None,
+    prefix: str = "",
 ) -> _Models:
-    hiddens, weights = check_matrices("hidden", hidden, "N, D"), check_matrices("weight", weight, "C, D")
+    """K models' tensors, detached, or an error that names the argument, whose name begins with ``prefix``."""
+    hiddens = check_matrices(f"{prefix}hidden", hidden, "N, D")
+    weights = check_matrices(f"{prefix}weight", weight, "C, D")
     count, device, n, c = len(hiddens), hiddens[0].device, len(hiddens[0]), len(weights[0])
     along = [] if directions is None else check_matrices("directions", directions, "C, D")
-    for name, matrices in (("weight", weights), ("directions", along)):
-        if len(matrices) != count and (matrices or name == "weight"):
+    for name, matrices in ((f"{prefix}weight", weights), ("directions", along)):
+        if len(matrices) != count and (matrices or name != "directions"):
             raise ValueError(f"{name}: expected one matrix per model, {count}, got {len(matrices)}")
-    biases = _check_biases(bias, count)
+    biases = _check_biases(f"{prefix}bias", bias, count)
     if c == 0:
-        raise ValueError(f"weight[0]: expected at least one class, got shape {tuple(weights[0].shape)}")
+        raise ValueError(f"{prefix}weight[0]: expected at least one class, got shape {tuple(weights[0].shape)}")
     for k, (h, w, b) in enumerate(zip(hiddens, weights, biases, strict=True)):
-        check_like(f"hidden[{k}]", h, (n, h.shape[1]), device)
-        check_like(f"weight[{k}]", w, (c, h.shape[1]), device)
+        check_like(f"{prefix}hidden[{k}]", h, (n, h.shape[1]), device)
+        check_like(f"{prefix}weight[{k}]", w, (c, h.shape[1]), device)
         if along:
             check_like(f"directions[{k}]", along[k], (c, h.shape[1]), device)
         if b is not None:
-            check_like(f"bias[{k}]", b, (c,), device)
+            check_like(f"{prefix}bias[{k}]", b, (c,), device)
     return _Models(hiddens, weights, along, [None if b is None else b.detach() for b in biases])
 
 
-def _check_biases(bias: Tensor | Sequence[Tensor | None] | None, count: int) -> list[Tensor | None]:
+def _check_biases(name: str, bias: Tensor | Sequence[Tensor | None] | None, count: int) -> list[Tensor | None]:
     if bias is None:
         return [None] * count
     if isinstance(bias, Tensor):
-        check_tensor("bias", bias, (1, 2), "(K, C) or (C,)")
+        check_tensor(name, bias, (1, 2), "(K, C) or (C,)")
         biases: list[Tensor | None] = list(bias[None] if bias.dim() == 1 else bias)
     elif isinstance(bias, Iterable):
         biases = list(bias)
     else:
-        raise TypeError(f"bias: expected a tensor or a sequence of tensors, got {type(bias).__name__}")
+        raise TypeError(f"{name}: expected a tensor or a sequence of tensors, got {type(bias).__name__}")
     if len(biases) != count:
-        raise ValueError(f"bias: expected one per model, {count}, got {len(biases)}")
+        raise ValueError(f"{name}: expected one per model, {count}, got {len(biases)}")
     return biases
 
 

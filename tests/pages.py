@@ -91,3 +91,11 @@ def two_stage(root: Path) -> None:
     pq.write_table(pa.table({"text": [text[::-1] for text in TEXTS[:4]]}), root / "held-out/test.parquet")
     for seed, name in enumerate(("small", "small-tuned", "large")):
         save_model(root / f"models/{name}", seed=seed)
+
+
+def train_with_llama_factory(root: Path) -> None:
+    """Its script is run in tests/train/test_other_trainers.py."""
+
+
+def train_with_axolotl(root: Path) -> None:
+    """So is this."""

@@ -25,6 +25,7 @@ _REFUSED = {
     "auto_find_batch_size": "a batch that does not fit is tried again, smaller, and its samples would count twice",
     "use_liger_kernel": "its fused loss gives no losses by sample",
     "packing": "a packed row holds many samples, and their ids are lost",
+    "sample_packing": "a packed row holds many samples, and their ids are lost",
     "padding_free": "all samples are one row, and their ids are lost",
     "ddp_static_graph": "the reweighted layers' gradients come outside of the static graph",
 }

@@ -1,11 +1,14 @@
 """What reweighting adds to a training step of a GPT-2-shaped model: ``python -m benchmarks.online``.
 
 Every variant trains a copy of its own with AdamW on the same batch, in turn. Contract (DESIGN): one layer at most 3 %
-beside the plain step, all layers at most 35 %.
+beside the plain step, all layers at most 35 %. Where dattri-llm is installed its ``DataSelectionCallback`` runs in turn
+with the others: it takes a sample's gradient out of `.grad` again, and leaves out the output layer that is tied to the
+embedding.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from assay.methods import GradMimic, GraNd
+from assay.methods import GradMimic, GraNd, InRunInfluence
 from assay.tasks import CausalLM
 from assay.train import Reweighter
 from benchmarks import timing
@@ -42,15 +45,47 @@ def step_of(model: nn.Module, ids: Tensor, backward: Callable[[Tensor], None]) -
     return step
 
 
-def variants(ids: Tensor) -> dict[str, Callable[[], None]]:
+def dattri_llm(start: nn.Module, ids: Tensor, held_out: Tensor) -> dict[str, Callable[[], None]]:
+    """Its ways to drop half of a batch: towards the batch itself, and towards held-out data."""
+    from dattri_llm.gradient.callbacks import DataSelectionCallback
+    from dattri_llm.gradient.hooks import HookManager
+
+    def selecting(**target: Any) -> Callable[[], None]:
+        model = copy.deepcopy(start).train()
+        half = {"threshold": 0.5, "threshold_mode": "bottom_fraction"}
+        callback = DataSelectionCallback(model, renormalize=True, selection_kwargs=half, **target)
+        manager = HookManager(model, callbacks=[callback])
+        plain = step_of(model, ids, lambda losses: losses.mean().backward())
+
+        def step() -> None:
+            with manager.collect():
+                plain()
+
+        return step
+
+    towards = {"val_loader": [held_out], "val_loss_fn": lambda model, batch: losses_of(model, batch).mean()}
+    return {
+        "dattri-llm, best half, towards the batch": selecting(target="batch"),
+        "dattri-llm, best half, towards held-out data": selecting(target="val_loader", **towards),
+    }
+
+
+def variants(ids: Tensor, held_out: Tensor) -> dict[str, Callable[[], None]]:
     start, reference = model_and_reference()
     task = CausalLM()
 
     def reweighted(layers: str | None, method: str = "mimic", **settings: Any) -> Callable[[], None]:
         model = copy.deepcopy(start).train()
-        scored = GradMimic(model, reference, task, layers) if method == "mimic" else GraNd(model, task, layers)
+        scored: Any = {
+            "mimic": lambda: GradMimic(model, reference, task, layers),
+            "grand": lambda: GraNd(model, task, layers),
+            "in_run": lambda: InRunInfluence(model, task, {"held-out": [{"input_ids": held_out}]}, layers=layers),
+        }[method]()
         return step_of(model, ids, Reweighter(model, scored, layers=layers, **settings).backward)
 
+    rivals = {}
+    with contextlib.suppress(ImportError):
+        rivals = dattri_llm(start, ids, held_out)
     return {
         "plain step": step_of(copy.deepcopy(start).train(), ids, lambda losses: losses.mean().backward()),
         "plain step, again": step_of(copy.deepcopy(start).train(), ids, lambda losses: losses.mean().backward()),
@@ -61,12 +96,15 @@ def variants(ids: Tensor) -> dict[str, Callable[[], None]]:
         "mimic, all layers, recomputed": reweighted(None, recompute=True),
         "mimic, last block, observed": reweighted(LAST, mode="observe"),
         "GraNd, all layers": reweighted(None, "grand"),
+        "mimic, best half, all layers": reweighted(None, mode="filter", keep=0.5),
+        "in-run, best half, all layers": reweighted(None, "in_run", mode="filter", keep=0.5),
+        **rivals,
     }
 
 
 def main() -> None:
-    ids = torch.randint(50257, (8, 256))
-    timings = timing.interleave(variants(ids), rounds=5, warmup=1)
+    ids, held_out = torch.randint(50257, (2, 8, 256))
+    timings = timing.interleave(variants(ids, held_out), rounds=5, warmup=1)
     plain = timings["plain step"].median
     table = Table(title="GPT-2 shape, 6 layers × 384, batch 8 × 256, float32")
     for heading in ("training step", "median ms", "÷ plain step"):

@@ -10,6 +10,7 @@ import assay
 from assay.kernels import rademacher as kernel
 from assay.ops import grad_sketch, project
 from assay.ops.sketch import RADEMACHER, signs
+from tests.grid import checkered
 from tests.kernels.guarded import DEVICE, GAPS, far_apart, fence_intact, fenced
 
 F32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -41,9 +42,7 @@ def added(x: Tensor, first: int, sketch: assay.Rademacher) -> Tensor:
     return sums
 
 
-@pytest.mark.parametrize("gap", GAPS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sketch", SKETCHES, ids=str)
+@pytest.mark.parametrize(("sketch", "dtype", "gap"), checkered(SKETCHES, DTYPES, GAPS))
 def test_against_float64(sketch: assay.Rademacher, dtype: torch.dtype, gap: int) -> None:
     for b, d in SHAPES if gap == 3 else SHAPES[1:2]:
         if sketch.dim == 300 and d == 1300:
@@ -57,8 +56,7 @@ def test_against_float64(sketch: assay.Rademacher, dtype: torch.dtype, gap: int)
         assert bool((error <= 2e-6 * x.double().norm(dim=1, keepdim=True).cpu()).all()), (b, d, float(error.max()))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("first", [0, 2**32 - 31, FAR, 2**60])
+@pytest.mark.parametrize(("first", "dtype"), checkered([0, 2**32 - 31, FAR, 2**60], DTYPES))
 def test_every_sign_is_the_definition_s(first: int, dtype: torch.dtype) -> None:
     """To the last bit, beyond 2³² and across it, in blocks of 128 rows and in what is left of one."""
     eye = torch.eye(67, dtype=dtype, device=DEVICE)

@@ -55,15 +55,17 @@ def draw(
     return fenced(torch.randn(b, t, i).to(types[0]), gap), fenced(torch.randn(b, t, o).to(types[1]), gap)
 
 
-@pytest.mark.parametrize(("shape", "types", "gap"), checkered(SHAPES, TYPES, GAPS))
+@pytest.mark.parametrize(("shape", "types", "gap"), checkered(SHAPES, TYPES, GAPS, every=3))
 def test_against_float64(shape: tuple[int, int, int, int], types: tuple[torch.dtype, torch.dtype], gap: int) -> None:
     a, g = draw(*shape, types, gap)
     for rows, cols in SIDES[:1] if gap == 16 else SIDES[1:4]:
         check(a, g, assay.Kronecker(rows, cols, seed=rows, name="layer"))
 
 
-@pytest.mark.parametrize("sides", [*SIDES[4:], (130, 20), (20, 260)])  # the last two: beyond the largest tile
-@pytest.mark.parametrize("types", TYPES)
+LARGE = [*SIDES[4:], (130, 20), (20, 260)]  # the last two: beyond the largest tile
+
+
+@pytest.mark.parametrize(("sides", "types"), checkered(LARGE, TYPES))
 def test_large_sketches(sides: tuple[int, int], types: tuple[torch.dtype, torch.dtype]) -> None:
     for i, o in ((80, 48), (70, 33)):  # aligned rows, and ragged ones, which have smaller tiles
         check(*draw(2, 35, i, o, types), assay.Kronecker(*sides, seed=1))

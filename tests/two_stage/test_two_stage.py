@@ -69,7 +69,8 @@ def test_a_good_selection_is_better_than_random(root, recipe, tmp_path) -> None:
     selection, chance, everything = (report.of(data) for data in ("selection", "random", "everything"))
     assert [trial.rows for trial in (*selection, *chance, *everything)] == [60, 60, 60, 60, 120, 120]
     assert min(report.gains) > 0.1
-    assert report.verdict().endswith("lower with 2 of 2 seeds")
+    assert "lower (lower with 2 of 2 seeds), and the accuracy is " in report.verdict()
+    assert report.verdict().endswith("higher (higher with 2 of 2 seeds)")
     assert min(t.last.accuracy for t in selection) > max(t.last.accuracy for t in chance)
     assert [e.step for e in selection[0].evaluations] == [20, 40]
     written = json.loads((tmp_path / "out/report.json").read_text())
@@ -171,6 +172,6 @@ def test_the_command(root, tmp_path, capsys) -> None:
     assert main(arguments) == 0
     shown = capsys.readouterr().out
     assert "| random | 60 |" in shown
-    assert "In short: after the selection the held-out loss is" in shown
+    assert "In short: beside random rows, after the selection the held-out loss is" in shown
     assert main([*arguments, "--top", "many"]) == 2
     assert "'many' is no amount" in capsys.readouterr().err

@@ -61,19 +61,25 @@ class Report:
     @property
     def gains(self) -> list[float]:
         """By seed, how far the held-out loss lies below that after random rows."""
+        return [theirs.loss - ours.loss for ours, theirs in self._pairs()]
+
+    @property
+    def accuracy_gains(self) -> list[float]:
+        """By seed, how far the accuracy lies above that after random rows; empty where there is none."""
+        pairs = [(ours.accuracy, theirs.accuracy) for ours, theirs in self._pairs()]
+        return [ours - theirs for ours, theirs in pairs if ours is not None and theirs is not None]
+
+    def _pairs(self) -> list[tuple[Evaluation, Evaluation]]:
+        """By seed, the end after the selection and that after random rows."""
         pairs = zip(self.of(SELECTION), self.of(RANDOM), strict=True)
-        return [theirs.last.loss - ours.last.loss for ours, theirs in pairs]
+        return [(ours.last, theirs.last) for ours, theirs in pairs]
 
     def verdict(self) -> str:
         """One sentence, which claims no more than the seeds show."""
-        gains = np.array(self.gains)
-        better, mean = int((gains > 0).sum()), float(gains.mean())
-        direction = "lower" if mean > 0 else "higher"
-        spread = f" ± {gains.std(ddof=1):.4f}" if len(gains) > 1 else ""
-        return (
-            f"after the selection the held-out loss is {abs(mean):.4f}{spread} {direction} than after random rows, "
-            f"lower with {better} of {len(gains)} seeds"
-        )
+        told = [_told("the held-out loss", [-gain for gain in self.gains], "lower")]
+        if self.accuracy_gains:
+            told.append(_told("the accuracy", self.accuracy_gains, "higher"))
+        return f"beside random rows, after the selection {', and '.join(told)}"
 
     def rows(self) -> list[list[str]]:
         """The table: what trained on, samples, held-out loss, accuracy; means over seeds, ± standard deviation."""
@@ -101,7 +107,16 @@ class Report:
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"gains_over_random": self.gains}
+        return asdict(self) | {"gains_over_random": self.gains, "accuracy_gains_over_random": self.accuracy_gains}
+
+
+def _told(what: str, changes: Sequence[float], better: str) -> str:
+    """A mean change, and with how many seeds it is for the better."""
+    mean, spread = float(np.mean(changes)), f" ± {np.std(changes, ddof=1):.4f}" if len(changes) > 1 else ""
+    sign = 1 if better == "higher" else -1
+    wins = sum(sign * change > 0 for change in changes)
+    direction = "higher" if mean > 0 else "lower"
+    return f"{what} is {abs(mean):.4f}{spread} {direction} ({better} with {wins} of {len(changes)} seeds)"
 
 
 def _mean(values: Sequence[float], form: str = ".4f") -> str:

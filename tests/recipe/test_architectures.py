@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from assay.ops import Sparse, project
 from assay.probe import Sketched
 from assay.recipe.models import TransformersSpec
 from assay.tasks import CausalLM, Classification, Contrastive, Task, TokenClassification
+from assay.tasks.base import unfused
+from assay.train import Reweighter
 from tests.small_architectures import TOKENS, save
 
 CAUSAL, SEQUENCE = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
@@ -180,3 +183,26 @@ def test_mimic_and_sketches_are_those_of_autograd(case):
         own = probe(case.batch).reduced["sketch"]
     scale = float((features @ features.T).abs().max())
     torch.testing.assert_close(own @ own.T, features @ features.T, rtol=1e-4, atol=1e-5 * scale)
+
+
+# What a trainer's step cannot weigh, which its error says: a bias table whose length is a multiple of the batch's (a
+# probe would run again to tell), and what the loss takes behind the model's back.
+UNWEIGHED = {"T5ForSequenceClassification": "*bias", "T5ForTokenClassification": "*bias", "CLIPModel": "logit_scale"}
+
+
+def test_weights_in_a_training_step_are_those_of_autograd(case):
+    model, task = copy.deepcopy(case.model), unfused(case.kind.task)
+    left_out = UNWEIGHED.get(type(model).__name__)
+    by_sample, layers = gradients(case), None if left_out is None else ["*", f"!{left_out}"]
+    method = GradMimic(model, case.reference, task, layers)
+    scale = float(torch.tensor(assay.score([case.batch], [method])["mimic"].to_pylist()).std())
+    reweighter = Reweighter(model, method, temperature=scale, layers=layers)
+    reweighter.backward(task.forward(model, case.batch).losses)
+    assert float(reweighter.weights.std()) > 0.3
+    largest = max(float(g.abs().max()) for grads in by_sample for g in grads.values())
+    for name, parameter in model.named_parameters():
+        weights = reweighter.weights if name in reweighter.tapped else torch.ones(3)
+        expected = sum(w * g[name] for w, g in zip(weights, by_sample, strict=True)) / 3
+        found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        own = max(float(g[name].abs().max()) for g in by_sample)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * max(own, 1e-3 * largest), msg=name)

@@ -28,7 +28,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     path = save_model(tmp_path_factory.mktemp("model"))
     tokenizer = AutoTokenizer.from_pretrained(path)
     tokenizer.pad_token = tokenizer.eos_token
-    return AutoModelForCausalLM.from_pretrained(path).eval(), tokenizer
+    model: Any = AutoModelForCausalLM.from_pretrained(path)
+    return model.eval(), tokenizer
 
 
 def test_what_is_read_of_generated_text() -> None:

@@ -401,7 +401,7 @@ def figure(case: Mapping[str, Any], drawn: Mapping[str, Any], stem: str) -> None
     plane.annotate("kept", (left, low), (6, 6), textcoords="offset points", fontsize=11, color="0.35")
     plane.set(xlim=(left, None), ylim=(low, None), title="Docstrings, real and generated")
     plane.set(xlabel="ensemble's loss, nats per token", ylabel=f"distance to the {NEAREST} nearest real docstrings")
-    plane.legend(loc="lower right")
+    plane.legend(loc="best")
     curve.axvline(case["quantile"], color="0.35", linestyle="--", linewidth=1)
     curve.set(title="Share that passes both", ylim=(0, 1.02), ylabel="share of its kind")
     curve.set(xlabel="quantile of held-out real docstrings at which both are cut\n(dashed: the one on the left)")
@@ -415,7 +415,9 @@ def load() -> tuple[Any, Any]:
     """SmolLM2-135M-Instruct and its tokenizer, as transformers reads the package's GGUF file."""
     path = find_model()
     tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
     return model.eval(), tokenizer
 
 

@@ -84,6 +84,14 @@ def train_with_transformers(root: Path) -> None:
     save_model(root / "models/better", seed=1)
 
 
+def synthetic_data(root: Path) -> None:
+    rows = [{"prompt": text[:6], "completion": text[6:] + "."} for text in (*TEXTS, *(text[::-1] for text in TEXTS))]
+    for name, those in (("real", rows), ("prompts", rows[:6])):
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in those))
+    save_model(root / "models/small")
+    save_model(root / "models/small-tuned", seed=1)
+
+
 def two_stage(root: Path) -> None:
     (root / "corpus").mkdir()
     (root / "held-out").mkdir()

@@ -1,15 +1,13 @@
-"""Grad-Mimic's claims for training on noisy labels, at small scale: ``python -m benchmarks.quality.online [--quick]``.
+"""What is trained on labels of which some are wrong, and how it is judged, whatever the images are.
 
-scikit-learn's digits with 40, 50 and 60 % of the training labels wrong (symmetric noise), a linear probe on the pixels
-and a small convolutional network, five seeds: one seed is one split, one noise, one start. The reference is the same
-start trained on 150 trusted digits that nobody else sees. Every selection trains with the same optimizer and number of
-steps: plain SGD; online weights by GraNd, RHO-loss and mimic (of the head, of all layers), and mimic as a filter; stage
-2, which cuts the mean mimic of an observed run by each identifier and trains on what is kept; the right labels alone
-(oracle). The reference's own accuracy stands below.
+One seed is one split, one noise, one start (a `World`). The reference is the same start trained on trusted samples that
+nobody else trains on; in-run influence has no reference and takes their gradient instead, a batch of them in each step.
+Every selection trains with the same optimizer and number of steps: plain SGD; online weights by GraNd, RHO-loss, mimic
+(of the head, of all layers) and in-run influence, the last two as filters, too; stage 2, which cuts the mean mimic of
+an observed run by each identifier and trains on what is kept; the right labels alone (oracle).
 
-The temperature is Reweighter's default everywhere. (At a tenth of it the network collapses: its first steps are made of
-a few samples each.) Published (2501.06708): 20.7 %
-fewer steps to the accuracy of training on everything, detection F1 about .97.
+The temperature is Reweighter's default everywhere. (At a tenth of it the network on the digits collapses: its first
+steps are made of a few samples each.)
 """
 
 from __future__ import annotations
@@ -17,9 +15,8 @@ from __future__ import annotations
 import copy
 import json
 import statistics
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,20 +26,18 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from sklearn.datasets import load_digits
 from sklearn.metrics import f1_score
 from torch import Tensor, nn
 
 from assay import select
 from assay.corpus.tables import make_table
-from assay.methods import Column, GradMimic, GraNd
+from assay.methods import Column, GradMimic, GraNd, InRunInfluence
 from assay.tasks import Classification
 from assay.train import Reweighter
 from benchmarks.timing import RESULTS, machine
 
-TRUSTED, TRAIN = 150, 1000
 NOISE = (0.4, 0.5, 0.6)
-BATCH, EVERY = 64, 10
+BATCH = 64
 TASK = Classification()
 
 
@@ -56,36 +51,10 @@ class World:
     is_wrong: Tensor
     test: tuple[Tensor, Tensor]
     trusted: tuple[Tensor, Tensor]
-    start: nn.Module
+    start: nn.Module  # an nn.Sequential, whose last module is the head
     batches: list[Tensor]
-
-
-def linear_probe() -> nn.Module:
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-
-
-def small_cnn() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2), nn.ReLU(),
-        nn.Flatten(), nn.Linear(32 * 9, 10),
-    )  # fmt: skip
-
-
-MODELS: dict[str, Callable[[], nn.Module]] = {"linear probe": linear_probe, "small CNN": small_cnn}
-
-
-def make_world(make: Callable[[], nn.Module], noise: float, seed: int, steps: int) -> World:
-    pixels, digits = load_digits(return_X_y=True)
-    x, y = torch.tensor(pixels / 16, dtype=torch.float32).view(-1, 1, 8, 8), torch.tensor(digits)
-    torch.manual_seed(seed)
-    order = torch.randperm(len(x))
-    trusted, train, test = order[:TRUSTED], order[TRUSTED : TRUSTED + TRAIN], order[TRUSTED + TRAIN :]
-    is_wrong = torch.zeros(TRAIN, dtype=torch.bool)
-    is_wrong[torch.randperm(TRAIN)[: int(noise * TRAIN)]] = True
-    given = torch.where(is_wrong, (y[train] + torch.randint(1, 10, (TRAIN,))) % 10, y[train])
-    start = make()
-    batches = [torch.randperm(TRAIN)[:BATCH] for _ in range(steps)]
-    return World(x[train], given, y[train], is_wrong, (x[test], y[test]), (x[trusted], y[trusted]), start, batches)
+    trusted_batches: list[Tensor]  # that the reference is trained on
+    every: int  # the steps from one test to the next
 
 
 def accuracy(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
@@ -97,14 +66,14 @@ Backward = Callable[[Tensor, Tensor], None]
 
 
 def train(world: World, model: nn.Module, backward: Backward, batches: Sequence[Tensor]) -> list[float]:
-    """Test accuracies, one every ``EVERY`` steps."""
+    """Test accuracies, one every ``world.every`` steps."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     found = []
     for step, rows in enumerate(batches, 1):
         optimizer.zero_grad()
         backward(F.cross_entropy(model(world.x[rows]), world.given[rows], reduction="none"), rows)
         optimizer.step()
-        if step % EVERY == 0:
+        if step % world.every == 0:
             found.append(accuracy(model, world.test))
     return found
 
@@ -117,9 +86,9 @@ def trained_reference(world: World) -> nn.Module:
     model = copy.deepcopy(world.start)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     x, y = world.trusted
-    for _ in range(200):
+    for rows in world.trusted_batches:
         optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
+        F.cross_entropy(model(x[rows]), y[rows]).backward()
         optimizer.step()
     return model
 
@@ -161,8 +130,8 @@ IDENTIFIERS: dict[str, Callable[[pa.Table, float], Any]] = {
 }
 
 
-def one_seed(make: Callable[[], nn.Module], noise: float, seed: int, steps: int) -> dict[str, Any]:
-    world = make_world(make, noise, seed, steps)
+def one_seed(world: World, noise: float) -> dict[str, Any]:
+    """The accuracies in training by selection, the identifiers' F1, the reference's accuracy."""
     reference = trained_reference(world)
     with torch.no_grad():
         theirs = F.cross_entropy(reference(world.x), world.given, reduction="none")
@@ -171,6 +140,12 @@ def one_seed(make: Callable[[], nn.Module], noise: float, seed: int, steps: int)
     def mimic(layers: str | None) -> Callable[[nn.Module], GradMimic]:
         return lambda model: GradMimic(model, reference, TASK, layers)
 
+    def in_run(model: nn.Module) -> InRunInfluence:
+        x, y = world.trusted
+        count = -(-len(x) // BATCH)
+        batches = list(zip(x.chunk(count), y.chunk(count), strict=True))
+        return InRunInfluence(model, TASK, {"trusted": batches}, normalise=True)
+
     curves = {
         "SGD": train(world, copy.deepcopy(world.start), plain, world.batches),
         "GraNd, online": reweighted(world, lambda model: GraNd(model, TASK))[0],
@@ -178,22 +153,24 @@ def one_seed(make: Callable[[], nn.Module], noise: float, seed: int, steps: int)
         "mimic, online, head": reweighted(world, mimic(head), layers=head)[0],
         "mimic, online, all layers": reweighted(world, mimic(None))[0],
         "mimic, best half of a batch": reweighted(world, mimic(None), mode="filter", keep=0.5)[0],
+        "in-run influence, online": reweighted(world, in_run)[0],
+        "in-run influence, best half of a batch": reweighted(world, in_run, mode="filter", keep=0.5)[0],
         "oracle": filtered(world, ~world.is_wrong),
     }
     table = mean_scores(reweighted(world, mimic(None), mode="observe")[1])
     rows = torch.tensor(table["row"].to_numpy())
     scores = {}
     for name, identify in IDENTIFIERS.items():
-        kept = torch.zeros(TRAIN, dtype=torch.bool)
+        kept = torch.zeros(len(world.given), dtype=torch.bool)
         kept[rows[torch.tensor(identify(table, noise).mask)]] = True
         scores[name] = float(f1_score(world.is_wrong.numpy(), ~kept.numpy()))
         curves[f"mimic, then {name}"] = filtered(world, kept)
-    return {"curves": curves, "f1": scores, "reference": accuracy(reference, world.test)}
+    return {"curves": curves, "f1": scores, "reference": accuracy(reference, world.test), "every": world.every}
 
 
-def steps_to(curve: Sequence[float], goal: float) -> int | None:
+def steps_to(curve: Sequence[float], goal: float, every: int) -> int | None:
     """The first step at which the accuracy is at least the goal."""
-    return next((EVERY * (i + 1) for i, value in enumerate(curve) if value >= goal), None)
+    return next((every * (i + 1) for i, value in enumerate(curve) if value >= goal), None)
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -203,8 +180,8 @@ def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         share = []
         for run in runs:
             baseline = run["curves"]["SGD"]
-            steps = steps_to(run["curves"][name], statistics.fmean(baseline[-5:]))
-            share.append(None if steps is None else steps / (EVERY * len(baseline)))
+            steps = steps_to(run["curves"][name], statistics.fmean(baseline[-5:]), run["every"])
+            share.append(None if steps is None else steps / (run["every"] * len(baseline)))
         reached = [value for value in share if value is not None]
         median = statistics.median(reached) if len(reached) == len(share) else None
         rows.append({"selection": name, "accuracy": final, "steps_to_sgd": share, "median_steps": median})
@@ -225,21 +202,19 @@ def show(console: Console, model: str, noise: float, runs: Sequence[dict[str, An
     console.print("F1 of wrong labels: " + ", ".join(f"{name} {value:.3f}" for name, value in f1.items()))
 
 
-def main() -> None:
-    quick = "--quick" in sys.argv[1:]
-    seeds, steps = (1, 100) if quick else (5, 250)
+def compared(
+    models: Mapping[str, Callable[[float, int], World]], noises: Sequence[float], seeds: int, file: str | None
+) -> None:
+    """Show each model, by name from noise and seed to its world, and write all of them to a file of the results."""
     console, began, results = Console(), time.perf_counter(), []
-    for model, make in MODELS.items():
-        for noise in NOISE[1:2] if quick else NOISE:
-            runs = [one_seed(make, noise, seed, steps) for seed in range(seeds)]
+    for model, make_world in models.items():
+        for noise in noises:
+            runs = [one_seed(make_world(noise, seed), noise) for seed in range(seeds)]
             show(console, model, noise, runs)
             f1 = {name: [run["f1"][name] for run in runs] for name in IDENTIFIERS}
             own = {"model": model, "noise": noise, "rows": summary(runs), "f1": f1}
             results.append(own | {"reference": [run["reference"] for run in runs]})
-    if not quick:
+    if file is not None:
+        steps = len(runs[0]["curves"]["SGD"]) * runs[0]["every"]
         found = {**machine(), "steps": steps, "seconds": time.perf_counter() - began, "results": results}
-        (RESULTS / "quality-online.json").write_text(json.dumps(found, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+        (RESULTS / file).write_text(json.dumps(found, indent=1) + "\n")

@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import sys
 
+import torch
+
 from benchmarks.quality.online import digits
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     digits.main("--quick" in sys.argv[1:])

@@ -206,7 +206,7 @@ def compared(
     models: Mapping[str, Callable[[float, int], World]], noises: Sequence[float], seeds: int, file: str | None
 ) -> None:
     """Show each model, by name from noise and seed to its world, and write all of them to a file of the results."""
-    console, began, results = Console(), time.perf_counter(), []
+    console, began, results = Console(), time.process_time(), []
     for model, make_world in models.items():
         for noise in noises:
             runs = [one_seed(make_world(noise, seed), noise) for seed in range(seeds)]
@@ -216,5 +216,5 @@ def compared(
             results.append(own | {"reference": [run["reference"] for run in runs]})
     if file is not None:
         steps = len(runs[0]["curves"]["SGD"]) * runs[0]["every"]
-        found = {**machine(), "steps": steps, "seconds": time.perf_counter() - began, "results": results}
+        found = {**machine(), "steps": steps, "cpu_seconds": time.process_time() - began, "results": results}
         (RESULTS / file).write_text(json.dumps(found, indent=1) + "\n")

@@ -173,33 +173,34 @@ def steps_to(curve: Sequence[float], goal: float, every: int) -> int | None:
     return next((every * (i + 1) for i, value in enumerate(curve) if value >= goal), None)
 
 
-def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def summary(runs: Sequence[dict[str, Any]], plain: str = "SGD") -> list[dict[str, Any]]:
+    """By selection the final accuracies, and the shares of the steps to that of training without one, ``plain``."""
     rows = []
     for name in runs[0]["curves"]:
         final = [statistics.fmean(run["curves"][name][-5:]) for run in runs]
         share = []
         for run in runs:
-            baseline = run["curves"]["SGD"]
+            baseline = run["curves"][plain]
             steps = steps_to(run["curves"][name], statistics.fmean(baseline[-5:]), run["every"])
             share.append(None if steps is None else steps / (run["every"] * len(baseline)))
         reached = [value for value in share if value is not None]
         median = statistics.median(reached) if len(reached) == len(share) else None
-        rows.append({"selection": name, "accuracy": final, "steps_to_sgd": share, "median_steps": median})
+        rows.append({"selection": name, "accuracy": final, f"steps_to_{plain.lower()}": share, "median_steps": median})
     return rows
 
 
-def show(console: Console, model: str, noise: float, runs: Sequence[dict[str, Any]]) -> None:
-    table = Table(title=f"{model}, {noise:.0%} of the labels wrong, {len(runs)} seeds")
-    for column in ("training", "test accuracy", "± sd", "steps to SGD's accuracy"):
+def show(console: Console, title: str, runs: Sequence[dict[str, Any]], plain: str = "SGD") -> None:
+    table = Table(title=f"{title}, {len(runs)} seeds")
+    for column in ("training", "test accuracy", "± sd", f"steps to that of {plain}"):
         table.add_column(column)
-    for row in summary(runs):
+    for row in summary(runs, plain):
         spread = statistics.stdev(row["accuracy"]) if len(runs) > 1 else 0.0
         steps = "not by every seed" if row["median_steps"] is None else f"{row['median_steps']:.0%}"
         table.add_row(row["selection"], f"{statistics.fmean(row['accuracy']):.3f}", f"{spread:.3f}", steps)
     table.add_row("the reference itself", f"{statistics.fmean(run['reference'] for run in runs):.3f}", "", "")
     console.print(table)
     f1 = {name: statistics.fmean(run["f1"][name] for run in runs) for name in IDENTIFIERS}
-    console.print("F1 of wrong labels: " + ", ".join(f"{name} {value:.3f}" for name, value in f1.items()))
+    console.print("F1 of what is wrong: " + ", ".join(f"{name} {value:.3f}" for name, value in f1.items()))
 
 
 def compared(
@@ -210,7 +211,7 @@ def compared(
     for model, make_world in models.items():
         for noise in noises:
             runs = [one_seed(make_world(noise, seed), noise) for seed in range(seeds)]
-            show(console, model, noise, runs)
+            show(console, f"{model}, {noise:.0%} of the labels wrong", runs)
             f1 = {name: [run["f1"][name] for run in runs] for name in IDENTIFIERS}
             own = {"model": model, "noise": noise, "rows": summary(runs), "f1": f1}
             results.append(own | {"reference": [run["reference"] for run in runs]})

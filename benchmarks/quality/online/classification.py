@@ -146,26 +146,37 @@ def one_seed(world: World, noise: float) -> dict[str, Any]:
         batches = list(zip(x.chunk(count), y.chunk(count), strict=True))
         return InRunInfluence(model, TASK, {"trusted": batches}, normalise=True)
 
-    curves = {
-        "SGD": train(world, copy.deepcopy(world.start), plain, world.batches),
-        "GraNd, online": reweighted(world, lambda model: GraNd(model, TASK))[0],
-        "RHO, online": reweighted(world, mimic(head), by="rho", reference_losses=theirs)[0],
-        "mimic, online, head": reweighted(world, mimic(head), layers=head)[0],
-        "mimic, online, all layers": reweighted(world, mimic(None))[0],
-        "mimic, best half of a batch": reweighted(world, mimic(None), mode="filter", keep=0.5)[0],
-        "in-run influence, online": reweighted(world, in_run)[0],
-        "in-run influence, best half of a batch": reweighted(world, in_run, mode="filter", keep=0.5)[0],
-        "oracle": filtered(world, ~world.is_wrong),
+    online = {
+        "GraNd, online": reweighted(world, lambda model: GraNd(model, TASK)),
+        "RHO, online": reweighted(world, mimic(head), by="rho", reference_losses=theirs),
+        "mimic, online, head": reweighted(world, mimic(head), layers=head),
+        "mimic, online, all layers": reweighted(world, mimic(None)),
+        "mimic, best half of a batch": reweighted(world, mimic(None), mode="filter", keep=0.5),
+        "in-run influence, online": reweighted(world, in_run),
+        "in-run influence, best half of a batch": reweighted(world, in_run, mode="filter", keep=0.5),
     }
+    curves = {"SGD": train(world, copy.deepcopy(world.start), plain, world.batches)}
+    curves |= {name: curve for name, (curve, _) in online.items()}
+    curves["oracle"] = filtered(world, ~world.is_wrong)
     table = mean_scores(reweighted(world, mimic(None), mode="observe")[1])
-    rows = torch.tensor(table["row"].to_numpy())
+    rows = torch.tensor(table["row"].to_numpy())  # of those that came
     scores = {}
     for name, identify in IDENTIFIERS.items():
         kept = torch.zeros(len(world.given), dtype=torch.bool)
         kept[rows[torch.tensor(identify(table, noise).mask)]] = True
-        scores[name] = float(f1_score(world.is_wrong.numpy(), ~kept.numpy()))
+        scores[name] = float(f1_score(world.is_wrong[rows].numpy(), ~kept[rows].numpy()))
         curves[f"mimic, then {name}"] = filtered(world, kept)
-    return {"curves": curves, "f1": scores, "reference": accuracy(reference, world.test), "every": world.every}
+    found = {"curves": curves, "f1": scores, "reference": accuracy(reference, world.test), "every": world.every}
+    return found | {"weights": {name: of_weights(world, journal) for name, (_, journal) in online.items()}}
+
+
+def of_weights(world: World, journal: pa.Table) -> dict[str, float]:
+    """How many samples a batch's weights amount to, as a share of it, and the share of all weight on wrong labels."""
+    weights = journal["weight"].to_numpy().reshape(len(world.batches), -1)
+    rows = torch.tensor([int(i) for i in journal["id"].to_pylist()])
+    wrong = world.is_wrong[rows].numpy().reshape(weights.shape)
+    share = float((1 / np.square(weights).mean(1)).mean())  # weights of mean 1
+    return {"effective_share": share, "weight_on_wrong": float(weights[wrong].sum() / weights.sum())}
 
 
 def steps_to(curve: Sequence[float], goal: float, every: int) -> int | None:
@@ -185,7 +196,9 @@ def summary(runs: Sequence[dict[str, Any]], plain: str = "SGD") -> list[dict[str
             share.append(None if steps is None else steps / (run["every"] * len(baseline)))
         reached = [value for value in share if value is not None]
         median = statistics.median(reached) if len(reached) == len(share) else None
-        rows.append({"selection": name, "accuracy": final, f"steps_to_{plain.lower()}": share, "median_steps": median})
+        row = {"selection": name, "accuracy": final, f"steps_to_{plain.lower()}": share, "median_steps": median}
+        each = [run["weights"][name] for run in runs if name in run.get("weights", {})]
+        rows.append(row | {key: [own[key] for own in each] for key in (each[0] if each else ())})
     return rows
 
 

@@ -54,7 +54,7 @@ def pictures(folder: str | None, vendors: Sequence[str] = VENDORS, every: int = 
         pixels_of(found, SIDE),
         torch.tensor([names.index(e.name) for e in found]),
         torch.tensor([categories.index(e.category) for e in found]),
-        [f"{name}, {words[name]}" if name in words else name for name in names],
+        [f"{name}, {words[name]}" for name in names],
     )
 
 

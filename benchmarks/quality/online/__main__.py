@@ -39,7 +39,7 @@ def main() -> None:
     if "digits" in data:
         digits.main(given.quick)
     if "emoji" in data or "clip" in data:
-        images = pictures(given.packages, VENDORS[2:3], every=3) if given.quick else pictures(given.packages)
+        images = pictures(given.packages, VENDORS[2:3], every=5) if given.quick else pictures(given.packages)
         if "emoji" in data:
             emoji_classes.main(images, given.quick)
         if "clip" in data:

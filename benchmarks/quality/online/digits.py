@@ -52,7 +52,7 @@ def make_world(make: Callable[[], nn.Module], steps: int, noise: float, seed: in
 
 
 def main(quick: bool) -> None:
-    seeds, steps = (1, 30) if quick else (5, 250)
+    seeds, steps = (1, 20) if quick else (5, 250)
     models = dict(list(MODELS.items())[:1]) if quick else MODELS
     worlds = {name: partial(make_world, make, steps) for name, make in models.items()}
     compared(worlds, NOISE[1:2] if quick else NOISE, seeds, None if quick else "quality-online.json")

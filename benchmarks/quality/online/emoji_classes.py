@@ -43,6 +43,6 @@ def in_epochs(count: int, steps: int) -> list[torch.Tensor]:
 
 
 def main(pictures: Pictures, quick: bool) -> None:
-    seeds, steps = (1, 16) if quick else (5, 112)
+    seeds, steps = (1, 8) if quick else (5, 112)
     worlds = {"small CNN": partial(make_world, pictures, steps)}
     compared(worlds, NOISE[1:2] if quick else NOISE, seeds, None if quick else "quality-online-emoji.json")

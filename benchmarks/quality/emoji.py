@@ -62,10 +62,10 @@ class Emoji:
         return self.said_category != self.category, self.said_name != self.name
 
 
-def packages(folder: Path) -> list[Path]:
+def packages(folder: Path, vendors: Sequence[str] = VENDORS) -> list[Path]:
     """The vendors' packages in the folder, fetched where they are missing."""
-    paths = [folder / f"emoji-datasource-{vendor}-{VERSION}.tgz" for vendor in VENDORS]
-    for vendor, path in zip(VENDORS, paths, strict=True):
+    paths = [folder / f"emoji-datasource-{vendor}-{VERSION}.tgz" for vendor in vendors]
+    for vendor, path in zip(vendors, paths, strict=True):
         if not path.exists():
             command = ["npm", "pack", "--silent", f"emoji-datasource-{vendor}@{VERSION}"]
             subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)

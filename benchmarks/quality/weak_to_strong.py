@@ -33,7 +33,8 @@ from torch import Tensor, nn
 
 from assay.ops import ensemble_stats
 from assay.train.losses import confidence, distillation_of_logits, performance_gap_recovered, ramp
-from benchmarks.quality.online import accuracy, small_cnn
+from benchmarks.quality.online.classification import accuracy
+from benchmarks.quality.online.digits import small_cnn
 from benchmarks.timing import RESULTS, machine
 
 WEAK, LABELLED, POOL, BATCH = 3, 60, 1000, 64

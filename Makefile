@@ -81,8 +81,8 @@ stubs: setup
 # Of what this processor cannot run there is nothing to sanitize; the package itself is built for everything.
 ISAS := import assay._native as n; print(*(name for name, runs in n.instruction_sets() if runs and name != "scalar"), sep=";")
 native-sanitize: setup
-	$(BIN)/cmake -DASSAY_ISAS="$$($(BIN)/python -c '$(ISAS)')" -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCMAKE_BUILD_TYPE=Debug \
-	  -DASSAY_NATIVE_TESTS=ON -DASSAY_WERROR=ON -DASSAY_SANITIZE=address,undefined > /dev/null
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCMAKE_BUILD_TYPE=Debug \
+	  -DASSAY_ISAS="$$($(BIN)/python -c '$(ISAS)')" -DASSAY_NATIVE_TESTS=ON -DASSAY_WERROR=ON -DASSAY_SANITIZE=address,undefined > /dev/null
 	$(BIN)/cmake --build build/sanitize
 	cd build/sanitize && $(CURDIR)/$(BIN)/ctest -j 2 --output-on-failure
 

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from assay.methods import Dynamics, GraNd, Method
 from assay.tasks import Classification
 from assay.train import Reweighter, trajectories
+from benchmarks.quality.online.classification import mislabelled
 from benchmarks.timing import RESULTS, machine
 
 TRAIN, NOISE, BATCH = 1000, 0.2, 50
@@ -59,9 +60,7 @@ def make_world(seed: int) -> World:
     torch.manual_seed(seed)
     order = torch.randperm(len(x))
     train, test = order[:TRAIN], order[TRAIN:]
-    is_wrong = torch.zeros(TRAIN, dtype=torch.bool)
-    is_wrong[torch.randperm(TRAIN)[: int(NOISE * TRAIN)]] = True
-    given = torch.where(is_wrong, (y[train] + torch.randint(1, 10, (TRAIN,))) % 10, y[train])
+    given, is_wrong = mislabelled(y[train], 10, NOISE)
     return World(x[train], given, y[train], is_wrong, (x[test], y[test]), seed)
 
 

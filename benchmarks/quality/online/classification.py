@@ -57,6 +57,14 @@ class World:
     every: int  # the steps from one test to the next
 
 
+def mislabelled(labels: Tensor, classes: int, noise: float) -> tuple[Tensor, Tensor]:
+    """Labels of which a share is another class, any alike, and which those are; drawn from torch's own numbers."""
+    count = len(labels)
+    is_wrong = torch.zeros(count, dtype=torch.bool)
+    is_wrong[torch.randperm(count)[: int(noise * count)]] = True
+    return torch.where(is_wrong, (labels + torch.randint(1, classes, (count,))) % classes, labels), is_wrong
+
+
 def accuracy(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
     with torch.no_grad():
         return float((model(data[0]).argmax(1) == data[1]).float().mean())

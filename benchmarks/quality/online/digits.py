@@ -9,7 +9,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from benchmarks.quality.online.classification import BATCH, NOISE, World, compared
+from benchmarks.quality.online.classification import BATCH, NOISE, World, compared, mislabelled
 
 TRUSTED, TRAIN = 150, 1000
 
@@ -34,9 +34,7 @@ def make_world(make: Callable[[], nn.Module], steps: int, noise: float, seed: in
     torch.manual_seed(seed)
     order = torch.randperm(len(x))
     trusted, train, test = order[:TRUSTED], order[TRUSTED : TRUSTED + TRAIN], order[TRUSTED + TRAIN :]
-    is_wrong = torch.zeros(TRAIN, dtype=torch.bool)
-    is_wrong[torch.randperm(TRAIN)[: int(noise * TRAIN)]] = True
-    given = torch.where(is_wrong, (y[train] + torch.randint(1, 10, (TRAIN,))) % 10, y[train])
+    given, is_wrong = mislabelled(y[train], 10, noise)
     return World(
         x=x[train],
         given=given,

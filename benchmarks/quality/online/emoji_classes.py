@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.quality.online.classification import BATCH, NOISE, World, compared
+from benchmarks.quality.online.classification import BATCH, NOISE, World, compared, mislabelled
 from benchmarks.quality.online.pictures import Pictures, cnn, parts
 
 TRUSTED, TRAIN, TEST = 0.1, 0.5, 0.15  # shares of the emoji
@@ -16,9 +16,7 @@ def make_world(pictures: Pictures, steps: int, noise: float, seed: int) -> World
     torch.manual_seed(seed)
     trusted, train, test = (pictures.of(part) for part in parts(pictures, [TRUSTED, TRAIN, TEST])[:3])
     x, y, classes = pictures.pixels, pictures.categories, int(pictures.categories.max()) + 1
-    is_wrong = torch.zeros(len(train), dtype=torch.bool)
-    is_wrong[torch.randperm(len(train))[: int(noise * len(train))]] = True
-    given = torch.where(is_wrong, (y[train] + torch.randint(1, classes, (len(train),))) % classes, y[train])
+    given, is_wrong = mislabelled(y[train], classes, noise)
     return World(
         x=x[train],
         given=given,

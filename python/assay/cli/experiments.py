@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, cast
+from typing import Annotated
 
 import typer
 
@@ -34,16 +34,12 @@ def two_stage(
     """
     log_to_stderr(quiet)
     limit_threads()
-    from assay.corpus.errors import CorpusError
-    from assay.curate import parse_amount
+    from assay.curate import parse_amount, parse_end
     from assay.recipe import load_recipe
     from assay.two_stage import Question, Training
     from assay.two_stage import two_stage as try_out
 
-    if keep not in (None, "high", "low"):
-        raise CorpusError(f"--keep {keep}: expected high or low")
-    end = cast("Literal['high', 'low'] | None", keep)
-    question = Question(train, held_out, by, parse_amount(top), end)
+    question = Question(train, held_out, by, parse_amount(top), parse_end(keep))
     training = Training(steps, batch_size, learning_rate, seeds)
     loaded = load_recipe(recipe, overrides or (), trust or ())
     report = try_out(loaded, question, out, training, progress_of(quiet, 10.0))

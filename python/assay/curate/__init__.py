@@ -2,7 +2,7 @@
 
 from assay.curate.curation import Curated, curate
 from assay.curate.ranking import Ranked, Ranking, rank, read_samples
-from assay.curate.rules import RuleOptions, parse_amount
+from assay.curate.rules import RuleOptions, parse_amount, parse_end
 from assay.curate.whole import WholeTable, read_whole
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "WholeTable",
     "curate",
     "parse_amount",
+    "parse_end",
     "rank",
     "read_samples",
     "read_whole",

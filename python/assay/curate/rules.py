@@ -42,8 +42,7 @@ class RuleOptions:
         if len(given) != 1:
             got = ", ".join(f"--{kind}" for kind in given) or "none"
             raise CorpusError(f"expected exactly one of {', '.join(f'--{kind}' for kind in kinds)}; got {got}")
-        if self.keep not in (None, "high", "low"):
-            raise CorpusError(f"--keep {self.keep}: expected high or low")
+        keep = parse_end(self.keep)
         if self.by is None and given != ["random"]:
             raise CorpusError(f"--by is missing: --{given[0]} needs a score to judge by")
         if self.temperature is not None and given != ["sample"] and not self.weigh:
@@ -51,7 +50,6 @@ class RuleOptions:
                 f"--temperature {self.temperature}: has no effect with --{given[0]}; expected with --sample, or "
                 "--format weights"
             )
-        keep = cast("Literal['high', 'low'] | None", self.keep)
         rule = self._rule(self.by or "", keep)
         return self._weighed(rule, given[0], keep) if self.weigh else rule
 
@@ -91,6 +89,13 @@ class RuleOptions:
         if self.gmm:
             return lambda table: select.gmm(table, by, keep, self.seed)
         return lambda table: select.kmeans(table, by, keep)
+
+
+def parse_end(text: str | None) -> Literal["high", "low"] | None:
+    """Which end of a score is better; None leaves it to the score."""
+    if text not in (None, "high", "low"):
+        raise CorpusError(f"--keep {text}: expected high or low")
+    return cast("Literal['high', 'low'] | None", text)
 
 
 def parse_amount(text: str) -> int | float:

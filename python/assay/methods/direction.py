@@ -105,9 +105,12 @@ class Moving(Mapping[str, Tensor]):
                 self[name]
         squares, self._squares = self._squares, {}
         each = [squares[name] for name in self._names if name not in without]
-        if not each:
-            return 0.0
-        return math.sqrt(float(torch.stack([x.to(each[0].device) for x in each]).sum()))  # a device is waited for once
+        return root_of_sum(each)
+
+
+def root_of_sum(squares: Sequence[Tensor]) -> float:
+    """The length of a vector, of the squares of its parts' lengths, () each; a device is waited for once."""
+    return math.sqrt(float(torch.stack([x.to(squares[0].device) for x in squares]).sum())) if squares else 0.0
 
 
 def _step(ours: Tensor, theirs: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from assay.methods.base import Column, Method, Need
+from assay.methods.direction import root_of_sum
 from assay.methods.targets import Targets, TargetSet
 from assay.probe import Dot, Signals, tapped_parameters
 from assay.probe.learning_rates import LearningRates
@@ -103,8 +105,7 @@ class InRunInfluence(Method):
             ValueError: a target without samples, without a loss, or whose gradient is not finite or 0; an optimiser
                 that has made no step.
         """
-        for target, batches in self.targets.batches.items():
-            self._take(target, batches)
+        self._take(self.targets.batches)
         return self
 
     def refresh(self) -> None:
@@ -115,25 +116,24 @@ class InRunInfluence(Method):
         moved, self._moves = self._moves, True
         if not moved and self._rates is not None and not self._rates.are_known:
             return
-        for target, turn in self._turns.items():
-            batch = next(turn, None)
-            self._take(target, [] if batch is None else [batch])
+        self._take({target: islice(turn, 1) for target, turn in self._turns.items()})
 
-    def _take(self, target: str, batches: Iterable[Any]) -> None:
-        rates = None if self._rates is None else self._rates.by_parameter()
-        gradients, count = self._mean(batches)
-        if not count:
-            raise ValueError(
-                f"{self.name}: target {target!r} has no samples with a loss (any more): expected batches that can be "
-                "gone through again, a list or a DataLoader rather than a generator"
-            )
-        if rates is not None:
-            gradients = {name: g * rates[name] for name, g in gradients.items()}
-        if not 0 < (length := self._directions[target].take(gradients)) < math.inf:
-            raise ValueError(
-                f"{self.name}: the gradient of target {target!r} has length {length:g} over {count} samples; expected "
-                "a finite one above 0"
-            )
+    def _take(self, targets: Targets) -> None:
+        rates = {} if self._rates is None else self._rates.by_parameter()
+        for target, batches in targets.items():
+            gradients, count = self._mean(batches)
+            if not count:
+                raise ValueError(
+                    f"{self.name}: target {target!r} has no samples with a loss (any more): expected batches that can "
+                    "be gone through again, a list or a DataLoader rather than a generator"
+                )
+            for name, rate in rates.items():
+                gradients[name] *= rate
+            if not 0 < (length := self._directions[target].take(gradients)) < math.inf:
+                raise ValueError(
+                    f"{self.name}: the gradient of target {target!r} has length {length:g} over {count} samples; "
+                    "expected a finite one above 0"
+                )
 
     def _mean(self, batches: Iterable[Any]) -> tuple[dict[str, Tensor], int]:
         """The mean gradient of all ranks' samples with a loss, in float32, and how many those are."""
@@ -168,6 +168,7 @@ class _Direction(Mapping[str, Tensor]):
     def __init__(self, names: Sequence[str]) -> None:
         self._names = list(names)
         self._steps: dict[str, Tensor] = {}
+        self._squares: dict[str, Tensor] = {}  # of their lengths
 
     @property
     def is_known(self) -> bool:
@@ -176,11 +177,11 @@ class _Direction(Mapping[str, Tensor]):
     def take(self, steps: dict[str, Tensor]) -> float:
         """Another one -> its length."""
         self._steps = steps
+        self._squares = {name: step.square().sum(dtype=torch.float64) for name, step in steps.items()}
         return self.norm(())
 
     def norm(self, without: Collection[str]) -> float:
-        squares = [s.square().sum(dtype=torch.float64) for name, s in self._steps.items() if name not in without]
-        return math.sqrt(float(torch.stack([x.to(squares[0].device) for x in squares]).sum())) if squares else 0.0
+        return root_of_sum([square for name, square in self._squares.items() if name not in without])
 
     def __getitem__(self, name: str) -> Tensor:
         return self._steps[name]

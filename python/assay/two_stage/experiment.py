@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -34,6 +34,8 @@ from assay.two_stage.training import Evaluation, Learner, Training, evaluate, tr
 
 log = logging.getLogger("assay")
 TRIALS = "trials.jsonl"
+Fit = Callable[[Sequence[Encoded], int, Callable[[Evaluation], None]], list[Evaluation]]
+"""Samples, a seed and who is told of each evaluation -> the evaluations of a training."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,12 @@ def two_stage(
             "version": __version__,
         }
         trials = _Trials(output, basis)
+
+        def fit(own: Sequence[Encoded], seed: int, tell: Callable[[Evaluation], None]) -> list[Evaluation]:
+            return train(learner, own, judged, training, seed, tell)
+
         found = [
-            trials.run(learner, data, seed, rows, samples, judged, training)
+            trials.run(data, seed, rows, [samples[row] for row in rows.tolist() if row in samples], fit)
             for seed in range(training.seeds)
             for data, rows in chosen[seed].items()
         ]
@@ -148,65 +154,43 @@ def _learner(recipe: Recipe, name: str, corpus: Corpus) -> Learner:
 
 
 def _samples(what: str, corpus: Corpus, learner: Learner) -> dict[int, Encoded]:
-    """By row, those that have something to predict."""
-    samples = samples_by_row(what, corpus, learner.encoder)
-    known = {id(sample) for sample in with_a_loss(learner, list(samples.values()), what)}
-    return {row: sample for row, sample in samples.items() if id(sample) in known}
+    return with_a_loss(learner, samples_by_row(what, corpus, learner.encoder), what)
 
 
 class _Trials:
-    """Trainings by what they are made of, those of an earlier call too."""
+    """Evaluations of trainings by what those are made of, of an earlier call too."""
 
     def __init__(self, output: Store, basis: Mapping[str, Any]) -> None:
         self._output, self._basis = output, basis
-        self._known: dict[str, Trial] = {}
+        self._lines: list[str] = []
         if output.exists(TRIALS):
             with output.open(TRIALS) as file:
-                for line in file.read().splitlines():
-                    self._take(line)
+                self._lines = file.read().decode(errors="replace").splitlines()
+        self._known: dict[str, list[Evaluation]] = dict(filter(None, map(_trial, self._lines)))
 
-    def _take(self, line: bytes) -> None:
-        """A line that was cut off by a kill says nothing."""
-        try:
-            entry = json.loads(line)
-            evaluations = [Evaluation(**each) for each in entry["evaluations"]]
-            trial = Trial(entry["data"], entry["seed"], entry["rows"], evaluations)
-        except (ValueError, KeyError, TypeError):
-            return
-        self._known[entry["key"]] = trial
-
-    def run(
-        self,
-        learner: Learner,
-        data: str,
-        seed: int,
-        rows: npt.NDArray[np.int64],
-        samples: Mapping[int, Encoded],
-        held_out: Sequence[Encoded],
-        training: Training,
-    ) -> Trial:
-        """Train, unless that has been done."""
-        own = [samples[row] for row in rows.tolist() if row in samples]
-        if not own:
+    def run(self, data: str, seed: int, rows: npt.NDArray[np.int64], samples: Sequence[Encoded], fit: Fit) -> Trial:
+        """Train on the samples of these rows, unless that has been done."""
+        if not samples:
             raise EngineError(f"{data}: none of its {len(rows)} rows is a sample for the model that is trained")
         digest = hashlib.sha256(rows.tobytes()).hexdigest()
         key = canonical_hash({**self._basis, "rows": digest, "seed": seed})
         if key in self._known:
-            return Trial(data, seed, len(own), self._known[key].evaluations)
+            return Trial(data, seed, len(samples), self._known[key])
 
         def tell(evaluation: Evaluation) -> None:
             log.info("%s, seed %d, step %d: held-out loss %.4f", data, seed, evaluation.step, evaluation.loss)
 
-        trial = Trial(data, seed, len(own), train(learner, own, held_out, training, seed, tell))
-        self._known[key] = trial
-        self._save(key, trial)
+        trial = Trial(data, seed, len(samples), fit(samples, seed, tell))
+        self._known[key] = list(trial.evaluations)
+        self._lines.append(json.dumps({"key": key, **asdict(trial)}))
+        self._output.write_text(TRIALS, "".join(f"{line}\n" for line in self._lines))
         return trial
 
-    def _save(self, key: str, trial: Trial) -> None:
-        lines = b""
-        if self._output.exists(TRIALS):
-            with self._output.open(TRIALS) as file:
-                lines = file.read()
-        lines += b"" if not lines or lines.endswith(b"\n") else b"\n"
-        entry = json.dumps({"key": key, **asdict(trial)}).encode() + b"\n"
-        self._output.write_text(TRIALS, (lines + entry).decode(errors="replace"))
+
+def _trial(line: str) -> tuple[str, list[Evaluation]] | None:
+    """The key and the evaluations; a line that was cut off by a kill says nothing."""
+    try:
+        entry = json.loads(line)
+        return entry["key"], [Evaluation(**each) for each in entry["evaluations"]]
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -112,16 +112,20 @@ class Report:
 
 def _told(what: str, changes: Sequence[float], better: str) -> str:
     """A mean change, and with how many seeds it is for the better."""
-    mean, spread = float(np.mean(changes)), f" ± {np.std(changes, ddof=1):.4f}" if len(changes) > 1 else ""
-    sign = 1 if better == "higher" else -1
+    mean, sign = float(np.mean(changes)), 1 if better == "higher" else -1
     wins = sum(sign * change > 0 for change in changes)
     direction = "higher" if mean > 0 else "lower"
-    return f"{what} is {abs(mean):.4f}{spread} {direction} ({better} with {wins} of {len(changes)} seeds)"
+    return (
+        f"{what} is {abs(mean):.4f}{_spread(changes, '.4f')} {direction} ({better} with {wins} of {len(changes)} seeds)"
+    )
 
 
 def _mean(values: Sequence[float], form: str = ".4f") -> str:
-    spread = f" ± {np.std(values, ddof=1):{form}}" if len(values) > 1 else ""
-    return f"{np.mean(values):{form}}{spread}"
+    return f"{np.mean(values):{form}}{_spread(values, form)}"
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    return f" ± {np.std(values, ddof=1):{form}}" if len(values) > 1 else ""
 
 
 def _accuracy(evaluations: Sequence[Evaluation]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,16 +94,17 @@ class Learner:
         return self.task.to(self.encoder.collate([sample.data for sample in samples]), self.device)
 
 
-def with_a_loss(learner: Learner, samples: Sequence[Encoded], what: str) -> list[Encoded]:
-    """Those that have something to predict, by the untrained model. EngineError if none has."""
+def with_a_loss(learner: Learner, samples: Mapping[int, Encoded], what: str) -> dict[int, Encoded]:
+    """By row, those that have something to predict, by the untrained model. EngineError if none has."""
+    rows, each = list(samples), list(samples.values())
     found: list[int] = []
     with undisturbed(learner.model), torch.no_grad():
-        for places in make_batches(samples, learner.limits):
-            losses = learner.task.forward(learner.model, learner.batch([samples[i] for i in places])).losses
+        for places in make_batches(each, learner.limits):
+            losses = learner.task.forward(learner.model, learner.batch([each[i] for i in places])).losses
             found += [i for i, loss in zip(places, losses.tolist(), strict=True) if not math.isnan(loss)]
     if not found:
         raise EngineError(f"{what}: none of its {len(samples)} samples has a loss")
-    return [samples[i] for i in sorted(found)]
+    return {rows[i]: each[i] for i in sorted(found)}
 
 
 def evaluate(learner: Learner, model: nn.Module, held_out: Sequence[Encoded], step: int) -> Evaluation:

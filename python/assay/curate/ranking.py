@@ -17,6 +17,7 @@ from assay.corpus.readers import read
 from assay.corpus.score_files import rows_at, score_field, stream_score
 from assay.corpus.scores_folder import Scores, State
 from assay.corpus.shards import Shard
+from assay.curate.rules import parse_end
 
 
 @dataclass(frozen=True)
@@ -128,9 +129,7 @@ def rank(
 
 
 def _direction(column: pa.Field, keep: str | None) -> str:
-    if keep not in (None, "high", "low"):
-        raise CorpusError(f"--keep {keep}: expected high or low")
-    said = keep or (column.metadata or {}).get(b"keep", b"").decode("utf-8", "replace")
+    said = parse_end(keep) or (column.metadata or {}).get(b"keep", b"").decode("utf-8", "replace")
     if said not in ("high", "low"):
         raise CorpusError(f"--by {column.name}: stands for neither end; say which is better with --keep high or low")
     return said

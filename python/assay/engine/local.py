@@ -19,8 +19,9 @@ from assay.corpus.quarantine import QuarantineWriter
 from assay.corpus.shards import Shard
 from assay.corpus.storage import Store
 from assay.engine.crew import score_with_workers
-from assay.engine.devices import find_devices
+from assay.engine.devices import find_devices, threads_each
 from assay.engine.plan import Plan, find_corpora, make_plan, write_manifest
+from assay.engine.processes import Processes
 from assay.engine.progress import Progress
 from assay.engine.shard import score_anew_or_stored
 from assay.engine.timing import Times
@@ -101,7 +102,8 @@ def _score(plan: Plan, devices: Sequence[torch.device], summary: RunSummary, pro
         _quarantine_shard(plan.output, shard, reason)
 
     if len(devices) > 1:
-        outcomes = score_with_workers(plan, sizes, devices, progress, summary.times, on_unreadable)
+        places, threads = [str(device) for device in devices], threads_each(len(devices))
+        outcomes = score_with_workers(plan, sizes, Processes(), places, threads, progress, summary.times, on_unreadable)
     else:
         outcomes = _score_here(plan, sizes, devices[0], progress, summary.times, on_unreadable)
     summary.times.total, summary.workers = time.perf_counter() - began, len(devices)

@@ -17,6 +17,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from assay.corpus.errors import CorpusError, ShardError
 from assay.corpus.footer import Footer
+from assay.corpus.layout import table_path
 from assay.corpus.shards import Shard
 from assay.corpus.storage import TEMPORARY_SUFFIX, Store
 from assay.engine.messages import Advanced, Began, Failed, Finished, Logged, Ready, Setup, Unit
@@ -146,7 +147,7 @@ class _Crew:
             self._plan.identity,
             fitted,
             hashed_files(),
-            hired.hand.place,
+            hired.hand.device,
             self._threads,
             logging.getLogger("assay").getEffectiveLevel(),
             hired.began,
@@ -161,10 +162,7 @@ class _Crew:
         if dead.ready is None:
             self._starts[place] = self._starts.get(place, 0) + 1
             if not accident or self._starts[place] > 1:
-                raise EngineError(
-                    f"run.devices: the worker on {place} ended before it could start ({how}); what it printed "
-                    "stands above. A script that runs a recipe does so under `if __name__ == '__main__':`"
-                )
+                raise EngineError(f"the worker on {place} ended before it could start ({how}); {self._staff.advice}")
             log.warning("the worker on %s ended while it loaded the models (%s); another one starts", place, how)
         elif dead.job is not None:
             self._retry(dead.job, how)
@@ -200,7 +198,8 @@ class _Crew:
         write_manifest(self._plan, self._ready.columns)
         total, workers = sum(self._sizes.values()), len(self._places)
         for shard, size in sorted(self._sizes.items(), key=lambda item: -item[1]):
-            count = shares(self._plan, size, total, workers) if self._ready.gathers is not None else 1
+            in_parts = self._ready.gathers is not None and (self._staff.sees_local_files or self._plan.output.is_local)
+            count = shares(self._plan, size, total, workers) if in_parts else 1
             self._waiting += [Job(shard, size / count, Share(i, count)) for i in range(count)]
 
     def work(self) -> None:
@@ -264,12 +263,21 @@ class _Crew:
         if isinstance(outcome, str):
             self._settle(job.shard, outcome)
         elif isinstance(outcome, Footer):
+            self._see(job.shard)
             self._settle(job.shard, (outcome, message.stored))
         else:
             parts = self._staged.setdefault(job.shard, {})
             parts[job.share.index] = outcome
             if len(parts) == job.share.count:
                 self._join([parts[i] for i in range(len(parts))], job.shard, job.size * len(parts))
+
+    def _see(self, shard: Shard) -> None:
+        """EngineError unless a table that a worker says it wrote is there."""
+        if not self._staff.sees_local_files and not self._plan.output.exists(table_path(shard)):
+            raise EngineError(
+                f"{shard.path}: a worker wrote its table to {self._plan.output.url}, and here there is none; expected "
+                "an output that every node sees, a shared folder or an object store"
+            )
 
     def _join(self, parts: list[Part], shard: Shard, size: float) -> None:
         assert self._ready is not None

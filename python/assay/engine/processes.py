@@ -29,6 +29,10 @@ class WorkerProcess:
     process: Any
     connection: Connection
 
+    @property
+    def device(self) -> str:
+        return self.place
+
     def tell(self, message: Any) -> None:
         with contextlib.suppress(OSError):
             self.connection.send(message)
@@ -46,6 +50,9 @@ class WorkerProcess:
 
 class Processes:
     """Starts them, and sees that they end."""
+
+    sees_local_files = True
+    advice = "what it printed stands above. A script that runs a recipe does so under `if __name__ == '__main__':`"
 
     def __init__(self) -> None:
         self._context: Any = multiprocessing.get_context(START)

@@ -11,6 +11,8 @@ class Hand(Protocol):
 
     place: str
     """Where it works, for messages; another one is hired there if it dies."""
+    device: str
+    """On which it computes."""
 
     def tell(self, message: Any) -> None:
         """Send it something. That it has died shows where its words are waited for."""
@@ -27,6 +29,11 @@ H = TypeVar("H", bound=Hand)
 
 class Staff(Protocol[H]):
     """Hires workers and listens to them."""
+
+    sees_local_files: bool
+    """Whether they find what lies in a temporary folder here."""
+    advice: str
+    """What is to be said of a worker that cannot start."""
 
     def hire(self, place: str) -> H:
         """Start one. EngineError if there can be none."""

@@ -24,6 +24,9 @@ def pretraining_text(root: Path) -> None:
     save_model(root / "run/step-4000", seed=1)
 
 
+score_with_ray = pretraining_text
+
+
 def instruction_data(root: Path) -> None:
     turns = [[{"role": "user", "content": "Gold?"}, {"role": "assistant", "content": text}] for text in TEXTS]
     for name, rows in (("instructions", turns), ("my-task", turns[:3])):

@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "methods": {"ops", "probe", "tasks", "_lazy"},
     "retrain": {"methods", "ops", "probe", "tasks", "_lazy"},
     "scoring": {"corpus", "methods"},
+    "ray": {"engine"},
     "recipe": {"corpus", "methods", "ops", "tasks", "_lazy"},
     "engine": {"corpus", "methods", "ops", "probe", "recipe", "tasks", "_lazy", "_version"},
     "curate": {"corpus", "select", "_version"},

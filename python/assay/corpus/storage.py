@@ -205,20 +205,28 @@ class Store:
 
     def sweep(self, older_than: float = ABANDONED_AFTER_SECONDS) -> list[str]:
         """Delete temporaries that killed runs left behind. Age decides, so a live run's are safe."""
+        swept = []
+        for path in self.temporaries(older_than):
+            with contextlib.suppress(FileNotFoundError):  # another runner swept it first
+                os.unlink(self.full(path))
+                swept.append(path)
+        return swept
+
+    def temporaries(self, older_than: float) -> list[str]:
+        """Temporaries of this age in seconds, in order."""
         if not self.is_local:
             return []  # a spool elsewhere has no name for a kill to leave behind
-        swept = []
+        found = []
         # os.walk lists each folder once and follows no links: what lies behind one is not this folder's.
         for folder, _, names in os.walk(self.root):
             for name in names:
                 if not (name.startswith(".") and name.endswith(TEMPORARY_SUFFIX)):
                     continue
                 full = os.path.join(folder, name)
-                with contextlib.suppress(FileNotFoundError):  # another runner swept it first
+                with contextlib.suppress(FileNotFoundError):  # it has got its final name
                     if time.time() - os.lstat(full).st_mtime > older_than:
-                        os.unlink(full)
-                        swept.append(self.relative(full))
-        return sorted(swept)
+                        found.append(self.relative(full))
+        return sorted(found)
 
 
 def is_of_file(error: OSError) -> bool:

@@ -114,7 +114,7 @@ def refuse_changes(plan: Plan) -> None:
 
 def _unchanged(output: Store, shard: Shard, table: Table) -> bool:
     try:
-        same = table.input_is(shard.as_found())
+        same = table.input_is(shard.as_found()) and table.list_is_there(output, shard)
         return same and changed_file(output, shard, table.footer.input.files) is None
     except OSError:
         return False  # scoring it will say what is the matter

@@ -252,7 +252,7 @@ class _Crew:
         job.path = self.stage() if job.share.count > 1 else None
         to.job = job
         with contextlib.suppress(OSError):  # its death will be noticed where its words are waited for
-            to.connection.send(Unit(job.shard, job.share, job.path))
+            to.connection.send(Unit(job.shard, job.share, job.path, job.shard in self._plan.retried))
 
     def _listen(self) -> None:
         heard = wait([each.connection for each in self._workers], timeout=_RENEW_SECONDS)

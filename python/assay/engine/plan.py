@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from assay._version import __version__
@@ -35,7 +35,10 @@ class Plan:
     done: Tally
     todo: tuple[Shard, ...]
     stale: tuple[Shard, ...]
-    """The part of ``todo`` that was scored before, from another input or by another recipe."""
+    """The part of ``todo`` that was scored before: from another input, by another recipe, or with rows that are to be
+    tried again."""
+    retried: Mapping[Shard, int] = field(default_factory=dict)
+    """The part of ``stale`` whose tables are sound, with as many rows in quarantine."""
 
 
 def find_corpora(recipe: Recipe) -> dict[str, Corpus]:
@@ -56,11 +59,13 @@ def make_plan(
     part: tuple[int, int] = (1, 1),
     rescore: bool = False,
     corpora: Mapping[str, Corpus] | None = None,
+    retry: bool = False,
 ) -> Plan:
     """Find the shards, unless they are given as ``find_corpora`` found them, and see which of them are done.
 
     ``part`` (i, n) takes every n-th shard from the i-th on. Tables made by another recipe or model are a
-    ChangedError that says what differs, unless ``rescore`` allows to replace them.
+    ChangedError that says what differs, unless ``rescore`` allows to replace them. With ``retry`` a shard with rows in
+    quarantine is scored again.
     """
     corpora = corpora or find_corpora(recipe)
     recipe = with_columns(recipe, corpora)
@@ -73,13 +78,15 @@ def make_plan(
     )
     index, count = part
     done = Tally()
-    todo, stale, changed = [], [], []
+    todo, stale, changed, retried = [], [], [], {}
     for shard in corpus.shards[index - 1 :: count]:
         table = open_table(output, shard)
         differences = table.differences(identity) if table else []
         if table and not differences and _unchanged(output, shard, table):
-            done.add(table.footer)
-            continue
+            if not retry or not table.footer.rows.quarantined:
+                done.add(table.footer)
+                continue
+            retried[shard] = table.footer.rows.quarantined
         todo.append(shard)
         if table:
             stale.append(shard)
@@ -92,7 +99,7 @@ def make_plan(
             f"{len(changed)} score tables in {output.url} come from another recipe, model or target "
             f"({table_path(shard)}: {shown}); score them again with --rescore, or choose another output"
         )
-    return Plan(recipe, identity, corpus, corpora, output, done, tuple(todo), tuple(stale))
+    return Plan(recipe, identity, corpus, corpora, output, done, tuple(todo), tuple(stale), retried)
 
 
 def _fitted_fingerprints(recipe: Recipe, corpora: Mapping[str, Corpus]) -> dict[str, str]:
@@ -110,6 +117,12 @@ def refuse_changes(plan: Plan) -> None:
             f"{', '.join(changed)}: has changed since the run began, and one run must not mix both; run again, "
             "with --rescore for what is scored already"
         )
+
+
+def stands(output: Store, shard: Shard) -> bool:
+    """Whether a shard's table, if it has one, still speaks of it."""
+    table = open_table(output, shard)
+    return table is not None and _unchanged(output, shard, table)
 
 
 def _unchanged(output: Store, shard: Shard, table: Table) -> bool:

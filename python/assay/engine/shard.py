@@ -124,10 +124,13 @@ def score_shard(
 
 
 def score_anew_or_stored(
-    workshop: Workshop, shard: Shard, output: Store, on_progress: Callable[[int, float], None]
+    workshop: Workshop, shard: Shard, output: Store, on_progress: Callable[[int, float], None], anew: bool = False
 ) -> tuple[Footer, bool]:
-    """Score a shard, from its stored features where that can be -> its table's footer, and whether it could."""
-    stored = score_stored(workshop, shard, output)
+    """Score a shard, from its stored features where that can be -> its table's footer, and whether it could.
+
+    ``anew``: not from its features, which lack the rows that were quarantined.
+    """
+    stored = None if anew else score_stored(workshop, shard, output)
     if stored is None:
         return score_shard(workshop, shard, output, on_progress), False
     on_progress(stored.input.rows, 1.0)

@@ -111,12 +111,30 @@ class Store:
         """Those of several files; None of one that is not there, or cannot be looked at. Elsewhere than here by one
         listing for each of their folders."""
         paths = list(paths)
-        if not self.is_local:
-            self.fs.invalidate_cache()
-            for folder in sorted({os.path.dirname(path) for path in paths}):
-                with contextlib.suppress(OSError):
-                    self.fs.ls(self.full(folder), detail=True)  # which `_look` finds in the listings' cache
+        self._list_folders(paths)
         return {path: self._look_if_there(self.full(path)) for path in paths}
+
+    def times(self, paths: Iterable[str]) -> dict[str, float | None]:
+        """When files were written, in seconds by the file system's clock; None of one that is not there, or where it
+        does not say. Elsewhere than here by one listing for each of their folders."""
+        paths = list(paths)
+        self._list_folders(paths)
+        return {path: self._time(self.full(path)) for path in paths}
+
+    def _time(self, full: str) -> float | None:
+        try:
+            return os.stat(full).st_mtime if self.is_local else float(self.fs.modified(full).timestamp())
+        except (OSError, NotImplementedError):
+            return None
+
+    def _list_folders(self, paths: Iterable[str]) -> None:
+        """Where that costs a request, so that `_look` and `modified` find the files in the listings' cache."""
+        if self.is_local:
+            return
+        self.fs.invalidate_cache()
+        for folder in sorted({os.path.dirname(path) for path in paths}):
+            with contextlib.suppress(OSError):
+                self.fs.ls(self.full(folder), detail=True)
 
     def fingerprint_of(self, path: str, file: BinaryIO) -> Fingerprint:
         """That of a file that has just been opened, before anything is read."""

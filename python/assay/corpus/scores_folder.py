@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import NamedTuple
 
 from assay.corpus.errors import CorpusError
@@ -69,7 +70,7 @@ def open_scores(url: str, corpus_path: str | None = None) -> Scores:
     manifest = read_manifest(store)
     corpus = find_corpus(corpus_path, manifest.corpus)
     corpus_path = corpus_path or manifest.corpus
-    shards = tuple(_status(store, shard, manifest) for shard in corpus.shards)
+    shards = tuple(store.map(partial(_status, store, manifest), corpus.shards))
     columns = tuple(column.name for column in manifest.columns)
     return Scores(store, corpus_path, corpus, manifest, columns, tuple(manifest.inputs), shards)
 
@@ -94,7 +95,7 @@ def find_corpus(now: str | None, then: str) -> Corpus:
         raise CorpusError(f"{error}; if the corpus has moved, say where it is with --corpus") from error
 
 
-def _status(store: Store, shard: Shard, identity: Identity) -> ShardStatus:
+def _status(store: Store, identity: Identity, shard: Shard) -> ShardStatus:
     table = open_table(store, shard)
     if table is None:
         entry = next(read_quarantine(store, shard), None)

@@ -10,20 +10,26 @@ import stat
 import tempfile
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from assay.corpus.errors import CorpusError
 
+T = TypeVar("T")
+R = TypeVar("R")
+
 TEMPORARY_SUFFIX = ".tmp"
 # A temporary lives for as long as one file takes to write, and every write renews its age.
 ABANDONED_AFTER_SECONDS = 3600.0
 # A manifest of 200,000 shards has some 30 MB.
 MAX_TEXT_BYTES = 256 << 20
+_REQUESTS_AT_ONCE = 16
 # Of a file itself: it is not there, not to be had, or none. Others, as EIO, ESTALE and EMFILE, may pass.
 _OF_FILE = (errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG)
 
@@ -167,6 +173,32 @@ class Store:
         if self.is_local:
             return _open_regular(self.full(path))
         return cast(BinaryIO, self.fs.open(self.full(path), "rb"))
+
+    def read_tail(self, path: str, size: int) -> bytes:
+        """A file's last ``size`` bytes, or all that it has; elsewhere than here by one request."""
+        if not self.is_local:
+            return cast(bytes, self.fs.cat_file(self.full(path), start=-size))
+        with _open_regular(self.full(path)) as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - size))
+            return file.read(size)
+
+    def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        """The function of each item, in order. It asks for files of this folder: elsewhere than here, where the answers
+        take their time, several are asked for at once, and a little ahead."""
+        if self.is_local:
+            yield from map(function, items)
+            return
+        pool = ThreadPoolExecutor(_REQUESTS_AT_ONCE)
+        try:
+            waiting: deque[Future[R]] = deque()
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > 4 * _REQUESTS_AT_ONCE:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def sha256(self, path: str) -> str:
         """The SHA-256 of a file's content, in hexadecimal."""

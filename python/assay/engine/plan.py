@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from assay._version import __version__
@@ -79,10 +80,11 @@ def make_plan(
     index, count = part
     done = Tally()
     todo, stale, changed, retried = [], [], [], {}
-    for shard in corpus.shards[index - 1 :: count]:
-        table = open_table(output, shard)
-        differences = table.differences(identity) if table else []
-        if table and not differences and _unchanged(output, shard, table):
+    shards = corpus.shards[index - 1 :: count]
+    for shard, (table, differences, is_sound) in zip(
+        shards, output.map(partial(_known, output, identity), shards), strict=True
+    ):
+        if table and is_sound:
             if not retry or not table.footer.rows.quarantined:
                 done.add(table.footer)
                 continue
@@ -117,6 +119,15 @@ def refuse_changes(plan: Plan) -> None:
             f"{', '.join(changed)}: has changed since the run began, and one run must not mix both; run again, "
             "with --rescore for what is scored already"
         )
+
+
+def _known(output: Store, identity: Identity, shard: Shard) -> tuple[Table | None, list[str], bool]:
+    """A shard's table, what makes it another recipe's, and whether it is this one's and the shard is what it was."""
+    table = open_table(output, shard)
+    if table is None:
+        return None, [], False
+    differences = table.differences(identity)
+    return table, differences, not differences and _unchanged(output, shard, table)
 
 
 def stands(output: Store, shard: Shard) -> bool:

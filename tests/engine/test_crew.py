@@ -18,7 +18,7 @@ import torch
 
 from assay.corpus.errors import CorpusError
 from assay.corpus.storage import Store
-from assay.engine import crew, shard, units
+from assay.engine import crew, processes, shard, units
 from assay.engine.crew import DIED_TWICE
 from assay.engine.local import run
 from assay.engine.progress import Progress
@@ -47,7 +47,7 @@ def _one_thread():
 def _forked(monkeypatch):
     """Workers forked from a process that has imported everything; how one really starts has a test of its own."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
-    monkeypatch.setattr(crew, "START", "forkserver")
+    monkeypatch.setattr(processes, "START", "forkserver")
     yield
     assert multiprocessing.active_children() == []
 
@@ -66,7 +66,7 @@ def written(folder):
 
 
 def odd(monkeypatch, name):
-    monkeypatch.setattr(crew.worker, "main", getattr(odd_workers, name))
+    monkeypatch.setattr(processes.worker, "main", getattr(odd_workers, name))
 
 
 class Counts(Progress):
@@ -189,15 +189,15 @@ def test_a_shard_on_which_two_die_is_quarantined(project, monkeypatch, split):
     assert [(path, row) for path, row, *_ in project.quarantine()] == [("deadly.jsonl", None)]
     assert [path for path in written(project.scores) if path.endswith(".tmp")] == []
     monkeypatch.undo()
-    monkeypatch.setattr(crew, "START", "forkserver")
+    monkeypatch.setattr(processes, "START", "forkserver")
     again = score(project, TWO)
     assert (again.done_before, again.scored, again.clean) == (2, 1, True)
     assert project.quarantine() == []
 
 
 def test_a_worker_that_cannot_start_is_one_line(project, monkeypatch, capfd):
-    monkeypatch.setattr(crew, "START", "spawn")
-    monkeypatch.setattr(crew.worker, "main", unimportable.main)
+    monkeypatch.setattr(processes, "START", "spawn")
+    monkeypatch.setattr(processes.worker, "main", unimportable.main)
     with pytest.raises(EngineError, match=r"the worker on cpu ended before it could start \(exit code 1\)") as caught:
         score(project, TWO)
     assert "\n" not in str(caught.value)
@@ -242,7 +242,8 @@ def test_an_interrupt_while_a_worker_starts_ends_it(project, monkeypatch):
     monkeypatch.setattr(multiprocessing.context.ForkServerProcess, "start", start)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     collected: list = []  # what would keep the pipe of a forgotten worker open
-    monkeypatch.setattr(crew, "_Worker", lambda *rest, new=crew._Worker: collected.append(new(*rest)) or collected[-1])
+    new = processes.WorkerProcess
+    monkeypatch.setattr(processes, "WorkerProcess", lambda *rest: collected.append(new(*rest)) or collected[-1])
     try:
         with pytest.raises(KeyboardInterrupt):
             score(project, TWO)
@@ -351,7 +352,7 @@ def wait_for(condition) -> None:
 
 def test_no_worker_outlives_the_process_that_started_it(project, monkeypatch):
     """Workers start here as they do for everybody."""
-    monkeypatch.setattr(crew, "START", "spawn")
+    monkeypatch.setattr(processes, "START", "spawn")
     for i in range(20):
         project.write_shard(f"{i:02}.jsonl", make_rows(10, 50 + i))
     odd(monkeypatch, "slow")
@@ -364,7 +365,7 @@ def test_no_worker_outlives_the_process_that_started_it(project, monkeypatch):
     parent.join()
     wait_for(lambda: not alive(pids))
     monkeypatch.undo()
-    monkeypatch.setattr(crew, "START", "forkserver")
+    monkeypatch.setattr(processes, "START", "forkserver")
     done = len(project.tables())
     assert score(project, TWO).done_before == done >= 3
     score(project, "output=alone", "run.devices=cpu")

@@ -13,7 +13,7 @@ from assay.corpus.quarantine import QuarantineWriter
 from assay.corpus.score_files import ScoreWriter
 from assay.corpus.scores_folder import State, open_scores
 from assay.corpus.validation import validate_scores
-from assay.engine import crew, shard
+from assay.engine import processes, shard
 from assay.engine.kept_features import FeatureWriters
 from assay.engine.local import run
 from assay.recipe.recipe import load_recipe
@@ -162,7 +162,7 @@ def test_stored_features_do_not_hide_the_rows_that_they_lack(project, monkeypatc
     project.write_shard("../t.jsonl", make_rows(5, 8))
     project.write_recipe(methods=[trak], targets={"t": {"path": "t.jsonl"}})
     disturbed(project, "s0-3")
-    monkeypatch.setattr(crew, "START", "forkserver")
+    monkeypatch.setattr(processes, "START", "forkserver")
     multiprocessing.get_context("forkserver").set_forkserver_preload(["assay.engine.worker", "assay.engine.local"])
     summary = score(project, f"run.devices='{devices}'", retry=True)
     assert (summary.workers, summary.reused, summary.still_quarantined) == (len(devices.split(",")), 0, 1)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     DataCollatorForTokenClassification,
+    DataCollatorWithFlattening,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -222,6 +223,24 @@ def test_chosen_tokens_are_those_of_plain_pytorch(text, tmp_path) -> None:
     trainer = MyTrainer(model, args, pad(), text, reweighter=reweighter, reference=reference, keep_tokens=0.3)
     trainer.train()
     close(weights_of(model), replayed_tokens(language_model(), reference, reweighter.table(), text, 2, 0.3))
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_rows_without_padding(steps, text, tmp_path) -> None:
+    """Observed, it trains as without; reweighted, as plain PyTorch does on the samples one by one."""
+    args = arguments(tmp_path, gradient_accumulation_steps=steps, dataloader_num_workers=steps - 1)
+    stock = Trainer(language_model(), args, DataCollatorWithFlattening(), text)
+    stock.train()
+    model = language_model()
+    reweighter = Reweighter(model, mimic(language_model, model), mode="observe")
+    MyTrainer(model, args, DataCollatorWithFlattening(), text, reweighter=reweighter).train()
+    close(weights_of(model), weights_of(stock.model))
+    model = language_model()
+    reweighter = Reweighter(model, mimic(language_model, model, "*self_attn*"), temperature=0.03)
+    MyTrainer(model, args, DataCollatorWithFlattening(), text, reweighter=reweighter).train()
+    table = reweighter.table()
+    assert max(table["weight"].to_pylist()) > 1.4
+    close(weights_of(model), replayed(language_model(), table, text, steps))
 
 
 @pytest.mark.parametrize("make", [language_model, vit])

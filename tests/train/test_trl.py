@@ -8,6 +8,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+import torch.utils.data
 
 from assay.methods import GraNd
 from assay.tasks import CausalLM
@@ -118,11 +119,61 @@ def test_a_reference_s_losses_are_its_own(layers, tmp_path) -> None:
         assert (row["reference_loss"], row["rho"]) == pytest.approx((own, row["loss"] - own), rel=1e-4, abs=1e-5)
 
 
+FLAT = [{"padding_free": True, "max_length": None}, {"packing": True, "max_length": 80}]
+
+
+@pytest.mark.parametrize("flat", FLAT, ids=["padding-free", "packing"])
+def test_rows_of_many_samples(flat, tmp_path) -> None:
+    """Observed, it trains as without; reweighted, as plain PyTorch does on the samples one by one."""
+    options = flat | {"pad_to_multiple_of": 8, "gradient_accumulation_steps": 1, "max_steps": 3}
+    stock = trainer_of(tmp_path, model=language_model(), **options)
+    stock.train()
+    model = language_model()
+    reweighter = Reweighter(model, mimic(language_model, model), mode="observe")
+    trainer = trainer_of(tmp_path, reweighter, model, **options)
+    trainer.train()
+    assert losses_logged(trainer) == pytest.approx(losses_logged(stock), rel=1e-5)
+    close(weights_of(model), weights_of(stock.model))
+    samples = trainer_of(tmp_path, model=language_model()).train_dataset
+    assert set(reweighter.table()["id"].to_pylist()) <= set(samples["id"])
+    model = language_model()
+    reweighter = Reweighter(model, mimic(language_model, model, "*self_attn*"), temperature=0.03)
+    trainer_of(tmp_path, reweighter, model, **options).train()
+    table = reweighter.table()
+    assert max(table["weight"].to_pylist()) > 1.1
+    close(weights_of(model), replayed(language_model(), table, samples, 1))
+
+
+def test_packed_rows_are_compared_with_a_reference_by_token(tmp_path) -> None:
+    model, reference = language_model(), language_model(1)
+    reweighter = Reweighter(model, mimic(language_model, model, "lm_head"), mode="observe", by="rho")
+    options = FLAT[1] | {"gradient_accumulation_steps": 1}
+    trainer_of(tmp_path, reweighter, model, reference, keep_tokens=0.3, **options).train()
+    samples = trainer_of(tmp_path, model=language_model()).train_dataset
+    close(weights_of(model), replayed_tokens(language_model(), reference, reweighter.table(), samples, 1, 0.3))
+
+
+def test_what_is_packed_has_ids(tmp_path) -> None:
+    model = language_model()
+    reweighter = Reweighter(model, mimic(language_model, model, "lm_head"), mode="observe")
+    trainer = trainer_of(tmp_path, reweighter, model, **FLAT[1])
+    for row in trainer.train_dataset:
+        assert len(row["id"]) == len(row["input_ids"]) == sum(row["seq_lengths"])
+    trainer.get_train_dataloader = lambda: torch.utils.data.DataLoader(  # an override that leaves the ids behind
+        [{name: row[name] for name in ("input_ids", "labels", "seq_lengths")} for row in trainer.train_dataset],
+        collate_fn=trainer.data_collator,
+    )
+    trainer.id_column = None
+    with pytest.raises(ValueError, match="came without what tells its samples apart"):
+        trainer.train()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"packing": True}, "packing=True: a packed row holds many samples"),
-        ({"padding_free": True, "max_length": None}, "padding_free=True: all samples are one row"),
+        ({"packing": True, "packing_strategy": "wrapped"}, "packing_strategy='wrapped' cuts samples in pieces"),
+        ({"packing": True, "packing_strategy": "bfd_split"}, "packing_strategy='bfd_split' cuts samples in pieces"),
+        ({"packing": True, "max_length": None}, "packing=True without max_length"),
         ({"loss_type": "dft"}, "loss_type='dft'"),
     ],
 )

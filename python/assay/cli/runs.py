@@ -33,6 +33,9 @@ def score(
         str | None,
         typer.Option(metavar="DEVICES", help="Where to run: auto, cpu, or a worker each on cuda:0,cuda:1 or cpu,cpu."),
     ] = None,
+    engine: Annotated[
+        str, typer.Option(metavar="local|ray", help="Workers of this machine, or actors of a Ray cluster.")
+    ] = "local",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and the recipe.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")] = False,
     interval: Annotated[float, typer.Option(help="Seconds between progress lines off a terminal.")] = 10.0,
@@ -48,7 +51,8 @@ def score(
     named = [] if devices is None else [f"run.devices={devices}"]
     loaded = load_recipe(recipe, [*(overrides or ()), *named], trust or ())
     if dry_run:
-        say(f"devices: {', '.join(map(str, find_devices(loaded.run.devices)))}")
+        if engine == "local":
+            say(f"devices: {', '.join(map(str, find_devices(loaded.run.devices)))}")
         plan = make_plan(loaded, part, rescore, retry=retry)
         say(f"{len(plan.todo)} shards to score ({len(plan.stale)} of them again), {plan.done.shards} done")
         for todo in plan.todo:
@@ -56,7 +60,8 @@ def score(
         for line in loaded.to_yaml().splitlines():
             say(line)
         return OK
-    summary = run(loaded, part=part, rescore=rescore, retry=retry, progress=progress_of(quiet, interval))
+    shown = progress_of(quiet, interval)
+    summary = run(loaded, part=part, rescore=rescore, retry=retry, progress=shown, engine=engine)
     if not quiet:
         for line in summary.lines():
             say(line)

@@ -4,34 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import multiprocessing
 import os
-import signal
 import tempfile
-import threading
 import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection, wait
 from typing import Any
 
-import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
 from assay.corpus.errors import CorpusError, ShardError
 from assay.corpus.footer import Footer
+from assay.corpus.layout import table_path
 from assay.corpus.shards import Shard
 from assay.corpus.storage import TEMPORARY_SUFFIX, Store
-from assay.engine import worker
-from assay.engine.devices import threads_each
 from assay.engine.messages import Advanced, Began, Failed, Finished, Logged, Ready, Setup, Unit
 from assay.engine.parts import Part, PartsDiffer, join_parts
 from assay.engine.plan import Plan, write_manifest
 from assay.engine.progress import Progress
 from assay.engine.shard import Share
+from assay.engine.staff import Hand, Staff
 from assay.engine.timing import Times
 from assay.engine.units import Job, Outcome, shares
 from assay.recipe.errors import EngineError
@@ -39,10 +33,7 @@ from assay.recipe.models import hashed_files
 
 log = logging.getLogger("assay")
 
-# How a worker's process starts. Not by forking: threads and GPU contexts do not survive it.
-START = "spawn"
 DIED_TWICE = "a worker died twice on it"
-_PATIENCE_SECONDS = 5.0
 # Staged parts are given a new age so often: an hour's is what others take for an abandoned one.
 _RENEW_SECONDS = 600.0
 
@@ -50,15 +41,20 @@ _RENEW_SECONDS = 600.0
 def score_with_workers(
     plan: Plan,
     sizes: Mapping[Shard, int],
-    devices: Sequence[torch.device],
+    staff: Staff[Any],
+    places: Sequence[str],
+    threads: int,
     progress: Progress,
     times: Times,
     on_unreadable: Callable[[Shard, str], None],
 ) -> dict[Shard, Outcome]:
-    """Score a plan's shards with a worker on each device.
+    """Score a plan's shards with a worker in each place.
 
     Args:
         sizes: of the shards to score, in bytes.
+        staff: hires them.
+        places: the device of each.
+        threads: that each computes with.
         progress: starts when the first worker is ready.
         times: the workers' are added up in it.
         on_unreadable: is called as soon as that is known.
@@ -67,16 +63,16 @@ def score_with_workers(
         EngineError: a worker cannot start, or what it scores with fails; all have ended.
     """
     _refuse_memory(plan)
-    crew = _Crew(plan, sizes, progress, times, on_unreadable)
+    crew = _Crew(plan, sizes, staff, threads, progress, times, on_unreadable)
     with _staging(plan.output) as crew.stage:
         try:
-            crew.start(devices)
+            crew.start(places)
             crew.prepare()
             with progress:
                 crew.work()
-            crew.dismiss()
+            staff.dismiss()
         finally:
-            crew.end()
+            staff.end()
             crew.clear()
     return {shard: crew.outcomes[shard] for shard in plan.todo}
 
@@ -97,9 +93,7 @@ def _staging(output: Store) -> Iterator[Callable[[], str]]:
 
 @dataclass
 class _Worker:
-    device: torch.device
-    process: Any
-    connection: Connection
+    hand: Hand
     ready: Ready | None = None
     job: Job | None = None
     began: float = field(default_factory=time.perf_counter)
@@ -112,6 +106,8 @@ class _Crew:
         self,
         plan: Plan,
         sizes: Mapping[Shard, int],
+        staff: Staff[Any],
+        threads: int,
         progress: Progress,
         times: Times,
         on_unreadable: Callable[[Shard, str], None],
@@ -119,11 +115,10 @@ class _Crew:
         self.outcomes: dict[Shard, Outcome] = {}
         self._sizes = sizes
         self._plan, self._progress, self._times, self._on_unreadable = plan, progress, times, on_unreadable
-        self._context: Any = multiprocessing.get_context(START)
+        self._staff, self._threads = staff, threads
         self._workers: list[_Worker] = []
-        self._devices: Sequence[torch.device] = ()
-        self._threads = 1
-        self._starts: dict[torch.device, int] = {}
+        self._places: Sequence[str] = ()
+        self._starts: dict[str, int] = {}
         self._waiting: deque[Job] = deque()
         self._ready: Ready | None = None
         self._staged: dict[Shard, dict[int, Part]] = {}
@@ -131,23 +126,14 @@ class _Crew:
 
     # -- the workers' lives
 
-    def start(self, devices: Sequence[torch.device]) -> None:
-        self._devices, self._threads = devices, threads_each(len(devices))
-        for each in [self._hire(device) for device in devices]:  # all of them start before one has to listen
+    def start(self, places: Sequence[str]) -> None:
+        self._places = places
+        for each in [self._hire(place) for place in places]:  # all of them start before one has to listen
             self._brief(each)
 
-    def _hire(self, device: torch.device) -> _Worker:
-        """Start a worker's process."""
-        mine, theirs = self._context.Pipe()
-        process = self._context.Process(target=worker.main, args=(theirs,), daemon=True, name="assay-worker")
-        hired = _Worker(device, process, mine)
-        resource_tracker.ensure_running()  # it lets interrupts through when it starts
-        with _without_interrupts(), theirs:
-            try:
-                process.start()
-            except OSError as error:
-                raise EngineError(f"run.devices: no worker can be started on {device} ({error})") from error
-            self._workers.append(hired)
+    def _hire(self, place: str) -> _Worker:
+        hired = _Worker(self._staff.hire(place))
+        self._workers.append(hired)
         return hired
 
     def _brief(self, hired: _Worker) -> None:
@@ -161,31 +147,27 @@ class _Crew:
             self._plan.identity,
             fitted,
             hashed_files(),
-            str(hired.device),
+            hired.hand.device,
             self._threads,
             logging.getLogger("assay").getEffectiveLevel(),
             hired.began,
         )
-        with contextlib.suppress(OSError):  # its death will be noticed where its words are waited for
-            hired.connection.send(setup)
+        hired.hand.tell(setup)
 
     def _bury(self, dead: _Worker) -> None:
         """Make good what a worker's death has cost."""
         self._workers.remove(dead)
-        dead.connection.close()
-        how = _end_of(dead.process)
+        place = dead.hand.place
+        how, accident = dead.hand.end_of()
         if dead.ready is None:
-            self._starts[dead.device] = self._starts.get(dead.device, 0) + 1
-            if dead.process.exitcode is None or dead.process.exitcode >= 0 or self._starts[dead.device] > 1:
-                raise EngineError(
-                    f"run.devices: the worker on {dead.device} ended before it could start ({how}); what it printed "
-                    "stands above. A script that runs a recipe does so under `if __name__ == '__main__':`"
-                )
-            log.warning("the worker on %s ended while it loaded the models (%s); another one starts", dead.device, how)
+            self._starts[place] = self._starts.get(place, 0) + 1
+            if not accident or self._starts[place] > 1:
+                raise EngineError(f"the worker on {place} ended before it could start ({how}); {self._staff.advice}")
+            log.warning("the worker on %s ended while it loaded the models (%s); another one starts", place, how)
         elif dead.job is not None:
             self._retry(dead.job, how)
         if self._waiting or self._ready is None:
-            self._brief(self._hire(dead.device))
+            self._brief(self._hire(place))
 
     def _retry(self, job: Job, how: str) -> None:
         self._progress.advance(-job.rows, -job.reached * job.size)
@@ -201,24 +183,6 @@ class _Crew:
         log.warning("%s: a worker died on it (%s); another one tries again", job.shard.path, how)
         self._waiting.appendleft(job)
 
-    def dismiss(self) -> None:
-        """Let the workers end by themselves."""
-        for each in self._workers:
-            with contextlib.suppress(OSError):
-                each.connection.send(None)
-        _join([each.process for each in self._workers])
-
-    def end(self) -> None:
-        """See that no worker is left."""
-        processes = [each.process for each in self._workers]
-        for process in processes:
-            process.terminate()
-        _join(processes)
-        for each in self._workers:
-            each.process.kill()
-            each.process.join()
-            each.connection.close()
-
     def clear(self) -> None:
         """Remove what is staged."""
         jobs = [each.job for each in self._workers] + list(self._waiting)
@@ -232,9 +196,10 @@ class _Crew:
         while self._ready is None:
             self._listen()
         write_manifest(self._plan, self._ready.columns)
-        total, workers = sum(self._sizes.values()), len(self._devices)
+        total, workers = sum(self._sizes.values()), len(self._places)
         for shard, size in sorted(self._sizes.items(), key=lambda item: -item[1]):
-            count = shares(self._plan, size, total, workers) if self._ready.gathers is not None else 1
+            in_parts = self._ready.gathers is not None and (self._staff.sees_local_files or self._plan.output.is_local)
+            count = shares(self._plan, size, total, workers) if in_parts else 1
             self._waiting += [Job(shard, size / count, Share(i, count)) for i in range(count)]
 
     def work(self) -> None:
@@ -242,7 +207,7 @@ class _Crew:
         self._progress.start(len(self._sizes), sum(self._sizes.values()))
         while len(self.outcomes) < len(self._sizes):
             if not self._workers:
-                self._brief(self._hire(self._devices[0]))
+                self._brief(self._hire(self._places[0]))
             for each in self._workers:
                 if each.ready and each.job is None and self._waiting:
                     self._hand_out(each, self._waiting.popleft())
@@ -251,15 +216,12 @@ class _Crew:
     def _hand_out(self, to: _Worker, job: Job) -> None:
         job.path = self.stage() if job.share.count > 1 else None
         to.job = job
-        with contextlib.suppress(OSError):  # its death will be noticed where its words are waited for
-            to.connection.send(Unit(job.shard, job.share, job.path, job.shard in self._plan.retried))
+        to.hand.tell(Unit(job.shard, job.share, job.path, job.shard in self._plan.retried))
 
     def _listen(self) -> None:
-        heard = wait([each.connection for each in self._workers], timeout=_RENEW_SECONDS)
-        for each in [w for w in self._workers if w.connection in heard]:
-            message = None
-            with contextlib.suppress(EOFError, OSError):
-                message = each.connection.recv()
+        heard = self._staff.wait([each.hand for each in self._workers], _RENEW_SECONDS)
+        for each in [w for w in self._workers if w.hand in heard]:
+            message = each.hand.hear()
             if message is None:
                 self._bury(each)
             else:
@@ -280,7 +242,7 @@ class _Crew:
             raise EngineError(message.reason)
         elif isinstance(message, Ready):
             who.ready, self._ready = message, self._ready or message
-            self._starts[who.device] = 0
+            self._starts[who.hand.place] = 0
             self._times.add(message.times)
         elif job is not None and isinstance(message, Began):
             job.began = True
@@ -301,12 +263,21 @@ class _Crew:
         if isinstance(outcome, str):
             self._settle(job.shard, outcome)
         elif isinstance(outcome, Footer):
+            self._see(job.shard)
             self._settle(job.shard, (outcome, message.stored))
         else:
             parts = self._staged.setdefault(job.shard, {})
             parts[job.share.index] = outcome
             if len(parts) == job.share.count:
                 self._join([parts[i] for i in range(len(parts))], job.shard, job.size * len(parts))
+
+    def _see(self, shard: Shard) -> None:
+        """EngineError unless a table that a worker says it wrote is there."""
+        if not self._staff.sees_local_files and not self._plan.output.exists(table_path(shard)):
+            raise EngineError(
+                f"{shard.path}: a worker wrote its table to {self._plan.output.url}, and here there is none; expected "
+                "an output that every node sees, a shared folder or an object store"
+            )
 
     def _join(self, parts: list[Part], shard: Shard, size: float) -> None:
         assert self._ready is not None
@@ -336,50 +307,6 @@ class _Crew:
 
     def _drop(self, shard: Shard) -> None:
         _remove([part.path for part in self._staged.pop(shard, {}).values()])
-
-
-@contextlib.contextmanager
-def _without_interrupts() -> Iterator[None]:
-    """A process that is started in the block does not hear Ctrl-C, and an interrupt waits for the block's end.
-
-    The mask is one thread's: another that does not block the signal takes it, and Python interrupts the main one.
-    """
-    heard: list[int] = []
-    own = signal.getsignal(signal.SIGINT)
-    waits = threading.current_thread() is threading.main_thread() and callable(own)
-    if waits:
-        signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        if waits:
-            signal.signal(signal.SIGINT, own)
-        if heard:
-            signal.raise_signal(signal.SIGINT)
-
-
-def _join(processes: Sequence[Any]) -> None:
-    """Wait for processes to end, for a while."""
-    until = time.monotonic() + _PATIENCE_SECONDS
-    for process in processes:
-        process.join(max(0.0, until - time.monotonic()))
-
-
-def _end_of(process: Any) -> str:
-    process.join(_PATIENCE_SECONDS)
-    code = process.exitcode
-    if code is None:
-        process.kill()
-        process.join()
-        return "it closed its pipe"
-    if code >= 0:
-        return f"exit code {code}"
-    try:
-        return f"killed by {signal.Signals(-code).name}"
-    except ValueError:
-        return f"killed by signal {-code}"
 
 
 def _remove(paths: Sequence[str]) -> None:

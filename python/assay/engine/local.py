@@ -19,13 +19,16 @@ from assay.corpus.quarantine import QuarantineWriter
 from assay.corpus.shards import Shard
 from assay.corpus.storage import Store
 from assay.engine.crew import score_with_workers
-from assay.engine.devices import find_devices
+from assay.engine.devices import find_devices, threads_each
 from assay.engine.plan import Plan, find_corpora, make_plan, stands, write_manifest
+from assay.engine.processes import Processes
 from assay.engine.progress import Progress
+from assay.engine.ray_actors import RayActors
 from assay.engine.shard import score_anew_or_stored
 from assay.engine.timing import Times
 from assay.engine.units import Outcome, sizes_of, units_at_most
 from assay.engine.workshop import open_workshop
+from assay.recipe.errors import EngineError
 from assay.recipe.recipe import Recipe
 
 log = logging.getLogger("assay")
@@ -79,14 +82,18 @@ def run(
     rescore: bool = False,
     retry: bool = False,
     progress: Progress | None = None,
+    engine: str = "local",
 ) -> RunSummary:
     """Score whatever is not scored yet, and say what became of every row.
 
-    With ``retry`` also every shard with rows in quarantine, whole: a row's scores may depend on its neighbours.
-
-    With several devices in ``recipe.run`` a worker process on each; with one, here.
+    Args:
+        retry: also every shard with rows in quarantine, whole: a row's scores may depend on its neighbours.
+        engine: ``"local"``: with several devices in ``recipe.run`` a worker process on each; with one, here. ``"ray"``:
+            actors of a Ray cluster, as ``recipe.run.ray`` says.
     """
-    devices = find_devices(recipe.run.devices)
+    if engine not in ("local", "ray"):
+        raise EngineError(f"--engine {engine}: expected local or ray")
+    devices = find_devices(recipe.run.devices) if engine == "local" else []
     corpora = find_corpora(recipe)
     output = Store.at(recipe.output)
     with claim(output, canonical_hash([recipe.corpus.path, recipe.identity()]), shared=True):
@@ -101,9 +108,8 @@ def run(
 
 
 def _score(plan: Plan, devices: Sequence[torch.device], summary: RunSummary, progress: Progress) -> None:
-    """Score what is to do, and count what became of it in the plan's order."""
+    """Score what is to do, on these devices or if there are none by Ray, and count it in the plan's order."""
     began, sizes = time.perf_counter(), sizes_of(plan.todo)
-    devices = devices[: units_at_most(plan, sizes, len(devices))]
 
     def on_unreadable(shard: Shard, reason: str) -> None:
         log.error("%s: %s", shard.path, reason)
@@ -111,11 +117,21 @@ def _score(plan: Plan, devices: Sequence[torch.device], summary: RunSummary, pro
             return  # what was known of it before is more than that it could not be read again
         _quarantine_shard(plan.output, shard, reason)
 
-    if len(devices) > 1:
-        outcomes = score_with_workers(plan, sizes, devices, progress, summary.times, on_unreadable)
+    rest = (progress, summary.times, on_unreadable)
+    devices = devices[: units_at_most(plan, sizes, len(devices))]
+    if len(devices) == 1:
+        workers, outcomes = 1, _score_here(plan, sizes, devices[0], *rest)
+    elif devices:
+        workers, places = len(devices), [str(device) for device in devices]
+        outcomes = score_with_workers(plan, sizes, Processes(), places, threads_each(workers), *rest)
     else:
-        outcomes = _score_here(plan, sizes, devices[0], progress, summary.times, on_unreadable)
-    summary.times.total, summary.workers = time.perf_counter() - began, len(devices)
+        spec = plan.recipe.run.ray
+        staff = RayActors(spec)
+        places = staff.places()
+        places = places[: units_at_most(plan, sizes, len(places))]
+        workers = len(places)
+        outcomes = score_with_workers(plan, sizes, staff, places, max(1, int(spec.cpus)), *rest)
+    summary.times.total, summary.workers = time.perf_counter() - began, workers
     for shard, outcome in outcomes.items():
         summary.retried += plan.retried.get(shard, 0)
         if isinstance(outcome, str):

@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -50,22 +51,23 @@ def serve(connection: Connection, setup: Setup) -> None:
     speaker = _Speaker(connection)
     units: queue.SimpleQueue[Unit | None] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(connection, units), daemon=True).start()
-    _log_to(speaker, setup.log_level)
+    log_to(speaker.say, setup.log_level)
     try:
         limit_threads(setup.threads)
-        workshop, output = _open(setup)
+        workshop, output = open_for(setup)
         load = Times(load=time.perf_counter() - setup.began)
         speaker.say(Ready(workshop.columns, gathered(workshop), load))
         while (unit := units.get()) is not None:
             speaker.say(Began())
-            speaker.say(_work(workshop, output, unit, speaker))
+            speaker.say(work(workshop, output, unit, speaker.say))
     except Exception as error:
         if os.environ.get("ASSAY_DEBUG") == "1":
             logging.getLogger("assay").exception("worker on %s", setup.device)
-        speaker.say(Failed(_described(error)))
+        speaker.say(Failed(described(error)))
 
 
-def _open(setup: Setup) -> tuple[Workshop, Store]:
+def open_for(setup: Setup) -> tuple[Workshop, Store]:
+    """The workshop that a plan's shards are scored with, and where their tables go."""
     take_hashed(setup.hashed)
     recipe = Recipe.model_validate(setup.recipe, context={"base": "/", "trust": setup.trust})
     recipe = recipe.model_copy(update={"task": setup.task})
@@ -77,9 +79,11 @@ def _open(setup: Setup) -> tuple[Workshop, Store]:
     return workshop, output
 
 
-def _work(workshop: Workshop, output: Store, unit: Unit, speaker: _Speaker) -> Finished:
+def work(workshop: Workshop, output: Store, unit: Unit, say: Callable[[Any], None]) -> Finished:
+    """Score a unit; how far it is is said meanwhile."""
+
     def advance(rows: int, share: float) -> None:
-        speaker.say(Advanced(rows, share))
+        say(Advanced(rows, share))
 
     before, stored = vars(workshop.times).copy(), False
     outcome: Any
@@ -93,7 +97,8 @@ def _work(workshop: Workshop, output: Store, unit: Unit, speaker: _Speaker) -> F
     return Finished(outcome, stored, Times(**{part: s - before[part] for part, s in vars(workshop.times).items()}))
 
 
-def _described(error: Exception) -> str:
+def described(error: Exception) -> str:
+    """In one line."""
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return str(error) if isinstance(error, ValueError | ImportError) else f"{type(error).__name__}: {error}"
@@ -121,15 +126,16 @@ class _Speaker:
 
 
 class _Told(logging.Handler):
-    def __init__(self, speaker: _Speaker) -> None:
+    def __init__(self, say: Callable[[Any], None]) -> None:
         super().__init__()
-        self._speaker = speaker
+        self._say = say
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._speaker.say(Logged(record.levelno, self.format(record)))
+        self._say(Logged(record.levelno, self.format(record)))
 
 
-def _log_to(speaker: _Speaker, level: int) -> None:
+def log_to(say: Callable[[Any], None], level: int) -> None:
+    """Lines for the log are said."""
     log = logging.getLogger("assay")
-    log.handlers, log.propagate = [_Told(speaker)], False
+    log.handlers, log.propagate = [_Told(say)], False
     log.setLevel(level)

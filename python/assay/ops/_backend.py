@@ -20,7 +20,7 @@ from assay.ops import _cuda
 from assay.ops._exact import exact
 
 if TYPE_CHECKING:
-    from torch._library.custom_ops import CustomOpDef  # torch.library has it, but not in its __all__
+    from torch._ops import OpOverload
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 GPU_BACKENDS = ("triton", "cuda")
@@ -67,8 +67,8 @@ def op(
     prepare: Run | None = None,
     lacks: Callable[..., str | None] | None = None,
     label: Callable[..., str] | None = None,
-) -> Callable[[Run], CustomOpDef]:
-    """``torch.library.custom_op`` assay::``name``, which writes to none of its arguments.
+) -> Callable[[Run], OpOverload]:
+    """The op assay::``name`` of ``torch.ops``, which writes to none of its arguments and has no derivative.
 
     What is decorated makes the empty result, and its signature is the op's. The choice falls when the op runs. float64
     has no kernels; where an operand has no elements there is nothing for one to do: both run the reference.
@@ -96,10 +96,18 @@ def op(
             chosen = "reference"
         return runs[chosen](*(prepare(*arguments) if prepare else arguments))
 
-    def register(fake: Run) -> CustomOpDef:
+    def backward(*_: Any) -> Any:
+        raise RuntimeError(f"assay::{name} has no derivative; expected inputs without gradients, or torch.no_grad()")
+
+    def register(fake: Run) -> OpOverload:
+        # As torch.library.custom_op does, but for the import of torch._dynamo in the first call: that takes seconds.
+        whole = f"assay::{name}"
         schema = torch.library.infer_schema(fake, mutates_args=())
-        made = torch.library.custom_op(f"assay::{name}", body, mutates_args=(), schema=schema)
-        made.register_fake(fake)
+        torch.library.define(whole, schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.impl(whole, "default", body)
+        torch.library.register_fake(whole, fake)
+        torch.library.register_autograd(whole, backward)
+        made: OpOverload = getattr(torch.ops.assay, name).default
         return made
 
     return register

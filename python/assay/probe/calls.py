@@ -12,6 +12,7 @@ from assay.probe.experts import Routing
 from assay.probe.formulas import Factors
 from assay.probe.head import Head
 from assay.probe.layouts import Layout, arranged
+from assay.probe.packing import Group, Packing
 from assay.probe.selection import Tap
 from assay.probe.starts import Start
 from assay.probe.terms import Dense, Term
@@ -28,6 +29,7 @@ class Call:
         size: B.
         start: of values that all samples share.
         routing: of a mixture's experts.
+        packing: of samples that lie ``"packed"``.
     """
 
     tap: Tap
@@ -39,6 +41,7 @@ class Call:
     size: int = 0
     start: Start | None = None
     routing: Routing | None = None
+    packing: Packing | None = None
     open: int = 0
     grads: Tensor | None = None
 
@@ -49,8 +52,11 @@ class Call:
         residual: Any = self._head().residual
         return Factors(self.checked_inputs(), residual)
 
-    def terms(self, local: str) -> list[Term]:
-        """The gradient of the layer's parameter ``local``: their sum, nothing where it is zero."""
+    def terms(self, local: str, group: Group | None = None) -> list[Term]:
+        """The gradient of the layer's parameter ``local``: their sum, nothing where it is zero.
+
+        ``group``: of packed samples, those whose gradients are wanted.
+        """
         if self.tap.rule is None:
             assert self.start is not None
             return self.start.all_terms()
@@ -62,7 +68,7 @@ class Call:
                 return [Dense(term.dense((*self.tap.module.get_parameter(local).shape, 1)).squeeze(-1))]
             return [term]
         if self.labels is None:
-            return [self.tap.rule.term(self.tap.module, local, self._inputs(), self._grads())]
+            return [self.tap.rule.term(self.tap.module, local, self._inputs(group), self._grads(group))]
         head = self._head()
         return [head if local == "weight" else Dense(head.bias_gradient())]
 
@@ -76,7 +82,8 @@ class Call:
             return head.dot_by_position(direction) if local == "weight" else head.bias_dot_by_position(direction)
         rule = self.tap.rule
         is_weight = self.start is not None and bool(self.start.terms)  # no token's, whatever its shape is
-        if rule is None or not rule.by_position or self.grads is None or positions is None or is_weight:
+        is_packed = self.layout == "packed"
+        if rule is None or not rule.by_position or self.grads is None or positions is None or is_weight or is_packed:
             raise ValueError(f"layer {self.tap.layer!r} ({type(self.tap.module).__name__}) has no positions of its own")
         inputs, grads = self._inputs(), self._grads()
         dots = rule.dot_by_position(self.tap.module, local, inputs, grads, direction)
@@ -93,16 +100,20 @@ class Call:
             )
         return dots.reshape(len(dots), positions, -1).sum(2)  # attention heads, say, at every position
 
-    def _inputs(self) -> Tensor:
+    def _inputs(self, group: Group | None = None) -> Tensor:
         """(B, ...)."""
         inputs = self.checked_inputs()
+        if group is not None and self.packing is not None:
+            return group.rows(self.packing.flat(inputs))
         if self.start is not None:  # the same for all samples
             assert self.grads is not None
             return inputs[None].expand(len(self.grads), *inputs.shape)
         return arranged(inputs, self.layout, self.size)
 
-    def _grads(self) -> Tensor:
+    def _grads(self, group: Group | None = None) -> Tensor:
         assert self.grads is not None
+        if group is not None and self.packing is not None:
+            return group.rows(self.packing.flat(self.grads))
         return arranged(self.grads, self.layout, self.size)
 
     def _head(self) -> Head:

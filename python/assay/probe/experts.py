@@ -82,10 +82,14 @@ class Experts:
 
 @dataclass(frozen=True)
 class Routing:
-    """Where a mixture sends its tokens: ``index`` (N, k) int64 experts and ``weights`` (N, k), N = B·T tokens."""
+    """Where a mixture sends its N tokens: ``index`` (N, k) int64 experts and ``weights`` (N, k).
+
+    ``owner`` (N,) int64 is the sample of each token, −1 where it is nobody's; ``samples`` are B.
+    """
 
     index: Tensor
     weights: Tensor
+    owner: Tensor
     samples: int
 
     def term(self, module: Any, local: str, tokens: Tensor, grads: Tensor) -> Experts:
@@ -101,7 +105,7 @@ class Routing:
         gate = module._apply_gate if module.has_gate else module.act_fn
         each = []
         for e in range(len(module.down_proj)):
-            token, slot = torch.where(self.index == e)
+            token, slot = torch.where((self.index == e) & (self.owner >= 0)[:, None])
             token_states = tokens[token].to(kind)
             outer = grads[token].to(kind) * self.weights[token, slot, None].to(kind)
             with torch.enable_grad():
@@ -116,7 +120,7 @@ class Routing:
                 left, right = left, left.new_ones(len(left), 1)
             elif module.is_transposed:
                 left, right = right, left
-            each.append((left, right, torch.full_like(token, e), token // (len(tokens) // self.samples)))
+            each.append((left, right, torch.full_like(token, e), self.owner[token]))
         left, right, expert, owner = (torch.cat(parts) for parts in zip(*each, strict=True))
         return Experts(left, right, expert, owner, self.samples)
 

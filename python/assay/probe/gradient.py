@@ -12,6 +12,7 @@ from torch import Tensor
 from assay.ops import Sketch
 from assay.probe.experts import Experts
 from assay.probe.head import Head
+from assay.probe.packing import Packed
 from assay.probe.terms import Convolution, Dense, Outer, Pulled, Scatter, Term, sum_of
 from assay.tasks.base import wide
 
@@ -90,7 +91,11 @@ class PerSampleGradient:
     def split(self, samples: int) -> Iterator[PerSampleGradient]:
         """The same for so many samples at a time."""
         for start in range(0, self.samples, samples):
-            yield PerSampleGradient(self.shape, [term.part(slice(start, start + samples)) for term in self.terms])
+            yield self.part(slice(start, start + samples))
+
+    def part(self, samples: slice) -> PerSampleGradient:
+        """The same of these samples alone."""
+        return PerSampleGradient(self.shape, [term.part(samples) for term in self.terms])
 
     def outer(self) -> Outer | None:
         """The outer products of which the gradient of a matrix is the sum; None: it is none.
@@ -137,6 +142,8 @@ class PerSampleGradient:
         A product with a direction then costs no matrix product of its own, nor does a weighted sum.
         """
         outer, *rest = self.terms
+        if isinstance(outer, Packed):
+            return PerSampleGradient(self.shape, [outer.multiplied_out()])
         if not isinstance(outer, Outer) or outer.left.dtype != torch.float32 or outer.right.dtype != torch.float32:
             return self
         length, rows, columns = *outer.left.shape[1:], outer.right.shape[2]
@@ -162,7 +169,7 @@ class PerSampleGradient:
 def _merge(terms: Sequence[Term], shape: Sequence[int]) -> tuple[Term, ...]:
     if len(terms) == 1:
         return tuple(terms)
-    if any(isinstance(term, Dense | Experts | Pulled) for term in terms):
+    if any(isinstance(term, Dense | Experts | Packed | Pulled) for term in terms):
         return (Dense(sum_of([term.dense(shape) for term in terms])),)
     merged: list[Term] = []
     terms = [term.outer() if isinstance(term, Convolution) else term for term in terms]

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-Layout = Literal["first", "positions", "second", "windows", "shared"]
+Layout = Literal["first", "positions", "second", "windows", "shared", "packed"]
 """Where the samples are:
 
 - ``"first"``: (B, …).
@@ -15,6 +15,7 @@ Layout = Literal["first", "positions", "second", "windows", "shared"]
 - ``"second"``: (T, B, D).
 - ``"windows"``: (B·k, …, D), k parts of a sample, one sample after the other.
 - ``"shared"``: nowhere; all samples share the values.
+- ``"packed"``: at the positions that a ``Packing`` names.
 """
 
 

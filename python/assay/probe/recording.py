@@ -18,12 +18,14 @@ from assay.probe.experts import Routing
 from assay.probe.formulas import Factors
 from assay.probe.gradient import PerSampleGradient
 from assay.probe.layouts import Layout, possible
+from assay.probe.packed_region import PackedRegion
+from assay.probe.packing import Group, Packed, Packing
 from assay.probe.quiet import Inside, edge_of, on_gradient, other_leaves
 from assay.probe.reductions import Reduced, Reduction
 from assay.probe.selection import Tap
 from assay.probe.shared import Region, Shared
 from assay.probe.starts import coincidences, untapped
-from assay.probe.terms import sum_of
+from assay.probe.terms import Term, sum_of
 from assay.tasks.output_layer import UnmadeLogits
 
 
@@ -43,6 +45,7 @@ class Recorder:
         in_order: layers of whose inputs (B, T, …) is known that T are the tokens. It grows.
         may_follow: whether parameters that are used behind their layers' backs may be followed instead.
         in_training: the graph is a trainer's, and stays whole: parameters ask for their gradients themselves.
+        packing: of a batch whose samples lie end to end in rows.
 
     Attributes:
         dropped: those that were, with the reason.
@@ -62,6 +65,7 @@ class Recorder:
     may_follow: bool = True
     in_order: set[str] = field(default_factory=set)
     in_training: bool = False
+    packing: Packing | None = None
     dropped: dict[str, str] = field(default_factory=dict)
     patterns: set[tuple[Any, ...]] = field(default_factory=set)
     ambiguous: dict[str, list[Layout]] = field(default_factory=dict)
@@ -78,7 +82,8 @@ class Recorder:
     inside: Inside = field(default_factory=Inside)  # in training: the graph's nodes within the layers' calls
 
     def __post_init__(self) -> None:
-        self.region = Region(self.size, self.constants, self.positions, in_training=self.in_training)
+        how = {"size": self.size, "constants": self.constants, "in_training": self.in_training}
+        self.region = _region(self.packing, positions=self.positions, **how)
 
     @property
     def learned(self) -> dict[str, Layout]:
@@ -297,7 +302,9 @@ class Recorder:
             tapped = self._grown([inputs], output if unmade is None else unmade.losses)
             if self._recording:
                 labels = None if unmade is None else unmade.labels
-                self._watch(Call(tap, names, inputs.detach(), inputs._version, labels, layout, self.size), tapped)
+                call = Call(tap, names, inputs.detach(), inputs._version, labels, layout, self.size)
+                call.packing = self.packing if layout == "packed" else None
+                self._watch(call, tapped)
             if unmade is None:
                 return tapped
             unmade.losses = tapped
@@ -327,8 +334,8 @@ class Recorder:
         """Experts, called with tokens (N, D), the experts' indices (N, k) and their weights (N, k)."""
         fits = len(values) == 3 and all(isinstance(x, Tensor) and x.ndim == 2 for x in values)
         count = len(values[0]) if fits else 0
-        known = self.size == 1 or count == self.size or self.region.all_positions(count)
-        if not fits or not known or not torch.is_grad_enabled():
+        owner = self._owner(count)
+        if not fits or owner is None or not torch.is_grad_enabled():
             what = _called(tap, values[0], output, self.size)
             raise _Untapped(
                 untapped(what, "its tokens are not all positions of all samples, one sample after the other")
@@ -337,8 +344,16 @@ class Recorder:
         tapped = self._grown(values, output)
         if self._recording:
             self.patterns |= {(tuple(tap.parameters.values()),), (tuple(tap.parameters.values()), self.size > 1)}
-            self._watch(Call(tap, names, tokens, tokens._version, routing=Routing(index, weights, self.size)), tapped)
+            routing = Routing(index, weights, owner.to(tokens.device), self.size)
+            self._watch(Call(tap, names, tokens, tokens._version, routing=routing), tapped)
         return tapped
+
+    def _owner(self, tokens: int) -> Tensor | None:
+        """(N,), the sample of each of all positions; None: these are not they."""
+        if self.packing is not None:
+            return self.packing.sample_of.flatten() if tokens == self.packing.sample_of.numel() else None
+        known = self.size == 1 or tokens == self.size or self.region.all_positions(tokens)
+        return torch.arange(tokens) // (tokens // self.size) if known and tokens else None
 
     def _share(self, tap: Tap, names: Mapping[str, str], inputs: Tensor, output: Tensor) -> Tensor:
         what = _called(tap, inputs, output, self.size)
@@ -367,6 +382,8 @@ class Recorder:
         place = tuple(tap.parameters.values())
         trailing, deep = tap.rule.trailing, inputs.ndim >= tap.rule.ndim(tap.module)
         if isinstance(output, Tensor) and inputs.ndim > 0 and output.shape[:1] == inputs.shape[:1]:
+            if self.packing is not None:
+                return self._packed(tap, inputs, output, self.packing)
             if isinstance(inputs, Shared) and trailing:
                 return "shared"
             if self.size == 1 and trailing and (len(inputs) != 1 or not deep):
@@ -382,6 +399,17 @@ class Recorder:
                     self.patterns.add((place, layout, inputs.ndim, *coincidences(inputs.shape, self.size)))
                 return layout
         raise _Untapped(untapped(_called(tap, inputs, output, self.size), "its first dimension is not the batch's"))
+
+    def _packed(self, tap: Tap, inputs: Tensor, output: Tensor, packing: Packing) -> Layout:
+        assert tap.rule is not None
+        lead = inputs.shape[:-1] if inputs.is_floating_point() else inputs.shape
+        by_position = tap.rule.trailing and packing.lead(lead) and packing.lead(output.shape)
+        if isinstance(inputs, Shared) or not by_position:
+            why = f"it has no row of its own for each of the {tuple(packing.sample_of.shape)} packed positions"
+            raise _Untapped(untapped(_called(tap, inputs, output, self.size), why))
+        place, count = tuple(tap.parameters.values()), packing.sample_of.numel()
+        self.patterns |= {(place, "packed"), (place, "packed", inputs.ndim, *coincidences(inputs.shape, count))}
+        return "packed"
 
     def _layouts(self, tap: Tap, inputs: Tensor, output: Tensor, deep: bool) -> list[Layout]:
         assert tap.rule is not None
@@ -417,14 +445,25 @@ class Recorder:
         """Hand the parameter's gradient to the reductions that name it, and free what nobody else needs."""
         del self._open[name]
         calls = self._calls[name]
-        if reduced.wants(name) and (terms := [term for call, local in calls for term in call.terms(local)]):
-            (call, local), *_ = calls
-            shape = call.tap.module._parameters[local].shape  # type: ignore[union-attr]
+        if reduced.wants(name) and (terms := self._terms(calls)):
+            shape = _shape(calls)
             reduced.add(name, PerSampleGradient(shape, terms, partial(self._dot_by_position, calls)))
         for call, _ in calls:
             call.open -= 1
             if call.open == 0 and call.tap.layer not in self.keep:
                 call.release(last)
+
+    def _terms(self, calls: Sequence[tuple[Call, str]]) -> list[Term]:
+        """What a parameter's gradient is the sum of; nothing where it is zero."""
+
+        def of(group: Group | None) -> list[Term]:
+            return [term for call, local in calls for term in call.terms(local, group)]
+
+        if self.packing is None or not any(call.packing for call, _ in calls):
+            return of(None)
+        shape, groups = _shape(calls), self.packing.groups
+        each = [(group.samples, PerSampleGradient(shape, terms)) for group in groups if (terms := of(group))]
+        return [Packed(each, self.size)] if each else []
 
     def _dot_by_position(self, calls: Sequence[tuple[Call, str]], direction: Tensor) -> Tensor:
         reached = [(call, local) for call, local in calls if call.grads is not None or call.tap.rule is None]
@@ -434,6 +473,16 @@ class Recorder:
 
 
 def _ignore(name: str) -> None: ...
+
+
+def _region(packing: Packing | None, **how: Any) -> Region:
+    return Region(**how) if packing is None else PackedRegion(packing=packing, **how)
+
+
+def _shape(calls: Sequence[tuple[Call, str]]) -> torch.Size:
+    """Of the parameter that they use."""
+    call, local = calls[0]
+    return call.tap.module._parameters[local].shape  # type: ignore[union-attr]
 
 
 class Behind(Exception):

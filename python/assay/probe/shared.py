@@ -7,7 +7,7 @@ changes no number, and the gradient of every sample's own copy is caught.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -315,9 +315,13 @@ class Region:
                 what = next(iter(weights.values())).sources[0].what
                 raise RuntimeError(f"{what}: what it multiplies was modified in place after it was used")
             for key, value in weights.items():
-                self._give(value, found[key](grads.detach()))
+                self._give(value, self._term(found[key], grads.detach(), value.shape))
 
         on_gradient(output, arrived)
+
+    def _term(self, of: Callable[[Tensor], Term], grads: Tensor, shape: Sequence[int]) -> Term:
+        """A weight's gradient, from its formula."""
+        return of(grads)
 
     def _give(self, value: Shared, term: Term) -> None:
         """A weight's gradient from one use."""

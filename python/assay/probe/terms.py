@@ -15,6 +15,7 @@ from assay.ops import Kronecker, Mask, Rademacher, Sketch, grad_dot, grad_sketch
 from assay.ops._exact import exact
 from assay.probe.experts import Experts
 from assay.probe.head import Head
+from assay.probe.packing import Packed
 from assay.tasks.base import wide
 
 _LARGE = 1 << 16  # numbers of a sample's gradient from which on no product is written down
@@ -345,4 +346,4 @@ class Pulled:
         return torch.zeros_like(self.source) if found is None else found
 
 
-Term = Outer | Scatter | Dense | Convolution | Head | Experts | Pulled
+Term = Outer | Scatter | Dense | Convolution | Head | Experts | Pulled | Packed

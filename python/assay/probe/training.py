@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from assay.probe.gradient import PerSampleGradient
 from assay.probe.layouts import Layout, choices
+from assay.probe.packing import Packing
 from assay.probe.quiet import is_looked_at, other_leaves
 from assay.probe.recording import Recorder
 from assay.probe.reductions import Reduction
@@ -66,6 +67,7 @@ class TrainingTaps:
     Attributes:
         is_on: whether the next forward pass is recorded. An evaluation never is: one without gradients, or in eval mode
             where the model has been in training mode before.
+        packing: of the batches that the model runs on, where their samples lie end to end in rows.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class TrainingTaps:
         _check_is_free(model)
         self.parameters = list(parameters)
         self.is_on = True
+        self.packing: Packing | None = None
         self._model, self._verify = model, verify
         self._batch_size = batch_size or first_dimension
         self._taps = make_taps(model, parameters)
@@ -156,9 +159,9 @@ class TrainingTaps:
         constants = [*self._model.parameters(), *self._model.buffers()]
         self._running.callback(constants.clear)
         known = ((), None, {id(tensor) for tensor in constants}, (), self._layouts)
-        self._recorder = Recorder(
-            self._taps, self._batch_size(args, kwargs), *known, guess=self._verify, may_follow=False, in_training=True
-        )
+        size = self._batch_size(args, kwargs) if self.packing is None else self.packing.size
+        how: Any = {"guess": self._verify, "may_follow": False, "in_training": True, "packing": self.packing}
+        self._recorder = Recorder(self._taps, size, *known, **how)
         self._running.enter_context(self._recorder.attached())
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

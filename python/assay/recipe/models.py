@@ -126,9 +126,10 @@ class MlpSpec(ModelSpec):
             layers += [nn.Linear(inputs, outputs, bias=bias is not None, device="meta"), nn.ReLU()]
             inputs = outputs
         refuse_packed(self.path, stored)
-        model = nn.Sequential(*layers[:-1]).to_empty(device="cpu")
+        model = nn.Sequential(*layers[:-1])
         with refusing(f"{self.path}: safetensors cannot read it"):
-            model.load_state_dict(require("safetensors.torch", "cli").load_file(self.path))
+            weights = require("safetensors.torch", "cli").load_file(self.path)
+            model.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
         return model.eval()
 
     def input_size(self, model: nn.Module) -> int | None:

@@ -46,10 +46,27 @@ class BatchSpec(Part):
     samples: Annotated[int, Field(ge=1)] = 256
 
 
+class RaySpec(Part):
+    """What the workers of ``--engine ray`` are.
+
+    Attributes:
+        address: of the cluster, as ``ray.init`` takes it; None: that of RAY_ADDRESS, or one started on this machine.
+        workers: at most so many; None: as many as the cluster has room for when the run begins.
+        cpus, gpus: of each. A part of a GPU is shared by several, on which each holds the models.
+    """
+
+    address: str | None = None
+    workers: Annotated[int, Field(ge=1)] | None = None
+    cpus: Annotated[float, Field(gt=0)] = 1.0
+    gpus: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+
 class RunSpec(Part):
-    """Where it runs: ``auto``, or devices by name, a worker each. It does not change what a score means."""
+    """Where it runs: ``auto``, or devices by name, a worker each; or a Ray cluster's workers. It does not change what a
+    score means."""
 
     devices: str | Annotated[list[str], Field(min_length=1)] = "auto"
+    ray: RaySpec = RaySpec()
 
 
 class Recipe(Part):

@@ -7,9 +7,18 @@ from assay.train import huggingface, losses, trajectories
 from assay.train.joining import join
 from assay.train.reweighter import Reweighter
 from assay.train.sampler import WeightedSampler
-from assay.train.tokens import token_weights
+from assay.train.tokens import sample_means, token_weights
 
-__all__ = ["Reweighter", "WeightedSampler", "huggingface", "join", "losses", "token_weights", "trajectories"]
+__all__ = [
+    "Reweighter",
+    "WeightedSampler",
+    "huggingface",
+    "join",
+    "losses",
+    "sample_means",
+    "token_weights",
+    "trajectories",
+]
 
 
 def __getattr__(name: str) -> Any:

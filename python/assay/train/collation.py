@@ -18,8 +18,8 @@ class WithIds:
     column: str
 
     def __call__(self, features: Sequence[Any]) -> Any:
-        ids = [_id(feature, self.column) for feature in features]
-        batch = self.collator(_without(features, self.column))
+        ids = [one_id(feature, self.column) for feature in features]
+        batch = self.collator(without(features, self.column))
         if not isinstance(batch, MutableMapping):
             raise TypeError(f"the collator gives a {type(batch).__name__}; expected a mapping, to put the ids into")
         batch[self.column] = ids
@@ -34,10 +34,10 @@ class WithoutIds:
     column: str | None
 
     def __call__(self, features: Sequence[Any]) -> Any:
-        return self.collator(features if self.column is None else _without(features, self.column))
+        return self.collator(features if self.column is None else without(features, self.column))
 
 
-def _without(features: Sequence[Any], column: str) -> list[Any]:
+def without(features: Sequence[Any], column: str) -> list[Any]:
     return [
         {name: value for name, value in feature.items() if name != column}
         if isinstance(feature, Mapping) and column in feature
@@ -46,7 +46,7 @@ def _without(features: Sequence[Any], column: str) -> list[Any]:
     ]
 
 
-def _id(feature: Any, column: str) -> str:
+def one_id(feature: Any, column: str) -> str:
     if not isinstance(feature, Mapping) or column not in feature:
         found = ", ".join(map(str, feature)) if isinstance(feature, Mapping) else f"a {type(feature).__name__}"
         raise ValueError(f"id_column: a training sample has no {column!r}, only {found}; expected its id")

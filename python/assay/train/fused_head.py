@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-IGNORE = -100
+from assay.train.tokens import IGNORE
 
 
 def has_tapped_head(model: Any, tapped: Collection[str]) -> bool:

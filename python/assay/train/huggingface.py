@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from assay._lazy import require
+from assay.probe.packing import Packing
 from assay.train.collation import WithIds, WithoutIds
+from assay.train.flattening import SAMPLE_OF, Flattened, flattens, pack_with_ids
 from assay.train.fused_head import has_tapped_head, unfused
 from assay.train.model_losses import ModelLosses, reference_losses, split_loss
 from assay.train.reweighter import Reweighter
@@ -24,9 +26,7 @@ _REFUSED = {
     "torch_compile": "the layers' inputs cannot be seen in a compiled model",
     "auto_find_batch_size": "a batch that does not fit is tried again, smaller, and its samples would count twice",
     "use_liger_kernel": "its fused loss gives no losses by sample",
-    "packing": "a packed row holds many samples, and their ids are lost",
     "sample_packing": "a packed row holds many samples, and their ids are lost",
-    "padding_free": "all samples are one row, and their ids are lost",
     "ddp_static_graph": "the reweighted layers' gradients come outside of the static graph",
 }
 
@@ -87,8 +87,9 @@ class ReweightMixin:
         if not isinstance(reweighter, Reweighter):
             raise TypeError(f"reweighter: expected an assay.train.Reweighter, found {type(reweighter).__name__}")
         above: Any = super()
+        self.id_column = id_column  # by which TRL's data sets are prepared
         above.__init__(*args, **kwargs)
-        self.reweighter, self.id_column = reweighter, id_column
+        self.reweighter = reweighter
         self.reference, self.keep_tokens = reference, keep_tokens
         self._seen = reweighter.step
         _check_trainer(self)
@@ -101,16 +102,32 @@ class ReweightMixin:
 
     # ---- ids
 
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Any:
+        """Of TRL's trainer: the training data are packed with their ids."""
+        above: Any = super()
+        packs = packing and self.id_column is not None and dataset_name == "train"
+        rest = (processing_class, args, packing and not packs, formatting_func, dataset_name)
+        if packs:
+            _check_column(dataset, self.id_column)
+        prepared = above._prepare_dataset(dataset, *rest)
+        return pack_with_ids(prepared, str(self.id_column), args) if packs else prepared
+
     def get_train_dataloader(self) -> Any:
         above: Any = super()
-        if self.id_column is None:
+        if flattens(self.data_collator):
+            collator: Any = Flattened(self.data_collator, self.id_column)
+        elif self.id_column is None:
             return above.get_train_dataloader()
+        else:
+            collator = WithIds(self.data_collator, self.id_column)
         self._set_signature_columns_if_needed()
         if self.id_column in self._signature_columns:
             raise ValueError(
                 f"id_column: {self.id_column!r} is an argument of the model; expected a column beside them"
             )
-        with self._collating(WithIds(self.data_collator, self.id_column), self.id_column):
+        with self._collating(collator, *([] if self.id_column is None else [self.id_column])):
             return above.get_train_dataloader()
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
@@ -142,22 +159,25 @@ class ReweightMixin:
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The trainer's own, but for its backward pass."""
         above: Any = super()
-        ids = self._ids(inputs)
+        ids, packing = self._ids(inputs), self._packing(inputs)
         passes: list[ModelLosses] = []
         references: list[ModelLosses] = []
 
         def before(_: nn.Module, called_with: Any, arguments: dict[str, Any]) -> None:
             if self.reference is not None and (self.reweighter.is_due or self.keep_tokens is not None):
-                references.append(reference_losses(self.reference, called_with, arguments))
+                references.append(reference_losses(self.reference, called_with, arguments, packing))
 
         def after(module: nn.Module, _: Any, arguments: dict[str, Any], output: Any) -> None:
-            passes.append(split_loss(module, arguments, output))
+            passes.append(split_loss(module, arguments, output, packing))
 
         def backward(loss: Tensor, **options: Any) -> None:
             self._backward(loss, passes, ids, references)
 
         own = self.reweighter.model
-        with unfused(own) if has_tapped_head(own, self.reweighter.tapped) else nullcontext():
+        head: AbstractContextManager[None] = nullcontext()
+        if has_tapped_head(own, self.reweighter.tapped):
+            head = unfused(own)
+        with head, nullcontext() if packing is None else self.reweighter.packed(packing.sample_of):
             hooks = (
                 own.register_forward_pre_hook(before, with_kwargs=True, prepend=True),  # as the trainer calls it
                 own.register_forward_hook(after, with_kwargs=True),
@@ -181,6 +201,16 @@ class ReweightMixin:
             )
         ids: list[str] = inputs.pop(self.id_column)
         return ids
+
+    def _packing(self, inputs: Any) -> Packing | None:
+        if SAMPLE_OF in inputs:
+            return Packing.of(inputs.pop(SAMPLE_OF))
+        if flattens(self.data_collator):
+            raise ValueError(
+                "a batch in one row came without what tells its samples apart: an override of get_train_dataloader "
+                "lost it; call super().get_train_dataloader() in it"
+            )
+        return None
 
     def _backward(
         self, loss: Tensor, passes: list[ModelLosses], ids: list[str] | None, references: list[ModelLosses]
@@ -253,11 +283,17 @@ def _check_trainer(trainer: Any) -> None:
             raise ValueError(f"ReweightMixin: {name}={value}: {why}; leave it out")
     if getattr(args, "loss_type", "nll") != "nll":
         raise ValueError(f"ReweightMixin: loss_type={args.loss_type!r}: expected 'nll', a sum over tokens")
-    if getattr(trainer.data_collator, "padding_free", False) or "Flattening" in type(trainer.data_collator).__name__:
+    if getattr(args, "packing", False) and getattr(args, "packing_strategy", "bfd") != "bfd":
         raise ValueError(
-            f"ReweightMixin: {type(trainer.data_collator).__name__} makes one row of all samples, and their ids are "
-            "lost; use a collator that pads"
+            f"ReweightMixin: packing_strategy={args.packing_strategy!r} cuts samples in pieces, which would be scored "
+            "by themselves or see one another; expected 'bfd', which packs whole ones"
         )
+    for name in ("packing", "padding_free"):
+        if getattr(args, name, False) and not flattens(trainer.data_collator):
+            raise ValueError(
+                f"ReweightMixin: {name}=True, and {type(trainer.data_collator).__name__} does not lay whole samples "
+                "end to end in one row: what it packs cannot be told apart; expected the SFTTrainer's own collator"
+            )
     for name, what in (("compute_loss_func", "a loss that is not the model's"), ("model_init", "another model")):
         if getattr(trainer, name, None) is not None:
             raise ValueError(

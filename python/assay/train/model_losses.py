@@ -11,36 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from assay.probe.packing import Packing
 from assay.probe.quiet import undisturbed
 from assay.tasks.base import to_device
-
-IGNORE = -100
-
-
-@dataclass(frozen=True)
-class TokenLosses:
-    """Losses by token, (B, T) with a graph, of labels that are aligned with them, and which of the tokens count."""
-
-    losses: Tensor
-    counted: Tensor
-
-    def as_wide_as(self, other: TokenLosses) -> TokenLosses:
-        """With as many columns: the last ones, in which nothing counts, are there or not."""
-        more = other.losses.shape[1] - self.losses.shape[1]
-        if more < 0 and bool(self.counted[:, more:].any()):
-            return self
-        return TokenLosses(F.pad(self.losses, (0, more)), F.pad(self.counted, (0, more)))
-
-    def means(self, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(B,), over each sample's tokens that count, and (B,) float, how many those are."""
-        counts = self.counted.sum(1)
-        if bool((counts == 0).any()):
-            raise RuntimeError(
-                f"sample {int((counts == 0).nonzero()[0])} of the batch has nothing to predict, all its labels are "
-                f"{IGNORE}, so that it has no loss and no score; leave such samples out of the training data"
-            )
-        losses = self.losses if weights is None else self.losses * weights
-        return losses.masked_fill(~self.counted, 0).sum(1) / counts, counts.float()
+from assay.train.tokens import IGNORE, TokenLosses
 
 
 @dataclass(frozen=True)
@@ -97,12 +71,15 @@ class ModelLosses:
         return tokens[0]
 
 
-def split_loss(model: nn.Module, arguments: Mapping[str, Any], output: Any) -> ModelLosses:
+def split_loss(
+    model: nn.Module, arguments: Mapping[str, Any], output: Any, packing: Packing | None = None
+) -> ModelLosses:
     """Split the loss in a model's output, and put a leaf in its place.
 
     Args:
         model: called with ``arguments``.
         output: a mapping, which is changed.
+        packing: of rows that hold many samples.
 
     Raises:
         RuntimeError: it has no loss, or one that is not cross-entropy (or one of the losses of a classifier of
@@ -111,10 +88,14 @@ def split_loss(model: nn.Module, arguments: Mapping[str, Any], output: Any) -> M
     if not isinstance(output, dict):
         raise RuntimeError(f"the model gave a {type(output).__name__}; expected a mapping with its loss and logits")
     with torch.autocast(_device(output).type, enabled=False):
-        return _fused(output) if output.get("log_probs") is not None else _plain(model, arguments, output)
+        if output.get("log_probs") is not None:
+            return _fused(output, packing)
+        return _plain(model, arguments, output, packing)
 
 
-def reference_losses(reference: nn.Module, args: Any, arguments: Mapping[str, Any]) -> ModelLosses:
+def reference_losses(
+    reference: nn.Module, args: Any, arguments: Mapping[str, Any], packing: Packing | None = None
+) -> ModelLosses:
     """The losses of another model on what a model is called with, in eval mode, on its own device.
 
     Raises:
@@ -125,14 +106,14 @@ def reference_losses(reference: nn.Module, args: Any, arguments: Mapping[str, An
     with undisturbed(reference), torch.no_grad():
         args, own = to_device(args, device), to_device(own, device)
         output = reference(*args, **own)
-        return split_loss(reference, own, output)
+        return split_loss(reference, own, output, packing)
 
 
-def _fused(output: dict[str, Any]) -> ModelLosses:
+def _fused(output: dict[str, Any], packing: Packing | None) -> ModelLosses:
     """Of TRL's head: log probabilities by token, 0 where the label is ignored."""
     counted, values = output["label_mask"], output["log_probs"]
     leaf = values.detach().requires_grad_()
-    tokens = TokenLosses(-values.float(), counted)
+    tokens = TokenLosses(-values.float(), counted, packing)
     losses, counts = tokens.means()
     output["log_probs"] = leaf.clone()
     for name in ("loss", "entropy"):  # nothing is learned of them: let their graphs go
@@ -141,7 +122,9 @@ def _fused(output: dict[str, Any]) -> ModelLosses:
     return ModelLosses(losses, counts, leaf, counted=counted, tokens=tokens)
 
 
-def _plain(model: nn.Module, arguments: Mapping[str, Any], output: dict[str, Any]) -> ModelLosses:
+def _plain(
+    model: nn.Module, arguments: Mapping[str, Any], output: dict[str, Any], packing: Packing | None
+) -> ModelLosses:
     total, logits = output.get("loss"), output.get("logits")
     labels = arguments.get("labels")
     if total is None or logits is None or labels is None:
@@ -155,7 +138,7 @@ def _plain(model: nn.Module, arguments: Mapping[str, Any], output: dict[str, Any
     output["loss"] = leaf.clone()  # which the trainer multiplies in place
     items = arguments.get("num_items_in_batch")
     seen = None
-    for losses, counts, tokens in _by_sample(model, logits, labels, arguments.get("shift_labels")):
+    for losses, counts, tokens in _by_sample(model, logits, labels, arguments.get("shift_labels"), packing):
         summed = (losses.detach() * counts).sum()
         units = [1 / counts.sum()] if items is None else [1 / torch.as_tensor(items).to(counts), 1 / counts.sum()]
         unit = min(units, key=lambda u: abs(float(u * summed) - float(total)))
@@ -174,17 +157,19 @@ def _plain(model: nn.Module, arguments: Mapping[str, Any], output: dict[str, Any
 
 
 def _by_sample(
-    model: nn.Module, logits: Tensor, labels: Tensor, shift_labels: Tensor | None
+    model: nn.Module, logits: Tensor, labels: Tensor, shift_labels: Tensor | None, packing: Packing | None
 ) -> Iterator[tuple[Tensor, Tensor, TokenLosses | None]]:
     """What the model's loss may be made of, the likeliest first: (B,) losses, (B,) counts, and what they are of."""
     labels = labels.to(logits.device)
     if logits.ndim == 3 and labels.shape == logits.shape[:2] and not labels.is_floating_point():
         if shift_labels is not None:
-            yield _tokens(logits, shift_labels.to(logits.device))
+            yield _tokens(logits, shift_labels.to(logits.device), packing)
             return
         moved = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
         for targets in (moved, labels) if _shifts(model) else (labels, moved):
-            yield _tokens(logits, targets)
+            yield _tokens(logits, targets, packing)
+    elif packing is not None:
+        return  # a sample has no row of its own
     elif (logits.ndim == 2 and labels.shape == logits.shape) or labels.numel() == logits.numel() == len(logits):
         targets = labels.view(logits.shape).float()
         squared = (logits.float() - targets).square()
@@ -194,10 +179,10 @@ def _by_sample(
         yield _tokens(logits[:, None], labels.view(-1, 1))
 
 
-def _tokens(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, TokenLosses]:
-    """Cross-entropy of (B, T, C) with (B, T), a mean over each sample's tokens that are not ignored."""
+def _tokens(logits: Tensor, targets: Tensor, packing: Packing | None = None) -> tuple[Tensor, Tensor, TokenLosses]:
+    """Cross-entropy of (R, T, C) with (R, T), a mean over each sample's tokens that are not ignored."""
     rows = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
-    tokens = TokenLosses(rows.view(targets.shape), targets != IGNORE)
+    tokens = TokenLosses(rows.view(targets.shape), targets != IGNORE, packing)
     return *tokens.means(), tokens
 
 

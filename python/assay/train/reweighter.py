@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from assay.methods.base import Column, Method, Need
 from assay.methods.checks import check_at_least, check_one_of
 from assay.probe import Jvp, PerSampleGradient, Signals, tapped_parameters
+from assay.probe.packing import Packing
 from assay.probe.training import BatchSize, TrainingTaps
 from assay.probe.wrappers import check_can_be_tapped
 from assay.train.journal import Journal
@@ -154,6 +156,32 @@ class Reweighter:
             self._check_parameters()
             self._step(losses, scales, names, _Given(logits, labels, reference_losses))
         self._arm()
+
+    @contextmanager
+    def packed(self, sample_of: Tensor) -> Iterator[None]:
+        """Forward passes in this context are of packed rows, in which many samples lie end to end::
+
+            with reweighter.packed(seq_idx):
+                logits = model(input_ids, position_ids=position_ids).logits        # (R, T, V)
+            losses = assay.train.sample_means(token_losses, labels != -100, seq_idx)
+            reweighter.backward(losses, ids)
+
+        The samples must not see each other: with position ids that start anew at every sample, models of transformers
+        keep them apart. ``verify`` finds a model that does not. Layers that run on every position by itself (linear,
+        embedding, norm, a mixture's experts) can be tapped; convolutions over positions and parameters without a layer
+        are refused.
+
+        Args:
+            sample_of: (R, T) int64, the sample of each position, from 0 on; −1 where a position is nobody's.
+
+        Raises:
+            ValueError: it is not, or one of the samples 0 … B − 1 has no position.
+        """
+        before, self._taps.packing = self._taps.packing, Packing.of(sample_of)
+        try:
+            yield
+        finally:
+            self._taps.packing = before
 
     @property
     def is_due(self) -> bool:

@@ -1,12 +1,18 @@
-"""Weights of tokens: train on those that a reference finds easier than the model does."""
+"""Losses of tokens: their means by sample, and weights for those that a reference finds easier than the model does."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
+from assay.probe.packing import Packing
 from assay.train.weights import best_share, gathered
+
+IGNORE = -100
 
 
 def token_weights(
@@ -63,6 +69,63 @@ def token_weights(
     weights = torch.zeros(losses.shape, dtype=torch.float32, device=losses.device)
     weights[counted] = best_share(scores, keep)[mine].float()
     return weights
+
+
+def sample_means(losses: Tensor, counted: Tensor, sample_of: Tensor | None = None) -> Tensor:
+    """The mean loss of each sample's tokens -> (B,), differentiable.
+
+    Args:
+        losses: (R, T), by token.
+        counted: (R, T) bool, which tokens have a loss, for instance ``targets != -100``.
+        sample_of: (R, T) int64, of packed rows: the sample that each position belongs to, from 0 on, −1 for nobody's;
+            None: a row is a sample.
+
+    Raises:
+        ValueError: shapes that differ, or samples without a position.
+        RuntimeError: a sample has no token that counts.
+    """
+    if losses.ndim != 2 or losses.shape != counted.shape or counted.dtype != torch.bool:
+        raise ValueError(
+            f"sample_means: losses {tuple(losses.shape)} and counted {tuple(counted.shape)} of {counted.dtype}; "
+            "expected one shape, (R, T), the second of bool"
+        )
+    if sample_of is not None and sample_of.shape != losses.shape:
+        raise ValueError(f"sample_means: sample_of {tuple(sample_of.shape)}; expected {tuple(losses.shape)}")
+    packing = None if sample_of is None else Packing.of(sample_of)
+    return TokenLosses(losses, counted, packing).means()[0]
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """Losses by token, (R, T) with a graph, of labels that are aligned with them, and which of the tokens count.
+
+    ``packing``: of rows that hold many samples; else a row is a sample.
+    """
+
+    losses: Tensor
+    counted: Tensor
+    packing: Packing | None = None
+
+    def as_wide_as(self, other: TokenLosses) -> TokenLosses:
+        """With as many columns: the last ones, in which nothing counts, are there or not."""
+        more = other.losses.shape[1] - self.losses.shape[1]
+        if more < 0 and bool(self.counted[:, more:].any()):
+            return self
+        return TokenLosses(F.pad(self.losses, (0, more)), F.pad(self.counted, (0, more)), self.packing)
+
+    def means(self, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(B,), over each sample's tokens that count, and (B,) float, how many those are."""
+        counts = self._sums(self.counted.float())
+        if bool((counts == 0).any()):
+            raise RuntimeError(
+                f"sample {int((counts == 0).nonzero()[0])} of the batch has nothing to predict, all its labels are "
+                f"{IGNORE}, so that it has no loss and no score; leave such samples out of the training data"
+            )
+        losses = self.losses if weights is None else self.losses * weights
+        return self._sums(losses.masked_fill(~self.counted, 0)) / counts, counts
+
+    def _sums(self, values: Tensor) -> Tensor:
+        return values.sum(1) if self.packing is None else self.packing.sums(values)
 
 
 def _check(losses: Tensor, reference_losses: Tensor, keep: float, counted: Tensor | None) -> Tensor:

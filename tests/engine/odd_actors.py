@@ -1,0 +1,57 @@
+"""Actors with which something is the matter, by names that a node of a cluster can import."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from assay.corpus.storage import Store
+from assay.engine import shard
+from assay.engine.ray_actors import Actor
+from tests.engine.odd_workers import SMALL_WINDOW
+
+
+class SmallWindows(Actor):
+    """Cuts shards into blocks that a test can afford to have several of."""
+
+    def open(self, setup):
+        shard.WINDOW_ROWS = SMALL_WINDOW
+        return super().open(setup)
+
+
+class Mortal(SmallWindows):
+    """Is killed in the middle of every shard called `deadly`, and once by the first shard called `once`."""
+
+    def work(self, unit):
+        mark = Path(self._output.root).parent / "died"
+        first = "once" in unit.shard.path and not mark.exists()
+        if first:
+            mark.touch()
+        if first or "deadly" in unit.shard.path:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().work(unit)
+
+
+class Known(SmallWindows):
+    """Leaves its number, and takes its time."""
+
+    def open(self, setup):
+        folder = Path(setup.recipe["output"]).parent / "pids"
+        folder.mkdir(exist_ok=True)
+        (folder / str(os.getpid())).touch()
+        return super().open(setup)
+
+    def work(self, unit):
+        time.sleep(0.05)
+        return super().work(unit)
+
+
+class Elsewhere(Actor):
+    """Writes to a folder of its own node."""
+
+    def open(self, setup):
+        said = super().open(setup)
+        self._output = Store.at(f"{setup.recipe['output']}-of-another-node")
+        return said

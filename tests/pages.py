@@ -110,3 +110,10 @@ def train_with_llama_factory(root: Path) -> None:
 
 def train_with_axolotl(root: Path) -> None:
     """So is this."""
+
+
+def score_on_a_cluster(root: Path) -> None:
+    """Two shards, so that each of two parts has one."""
+    from tests.small_project import make_project
+
+    make_project(root)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -55,6 +57,27 @@ def _arguments(command: list[str]) -> list[str] | None:
             return command[len(start) :]
     assert command[:2] == ["pip", "install"], f"{command} is not run by any test"
     return None
+
+
+def test_the_array_script_gives_every_task_its_part(tmp_path: Path) -> None:
+    """Without Slurm: a shell runs it with what Slurm sets, and an `assay` that says what it was asked for."""
+    text = (ROOT / "docs/pages/score-on-a-cluster.md").read_text(encoding="utf-8")
+    script = next(block for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) if block.startswith("#!"))
+    ((tasks, parts),) = re.findall(r"--array=1-(\d+)\n.*PARTS=(\d+)\n", script, re.DOTALL)
+    assert tasks == parts
+    assay = tmp_path / "assay"
+    assay.write_text('#!/bin/sh\necho "$ASSAY_NUM_THREADS $*"\n', encoding="utf-8")
+    assay.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    for task in (1, parts):
+        slurm = {
+            "PATH": path,
+            "SLURM_ARRAY_TASK_ID": str(task),
+            "SLURM_CPUS_PER_TASK": "8",
+            "SLURM_ARRAY_TASK_COUNT": "1",
+        }
+        run = subprocess.run(["bash", "-eu", "-c", script], env=slurm, capture_output=True, text=True, check=True)
+        assert run.stdout == f"8 score recipe.yaml --shard {task}/{parts} --devices cuda:0\n"
 
 
 def test_links_lead_somewhere() -> None:

@@ -42,11 +42,15 @@ def test_score_select_ls(project, capsys):
     capsys.readouterr()
     assert pq.read_table(project.root / "weights/weights").column_names == ["id", "weight"]
     assert main(["ls", "scores", "--json"]) == 0
-    assert [line["state"] for line in json.loads(capsys.readouterr().out)] == ["done", "done"]
+    listed = json.loads(capsys.readouterr().out)
+    assert [line["state"] for line in listed["shards"]] == ["done", "done"]
+    assert (listed["running"], listed["scored"], listed["quarantined"]) == (False, 80, 0)
     os.utime(project.root / "data/a.parquet")
     project.write_shard("new.jsonl", make_rows(2, 7))
     assert main(["ls", "scores"]) == 0
-    assert "3 shards: 1 changed, 1 done, 1 missing" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "3 shards: 1 changed, 1 done, 1 missing\nrows 80 = scored 80 + quarantined 0\n" in said
+    assert "no run is writing into it; `assay score` does what is missing" in said
 
 
 def test_quarantine_makes_exit_code_one(project, capsys):

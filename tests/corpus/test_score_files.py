@@ -63,3 +63,20 @@ def test_no_table_is_none_and_a_foreign_one_is_an_error(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 and then nothing")
     with pytest.raises(CorpusError, match="not a readable score table"):
         open_score_file(store, "a.parquet")
+
+
+@pytest.mark.parametrize("url", ["local", "memory://score-files"])
+def test_of_a_table_its_footer_is_read_however_large(tmp_path, monkeypatch, url):
+    store = Store.at(str(tmp_path) if url == "local" else url)
+    write(store, "a.parquet", 5000)
+    read, sizes = Store.read_tail, []
+    monkeypatch.setattr(Store, "read_tail", lambda *given: sizes.append(given[2]) or read(*given))
+    for enough, reads in ((64 << 10, 1), (1000, 2), (8, 2)):
+        monkeypatch.setattr(score_files, "_FOOTER_BYTES", enough)
+        sizes.clear()
+        facts = open_score_file(store, "a.parquet")
+        assert (facts.rows, facts.metadata) == (5000, {"rows": {"scored": 5000}})
+        assert len(sizes) == reads
+    monkeypatch.setattr(score_files, "_MOST_FOOTER_BYTES", 1000)
+    with pytest.raises(CorpusError, match=r"a\.parquet: not a readable score table \(its footer has [\d,]+ bytes"):
+        open_score_file(store, "a.parquet")

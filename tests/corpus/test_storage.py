@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 
 import fsspec
 import pytest
@@ -115,3 +117,36 @@ def test_holds():
     assert root.holds(inside)
     assert not root.holds(outside)
     assert not root.holds(Store.at("memory://data/scores/x"))
+
+
+def test_a_tail_is_the_end_of_a_file_or_all_of_it(store):
+    store.write_text("a", "0123456789")
+    assert [store.read_tail("a", size) for size in (3, 10, 11)] == [b"789", b"0123456789", b"0123456789"]
+    with pytest.raises(FileNotFoundError):
+        store.read_tail("b", 3)
+
+
+def test_many_files_are_asked_for_at_once_where_each_costs_a_request(store):
+    """In order, no more than a little ahead, and an error where its turn comes."""
+    at_once, most, begun = 0, 0, []
+    lock = threading.Lock()
+
+    def ask(i: int) -> int:
+        nonlocal at_once, most
+        with lock:
+            begun.append(i)
+            at_once += 1
+            most = max(most, at_once)
+        time.sleep(0.002)
+        with lock:
+            at_once -= 1
+        if i == 300:
+            raise OSError("no answer")
+        return i
+
+    answers = store.map(ask, range(10_000))
+    assert [next(answers) for _ in range(300)] == list(range(300))
+    with pytest.raises(OSError, match="no answer"):
+        next(answers)
+    assert (most == 1) == store.is_local
+    assert len(begun) < 500

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 
@@ -389,6 +390,12 @@ def test_the_list_of_quarantined_rows_must_be_the_tables(project, damage):
         kept = lines[1:] if damage == "another row" else lines
         path.write_text("".join([*kept, json.dumps(entry) + "\n"]))
     out = project.root / "out"
+    with pytest.raises(CorpusError, match=r"quarantine/bad\.jsonl is not the list that was written with its table"):
+        curate(scores, "mimic", top(0.5), str(out))
+    table = pq.read_table(project.scores / "bad.parquet")  # whose footer knows the list by its digest
+    footer = json.loads(table.schema.metadata[b"assay"])
+    footer["quarantine"] = f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}" if path.exists() else None
+    pq.write_table(table.replace_schema_metadata({b"assay": json.dumps(footer)}), project.scores / "bad.parquet")
     with pytest.raises(CorpusError, match=r"quarantine/bad\.jsonl: not the list of the rows that bad\.jsonl lacks"):
         curate(scores, "mimic", top(0.5), str(out))
     assert not out.exists()

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
-from typing import Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from assay.cli.terminal import OK, Overrides, RecipeFile, Trust, say
+from assay.cli.terminal import INCOMPLETE, OK, CorpusNow, Overrides, Trust, fail, log_to_stderr, say
+
+if TYPE_CHECKING:
+    from assay.corpus.validation import Validated
+
+_LISTED_PROBLEMS = 50
 
 
 def init(
@@ -47,15 +54,68 @@ def init(
     return OK
 
 
-def validate(recipe: RecipeFile, overrides: Overrides = None, trust: Trust = None) -> int:
-    """Check a recipe: keys, files, shards, models and methods. Scores nothing."""
+def validate(
+    target: Annotated[str, typer.Argument(metavar="RECIPE|SCORES", help="A recipe, or a folder of `assay score`.")],
+    overrides: Overrides = None,
+    trust: Trust = None,
+    corpus: CorpusNow = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Of SCORES: every problem, as JSON.")] = False,
+) -> int:
+    """Check a recipe (keys, files, shards, models and methods; scores nothing), or scores against their corpus."""
+    if _is_folder(target):
+        if overrides or trust:
+            raise ValueError(f"{target}: is a folder of scores; --set and --trust are for a recipe")
+        return _validate_scores(target, corpus, as_json)
+    if corpus is not None or as_json:
+        raise ValueError(f"{target}: is not a folder of scores; --corpus and --json are for one")
+    return _validate_recipe(target, overrides or (), trust or ())
+
+
+def _is_folder(target: str) -> bool:
+    from assay.corpus.storage import Store
+
+    store = Store.at(target)
+    return bool(store.fs.isdir(store.root))
+
+
+def _validate_recipe(recipe: str, overrides: Sequence[str], trust: Sequence[str]) -> int:
     from assay.engine import make_plan, open_workshop
     from assay.recipe import load_recipe
 
-    loaded = load_recipe(recipe, overrides or (), trust or ())
+    loaded = load_recipe(recipe, overrides, trust)
     plan = make_plan(loaded, rescore=True)
     workshop = open_workshop(plan, fit=False)
     say(f"{recipe}: fine; {len(plan.corpus.shards)} shards, {plan.done.shards} of them done")
     for column in workshop.columns:
         say(f"  {column.name} (keep {column.keep}): {column.description}")
     return OK
+
+
+def _validate_scores(scores: str, corpus: str | None, as_json: bool) -> int:
+    from assay.corpus.validation import Problem, validate_scores
+
+    log_to_stderr(quiet=False)
+    problems: list[Problem] = []
+
+    def on_problem(problem: Problem) -> None:
+        if as_json or len(problems) < _LISTED_PROBLEMS:
+            problems.append(problem)
+            if not as_json:
+                say(str(problem))
+
+    found = validate_scores(scores, corpus, on_problem)
+    if as_json:
+        print(json.dumps({**vars(found), "problems": [vars(problem) for problem in problems]}, indent=2))
+    else:
+        _say_found(scores, found, len(problems))
+    return fail(f"{scores}: {found.problems:,} problems", INCOMPLETE) if found.problems else OK
+
+
+def _say_found(scores: str, found: Validated, listed: int) -> None:
+    if found.problems > listed:
+        say(f"… and {found.problems - listed:,} more (--json lists all)")
+    if found.running:
+        say("a run is writing into this folder: what it has not done yet counts as missing")
+    rows = f"rows {found.scored + found.quarantined:,} = scored {found.scored:,} + quarantined {found.quarantined:,}"
+    shards = f"{found.shards:,} shards ({found.unreadable:,} unreadable)"
+    say(f"{scores}: {'' if found.problems else 'fine; '}{shards}, {rows}")

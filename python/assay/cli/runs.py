@@ -22,6 +22,9 @@ def score(
     rescore: Annotated[
         bool, typer.Option("--rescore", help="Replace tables that another recipe or model made.")
     ] = False,
+    retry: Annotated[
+        bool, typer.Option("--retry-quarantined", help="Score shards with quarantined rows again, whole.")
+    ] = False,
     shard: Annotated[
         str,
         typer.Option("--shard", metavar="I/N", help="Take every N-th shard from the I-th on, I from 1 to N."),
@@ -50,14 +53,15 @@ def score(
     if dry_run:
         if engine == "local":
             say(f"devices: {', '.join(map(str, find_devices(loaded.run.devices)))}")
-        plan = make_plan(loaded, part, rescore)
+        plan = make_plan(loaded, part, rescore, retry=retry)
         say(f"{len(plan.todo)} shards to score ({len(plan.stale)} of them again), {plan.done.shards} done")
         for todo in plan.todo:
             say(f"  {todo.path} -> {plan.output.full(table_path(todo))}")
         for line in loaded.to_yaml().splitlines():
             say(line)
         return OK
-    summary = run(loaded, part=part, rescore=rescore, progress=progress_of(quiet, interval), engine=engine)
+    shown = progress_of(quiet, interval)
+    summary = run(loaded, part=part, rescore=rescore, retry=retry, progress=shown, engine=engine)
     if not quiet:
         for line in summary.lines():
             say(line)

@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,22 +15,26 @@ import typer
 from assay.cli.terminal import INCOMPLETE, OK, CorpusNow, ScoresFolder, Trust, clean, fail, log_to_stderr
 
 if TYPE_CHECKING:
-    from assay.corpus.scores_folder import ShardStatus
+    from assay.corpus.pace import Pace
+    from assay.corpus.scores_folder import Scores, ShardStatus
 
 _LISTED_SHARDS = 50
 
 
 def list_scores(
     scores: ScoresFolder,
-    as_json: Annotated[bool, typer.Option("--json", help="Every shard, as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything, every shard, as JSON.")] = False,
     corpus: CorpusNow = None,
 ) -> int:
-    """List the shards: which are done, which have changed since, how many rows each has."""
+    """List the shards: which are done, which have changed since, how many rows each has; and how a run gets on."""
+    from assay.corpus.pace import measure_pace
     from assay.corpus.scores_folder import open_scores
 
     found = open_scores(scores, corpus)
+    pace = measure_pace(found)
     if as_json:
-        print(json.dumps([_line(status) for status in found.shards], indent=2))
+        shards = [_line(status) | {"detail": status.detail} for status in found.shards]
+        print(json.dumps({**vars(pace), **_rows(found), "shards": shards}, indent=2))
         return OK
     from rich.console import Console
     from rich.table import Table
@@ -44,8 +49,32 @@ def list_scores(
         console.print(f"… and {total - _LISTED_SHARDS} more (--json lists all)")
     states = Counter(status.state.value for status in found.shards)
     console.print(f"{total} shards: " + ", ".join(f"{count} {state}" for state, count in states.items()))
+    rows = _rows(found)
+    both = rows["scored"] + rows["quarantined"]
+    console.print(f"rows {both:,} = scored {rows['scored']:,} + quarantined {rows['quarantined']:,}")
+    if states.keys() & {"missing", "changed"}:
+        console.print(_pace_line(pace))
     console.print(clean(f"scores: {', '.join(found.columns)}"))
     return OK
+
+
+def _rows(found: Scores) -> dict[str, int]:
+    """Of all tables together, those of changed shards, too."""
+    tables = [status.table for status in found.shards if status.table]
+    return {"scored": sum(t.scored for t in tables), "quarantined": sum(t.quarantined for t in tables)}
+
+
+def _pace_line(pace: Pace) -> str:
+    if pace.running is False:
+        return "no run is writing into it; `assay score` does what is missing"
+    who = "a run is writing into it" if pace.running else "whether a run is writing into it cannot be told here"
+    rate, left, idle = pace.rows_per_second, _duration(pace.seconds_left), _duration(pace.idle_seconds)
+    shown = "unknown" if rate is None else f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+    return f"{who}; rows/s {shown}, left {left}, since the last table {idle}"
+
+
+def _duration(seconds: float | None) -> str:
+    return "unknown" if seconds is None else str(timedelta(seconds=round(seconds)))
 
 
 def _line(status: ShardStatus) -> dict[str, Any]:

@@ -63,6 +63,28 @@ def claim(store: Store, work: str, *, shared: bool = False) -> Iterator[None]:
         os.close(descriptor)
 
 
+def is_claimed(store: Store) -> bool | None:
+    """Whether somebody holds the folder just now; None where nothing tells: elsewhere than here, or without locks."""
+    if not store.is_local:
+        return None
+    path = store.full(CLAIM)
+    try:  # NFS gives the lock only to who may write
+        descriptor = os.open(path, os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, _ALONE)  # for no longer than this function: who wants to hold it tries for a while
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def _held(path: str, work: str, shared: bool, until: float) -> int | None:
     """A descriptor that holds the lock; None if others hold it until then."""
     while True:

@@ -7,14 +7,15 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from assay._version import __version__
 from assay.corpus.errors import CorpusError
 from assay.corpus.layout import table_path
 from assay.corpus.named_files import FileFacts
+from assay.corpus.quarantine import list_digest
 from assay.corpus.score_files import ScoreFile, open_score_file
 from assay.corpus.shards import Shard
 from assay.corpus.storage import Fingerprint, Store
@@ -56,15 +57,20 @@ class Identity(_Record):
     corpora: dict[str, str] | None = None
 
 
-class _Column(_Record):
+class TableColumn(_Record):
+    """A score of every table, as `assay.methods.Column` has it."""
+
     name: str
+    keep: str = "none"
+    description: str = ""
+    width: Annotated[int, Field(ge=1, lt=1 << 31)] | None = 1
 
 
 class Manifest(Identity):
     """What a scores folder says about all of its tables."""
 
     corpus: str
-    columns: list[_Column]
+    columns: list[TableColumn]
     inputs: list[str] = []
     """The paths of all corpora that the scores depend on."""
 
@@ -81,6 +87,8 @@ class Footer(_Record):
     corpora: dict[str, str] | None = None
     seed: int
     rows: RowCounts
+    quarantine: str | None = None
+    """The digest of the list of quarantined rows, which are what the table does not hold; None without such a list."""
     nan: dict[str, int]
     methods: dict[str, str]
 
@@ -90,10 +98,11 @@ class Footer(_Record):
         identity: Identity,
         input: InputFacts,
         rows: RowCounts,
+        quarantine: str | None,
         nan: Mapping[str, int],
         methods: Mapping[str, str],
     ) -> Footer:
-        """The footer of a table scored under ``identity``."""
+        """The footer of a table scored under ``identity``, beside its ``quarantine`` list."""
         return cls(
             version=__version__,
             input=input,
@@ -103,6 +112,7 @@ class Footer(_Record):
             corpora=identity.corpora,
             seed=identity.recipe["seed"],
             rows=rows,
+            quarantine=quarantine,
             nan=dict(nan),
             methods=dict(methods),
         )
@@ -146,6 +156,11 @@ class Table:
         """Whether the shard is still the one that was scored."""
         return self.footer.input.fingerprint == fingerprint
 
+    def list_is_there(self, store: Store, shard: Shard) -> bool:
+        """Whether the list of the rows that it lacks is the one that was written with it: a run may have been killed
+        between another list and its table."""
+        return not self.footer.rows.quarantined or self.footer.quarantine == list_digest(store, shard)
+
     def differences(self, identity: Identity) -> list[str]:
         """What makes this another recipe's or model's table: ``key: old → new``; empty if it is not."""
         then, now = ({f"files of {k}": v for k, v in (x.corpora or {}).items()} for x in (self.footer, identity))
@@ -161,6 +176,20 @@ class Table:
 
 def open_table(store: Store, shard: Shard) -> Table | None:
     """The shard's score table, None if there is none. One that is foreign or short is a CorpusError."""
+    table = find_table(store, shard)
+    if table is None:
+        return None
+    rows, counts, total = table.file.rows, table.footer.rows, table.footer.input.rows
+    if rows != counts.scored or total != counts.scored + counts.quarantined:
+        raise CorpusError(
+            f"{store.full(table.file.path)}: holds {rows} rows, but its footer counts {counts.scored} "
+            f"scored and {counts.quarantined} quarantined of {total}; move it away"
+        )
+    return table
+
+
+def find_table(store: Store, shard: Shard) -> Table | None:
+    """The same, with as many rows as it may have."""
     path = table_path(shard)
     file = open_score_file(store, path)
     if file is None:
@@ -169,12 +198,6 @@ def open_table(store: Store, shard: Shard) -> Table | None:
         footer = Footer.model_validate(file.metadata)
     except ValidationError as error:
         raise CorpusError(f"{store.full(path)}: its footer is not a score run's; move the file away") from error
-    counts = footer.rows
-    if file.rows != counts.scored or footer.input.rows != counts.scored + counts.quarantined:
-        raise CorpusError(
-            f"{store.full(path)}: holds {file.rows} rows, but its footer counts {counts.scored} "
-            f"scored and {counts.quarantined} quarantined of {footer.input.rows}; move it away"
-        )
     return Table(file, footer)
 
 

@@ -10,12 +10,12 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import IO, Any
+from typing import IO, Any, BinaryIO, cast
 
 from assay.corpus.errors import CorpusError
 from assay.corpus.layout import quarantine_path
 from assay.corpus.shards import Shard
-from assay.corpus.storage import Store
+from assay.corpus.storage import Store, sha256
 
 # A list longer than this names rows that follow one another together, whatever their reasons and ids: how long it gets
 # must not follow what a small file unfolds to.
@@ -76,17 +76,33 @@ class QuarantineWriter:
             self._entries += 1
             self._first = None
 
-    def save(self, store: Store) -> None:
-        """Replace the shard's list under ``store``; an empty one leaves no file."""
+    def save(self, store: Store) -> str | None:
+        """Replace the shard's list under ``store``; an empty one leaves no file. Returns what `list_digest` will."""
         path = quarantine_path(self._shard)
         next(read_quarantine(store, self._shard), None)  # a CorpusError if it is somebody else's file
         if not self.count:
             store.remove(path)
-            return
+            return None
         self._end_run()
+        self._spool.seek(0)
+        digest = _digest(cast(BinaryIO, self._spool))
         self._spool.seek(0)
         with store.write(path) as file:
             shutil.copyfileobj(self._spool, file)
+        return digest
+
+
+def list_digest(store: Store, shard: Shard) -> str | None:
+    """The SHA-256 of a shard's list, by which what was written beside it knows it again; None if there is none."""
+    try:
+        with store.open(quarantine_path(shard)) as file:
+            return _digest(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _digest(file: BinaryIO) -> str:
+    return f"sha256:{sha256(file)}"
 
 
 def read_quarantine(store: Store, shard: Shard) -> Iterator[Quarantined]:

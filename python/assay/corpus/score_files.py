@@ -17,6 +17,9 @@ from assay.corpus.tables import ScoreColumn, make_table, parse_metadata, score_s
 
 ROW_GROUP_ROWS = 1 << 16
 GROUP_BYTES = 128 << 20
+# Of nearly all tables all of the footer, read at once.
+_FOOTER_BYTES = 64 << 10
+_MOST_FOOTER_BYTES = 64 << 20
 
 
 class ScoreWriter:
@@ -85,10 +88,9 @@ class ScoreFile:
 def open_score_file(store: Store, path: str) -> ScoreFile | None:
     """A score table's footer; None if there is none. A foreign file is a CorpusError."""
     try:
-        with store.open(path) as file:
-            # Not its Arrow schema, which takes longer to make than all the rest.
-            facts = pq.ParquetFile(file).metadata
-            return ScoreFile(path, facts.num_rows, parse_metadata(facts.metadata))
+        # Not its Arrow schema, which takes longer to make than all the rest.
+        facts = pq.ParquetFile(pa.BufferReader(_footer(store, path))).metadata
+        return ScoreFile(path, facts.num_rows, parse_metadata(facts.metadata))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (pa.ArrowException, ValueError, OSError, RecursionError) as error:
@@ -96,6 +98,17 @@ def open_score_file(store: Store, path: str) -> ScoreFile | None:
         raise CorpusError(
             f"{store.full(path)}: not a readable score table ({detail}); move it away to have it made again"
         ) from error
+
+
+def _footer(store: Store, path: str) -> bytes:
+    """A Parquet file from its footer on, or from before it."""
+    tail = store.read_tail(path, _FOOTER_BYTES)
+    size = int.from_bytes(tail[-8:-4], "little") + 8
+    if len(tail) < _FOOTER_BYTES or size <= len(tail):
+        return tail
+    if size > _MOST_FOOTER_BYTES:
+        raise ValueError(f"its footer has {size:,} bytes, which no such file's has")
+    return store.read_tail(path, size)
 
 
 def read_score(store: Store, path: str, name: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import NamedTuple
 
 from assay.corpus.errors import CorpusError
 from assay.corpus.footer import Identity, Manifest, open_table
-from assay.corpus.layout import MANIFEST
+from assay.corpus.layout import MANIFEST, quarantine_path
 from assay.corpus.named_files import changed_file
 from assay.corpus.quarantine import read_quarantine
 from assay.corpus.shards import Corpus, Shard, find_shards
@@ -66,20 +67,26 @@ class Scores:
 def open_scores(url: str, corpus_path: str | None = None) -> Scores:
     """Read a scores folder. ``corpus_path`` says where the corpus is now, if it moved since it was scored."""
     store = Store.at(url)
-    try:
-        manifest = Manifest.model_validate_json(store.read_text(MANIFEST))
-    except FileNotFoundError as error:
-        raise CorpusError(f"{store.url}: no {MANIFEST}; expected a folder of `assay score`") from error
-    except ValueError as error:
-        raise CorpusError(f"{store.full(MANIFEST)}: not a manifest of `assay score`") from error
-    corpus = _find_corpus(corpus_path, manifest.corpus)
+    manifest = read_manifest(store)
+    corpus = find_corpus(corpus_path, manifest.corpus)
     corpus_path = corpus_path or manifest.corpus
-    shards = tuple(_status(store, shard, manifest) for shard in corpus.shards)
+    shards = tuple(store.map(partial(_status, store, manifest), corpus.shards))
     columns = tuple(column.name for column in manifest.columns)
     return Scores(store, corpus_path, corpus, manifest, columns, tuple(manifest.inputs), shards)
 
 
-def _find_corpus(now: str | None, then: str) -> Corpus:
+def read_manifest(store: Store) -> Manifest:
+    """The manifest of a scores folder. A CorpusError if it is none."""
+    try:
+        return Manifest.model_validate_json(store.read_text(MANIFEST))
+    except FileNotFoundError as error:
+        raise CorpusError(f"{store.url}: no {MANIFEST}; expected a folder of `assay score`") from error
+    except ValueError as error:
+        raise CorpusError(f"{store.full(MANIFEST)}: not a manifest of `assay score`") from error
+
+
+def find_corpus(now: str | None, then: str) -> Corpus:
+    """The corpus where it is ``now``, or where the manifest says that it was."""
     try:
         return find_shards(now or then)
     except CorpusError as error:
@@ -88,7 +95,7 @@ def _find_corpus(now: str | None, then: str) -> Corpus:
         raise CorpusError(f"{error}; if the corpus has moved, say where it is with --corpus") from error
 
 
-def _status(store: Store, shard: Shard, identity: Identity) -> ShardStatus:
+def _status(store: Store, identity: Identity, shard: Shard) -> ShardStatus:
     table = open_table(store, shard)
     if table is None:
         entry = next(read_quarantine(store, shard), None)
@@ -106,6 +113,9 @@ def _status(store: Store, shard: Shard, identity: Identity) -> ShardStatus:
         return ShardStatus(shard, State.CHANGED, scored, f"the file cannot be looked at: {error.strerror}")
     if not same:
         return ShardStatus(shard, State.CHANGED, scored, "the file has changed since it was scored")
+    if not table.list_is_there(store, shard):
+        detail = f"{quarantine_path(shard)} is not the list that was written with its table"
+        return ShardStatus(shard, State.CHANGED, scored, detail)
     if changed := changed_file(store, shard, table.footer.input.files):
         return ShardStatus(shard, State.CHANGED, scored, changed)
     return ShardStatus(shard, State.DONE, scored)

@@ -10,20 +10,26 @@ import stat
 import tempfile
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from assay.corpus.errors import CorpusError
 
+T = TypeVar("T")
+R = TypeVar("R")
+
 TEMPORARY_SUFFIX = ".tmp"
 # A temporary lives for as long as one file takes to write, and every write renews its age.
 ABANDONED_AFTER_SECONDS = 3600.0
 # A manifest of 200,000 shards has some 30 MB.
 MAX_TEXT_BYTES = 256 << 20
+_REQUESTS_AT_ONCE = 16
 # Of a file itself: it is not there, not to be had, or none. Others, as EIO, ESTALE and EMFILE, may pass.
 _OF_FILE = (errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG)
 
@@ -111,12 +117,30 @@ class Store:
         """Those of several files; None of one that is not there, or cannot be looked at. Elsewhere than here by one
         listing for each of their folders."""
         paths = list(paths)
-        if not self.is_local:
-            self.fs.invalidate_cache()
-            for folder in sorted({os.path.dirname(path) for path in paths}):
-                with contextlib.suppress(OSError):
-                    self.fs.ls(self.full(folder), detail=True)  # which `_look` finds in the listings' cache
+        self._list_folders(paths)
         return {path: self._look_if_there(self.full(path)) for path in paths}
+
+    def times(self, paths: Iterable[str]) -> dict[str, float | None]:
+        """When files were written, in seconds by the file system's clock; None of one that is not there, or where it
+        does not say. Elsewhere than here by one listing for each of their folders."""
+        paths = list(paths)
+        self._list_folders(paths)
+        return {path: self._time(self.full(path)) for path in paths}
+
+    def _time(self, full: str) -> float | None:
+        try:
+            return os.stat(full).st_mtime if self.is_local else float(self.fs.modified(full).timestamp())
+        except (OSError, NotImplementedError):
+            return None
+
+    def _list_folders(self, paths: Iterable[str]) -> None:
+        """Where that costs a request, so that `_look` and `modified` find the files in the listings' cache."""
+        if self.is_local:
+            return
+        self.fs.invalidate_cache()
+        for folder in sorted({os.path.dirname(path) for path in paths}):
+            with contextlib.suppress(OSError):
+                self.fs.ls(self.full(folder), detail=True)
 
     def fingerprint_of(self, path: str, file: BinaryIO) -> Fingerprint:
         """That of a file that has just been opened, before anything is read."""
@@ -149,6 +173,32 @@ class Store:
         if self.is_local:
             return _open_regular(self.full(path))
         return cast(BinaryIO, self.fs.open(self.full(path), "rb"))
+
+    def read_tail(self, path: str, size: int) -> bytes:
+        """A file's last ``size`` bytes, or all that it has; elsewhere than here by one request."""
+        if not self.is_local:
+            return cast(bytes, self.fs.cat_file(self.full(path), start=-size))
+        with _open_regular(self.full(path)) as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - size))
+            return file.read(size)
+
+    def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        """The function of each item, in order. It asks for files of this folder: elsewhere than here, where the answers
+        take their time, several are asked for at once, and a little ahead."""
+        if self.is_local:
+            yield from map(function, items)
+            return
+        pool = ThreadPoolExecutor(_REQUESTS_AT_ONCE)
+        try:
+            waiting: deque[Future[R]] = deque()
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > 4 * _REQUESTS_AT_ONCE:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def sha256(self, path: str) -> str:
         """The SHA-256 of a file's content, in hexadecimal."""
@@ -205,20 +255,28 @@ class Store:
 
     def sweep(self, older_than: float = ABANDONED_AFTER_SECONDS) -> list[str]:
         """Delete temporaries that killed runs left behind. Age decides, so a live run's are safe."""
+        swept = []
+        for path in self.temporaries(older_than):
+            with contextlib.suppress(FileNotFoundError):  # another runner swept it first
+                os.unlink(self.full(path))
+                swept.append(path)
+        return swept
+
+    def temporaries(self, older_than: float) -> list[str]:
+        """Temporaries of this age in seconds, in order."""
         if not self.is_local:
             return []  # a spool elsewhere has no name for a kill to leave behind
-        swept = []
+        found = []
         # os.walk lists each folder once and follows no links: what lies behind one is not this folder's.
         for folder, _, names in os.walk(self.root):
             for name in names:
                 if not (name.startswith(".") and name.endswith(TEMPORARY_SUFFIX)):
                     continue
                 full = os.path.join(folder, name)
-                with contextlib.suppress(FileNotFoundError):  # another runner swept it first
+                with contextlib.suppress(FileNotFoundError):  # it has got its final name
                     if time.time() - os.lstat(full).st_mtime > older_than:
-                        os.unlink(full)
-                        swept.append(self.relative(full))
-        return sorted(swept)
+                        found.append(self.relative(full))
+        return sorted(found)
 
 
 def is_of_file(error: OSError) -> bool:

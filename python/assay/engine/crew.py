@@ -216,7 +216,7 @@ class _Crew:
     def _hand_out(self, to: _Worker, job: Job) -> None:
         job.path = self.stage() if job.share.count > 1 else None
         to.job = job
-        to.hand.tell(Unit(job.shard, job.share, job.path))
+        to.hand.tell(Unit(job.shard, job.share, job.path, job.shard in self._plan.retried))
 
     def _listen(self) -> None:
         heard = self._staff.wait([each.hand for each in self._workers], _RENEW_SECONDS)

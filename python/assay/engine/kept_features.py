@@ -17,8 +17,9 @@ from torch import Tensor
 from assay._version import __version__
 from assay.corpus.features import FeatureBatch, FeatureFile, FeatureSpec, FeatureWriter, open_features
 from assay.corpus.footer import Identity, InputFacts, RowCounts, canonical_hash
-from assay.corpus.layout import features_path, quarantine_path
+from assay.corpus.layout import features_path
 from assay.corpus.named_files import changed_file
+from assay.corpus.quarantine import list_digest
 from assay.corpus.shards import Shard
 from assay.corpus.storage import Fingerprint, Store
 from assay.methods import Column, Method
@@ -189,7 +190,7 @@ class FeatureWriters:
             "version": __version__,
             "input": facts.model_dump(exclude_none=True),
             "rows": counts.model_dump(),
-            "quarantine": _quarantine_digest(output, self._shard),
+            "quarantine": list_digest(output, self._shard),
         }
         for method in self._feature_methods:
             for k, (writer, path) in enumerate(zip(self._writers[method.name], method.paths(self._shard), strict=True)):
@@ -206,7 +207,7 @@ def open_stored(
     """
     known = {
         "input": {"path": shard.path, **fingerprint.to_json()},
-        "quarantine": _quarantine_digest(output, shard),
+        "quarantine": list_digest(output, shard),
     }
     found: dict[str, list[FeatureFile]] = {}
     usable = True
@@ -224,8 +225,3 @@ def open_stored(
             else:
                 found.setdefault(method.name, []).append(file)
     return found if usable else None
-
-
-def _quarantine_digest(output: Store, shard: Shard) -> str | None:
-    path = quarantine_path(shard)
-    return f"sha256:{output.sha256(path)}" if output.exists(path) else None

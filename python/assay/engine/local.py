@@ -20,7 +20,7 @@ from assay.corpus.shards import Shard
 from assay.corpus.storage import Store
 from assay.engine.crew import score_with_workers
 from assay.engine.devices import find_devices, threads_each
-from assay.engine.plan import Plan, find_corpora, make_plan, write_manifest
+from assay.engine.plan import Plan, find_corpora, make_plan, stands, write_manifest
 from assay.engine.processes import Processes
 from assay.engine.progress import Progress
 from assay.engine.ray_actors import RayActors
@@ -44,6 +44,10 @@ class RunSummary(Tally):
     reused: int = 0
     """The part of ``scored`` that needed no model: its features were stored."""
     unreadable: dict[str, str] = field(default_factory=dict)
+    retried: int = 0
+    """Rows that were in quarantine and were tried again."""
+    still_quarantined: int = 0
+    """Of the shards that they are in, the rows that are in quarantine now."""
     left_out: dict[str, str] = field(default_factory=dict)
     """What the corpus and the targets hold beside their shards and may be data, and why it is not read."""
     times: Times = field(default_factory=Times)
@@ -63,6 +67,8 @@ class RunSummary(Tally):
             f"{len(self.unreadable)} unreadable",
             f"rows in {self.rows:,} = scored {self.rows_scored:,} + quarantined {self.rows_quarantined:,}",
         ]
+        if self.retried:
+            lines.append(f"quarantined rows tried again: {self.retried:,}; now quarantined: {self.still_quarantined:,}")
         nan = ", ".join(f"{name} {count:,}" for name, count in sorted(self.nan.items()) if count)
         lines += [f"NaN scores: {nan}"] if nan else []
         lines += [self.times.line(self.workers)] if self.workers else []
@@ -74,12 +80,14 @@ def run(
     *,
     part: tuple[int, int] = (1, 1),
     rescore: bool = False,
+    retry: bool = False,
     progress: Progress | None = None,
     engine: str = "local",
 ) -> RunSummary:
     """Score whatever is not scored yet, and say what became of every row.
 
     Args:
+        retry: also every shard with rows in quarantine, whole: a row's scores may depend on its neighbours.
         engine: ``"local"``: with several devices in ``recipe.run`` a worker process on each; with one, here. ``"ray"``:
             actors of a Ray cluster, as ``recipe.run.ray`` says.
     """
@@ -89,7 +97,7 @@ def run(
     corpora = find_corpora(recipe)
     output = Store.at(recipe.output)
     with claim(output, canonical_hash([recipe.corpus.path, recipe.identity()]), shared=True):
-        plan = make_plan(recipe, part, rescore, corpora)
+        plan = make_plan(recipe, part, rescore, corpora, retry)
         for path in output.sweep():
             log.info("removed %s, left by a run that was killed", path)
         left_out = {entry.path: entry.reason for corpus in corpora.values() for entry in corpus.left_out}
@@ -105,6 +113,8 @@ def _score(plan: Plan, devices: Sequence[torch.device], summary: RunSummary, pro
 
     def on_unreadable(shard: Shard, reason: str) -> None:
         log.error("%s: %s", shard.path, reason)
+        if shard in plan.retried and stands(plan.output, shard):
+            return  # what was known of it before is more than that it could not be read again
         _quarantine_shard(plan.output, shard, reason)
 
     rest = (progress, summary.times, on_unreadable)
@@ -123,10 +133,13 @@ def _score(plan: Plan, devices: Sequence[torch.device], summary: RunSummary, pro
         outcomes = score_with_workers(plan, sizes, staff, places, max(1, int(spec.cpus)), *rest)
     summary.times.total, summary.workers = time.perf_counter() - began, workers
     for shard, outcome in outcomes.items():
+        summary.retried += plan.retried.get(shard, 0)
         if isinstance(outcome, str):
             summary.unreadable[shard.path] = outcome
+            summary.still_quarantined += plan.retried.get(shard, 0)
             continue
         footer, stored = outcome
+        summary.still_quarantined += footer.rows.quarantined if shard in plan.retried else 0
         summary.add(footer)
         summary.scored += 1
         summary.rescored += shard in plan.stale
@@ -157,7 +170,7 @@ def _score_here(
                 reached = share
 
             try:
-                outcomes[shard] = score_anew_or_stored(workshop, shard, plan.output, advance)
+                outcomes[shard] = score_anew_or_stored(workshop, shard, plan.output, advance, shard in plan.retried)
             except ShardError as error:
                 outcomes[shard] = str(error)
                 on_unreadable(shard, str(error))

@@ -45,6 +45,8 @@ class Unit:
     shard: Shard
     share: Share = field(default_factory=Share)
     path: str | None = None
+    anew: bool = False
+    """Whether features that an earlier run stored are not to be used."""
 
 
 @dataclass(frozen=True)

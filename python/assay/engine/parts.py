@@ -116,8 +116,8 @@ def join_parts(
             rows += count
         counts = RowCounts(scored=table.rows, quarantined=quarantine.count)
         facts = source.save(output, shard, rows)
-        footer = Footer.make(identity, facts, counts, nan, parts[0].metadata)
-        quarantine.save(output)
+        listed = quarantine.save(output)
+        footer = Footer.make(identity, facts, counts, listed, nan, parts[0].metadata)
         table.save(output, table_path(shard), footer.to_json())
     return footer
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from assay._version import __version__
@@ -35,7 +36,10 @@ class Plan:
     done: Tally
     todo: tuple[Shard, ...]
     stale: tuple[Shard, ...]
-    """The part of ``todo`` that was scored before, from another input or by another recipe."""
+    """The part of ``todo`` that was scored before: from another input, by another recipe, or with rows that are to be
+    tried again."""
+    retried: Mapping[Shard, int] = field(default_factory=dict)
+    """The part of ``stale`` whose tables are sound, with as many rows in quarantine."""
 
 
 def find_corpora(recipe: Recipe) -> dict[str, Corpus]:
@@ -56,11 +60,13 @@ def make_plan(
     part: tuple[int, int] = (1, 1),
     rescore: bool = False,
     corpora: Mapping[str, Corpus] | None = None,
+    retry: bool = False,
 ) -> Plan:
     """Find the shards, unless they are given as ``find_corpora`` found them, and see which of them are done.
 
     ``part`` (i, n) takes every n-th shard from the i-th on. Tables made by another recipe or model are a
-    ChangedError that says what differs, unless ``rescore`` allows to replace them.
+    ChangedError that says what differs, unless ``rescore`` allows to replace them. With ``retry`` a shard with rows in
+    quarantine is scored again.
     """
     corpora = corpora or find_corpora(recipe)
     recipe = with_columns(recipe, corpora)
@@ -73,13 +79,16 @@ def make_plan(
     )
     index, count = part
     done = Tally()
-    todo, stale, changed = [], [], []
-    for shard in corpus.shards[index - 1 :: count]:
-        table = open_table(output, shard)
-        differences = table.differences(identity) if table else []
-        if table and not differences and _unchanged(output, shard, table):
-            done.add(table.footer)
-            continue
+    todo, stale, changed, retried = [], [], [], {}
+    shards = corpus.shards[index - 1 :: count]
+    for shard, (table, differences, is_sound) in zip(
+        shards, output.map(partial(_known, output, identity), shards), strict=True
+    ):
+        if table and is_sound:
+            if not retry or not table.footer.rows.quarantined:
+                done.add(table.footer)
+                continue
+            retried[shard] = table.footer.rows.quarantined
         todo.append(shard)
         if table:
             stale.append(shard)
@@ -92,7 +101,7 @@ def make_plan(
             f"{len(changed)} score tables in {output.url} come from another recipe, model or target "
             f"({table_path(shard)}: {shown}); score them again with --rescore, or choose another output"
         )
-    return Plan(recipe, identity, corpus, corpora, output, done, tuple(todo), tuple(stale))
+    return Plan(recipe, identity, corpus, corpora, output, done, tuple(todo), tuple(stale), retried)
 
 
 def _fitted_fingerprints(recipe: Recipe, corpora: Mapping[str, Corpus]) -> dict[str, str]:
@@ -112,9 +121,24 @@ def refuse_changes(plan: Plan) -> None:
         )
 
 
+def _known(output: Store, identity: Identity, shard: Shard) -> tuple[Table | None, list[str], bool]:
+    """A shard's table, what makes it another recipe's, and whether it is this one's and the shard is what it was."""
+    table = open_table(output, shard)
+    if table is None:
+        return None, [], False
+    differences = table.differences(identity)
+    return table, differences, not differences and _unchanged(output, shard, table)
+
+
+def stands(output: Store, shard: Shard) -> bool:
+    """Whether a shard's table, if it has one, still speaks of it."""
+    table = open_table(output, shard)
+    return table is not None and _unchanged(output, shard, table)
+
+
 def _unchanged(output: Store, shard: Shard, table: Table) -> bool:
     try:
-        same = table.input_is(shard.as_found())
+        same = table.input_is(shard.as_found()) and table.list_is_there(output, shard)
         return same and changed_file(output, shard, table.footer.input.files) is None
     except OSError:
         return False  # scoring it will say what is the matter

@@ -14,7 +14,7 @@ from assay.corpus.errors import ShardError
 from assay.corpus.footer import Footer, InputFacts, RowCounts
 from assay.corpus.layout import table_path
 from assay.corpus.named_files import NamedFiles, save_files
-from assay.corpus.quarantine import QuarantineWriter
+from assay.corpus.quarantine import QuarantineWriter, list_digest
 from assay.corpus.readers import read, shard_errors
 from assay.corpus.score_files import ScoreWriter
 from assay.corpus.shards import Shard
@@ -116,18 +116,21 @@ def score_shard(
         source = score_windows(workshop, scorer, shard, writers.record, on_progress, features.bytes_per_row)
         with workshop.times.measure("write"):
             facts = source.save(output, shard, writers.rows)
-            footer = Footer.make(workshop.identity, facts, writers.counts(), writers.nan, scorer.metadata())
-            quarantine.save(output)
+            counts, listed = writers.counts(), quarantine.save(output)
+            footer = Footer.make(workshop.identity, facts, counts, listed, writers.nan, scorer.metadata())
             features.save(output, facts, footer.rows)
             table.save(output, table_path(shard), footer.to_json())
     return footer
 
 
 def score_anew_or_stored(
-    workshop: Workshop, shard: Shard, output: Store, on_progress: Callable[[int, float], None]
+    workshop: Workshop, shard: Shard, output: Store, on_progress: Callable[[int, float], None], anew: bool = False
 ) -> tuple[Footer, bool]:
-    """Score a shard, from its stored features where that can be -> its table's footer, and whether it could."""
-    stored = score_stored(workshop, shard, output)
+    """Score a shard, from its stored features where that can be -> its table's footer, and whether it could.
+
+    ``anew``: not from its features, which lack the rows that were quarantined.
+    """
+    stored = None if anew else score_stored(workshop, shard, output)
     if stored is None:
         return score_shard(workshop, shard, output, on_progress), False
     on_progress(stored.input.rows, 1.0)
@@ -222,8 +225,8 @@ def score_stored(workshop: Workshop, shard: Shard, output: Store) -> Footer | No
             table.add(batch.rows, batch.ids.to_pylist(), {name: values[part] for name, values in scores.items()})
         nan = {name: count_nan(values) for name, values in scores.items()}
         facts, rows = (first.metadata[key] for key in ("input", "rows"))
-        metadata = workshop.scorer.fresh().metadata()
-        footer = Footer.make(workshop.identity, InputFacts(**facts), RowCounts(**rows), nan, metadata)
+        metadata, listed = workshop.scorer.fresh().metadata(), list_digest(output, shard)
+        footer = Footer.make(workshop.identity, InputFacts(**facts), RowCounts(**rows), listed, nan, metadata)
         table.save(output, table_path(shard), footer.to_json())
     return footer
 

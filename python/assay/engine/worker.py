@@ -91,7 +91,7 @@ def work(workshop: Workshop, output: Store, unit: Unit, say: Callable[[Any], Non
         if unit.path is not None:
             outcome = score_part(workshop, unit.shard, unit.share, unit.path, advance)
         else:
-            outcome, stored = score_anew_or_stored(workshop, unit.shard, output, advance)
+            outcome, stored = score_anew_or_stored(workshop, unit.shard, output, advance, unit.anew)
     except ShardError as error:
         outcome = str(error)
     return Finished(outcome, stored, Times(**{part: s - before[part] for part, s in vars(workshop.times).items()}))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from assay._version import __version__
 from assay.corpus.claim import CLAIM, claim
@@ -23,9 +24,11 @@ from assay.corpus.scores_folder import Scored, Scores, State, open_scores
 from assay.corpus.shards import Shard, find_shards, refuse_overlap
 from assay.corpus.storage import TEMPORARY_SUFFIX, Store
 from assay.curate.chosen import ShardSelection, write_fates
+from assay.curate.expressions import Condition
 from assay.curate.forms import Form, find_form
 from assay.curate.ranking import score_name
 from assay.curate.rules import Rule
+from assay.curate.where import Answer, ask, parse_condition
 from assay.curate.whole import check_rows, scored_shards
 from assay.select import Selection
 
@@ -58,6 +61,8 @@ class Curated:
     shards: tuple[ShardCounts, ...]
     unreadable: dict[str, str]
     left_out: dict[str, str]
+    where: Answer | None = None
+    """What the condition says of each scored row, if one was given."""
 
     @property
     def missing(self) -> str:
@@ -87,6 +92,7 @@ def curate(
     output_url: str,
     corpus_path: str | None = None,
     form: str = "shards",
+    where: str | None = None,
 ) -> Curated:
     """Choose rows by one score over all shards and write them under ``output_url``, in their own format.
 
@@ -94,14 +100,18 @@ def curate(
     the shards go a manifest and, per shard, a table of every input row with its score, fate and reason. Instead of
     the shards, other ``form``s write per shard the kept rows' ``"indices"`` or their ids and ``"weights"``, or
     ``"datasets"``: the shards in a folder that ``datasets.load_dataset`` takes.
+    Of ``where``, a condition on scores such as ``"mimic > 0 and loss < quantile(loss, 0.9)"``, ``rule`` gets the rows
+    that pass; the others are dropped. Without ``by`` the tables then show the first score that it names.
     Scores that do not cover the corpus as it is now are an CorpusError, before anything is written.
     """
     scores = open_scores(scores_url, corpus_path)
-    name = score_name(scores, by)
     tables = scored_shards(scores)
+    condition = None if where is None else _condition(scores, tables[0][0], where)
+    name = score_name(scores, by or _first_score(scores, condition))
     output, written = Store.at(output_url), find_form(form)
     _refuse_inputs(output, scores, [shard for shard, _ in tables], written)
-    selection, shards = _select(scores, tables, name, rule)
+    answer = None if condition is None else ask(scores.store, tables, condition)
+    selection, shards = _select(scores, tables, name, rule, answer)
     written.check(selection, [chosen.shard for chosen in shards])
     with claim(output, SELECTION):
         for path in output.sweep():
@@ -114,31 +124,43 @@ def curate(
             output.write_text(path, text)
         unreadable = {status.shard.path: status.detail for status in scores.of(State.UNREADABLE)}
         left_out = {entry.path: entry.reason for entry in scores.corpus.left_out}
-        curated = Curated(selection, counts, unreadable, left_out)
+        curated = Curated(selection, counts, unreadable, left_out, answer)
         output.write_text(
             MANIFEST, json.dumps(_manifest(scores, name, form, curated), indent=2, ensure_ascii=False) + "\n"
         )
     return curated
 
 
+def _condition(scores: Scores, shard: Shard, where: str) -> Condition:
+    with scores.store.open(table_path(shard)) as file:
+        schema = pq.ParquetFile(file).schema_arrow
+    return parse_condition(where, schema)
+
+
+def _first_score(scores: Scores, condition: Condition | None) -> str | None:
+    named = [] if condition is None else [n for n in condition.columns.values() if n in scores.columns]
+    return named[0] if named else None
+
+
 def _select(
-    scores: Scores, tables: Sequence[tuple[Shard, Scored]], name: str, rule: Rule
+    scores: Scores, tables: Sequence[tuple[Shard, Scored]], name: str, rule: Rule, answer: Answer | None
 ) -> tuple[Selection, list[ShardSelection]]:
     """What the rule makes of all scores together, and of each shard's."""
     rows, values = _read(scores.store, tables, name)
     field = score_field(scores.store, table_path(tables[0][0]), name)
     if field.type != pa.float32():
         raise CorpusError(f"--by {name}: holds {field.type} per row; expected one number to judge by")
-    selection = rule(pa.Table.from_arrays([pa.array(np.concatenate(values))], schema=pa.schema([field])))
+    table = pa.Table.from_arrays([pa.array(np.concatenate(values))], schema=pa.schema([field]))
+    selection = rule(table) if answer is None else answer.choose(table, rule)
     legend = np.array(selection.legend, object)
     scale, firsts = _scale(selection), _firsts(scores)
     shards, start = [], 0
-    for (shard, table), own_rows, own_scores in zip(tables, rows, values, strict=True):
+    for (shard, scored), own_rows, own_scores in zip(tables, rows, values, strict=True):
         part = slice(start, start := start + len(own_rows))
         weights = None if selection.weights is None else selection.weights[part]
         reasons = legend[selection.codes[part]]
         own = (own_rows, own_scores, selection.mask[part], reasons, weights)
-        shards.append(ShardSelection(shard, table, *own, scale, firsts[shard.path]))
+        shards.append(ShardSelection(shard, scored, *own, scale, firsts[shard.path]))
     return selection, shards
 
 
@@ -237,6 +259,7 @@ def _manifest(scores: Scores, name: str, form: str, curated: Curated) -> dict[st
         "version": __version__,
         "rule": selection.rule,
         "by": name,
+        **({} if curated.where is None else {"where": curated.where.to_json()}),
         "output": form,
         "threshold": selection.threshold,
         "facts": dict(selection.facts),

@@ -28,7 +28,9 @@ def pretraining_text(root: Path) -> None:
 def ask_the_scores(root: Path) -> None:
     pytest.importorskip("duckdb")
     loss, rho = np.random.default_rng(0).normal(size=(2, 20)).astype(np.float32)
-    make_scores(root, {"a": {"loss": loss, "rho": rho}, "b": {"loss": rho, "rho": loss}})
+    shards = {"a": {"loss": loss, "rho": rho}, "b": {"loss": rho, "rho": loss}}
+    make_scores(root, shards)
+    make_scores(root, {name: {"loss": scores["rho"]} for name, scores in shards.items()}, name="scores-later")
 
 
 def instruction_data(root: Path) -> None:

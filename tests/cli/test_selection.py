@@ -47,3 +47,20 @@ def test_without_duckdb_the_extra_is_named(scores, monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "duckdb", None)
     assert main(["select", scores, "--where", "mimic > 0", "--out", "out"]) == 2
     assert "duckdb is not installed; it comes with `pip install 'assay[sql]'`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [(["b"], "--with b: expected NAME=SCORES"), (["b=x", "b=y"], "--with b=y: b is x already; expected another name")],
+)
+def test_other_runs_need_a_name_each(scores, given, message, capsys):
+    options = [word for text in given for word in ("--with", text)]
+    assert main(["select", scores, "--where", "mimic > 0", *options, "--out", "out"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_another_run_stands_beside(scores, tmp_path, capsys):
+    pytest.importorskip("duckdb")
+    other = make_scores(tmp_path, {"a": {"mimic": np.array([1, 1, 1, 1], np.float32)}}, name="other")
+    assert main(["select", scores, "--where", "mimic > b.mimic", "--with", f"b={other}", "--out", "out"]) == 0
+    assert pq.read_table(tmp_path / "out/a.parquet")["id"].to_pylist() == ["a-3"]

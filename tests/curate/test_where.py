@@ -14,6 +14,7 @@ from assay.corpus.scores_folder import open_scores
 from assay.curate import RuleOptions, curate
 from assay.curate import where as asked
 from assay.curate.expressions import ExpressionError
+from assay.curate.rows import Rows
 from assay.curate.whole import scored_shards
 from tests.small_scores import Column, make_scores
 
@@ -39,7 +40,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def opened(folder):
     scores = open_scores(folder)
-    return scores.store, scored_shards(scores)
+    return Rows(scores.store, scored_shards(scores))
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +53,12 @@ def columns(folder):
     return {**numbers, "row": row, "shard": shard, "id": ids}
 
 
-def ask(folder, opened, text):
-    condition = asked.parse_condition(text, pq.read_schema(f"{folder}/a.parquet"))
-    return asked.ask(*opened, condition)
+def ask(rows, text):
+    return asked.ask(rows, asked.parse_condition(text, rows.names()))
 
 
-def passing(folder, opened, text):
-    return np.flatnonzero(ask(folder, opened, text).codes == 1)
+def passing(rows, text):
+    return np.flatnonzero(ask(rows, text).codes == 1)
 
 
 CONDITIONS = [
@@ -93,13 +93,13 @@ def _ranks(values):
 
 
 @pytest.mark.parametrize(("text", "expected", "needs"), CONDITIONS, ids=[text for text, *_ in CONDITIONS])
-def test_conditions_keep_what_numpy_keeps(folder, opened, columns, text, expected, needs):
+def test_conditions_keep_what_numpy_keeps(opened, columns, text, expected, needs):
     numbers = [columns[name] for name in ("x", "y", "z-1")]
     there = ~np.isnan([numbers["xyz".index(name)] for name in needs]).any(0)
     with np.errstate(invalid="ignore"):
         wanted = np.flatnonzero(expected(*numbers) & there)
     assert 0 < len(wanted) < len(there)
-    np.testing.assert_array_equal(passing(folder, opened, text), wanted)
+    np.testing.assert_array_equal(passing(opened, text), wanted)
 
 
 @pytest.mark.parametrize(
@@ -112,8 +112,8 @@ def test_conditions_keep_what_numpy_keeps(folder, opened, columns, text, expecte
         ("row < 2 -- the first", lambda c: c["row"] < 2),
     ],
 )
-def test_rows_are_asked_for_by_shard_row_and_id(folder, opened, columns, text, expected):
-    np.testing.assert_array_equal(passing(folder, opened, text), np.flatnonzero(expected(columns)))
+def test_rows_are_asked_for_by_shard_row_and_id(opened, columns, text, expected):
+    np.testing.assert_array_equal(passing(opened, text), np.flatnonzero(expected(columns)))
 
 
 def random_condition(rng, depth):
@@ -134,25 +134,25 @@ def random_condition(rng, depth):
     return f"({left}) {word} ({right})", lambda x, y: join(first(x, y), second(x, y))
 
 
-def test_random_conditions_keep_what_numpy_keeps(folder, opened, columns):
+def test_random_conditions_keep_what_numpy_keeps(opened, columns):
     rng = np.random.default_rng(1)
     x, y = columns["x"], columns["y"]
     for _ in range(12):
         text, expected = random_condition(rng, 3)
         outside = text.replace("quantile(x + y, 0.4)", "")
         there = ~((np.isnan(x) & ("x" in outside)) | (np.isnan(y) & ("y" in outside)))
-        np.testing.assert_array_equal(passing(folder, opened, text), np.flatnonzero(expected(x, y) & there), text)
+        np.testing.assert_array_equal(passing(opened, text), np.flatnonzero(expected(x, y) & there), text)
 
 
-def test_what_has_no_value_is_neither_above_nor_below(folder, opened, columns):
+def test_what_has_no_value_is_neither_above_nor_below(opened, columns):
     """0/0, a root of what is below 0: unknown, also under NOT; where OR decides without it, it does not matter."""
     x = columns["x"]
     negative = x < 0
     assert negative.any()
-    np.testing.assert_array_equal(passing(folder, opened, "sqrt(x) < 1"), np.flatnonzero((x >= 0) & (x < 1)))
-    np.testing.assert_array_equal(passing(folder, opened, "not (sqrt(x) < 1)"), np.flatnonzero(x >= 1))
-    np.testing.assert_array_equal(passing(folder, opened, "(x - x) / (x - x) > 1 or x > 1"), np.flatnonzero(x > 1))
-    answer = ask(folder, opened, "not (sqrt(x) < 1)")
+    np.testing.assert_array_equal(passing(opened, "sqrt(x) < 1"), np.flatnonzero((x >= 0) & (x < 1)))
+    np.testing.assert_array_equal(passing(opened, "not (sqrt(x) < 1)"), np.flatnonzero(x >= 1))
+    np.testing.assert_array_equal(passing(opened, "(x - x) / (x - x) > 1 or x > 1"), np.flatnonzero(x > 1))
+    answer = ask(opened, "not (sqrt(x) < 1)")
     assert answer.counts()["unknown"] == negative.sum()
     assert f"{negative.sum()} have no value" in answer.summary()
 
@@ -236,7 +236,7 @@ def test_the_same_quantile_as_the_rule(folder, tmp_path):
     ("text", "message", "caret"),
     [
         ("x > 0 and xx < 1", "there is no score xx; did you mean x?", 10),
-        ("'ä' = id and mimic > 1", "there is no score mimic; there are row, x, y, z-1, id, shard", 13),
+        ("'ä' = id and mimic > 1", "there is no score mimic; there are x, y, z-1, row, id, shard", 13),
         ("x.y > 1", "there is no score x.y", 0),
         ("tokens > 1", "there is no score tokens", 0),
         ("x >", "syntax error", 3),
@@ -270,9 +270,9 @@ def test_the_same_quantile_as_the_rule(folder, tmp_path):
         ("x > 1 or " * 2000 + "x > 0", "expected at most 10,000", None),
     ],
 )
-def test_what_is_wrong_is_pointed_at(folder, opened, text, message, caret):
+def test_what_is_wrong_is_pointed_at(opened, text, message, caret):
     with pytest.raises(ExpressionError) as caught:
-        ask(folder, opened, text)
+        ask(opened, text)
     lines = str(caught.value).split("\n")
     assert message in lines[0], lines[0]
     if caret is not None:
@@ -329,7 +329,7 @@ def test_what_is_wrong_is_pointed_at(folder, opened, text, message, caret):
         "x\x00 > 1",
     ],
 )
-def test_nothing_but_a_condition_is_taken(folder, opened, monkeypatch, text):
+def test_nothing_but_a_condition_is_taken(opened, monkeypatch, text):
     """Refused before any of it is run: of a refused text no query over the tables is made."""
 
     def fail(*arguments):
@@ -337,7 +337,7 @@ def test_nothing_but_a_condition_is_taken(folder, opened, monkeypatch, text):
 
     monkeypatch.setattr(asked, "_run", fail)
     with pytest.raises(ExpressionError):
-        ask(folder, opened, text)
+        ask(opened, text)
 
 
 def test_the_engine_itself_has_no_way_out(tmp_path):
@@ -362,9 +362,9 @@ def test_the_engine_itself_has_no_way_out(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["secret.csv"]
 
 
-def test_texts_are_bound_and_never_part_of_the_query(folder, opened):
-    assert len(passing(folder, opened, "id <> 'a'' OR ''1''=''1' and x > 0")) > 0
-    assert len(passing(folder, opened, "id = 'a-0'' or true --' or x > 99")) == 0
+def test_texts_are_bound_and_never_part_of_the_query(opened):
+    assert len(passing(opened, "id <> 'a'' OR ''1''=''1' and x > 0")) > 0
+    assert len(passing(opened, "id = 'a-0'' or true --' or x > 99")) == 0
 
 
 @pytest.mark.parametrize(
@@ -394,23 +394,23 @@ def test_options_beside_a_condition_are_checked(options, message):
         RuleOptions(**options).rule()
 
 
-def test_a_table_that_shrinks_while_it_is_read_is_an_error(folder, opened, monkeypatch):
-    monkeypatch.setattr(asked, "ROW_GROUP_ROWS", 8)
-    stored = asked.pq.ParquetFile.iter_batches
+def test_a_table_that_shrinks_while_it_is_read_is_an_error(opened, monkeypatch):
+    monkeypatch.setattr("assay.curate.rows.ROW_GROUP_ROWS", 8)
+    stored = pq.ParquetFile.iter_batches
 
     def short(self, **options):
         return list(stored(self, **options))[:-1]
 
-    monkeypatch.setattr(asked.pq.ParquetFile, "iter_batches", short)
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", short)
     with pytest.raises(CorpusError, match=r"a\.parquet: has changed while it was read"):
-        ask(folder, opened, "x > 0")
+        ask(opened, "x > 0")
 
 
-def test_batches_and_their_order_change_nothing(folder, opened, monkeypatch):
+def test_batches_and_their_order_change_nothing(opened, monkeypatch):
     text = "x > quantile(x, 0.3) and rank(y) < 40 and shard like '%'"
-    whole = ask(folder, opened, text).codes
-    monkeypatch.setattr(asked, "ROW_GROUP_ROWS", 7)
-    np.testing.assert_array_equal(ask(folder, opened, text).codes, whole)
+    whole = ask(opened, text).codes
+    monkeypatch.setattr("assay.curate.rows.ROW_GROUP_ROWS", 7)
+    np.testing.assert_array_equal(ask(opened, text).codes, whole)
 
 
 def test_selection_keeps_its_promises(folder, tmp_path):

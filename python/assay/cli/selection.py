@@ -21,6 +21,14 @@ def select(
             "rows; with one, it chooses among them.",
         ),
     ] = None,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--with",
+            metavar="NAME=SCORES",
+            help="Another run's scores of the same corpus, which --where then calls NAME.score. May be given again.",
+        ),
+    ] = None,
     by: Annotated[str | None, typer.Option("--by", metavar="SCORE", help="The score to judge by.")] = None,
     top: Annotated[
         str | None,
@@ -70,7 +78,7 @@ def select(
         where=where,
     )
     try:
-        curated = curate(scores, by, options.rule(), out, corpus, form, where)
+        curated = curate(scores, by, options.rule(), out, corpus, form, where, _beside(beside or []))
     except ExpressionError as error:
         return _point(error)
     dropped = curated.rows - curated.kept - curated.quarantined
@@ -82,6 +90,18 @@ def select(
     )
     say(f"{'corpus' if form == 'shards' else form}: {out}")
     return fail(curated.missing, INCOMPLETE) if curated.missing else OK
+
+
+def _beside(given: list[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for text in given:
+        name, equals, folder = text.partition("=")
+        if not equals or not folder:
+            raise ValueError(f"--with {text}: expected NAME=SCORES, as in other=scores-of-another-run")
+        if name in found:
+            raise ValueError(f"--with {text}: {name} is {found[name]} already; expected another name")
+        found[name] = folder
+    return found
 
 
 def _point(error: ValueError) -> int:

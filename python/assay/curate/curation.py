@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from assay._version import __version__
 from assay.corpus.claim import CLAIM, claim
@@ -27,6 +26,7 @@ from assay.curate.chosen import ShardSelection, write_fates
 from assay.curate.expressions import Condition
 from assay.curate.forms import Form, find_form
 from assay.curate.ranking import score_name
+from assay.curate.rows import Beside, Rows, open_beside
 from assay.curate.rules import Rule
 from assay.curate.where import Answer, ask, parse_condition
 from assay.curate.whole import check_rows, scored_shards
@@ -93,6 +93,7 @@ def curate(
     corpus_path: str | None = None,
     form: str = "shards",
     where: str | None = None,
+    beside: Mapping[str, str] | None = None,
 ) -> Curated:
     """Choose rows by one score over all shards and write them under ``output_url``, in their own format.
 
@@ -101,16 +102,21 @@ def curate(
     the shards, other ``form``s write per shard the kept rows' ``"indices"`` or their ids and ``"weights"``, or
     ``"datasets"``: the shards in a folder that ``datasets.load_dataset`` takes.
     Of ``where``, a condition on scores such as ``"mimic > 0 and loss < quantile(loss, 0.9)"``, ``rule`` gets the rows
-    that pass; the others are dropped. Without ``by`` the tables then show the first score that it names.
+    that pass; the others are dropped. Without ``by`` the tables then show the first score that it names. In it
+    ``NAME.score`` is one of another run over the same shards, whose folder ``beside`` has under that name; a row that
+    the other run has not scored has NaN there.
     Scores that do not cover the corpus as it is now are an CorpusError, before anything is written.
     """
     scores = open_scores(scores_url, corpus_path)
     tables = scored_shards(scores)
-    condition = None if where is None else _condition(scores, tables[0][0], where)
+    rows = Rows(scores.store, tables, open_beside(scores, tables, beside or {}))
+    if where is None and beside:
+        raise CorpusError(f"--with {next(iter(beside))}: has no effect without --where, which says what to ask of it")
+    condition = None if where is None else parse_condition(where, rows.names())
     name = score_name(scores, by or _first_score(scores, condition))
     output, written = Store.at(output_url), find_form(form)
-    _refuse_inputs(output, scores, [shard for shard, _ in tables], written)
-    answer = None if condition is None else ask(scores.store, tables, condition)
+    _refuse_inputs(output, scores, [shard for shard, _ in tables], written, rows.beside)
+    answer = None if condition is None else ask(rows, condition)
     selection, shards = _select(scores, tables, name, rule, answer)
     written.check(selection, [chosen.shard for chosen in shards])
     with claim(output, SELECTION):
@@ -126,15 +132,9 @@ def curate(
         left_out = {entry.path: entry.reason for entry in scores.corpus.left_out}
         curated = Curated(selection, counts, unreadable, left_out, answer)
         output.write_text(
-            MANIFEST, json.dumps(_manifest(scores, name, form, curated), indent=2, ensure_ascii=False) + "\n"
+            MANIFEST, json.dumps(_manifest(scores, name, form, curated, rows), indent=2, ensure_ascii=False) + "\n"
         )
     return curated
-
-
-def _condition(scores: Scores, shard: Shard, where: str) -> Condition:
-    with scores.store.open(table_path(shard)) as file:
-        schema = pq.ParquetFile(file).schema_arrow
-    return parse_condition(where, schema)
 
 
 def _first_score(scores: Scores, condition: Condition | None) -> str | None:
@@ -180,11 +180,14 @@ def _firsts(scores: Scores) -> dict[str, int | None]:
     return firsts
 
 
-def _refuse_inputs(output: Store, scores: Scores, shards: Sequence[Shard], form: Form) -> None:
+def _refuse_inputs(
+    output: Store, scores: Scores, shards: Sequence[Shard], form: Form, beside: Mapping[str, Beside]
+) -> None:
     """CorpusError if what is written would fall on the corpus, the scores or somebody's files."""
     refuse_overlap(output, scores.corpus_path, scores.corpus)
-    if output.holds(scores.store) or scores.store.holds(output):
-        raise CorpusError(f"{output.url}: the output and the scores {scores.store.url} must not lie in each other")
+    for store in (scores.store, *(other.scores.store for other in beside.values())):
+        if output.holds(store) or store.holds(output):
+            raise CorpusError(f"{output.url}: the output and the scores {store.url} must not lie in each other")
     ours = {path for shard in shards for path in (*form.files(shard), selection_path(shard))}
     output.refuse_detours(ours)
     for path in scores.inputs:
@@ -252,7 +255,7 @@ def _write_shard(store: Store, chosen: ShardSelection, name: str, output: Store,
     )
 
 
-def _manifest(scores: Scores, name: str, form: str, curated: Curated) -> dict[str, Any]:
+def _manifest(scores: Scores, name: str, form: str, curated: Curated, rows: Rows) -> dict[str, Any]:
     selection = curated.selection
     return {
         "format": 1,
@@ -265,6 +268,7 @@ def _manifest(scores: Scores, name: str, form: str, curated: Curated) -> dict[st
         "facts": dict(selection.facts),
         "scores": scores.store.url,
         "corpus": scores.corpus.store.url,
+        **({"with": {n: other.to_json(rows.tables) for n, other in rows.beside.items()}} if rows.beside else {}),
         "recipe": scores.identity.recipe,
         "models": scores.identity.models,
         "rows": {"in": curated.rows, "kept": curated.kept, "quarantined": curated.quarantined},

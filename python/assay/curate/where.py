@@ -1,4 +1,4 @@
-"""What a condition says of every scored row: DuckDB reads the score tables as a stream, and holds none of them."""
+"""What a condition says of every scored row: DuckDB reads them as a stream, and holds none of them."""
 
 from __future__ import annotations
 
@@ -13,17 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from assay._lazy import require
 from assay.corpus.errors import CorpusError
-from assay.corpus.layout import table_path
 from assay.corpus.score_files import ROW_GROUP_ROWS
-from assay.corpus.scores_folder import Scored
-from assay.corpus.shards import Shard
-from assay.corpus.storage import Store
-from assay.curate.dataset import SHARD
 from assay.curate.expressions import Aggregate, Condition, ExpressionError, Kind, compile_condition, sound
+from assay.curate.rows import TEXTS, Rows
 from assay.curate.rules import Rule
 from assay.select import Selection
 
@@ -41,8 +36,6 @@ _LONGEST = 10_000
 _MOST_SCORES = 200
 _BEFORE, _AFTER = "SELECT (", "\n)"
 _NOT, _PASSES, _UNKNOWN, _NAN = 0, 1, 2, 3
-
-Tables = Sequence[tuple[Shard, Scored]]
 
 
 @dataclass(frozen=True)
@@ -106,8 +99,8 @@ class Answer:
         return line + (f", {counts['unknown']:,} have no value" if counts["unknown"] else "")
 
 
-def parse_condition(text: str, schema: pa.Schema) -> Condition:
-    """Read a condition on the columns of a score table and ``shard``.
+def parse_condition(text: str, columns: Mapping[str, pa.DataType]) -> Condition:
+    """Read a condition on columns of `Rows`.
 
     Raises:
         ExpressionError: it is no condition, or asks for what is not there.
@@ -117,8 +110,8 @@ def parse_condition(text: str, schema: pa.Schema) -> Condition:
         raise ExpressionError("is empty; expected a condition on scores")
     if len(text) > _LONGEST:
         raise ExpressionError(f"has {len(text):,} characters; expected at most {_LONGEST:,}")
-    kinds: dict[str, Kind] = {field.name: "number" for field in schema if field.type in (pa.float32(), pa.int64())}
-    kinds |= {"id": "text", SHARD: "text"}
+    kinds: dict[str, Kind] = {name: "number" for name, kind in columns.items() if kind == pa.float32()}
+    kinds |= {"row": "number", **dict.fromkeys(TEXTS, "text")}
     before = len(_BEFORE.encode())
 
     def location(found: int) -> int:
@@ -161,26 +154,25 @@ def _serialized(connection: Any, text: str) -> dict[str, Any]:
     return reply
 
 
-def ask(store: Store, tables: Tables, condition: Condition) -> Answer:
+def ask(rows: Rows, condition: Condition) -> Answer:
     """Judge every row of the score tables.
 
     Raises:
         CorpusError: an aggregate has no value; a table is not what its footer says; or memory does not suffice.
     """
-    rows = sum(table.scored for _, table in tables)
-    codes = np.full(rows, 255, np.uint8)
+    codes = np.full(len(rows), 255, np.uint8)
     with _connection() as connection:
-        facts = _facts(connection, store, tables, condition)
+        facts = _facts(connection, rows, condition)
         values = dict(zip((a.name for a in condition.aggregates), facts.values(), strict=True))
-        for places, found in _verdicts(connection, store, tables, condition, values):
+        for places, found in _verdicts(connection, rows, condition, values):
             codes[places] = found
     if (codes == 255).any():
-        raise CorpusError(f"{store.url}: the score tables have fewer rows than their footers say; score again")
+        raise CorpusError(f"{rows.store.url}: the score tables have fewer rows than their footers say; score again")
     return Answer(condition, codes, facts)
 
 
 def _verdicts(
-    connection: Any, store: Store, tables: Tables, condition: Condition, values: Mapping[str, float]
+    connection: Any, rows: Rows, condition: Condition, values: Mapping[str, float]
 ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]]:
     """Rows' places and codes, some at a time, in any order."""
     parameters = {**condition.parameters, **values}
@@ -198,19 +190,18 @@ def _verdicts(
     nan = [f"WHEN isnan({column}) THEN {_NAN + i}" for i, column in enumerate(condition.needs)]
     verdict = f"CASE {' '.join(nan)} WHEN {condition.sql} THEN {_PASSES} WHEN NOT {condition.sql} THEN {_NOT}"
     query = f"SELECT place, ({verdict} ELSE {_UNKNOWN} END)::UTINYINT AS code FROM {source}"
-    for batch in _run(connection, store, tables, condition, query, parameters):
+    for batch in _run(connection, rows, condition, query, parameters):
         yield batch.column("place").to_numpy(), batch.column("code").to_numpy()
 
 
-def _facts(connection: Any, store: Store, tables: Tables, condition: Condition) -> dict[str, float]:
+def _facts(connection: Any, rows: Rows, condition: Condition) -> dict[str, float]:
     """By its text, the value of each aggregate. Rows that lack a score that it needs are not in it."""
     quantiles = [a for a in condition.aggregates if a.share is not None]
     simple = [a for a in condition.aggregates if a.share is None]
     counts = [f"count({sound(a.argument)}){_only(a)}" for a in quantiles]
     first = _one_row(
         connection,
-        store,
-        tables,
+        rows,
         condition,
         [f"{a.function}({sound(a.argument)}){_only(a)}" for a in simple] + counts,
         [*simple, *quantiles],
@@ -221,9 +212,7 @@ def _facts(connection: Any, store: Store, tables: Tables, condition: Condition) 
         # The order statistic that `select.quantile` takes, as a share by which DuckDB finds it.
         wanted = (math.floor((aggregate.share or 0.0) * (max(count, 1) - 1)) + 0.5) / max(count, 1)
         shares.append(f"quantile_disc({sound(aggregate.argument)}, {wanted!r}){_only(aggregate)}")
-    found |= zip(
-        (a.text for a in quantiles), _one_row(connection, store, tables, condition, shares, quantiles), strict=True
-    )
+    found |= zip((a.text for a in quantiles), _one_row(connection, rows, condition, shares, quantiles), strict=True)
     facts = {}
     for aggregate in condition.aggregates:
         value = found[aggregate.text]
@@ -234,13 +223,13 @@ def _facts(connection: Any, store: Store, tables: Tables, condition: Condition) 
 
 
 def _one_row(
-    connection: Any, store: Store, tables: Tables, condition: Condition, terms: Sequence[str], of: Sequence[Aggregate]
+    connection: Any, rows: Rows, condition: Condition, terms: Sequence[str], of: Sequence[Aggregate]
 ) -> list[Any]:
     if not terms:
         return []
     parameters = {name: value for a in of for name, value in a.argument.parameters.items()}
     query = f"SELECT {', '.join(f'{term} AS t{i}' for i, term in enumerate(terms))} FROM scored"
-    batches = list(_run(connection, store, tables, condition, query, parameters))
+    batches = list(_run(connection, rows, condition, query, parameters))
     return list(pa.Table.from_batches(batches).to_pylist()[0].values())
 
 
@@ -253,20 +242,17 @@ def _lacking(columns: Iterable[str]) -> str:
 
 
 def _run(
-    connection: Any, store: Store, tables: Tables, condition: Condition, query: str, parameters: Mapping[str, Any]
+    connection: Any, rows: Rows, condition: Condition, query: str, parameters: Mapping[str, Any]
 ) -> Iterator[pa.RecordBatch]:
     """A query over ``scored``, the tables' rows after one another: ``place`` and the condition's columns."""
     duckdb = require("duckdb", "sql")
-    failed: list[Exception] = []
-    schema = pa.schema(
-        [pa.field("place", pa.int64())]
-        + [pa.field(c, pa.string() if name in ("id", SHARD) else pa.float64()) for c, name in condition.columns.items()]
-    )
+    failed: list[BaseException] = []
+    schema, stream = rows.stream(condition.columns)
 
     def batches() -> Iterator[pa.RecordBatch]:
         try:
-            yield from _stream(store, tables, condition, schema)
-        except Exception as error:  # DuckDB would make a text of it
+            yield from stream
+        except BaseException as error:  # DuckDB would make a text of it, of an interrupt too
             failed.append(error)
             raise
 
@@ -280,25 +266,6 @@ def _run(
         raise CorpusError(f"--where {condition.text}: {str(error).splitlines()[0]}") from error
     finally:
         own.close()
-
-
-def _stream(store: Store, tables: Tables, condition: Condition, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    names = list(condition.columns.values())
-    stored = [name for name in names if name != SHARD] or ["row"]
-    place = 0
-    for shard, table in tables:
-        end = place + table.scored
-        with store.open(table_path(shard)) as file:
-            for batch in pq.ParquetFile(file).iter_batches(batch_size=ROW_GROUP_ROWS, columns=stored):
-                count = batch.num_rows
-                arrays = [pa.array(np.arange(place, place + count))]
-                for column, name in condition.columns.items():
-                    held = pa.repeat(shard.path, count) if name == SHARD else batch.column(name)
-                    arrays.append(held.cast(schema.field(column).type))
-                place += count
-                yield pa.RecordBatch.from_arrays(arrays, schema=schema)
-        if place != end:
-            raise CorpusError(f"{store.full(table_path(shard))}: has changed while it was read")
 
 
 @contextmanager

@@ -241,6 +241,7 @@ def test_the_same_quantile_as_the_rule(folder, tmp_path):
         ("tokens > 1", "there is no score tokens", 0),
         ("x >", "syntax error", 3),
         (" ", "is empty", None),
+        ("x > 1 and \udcff > 1", "is no UTF-8", None),
         ("x", "x is a number; expected a condition, as x > 0", 0),
         ("x + mean(y)", "is a number; expected a condition", 0),
         ("id", "id is a text; expected a condition", 0),

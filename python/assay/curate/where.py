@@ -108,6 +108,8 @@ def parse_condition(text: str, columns: Mapping[str, pa.DataType]) -> Condition:
     """
     if not text.strip():
         raise ExpressionError("is empty; expected a condition on scores")
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise ExpressionError("is no UTF-8", text)
     if len(text) > _LONGEST:
         raise ExpressionError(f"has {len(text):,} characters; expected at most {_LONGEST:,}")
     kinds: dict[str, Kind] = {name: "number" for name, kind in columns.items() if kind == pa.float32()}

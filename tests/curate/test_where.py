@@ -13,7 +13,7 @@ from assay.corpus.errors import CorpusError
 from assay.corpus.scores_folder import open_scores
 from assay.curate import RuleOptions, curate
 from assay.curate import where as asked
-from assay.curate.expressions import ExpressionError
+from assay.curate.condition import ExpressionError
 from assay.curate.rows import Rows
 from assay.curate.whole import scored_shards
 from tests.small_scores import Column, make_scores
@@ -114,6 +114,36 @@ def test_conditions_keep_what_numpy_keeps(opened, columns, text, expected, needs
 )
 def test_rows_are_asked_for_by_shard_row_and_id(opened, columns, text, expected):
     np.testing.assert_array_equal(passing(opened, text), np.flatnonzero(expected(columns)))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("x >= quantile(x, 0.8) over (partition by shard)", lambda x, y: x >= np.nanquantile(x, 0.8, method="lower")),
+        ("x > mean(y + 1) over (partition by shard) - 1", lambda x, y: x > np.nanmean(y + 1) - 1),
+        ("rank(-x) over (partition by shard) <= 5", lambda x, y: _ranks(-x) <= 5),
+        ("x < count(y) OVER (PARTITION BY shard) / 40", lambda x, y: x < (~np.isnan(y)).sum() / 40),
+        ("x * count(*) over (partition by shard) > 20", lambda x, y: x * len(y) > 20),
+    ],
+)
+def test_a_number_may_be_of_each_shard(opened, columns, text, expected):
+    kept = []
+    for shard in ("a.parquet", "web/b.parquet"):
+        here = columns["shard"] == shard
+        x, y = columns["x"][here], columns["y"][here]
+        kept.append(expected(x, y) & ~np.isnan(x))
+    np.testing.assert_array_equal(passing(opened, text), np.flatnonzero(np.concatenate(kept)))
+    assert ask(opened, text).facts == {}
+
+
+def test_a_shard_without_a_value_passes_nothing(tmp_path):
+    values = {"a": [1, 2, 3], "b": [NAN, NAN, NAN]}
+    url = make_scores(
+        tmp_path, {n: {"x": np.ones(3, np.float32), "y": np.array(y, np.float32)} for n, y in values.items()}
+    )
+    scores = open_scores(url)
+    answer = ask(Rows(scores.store, scored_shards(scores)), "not (x < quantile(y, 0) over (partition by shard))")
+    assert answer.codes.tolist() == [1, 1, 1, 2, 2, 2]
 
 
 def random_condition(rng, depth):
@@ -304,6 +334,20 @@ def test_what_is_wrong_is_pointed_at(opened, text, message, caret):
         "median(distinct x) > x",
         "quantile(x, 0.5 order by y) > x",
         "mean(x) over (order by y) > x",
+        "mean(x) over (partition by id) > x",
+        "mean(x) over (partition by shard order by y) > x",
+        "mean(x) over (partition by shard, id) > x",
+        "mean(x) over (partition by (select 'shard')) > x",
+        "mean(x) over (partition by shard rows between 1 preceding and current row) > x",
+        "mean(x) over (partition by shard rows between unbounded preceding and current row exclude ties) > x",
+        "mean(x) filter (where y > 1) over (partition by shard) > x",
+        "mean(distinct x) over (partition by shard) > x",
+        "mean(x) over () > x",
+        "abs(x) over (partition by shard) > x",
+        "first_value(x) over (partition by shard) > x",
+        "lag(x) over (partition by shard) > x",
+        "rank() over (partition by shard) > x",
+        "main.mean(x) over (partition by shard) > x",
         "columns(*) > 1",
         "* > 1",
         "#1 > 1",

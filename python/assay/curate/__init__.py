@@ -1,8 +1,8 @@
 """From a scores folder to a curated corpus, or to the samples at both ends of a score."""
 
+from assay.curate.condition import ExpressionError
 from assay.curate.curation import Curated, curate
 from assay.curate.explaining import Explained, Explanation, explain
-from assay.curate.expressions import ExpressionError
 from assay.curate.ranking import Ranked, Ranking, rank, read_samples
 from assay.curate.rules import RuleOptions, parse_amount, parse_end
 from assay.curate.whole import WholeTable, read_whole

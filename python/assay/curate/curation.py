@@ -23,7 +23,7 @@ from assay.corpus.scores_folder import Scored, Scores, State, open_scores
 from assay.corpus.shards import Shard, find_shards, refuse_overlap
 from assay.corpus.storage import TEMPORARY_SUFFIX, Store
 from assay.curate.chosen import ShardSelection, write_fates
-from assay.curate.expressions import Condition
+from assay.curate.condition import Condition
 from assay.curate.forms import Form, find_form
 from assay.curate.ranking import score_name
 from assay.curate.rows import Beside, Rows, open_beside

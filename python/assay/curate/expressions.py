@@ -9,12 +9,11 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-from assay.corpus.errors import CorpusError
+from assay.curate.condition import Aggregate, Condition, ExpressionError, Kind, Piece, Rank, sound
+from assay.curate.dataset import SHARD
 
-Kind = Literal["number", "text", "condition"]
 Node = Mapping[str, Any]
 
 _FUNCTIONS = ("abs", "ceil", "exp", "floor", "ln", "log2", "log10", "round", "sqrt")
@@ -41,6 +40,10 @@ _AGGREGATES = {
 }
 _RANKS = ("percent_rank", "rank")
 _QUANTILE = "quantile"
+_OVER = sorted({*_AGGREGATES, *_RANKS, _QUANTILE} - {"avg"})
+_OVER_SHARDS = f" over (partition by {SHARD})"
+# What a window says when it says nothing.
+_FRAME = {"start": "UNBOUNDED_PRECEDING", "end": "CURRENT_ROW_RANGE", "exclude_clause": "NO_OTHER"}
 _KNOWN = sorted({*_FUNCTIONS, "pow", *_AGGREGATES, *_RANKS, _QUANTILE} - {"avg"})
 _INSTEAD = {
     "log": "ln, log2 or log10, for it means either",
@@ -50,85 +53,6 @@ _INSTEAD = {
     "std": "stddev",
     "isnan": "nothing: a row whose score is NaN is never kept",
 }
-
-
-class ExpressionError(CorpusError):
-    """A condition that cannot be asked: what is wrong with it, and the place under which a caret points."""
-
-    def __init__(self, message: str, text: str = "", place: int | None = None) -> None:
-        shown = "".join(c if c.isprintable() else " " for c in text)
-        lines = [f"--where: {message}"]
-        if shown.strip():
-            lines.append(f"  {shown}")
-        if place is not None:
-            lines.append(f"  {' ' * place}^")
-        super().__init__("\n".join(lines))
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A part of the expression, in SQL.
-
-    Attributes:
-        text: how a person would write it.
-        needs: the columns whose number a row must have for it, by their names in SQL.
-        inside: of an aggregate or a rank: its name, for it cannot be part of another.
-    """
-
-    sql: str
-    kind: Kind
-    text: str
-    needs: frozenset[str] = frozenset()
-    parameters: Mapping[str, float | str] = field(default_factory=dict)
-    plain: bool = False
-    """A column or a number as it stands, which cannot fail."""
-    inside: str = ""
-
-
-@dataclass(frozen=True)
-class Aggregate:
-    """A number of the whole table. ``share``: of a quantile, where it lies."""
-
-    name: str
-    function: str
-    argument: Piece
-    text: str
-    place: int | None
-    share: float | None = None
-
-
-@dataclass(frozen=True)
-class Rank:
-    """A number of each row that depends on all."""
-
-    name: str
-    function: str
-    argument: Piece
-
-
-@dataclass(frozen=True)
-class Condition:
-    """What is asked of a row.
-
-    Attributes:
-        text: the expression, on one line.
-        columns: by name in SQL, the columns that are read.
-        needs: those of them by which a row is judged, in order.
-    """
-
-    text: str
-    sql: str
-    parameters: Mapping[str, float | str]
-    columns: Mapping[str, str]
-    needs: tuple[str, ...]
-    aggregates: tuple[Aggregate, ...]
-    ranks: tuple[Rank, ...]
-
-
-def sound(piece: Piece) -> str:
-    """SQL of a number that is null where there is none, as 0/0: a comparison with it is neither true nor false. (To
-    DuckDB NaN is more than every number.)"""
-    return piece.sql if piece.plain else f"CASE WHEN isnan({piece.sql}) THEN NULL ELSE {piece.sql} END"
 
 
 def compile_condition(text: str, tree: Node, kinds: Mapping[str, Kind], location: Callable[[int], int]) -> Condition:
@@ -159,8 +83,8 @@ def compile_condition(text: str, tree: Node, kinds: Mapping[str, Kind], location
 class _Compiler:
     def __init__(self, text: str, kinds: Mapping[str, Kind], location: Callable[[int], int]) -> None:
         self.columns: dict[str, str] = {}
-        self.aggregates: dict[str, Aggregate] = {}
-        self.ranks: dict[str, Rank] = {}
+        self.aggregates: dict[tuple[Any, ...], Aggregate] = {}
+        self.ranks: dict[tuple[Any, ...], Rank] = {}
         self._text, self._kinds, self._location = text, kinds, location
         self._bound = 0
         self._classes: dict[str, Callable[[Node], Piece]] = {
@@ -171,6 +95,7 @@ class _Compiler:
             "CONJUNCTION": self._conjunction,
             "OPERATOR": self._operator,
             "FUNCTION": self._function,
+            "WINDOW": self._window,
         }
 
     def compile(self, node: Node) -> Piece:
@@ -246,8 +171,7 @@ class _Compiler:
     def _function(self, node: Node) -> Piece:
         self._only(node, "function_name", "arguments", "is_operator", "qualified_name")
         name, children = str(node["function_name"]).lower(), _arguments(node)
-        if node["qualified_name"]["path"] != [node["function_name"]] or any(a["name"] for a in node["arguments"]):
-            raise self.error(node, f"{name}: cannot be asked for with a schema or names of arguments")
+        self._plain_name(node)
         if name in _LIKES:
             return self._made(f"({{}} {_LIKES[name]} {{}})", [self._expect(child, "text") for child in children])
         if name in _OPERATORS and len(children) in (1, 2):
@@ -258,28 +182,50 @@ class _Compiler:
             return self._number("pow({}, {})", self._arguments(node, "pow", 2))
         if name in _FUNCTIONS:
             return self._number(f"{name}({{}})", self._arguments(node, name, 1))
-        if name == "count_star":
-            return self._aggregate(node, "count", Piece("1", "number", "*", plain=True))
+        found = self._over_rows(node, name, by_shard=False)
+        if found is None:
+            near = difflib.get_close_matches(name, _KNOWN, n=1, cutoff=0.7)
+            advice = _INSTEAD.get(name) or (near[0] if near else f"one of {', '.join(_KNOWN)}")
+            raise self.error(node, f"there is no function {name}; take {advice}")
+        return found
+
+    def _window(self, node: Node) -> Piece:
+        """An aggregate or a rank ``OVER (PARTITION BY shard)``."""
+        self._only(node, "function_name", "arguments", "qualified_name", "partitions", *_FRAME)
+        by = [part.get("column_names") for part in node["partitions"]]
+        if by != [[SHARD]] or any(node[key] != value for key, value in _FRAME.items()):
+            raise self.error(node, f"expected OVER (PARTITION BY {SHARD}), and nothing else in it")
+        self._plain_name(node)
+        self.columns.setdefault(SHARD, f"c{len(self.columns)}")
+        found = self._over_rows(node, str(node["function_name"]).lower(), by_shard=True)
+        if found is None:
+            raise self.error(node, f"{node['function_name']}: expected one of {', '.join(_OVER)} before OVER")
+        return found
+
+    def _over_rows(self, node: Node, name: str, by_shard: bool) -> Piece | None:
+        """A number of many rows; None if this is no such function."""
+        if name == "count_star" or (name == "count" and not node["arguments"]):
+            return self._aggregate(node, "count", Piece("1", "number", "*", plain=True), by_shard)
         if name in _AGGREGATES:
-            return self._aggregate(node, name, self._arguments(node, name, 1)[0])
+            return self._aggregate(node, name, self._arguments(node, name, 1)[0], by_shard)
         if name == _QUANTILE:
-            return self._quantile(node)
-        if name in _RANKS:
-            return self._rank(node, name, self._arguments(node, name, 1)[0])
-        near = difflib.get_close_matches(name, _KNOWN, n=1, cutoff=0.7)
-        advice = _INSTEAD.get(name) or (near[0] if near else f"one of {', '.join(_KNOWN)}")
-        raise self.error(node, f"there is no function {name}; take {advice}")
+            return self._aggregate(node, name, *self._quantile(node, by_shard))
+        return self._rank(node, name, by_shard) if name in _RANKS else None
 
-    def _aggregate(self, node: Node, name: str, argument: Piece, share: float | None = None) -> Piece:
+    def _aggregate(self, node: Node, name: str, argument: Piece, by_shard: bool, share: float | None = None) -> Piece:
         text = f"{name}({argument.text})" if share is None else f"{name}({argument.text}, {share!r})"
+        text += _OVER_SHARDS if by_shard else ""
         self._alone(node, text, argument)
-        if text not in self.aggregates:
-            function = _AGGREGATES.get(name, name)
-            made = Aggregate(f"a{len(self.aggregates)}", function, argument, text, self.place(node), share)
-            self.aggregates[text] = made
-        return Piece(f"${self.aggregates[text].name}", "number", text, plain=True, inside=text)
+        key = name, argument.sql, share, by_shard
+        if key not in self.aggregates:
+            function, place = _AGGREGATES.get(name, name), self.place(node)
+            self.aggregates[key] = Aggregate(
+                f"a{len(self.aggregates)}", function, argument, text, place, share, by_shard
+            )
+        bound = self.aggregates[key].name
+        return Piece(bound if by_shard else f"${bound}", "number", text, plain=True, inside=text)
 
-    def _quantile(self, node: Node) -> Piece:
+    def _quantile(self, node: Node, by_shard: bool) -> tuple[Piece, bool, float]:
         children = _arguments(node)
         if len(children) != 2:
             raise self.error(node, "quantile: expected a score and a share, as quantile(score, 0.9)")
@@ -287,15 +233,16 @@ class _Compiler:
         share = _value(children[1])
         if not isinstance(share, float) or not 0 <= share <= 1:
             raise self.error(node, "quantile: expected its share as a number from 0 to 1, as quantile(score, 0.9)")
-        return self._aggregate(node, _QUANTILE, argument, share)
+        return argument, by_shard, share
 
-    def _rank(self, node: Node, name: str, argument: Piece) -> Piece:
-        text = f"{name}({argument.text})"
+    def _rank(self, node: Node, name: str, by_shard: bool) -> Piece:
+        (argument,) = self._arguments(node, name, 1)
+        text = f"{name}({argument.text}){_OVER_SHARDS if by_shard else ''}"
         self._alone(node, text, argument)
-        if text not in self.ranks:
-            self.ranks[text] = Rank(f"r{len(self.ranks)}", name, argument)
+        made = Rank(f"r{len(self.ranks)}", name, argument, by_shard)
         # The argument's parameters are the rank's: they are bound where its column is made.
-        return Piece(self.ranks[text].name, "number", text, argument.needs, plain=True, inside=text)
+        bound = self.ranks.setdefault((name, argument.sql, by_shard), made).name
+        return Piece(bound, "number", text, argument.needs, plain=True, inside=text)
 
     def _alone(self, node: Node, text: str, argument: Piece) -> None:
         if argument.inside:
@@ -304,6 +251,11 @@ class _Compiler:
             raise self.error(node, f"{text}: expected a score inside")
 
     # ---- what all have in common
+
+    def _plain_name(self, node: Node) -> None:
+        name = node["function_name"]
+        if node["qualified_name"]["path"] != [name] or any(argument["name"] for argument in node["arguments"]):
+            raise self.error(node, f"{name}: cannot be asked for with a schema or names of arguments")
 
     def _arguments(self, node: Node, name: str, count: int) -> list[Piece]:
         children = _arguments(node)

@@ -17,7 +17,8 @@ import pyarrow as pa
 from assay._lazy import require
 from assay.corpus.errors import CorpusError
 from assay.corpus.score_files import ROW_GROUP_ROWS
-from assay.curate.expressions import Aggregate, Condition, ExpressionError, Kind, compile_condition, sound
+from assay.curate.condition import Aggregate, Condition, ExpressionError, Kind, Rank, sound
+from assay.curate.expressions import compile_condition
 from assay.curate.rows import TEXTS, Rows
 from assay.curate.rules import Rule
 from assay.select import Selection
@@ -164,75 +165,91 @@ def ask(rows: Rows, condition: Condition) -> Answer:
     """
     codes = np.full(len(rows), 255, np.uint8)
     with _connection() as connection:
-        facts = _facts(connection, rows, condition)
-        values = dict(zip((a.name for a in condition.aggregates), facts.values(), strict=True))
+        values = _values(connection, rows, condition)
         for places, found in _verdicts(connection, rows, condition, values):
             codes[places] = found
     if (codes == 255).any():
         raise CorpusError(f"{rows.store.url}: the score tables have fewer rows than their footers say; score again")
-    return Answer(condition, codes, facts)
+    return Answer(condition, codes, {a.text: values[a.name] for a in condition.aggregates if not a.by_shard})
 
 
 def _verdicts(
     connection: Any, rows: Rows, condition: Condition, values: Mapping[str, float]
 ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]]:
     """Rows' places and codes, some at a time, in any order."""
-    parameters = {**condition.parameters, **values}
-    source = "scored"
+    parameters, source, beside = {**condition.parameters, **values}, "scored", {}
+    if by_shard := [aggregate for aggregate in condition.aggregates if aggregate.by_shard]:
+        beside["shards"] = _by_shard(connection, rows, condition, by_shard)
+        source = f"(scored LEFT JOIN shards ON {condition.shard} = part)"
     if condition.ranks:
-        ranks = []
         for rank in condition.ranks:
             parameters |= rank.argument.parameters
-            value = sound(rank.argument)
-            order = f"PARTITION BY {_lacking(rank.argument.needs)}, {value} IS NULL ORDER BY {value}"
-            ranks.append(
-                f"CASE WHEN {value} IS NULL THEN NULL ELSE {rank.function}() OVER ({order}) END AS {rank.name}"
-            )
-        source = f"(SELECT *, {', '.join(ranks)} FROM scored)"
+        source = f"(SELECT *, {', '.join(_ranked(rank, condition) for rank in condition.ranks)} FROM {source})"
     nan = [f"WHEN isnan({column}) THEN {_NAN + i}" for i, column in enumerate(condition.needs)]
     verdict = f"CASE {' '.join(nan)} WHEN {condition.sql} THEN {_PASSES} WHEN NOT {condition.sql} THEN {_NOT}"
     query = f"SELECT place, ({verdict} ELSE {_UNKNOWN} END)::UTINYINT AS code FROM {source}"
-    for batch in _run(connection, rows, condition, query, parameters):
+    for batch in _run(connection, rows, condition, query, parameters, beside):
         yield batch.column("place").to_numpy(), batch.column("code").to_numpy()
 
 
-def _facts(connection: Any, rows: Rows, condition: Condition) -> dict[str, float]:
-    """By its text, the value of each aggregate. Rows that lack a score that it needs are not in it."""
-    quantiles = [a for a in condition.aggregates if a.share is not None]
-    simple = [a for a in condition.aggregates if a.share is None]
-    counts = [f"count({sound(a.argument)}){_only(a)}" for a in quantiles]
-    first = _one_row(
-        connection,
-        rows,
-        condition,
-        [f"{a.function}({sound(a.argument)}){_only(a)}" for a in simple] + counts,
-        [*simple, *quantiles],
-    )
-    found = dict(zip((a.text for a in simple), first, strict=False))
-    shares = []
-    for aggregate, count in zip(quantiles, first[len(simple) :], strict=True):
+def _ranked(rank: Rank, condition: Condition) -> str:
+    """A rank's column. Rows without a number are ranked by themselves, and have none."""
+    value = sound(rank.argument)
+    parts = [f"({_lacking(rank.argument.needs)})", f"{value} IS NULL", *([condition.shard] if rank.by_shard else [])]
+    place = f"{rank.function}() OVER (PARTITION BY {', '.join(parts)} ORDER BY {value})"
+    return f"CASE WHEN {value} IS NULL THEN NULL ELSE {place} END AS {rank.name}"
+
+
+def _values(connection: Any, rows: Rows, condition: Condition) -> dict[str, float]:
+    """By its name, the value of each aggregate of the whole table."""
+    whole = [aggregate for aggregate in condition.aggregates if not aggregate.by_shard]
+    quantiles = [aggregate for aggregate in whole if aggregate.share is not None]
+    terms = {a.name: f"{a.function}({sound(a.argument)}){_only(a)}" for a in whole if a.share is None}
+    terms |= {a.name: f"count({sound(a.argument)}){_only(a)}" for a in quantiles}
+    found = _one_row(connection, rows, condition, terms, whole)
+    shares = {}
+    for aggregate in quantiles:
         # The order statistic that `select.quantile` takes, as a share by which DuckDB finds it.
-        wanted = (math.floor((aggregate.share or 0.0) * (max(count, 1) - 1)) + 0.5) / max(count, 1)
-        shares.append(f"quantile_disc({sound(aggregate.argument)}, {wanted!r}){_only(aggregate)}")
-    found |= zip((a.text for a in quantiles), _one_row(connection, rows, condition, shares, quantiles), strict=True)
-    facts = {}
-    for aggregate in condition.aggregates:
-        value = found[aggregate.text]
+        count = max(found[aggregate.name], 1)
+        share = (math.floor((aggregate.share or 0.0) * (count - 1)) + 0.5) / count
+        shares[aggregate.name] = f"quantile_disc({sound(aggregate.argument)}, {share!r}){_only(aggregate)}"
+    found |= _one_row(connection, rows, condition, shares, quantiles)
+    for aggregate in whole:
+        value = found[aggregate.name]
         if value is None or math.isnan(value):
             raise ExpressionError(f"{aggregate.text} has no value over these scores", condition.text, aggregate.place)
-        facts[aggregate.text] = float(value)
-    return facts
+    return {name: float(value) for name, value in found.items()}
 
 
 def _one_row(
-    connection: Any, rows: Rows, condition: Condition, terms: Sequence[str], of: Sequence[Aggregate]
-) -> list[Any]:
+    connection: Any, rows: Rows, condition: Condition, terms: Mapping[str, str], of: Sequence[Aggregate]
+) -> dict[str, Any]:
     if not terms:
-        return []
-    parameters = {name: value for a in of for name, value in a.argument.parameters.items()}
-    query = f"SELECT {', '.join(f'{term} AS t{i}' for i, term in enumerate(terms))} FROM scored"
-    batches = list(_run(connection, rows, condition, query, parameters))
-    return list(pa.Table.from_batches(batches).to_pylist()[0].values())
+        return {}
+    query = f"SELECT {', '.join(f'{term} AS {name}' for name, term in terms.items())} FROM scored"
+    found = pa.Table.from_batches(list(_run(connection, rows, condition, query, _parameters(of))))
+    return dict(found.to_pylist()[0])
+
+
+def _by_shard(connection: Any, rows: Rows, condition: Condition, of: Sequence[Aggregate]) -> pa.Table:
+    """The aggregates of each shard, under their names, beside its path, ``part``; null where one has no value."""
+    terms = []
+    for aggregate in of:
+        value = sound(aggregate.argument)
+        term = f"{aggregate.function}({value}){_only(aggregate)}"
+        if aggregate.share is not None:  # each shard has a number of rows of its own, and DuckDB takes one share
+            held, only = f"{value} IS NOT NULL", _only(aggregate)[:-1]
+            place = f"floor({aggregate.share!r} * (count(*){only} AND {held}) - 1))::BIGINT + 1"
+            term = f"list_sort(list({value}){only} AND {held}))[{place}]"
+        terms.append(f"{term}::DOUBLE AS {aggregate.name}")
+    grouped = f"SELECT {condition.shard} AS part, {', '.join(terms)} FROM scored GROUP BY part"
+    named = [f"CASE WHEN isnan({a.name}) THEN NULL ELSE {a.name} END AS {a.name}" for a in of]
+    query = f"SELECT part, {', '.join(named)} FROM ({grouped})"
+    return pa.Table.from_batches(list(_run(connection, rows, condition, query, _parameters(of))))
+
+
+def _parameters(aggregates: Iterable[Aggregate]) -> dict[str, Any]:
+    return {name: value for a in aggregates for name, value in a.argument.parameters.items()}
 
 
 def _only(aggregate: Aggregate) -> str:
@@ -244,9 +261,15 @@ def _lacking(columns: Iterable[str]) -> str:
 
 
 def _run(
-    connection: Any, rows: Rows, condition: Condition, query: str, parameters: Mapping[str, Any]
+    connection: Any,
+    rows: Rows,
+    condition: Condition,
+    query: str,
+    parameters: Mapping[str, Any],
+    beside: Mapping[str, pa.Table] | None = None,
 ) -> Iterator[pa.RecordBatch]:
-    """A query over ``scored``, the tables' rows after one another: ``place`` and the condition's columns."""
+    """A query over ``scored``, the tables' rows after one another: ``place`` and the condition's columns; and over
+    ``beside``, tables by their names."""
     duckdb = require("duckdb", "sql")
     failed: list[BaseException] = []
     schema, stream = rows.stream(condition.columns)
@@ -259,6 +282,8 @@ def _run(
             raise
 
     own = connection.cursor()
+    for name, table in (beside or {}).items():
+        own.register(name, table)
     own.register("scored", pa.RecordBatchReader.from_batches(schema, batches()))
     try:
         yield from own.sql(query, params=dict(parameters)).to_arrow_reader(ROW_GROUP_ROWS)

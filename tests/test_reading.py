@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import fsspec
@@ -12,9 +13,6 @@ import pyarrow.parquet as pq
 import pytest
 
 import assay
-from assay.engine.local import run
-from assay.recipe.recipe import load_recipe
-from tests.small_project import make_project, make_rows
 from tests.small_scores import Column, make_scores
 
 
@@ -78,23 +76,23 @@ def test_any_file_system_will_do(scores):
 
 
 def test_what_is_not_done_is_an_error_or_named(tmp_path, caplog):
-    project = make_project(tmp_path)
-    rows = make_rows(4, 3)
-    rows[2]["label"] = None
-    project.write_shard("c.jsonl", rows)
+    values = {name: {"mimic": np.zeros(4, np.float32)} for name in ("a", "c")}
+    scores = make_scores(tmp_path, values, without={"c": [2]})
     (tmp_path / "data/torn.parquet").write_bytes(b"PAR1")
-    run(load_recipe(str(project.path)))
-    with pytest.raises(ValueError, match=r"1 of 4 shards could not be read \(torn\.parquet: .*; pass partial=True"):
-        assay.read(project.scores)
-    data = assay.read(project.scores, partial=True)
-    assert "torn.parquet is left out: " in caplog.text
-    assert data.count_rows() == 50 + 30 + 3
-    assert data.to_table(filter=pc.field("shard") == "c.jsonl")["row"].to_pylist() == [0, 1, 3]
+    (tmp_path / "scores/quarantine/torn.jsonl").write_text(
+        json.dumps({"shard": "torn.parquet", "row": None, "id": None, "reason": "no Parquet file"})
+    )
+    with pytest.raises(ValueError, match=r"1 of 3 shards .*\(torn\.parquet: no Parquet file\), .*; pass partial=True"):
+        assay.read(scores)
+    data = assay.read(scores, partial=True)
+    assert "torn.parquet is left out: no Parquet file" in caplog.text
+    assert data.count_rows() == 4 + 3
+    assert data.to_table(filter=pc.field("shard") == "c.parquet")["row"].to_pylist() == [0, 1, 3]
     os.utime(tmp_path / "data/a.parquet")
-    project.write_shard("new.jsonl", make_rows(2, 7))
-    with pytest.raises(ValueError, match=r"1 of 5 shards have no score table; .* \(new\.jsonl\); or pass partial=True"):
-        assay.read(project.scores)
-    assert assay.read(project.scores, partial=True).count_rows() == 30 + 3
+    (tmp_path / "data/new.jsonl").write_text("{}")
+    with pytest.raises(ValueError, match=r"1 of 4 shards have no score table; .* \(new\.jsonl\); or pass partial=True"):
+        assay.read(scores)
+    assert assay.read(scores, partial=True).count_rows() == 3
     assert "a.parquet is left out: the file has changed since it was scored" in caplog.text
     assert "new.jsonl is left out: missing" in caplog.text
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from contextlib import contextmanager
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -24,6 +26,20 @@ NAN = np.float32("nan")
 SIZES = {"a": 40, "web/b": 23}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_engine():
+    """Starting one takes longer than most of what is asked here."""
+
+    @contextmanager
+    def shared():
+        with contextlib.closing(connection.cursor()) as cursor:
+            yield cursor
+
+    with pytest.MonkeyPatch.context() as patch, asked._connection() as connection:
+        patch.setattr(asked, "_connection", shared)
+        yield
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     rng = np.random.default_rng(0)
@@ -33,7 +49,7 @@ def folder(tmp_path_factory):
         x[3], y[[3, 7]], z[9] = NAN, NAN, NAN
         tokens = [rng.normal(size=3).astype(np.float32) for _ in range(rows)]
         shards[name] = {"x": x, "y": y, "z-1": z, "tokens": np.array([*tokens, None], object)[:-1]}
-    columns = {"x": Column("x"), "y": Column("y", "low"), "tokens": Column("tokens", width=None)}
+    columns = {"tokens": Column("tokens", width=None), "x": Column("x"), "y": Column("y", "low")}
     return make_scores(tmp_path_factory.mktemp("where"), shards, columns)
 
 
@@ -449,6 +465,22 @@ def test_a_table_that_shrinks_while_it_is_read_is_an_error(opened, monkeypatch):
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", short)
     with pytest.raises(CorpusError, match=r"a\.parquet: has changed while it was read"):
         ask(opened, "x > 0")
+
+
+def test_an_interrupt_stays_one(opened, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(Rows, "_batches", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ask(opened, "x > 0")
+
+
+def test_shards_alone_can_be_asked_for(folder, tmp_path):
+    where = "shard = 'a.parquet'"
+    curated = curate(folder, None, RuleOptions(where=where).rule(), str(tmp_path), form="indices", where=where)
+    assert curated.kept == SIZES["a"]
 
 
 def test_batches_and_their_order_change_nothing(opened, monkeypatch):

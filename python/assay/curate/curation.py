@@ -113,7 +113,7 @@ def curate(
     if where is None and beside:
         raise CorpusError(f"--with {next(iter(beside))}: has no effect without --where, which says what to ask of it")
     condition = None if where is None else parse_condition(where, rows.names())
-    name = score_name(scores, by or _first_score(scores, condition))
+    name = score_name(scores, by or _first_score(scores, condition, rows))
     output, written = Store.at(output_url), find_form(form)
     _refuse_inputs(output, scores, [shard for shard, _ in tables], written, rows.beside)
     answer = None if condition is None else ask(rows, condition)
@@ -137,9 +137,13 @@ def curate(
     return curated
 
 
-def _first_score(scores: Scores, condition: Condition | None) -> str | None:
-    named = [] if condition is None else [n for n in condition.columns.values() if n in scores.columns]
-    return named[0] if named else None
+def _first_score(scores: Scores, condition: Condition | None, rows: Rows) -> str | None:
+    """Of one number per row: the first that a condition names, or the first of all."""
+    if condition is None:
+        return None
+    kinds = rows.names()
+    named = [name for name in (*condition.columns.values(), *scores.columns) if name in scores.columns]
+    return next((name for name in named if kinds[name] == pa.float32()), None)
 
 
 def _select(

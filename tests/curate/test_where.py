@@ -483,6 +483,26 @@ def test_shards_alone_can_be_asked_for(folder, tmp_path):
     assert curated.kept == SIZES["a"]
 
 
+def test_a_table_that_grows_meanwhile_is_an_error(opened, monkeypatch):
+    monkeypatch.setattr("assay.curate.rows.ROW_GROUP_ROWS", 8)
+    stored = pq.ParquetFile.iter_batches
+
+    def long(self, **options):
+        batches = list(stored(self, **options))
+        return [*batches, batches[0]]
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", long)
+    with pytest.raises(CorpusError, match=r"a\.parquet: has changed while it was read"):
+        ask(opened, "x > 0")
+
+
+def test_the_manifest_has_the_condition_that_can_be_asked_again(folder, tmp_path):
+    where = "x > 0 -- what is good\n and y > 0"
+    curated = curate(folder, None, RuleOptions(where=where).rule(), str(tmp_path), form="indices", where=where)
+    assert json.loads((tmp_path / "manifest.json").read_text())["where"]["condition"] == where
+    assert "dropped: not: x > 0 -- what is good and y > 0" in curated.selection.legend
+
+
 def test_batches_and_their_order_change_nothing(opened, monkeypatch):
     text = "x > quantile(x, 0.3) and rank(y) < 40 and shard like '%'"
     whole = ask(opened, text).codes

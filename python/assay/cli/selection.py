@@ -83,7 +83,7 @@ def select(
         return _point(error)
     dropped = curated.rows - curated.kept - curated.quarantined
     if curated.where:
-        say(f"where {curated.where.condition.text}: {curated.where.summary()}")
+        say(f"where {curated.where.condition.line}: {curated.where.summary()}")
     say(curated.selection.summary())
     print(
         f"rows in {curated.rows:,} = kept {curated.kept:,} + dropped {dropped:,} + quarantined {curated.quarantined:,}"

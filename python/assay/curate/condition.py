@@ -73,7 +73,7 @@ class Condition:
     """What is asked of a row.
 
     Attributes:
-        text: the expression, on one line.
+        text: the expression as it was given.
         columns: by name in SQL, the columns that are read.
         needs: those of them by which a row is judged, in order.
     """
@@ -85,6 +85,11 @@ class Condition:
     needs: tuple[str, ...]
     aggregates: tuple[Aggregate, ...]
     ranks: tuple[Rank, ...]
+
+    @property
+    def line(self) -> str:
+        """The expression on one line, to be read and not to be asked again: it may have had a comment."""
+        return " ".join(self.text.split())
 
     @property
     def shard(self) -> str:

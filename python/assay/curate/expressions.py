@@ -75,9 +75,8 @@ def compile_condition(text: str, tree: Node, kinds: Mapping[str, Kind], location
         raise compiler.error(tree, f"names no score; expected a condition on {_some(list(kinds))}", 0)
     needs = tuple(column for column in compiler.columns.values() if column in piece.needs)
     columns = {column: name for name, column in compiler.columns.items()}
-    one_line = " ".join(text.split())
     aggregates = tuple(compiler.aggregates.values())
-    return Condition(one_line, piece.sql, piece.parameters, columns, needs, aggregates, tuple(compiler.ranks.values()))
+    return Condition(text, piece.sql, piece.parameters, columns, needs, aggregates, tuple(compiler.ranks.values()))
 
 
 class _Compiler:

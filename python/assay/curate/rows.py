@@ -79,8 +79,11 @@ class Rows:
         for shard, table in self.tables:
             end = place + table.scored
             path = table_path(shard)
+            changed = f"{self.store.full(path)}: has changed while it was read"
             others = {n: _Follower(self.beside[n].scores.store, path, its) for n, its in wanted.items() if its}
             for batch in read_batches(self.store, path, own):
+                if place + batch.num_rows > end:
+                    raise CorpusError(changed)
                 held = {SHARD: pa.repeat(shard.path, batch.num_rows)}
                 held |= dict(zip(batch.schema.names, batch.columns, strict=True))
                 for name, follower in others.items():
@@ -91,7 +94,7 @@ class Rows:
                 place += batch.num_rows
                 yield pa.RecordBatch.from_arrays([places, *arrays], schema=schema)
             if place != end:
-                raise CorpusError(f"{self.store.full(path)}: has changed while it was read")
+                raise CorpusError(changed)
 
 
 class _Follower:

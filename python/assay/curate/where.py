@@ -74,7 +74,7 @@ class Answer:
 
         CorpusError if none passes.
         """
-        passes, text = self.codes == _PASSES, self.condition.text
+        passes, text = self.codes == _PASSES, self.condition.line
         if not passes.any():
             raise CorpusError(f"--where {text}: no row passes; {self.summary()}")
         chosen = rule(table.filter(pa.array(passes)))
@@ -138,7 +138,7 @@ def _parse(text: str) -> dict[str, Any]:
     if reply["error"]:
         place = int(reply.get("position") or 0) - len(_BEFORE)
         said = str(reply.get("error_message")).split("\n")[0]
-        said = "is nested too deep" if "expression depth" in said else said
+        said = "is nested too deep" if "expression depth" in said else said[:200]
         raise ExpressionError(said, text, min(max(place, 0), len(text)))
     statements = reply["statements"]
     chosen = [statement["node"].get("select_list", []) for statement in statements]
@@ -291,7 +291,7 @@ def _run(
     except (duckdb.Error, pa.ArrowException, OSError) as error:
         if failed:
             raise failed[0] from error
-        raise CorpusError(f"--where {condition.text}: {str(error).splitlines()[0]}") from error
+        raise CorpusError(f"--where {condition.line}: {str(error).splitlines()[0]}") from error
     except RuntimeError as error:
         if "interrupted" in str(error):  # what DuckDB makes of Ctrl-C
             raise KeyboardInterrupt from error

@@ -92,7 +92,8 @@ def test_misuse_is_named(runs, tmp_path):
     for beside, where, message in (
         ({"b-c": other}, "x > 0", "expected a name of letters"),
         ({"b": other}, "x > b.z", "there is no score b.z; did you mean b"),
-        ({"b": other}, None, "--with b: has no effect without --where"),
+        ({"b": other}, None, "--with b: has no effect, for --where names no b.score"),
+        ({"b": other, "c": other}, "x > b.x", "--with c: has no effect"),
     ):
         with pytest.raises(CorpusError, match=message):
             curate(ours, None, rule, out, where=where, beside=beside)

@@ -110,9 +110,8 @@ def curate(
     scores = open_scores(scores_url, corpus_path)
     tables = scored_shards(scores)
     rows = Rows(scores.store, tables, open_beside(scores, tables, beside or {}))
-    if where is None and beside:
-        raise CorpusError(f"--with {next(iter(beside))}: has no effect without --where, which says what to ask of it")
     condition = None if where is None else parse_condition(where, rows.names())
+    _refuse_unused(rows.beside, condition)
     name = score_name(scores, by or _first_score(scores, condition, rows))
     output, written = Store.at(output_url), find_form(form)
     _refuse_inputs(output, scores, [shard for shard, _ in tables], written, rows.beside)
@@ -135,6 +134,13 @@ def curate(
             MANIFEST, json.dumps(_manifest(scores, name, form, curated, rows), indent=2, ensure_ascii=False) + "\n"
         )
     return curated
+
+
+def _refuse_unused(beside: Mapping[str, Beside], condition: Condition | None) -> None:
+    named = [] if condition is None else list(condition.columns.values())
+    for name in beside:
+        if not any(column.startswith(f"{name}.") for column in named):
+            raise CorpusError(f"--with {name}: has no effect, for --where names no {name}.score")
 
 
 def _first_score(scores: Scores, condition: Condition | None, rows: Rows) -> str | None:

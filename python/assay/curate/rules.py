@@ -46,7 +46,9 @@ class RuleOptions:
             return self._all_that_pass()
         if len(given) != 1:
             got = ", ".join(f"--{kind}" for kind in given) or "none"
-            raise CorpusError(f"expected exactly one of {', '.join(f'--{kind}' for kind in kinds)}; got {got}")
+            raise CorpusError(
+                f"expected exactly one of {', '.join(f'--{kind}' for kind in kinds)}, or --where; got {got}"
+            )
         keep = parse_end(self.keep)
         if self.by is None and given != ["random"]:
             raise CorpusError(f"--by is missing: --{given[0]} needs a score to judge by")

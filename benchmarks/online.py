@@ -27,8 +27,13 @@ from benchmarks import timing
 from benchmarks.mimic import model_and_reference
 
 LAST = "transformer.h.5.*"  # the last block
-CONTRACT = ("plain step", "plain step, again", "mimic, last norm", "mimic, last block", "mimic, all layers") + (
+CONTRACT = (
+    "plain step",
+    "plain step, again",
+    "mimic, last norm",
+    "mimic, last block",
     "mimic, last block, observed",
+    "mimic, all layers",
 )
 
 
@@ -124,10 +129,8 @@ def main() -> None:
         table.add_row(name, f"{found.median:.0f}", f"{found.median / plain:.3f}")
     Console().print(table)
     case = {"model": "GPT-2 6×384, vocabulary 50257", "batch": list(ids.shape), "timings": timings}
-    print(
-        "written to",
-        timing.write("online-contract" if only else "online", [case]).relative_to(timing.RESULTS.parent.parent),
-    )
+    path = timing.write("online-contract" if only else "online", [case])
+    print("written to", path.relative_to(timing.RESULTS.parent.parent))
 
 
 if __name__ == "__main__":

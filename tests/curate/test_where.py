@@ -89,6 +89,7 @@ CONDITIONS = [
     ("round(x * 10) not in (1, 2, 3)", lambda x, y, z: ~np.isin(np.round(x * 10), [1, 2, 3]), "x"),
     ('abs(x) - y ** 2 > "z-1" / 3', lambda x, y, z: abs(x) - y**2 > z / 3, "xyz"),
     ("-x + 1e-1 >= exp(y) - sqrt(abs(x))", lambda x, y, z: -x + 0.1 >= np.exp(y) - np.sqrt(abs(x)), "xy"),
+    ("sqrt(ln(exp(abs(x)) + 1)) > 1", lambda x, y, z: np.sqrt(np.log(np.exp(abs(x)) + 1)) > 1, "x"),
     ("x < quantile(x, 0.9)", lambda x, y, z: x < np.nanquantile(x, 0.9, method="lower"), "x"),
     ("not (x < quantile(x, 0.25))", lambda x, y, z: ~(x < np.nanquantile(x, 0.25, method="lower")), "x"),
     ("x > quantile(y, 0.5)", lambda x, y, z: x > np.nanquantile(y, 0.5, method="lower"), "x"),
@@ -198,6 +199,19 @@ def test_what_has_no_value_is_neither_above_nor_below(opened, columns):
     np.testing.assert_array_equal(passing(opened, "sqrt(x) < 1"), np.flatnonzero((x >= 0) & (x < 1)))
     np.testing.assert_array_equal(passing(opened, "not (sqrt(x) < 1)"), np.flatnonzero(x >= 1))
     np.testing.assert_array_equal(passing(opened, "(x - x) / (x - x) > 1 or x > 1"), np.flatnonzero(x > 1))
+    np.testing.assert_array_equal(passing(opened, "not (ln(x) < 0)"), np.flatnonzero(x >= 1))
+    root = np.sqrt(x, where=x >= 0, out=np.full_like(x, np.nan))
+    limit = np.nanquantile(root, 0.5, method="lower")
+    np.testing.assert_array_equal(
+        passing(opened, "not (sqrt(x) < quantile(sqrt(x), 0.5))"), np.flatnonzero(root >= limit)
+    )
+    np.testing.assert_array_equal(
+        passing(opened, "rank(sqrt(x)) < 5"), np.flatnonzero(_ranks(root) + 9 * np.isnan(root) < 5)
+    )
+    assert (x == 0).any()
+    np.testing.assert_array_equal(passing(opened, "1 / x > 1 or 1 / x <= 1"), np.flatnonzero(~np.isnan(x) & (x != 0)))
+    np.testing.assert_array_equal(passing(opened, "not (1 % x > 9)"), np.flatnonzero(~np.isnan(x) & (x != 0)))
+    np.testing.assert_array_equal(passing(opened, "exp(x * 1000) > 9e99"), np.flatnonzero(x * 1000 > np.log(9e99)))
     answer = ask(opened, "not (sqrt(x) < 1)")
     assert answer.counts()["unknown"] == negative.sum()
     assert f"{negative.sum()} have no value" in answer.summary()
@@ -307,13 +321,17 @@ def test_the_same_quantile_as_the_rule(folder, tmp_path):
         ("x > mean(1)", "expected a score inside", 4),
         ("x > mean(abs(x - mean(x)))", "mean(x) inside", 4),
         ("rank(rank(x)) > 1", "rank(x) inside", 0),
-        ("x is null", "IS NULL cannot be asked for", 2),
+        ("x is null", "IS NULL cannot be asked for", 0),
+        ("x ^ y > 1", "expected its power as a number from 0 on", 0),
+        ("pow(x, -1) > 1", "expected its power as a number from 0 on", 0),
         ("x = null", "expected a finite decimal number or a text", 4),
         ("x is distinct from y", "DISTINCT FROM cannot be asked for", 0),
         ("x > 1e999999", "expected a finite decimal number", 4),
         ("x > 0x10", 'syntax error at or near "x10"', 5),
         ("NOT " * 2400 + "x > 0", "nested too deep", None),
-        ("NOT " * 600 + "x > 0", "nested too deep", None),
+        ("abs(" * 600 + "x" + ")" * 600 + " > 0", "nested too deep", None),
+        ("sqrt(" * 20 + "x" + ")" * 20 + " > 0", "nested too deep", None),
+        ("1 / (" * 20 + "x" + ")" * 20 + " > 0", "nested too deep", None),
         ("x > 1 or " * 2000 + "x > 0", "expected at most 10,000", None),
     ],
 )

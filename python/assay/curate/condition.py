@@ -98,6 +98,6 @@ class Condition:
 
 
 def sound(piece: Piece) -> str:
-    """SQL of a number that is null where there is none, as 0/0: a comparison with it is neither true nor false. (To
-    DuckDB NaN is more than every number.)"""
+    """SQL of a number that is null where there is none, as inf - inf: a comparison with it is neither true nor
+    false. (To DuckDB NaN is more than every number.)"""
     return piece.sql if piece.plain else f"CASE WHEN isnan({piece.sql}) THEN NULL ELSE {piece.sql} END"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 from assay.curate.condition import Aggregate, Condition, ExpressionError, Kind, Piece, Rank, sound
@@ -16,8 +17,11 @@ from assay.curate.dataset import SHARD
 
 Node = Mapping[str, Any]
 
-_FUNCTIONS = ("abs", "ceil", "exp", "floor", "ln", "log2", "log10", "round", "sqrt")
-_OPERATORS = {"+": "+", "-": "-", "*": "*", "/": "/", "%": "%"}
+_FUNCTIONS = ("abs", "ceil", "exp", "floor", "round")
+# From where on a function has a value. Beyond, as over divisions by 0, versions of DuckDB differ: an error, NaN, null.
+_FROM = {"ln": "> 0", "log2": "> 0", "log10": "> 0", "sqrt": ">= 0"}
+_LONGEST = 100_000
+_OPERATORS = ("+", "-", "*", "/", "%")
 _POWERS = ("^", "**", "pow", "power")
 _LIKES = {"~~": "LIKE", "!~~": "NOT LIKE"}
 _COMPARISONS = {
@@ -44,7 +48,7 @@ _OVER = sorted({*_AGGREGATES, *_RANKS, _QUANTILE} - {"avg"})
 _OVER_SHARDS = f" over (partition by {SHARD})"
 # What a window says when it says nothing.
 _FRAME = {"start": "UNBOUNDED_PRECEDING", "end": "CURRENT_ROW_RANGE", "exclude_clause": "NO_OTHER"}
-_KNOWN = sorted({*_FUNCTIONS, "pow", *_AGGREGATES, *_RANKS, _QUANTILE} - {"avg"})
+_KNOWN = sorted({*_FUNCTIONS, *_FROM, "pow", *_AGGREGATES, *_RANKS, _QUANTILE} - {"avg"})
 _INSTEAD = {
     "log": "ln, log2 or log10, for it means either",
     "quantile_cont": "quantile",
@@ -107,10 +111,9 @@ class _Compiler:
         return ExpressionError(message, self._text, self.place(node) if place is None else place)
 
     def place(self, node: Node) -> int | None:
-        """Where in the text the node, or the first below it that says so, begins."""
-        for found in _positions(node):
-            return self._location(found)
-        return None
+        """Where in the text the node begins, if it or what is below it says so."""
+        found = min(_positions(node), default=None)
+        return None if found is None else self._location(found)
 
     # ---- leaves
 
@@ -126,7 +129,7 @@ class _Compiler:
         return Piece(column, self._kinds[name], name, needs, plain=True)
 
     def _constant(self, node: Node) -> Piece:
-        self._only(node, "literal")
+        self._only(node, "literal", "value")
         value = _value(node)
         if value is None:
             raise self.error(node, "expected a finite decimal number or a text; a row whose score is NaN is never kept")
@@ -160,27 +163,36 @@ class _Compiler:
         children = node["children"]
         if node["type"] == "OPERATOR_NOT":
             return self._made("(NOT {})", [self._expect(children[0], "condition")])
-        if node["type"] != "COMPARE_IN":
+        words = {"COMPARE_IN": "IN", "COMPARE_NOT_IN": "NOT IN"}
+        if node["type"] not in words:
             raise self.error(node, f"{_words(node)} cannot be asked for; {_ALLOWED}")
         pieces = self._alike(node, children)
-        return self._made(f"({{}} IN ({', '.join(['{}'] * (len(pieces) - 1))}))", pieces)
+        return self._made(f"({{}} {words[node['type']]} ({', '.join(['{}'] * (len(pieces) - 1))}))", pieces)
 
     # ---- functions
 
     def _function(self, node: Node) -> Piece:
-        self._only(node, "function_name", "arguments", "is_operator", "qualified_name")
+        self._only(node, "function_name", "arguments", "children", "is_operator", "qualified_name")
         name, children = str(node["function_name"]).lower(), _arguments(node)
         self._plain_name(node)
         if name in _LIKES:
             return self._made(f"({{}} {_LIKES[name]} {{}})", [self._expect(child, "text") for child in children])
         if name in _OPERATORS and len(children) in (1, 2):
             pieces = [self._expect(child, "number") for child in children]
-            sql = f"({{}} {name} {{}})" if len(pieces) == 2 else f"({name}{{}})"
-            return self._number(sql, pieces)
+            if len(pieces) == 1:
+                return self._number(f"({name}{{}})", pieces)
+            divisor = "CASE WHEN {1} <> 0 THEN {1} END" if name in "/%" else "{1}"
+            return self._number(f"({{0}} {name} {divisor})", pieces, f"({{}} {name} {{}})")
         if name in _POWERS:
-            return self._number("pow({}, {})", self._arguments(node, "pow", 2))
+            pieces, power = self._arguments(node, "pow", 2), _value(children[1])
+            if not isinstance(power, float) or power < 0:  # versions of DuckDB differ over 0 to the power of -1
+                raise self.error(node, f"{name}: expected its power as a number from 0 on, as pow(score, 2)")
+            return self._number("pow({}, {})", pieces)
         if name in _FUNCTIONS:
             return self._number(f"{name}({{}})", self._arguments(node, name, 1))
+        if name in _FROM:
+            sql = f"CASE WHEN {{0}} {_FROM[name]} THEN {name}({{0}}) END"
+            return self._number(sql, self._arguments(node, name, 1), f"{name}({{}})")
         found = self._over_rows(node, name, by_shard=False)
         if found is None:
             near = difflib.get_close_matches(name, _KNOWN, n=1, cutoff=0.7)
@@ -190,7 +202,7 @@ class _Compiler:
 
     def _window(self, node: Node) -> Piece:
         """An aggregate or a rank ``OVER (PARTITION BY shard)``."""
-        self._only(node, "function_name", "arguments", "qualified_name", "partitions", *_FRAME)
+        self._only(node, "function_name", "arguments", "children", "qualified_name", "partitions", *_FRAME)
         by = [part.get("column_names") for part in node["partitions"]]
         if by != [[SHARD]] or any(node[key] != value for key, value in _FRAME.items()):
             raise self.error(node, f"expected OVER (PARTITION BY {SHARD}), and nothing else in it")
@@ -203,7 +215,7 @@ class _Compiler:
 
     def _over_rows(self, node: Node, name: str, by_shard: bool) -> Piece | None:
         """A number of many rows; None if this is no such function."""
-        if name == "count_star" or (name == "count" and not node["arguments"]):
+        if name == "count_star" or (name == "count" and not _arguments(node)):
             return self._aggregate(node, "count", Piece("1", "number", "*", plain=True), by_shard)
         if name in _AGGREGATES:
             return self._aggregate(node, name, self._arguments(node, name, 1)[0], by_shard)
@@ -253,7 +265,8 @@ class _Compiler:
 
     def _plain_name(self, node: Node) -> None:
         name = node["function_name"]
-        if node["qualified_name"]["path"] != [name] or any(argument["name"] for argument in node["arguments"]):
+        path = node.get("qualified_name", {"path": [name]})["path"]
+        if path != [name] or any(argument["name"] for argument in node.get("arguments", ())):
             raise self.error(node, f"{name}: cannot be asked for with a schema or names of arguments")
 
     def _arguments(self, node: Node, name: str, count: int) -> list[Piece]:
@@ -282,8 +295,11 @@ class _Compiler:
         parts = [sound(piece) if piece.kind == "number" else piece.sql for piece in pieces]
         return _joined(sql, "condition", parts, pieces)
 
-    def _number(self, sql: str, pieces: Sequence[Piece]) -> Piece:
-        return _joined(sql, "number", [piece.sql for piece in pieces], pieces)
+    def _number(self, sql: str, pieces: Sequence[Piece], shown: str | None = None) -> Piece:
+        made = _joined(sql, "number", [piece.sql for piece in pieces], pieces, shown)
+        if len(made.sql) > _LONGEST:  # some functions name what is inside twice
+            raise ExpressionError("is nested too deep", self._text)
+        return made
 
     def _only(self, node: Node, *read: str) -> None:
         """ExpressionError if a node says more than what is read of it: an alias, a filter, an order."""
@@ -295,12 +311,12 @@ class _Compiler:
 _ALLOWED = "expected scores, numbers, texts, comparisons, AND, OR, NOT, IN, BETWEEN, LIKE, arithmetic and functions"
 
 
-def _joined(sql: str, kind: Kind, parts: Sequence[str], pieces: Sequence[Piece]) -> Piece:
+def _joined(sql: str, kind: Kind, parts: Sequence[str], pieces: Sequence[Piece], shown: str | None = None) -> Piece:
     needs = frozenset().union(*(piece.needs for piece in pieces))
     parameters: dict[str, float | str] = {}
     for piece in pieces:
         parameters |= piece.parameters
-    text = sql.format(*(piece.text for piece in pieces))
+    text = (shown or sql).format(*(piece.text for piece in pieces))
     return Piece(
         sql.format(*parts), kind, text, needs, parameters, inside=next((p.inside for p in pieces if p.inside), "")
     )
@@ -308,10 +324,11 @@ def _joined(sql: str, kind: Kind, parts: Sequence[str], pieces: Sequence[Piece])
 
 def _value(node: Node) -> float | str | None:
     """A constant's; None of anything else than a number or a text."""
-    literal = node.get("literal")
-    if node.get("class") != "CONSTANT" or not isinstance(literal, Mapping):
+    if node.get("class") != "CONSTANT":
         return None
-    kind, text = literal.get("kind"), str(literal.get("text"))
+    if "value" in node:
+        return _value_of_1(node["value"])
+    kind, text = node["literal"].get("kind"), str(node["literal"].get("text"))
     if kind == "STRING":
         return text
     try:
@@ -321,8 +338,24 @@ def _value(node: Node) -> float | str | None:
     return number if math.isfinite(number) else None
 
 
+def _value_of_1(constant: Node) -> float | str | None:
+    """The same of DuckDB 1, which has made a value of it."""
+    value: Any = constant.get("value")
+    kind = constant["type"]
+    if constant.get("is_null"):
+        return None
+    if kind["id"] == "VARCHAR":
+        return value if isinstance(value, str) else None
+    if kind["id"] == "DECIMAL" and isinstance(value, int):
+        return float(Fraction(value, 10 ** int(kind["type_info"]["scale"])))
+    if kind["id"] in ("HUGEINT", "UHUGEINT") and isinstance(value, Mapping):
+        return float((int(value["upper"]) << 64) + int(value["lower"]))
+    return float(value) if type(value) in (int, float) and math.isfinite(value) else None
+
+
 def _arguments(node: Node) -> list[Node]:
-    return [argument["expression"] for argument in node["arguments"]]
+    """A function's; those of DuckDB 1 have no names."""
+    return [argument["expression"] for argument in node["arguments"]] if "arguments" in node else node["children"]
 
 
 def _positions(node: Any) -> Iterator[int]:

@@ -29,7 +29,6 @@ _SETTINGS = {
     "autoinstall_known_extensions": False,
     "autoload_known_extensions": False,
     "allow_community_extensions": False,
-    "ieee_floating_point_ops": True,
     "threads": 1,
     "memory_limit": "4GB",
 }

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
+import tempfile
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +18,9 @@ from assay.cli import main
 from assay.corpus import table_checks
 from assay.corpus.claim import CLAIM, claim
 from assay.corpus.errors import CorpusError
+from assay.corpus.footer import Footer, Identity, InputFacts, RowCounts, TableColumn
+from assay.corpus.score_files import ScoreWriter
+from assay.corpus.shards import find_shards
 from assay.corpus.storage import Store
 from assay.corpus.validation import validate_scores
 from assay.engine.local import run
@@ -366,3 +372,41 @@ def test_a_manifest_whose_columns_no_table_can_have(copied):
     path.write_text(json.dumps(manifest))
     with pytest.raises(CorpusError, match=r"manifest\.json: score column 'row' appears twice"):
         problems(copied)
+
+
+@pytest.mark.slow
+def test_memory_does_not_follow_the_rows(tmp_path):
+    """Of two tables, one of ten times the rows, beyond what a small one takes."""
+    grown = [grown_by(tmp_path / str(rows), rows) for rows in (100_000, 1_000_000)]
+    assert grown[1] - grown[0] < 12 << 20, grown
+
+
+GROWTH = """
+import resource, sys
+from assay.corpus.validation import validate_scores
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert not validate_scores(sys.argv[1]).problems
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10)
+"""
+
+
+def grown_by(root, rows: int) -> int:
+    """Bytes of a process's peak that come of checking a shard of so many rows, without a recipe or a model."""
+    (root / "data").mkdir(parents=True)
+    pq.write_table(pa.table({"n": np.arange(rows)}), root / "data/a.parquet")
+    (shard,) = find_shards(str(root / "data")).shards
+    columns = [TableColumn(name=f"s{i}") for i in range(8)]
+    identity, store = Identity(recipe={"seed": 0, "id_column": None}, models={}), Store.at(str(root / "scores"))
+    with tempfile.TemporaryFile() as spool:
+        writer = ScoreWriter(columns, spool)
+        for first in range(0, rows, 10_000):
+            own = np.arange(first, first + 10_000)
+            scores = {column.name: np.sin(own * 7.0).astype(np.float32) for column in columns}
+            writer.add(own, [f"a.parquet:{row}" for row in own], scores)
+        facts = InputFacts(path="a.parquet", rows=rows, **vars(shard.fingerprint()))
+        counts = RowCounts(scored=rows, quarantined=0)
+        writer.save(store, "a.parquet", Footer.make(identity, facts, counts, None, {}, {}).to_json())
+    manifest = identity.model_dump() | {"corpus": str(root / "data"), "columns": [c.model_dump() for c in columns]}
+    store.write_text("manifest.json", json.dumps(manifest))
+    command = [sys.executable, "-c", GROWTH, str(root / "scores")]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)

@@ -23,6 +23,7 @@ from assay.corpus.layout import quarantine_path, table_path
 from assay.corpus.named_files import changed_file
 from assay.corpus.quarantine import Quarantined, list_digest, read_quarantine, row_id
 from assay.corpus.readers import columns_of, read
+from assay.corpus.score_files import opened_table
 from assay.corpus.shards import Shard
 from assay.corpus.storage import Store
 from assay.corpus.tables import score_schema
@@ -130,16 +131,15 @@ def _check_rows(
     store: Store, table: Table, columns: Sequence[TableColumn], shard: Shard | None, faults: _Faults
 ) -> None:
     """The rows by themselves, and beside those of the ``shard``: None if it is no more what was scored."""
-    with store.open(table.file.path) as file:
-        parquet = pq.ParquetFile(file)
+    with opened_table(store, table.file.path) as parquet:
         _check_schema(parquet.schema_arrow, columns, faults)
         if not faults.has(_COLUMN):
             _check_values(parquet, columns, table, faults)
     if shard is None or faults.has(_COLUMN, _ORDER, _NULL):
         return
-    with store.open(table.file.path) as file:
+    with opened_table(store, table.file.path) as parquet:
         try:
-            _compare(pq.ParquetFile(file), shard, read_quarantine(store, shard), table, faults)
+            _compare(parquet, shard, read_quarantine(store, shard), table, faults)
         except ShardError as error:
             faults.add("the shard cannot be read", str(error))
 

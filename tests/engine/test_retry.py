@@ -148,7 +148,7 @@ def test_a_shard_that_cannot_be_read_this_time_keeps_what_is_known_of_it(project
         patch.setattr(shard, "read", flaky)
         summary = score(project, retry=True)
     assert "Input/output error" in summary.unreadable["a.parquet"]
-    assert (summary.retried, summary.still_quarantined) == (2, 2)
+    assert (summary.retried, summary.still_quarantined, summary.rows, summary.rows_scored) == (2, 2, 80, 78)
     assert written(project.scores) == before
     (project.root / "data/a.parquet").write_bytes(b"PAR1")
     assert "a.parquet" in score(project, retry=True).unreadable

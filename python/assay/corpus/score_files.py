@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
@@ -118,10 +119,16 @@ def read_score(store: Store, path: str, name: str) -> tuple[npt.NDArray[np.int64
     return table["row"].to_numpy(), table[name].to_numpy()
 
 
+@contextlib.contextmanager
+def opened_table(store: Store, path: str) -> Iterator[pq.ParquetFile]:
+    """A score table whose batches are read one after another: left to itself, pyarrow keeps all that it has read."""
+    with store.open(path) as file:
+        yield pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20 if store.is_local else 0)
+
+
 def stream_score(store: Store, path: str, name: str) -> Iterator[npt.NDArray[np.float32]]:
     """One of a score table's scores, a batch in memory at a time. A CorpusError unless it is one number per row."""
-    with store.open(path) as file:
-        table = pq.ParquetFile(file)
+    with opened_table(store, path) as table:
         kind = table.schema_arrow.field(name).type
         if kind != pa.float32():
             raise CorpusError(f"{name}: {store.full(path)} holds {kind} per row; expected one number to judge by")
@@ -157,6 +164,6 @@ def score_field(store: Store, path: str, name: str) -> pa.Field:
 
 def stream_ids(store: Store, path: str) -> Iterator[str]:
     """The ids of a score table in order, a batch in memory at a time."""
-    with store.open(path) as file:
-        for batch in pq.ParquetFile(file).iter_batches(columns=["id"]):
+    with opened_table(store, path) as table:
+        for batch in table.iter_batches(columns=["id"]):
             yield from batch.column(0).to_pylist()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from assay.corpus.layout import quarantine_path, table_path
 from assay.corpus.named_files import changed_file
 from assay.corpus.quarantine import Quarantined, list_digest, read_quarantine, row_id
 from assay.corpus.readers import columns_of, read
+from assay.corpus.score_files import opened_table
 from assay.corpus.shards import Shard
 from assay.corpus.storage import Store
 from assay.corpus.tables import score_schema
@@ -67,7 +67,7 @@ class _Faults:
 def check_shard(store: Store, shard: Shard, manifest: Manifest) -> Checked:
     """Look at a shard, its score table under ``store`` and its list of quarantined rows."""
     problems: list[str] = []
-    table = None
+    faults, table = _Faults(), None
     try:
         table = find_table(store, shard)
         if table is None:
@@ -75,11 +75,13 @@ def check_shard(store: Store, shard: Shard, manifest: Manifest) -> Checked:
         problems += _footer_problems(table, shard, manifest)
         changes = list(_input_problems(store, shard, table))
         problems += changes
-        problems += _row_problems(store, shard, table, manifest.columns, is_same=not changes)
+        problems += _count_problems(store, shard, table)
+        _check_rows(store, table, manifest.columns, None if changes else shard, faults)
     except CorpusError as error:
         problems.append(str(error).removeprefix(f"{store.full(table_path(shard))}: "))
     except (pa.ArrowException, OSError, ValueError) as error:
         problems.append(f"cannot be read to its end ({_one_line(error)}); move it away to have it made again")
+    problems += faults.lines()
     if table is None:
         return Checked(problems)
     return Checked(problems, table.file.rows, table.footer.rows.quarantined)
@@ -114,10 +116,7 @@ def _input_problems(store: Store, shard: Shard, table: Table) -> Iterator[str]:
         yield f"{shard.path} cannot be looked at: {error.strerror or _one_line(error)}"
 
 
-def _row_problems(
-    store: Store, shard: Shard, table: Table, columns: Sequence[TableColumn], is_same: bool
-) -> Iterator[str]:
-    """The rows; with ``is_same`` those of the shard, too."""
+def _count_problems(store: Store, shard: Shard, table: Table) -> Iterator[str]:
     counts, rows = table.footer.rows, table.footer.input.rows
     if table.file.rows != counts.scored or rows != counts.scored + counts.quarantined:
         yield (
@@ -126,39 +125,39 @@ def _row_problems(
         )
     if list_digest(store, shard) != table.footer.quarantine:
         yield f"{quarantine_path(shard)} is not the list of quarantined rows that was written with it"
-    faults = _Faults()
-    with store.open(table.file.path) as file:
-        parquet = pq.ParquetFile(file)
-        sound = _check_schema(parquet.schema_arrow, columns, faults)
+
+
+def _check_rows(
+    store: Store, table: Table, columns: Sequence[TableColumn], shard: Shard | None, faults: _Faults
+) -> None:
+    """The rows by themselves, and beside those of the ``shard``: None if it is no more what was scored."""
+    with opened_table(store, table.file.path) as parquet:
+        _check_schema(parquet.schema_arrow, columns, faults)
         if not faults.has(_COLUMN):
-            _check_values(parquet, sound, table, faults)
-    if not faults.has(_COLUMN, _ORDER, _NULL):
-        id_column = table.footer.recipe.get("id_column")
+            _check_values(parquet, columns, table, faults)
+    if shard is None or faults.has(_COLUMN, _ORDER, _NULL):
+        return
+    with opened_table(store, table.file.path) as parquet:
         try:
-            chunks = _shard_ids(shard, id_column) if is_same else _unknown_ids(rows)
-            with store.open(table.file.path) as file:
-                scored = _scored(pq.ParquetFile(file))
-                _compare(chunks, scored, read_quarantine(store, shard), shard, rows, faults)
+            _compare(parquet, shard, read_quarantine(store, shard), table, faults)
         except ShardError as error:
             faults.add("the shard cannot be read", str(error))
-    yield from faults.lines()
 
 
 _COLUMN, _ORDER, _NULL = "its columns are not the manifest's", "rows are out of order", "holds a null"
 
 
-def _check_schema(schema: pa.Schema, columns: Sequence[TableColumn], faults: _Faults) -> list[TableColumn]:
-    """Compare a table's columns with those that it must have -> those that are as they must be."""
+def _check_schema(schema: pa.Schema, columns: Sequence[TableColumn], faults: _Faults) -> None:
+    """A table's columns are those that it must have."""
     wanted = score_schema(columns, {})
     if schema.names != wanted.names:
         faults.add(_COLUMN, f"found {', '.join(map(shown, schema.names))}, expected {', '.join(wanted.names)}")
-        return []
+        return
     for found, field in zip(schema, wanted, strict=True):
         if found.type != field.type:
             faults.add(_COLUMN, f"{field.name} holds {found.type}, expected {field.type}")
         elif any((found.metadata or {}).get(key) != value for key, value in (field.metadata or {}).items()):
             faults.add("says other things of its columns than the manifest", field.name)
-    return list(columns)
 
 
 def _check_values(parquet: pq.ParquetFile, columns: Sequence[TableColumn], table: Table, faults: _Faults) -> None:
@@ -170,7 +169,7 @@ def _check_values(parquet: pq.ParquetFile, columns: Sequence[TableColumn], table
         for name, column in zip(batch.schema.names, batch.columns, strict=True):
             if column.null_count:
                 faults.add(_NULL, f"in {name}", column.null_count)
-        rows = batch.column("row").to_numpy(zero_copy_only=False).astype(np.int64)
+        rows = batch.column("row").fill_null(-1).to_numpy()
         _check_order(last, rows, total, faults)
         last = int(rows[-1]) if len(rows) else last
         for name in nan:
@@ -212,7 +211,7 @@ def _check_numbers(name: str, array: pa.Array, rows: npt.NDArray[np.int64], faul
     return len(np.unique(owners[is_nan]))
 
 
-def _shard_ids(shard: Shard, id_column: Any) -> Iterator[tuple[int, Ids | None]]:
+def _shard_ids(shard: Shard, id_column: Any) -> Iterator[tuple[int, Ids]]:
     """The ids that scoring gives the shard's rows, in chunks, each with its first row; None where it gives none."""
     if id_column is None:
         column = _cheapest_column(shard)
@@ -236,12 +235,6 @@ def _cheapest_column(shard: Shard) -> list[str]:
     types = {name: facts.type for name, facts in columns_of(shard).items()}
     small = [name for name, kind in types.items() if kind.startswith(("int", "uint", "bool", "float", "double"))]
     return (small or [name for name, kind in types.items() if kind == "string"] or list(types))[:1]
-
-
-def _unknown_ids(rows: int) -> Iterator[tuple[int, Ids | None]]:
-    """The same of a shard that is no more what it was: so many rows, in chunks without ids."""
-    for first in range(0, rows, CHUNK_ROWS):
-        yield first, None
 
 
 class _Rows:
@@ -271,67 +264,63 @@ def _scored(parquet: pq.ParquetFile) -> _Rows:
 
 
 class _Listed:
-    """The same of a list of quarantined rows."""
+    """The same of a list of quarantined rows, as far as it ascends: a short file may unfold to any number of them."""
 
-    def __init__(self, entries: Iterator[Quarantined]) -> None:
-        self._entries = entries
-        self.next = next(entries, None)
+    def __init__(self, entries: Iterator[Quarantined], shard: Shard, faults: _Faults) -> None:
+        self._entries, self._shard, self._faults = entries, shard, faults
+        self._next: Quarantined | None = None
+        self._last = -1
+        self._advance()
+
+    @property
+    def next_row(self) -> int | None:
+        return self._next.row if self._next else None
 
     def take(self, end: int) -> list[Quarantined]:
         taken = []
-        while self.next is not None and (self.next.row is None or self.next.row < end):
-            taken.append(self.next)
-            self.next = next(self._entries, None)
+        while self._next is not None and self._last < end:
+            taken.append(self._next)
+            self._advance()
         return taken
+
+    def _advance(self) -> None:
+        entry, self._next = next(self._entries, None), None
+        if entry is None:
+            return
+        if entry.row is None or entry.shard != self._shard.path:
+            what = "the whole shard" if entry.row is None else f"row {entry.row} of {shown(entry.shard)}"
+            self._faults.add("its list of quarantined rows has an entry out of place", what)
+        elif entry.row <= self._last:
+            what = f"row {entry.row} follows row {self._last}" if self._last >= 0 else f"row {entry.row}"
+            self._faults.add("its list of quarantined rows is out of order", what)
+        else:
+            self._next, self._last = entry, entry.row
 
 
 def _compare(
-    chunks: Iterator[tuple[int, Ids | None]],
-    scored: _Rows,
-    entries: Iterator[Quarantined],
-    shard: Shard,
-    promised: int,
-    faults: _Faults,
+    parquet: pq.ParquetFile, shard: Shard, entries: Iterator[Quarantined], table: Table, faults: _Faults
 ) -> None:
-    """Every row of the shard has scores or is listed, and not both, under its own id.
-
-    ``promised``: the rows that the footer counts.
-    """
-    listed, end, ids = _Listed(entries), 0, None
-    for first, ids in chunks:
-        end = min(first + CHUNK_ROWS, promised) if ids is None else first + len(ids)
+    """Every row of the shard has scores or is listed, and not both, under its own id."""
+    scored, listed, end = _scored(parquet), _Listed(entries, shard, faults), 0
+    for first, ids in _shard_ids(shard, table.footer.recipe.get("id_column")):
+        end = first + len(ids)
         (rows, own), bad = scored.take(end), listed.take(end)
-        _check_cover(first, end, rows, bad, shard, faults)
-        if ids is not None:
-            _check_ids(first, rows, own, ids, faults)
-            _check_listed_ids(first, bad, ids, faults)
-        elif not rows and not bad and listed.next is None:  # what a footer promises may be any number
-            faults.add(_NEITHER, f"row {end}", promised - end)
-            break
-    if ids is not None and end != promised:
+        _check_cover(first, end, rows, bad, faults)
+        _check_ids(first, rows, own, ids, faults)
+        _check_listed_ids(first, bad, ids, faults)
+    if end != (promised := table.footer.input.rows):
         faults.add("counts other rows than the shard has", f"{promised:,} in its footer, {end:,} in {shard.path}")
-    if listed.next is not None:
-        faults.add("a row is listed as quarantined that the shard has not", f"row {listed.next.row} of {end:,}")
+    if listed.next_row is not None:
+        faults.add("a row is listed as quarantined that the shard has not", f"row {listed.next_row} of {end:,}")
 
 
-_NEITHER = "a row is neither scored nor listed as quarantined"
-
-
-def _check_cover(
-    first: int, end: int, rows: Sequence[int], bad: Sequence[Quarantined], shard: Shard, faults: _Faults
-) -> None:
-    for entry in bad:
-        if entry.shard != shard.path or entry.row is None or entry.row < first:
-            what = "the whole shard" if entry.row is None else f"row {entry.row} of {shown(entry.shard)}"
-            faults.add("its list of quarantined rows has an entry out of place", what)
-    listed = [entry.row for entry in bad if entry.row is not None]
-    if any(later <= row for row, later in pairwise(listed)):
-        faults.add("its list of quarantined rows is out of order", f"from row {first} on")
-    if both := set(rows).intersection(listed):
+def _check_cover(first: int, end: int, rows: Sequence[int], bad: Sequence[Quarantined], faults: _Faults) -> None:
+    listed = {entry.row for entry in bad if entry.row is not None}
+    if both := listed.intersection(rows):
         faults.add("a row has scores and is listed as quarantined too", f"row {min(both)}", len(both))
     if len(rows) + len(listed) - len(both) < end - first:
         neither = set(range(first, end)).difference(rows, listed)
-        faults.add(_NEITHER, f"row {min(neither)}", len(neither))
+        faults.add("a row is neither scored nor listed as quarantined", f"row {min(neither)}", len(neither))
 
 
 def _check_ids(first: int, rows: Sequence[int], own: Sequence[str], ids: Ids, faults: _Faults) -> None:
@@ -344,9 +333,10 @@ def _check_ids(first: int, rows: Sequence[int], own: Sequence[str], ids: Ids, fa
 
 def _check_listed_ids(first: int, bad: Sequence[Quarantined], ids: Ids, faults: _Faults) -> None:
     for entry in bad:
-        if entry.row is None or entry.row < first or entry.id is None or entry.id == ids[entry.row - first]:
+        if entry.row is None or entry.id is None:
             continue
-        faults.add("a quarantined row is listed under another id", _ids_of(entry.row, entry.id, ids[entry.row - first]))
+        if entry.id != (expected := ids[entry.row - first]):
+            faults.add("a quarantined row is listed under another id", _ids_of(entry.row, entry.id, expected))
 
 
 def _ids_of(row: int, found: str, expected: str | None) -> str:

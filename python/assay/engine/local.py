@@ -20,7 +20,7 @@ from assay.corpus.shards import Shard
 from assay.corpus.storage import Store
 from assay.engine.crew import score_with_workers
 from assay.engine.devices import find_devices, threads_each
-from assay.engine.plan import Plan, find_corpora, make_plan, stands, write_manifest
+from assay.engine.plan import Plan, find_corpora, make_plan, standing_table, write_manifest
 from assay.engine.processes import Processes
 from assay.engine.progress import Progress
 from assay.engine.ray_actors import RayActors
@@ -113,9 +113,9 @@ def _score(plan: Plan, devices: Sequence[torch.device], summary: RunSummary, pro
 
     def on_unreadable(shard: Shard, reason: str) -> None:
         log.error("%s: %s", shard.path, reason)
-        if shard in plan.retried and stands(plan.output, shard):
-            return  # what was known of it before is more than that it could not be read again
-        _quarantine_shard(plan.output, shard, reason)
+        # What is known of a shard is more than that it could not be read once more.
+        if shard not in plan.retried or not standing_table(plan.output, shard):
+            _quarantine_shard(plan.output, shard, reason)
 
     rest = (progress, summary.times, on_unreadable)
     devices = devices[: units_at_most(plan, sizes, len(devices))]
@@ -136,7 +136,9 @@ def _score(plan: Plan, devices: Sequence[torch.device], summary: RunSummary, pro
         summary.retried += plan.retried.get(shard, 0)
         if isinstance(outcome, str):
             summary.unreadable[shard.path] = outcome
-            summary.still_quarantined += plan.retried.get(shard, 0)
+            if shard in plan.retried and (table := standing_table(plan.output, shard)):
+                summary.add(table.footer)
+                summary.still_quarantined += table.footer.rows.quarantined
             continue
         footer, stored = outcome
         summary.still_quarantined += footer.rows.quarantined if shard in plan.retried else 0

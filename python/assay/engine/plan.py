@@ -130,10 +130,10 @@ def _known(output: Store, identity: Identity, shard: Shard) -> tuple[Table | Non
     return table, differences, not differences and _unchanged(output, shard, table)
 
 
-def stands(output: Store, shard: Shard) -> bool:
-    """Whether a shard's table, if it has one, still speaks of it."""
+def standing_table(output: Store, shard: Shard) -> Table | None:
+    """A shard's table, if it has one that speaks of it as it is now."""
     table = open_table(output, shard)
-    return table is not None and _unchanged(output, shard, table)
+    return table if table and _unchanged(output, shard, table) else None
 
 
 def _unchanged(output: Store, shard: Shard, table: Table) -> bool:

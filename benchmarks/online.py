@@ -1,16 +1,17 @@
-"""What reweighting adds to a training step of a GPT-2-shaped model: ``python -m benchmarks.online``.
+"""What reweighting adds to a training step of a GPT-2-shaped model: ``python -m benchmarks.online [--contract]``.
 
 Every variant trains a copy of its own with AdamW on the same batch, in turn. Contract (DESIGN): one layer at most 3 %
 beside the plain step, all layers at most 35 %. Where dattri-llm is installed its ``DataSelectionCallback`` runs in turn
 with the others: it takes a sample's gradient out of `.grad` again, and leaves out the output layer that is tied to the
-embedding.
+embedding. ``--contract`` times the contract's rows alone, often, in half a batch: fewer copies, less noise.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -26,6 +27,14 @@ from benchmarks import timing
 from benchmarks.mimic import model_and_reference
 
 LAST = "transformer.h.5.*"  # the last block
+CONTRACT = (
+    "plain step",
+    "plain step, again",
+    "mimic, last norm",
+    "mimic, last block",
+    "mimic, last block, observed",
+    "mimic, all layers",
+)
 
 
 def losses_of(model: nn.Module, ids: Tensor) -> Tensor:
@@ -70,7 +79,8 @@ def dattri_llm(start: nn.Module, ids: Tensor, held_out: Tensor) -> dict[str, Cal
     }
 
 
-def variants(ids: Tensor, held_out: Tensor) -> dict[str, Callable[[], None]]:
+def variants(ids: Tensor, held_out: Tensor, names: Collection[str] | None = None) -> dict[str, Callable[[], None]]:
+    """By name, a step of each; None: of all, and of the peers."""
     start, reference = model_and_reference()
     task = CausalLM()
 
@@ -83,37 +93,44 @@ def variants(ids: Tensor, held_out: Tensor) -> dict[str, Callable[[], None]]:
         }[method]()
         return step_of(model, ids, Reweighter(model, scored, layers=layers, **settings).backward)
 
-    rivals = {}
-    with contextlib.suppress(ImportError):
-        rivals = dattri_llm(start, ids, held_out)
-    return {
-        "plain step": step_of(copy.deepcopy(start).train(), ids, lambda losses: losses.mean().backward()),
-        "plain step, again": step_of(copy.deepcopy(start).train(), ids, lambda losses: losses.mean().backward()),
-        "mimic, last norm": reweighted("transformer.ln_f"),
-        "mimic, last block": reweighted(LAST),
-        "mimic, head (tied: 64 % of the weights)": reweighted("lm_head"),
-        "mimic, all layers": reweighted(None),
-        "mimic, all layers, recomputed": reweighted(None, recompute=True),
-        "mimic, last block, observed": reweighted(LAST, mode="observe"),
-        "GraNd, all layers": reweighted(None, "grand"),
-        "mimic, best half, all layers": reweighted(None, mode="filter", keep=0.5),
-        "in-run, best half, all layers": reweighted(None, "in_run", mode="filter", keep=0.5),
-        **rivals,
+    def plain() -> Callable[[], None]:
+        return step_of(copy.deepcopy(start).train(), ids, lambda losses: losses.mean().backward())
+
+    makers: dict[str, Callable[[], Callable[[], None]]] = {
+        "plain step": plain,
+        "plain step, again": plain,
+        "mimic, last norm": lambda: reweighted("transformer.ln_f"),
+        "mimic, last block": lambda: reweighted(LAST),
+        "mimic, head (tied: 64 % of the weights)": lambda: reweighted("lm_head"),
+        "mimic, all layers": lambda: reweighted(None),
+        "mimic, all layers, recomputed": lambda: reweighted(None, recompute=True),
+        "mimic, last block, observed": lambda: reweighted(LAST, mode="observe"),
+        "GraNd, all layers": lambda: reweighted(None, "grand"),
+        "mimic, best half, all layers": lambda: reweighted(None, mode="filter", keep=0.5),
+        "in-run, best half, all layers": lambda: reweighted(None, "in_run", mode="filter", keep=0.5),
     }
+    rivals = {}
+    if names is None:
+        with contextlib.suppress(ImportError):
+            rivals = dattri_llm(start, ids, held_out)
+    return {name: make() for name, make in makers.items() if names is None or name in names} | rivals
 
 
 def main() -> None:
-    ids, held_out = torch.randint(50257, (2, 8, 256))
-    timings = timing.interleave(variants(ids, held_out), rounds=5, warmup=1)
+    only = "--contract" in sys.argv[1:]
+    ids, held_out = torch.randint(50257, (2, 4 if only else 8, 256))
+    timed = variants(ids, held_out, CONTRACT if only else None)
+    timings = timing.interleave(timed, rounds=15 if only else 5, warmup=2 if only else 1)
     plain = timings["plain step"].median
-    table = Table(title="GPT-2 shape, 6 layers × 384, batch 8 × 256, float32")
+    table = Table(title=f"GPT-2 shape, 6 layers × 384, batch {len(ids)} × 256, float32")
     for heading in ("training step", "median ms", "÷ plain step"):
         table.add_column(heading)
     for name, found in timings.items():
         table.add_row(name, f"{found.median:.0f}", f"{found.median / plain:.3f}")
     Console().print(table)
-    case = {"model": "GPT-2 6×384, vocabulary 50257", "batch": [8, 256], "timings": timings}
-    print("written to", timing.write("online", [case]).relative_to(timing.RESULTS.parent.parent))
+    case = {"model": "GPT-2 6×384, vocabulary 50257", "batch": list(ids.shape), "timings": timings}
+    path = timing.write("online-contract" if only else "online", [case])
+    print("written to", path.relative_to(timing.RESULTS.parent.parent))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import random
 import re
 import statistics
 import subprocess
@@ -32,10 +33,15 @@ class Timing:
 
 
 def interleave(variants: Mapping[str, Callable[[], Any]], *, rounds: int = 15, warmup: int = 2) -> dict[str, Timing]:
-    """Time every variant once per round, after ``warmup`` uncounted rounds."""
+    """Time every variant once per round, after ``warmup`` uncounted rounds.
+
+    Each round has an order of its own: whoever always came after the one that takes most memory would pay for it.
+    """
     samples: dict[str, list[float]] = {name: [] for name in variants}
     for i in range(warmup + rounds):
-        for name, run in variants.items():
+        order = list(variants.items())
+        random.Random(i).shuffle(order)
+        for name, run in order:
             # torch.compile's kernels bring an OpenMP runtime of their own, whose threads spin for a while after each
             # call; whoever comes next would pay for that.
             time.sleep(0.01)

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.small_models import TEXTS, byte_tokenizer, llama_config, save_model
+from tests.small_scores import make_scores
 
 CHAT = "{% for m in messages %}{{ m['role'][0] + ':' + m['content'] + '\n' }}{% endfor %}"
 CHAT += "{% if add_generation_prompt %}a:{% endif %}"
@@ -22,6 +23,17 @@ def pretraining_text(root: Path) -> None:
         pq.write_table(pa.table({"text": texts}), root / f"corpus/{shard}.parquet")
     save_model(root / "run/step-1000")
     save_model(root / "run/step-4000", seed=1)
+
+
+score_with_ray = pretraining_text
+
+
+def ask_the_scores(root: Path) -> None:
+    pytest.importorskip("duckdb")
+    loss, rho = np.random.default_rng(0).normal(size=(2, 20)).astype(np.float32)
+    shards = {"a": {"loss": loss, "rho": rho}, "b": {"loss": rho, "rho": loss}}
+    make_scores(root, shards)
+    make_scores(root, {name: {"loss": scores["rho"]} for name, scores in shards.items()}, name="scores-later")
 
 
 def instruction_data(root: Path) -> None:

@@ -26,16 +26,18 @@ MAY_IMPORT = {
     "methods": {"ops", "probe", "tasks", "_lazy"},
     "retrain": {"methods", "ops", "probe", "tasks", "_lazy"},
     "scoring": {"corpus", "methods"},
+    "ray": {"engine"},
+    "reading": {"curate", "_lazy"},
     "recipe": {"corpus", "methods", "ops", "tasks", "_lazy"},
     "engine": {"corpus", "methods", "ops", "probe", "recipe", "tasks", "_lazy", "_version"},
-    "curate": {"corpus", "select", "_version"},
+    "curate": {"corpus", "select", "_lazy", "_version"},
     "train": {"corpus", "curate", "methods", "ops", "probe", "select", "tasks", "_lazy"},
     "two_stage": {"corpus", "curate", "engine", "probe", "recipe", "select", "tasks", "_version"},
     "demo": {"corpus", "curate", "engine", "methods", "ops", "probe", "recipe", "retrain", "select", "tasks", "_lazy"},
     "cli": {"corpus", "curate", "engine", "recipe", "ops", "demo", "select", "two_stage", "__init__"},
     "__main__": {"cli"},
     "_version": set(),
-    "__init__": {"_version", "methods", "ops", "probe", "retrain", "scoring", "select", "tasks", "train"},
+    "__init__": {"_version", "methods", "ops", "probe", "reading", "retrain", "scoring", "select", "tasks", "train"},
 }
 
 

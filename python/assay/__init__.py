@@ -10,6 +10,7 @@ from assay._version import __version__
 from assay.ops import Kronecker, Mask, Rademacher, Sparse
 from assay.ops._backend import backend
 from assay.probe import Probe
+from assay.reading import read
 from assay.scoring import score
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "backend",
     "methods",
     "ops",
+    "read",
     "retrain",
     "score",
     "select",

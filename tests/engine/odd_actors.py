@@ -48,6 +48,14 @@ class Known(SmallWindows):
         return super().work(unit)
 
 
+class Slow(Actor):
+    """Takes its time."""
+
+    def work(self, unit):
+        time.sleep(0.5)
+        return super().work(unit)
+
+
 class Elsewhere(Actor):
     """Writes to a folder of its own node."""
 

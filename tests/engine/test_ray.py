@@ -70,7 +70,7 @@ def test_two_actors_write_the_bytes_of_one_whatever_dies_once(project, monkeypat
 
 def test_a_table_that_only_a_worker_sees_is_an_error(project, monkeypatch):
     odd(monkeypatch, odd_actors.Elsewhere)
-    with pytest.raises(EngineError, match=r"b\.jsonl: a worker wrote its table to .* and here there is none"):
+    with pytest.raises(EngineError, match=r": a worker wrote its table to .* and here there is none"):
         score(project)
 
 

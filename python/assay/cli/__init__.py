@@ -14,6 +14,7 @@ import typer
 import assay
 from assay.cli.demos import demo_digits, demo_text
 from assay.cli.experiments import two_stage
+from assay.cli.explaining import explain
 from assay.cli.machine import doctor
 from assay.cli.recipes import init, validate
 from assay.cli.runs import score
@@ -93,6 +94,7 @@ app.command()(validate)
 app.command()(select)
 app.command("two-stage")(two_stage)
 app.command()(show)
+app.command()(explain)
 app.command("ls")(list_scores)
 app.command()(doctor)
 demo.command("digits")(demo_digits)

@@ -21,6 +21,7 @@ _EXTRAS = {
     "image": "image files",
     "gpu": "kernels on NVIDIA GPUs",
     "lance": "Lance files",
+    "sql": "conditions on scores",
 }
 
 

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
 
-from assay.cli.terminal import INCOMPLETE, OK, CorpusNow, ScoresFolder, fail, say
+from assay.cli.terminal import BAD, INCOMPLETE, OK, CorpusNow, ScoresFolder, clean, fail, say
 
 
 def select(
     scores: ScoresFolder,
     out: Annotated[str, typer.Option("--out", metavar="DIR", help="Where the curated corpus goes.")],
+    where: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CONDITION",
+            help="Only rows of which this is so: 'mimic > 0 and loss < quantile(loss, 0.9)'. Without a rule all such "
+            "rows; with one, it chooses among them.",
+        ),
+    ] = None,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--with",
+            metavar="NAME=SCORES",
+            help="Another run's scores of the same corpus, which --where then calls NAME.score. May be given again.",
+        ),
+    ] = None,
     by: Annotated[str | None, typer.Option("--by", metavar="SCORE", help="The score to judge by.")] = None,
     top: Annotated[
         str | None,
@@ -43,7 +60,7 @@ def select(
     corpus: CorpusNow = None,
 ) -> int:
     """Write the part of the corpus that is worth keeping, with a manifest and a reason per row."""
-    from assay.curate import RuleOptions, curate
+    from assay.curate import ExpressionError, RuleOptions, curate
 
     options = RuleOptions(
         top,
@@ -58,12 +75,39 @@ def select(
         seed=seed,
         temperature=temperature,
         weigh=form == "weights",
+        where=where,
     )
-    curated = curate(scores, by, options.rule(), out, corpus, form)
+    try:
+        curated = curate(scores, by, options.rule(), out, corpus, form, where, _beside(beside or []))
+    except ExpressionError as error:
+        return _point(error)
     dropped = curated.rows - curated.kept - curated.quarantined
+    if curated.where:
+        say(f"where {curated.where.condition.line}: {curated.where.summary()}")
     say(curated.selection.summary())
     print(
         f"rows in {curated.rows:,} = kept {curated.kept:,} + dropped {dropped:,} + quarantined {curated.quarantined:,}"
     )
     say(f"{'corpus' if form == 'shards' else form}: {out}")
     return fail(curated.missing, INCOMPLETE) if curated.missing else OK
+
+
+def _beside(given: list[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for text in given:
+        name, equals, folder = text.partition("=")
+        if not equals or not folder:
+            raise ValueError(f"--with {text}: expected NAME=SCORES, as in other=scores-of-another-run")
+        if name in found:
+            raise ValueError(f"--with {text}: {name} is {found[name]} already; expected another name")
+        found[name] = folder
+    return found
+
+
+def _point(error: ValueError) -> int:
+    """The error's line, and below it the condition with a caret under the place."""
+    line, *shown = str(error).split("\n")
+    code = fail(line, BAD)
+    for below in shown:
+        print(clean(below), file=sys.stderr)
+    return code

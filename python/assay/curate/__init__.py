@@ -1,17 +1,23 @@
 """From a scores folder to a curated corpus, or to the samples at both ends of a score."""
 
+from assay.curate.condition import ExpressionError
 from assay.curate.curation import Curated, curate
+from assay.curate.explaining import Explained, Explanation, explain
 from assay.curate.ranking import Ranked, Ranking, rank, read_samples
 from assay.curate.rules import RuleOptions, parse_amount, parse_end
 from assay.curate.whole import WholeTable, read_whole
 
 __all__ = [
     "Curated",
+    "Explained",
+    "Explanation",
+    "ExpressionError",
     "Ranked",
     "Ranking",
     "RuleOptions",
     "WholeTable",
     "curate",
+    "explain",
     "parse_amount",
     "parse_end",
     "rank",

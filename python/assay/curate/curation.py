@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +23,12 @@ from assay.corpus.scores_folder import Scored, Scores, State, open_scores
 from assay.corpus.shards import Shard, find_shards, refuse_overlap
 from assay.corpus.storage import TEMPORARY_SUFFIX, Store
 from assay.curate.chosen import ShardSelection, write_fates
+from assay.curate.condition import Condition
 from assay.curate.forms import Form, find_form
 from assay.curate.ranking import score_name
+from assay.curate.rows import Beside, Rows, open_beside
 from assay.curate.rules import Rule
+from assay.curate.where import Answer, ask, parse_condition
 from assay.curate.whole import check_rows, scored_shards
 from assay.select import Selection
 
@@ -58,6 +61,8 @@ class Curated:
     shards: tuple[ShardCounts, ...]
     unreadable: dict[str, str]
     left_out: dict[str, str]
+    where: Answer | None = None
+    """What the condition says of each scored row, if one was given."""
 
     @property
     def missing(self) -> str:
@@ -87,6 +92,8 @@ def curate(
     output_url: str,
     corpus_path: str | None = None,
     form: str = "shards",
+    where: str | None = None,
+    beside: Mapping[str, str] | None = None,
 ) -> Curated:
     """Choose rows by one score over all shards and write them under ``output_url``, in their own format.
 
@@ -94,14 +101,22 @@ def curate(
     the shards go a manifest and, per shard, a table of every input row with its score, fate and reason. Instead of
     the shards, other ``form``s write per shard the kept rows' ``"indices"`` or their ids and ``"weights"``, or
     ``"datasets"``: the shards in a folder that ``datasets.load_dataset`` takes.
+    Of ``where``, a condition on scores such as ``"mimic > 0 and loss < quantile(loss, 0.9)"``, ``rule`` gets the rows
+    that pass; the others are dropped. Without ``by`` the tables then show the first score that it names. In it
+    ``NAME.score`` is one of another run over the same shards, whose folder ``beside`` has under that name; a row that
+    the other run has not scored has NaN there.
     Scores that do not cover the corpus as it is now are an CorpusError, before anything is written.
     """
     scores = open_scores(scores_url, corpus_path)
-    name = score_name(scores, by)
     tables = scored_shards(scores)
+    rows = Rows(scores.store, tables, open_beside(scores, tables, beside or {}))
+    condition = None if where is None else parse_condition(where, rows.names())
+    _refuse_unused(rows.beside, condition)
+    name = score_name(scores, by or _first_score(scores, condition, rows))
     output, written = Store.at(output_url), find_form(form)
-    _refuse_inputs(output, scores, [shard for shard, _ in tables], written)
-    selection, shards = _select(scores, tables, name, rule)
+    _refuse_inputs(output, scores, [shard for shard, _ in tables], written, rows.beside)
+    answer = None if condition is None else ask(rows, condition)
+    selection, shards = _select(scores, tables, name, rule, answer)
     written.check(selection, [chosen.shard for chosen in shards])
     with claim(output, SELECTION):
         for path in output.sweep():
@@ -114,31 +129,48 @@ def curate(
             output.write_text(path, text)
         unreadable = {status.shard.path: status.detail for status in scores.of(State.UNREADABLE)}
         left_out = {entry.path: entry.reason for entry in scores.corpus.left_out}
-        curated = Curated(selection, counts, unreadable, left_out)
+        curated = Curated(selection, counts, unreadable, left_out, answer)
         output.write_text(
-            MANIFEST, json.dumps(_manifest(scores, name, form, curated), indent=2, ensure_ascii=False) + "\n"
+            MANIFEST, json.dumps(_manifest(scores, name, form, curated, rows), indent=2, ensure_ascii=False) + "\n"
         )
     return curated
 
 
+def _refuse_unused(beside: Mapping[str, Beside], condition: Condition | None) -> None:
+    named = [] if condition is None else list(condition.columns.values())
+    for name in beside:
+        if not any(column.startswith(f"{name}.") for column in named):
+            raise CorpusError(f"--with {name}: has no effect, for --where names no {name}.score")
+
+
+def _first_score(scores: Scores, condition: Condition | None, rows: Rows) -> str | None:
+    """Of one number per row: the first that a condition names, or the first of all."""
+    if condition is None:
+        return None
+    kinds = rows.names()
+    named = [name for name in (*condition.columns.values(), *scores.columns) if name in scores.columns]
+    return next((name for name in named if kinds[name] == pa.float32()), None)
+
+
 def _select(
-    scores: Scores, tables: Sequence[tuple[Shard, Scored]], name: str, rule: Rule
+    scores: Scores, tables: Sequence[tuple[Shard, Scored]], name: str, rule: Rule, answer: Answer | None
 ) -> tuple[Selection, list[ShardSelection]]:
     """What the rule makes of all scores together, and of each shard's."""
     rows, values = _read(scores.store, tables, name)
     field = score_field(scores.store, table_path(tables[0][0]), name)
     if field.type != pa.float32():
         raise CorpusError(f"--by {name}: holds {field.type} per row; expected one number to judge by")
-    selection = rule(pa.Table.from_arrays([pa.array(np.concatenate(values))], schema=pa.schema([field])))
+    table = pa.Table.from_arrays([pa.array(np.concatenate(values))], schema=pa.schema([field]))
+    selection = rule(table) if answer is None else answer.choose(table, rule)
     legend = np.array(selection.legend, object)
     scale, firsts = _scale(selection), _firsts(scores)
     shards, start = [], 0
-    for (shard, table), own_rows, own_scores in zip(tables, rows, values, strict=True):
+    for (shard, scored), own_rows, own_scores in zip(tables, rows, values, strict=True):
         part = slice(start, start := start + len(own_rows))
         weights = None if selection.weights is None else selection.weights[part]
         reasons = legend[selection.codes[part]]
         own = (own_rows, own_scores, selection.mask[part], reasons, weights)
-        shards.append(ShardSelection(shard, table, *own, scale, firsts[shard.path]))
+        shards.append(ShardSelection(shard, scored, *own, scale, firsts[shard.path]))
     return selection, shards
 
 
@@ -158,11 +190,14 @@ def _firsts(scores: Scores) -> dict[str, int | None]:
     return firsts
 
 
-def _refuse_inputs(output: Store, scores: Scores, shards: Sequence[Shard], form: Form) -> None:
+def _refuse_inputs(
+    output: Store, scores: Scores, shards: Sequence[Shard], form: Form, beside: Mapping[str, Beside]
+) -> None:
     """CorpusError if what is written would fall on the corpus, the scores or somebody's files."""
     refuse_overlap(output, scores.corpus_path, scores.corpus)
-    if output.holds(scores.store) or scores.store.holds(output):
-        raise CorpusError(f"{output.url}: the output and the scores {scores.store.url} must not lie in each other")
+    for store in (scores.store, *(other.scores.store for other in beside.values())):
+        if output.holds(store) or store.holds(output):
+            raise CorpusError(f"{output.url}: the output and the scores {store.url} must not lie in each other")
     ours = {path for shard in shards for path in (*form.files(shard), selection_path(shard))}
     output.refuse_detours(ours)
     for path in scores.inputs:
@@ -230,18 +265,20 @@ def _write_shard(store: Store, chosen: ShardSelection, name: str, output: Store,
     )
 
 
-def _manifest(scores: Scores, name: str, form: str, curated: Curated) -> dict[str, Any]:
+def _manifest(scores: Scores, name: str, form: str, curated: Curated, rows: Rows) -> dict[str, Any]:
     selection = curated.selection
     return {
         "format": 1,
         "version": __version__,
         "rule": selection.rule,
         "by": name,
+        **({} if curated.where is None else {"where": curated.where.to_json()}),
         "output": form,
         "threshold": selection.threshold,
         "facts": dict(selection.facts),
         "scores": scores.store.url,
         "corpus": scores.corpus.store.url,
+        **({"with": {n: other.to_json(rows.tables) for n, other in rows.beside.items()}} if rows.beside else {}),
         "recipe": scores.identity.recipe,
         "models": scores.identity.models,
         "rows": {"in": curated.rows, "kept": curated.kept, "quarantined": curated.quarantined},

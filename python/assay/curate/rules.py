@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, cast
 
+import numpy as np
 import pyarrow as pa
 
 from assay import select
@@ -33,15 +34,21 @@ class RuleOptions:
     temperature: float | None = None
     weigh: bool = False
     """Whether kept rows are to have weights: the rule's own, or softmax(worth / temperature)."""
+    where: str | None = None
+    """A condition; it needs no rule, and one that is given chooses among the rows that pass."""
 
     def rule(self) -> Rule:
         """The rule that was asked for. CorpusError unless it is one, and complete."""
         kinds = ("top", "threshold", "quantile", "gmm", "kmeans", "sample", "random")
         # By identity: a threshold of 0.0 is a threshold.
         given = [kind for kind in kinds if getattr(self, kind) is not None and getattr(self, kind) is not False]
+        if self.where is not None and not given:
+            return self._all_that_pass()
         if len(given) != 1:
             got = ", ".join(f"--{kind}" for kind in given) or "none"
-            raise CorpusError(f"expected exactly one of {', '.join(f'--{kind}' for kind in kinds)}; got {got}")
+            raise CorpusError(
+                f"expected exactly one of {', '.join(f'--{kind}' for kind in kinds)}, or --where; got {got}"
+            )
         keep = parse_end(self.keep)
         if self.by is None and given != ["random"]:
             raise CorpusError(f"--by is missing: --{given[0]} needs a score to judge by")
@@ -52,6 +59,13 @@ class RuleOptions:
             )
         rule = self._rule(self.by or "", keep)
         return self._weighed(rule, given[0], keep) if self.weigh else rule
+
+    def _all_that_pass(self) -> Rule:
+        if self.keep is not None and not self.weigh:
+            raise CorpusError(f"--keep {self.keep}: has no effect with --where alone; leave it out, or add a rule")
+        if self.temperature is not None and not self.weigh:
+            raise CorpusError(f"--temperature {self.temperature}: has no effect with --where alone; leave it out")
+        return self._weighed(_everything, "where", parse_end(self.keep)) if self.weigh else _everything
 
     def _weighed(self, rule: Rule, kind: str, keep: Literal["high", "low"] | None) -> Rule:
         by, temperature = self.by, self.temperature
@@ -89,6 +103,11 @@ class RuleOptions:
         if self.gmm:
             return lambda table: select.gmm(table, by, keep, self.seed)
         return lambda table: select.kmeans(table, by, keep)
+
+
+def _everything(table: pa.Table) -> Selection:
+    rows = table.num_rows
+    return Selection("every row", np.ones(rows, bool), np.ones(rows, np.uint8), ("", "kept: passes"))
 
 
 def parse_end(text: str | None) -> Literal["high", "low"] | None:

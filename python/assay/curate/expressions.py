@@ -1,0 +1,385 @@
+"""A condition on scores, as a person writes it, made into SQL of known parts.
+
+DuckDB's parser makes a tree of the text; of the tree only what is listed here is taken, and SQL is written anew from
+it: nothing of the text itself is ever run. Numbers and texts are bound as parameters.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+from assay.curate.condition import Aggregate, Condition, ExpressionError, Kind, Piece, Rank, sound
+from assay.curate.dataset import SHARD
+
+Node = Mapping[str, Any]
+
+_FUNCTIONS = ("abs", "ceil", "exp", "floor", "round")
+# From where on a function has a value. Beyond, as over divisions by 0, versions of DuckDB differ: an error, NaN, null.
+_FROM = {"ln": "> 0", "log2": "> 0", "log10": "> 0", "sqrt": ">= 0"}
+_LONGEST = 100_000
+_OPERATORS = ("+", "-", "*", "/", "%")
+_POWERS = ("^", "**", "pow", "power")
+_LIKES = {"~~": "LIKE", "!~~": "NOT LIKE"}
+_COMPARISONS = {
+    "COMPARE_EQUAL": "=",
+    "COMPARE_NOTEQUAL": "<>",
+    "COMPARE_LESSTHAN": "<",
+    "COMPARE_GREATERTHAN": ">",
+    "COMPARE_LESSTHANOREQUALTO": "<=",
+    "COMPARE_GREATERTHANOREQUALTO": ">=",
+}
+_AGGREGATES = {
+    "mean": "avg",
+    "avg": "avg",
+    "median": "median",
+    "min": "min",
+    "max": "max",
+    "stddev": "stddev_samp",
+    "sum": "sum",
+    "count": "count",
+}
+_RANKS = ("percent_rank", "rank")
+_QUANTILE = "quantile"
+_OVER = sorted({*_AGGREGATES, *_RANKS, _QUANTILE} - {"avg"})
+_OVER_SHARDS = f" over (partition by {SHARD})"
+# What a window says when it says nothing.
+_FRAME = {"start": "UNBOUNDED_PRECEDING", "end": "CURRENT_ROW_RANGE", "exclude_clause": "NO_OTHER"}
+_KNOWN = sorted({*_FUNCTIONS, *_FROM, "pow", *_AGGREGATES, *_RANKS, _QUANTILE} - {"avg"})
+_INSTEAD = {
+    "log": "ln, log2 or log10, for it means either",
+    "quantile_cont": "quantile",
+    "quantile_disc": "quantile",
+    "percentile": "quantile(score, 0.9)",
+    "std": "stddev",
+    "isnan": "nothing: a row whose score is NaN is never kept",
+}
+
+
+def compile_condition(text: str, tree: Node, kinds: Mapping[str, Kind], location: Callable[[int], int]) -> Condition:
+    """Check a parsed expression and write it in SQL.
+
+    Args:
+        text: the expression.
+        tree: DuckDB's of it.
+        kinds: by name, what the columns hold.
+        location: from the parser's positions to the text's.
+
+    Raises:
+        ExpressionError: it has a part that is not listed here, names a column that is not there, or is no condition.
+    """
+    compiler = _Compiler(text, kinds, location)
+    piece = compiler.compile(tree)
+    if piece.kind != "condition":
+        raise compiler.error(tree, f"{piece.text} is a {piece.kind}; expected a condition, as {piece.text} > 0", 0)
+    if not compiler.columns:
+        raise compiler.error(tree, f"names no score; expected a condition on {_some(list(kinds))}", 0)
+    needs = tuple(column for column in compiler.columns.values() if column in piece.needs)
+    columns = {column: name for name, column in compiler.columns.items()}
+    aggregates = tuple(compiler.aggregates.values())
+    return Condition(text, piece.sql, piece.parameters, columns, needs, aggregates, tuple(compiler.ranks.values()))
+
+
+class _Compiler:
+    def __init__(self, text: str, kinds: Mapping[str, Kind], location: Callable[[int], int]) -> None:
+        self.columns: dict[str, str] = {}
+        self.aggregates: dict[tuple[Any, ...], Aggregate] = {}
+        self.ranks: dict[tuple[Any, ...], Rank] = {}
+        self._text, self._kinds, self._location = text, kinds, location
+        self._bound = 0
+        self._classes: dict[str, Callable[[Node], Piece]] = {
+            "COLUMN_REF": self._column,
+            "CONSTANT": self._constant,
+            "COMPARISON": self._comparison,
+            "BETWEEN": self._between,
+            "CONJUNCTION": self._conjunction,
+            "OPERATOR": self._operator,
+            "FUNCTION": self._function,
+            "WINDOW": self._window,
+        }
+
+    def compile(self, node: Node) -> Piece:
+        kind = str(node.get("class"))
+        if kind not in self._classes:
+            raise self.error(node, f"{kind.lower().replace('_', ' ')}s cannot be asked for; {_ALLOWED}")
+        return self._classes[kind](node)
+
+    def error(self, node: Node, message: str, place: int | None = None) -> ExpressionError:
+        return ExpressionError(message, self._text, self.place(node) if place is None else place)
+
+    def place(self, node: Node) -> int | None:
+        """Where in the text the node begins, if it or what is below it says so."""
+        found = min(_positions(node), default=None)
+        return None if found is None else self._location(found)
+
+    # ---- leaves
+
+    def _column(self, node: Node) -> Piece:
+        self._only(node, "column_names")
+        name = ".".join(map(str, node["column_names"]))
+        if name not in self._kinds:
+            near = difflib.get_close_matches(name, self._kinds, n=3, cutoff=0.5)
+            known = f"did you mean {' or '.join(near)}?" if near else f"there are {_some(list(self._kinds))}"
+            raise self.error(node, f"there is no score {name}; {known}")
+        column = self.columns.setdefault(name, f"c{len(self.columns)}")
+        needs = frozenset([column]) if self._kinds[name] == "number" else frozenset()
+        return Piece(column, self._kinds[name], name, needs, plain=True)
+
+    def _constant(self, node: Node) -> Piece:
+        self._only(node, "literal", "value")
+        value = _value(node)
+        if value is None:
+            raise self.error(node, "expected a finite decimal number or a text; a row whose score is NaN is never kept")
+        name = f"p{(bound := self._bound)}"
+        self._bound = bound + 1
+        kind: Kind = "text" if isinstance(value, str) else "number"
+        shown = repr(value) if isinstance(value, str) else repr(value).removesuffix(".0")
+        return Piece(f"${name}", kind, shown, parameters={name: value}, plain=True)
+
+    # ---- conditions
+
+    def _comparison(self, node: Node) -> Piece:
+        self._only(node, "left", "right")
+        if node["type"] not in _COMPARISONS:
+            raise self.error(node, f"{_words(node)} cannot be asked for; {_ALLOWED}")
+        sides = self._alike(node, [node["left"], node["right"]])
+        return self._made(f"({{}} {_COMPARISONS[node['type']]} {{}})", sides)
+
+    def _between(self, node: Node) -> Piece:
+        self._only(node, "input", "lower", "upper")
+        return self._made("({} BETWEEN {} AND {})", self._alike(node, [node["input"], node["lower"], node["upper"]]))
+
+    def _conjunction(self, node: Node) -> Piece:
+        self._only(node, "children")
+        word = {"CONJUNCTION_AND": " AND ", "CONJUNCTION_OR": " OR "}[node["type"]]
+        pieces = [self._expect(child, "condition") for child in node["children"]]
+        return self._made(f"({word.join(['{}'] * len(pieces))})", pieces)
+
+    def _operator(self, node: Node) -> Piece:
+        self._only(node, "children")
+        children = node["children"]
+        if node["type"] == "OPERATOR_NOT":
+            return self._made("(NOT {})", [self._expect(children[0], "condition")])
+        words = {"COMPARE_IN": "IN", "COMPARE_NOT_IN": "NOT IN"}
+        if node["type"] not in words:
+            raise self.error(node, f"{_words(node)} cannot be asked for; {_ALLOWED}")
+        pieces = self._alike(node, children)
+        return self._made(f"({{}} {words[node['type']]} ({', '.join(['{}'] * (len(pieces) - 1))}))", pieces)
+
+    # ---- functions
+
+    def _function(self, node: Node) -> Piece:
+        self._only(node, "function_name", "arguments", "children", "is_operator", "qualified_name")
+        name, children = str(node["function_name"]).lower(), _arguments(node)
+        self._plain_name(node)
+        if name in _LIKES:
+            return self._made(f"({{}} {_LIKES[name]} {{}})", [self._expect(child, "text") for child in children])
+        if name in _OPERATORS and len(children) in (1, 2):
+            pieces = [self._expect(child, "number") for child in children]
+            if len(pieces) == 1:
+                return self._number(f"({name}{{}})", pieces)
+            divisor = "CASE WHEN {1} <> 0 THEN {1} END" if name in "/%" else "{1}"
+            return self._number(f"({{0}} {name} {divisor})", pieces, f"({{}} {name} {{}})")
+        if name in _POWERS:
+            pieces, power = self._arguments(node, "pow", 2), _value(children[1])
+            if not isinstance(power, float) or power < 0:  # versions of DuckDB differ over 0 to the power of -1
+                raise self.error(node, f"{name}: expected its power as a number from 0 on, as pow(score, 2)")
+            return self._number("pow({}, {})", pieces)
+        if name in _FUNCTIONS:
+            return self._number(f"{name}({{}})", self._arguments(node, name, 1))
+        if name in _FROM:
+            sql = f"CASE WHEN {{0}} {_FROM[name]} THEN {name}({{0}}) END"
+            return self._number(sql, self._arguments(node, name, 1), f"{name}({{}})")
+        found = self._over_rows(node, name, by_shard=False)
+        if found is None:
+            near = difflib.get_close_matches(name, _KNOWN, n=1, cutoff=0.7)
+            advice = _INSTEAD.get(name) or (near[0] if near else f"one of {', '.join(_KNOWN)}")
+            raise self.error(node, f"there is no function {name}; take {advice}")
+        return found
+
+    def _window(self, node: Node) -> Piece:
+        """An aggregate or a rank ``OVER (PARTITION BY shard)``."""
+        self._only(node, "function_name", "arguments", "children", "qualified_name", "partitions", *_FRAME)
+        by = [part.get("column_names") for part in node["partitions"]]
+        if by != [[SHARD]] or any(node[key] != value for key, value in _FRAME.items()):
+            raise self.error(node, f"expected OVER (PARTITION BY {SHARD}), and nothing else in it")
+        self._plain_name(node)
+        self.columns.setdefault(SHARD, f"c{len(self.columns)}")
+        found = self._over_rows(node, str(node["function_name"]).lower(), by_shard=True)
+        if found is None:
+            raise self.error(node, f"{node['function_name']}: expected one of {', '.join(_OVER)} before OVER")
+        return found
+
+    def _over_rows(self, node: Node, name: str, by_shard: bool) -> Piece | None:
+        """A number of many rows; None if this is no such function."""
+        if name == "count_star" or (name == "count" and not _arguments(node)):
+            return self._aggregate(node, "count", Piece("1", "number", "*", plain=True), by_shard)
+        if name in _AGGREGATES:
+            return self._aggregate(node, name, self._arguments(node, name, 1)[0], by_shard)
+        if name == _QUANTILE:
+            return self._aggregate(node, name, *self._quantile(node, by_shard))
+        return self._rank(node, name, by_shard) if name in _RANKS else None
+
+    def _aggregate(self, node: Node, name: str, argument: Piece, by_shard: bool, share: float | None = None) -> Piece:
+        text = f"{name}({argument.text})" if share is None else f"{name}({argument.text}, {share!r})"
+        text += _OVER_SHARDS if by_shard else ""
+        self._alone(node, text, argument)
+        key = name, argument.sql, share, by_shard
+        if key not in self.aggregates:
+            function, place = _AGGREGATES.get(name, name), self.place(node)
+            self.aggregates[key] = Aggregate(
+                f"a{len(self.aggregates)}", function, argument, text, place, share, by_shard
+            )
+        bound = self.aggregates[key].name
+        return Piece(bound if by_shard else f"${bound}", "number", text, plain=True, inside=text)
+
+    def _quantile(self, node: Node, by_shard: bool) -> tuple[Piece, bool, float]:
+        children = _arguments(node)
+        if len(children) != 2:
+            raise self.error(node, "quantile: expected a score and a share, as quantile(score, 0.9)")
+        argument = self._expect(children[0], "number")
+        share = _value(children[1])
+        if not isinstance(share, float) or not 0 <= share <= 1:
+            raise self.error(node, "quantile: expected its share as a number from 0 to 1, as quantile(score, 0.9)")
+        return argument, by_shard, share
+
+    def _rank(self, node: Node, name: str, by_shard: bool) -> Piece:
+        (argument,) = self._arguments(node, name, 1)
+        text = f"{name}({argument.text}){_OVER_SHARDS if by_shard else ''}"
+        self._alone(node, text, argument)
+        made = Rank(f"r{len(self.ranks)}", name, argument, by_shard)
+        # The argument's parameters are the rank's: they are bound where its column is made.
+        bound = self.ranks.setdefault((name, argument.sql, by_shard), made).name
+        return Piece(bound, "number", text, argument.needs, plain=True, inside=text)
+
+    def _alone(self, node: Node, text: str, argument: Piece) -> None:
+        if argument.inside:
+            raise self.error(node, f"{text} has {argument.inside} inside; expected a score, or arithmetic on scores")
+        if not argument.needs and argument.text != "*":
+            raise self.error(node, f"{text}: expected a score inside")
+
+    # ---- what all have in common
+
+    def _plain_name(self, node: Node) -> None:
+        name = node["function_name"]
+        path = node.get("qualified_name", {"path": [name]})["path"]
+        if path != [name] or any(argument["name"] for argument in node.get("arguments", ())):
+            raise self.error(node, f"{name}: cannot be asked for with a schema or names of arguments")
+
+    def _arguments(self, node: Node, name: str, count: int) -> list[Piece]:
+        children = _arguments(node)
+        if len(children) != count:
+            raise self.error(node, f"{name}: expected {count} argument{'s' if count > 1 else ''}, got {len(children)}")
+        return [self._expect(child, "number") for child in children]
+
+    def _expect(self, node: Node, kind: Kind) -> Piece:
+        piece = self.compile(node)
+        if piece.kind != kind:
+            raise self.error(node, f"{piece.text} is a {piece.kind}; expected a {kind}")
+        return piece
+
+    def _alike(self, node: Node, children: Sequence[Node]) -> list[Piece]:
+        """Numbers, or texts, that are compared with each other."""
+        pieces = [self.compile(child) for child in children]
+        kinds = {piece.kind for piece in pieces}
+        if len(kinds) > 1 or "condition" in kinds:
+            found = " and ".join(f"{piece.text} is a {piece.kind}" for piece in pieces[:2])
+            raise self.error(node, f"{found}; expected two numbers or two texts to compare")
+        return pieces
+
+    def _made(self, sql: str, pieces: Sequence[Piece]) -> Piece:
+        """A condition of ``pieces``, at the places ``{}`` of ``sql``."""
+        parts = [sound(piece) if piece.kind == "number" else piece.sql for piece in pieces]
+        return _joined(sql, "condition", parts, pieces)
+
+    def _number(self, sql: str, pieces: Sequence[Piece], shown: str | None = None) -> Piece:
+        made = _joined(sql, "number", [piece.sql for piece in pieces], pieces, shown)
+        if len(made.sql) > _LONGEST:  # some functions name what is inside twice
+            raise ExpressionError("is nested too deep", self._text)
+        return made
+
+    def _only(self, node: Node, *read: str) -> None:
+        """ExpressionError if a node says more than what is read of it: an alias, a filter, an order."""
+        for key, value in node.items():
+            if key not in ("class", "type", "query_location", "query_location_length", *read) and not _is_empty(value):
+                raise self.error(node, f"{key.replace('_', ' ')}: cannot be asked for; {_ALLOWED}")
+
+
+_ALLOWED = "expected scores, numbers, texts, comparisons, AND, OR, NOT, IN, BETWEEN, LIKE, arithmetic and functions"
+
+
+def _joined(sql: str, kind: Kind, parts: Sequence[str], pieces: Sequence[Piece], shown: str | None = None) -> Piece:
+    needs = frozenset().union(*(piece.needs for piece in pieces))
+    parameters: dict[str, float | str] = {}
+    for piece in pieces:
+        parameters |= piece.parameters
+    text = (shown or sql).format(*(piece.text for piece in pieces))
+    return Piece(
+        sql.format(*parts), kind, text, needs, parameters, inside=next((p.inside for p in pieces if p.inside), "")
+    )
+
+
+def _value(node: Node) -> float | str | None:
+    """A constant's; None of anything else than a number or a text."""
+    if node.get("class") != "CONSTANT":
+        return None
+    if "value" in node:
+        return _value_of_1(node["value"])
+    kind, text = node["literal"].get("kind"), str(node["literal"].get("text"))
+    if kind == "STRING":
+        return text
+    try:
+        number = float(text) if kind in ("INTEGER", "NUMERIC") else math.nan
+    except ValueError:  # hexadecimal digits, and whatever else SQL may come to know
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _value_of_1(constant: Node) -> float | str | None:
+    """The same of DuckDB 1, which has made a value of it."""
+    value: Any = constant.get("value")
+    kind = constant["type"]
+    if constant.get("is_null"):
+        return None
+    if kind["id"] == "VARCHAR":
+        return value if isinstance(value, str) else None
+    if kind["id"] == "DECIMAL" and isinstance(value, int):
+        return float(Fraction(value, 10 ** int(kind["type_info"]["scale"])))
+    if kind["id"] in ("HUGEINT", "UHUGEINT") and isinstance(value, Mapping):
+        return float((int(value["upper"]) << 64) + int(value["lower"]))
+    return float(value) if type(value) in (int, float) and math.isfinite(value) else None
+
+
+def _arguments(node: Node) -> list[Node]:
+    """A function's; those of DuckDB 1 have no names."""
+    return [argument["expression"] for argument in node["arguments"]] if "arguments" in node else node["children"]
+
+
+def _positions(node: Any) -> Iterator[int]:
+    if isinstance(node, Mapping):
+        found = node.get("query_location")
+        if isinstance(found, int) and found < 1 << 63:
+            yield found
+        for value in node.values():
+            yield from _positions(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _positions(value)
+
+
+def _is_empty(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(_is_empty(inner) for key, inner in value.items() if key != "type")
+    return value in (None, "", False, [])
+
+
+def _words(node: Node) -> str:
+    return str(node["type"]).replace("COMPARE_", "").replace("OPERATOR_", "").replace("_", " ")
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:12])
+    return shown if len(names) <= 12 else f"{shown} and {len(names) - 12} more"

@@ -1,0 +1,163 @@
+"""The scored rows of a folder as a stream, with the scores that other runs gave the same rows beside them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from assay.corpus.errors import CorpusError
+from assay.corpus.layout import table_path
+from assay.corpus.score_files import ROW_GROUP_ROWS
+from assay.corpus.scores_folder import Scored, Scores, open_scores
+from assay.corpus.shards import Shard
+from assay.corpus.storage import Store
+from assay.curate.dataset import SHARD
+from assay.curate.whole import scored_shards
+
+Tables = Sequence[tuple[Shard, Scored]]
+TEXTS = ("id", SHARD)
+_NAME = re.compile(r"[^\W\d]\w*")
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The scores that another run gave the same shards."""
+
+    scores: Scores
+
+    def to_json(self, tables: Tables) -> dict[str, Any]:
+        """Which run it is, and the tables that were read."""
+        store, identity = self.scores.store, self.scores.identity
+        digests = {table_path(shard): store.sha256(table_path(shard)) for shard, _ in tables}
+        return {"scores": store.url, "recipe": identity.recipe, "models": identity.models, "table_sha256": digests}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of score tables, shards after one another. ``beside``: by name, other runs' scores of them."""
+
+    store: Store
+    tables: Tables
+    beside: Mapping[str, Beside] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return sum(table.scored for _, table in self.tables)
+
+    def names(self) -> dict[str, pa.DataType]:
+        """What a condition may name: a table's columns, `shard`, and `NAME.score` of the others."""
+        own = _types(self.store, self.tables[0][0])
+        found = {SHARD: pa.string(), **own}
+        for name, other in self.beside.items():
+            if taken := _below(name, list(own)):
+                raise CorpusError(f"--with {name}: {self.store.url} has a score {name}.{taken[0]}; take another name")
+            its = _types(other.scores.store, self.tables[0][0])
+            found |= {f"{name}.{column}": kind for column, kind in its.items() if column not in ("row", "id")}
+        return found
+
+    def stream(self, columns: Mapping[str, str]) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+        """``place``, counted over all shards, and ``columns``, by what they are to be called: numbers as float64.
+
+        CorpusError, once it is read, if a table has other rows than its footer says.
+        """
+        kinds = {new: pa.string() if name in TEXTS else pa.float64() for new, name in columns.items()}
+        schema = pa.schema([pa.field("place", pa.int64()), *(pa.field(new, kind) for new, kind in kinds.items())])
+        return schema, self._batches(columns, schema)
+
+    def _batches(self, columns: Mapping[str, str], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+        wanted = {name: _below(name, list(columns.values())) for name in self.beside}
+        outside = {SHARD, "row", *(f"{name}.{column}" for name, its in wanted.items() for column in its)}
+        own = ["row", *(name for name in columns.values() if name not in outside)]
+        place = 0
+        for shard, table in self.tables:
+            end = place + table.scored
+            path = table_path(shard)
+            changed = f"{self.store.full(path)}: has changed while it was read"
+            others = {n: _Follower(self.beside[n].scores.store, path, its) for n, its in wanted.items() if its}
+            for batch in read_batches(self.store, path, own):
+                if place + batch.num_rows > end:
+                    raise CorpusError(changed)
+                held = {SHARD: pa.repeat(shard.path, batch.num_rows)}
+                held |= dict(zip(batch.schema.names, batch.columns, strict=True))
+                for name, follower in others.items():
+                    found = follower.at(batch.column("row").to_numpy())
+                    held |= {f"{name}.{column}": values for column, values in found.items()}
+                arrays = [held[name].cast(schema.field(new).type) for new, name in columns.items()]
+                places = pa.array(np.arange(place, place + batch.num_rows))
+                place += batch.num_rows
+                yield pa.RecordBatch.from_arrays([places, *arrays], schema=schema)
+            if place != end:
+                raise CorpusError(changed)
+
+
+class _Follower:
+    """Goes through another run's table of a shard, whose rows may be more or fewer, along with ours."""
+
+    def __init__(self, store: Store, path: str, columns: Sequence[str]) -> None:
+        self._where, self._columns = store.full(path), columns
+        self._batches = read_batches(store, path, ["row", *columns])
+        kinds = [("row", pa.int64()), *((name, pa.float32()) for name in columns)]
+        self._held = pa.schema(kinds).empty_table()
+        self._last = -1
+
+    def at(self, rows: npt.NDArray[np.int64]) -> dict[str, pa.Array]:
+        """Its scores of ``rows``, which ascend from call to call; NaN where it has none."""
+        parts = [self._held]
+        while rows.size and self._last < rows[-1] and (batch := next(self._batches, None)) is not None:
+            ascending = np.concatenate([[self._last], batch.column("row").to_numpy()])
+            if (np.diff(ascending) <= 0).any():
+                raise CorpusError(f"{self._where}: its rows do not ascend; score it again")
+            self._last = int(ascending[-1])
+            parts.append(pa.Table.from_batches([batch]).cast(self._held.schema))
+        held = pa.concat_tables(parts).combine_chunks()
+        its = held["row"].to_numpy()
+        places = np.searchsorted(its, rows)
+        there = places < len(its)
+        there[there] = its[places[there]] == rows[there]
+        indices = pa.array(places, mask=~there)
+        found = {n: pc.fill_null(held[n].combine_chunks().take(indices), np.float32("nan")) for n in self._columns}
+        self._held = held.slice(int(np.searchsorted(its, rows[-1], side="right"))) if rows.size else held
+        return found
+
+
+def read_batches(store: Store, path: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Some columns of a score table, a row group's worth at a time."""
+    with store.open(path) as file:
+        yield from pq.ParquetFile(file).iter_batches(batch_size=ROW_GROUP_ROWS, columns=list(columns))
+
+
+def open_beside(scores: Scores, tables: Tables, beside: Mapping[str, str]) -> dict[str, Beside]:
+    """Other runs' scores folders, by the names that they are to have.
+
+    Raises:
+        CorpusError: a name is none; or that run has not scored every shard of ``tables``, as it is now.
+    """
+    opened = {}
+    for name, url in beside.items():
+        if not _NAME.fullmatch(name):
+            raise CorpusError(f"--with {name}={url}: expected a name of letters, digits and _, as in other={url}")
+        other = open_scores(url, scores.corpus_path)
+        try:
+            there = {shard.path for shard, _ in scored_shards(other)}
+        except CorpusError as error:
+            raise CorpusError(f"--with {name}={url}: not of the same shards: {error}") from error
+        if missing := [shard.path for shard, _ in tables if shard.path not in there]:
+            raise CorpusError(f"--with {name}={url}: not of the same shards: it could not read {missing[0]}")
+        opened[name] = Beside(other)
+    return opened
+
+
+def _below(name: str, names: Sequence[str]) -> list[str]:
+    return [full[len(name) + 1 :] for full in names if full.startswith(f"{name}.")]
+
+
+def _types(store: Store, shard: Shard) -> dict[str, pa.DataType]:
+    with store.open(table_path(shard)) as file:
+        return {found.name: found.type for found in pq.ParquetFile(file).schema_arrow}

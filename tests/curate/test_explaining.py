@@ -1,0 +1,171 @@
+"""One sample's scores, its place among all, and what a selection made of it."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from assay.cli import main
+from assay.corpus.errors import CorpusError
+from assay.corpus.scores_folder import open_scores
+from assay.curate import RuleOptions, curate, explain
+from tests.small_scores import Column, make_scores
+
+NAN = np.float32("nan")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rng = np.random.default_rng(0)
+    loss, mimic = rng.normal(size=(2, 50)).round(1).astype(np.float32)
+    mimic[[2, 3]] = NAN
+    tokens = np.array([*[rng.normal(size=2).astype(np.float32)] * 30, None], object)[:-1]
+    shards = {
+        "a": {"loss": loss[:30], "mimic": mimic[:30], "tokens": tokens},
+        "web/b": {"loss": loss[30:], "mimic": mimic[30:], "tokens": tokens[:20]},
+    }
+    columns = {"loss": Column("loss", "low", "the control"), "tokens": Column("tokens", width=None)}
+    return make_scores(tmp_path, shards, columns, without={"a": [5], "web/b": [0, 19]}), loss, mimic
+
+
+def test_every_score_has_its_percentile(folder, monkeypatch):
+    url, loss, mimic = folder
+    monkeypatch.setattr("assay.curate.rows.ROW_GROUP_ROWS", 7)
+    left = np.setdiff1d(np.arange(50), [5, 30, 49])
+    for row in (0, 2, 4, 12, 29):
+        (sample,) = explain(open_scores(url), f"a-{row}").samples
+        assert (sample.shard, sample.row, sample.id) == ("a.parquet", row, f"a-{row}")
+        scores = {score.name: score for score in sample.scores}
+        assert set(scores) == {"loss", "mimic"}
+        assert (scores["loss"].keep, scores["loss"].description) == ("low", "the control")
+        for name, values in (("loss", loss), ("mimic", mimic)):
+            others = values[left][~np.isnan(values[left])]
+            np.testing.assert_equal(scores[name].value, float(values[row]))
+            if np.isnan(values[row]):
+                assert scores[name].percentile is None
+            else:
+                assert scores[name].percentile == pytest.approx(100 * (others < values[row]).sum() / (len(others) - 1))
+    assert explain(open_scores(url), "a-0").rows == 47
+
+
+def test_the_percentile_is_that_of_conditions(folder, tmp_path):
+    pytest.importorskip("duckdb")
+    url, *_ = folder
+    (sample,) = explain(open_scores(url), "a-7").samples
+    share = next(score.percentile for score in sample.scores if score.name == "loss") / 100
+    for limit, kept in ((share - 1e-9, True), (share + 1e-9, False)):
+        where = f"id = 'a-7' and percent_rank(loss) > {limit} or id = 'a-8'"
+        curate(url, None, RuleOptions(where=where).rule(), str(tmp_path / "out"), where=where)
+        (again,) = explain(open_scores(url), "a-7", str(tmp_path / "out")).samples
+        assert again.fate.kept is kept
+
+
+def test_rows_without_scores_and_places_are_found(folder):
+    url, *_ = folder
+    scores = open_scores(url)
+    (refused,) = explain(scores, "a.parquet:5").samples
+    assert (refused.row, refused.quarantined, refused.scores) == (5, "bad", ())
+    (placed,) = explain(scores, "web/b.parquet:3").samples
+    assert placed.id == "web/b-3"
+    for unknown in ("a-5", "a.parquet:05", "a.parquet:99", f"a.parquet:{10**30}", "b.parquet:3", ""):
+        with pytest.raises(CorpusError, match=r"has no sample of this id, nor a row <shard>:<row>"):
+            explain(scores, unknown)
+
+
+def test_an_id_that_several_rows_have_shows_all(tmp_path, monkeypatch):
+    values = np.arange(4, dtype=np.float32)
+    url = make_scores(tmp_path, {"a": {"x": values}, "b": {"x": values}})
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for name in ("a", "b"):
+        table = pq.read_table(f"{url}/{name}.parquet")
+        ids = pa.array(["same", "other", "same", "other"])
+        pq.write_table(table.set_column(1, table.schema.field("id"), ids), f"{url}/{name}.parquet")
+    found = explain(open_scores(url), "same").samples
+    assert [(s.shard, s.row, s.scores[0].value) for s in found] == [
+        ("a.parquet", 0, 0.0),
+        ("a.parquet", 2, 2.0),
+        ("b.parquet", 0, 0.0),
+        ("b.parquet", 2, 2.0),
+    ]
+    assert [round(s.scores[0].percentile, 1) for s in found] == [0.0, 57.1, 0.0, 57.1]
+    monkeypatch.setattr("assay.curate.explaining._MOST", 3)
+    with pytest.raises(CorpusError, match="more than 3 rows have this id; ask for one as <shard>:<row>"):
+        explain(open_scores(url), "same")
+
+
+def test_a_selection_says_which_rule_and_by_how_much(folder, tmp_path):
+    url, loss, _ = folder
+    out = str(tmp_path / "out")
+    curate(url, "loss", RuleOptions(threshold=0.25, by="loss").rule(), out)
+    for row in (0, 1, 7, 9):
+        fate = explain(open_scores(url), f"a-{row}", out).samples[0].fate
+        assert fate.kept == (loss[row] <= 0.25)
+        assert fate.distance == pytest.approx(loss[row] - 0.25)
+        assert fate.reason.startswith("kept: loss at most" if fate.kept else "dropped: loss above")
+    refused = explain(open_scores(url), "a.parquet:5", out).samples[0].fate
+    assert (refused.reason, refused.distance) == ("quarantined: bad", None)
+
+
+def test_the_command_shows_it(folder, tmp_path, capsys):
+    pytest.importorskip("duckdb")
+    url, loss, _ = folder
+    out = str(tmp_path / "out")
+    where = f"loss < quantile(loss, 0.5) or row = {int(np.argmax(loss[:30]))}"
+    assert main(["select", url, "--where", where, "--by", "loss", "--top", "5", "--out", out]) == 0
+    capsys.readouterr()
+    worst, best = int(np.argmax(loss[:30])), int(np.argmin(loss[:30]))
+    assert main(["explain", url, f"a-{best}", "--selection", out]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"a-{best}  (a.parquet:{best})\n")
+    assert "percentile  better\n" in said
+    assert "  low     the control\n" in said
+    assert f"{out} (loss, lowest 5, where {where}): kept: among the 5 lowest of loss" in said
+    assert " below the threshold " in said
+    assert "quantile(loss, 0.5) = " in said
+    assert main(["explain", url, f"a-{worst}", "--selection", out, "--json"]) == 0
+    (sample,) = json.loads(capsys.readouterr().out)["samples"]
+    assert sample["selection"]["kept"] is False
+    assert sample["selection"]["distance"] > 0
+    assert main(["explain", url, "a-2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["samples"][0]["scores"]["mimic"]["value"] is None
+    dropped = next(i for i in range(30) if loss[i] >= np.median(loss) and i not in (worst, 5))
+    assert main(["explain", url, f"a-{dropped}", "--selection", out]) == 0
+    said = capsys.readouterr().out
+    assert f"dropped: not: {where}" in said
+    assert "threshold" not in said
+    assert main(["explain", url, "nobody\x1b[2J"]) == 2
+    assert "\x1b" not in capsys.readouterr().err
+    os.utime(tmp_path / "data/web/b.parquet")
+    assert main(["explain", url, "a-2"]) == 1
+    assert "1 shards were not looked at (web/b.parquet: the file has changed" in capsys.readouterr().err
+
+
+def test_a_selection_of_other_scores_is_refused(folder, tmp_path):
+    url, *_ = folder
+    out = tmp_path / "out"
+    with pytest.raises(CorpusError, match=r"no manifest\.json; expected a folder of `assay select`"):
+        explain(open_scores(url), "a-1", str(tmp_path / "data"))
+    with pytest.raises(CorpusError, match="not a manifest of `assay select`"):
+        explain(open_scores(url), "a-1", url)
+    curate(url, "loss", RuleOptions(top="5", by="loss").rule(), str(out))
+    path = out / "_selection/a.parquet"
+    content = path.read_bytes()
+    path.write_bytes(content[:50])
+    with pytest.raises(CorpusError, match="cannot be read"):
+        explain(open_scores(url), "a-1", str(out))
+    path.write_bytes(content)
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["shards"][0]["table_sha256"] = "0" * 64
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CorpusError, match=r"made of other scores of a\.parquet"):
+        explain(open_scores(url), "a-1", str(out))
+    (only,) = explain(open_scores(url), "web/b-1", str(out)).samples
+    assert only.fate is not None
+    manifest["shards"] = []
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    assert explain(open_scores(url), "a-1", str(out)).samples[0].fate is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -40,6 +41,14 @@ def test_scores_are_those_of_a_run_whatever_the_tables(project) -> None:
     assert again(table.slice(5, 20)).equals(scorer(table.slice(5, 20)))  # where no score is NaN
     empty = scorer(table.slice(0, 0))
     assert (empty.num_rows, empty.schema) == (0, found.schema)
+
+
+def test_threads_share_it_in_turn(project) -> None:
+    scorer = Scorer(str(project.path), device="cpu")
+    tables = [pa.Table.from_pylist(make_rows(40, seed)) for seed in range(6)]
+    alone = [scorer(table) for table in tables]
+    with ThreadPoolExecutor(3) as pool:
+        assert all(a.equals(b) for a, b in zip(alone, pool.map(scorer, tables), strict=True))
 
 
 def test_tables_that_cannot_be_scored(project) -> None:

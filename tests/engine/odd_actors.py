@@ -48,6 +48,17 @@ class Known(SmallWindows):
         return super().work(unit)
 
 
+class Failing(Actor):
+    """Cannot work, and lives on."""
+
+    def work(self, unit):
+        mark = Path(self._output.root).parent / "failed"
+        if mark.exists():
+            return super().work(unit)
+        mark.touch()
+        raise KeyError("no such thing")
+
+
 class Slow(Actor):
     """Takes its time."""
 

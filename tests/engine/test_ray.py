@@ -56,7 +56,7 @@ def test_two_actors_write_the_bytes_of_one_whatever_dies_once(project, monkeypat
     assert summary.workers == 2
     assert summary.unreadable.keys() == {"broken.parquet", "deadly.jsonl"}
     assert summary.unreadable["deadly.jsonl"].startswith(DIED_TWICE)
-    assert (summary.scored, progress.rows) == (4, 0)
+    assert (summary.scored, progress.rows) == (4, 80 + 3 * BLOCK + 10 + 9)
     assert progress.finished == progress.shards == 6
     alone, found = written(project.root / "alone"), written(project.scores)
     tables = [path for path in alone if path.endswith(".parquet") and "quarantine" not in path]
@@ -72,6 +72,28 @@ def test_a_table_that_only_a_worker_sees_is_an_error(project, monkeypatch):
     odd(monkeypatch, odd_actors.Elsewhere)
     with pytest.raises(EngineError, match=r": a worker wrote its table to .* and here there is none"):
         score(project)
+
+
+def test_an_actor_whose_call_failed_makes_room_for_another(project, monkeypatch, caplog):
+    monkeypatch.setattr(ray_actors, "Actor", odd_actors.Failing)
+    summary = score(project, "run.ray.workers=1", "run.ray.cpus=2")
+    assert (summary.scored, summary.clean) == (2, True)
+    assert "a worker died on it (KeyError: 'no such thing'); another one tries again" in caplog.text
+
+
+def test_a_cluster_that_a_run_starts_does_not_outlive_it(monkeypatch):
+    ended = []
+    monkeypatch.setattr(ray_actors, "_connect", lambda *_: True)
+    monkeypatch.setattr(ray, "shutdown", lambda: ended.append(True))
+    staff = RayActors(RaySpec(cpus=64))
+    staff.end()
+    staff.end()
+    assert ended == [True]
+
+
+def test_an_address_beside_the_connection_that_is_there_is_refused():
+    with pytest.raises(EngineError, match=r"10\.9\.9\.9:1, and this process is connected to .* already"):
+        RayActors(RaySpec(address="10.9.9.9:1"))
 
 
 def test_what_does_not_fit_together_is_said_as_by_one(project, monkeypatch):

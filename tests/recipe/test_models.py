@@ -113,6 +113,16 @@ def test_an_mlp_is_whole_or_refused(tmp_path, change, message):
     assert len(str(caught.value)) < 500
 
 
+def test_an_mlp_is_not_its_file(tmp_path):
+    """Written over, or away, while the model is in use."""
+    save_mlp(tmp_path / "m.safetensors", 0)
+    model = MlpSpec(kind="mlp", path=str(tmp_path / "m.safetensors")).build()
+    before = [p.clone() for p in model.parameters()]
+    save_mlp(tmp_path / "other.safetensors", 1)
+    (tmp_path / "m.safetensors").write_bytes((tmp_path / "other.safetensors").read_bytes())
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
 def test_an_mlp_without_biases_is_one(tmp_path):
     save_mlp(tmp_path / "m.safetensors", 0)
     tensors = load_file(tmp_path / "m.safetensors")

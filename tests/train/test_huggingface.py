@@ -19,6 +19,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
     DataCollatorForTokenClassification,
     DataCollatorWithFlattening,
     Trainer,
@@ -241,6 +243,33 @@ def test_rows_without_padding(steps, text, tmp_path) -> None:
     table = reweighter.table()
     assert max(table["weight"].to_pylist()) > 1.4
     close(weights_of(model), replayed(language_model(), table, text, steps))
+
+
+def test_a_reference_s_losses_in_a_row_of_many_samples_are_its_own(text, tmp_path) -> None:
+    """One whose cache is on would let them see one another."""
+    model, reference = language_model(), language_model(1)
+    assert reference.config.use_cache
+    reweighter = Reweighter(model, mimic(language_model, model, "lm_head"), by="rho", mode="observe")
+    args, collator = arguments(tmp_path, max_steps=1), DataCollatorWithFlattening()
+    MyTrainer(model, args, collator, text, reweighter=reweighter, reference=reference).train()
+    rows = {str(row["id"]): row for row in text}
+    for row in reweighter.table().to_pylist():
+        sample = {name: torch.tensor([rows[row["id"]][name]]) for name in ("input_ids", "labels")}
+        with torch.no_grad():
+            assert row["reference_loss"] == pytest.approx(float(reference(**sample).loss), rel=1e-4)
+
+
+def test_a_reference_that_lets_samples_see_one_another_is_refused(text, tmp_path) -> None:
+    torch.manual_seed(0)
+    reference = BloomForCausalLM(BloomConfig(vocab_size=300, hidden_size=16, n_layer=1, n_head=2))
+    for p in reference.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    model = language_model()
+    reweighter = Reweighter(model, mimic(language_model, model, "lm_head"), by="rho", mode="observe")
+    args, collator = arguments(tmp_path, max_steps=1), DataCollatorWithFlattening()
+    trainer = MyTrainer(model, args, collator, text, reweighter=reweighter, reference=reference)
+    with pytest.raises(RuntimeError, match="reference: the samples of a packed row see one another"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("make", [language_model, vit])

@@ -19,7 +19,7 @@ from assay.probe.packing import Packed, Packing
 from assay.probe.terms import Outer, Scatter
 from assay.tasks import CausalLM
 from assay.train import Reweighter, sample_means
-from assay.train.flattening import SAMPLE_OF, Flattened
+from assay.train.flattening import SEQ_IDX, Flattened, flattens
 from tests import small_architectures
 from tests.train.small_models import moved
 
@@ -120,7 +120,7 @@ def test_groups_hold_each_sample_once_and_little_padding() -> None:
     owner = torch.repeat_interleave(torch.arange(10), torch.tensor(lengths))[torch.randperm(sum(lengths))]
     packing = Packing.of(F.pad(owner, (0, 6), value=-1).view(4, -1))
     assert sorted(b for group in packing.groups for b in group.samples.tolist()) == list(range(10))
-    flat = packing.sample_of.flatten()
+    flat = packing.seq_idx.flatten()
     for group in packing.groups:
         for b, places in zip(group.samples.tolist(), group.places.tolist(), strict=True):
             own = [place for place in places if place >= 0]
@@ -162,7 +162,7 @@ def test_what_is_said_of_packed_gradients_is_said_of_each_sample() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sample_of", "message"),
+    ("seq_idx", "message"),
     [
         (torch.zeros(5, dtype=torch.long), r"expected \(R, T\) of int64, .* found \(5,\)"),
         (torch.zeros(1, 5), "found .* of torch.float32"),
@@ -172,20 +172,66 @@ def test_what_is_said_of_packed_gradients_is_said_of_each_sample() -> None:
         (torch.zeros(1, 0, dtype=torch.long), "found none"),
     ],
 )
-def test_a_sample_of_each_position_that_is_none(sample_of, message) -> None:
+def test_a_sample_of_each_position_that_is_none(seq_idx, message) -> None:
     with pytest.raises(ValueError, match=message):
-        Packing.of(sample_of)
+        Packing.of(seq_idx)
 
 
-def test_samples_that_see_each_other_are_found() -> None:
-    model = made("llama")
+def running(rows: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """With position ids that go on from one sample to the next."""
+    ids, _, targets, owner = rows
+    return ids, torch.arange(ids.shape[1]).expand(len(ids), -1), targets, owner
+
+
+BEHIND = {"llama": "*layers.1.mlp*", "gpt2": "*h.1.mlp*"}  # the last attention
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("layers", ["*attn*", "*lm_head", "behind"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_samples_that_see_each_other_are_found_whatever_is_tapped(name, layers, frozen) -> None:
+    """Also after batches in which nobody has company: one sample, or one in each row."""
+    model = made(name, tie_word_embeddings=False)
     for p in model.parameters():
         p.data += 0.1 * torch.randn_like(p)
-    ids, _, targets, owner = rows_of(tokens_of())
-    reweighter = Reweighter(model, GraNd(model, CausalLM(), "*v_proj"), mode="observe")
-    with reweighter.packed(owner):  # position ids that go on from one sample to the next
-        losses = packed_losses(model, (ids, torch.arange(ids.shape[1])[None], targets, owner))
-    with pytest.raises(RuntimeError, match="samples of a batch influence each other"):
+    if frozen:
+        model.get_input_embeddings().requires_grad_(False)
+    samples = tokens_of()
+    scored = GraNd(model, CausalLM(), BEHIND[name] if layers == "behind" else layers)
+    reweighter = Reweighter(model, scored, mode="observe")
+    for rows in (((0,),), ((3,), (4,))):
+        batch = running(rows_of([samples[b] for row in rows for b in row], [[i] for i in range(len(rows))]))
+        with reweighter.packed(batch[3]):
+            losses = packed_losses(model, batch)
+        reweighter.backward(losses)
+    batch = running(rows_of(samples))
+    with reweighter.packed(batch[3]):
+        losses = packed_losses(model, batch)
+    with pytest.raises(RuntimeError, match="samples of a packed row see one another"):
+        reweighter.backward(losses)
+
+
+def test_samples_apart_pass_under_autocast() -> None:
+    model, rows = made("llama"), rows_of(tokens_of())
+    reweighter = Reweighter(model, GraNd(model, CausalLM(), "*norm*"), mode="observe")
+    with reweighter.packed(rows[3]), torch.autocast("cpu", torch.bfloat16):
+        losses = packed_losses(model, rows)
+    reweighter.backward(losses)
+    assert len(reweighter.table()) == 5
+
+
+def test_a_mask_that_comes_later_is_looked_at_anew() -> None:
+    """With an attention mask, or a cache, transformers takes a row for one sample."""
+    model, rows = made("llama"), rows_of(tokens_of())
+    reweighter = Reweighter(model, GraNd(model, CausalLM(), "*lm_head"), mode="observe")
+    for more in ({}, {"attention_mask": torch.ones_like(rows[0])}):
+        with reweighter.packed(rows[3]):
+            logits = model(input_ids=rows[0], position_ids=rows[1], use_cache=False, **more).logits
+        each = F.cross_entropy(logits.mT, rows[2], reduction="none")
+        losses = sample_means(each, rows[2] != -100, rows[3])
+        if not more:
+            reweighter.backward(losses)
+    with pytest.raises(RuntimeError, match="samples of a packed row see one another"):
         reweighter.backward(losses)
 
 
@@ -248,16 +294,47 @@ def test_bare_parameters_that_meet_every_position(shape) -> None:
         torch.testing.assert_close(found[name], each[best][name], rtol=1e-4, atol=1e-6, msg=name)
 
 
+class Shared(nn.Module):
+    """A weight that is a layer's and is multiplied with by hand as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.turn = nn.Embedding(9, 4), nn.Parameter(torch.randn(4, 4))
+        self.line = nn.Linear(4, 4, bias=False)
+        self.line.weight = self.turn
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.table(ids)
+        return (self.line(h) + h @ self.turn) @ self.table.weight.detach().T
+
+
+def test_a_layer_s_weight_that_is_used_bare_as_well() -> None:
+    model, owner = Shared(), torch.tensor([[0] * 9 + [1, 1, 2]])
+    ids = torch.randint(9, owner.shape)
+    reweighter = Reweighter(model, GraNd(model, CausalLM(), ["*", "!table*"]), mode="observe")
+    with reweighter.packed(owner):
+        losses = losses_of(model, ids, owner)
+    reweighter.backward(losses)
+    reweighter.detach()
+    norms = []
+    for b in range(3):
+        own = ids[owner == b][None]
+        norms.append(torch.autograd.grad(F.cross_entropy(model(own).mT, own), model.turn)[0].norm())
+    torch.testing.assert_close(torch.tensor(reweighter.table()["grand"].to_pylist()), torch.stack(norms))
+
+
 def test_means_by_sample() -> None:
     losses, owner = torch.arange(6.0)[None], torch.tensor([[0, 0, 1, 1, 1, -1]])
     counted = torch.tensor([[True, False, True, True, False, True]])
     assert sample_means(losses, counted, owner).tolist() == [0, 2.5]
     assert sample_means(losses, counted).tolist() == [2.5]
+    many, one = torch.full((1, 1000), 2.0, dtype=torch.bfloat16), torch.zeros(1, 1000, dtype=torch.long)
+    assert sample_means(many, one == 0, one).tolist() == sample_means(many, one == 0).tolist() == [2.0]
     with pytest.raises(RuntimeError, match="sample 1 of the batch has nothing to predict"):
         sample_means(losses, counted & (owner != 1), owner)
     with pytest.raises(ValueError, match="expected one shape"):
         sample_means(losses[0], counted, owner)
-    with pytest.raises(ValueError, match=r"sample_of \(1, 5\); expected \(1, 6\)"):
+    with pytest.raises(ValueError, match=r"seq_idx \(1, 5\); expected \(1, 6\)"):
         sample_means(losses, counted, owner[:, :5])
 
 
@@ -272,7 +349,7 @@ def flat(features: list[dict[str, Any]], **options: Any) -> Any:
 def test_a_row_of_all_samples_has_their_ids() -> None:
     batch = flat([{"id": "a", "input_ids": [1, 2, 3]}, {"id": 7, "input_ids": [4]}, {"id": "b", "input_ids": [5, 6]}])
     assert batch["id"] == ["a", "7", "b"]
-    assert batch[SAMPLE_OF].tolist() == batch["seq_idx"].tolist() == [[0, 0, 0, 1, 2, 2]]
+    assert batch[SEQ_IDX].tolist() == batch["seq_idx"].tolist() == [[0, 0, 0, 1, 2, 2]]
     rows = datasets.Dataset.from_list(
         [
             {"id": ["a", "a", "b"], "input_ids": [1, 2, 3], "seq_lengths": [2, 1], "position_ids": [0, 1, 0]},
@@ -286,7 +363,7 @@ def test_a_row_of_all_samples_has_their_ids() -> None:
 
     batch = Flattened(packed, "id")(list(rows))
     assert batch["id"] == ["a", "b", "c", "d"]
-    assert batch[SAMPLE_OF].tolist() == [[0, 0, 1, 2, 3, 3]]
+    assert batch[SEQ_IDX].tolist() == [[0, 0, 1, 2, 3, 3]]
 
 
 @pytest.mark.parametrize(
@@ -309,6 +386,7 @@ def test_collators_that_hide_the_samples() -> None:
     features = [{"id": "a", "input_ids": [1, 2, 3]}, {"id": "b", "input_ids": [4, 5]}]
     with pytest.raises(ValueError, match="gives no 'position_ids'"):
         flat(features, return_position_ids=False)
+    assert flattens(type("Mine", (transformers.DataCollatorWithFlattening,), {})())
     turned = transformers.DataCollatorWithFlattening()
     with pytest.raises(ValueError, match="do not start anew where its samples do"):
         Flattened(lambda rows: turned(rows[::-1]), "id")(features)

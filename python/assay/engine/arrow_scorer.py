@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,11 +12,13 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from assay.corpus.errors import ShardError
-from assay.corpus.shards import find_shards
+from assay.corpus.footer import Tally
+from assay.corpus.shards import Corpus, find_shards
 from assay.corpus.storage import Store
 from assay.corpus.tables import score_schema
+from assay.engine.columns import with_columns
 from assay.engine.devices import find_devices
-from assay.engine.plan import make_plan
+from assay.engine.plan import Plan, identity_of
 from assay.engine.shard import Scored, score_windows
 from assay.engine.workshop import open_workshop
 from assay.recipe.errors import EngineError
@@ -62,9 +65,9 @@ class Scorer:
         device: str | None = None,
     ) -> None:
         loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides, trust)
-        self._made_of = (loaded.model_dump(), tuple(trust), device)
-        plan = make_plan(loaded, rescore=True)
-        self._workshop = open_workshop(plan, device=find_devices("auto" if device is None else device)[0])
+        self._made_of = (loaded.model_dump(), (*trust, *loaded.trust), device)
+        self._lock = threading.Lock()  # the models' hooks serve one call at a time
+        self._workshop = open_workshop(_plan(loaded), device=find_devices("auto" if device is None else device)[0])
         if loaded.task.group_rows is not None:
             raise EngineError(
                 "assay.ray.Scorer: the task compares samples in groups, which follow from the rows of a shard; a "
@@ -107,12 +110,21 @@ class Scorer:
             with store.fs.open(store.full("table.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
                 writer.write_table(table)
             (shard,) = find_shards(store.url).shards
-            score_windows(workshop, workshop.scorer.fresh(), shard, scored.append)
+            with self._lock:
+                score_windows(workshop, workshop.scorer.fresh(), shard, scored.append)
         except ShardError as error:
             raise EngineError(f"the table {error}") from error
         finally:
             store.fs.rm(store.root, recursive=True)
         return scored
+
+
+def _plan(recipe: Recipe) -> Plan:
+    """Of a run that has nothing to do."""
+    corpora = {path: find_shards(path) for path in (recipe.corpus.path, *recipe.fitted_to().values())}
+    recipe, nowhere = with_columns(recipe, corpora), Store.at("memory://assay-nowhere")
+    none = Corpus(Store.at(recipe.corpus.path), ())
+    return Plan(recipe, identity_of(recipe, corpora), none, corpora, nowhere, Tally(), (), ())
 
 
 def _made(recipe: Mapping[str, Any], trust: Sequence[str], device: str | None) -> Scorer:

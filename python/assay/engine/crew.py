@@ -34,6 +34,8 @@ from assay.recipe.models import hashed_files
 log = logging.getLogger("assay")
 
 DIED_TWICE = "a worker died twice on it"
+# So often a place is tried while others work.
+_STARTS = 5
 # Staged parts are given a new age so often: an hour's is what others take for an abandoned one.
 _RENEW_SECONDS = 600.0
 
@@ -161,12 +163,15 @@ class _Crew:
         how, accident = dead.hand.end_of()
         if dead.ready is None:
             self._starts[place] = self._starts.get(place, 0) + 1
-            if not accident or self._starts[place] > 1:
+            is_alone = not any(each.ready for each in self._workers)
+            if not accident or (is_alone and self._starts[place] > 1):
                 raise EngineError(f"the worker on {place} ended before it could start ({how}); {self._staff.advice}")
             log.warning("the worker on %s ended while it loaded the models (%s); another one starts", place, how)
         elif dead.job is not None:
             self._retry(dead.job, how)
-        if self._waiting or self._ready is None:
+        if self._starts.get(place, 0) >= _STARTS:
+            log.warning("the worker on %s could not start %d times; the others go on without it", place, _STARTS)
+        elif self._waiting or self._ready is None:
             self._brief(self._hire(place))
 
     def _retry(self, job: Job, how: str) -> None:
@@ -262,8 +267,9 @@ class _Crew:
             return
         if isinstance(outcome, str):
             self._settle(job.shard, outcome)
-        elif isinstance(outcome, Footer):
-            self._see(job.shard)
+            return
+        self._see(job.shard, outcome)
+        if isinstance(outcome, Footer):
             self._settle(job.shard, (outcome, message.stored))
         else:
             parts = self._staged.setdefault(job.shard, {})
@@ -271,9 +277,15 @@ class _Crew:
             if len(parts) == job.share.count:
                 self._join([parts[i] for i in range(len(parts))], job.shard, job.size * len(parts))
 
-    def _see(self, shard: Shard) -> None:
-        """EngineError unless a table that a worker says it wrote is there."""
-        if not self._staff.sees_local_files and not self._plan.output.exists(table_path(shard)):
+    def _see(self, shard: Shard, outcome: Footer | Part) -> None:
+        """EngineError unless what a worker says it wrote is there."""
+        if self._staff.sees_local_files:
+            return
+        if isinstance(outcome, Part):
+            is_there = os.path.exists(outcome.path)
+        else:
+            is_there = self._plan.output.exists(table_path(shard))
+        if not is_there:
             raise EngineError(
                 f"{shard.path}: a worker wrote its table to {self._plan.output.url}, and here there is none; expected "
                 "an output that every node sees, a shared folder or an object store"

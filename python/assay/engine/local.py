@@ -127,10 +127,13 @@ def _score(plan: Plan, devices: Sequence[torch.device], summary: RunSummary, pro
     else:
         spec = plan.recipe.run.ray
         staff = RayActors(spec)
-        places = staff.places()
-        places = places[: units_at_most(plan, sizes, len(places))]
-        workers = len(places)
-        outcomes = score_with_workers(plan, sizes, staff, places, max(1, int(spec.cpus)), *rest)
+        try:
+            places = staff.places()
+            places = places[: units_at_most(plan, sizes, len(places))]
+            workers = len(places)
+            outcomes = score_with_workers(plan, sizes, staff, places, max(1, int(spec.cpus)), *rest)
+        finally:
+            staff.end()
     summary.times.total, summary.workers = time.perf_counter() - began, workers
     for shard, outcome in outcomes.items():
         summary.retried += plan.retried.get(shard, 0)

@@ -71,12 +71,7 @@ def make_plan(
     corpora = corpora or find_corpora(recipe)
     recipe = with_columns(recipe, corpora)
     output, corpus = Store.at(recipe.output), corpora[recipe.corpus.path]
-    # Through JSON, because that is how the recipe comes back from a footer.
-    identity = Identity(
-        recipe=json.loads(json.dumps(recipe.identity())),
-        models=fingerprints(recipe.models_used),
-        corpora=_fitted_fingerprints(recipe, corpora) or None,
-    )
+    identity = identity_of(recipe, corpora)
     index, count = part
     done = Tally()
     todo, stale, changed, retried = [], [], [], {}
@@ -102,6 +97,15 @@ def make_plan(
             f"({table_path(shard)}: {shown}); score them again with --rescore, or choose another output"
         )
     return Plan(recipe, identity, corpus, corpora, output, done, tuple(todo), tuple(stale), retried)
+
+
+def identity_of(recipe: Recipe, corpora: Mapping[str, Corpus]) -> Identity:
+    """What makes two runs the same, of a recipe with what its ``corpora`` tell."""
+    return Identity(
+        recipe=json.loads(json.dumps(recipe.identity())),  # through JSON, as it comes back from a footer
+        models=fingerprints(recipe.models_used),
+        corpora=_fitted_fingerprints(recipe, corpora) or None,
+    )
 
 
 def _fitted_fingerprints(recipe: Recipe, corpora: Mapping[str, Corpus]) -> dict[str, str]:

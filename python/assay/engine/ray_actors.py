@@ -13,7 +13,7 @@ from typing import Any
 
 from assay._lazy import require
 from assay.engine.devices import limit_threads
-from assay.engine.messages import Began, Failed, Ready, Setup, Unit
+from assay.engine.messages import Advanced, Began, Failed, Ready, Setup, Unit
 from assay.engine.parts import gathered
 from assay.engine.timing import Times
 from assay.engine.worker import described, log_to, open_for, work
@@ -49,13 +49,20 @@ class Actor:
         return self._all_said(Ready(self._workshop.columns, gathered(self._workshop), load))
 
     def work(self, unit: Unit) -> list[Any]:
+        rows = 0
+
+        def advance(message: Advanced) -> None:
+            nonlocal rows
+            rows += message.rows
+
         try:
-            return self._all_said(work(self._workshop, self._output, unit, lambda _: None))
+            outcome = work(self._workshop, self._output, unit, advance)
         except Exception as error:
             return self._all_said(Failed(described(error)))
+        return self._all_said(Advanced(rows, 1.0), outcome)
 
-    def _all_said(self, outcome: Any) -> list[Any]:
-        said = [*self._said, outcome]
+    def _all_said(self, *last: Any) -> list[Any]:
+        said = [*self._said, *last]
         self._said.clear()
         return said
 
@@ -88,6 +95,7 @@ class RayWorker:
         return self.heard.popleft()
 
     def end_of(self) -> tuple[str, bool]:
+        self._ray.kill(self.actor, no_restart=True)  # a call may have failed, and the actor live
         in_our_code = isinstance(self._death, self._ray.exceptions.RayTaskError)
         error = getattr(self._death, "cause", self._death) if in_our_code else self._death
         first, *_ = [*str(error).strip().splitlines(), ""]
@@ -109,14 +117,13 @@ class RayActors:
         self._works = False
 
     def places(self) -> list[str]:
-        """One for each worker that is asked for, or that the cluster has room for now."""
+        """One for each worker that is asked for, or that the cluster's CPUs and GPUs make."""
         count = self._spec.workers
         if count is None:
             has, wants = self._ray.cluster_resources(), {"CPU": self._spec.cpus, "GPU": self._spec.gpus}
             count = int(min(has.get(name, 0.0) / each for name, each in wants.items() if each))
         if count < 1:
             there = self._ray.cluster_resources()
-            self.end()
             raise EngineError(
                 f"run.ray: the cluster has no room for a worker of {self._spec.cpus:g} CPUs and {self._spec.gpus:g} "
                 f"GPUs; it has {there}"
@@ -146,10 +153,12 @@ class RayActors:
         """They have nothing to tidy up, and end when they are killed."""
 
     def end(self) -> None:
-        for hand in self._hired:
+        hired, self._hired = self._hired, []
+        for hand in hired:
             self._ray.kill(hand.actor, no_restart=True)
         if self._started:
             self._ray.shutdown()
+            self._started = False
 
 
 def _ray() -> Any:
@@ -164,6 +173,9 @@ def _ray() -> Any:
 def _connect(ray: Any, spec: RaySpec) -> bool:
     """Whether there was no connection yet."""
     if ray.is_initialized():
+        own = ray.get_runtime_context().gcs_address
+        if spec.address not in (None, "auto", own):
+            raise EngineError(f"run.ray.address: {spec.address}, and this process is connected to {own} already")
         return False
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     if spec.address is None and "RAY_ADDRESS" not in os.environ:

@@ -53,7 +53,7 @@ class PackedRegion(Region):
         def arrived(grads: Tensor) -> None:
             if not self._closed:
                 flat = wide(self.packing.flat(grads.detach()))
-                rows = flat.reshape(*self.packing.sample_of.shape, *flat.shape[1:])
+                rows = flat.reshape(*self.packing.seq_idx.shape, *flat.shape[1:])
                 border.add(self.packing.sums(rows).reshape(self.size, *shape))
 
         copies.register_hook(arrived)  # type: ignore[no-untyped-call]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from assay.ops import Sketch
+from assay.tasks.base import wide
 
 # Samples of one group are at least this share of its longest: what is padded is less than what is there.
 _ALIKE = 0.5
@@ -40,49 +41,54 @@ class Packing:
     """Which sample each position belongs to.
 
     Attributes:
-        sample_of: (R, T) int64, from 0 on; −1 where a position is nobody's.
+        seq_idx: (R, T) int64, from 0 on; −1 where a position is nobody's.
         size: B.
         groups: all samples, by their lengths.
     """
 
-    sample_of: Tensor
+    seq_idx: Tensor
     size: int
     groups: Sequence[Group]
 
     @classmethod
-    def of(cls, sample_of: Tensor) -> Packing:
+    def of(cls, seq_idx: Tensor) -> Packing:
         """ValueError unless it is (R, T) of integers from −1 on, with a position for each of the samples 0 … B − 1."""
-        whole = not sample_of.is_floating_point() and sample_of.dtype != torch.bool
-        if sample_of.ndim != 2 or not whole:
+        whole = not seq_idx.is_floating_point() and seq_idx.dtype != torch.bool
+        if seq_idx.ndim != 2 or not whole:
             raise ValueError(
-                f"sample_of: expected (R, T) of int64, the sample of each position, found {tuple(sample_of.shape)} of "
-                f"{sample_of.dtype}"
+                f"seq_idx: expected (R, T) of int64, the sample of each position, found {tuple(seq_idx.shape)} of "
+                f"{seq_idx.dtype}"
             )
-        owner = sample_of.detach().long()
+        owner = seq_idx.detach().long()
         flat = owner.flatten()
         low, size = (int(flat.min()), int(flat.max()) + 1) if flat.numel() else (0, 0)
         lengths = torch.bincount(flat[flat >= 0], minlength=size).tolist()
         if size == 0 or low < -1 or 0 in lengths:
             what = f"a sample {low}" if low < -1 else f"no position of sample {lengths.index(0)}" if size else "none"
-            raise ValueError(f"sample_of: expected samples 0 … B − 1, each with a position, and −1, found {what}")
+            raise ValueError(f"seq_idx: expected samples 0 … B − 1, each with a position, and −1, found {what}")
         return cls(owner, size, _groups(flat, lengths))
+
+    @property
+    def has_company(self) -> bool:
+        """Whether some row holds two samples or more."""
+        return any(len(torch.unique(row[row >= 0])) > 1 for row in self.seq_idx)
 
     def lead(self, shape: Sequence[int]) -> int:
         """How many of a tensor's first dimensions are all positions: 2 of (R, T, …), 1 of (R·T, …), else 0."""
-        if tuple(shape[:2]) == tuple(self.sample_of.shape):
+        if tuple(shape[:2]) == tuple(self.seq_idx.shape):
             return 2
-        return int(tuple(shape[:1]) == (self.sample_of.numel(),))
+        return int(tuple(shape[:1]) == (self.seq_idx.numel(),))
 
     def flat(self, tensor: Tensor) -> Tensor:
         """(R·T, …) of a tensor with a ``lead``."""
         return tensor.reshape(-1, *tensor.shape[2:]) if self.lead(tensor.shape) == 2 else tensor
 
     def sums(self, values: Tensor) -> Tensor:
-        """(R, T, …) -> (B, …), differentiable, in a fixed order; what is nobody's is not in it.
+        """(R, T, …) -> (B, …) float32 or wider, differentiable, in a fixed order; what is nobody's is not in it.
 
         T may be less than the rows', of which the last positions are then left out.
         """
-        own = self.sample_of[:, : values.shape[1]].to(values.device)
+        own, values = self.seq_idx[:, : values.shape[1]].to(values.device), wide(values)
         mine = own >= 0
         return values.new_zeros(self.size, *values.shape[2:]).index_put((own[mine],), values[mine], accumulate=True)
 

@@ -84,9 +84,9 @@ class Placement:
         lead = inputs.shape[:-1] if inputs.is_floating_point() else inputs.shape
         by_position = tap.rule.trailing and packing.lead(lead) and packing.lead(output.shape)
         if isinstance(inputs, Shared) or not by_position:
-            why = f"it has no row of its own for each of the {tuple(packing.sample_of.shape)} packed positions"
+            why = f"it has no row of its own for each of the {tuple(packing.seq_idx.shape)} packed positions"
             raise Untapped(untapped(called(tap, inputs, output, self.region.size), why))
-        place, count = tuple(tap.parameters.values()), packing.sample_of.numel()
+        place, count = tuple(tap.parameters.values()), packing.seq_idx.numel()
         self.patterns |= {(place, "packed"), (place, "packed", inputs.ndim, *coincidences(inputs.shape, count))}
         return "packed"
 
@@ -100,7 +100,7 @@ class Placement:
     def owner(self, tokens: int) -> Tensor | None:
         """(N,), the sample of each of all positions; None: these are not they."""
         if self.packing is not None:
-            return self.packing.sample_of.flatten() if tokens == self.packing.sample_of.numel() else None
+            return self.packing.seq_idx.flatten() if tokens == self.packing.seq_idx.numel() else None
         known = self.region.size == 1 or tokens == self.region.size or self.region.all_positions(tokens)
         return torch.arange(tokens) // (tokens // self.region.size) if known and tokens else None
 

@@ -19,7 +19,7 @@ from assay.probe.formulas import Factors
 from assay.probe.gradient import PerSampleGradient
 from assay.probe.layouts import Layout
 from assay.probe.packed_region import PackedRegion
-from assay.probe.packing import Group, Packed, Packing
+from assay.probe.packing import Packed, Packing
 from assay.probe.placement import Placement, Untapped, called
 from assay.probe.quiet import Inside, edge_of, on_gradient, other_leaves
 from assay.probe.reductions import Reduced, Reduction
@@ -394,15 +394,14 @@ class Recorder:
 
     def _terms(self, calls: Sequence[tuple[Call, str]]) -> list[Term]:
         """What a parameter's gradient is the sum of; nothing where it is zero."""
-
-        def of(group: Group | None) -> list[Term]:
-            return [term for call, local in calls for term in call.terms(local, group)]
-
         if self.packing is None or not any(call.packing for call, _ in calls):
-            return of(None)
-        shape, groups = _shape(calls), self.packing.groups
-        each = [(group.samples, PerSampleGradient(shape, terms)) for group in groups if (terms := of(group))]
-        return [Packed(each, self.size)] if each else []
+            return [term for call, local in calls for term in call.terms(local)]
+        shape, each = _shape(calls), []
+        for group in self.packing.groups:
+            terms = [term for call, local in calls if call.start is None for term in call.terms(local, group)]
+            each += [(group.samples, PerSampleGradient(shape, terms))] if terms else []
+        of_all = [term for call, local in calls if call.start is not None for term in call.terms(local)]
+        return [*([Packed(each, self.size)] if each else []), *of_all]
 
     def _dot_by_position(self, calls: Sequence[tuple[Call, str]], direction: Tensor) -> Tensor:
         reached = [(call, local) for call, local in calls if call.grads is not None or call.tap.rule is None]

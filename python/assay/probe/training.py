@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from assay.probe.company import Company, signature
 from assay.probe.gradient import PerSampleGradient
 from assay.probe.layouts import Layout, choices
 from assay.probe.packing import Packing
@@ -82,6 +83,8 @@ class TrainingTaps:
         self._batch_size = batch_size or first_dimension
         self._taps = make_taps(model, parameters)
         self._verified: set[Any] = set()
+        self._apart: set[tuple[Any, ...]] = set()  # how the model was called when it kept packed samples apart
+        self._company: tuple[tuple[Any, ...], Company] | None = None
         self._layouts: dict[str, Layout] = {}
         self._recorder: Recorder | None = None
         self._trains = False  # in training mode
@@ -163,6 +166,12 @@ class TrainingTaps:
         how: Any = {"guess": self._verify, "may_follow": False, "in_training": True, "packing": self.packing}
         self._recorder = Recorder(self._taps, size, *known, **how)
         self._running.enter_context(self._recorder.attached())
+        self._company = None
+        if self._verify and self.packing is not None and self.packing.has_company:
+            how = signature(args, kwargs)
+            if how not in self._apart:
+                self._company = how, Company(self.packing)
+                self._running.enter_context(self._company[1].watched(self._model))
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if module is not self._model or is_looked_at(module):
@@ -266,6 +275,7 @@ class TrainingTaps:
         recorder.settle({})
         held = Held(recorder.followed.intersection(hold) if recompute else hold, losses.detach())
         with torch.autocast(losses.device.type, enabled=False):
+            self._keep_apart(losses)
             if recorder.patterns - self._verified:
                 self._meet_anew(recorder, losses, tapped)
             reduced = recorder.begin(losses, {**reductions, _HELD: held}, last=True, scale=scale)
@@ -345,6 +355,12 @@ class TrainingTaps:
             self._check(recorder, losses, tapped)
         else:
             self._verified |= recorder.patterns
+
+    def _keep_apart(self, losses: Tensor) -> None:
+        """RuntimeError where samples of a packed row see one another, looked at whenever the model is called anew."""
+        company, self._company = self._company, None
+        if company is not None and company[1].check(losses):
+            self._apart.add(company[0])
 
     def _check(self, recorder: Recorder, losses: Tensor, tapped: Mapping[str, nn.Parameter]) -> None:
         """Compare with autograd, and where a layer's input leaves a choice, take what is right.

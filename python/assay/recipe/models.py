@@ -128,8 +128,9 @@ class MlpSpec(ModelSpec):
         refuse_packed(self.path, stored)
         model = nn.Sequential(*layers[:-1])
         with refusing(f"{self.path}: safetensors cannot read it"):
+            # Copies: what is loaded may be the file itself, which somebody writes over.
             weights = require("safetensors.torch", "cli").load_file(self.path)
-            model.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
+            model.load_state_dict({name: weight.clone().float() for name, weight in weights.items()}, assign=True)
         return model.eval()
 
     def input_size(self, model: nn.Module) -> int | None:

@@ -12,14 +12,15 @@ from torch import Tensor
 from assay._lazy import require
 from assay.train.collation import one_id, without
 
-SAMPLE_OF = "assay_sample_of"
+SEQ_IDX = "assay_seq_idx"
 """In a batch: (R, T) int64, the sample of each position; −1 where a position is nobody's."""
 _BY_TOKEN = ("input_ids", "labels", "completion_mask", "assistant_masks")  # of TRL's versions
 
 
 def flattens(collator: Any) -> bool:
     """Whether a collator of transformers or TRL makes one row of all samples."""
-    return bool(getattr(collator, "padding_free", False)) or "WithFlattening" in type(collator).__name__
+    names = [kind.__name__ for kind in type(collator).__mro__]
+    return bool(getattr(collator, "padding_free", False)) or any("WithFlattening" in name for name in names)
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Flattened:
         batch = self.collator(features if self.column is None else without(features, self.column))
         if not isinstance(batch, MutableMapping):
             raise TypeError(f"the collator gives a {type(batch).__name__}; expected a mapping, to put the ids into")
-        batch[SAMPLE_OF] = _sample_of([n for own in lengths for n in own], batch)
+        batch[SEQ_IDX] = _seq_idx([n for own in lengths for n in own], batch)
         if self.column is not None:
             batch[self.column] = [name for own in ids for name in own]
         return batch
@@ -55,7 +56,7 @@ def _lengths(feature: Any) -> list[int]:
     return lengths
 
 
-def _sample_of(lengths: Sequence[int], batch: Mapping[str, Any]) -> Tensor:
+def _seq_idx(lengths: Sequence[int], batch: Mapping[str, Any]) -> Tensor:
     """Of samples that lie end to end in one row, which padding may end."""
     shape, total = tuple(batch["input_ids"].shape), sum(lengths)
     if len(shape) != 2 or shape[0] != 1 or shape[1] < total:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from assay._lazy import require
 from assay.probe.packing import Packing
 from assay.train.collation import WithIds, WithoutIds
-from assay.train.flattening import SAMPLE_OF, Flattened, flattens, pack_with_ids
+from assay.train.flattening import SEQ_IDX, Flattened, flattens, pack_with_ids
 from assay.train.fused_head import has_tapped_head, unfused
 from assay.train.model_losses import ModelLosses, reference_losses, split_loss
 from assay.train.reweighter import Reweighter
@@ -92,6 +92,7 @@ class ReweightMixin:
         self.reweighter = reweighter
         self.reference, self.keep_tokens = reference, keep_tokens
         self._seen = reweighter.step
+        self._apart: set[tuple[Any, ...]] = set()
         _check_trainer(self)
         _check_model(reweighter, self.model)
         _check_reference(reweighter, self.model, reference, keep_tokens)
@@ -165,7 +166,7 @@ class ReweightMixin:
 
         def before(_: nn.Module, called_with: Any, arguments: dict[str, Any]) -> None:
             if self.reference is not None and (self.reweighter.is_due or self.keep_tokens is not None):
-                references.append(reference_losses(self.reference, called_with, arguments, packing))
+                references.append(reference_losses(self.reference, called_with, arguments, packing, self._apart))
 
         def after(module: nn.Module, _: Any, arguments: dict[str, Any], output: Any) -> None:
             passes.append(split_loss(module, arguments, output, packing))
@@ -177,7 +178,7 @@ class ReweightMixin:
         head: AbstractContextManager[None] = nullcontext()
         if has_tapped_head(own, self.reweighter.tapped):
             head = unfused(own)
-        with head, nullcontext() if packing is None else self.reweighter.packed(packing.sample_of):
+        with head, nullcontext() if packing is None else self.reweighter.packed(packing):
             hooks = (
                 own.register_forward_pre_hook(before, with_kwargs=True, prepend=True),  # as the trainer calls it
                 own.register_forward_hook(after, with_kwargs=True),
@@ -203,9 +204,11 @@ class ReweightMixin:
         return ids
 
     def _packing(self, inputs: Any) -> Packing | None:
-        if SAMPLE_OF in inputs:
-            return Packing.of(inputs.pop(SAMPLE_OF))
-        if flattens(self.data_collator):
+        if SEQ_IDX in inputs:
+            return Packing.of(inputs.pop(SEQ_IDX))
+        places = inputs.get("position_ids")
+        restarts = isinstance(places, Tensor) and len(places) == 1 and int((places == places.flatten()[0]).sum()) > 1
+        if flattens(self.data_collator) or (restarts and inputs.get("attention_mask") is None):
             raise ValueError(
                 "a batch in one row came without what tells its samples apart: an override of get_train_dataloader "
                 "lost it; call super().get_train_dataloader() in it"

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from assay.probe.company import Company, signature
 from assay.probe.packing import Packing
 from assay.probe.quiet import undisturbed
 from assay.tasks.base import to_device
@@ -94,19 +95,51 @@ def split_loss(
 
 
 def reference_losses(
-    reference: nn.Module, args: Any, arguments: Mapping[str, Any], packing: Packing | None = None
+    reference: nn.Module,
+    args: Any,
+    arguments: Mapping[str, Any],
+    packing: Packing | None = None,
+    apart: set[tuple[Any, ...]] | None = None,
 ) -> ModelLosses:
     """The losses of another model on what a model is called with, in eval mode, on its own device.
 
+    Args:
+        apart: ways of calling it in which it has kept the samples of packed rows apart; it grows.
+
     Raises:
-        RuntimeError: as ``split_loss``.
+        RuntimeError: as ``split_loss``; or samples of a packed row see one another.
     """
     device = next(reference.parameters()).device
     own = {name: value for name, value in arguments.items() if name not in ("fused_lm_head", "num_items_in_batch")}
+    if packing is not None and getattr(getattr(reference, "config", None), "use_cache", None):
+        own["use_cache"] = False  # a model with a cache takes a row for one sample
+    args, own = to_device(args, device), to_device(own, device)
+    if packing is not None and apart is not None and packing.has_company:
+        _keep_apart(reference, args, own, packing, apart)
     with undisturbed(reference), torch.no_grad():
-        args, own = to_device(args, device), to_device(own, device)
         output = reference(*args, **own)
         return split_loss(reference, own, output, packing)
+
+
+def _keep_apart(
+    reference: nn.Module, args: Any, own: dict[str, Any], packing: Packing, apart: set[tuple[Any, ...]]
+) -> None:
+    """RuntimeError where a reference lets samples of a packed row see one another; looked at once for each way of
+    calling it."""
+    how = signature(args, own)
+    if how in apart:
+        return
+    company = Company(packing)
+    with undisturbed(reference), torch.enable_grad():
+        with company.watched(reference):
+            output = reference(*args, **own)
+        losses = split_loss(reference, own, output, packing).losses
+        try:
+            known = company.check(losses)
+        except RuntimeError as error:
+            raise RuntimeError(f"ReweightMixin: reference: {error}") from error
+    if known:
+        apart.add(how)
 
 
 def _fused(output: dict[str, Any], packing: Packing | None) -> ModelLosses:

@@ -158,7 +158,7 @@ class Reweighter:
         self._arm()
 
     @contextmanager
-    def packed(self, sample_of: Tensor) -> Iterator[None]:
+    def packed(self, seq_idx: Tensor | Packing) -> Iterator[None]:
         """Forward passes in this context are of packed rows, in which many samples lie end to end::
 
             with reweighter.packed(seq_idx):
@@ -172,12 +172,13 @@ class Reweighter:
         are refused.
 
         Args:
-            sample_of: (R, T) int64, the sample of each position, from 0 on; −1 where a position is nobody's.
+            seq_idx: (R, T) int64, the sample of each position, from 0 on; −1 where a position is nobody's.
 
         Raises:
             ValueError: it is not, or one of the samples 0 … B − 1 has no position.
         """
-        before, self._taps.packing = self._taps.packing, Packing.of(sample_of)
+        packing = seq_idx if isinstance(seq_idx, Packing) else Packing.of(seq_idx)
+        before, self._taps.packing = self._taps.packing, packing
         try:
             yield
         finally:

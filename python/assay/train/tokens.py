@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from assay.probe.packing import Packing
+from assay.tasks.base import wide
 from assay.train.weights import best_share, gathered
 
 IGNORE = -100
@@ -71,13 +72,13 @@ def token_weights(
     return weights
 
 
-def sample_means(losses: Tensor, counted: Tensor, sample_of: Tensor | None = None) -> Tensor:
+def sample_means(losses: Tensor, counted: Tensor, seq_idx: Tensor | None = None) -> Tensor:
     """The mean loss of each sample's tokens -> (B,), differentiable.
 
     Args:
         losses: (R, T), by token.
         counted: (R, T) bool, which tokens have a loss, for instance ``targets != -100``.
-        sample_of: (R, T) int64, of packed rows: the sample that each position belongs to, from 0 on, −1 for nobody's;
+        seq_idx: (R, T) int64, of packed rows: the sample that each position belongs to, from 0 on, −1 for nobody's;
             None: a row is a sample.
 
     Raises:
@@ -89,9 +90,9 @@ def sample_means(losses: Tensor, counted: Tensor, sample_of: Tensor | None = Non
             f"sample_means: losses {tuple(losses.shape)} and counted {tuple(counted.shape)} of {counted.dtype}; "
             "expected one shape, (R, T), the second of bool"
         )
-    if sample_of is not None and sample_of.shape != losses.shape:
-        raise ValueError(f"sample_means: sample_of {tuple(sample_of.shape)}; expected {tuple(losses.shape)}")
-    packing = None if sample_of is None else Packing.of(sample_of)
+    if seq_idx is not None and seq_idx.shape != losses.shape:
+        raise ValueError(f"sample_means: seq_idx {tuple(seq_idx.shape)}; expected {tuple(losses.shape)}")
+    packing = None if seq_idx is None else Packing.of(seq_idx)
     return TokenLosses(losses, counted, packing).means()[0]
 
 
@@ -125,7 +126,7 @@ class TokenLosses:
         return self._sums(losses.masked_fill(~self.counted, 0)) / counts, counts
 
     def _sums(self, values: Tensor) -> Tensor:
-        return values.sum(1) if self.packing is None else self.packing.sums(values)
+        return wide(values).sum(1) if self.packing is None else self.packing.sums(values)
 
 
 def _check(losses: Tensor, reference_losses: Tensor, keep: float, counted: Tensor | None) -> Tensor:

@@ -1,0 +1,24 @@
+"""A scores folder as one page of HTML, without scripts and without a network."""
+
+from assay.report.charts import need_charts
+from assay.report.confusion import Confusion
+from assay.report.facts import Facts, gather
+from assay.report.output import open_output
+from assay.report.page import Ends, Page, Shown
+from assay.report.pictures import thumbnail
+from assay.report.survey import SAMPLE_ROWS, Survey, survey
+
+__all__ = [
+    "SAMPLE_ROWS",
+    "Confusion",
+    "Ends",
+    "Facts",
+    "Page",
+    "Shown",
+    "Survey",
+    "gather",
+    "need_charts",
+    "open_output",
+    "survey",
+    "thumbnail",
+]

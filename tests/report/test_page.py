@@ -134,7 +134,7 @@ def test_the_page_says_what_was_counted(hostile):
     assert "y" * 1300 not in text
 
 
-def test_images_are_made_anew(tmp_path):
+def test_images_are_made_anew_and_labels_counted(tmp_path):
     image = pytest.importorskip("PIL.Image")
     written = io.BytesIO()
     image.fromarray(np.full((400, 800, 3), 99, np.uint8)).save(written, "JPEG", comment=b"a strangers words")
@@ -143,17 +143,20 @@ def test_images_are_made_anew(tmp_path):
     bomb += struct.pack(">I", zlib.crc32(b"IHDR" + size)) + b"\0\0\0\0IDAT"
     pictures = [written.getvalue(), bomb, b"<svg onload=alert(1)>", written.getvalue()]
     task = {"kind": "classification", "image_column": "image", "label_column": "label"}
-    folder = make_scores(tmp_path, {"image": pictures, "label": [0, 1, 0, 1]}, {"x": np.arange(4)}, task=task)
+    rows, scores = {"image": pictures, "label": [0, 1, 0, 1]}, {"x": np.arange(4), "e_prediction": [0, 1, 1, np.nan]}
+    recipe = {"methods": [{"method": "ensemble", "name": "e"}]}
+    folder = make_scores(tmp_path, rows, scores, task=task, recipe=recipe)
     assert main(["report", str(folder), "--out", str(tmp_path / "page.html")]) == 0
     page = read(tmp_path / "page.html")
     sources = {its["src"] for its in page.of("img")}
-    assert len(page.of("img")) == 6
+    assert len(page.of("img")) == 8  # of x the best, the worst and random ones, of e_prediction two
     for source in sources:
         data = base64.b64decode(source.partition(",")[2])
         assert image.open(io.BytesIO(data)).size == (192, 96)
         assert b"strangers" not in data
     assert "image is 100,000 × 100,000 pixels" in page.text
     assert "image is no image that is read here" in page.text
+    assert "all 4 rows, of which 3 have a label and a prediction (e_prediction). In 2 of them (66.7 %)" in page.text
 
 
 @pytest.mark.parametrize("rows", [0, 1])

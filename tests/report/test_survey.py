@@ -31,6 +31,7 @@ def numbers():
         name: np.asarray(values, np.float32)
         for name, values in {
             "heavy": heavy,
+            "orders": np.exp(6 * rng.normal(size=ROWS)),
             "near": near,
             "ties": ties,
             "holes": holes,
@@ -47,7 +48,7 @@ def found(numbers, tmp_path_factory):
     return survey(open_scores(str(folder)))
 
 
-@pytest.mark.parametrize("name", ["heavy", "near", "ties", "holes", "constant"])
+@pytest.mark.parametrize("name", ["heavy", "orders", "near", "ties", "holes", "constant"])
 def test_counts_and_order_statistics_are_those_of_all_rows(found, numbers, name):
     its = next(d for d in found.distributions if d.column.name == name)
     held = np.sort(numbers[name][~np.isnan(numbers[name])])
@@ -61,11 +62,12 @@ def test_counts_and_order_statistics_are_those_of_all_rows(found, numbers, name)
     assert its.counts.sum() == len(inside)
     assert (its.below, its.above) == ((held < edges[0]).sum(), (held > edges[-1]).sum())
     assert len(its.counts) <= 61
-    if name in ("heavy", "near"):
+    assert its.logarithmic == (name == "orders")
+    if name in ("heavy", "orders", "near"):
         assert (its.counts > 0).sum() > 30, "bins that tell nothing"
 
 
-@pytest.mark.parametrize("name", ["heavy", "near", "ties", "holes", "constant"])
+@pytest.mark.parametrize("name", ["heavy", "orders", "near", "ties", "holes", "constant"])
 def test_a_cut_is_where_a_selection_cuts(found, numbers, name):
     its = next(d for d in found.distributions if d.column.name == name)
     table = pa.table({name: numbers[name]})

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from assay.corpus.scores_folder import Scores
     from assay.curate import Ranked
     from assay.recipe.tasks import TaskSpec
-    from assay.report import Shown, Survey
+    from assay.report import Confusion, Ends, Shown, Survey
 
 _TEXT = 1200
 _COLUMNS = 8
@@ -41,7 +41,7 @@ def report(
     store, name = open_output(out, found)
     numbers = survey(found, seed)
     facts = gather(found)
-    page = Page(facts, numbers, *_rows(found, numbers, samples, seed))
+    page = Page(facts, numbers, *_rows(found, numbers, samples, seed), _confusion(found))
     store.write_text(name, page.to_html())
     say(f"page: {out}")
     if not facts.left_out:
@@ -50,15 +50,15 @@ def report(
     return fail(f"{len(facts.left_out)} shards are not in it ({path}: {reason})", INCOMPLETE)
 
 
-def _rows(scores: Scores, numbers: Survey, count: int, seed: int) -> tuple[list[Any], list[Shown], None]:
+def _rows(scores: Scores, numbers: Survey, count: int, seed: int) -> tuple[list[Ends], list[Shown]]:
     """The rows at both ends of each score, and random ones."""
     from assay.corpus.scores_folder import State
     from assay.curate import rank, ranked_at
     from assay.report import Ends
 
-    columns = [its.column for its in numbers.distributions]
+    columns = [its.column for its in numbers.distributions if its.minimum < its.maximum]
     if not count or not columns:
-        return [], [], None
+        return [], []
     rankings = []
     for column in columns:
         keep = column.keep if column.keep in ("high", "low") else "high"
@@ -75,7 +75,28 @@ def _rows(scores: Scores, numbers: Survey, count: int, seed: int) -> tuple[list[
         Ends(column.name, column.keep, *([shown[r.shard.path, r.row] for r in end] for end in (its.best, its.worst)))
         for column, its in zip(columns, rankings, strict=True)
     ]
-    return ends, [shown[its.shard.path, its.row] for its in random], None
+    return ends, [shown[its.shard.path, its.row] for its in random]
+
+
+def _confusion(scores: Scores) -> Confusion | None:
+    """Labels against predictions, where a classification's ensemble made some."""
+    from assay.cli.cards import task_of
+    from assay.corpus.errors import CorpusError
+    from assay.recipe.tasks.classification import ClassificationSpec
+    from assay.report import count_labels
+
+    methods = [its for its in scores.identity.recipe.get("methods") or () if isinstance(its, dict)]
+    names = [f"{its.get('name')}_prediction" for its in methods if its.get("method") == "ensemble"]
+    by = next((name for name in names if name in scores.columns), None)
+    if by is None:
+        return None
+    try:
+        task = task_of(scores)
+    except CorpusError:
+        return None
+    if not isinstance(task, ClassificationSpec) or task.soft_labels:
+        return None
+    return count_labels(scores, by, task.label_column, task.labels)
 
 
 def _shown(scores: Scores, rows: Sequence[Ranked]) -> list[Shown]:

@@ -1,7 +1,7 @@
 """A scores folder as one page of HTML, without scripts and without a network."""
 
 from assay.report.charts import need_charts
-from assay.report.confusion import Confusion
+from assay.report.confusion import Confusion, count_labels
 from assay.report.facts import Facts, gather
 from assay.report.output import open_output
 from assay.report.page import Ends, Page, Shown
@@ -16,6 +16,7 @@ __all__ = [
     "Page",
     "Shown",
     "Survey",
+    "count_labels",
     "gather",
     "need_charts",
     "open_output",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import logging
 import re
-from itertools import pairwise
+
+import numpy as np
 
 from assay._lazy import require
 from assay.report.html import Html
@@ -54,7 +55,13 @@ def histogram(distribution: Distribution, number: int) -> Html:
         axes.stairs(counts, edges, fill=True, color=_BAR, linewidth=0)
         axes.set_xlim(edges[0], edges[-1])
         axes.set_ylim(0, counts.max() * 1.02)
-        axes.xaxis.set_major_locator(ticks.MaxNLocator(6))
+        if distribution.logarithmic:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(ticks.LogLocator(numticks=6))
+            axes.xaxis.set_major_formatter(ticks.FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.xaxis.set_minor_locator(ticks.NullLocator())
+        else:
+            axes.xaxis.set_major_locator(ticks.MaxNLocator(6))
         axes.yaxis.set_major_locator(ticks.MaxNLocator(4, integer=True))
         axes.yaxis.set_major_formatter(ticks.FuncFormatter(_count))
         axes.set_ylabel("rows")
@@ -77,9 +84,10 @@ def histogram(distribution: Distribution, number: int) -> Html:
 
 def _label_heights(distribution: Distribution) -> float:
     """How far each quantile's label stands above the last: nothing unless they would run into each other."""
-    values = [distribution.quantiles[share] for share in _MARKED]
-    gaps = [(b - a) / (distribution.edges[-1] - distribution.edges[0]) for a, b in pairwise(values)]
-    return 0.1 if min(gaps) < 0.12 else 0.0
+    places = np.array([*(distribution.quantiles[share] for share in _MARKED), *distribution.edges[[0, -1]]])
+    places = np.log(places) if distribution.logarithmic else places
+    gaps = np.diff(places[:-2]) / (places[-1] - places[-2])
+    return 0.1 if gaps.min() < 0.12 else 0.0
 
 
 def _count(value: float, _: int) -> str:

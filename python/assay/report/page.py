@@ -29,6 +29,7 @@ _NEITHER = "Neither end is better: the number describes a row and does not rank 
 _QUANTILE_WORDS = {share: f"{100 * share:g} %" for share in QUANTILES}
 _MOST_REASONS, _MOST_LEFT_OUT, _MOST_RECIPE = 8, 8, 20_000
 _MOST_NAME = 160
+_MOST_CLASSES, _MOST_CONFUSED = 20, 12
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,8 @@ class Page:
         yield "made", "What was scored, and how", _made(self.facts, self.survey)
         if not self.survey.distributions:
             return
-        yield "scores", "The scores, one by one", _scores(self.survey, bool(self.ends))
+        places = {ends.by: i for i, ends in enumerate(self.ends, start=1)}
+        yield "scores", "The scores, one by one", _scores(self.survey, places)
         if self.survey.rows and len(self.survey.distributions) > 1:
             yield "relations", "How the scores relate to each other", _relations(self.survey)
         if self.survey.rows:
@@ -185,8 +187,8 @@ def _time(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
 
 
-def _scores(survey: Survey, has_rows: bool) -> Html:
-    cards = [_score(its, i, has_rows) for i, its in enumerate(survey.distributions, start=1)]
+def _scores(survey: Survey, places: Mapping[str, int]) -> Html:
+    cards = [_score(its, i, places.get(its.column.name)) for i, its in enumerate(survey.distributions, start=1)]
     parts = [
         element(
             "p",
@@ -201,7 +203,7 @@ def _scores(survey: Survey, has_rows: bool) -> Html:
     return join(*parts)
 
 
-def _score(its: Distribution, number: int, has_rows: bool) -> Html:
+def _score(its: Distribution, number: int, place: int | None) -> Html:
     column = its.column
     parts = [element("h3", _short(column.name))]
     if column.description:
@@ -217,8 +219,10 @@ def _score(its: Distribution, number: int, has_rows: bool) -> Html:
         parts.append(element("p", text))
     else:
         parts += [histogram(its, number), *_tails(its), _quantiles(its)]
-    if has_rows:
-        parts.append(element("p", element("a", "Its best and worst rows", href=f"#sample-{number}"), class_="quiet"))
+        if its.logarithmic:
+            parts.append(element("p", "The scale below the chart is logarithmic.", class_="quiet"))
+    if place is not None:
+        parts.append(element("p", element("a", "Its best and worst rows", href=f"#sample-{place}"), class_="quiet"))
     return element("article", *parts, class_="card", id=f"score-{number}")
 
 
@@ -228,7 +232,7 @@ def _tails(its: Distribution) -> Iterator[Html]:
     tails += [f"{its.above:,} rows lie right of it, up to {_number(its.maximum)}"] if its.above else []
     if tails:
         yield element(
-            "p", f"The chart shows {low:.4g} to {high:.4g}, where nearly all rows are; {', '.join(tails)}.",
+            "p", f"The chart shows {low:.4g} to {high:.4g}, where most rows are; {', '.join(tails)}.",
             class_="quiet",
         )  # fmt: skip
 
@@ -367,24 +371,42 @@ def _card(shown: Shown, by: str | None) -> Iterator[Html]:
 
 
 def _labels(confusion: Confusion) -> Html:
-    head = ("label in the data", *(_short(name) for name in confusion.classes), "rows")
+    total, agree = sum(confusion.counts.values()), confusion.agree
+    which = f"all {confusion.rows:,} rows" if confusion.all_rows else f"the first {confusion.rows:,} rows"
+    text = f"Counted over {which}, of which {total:,} have a label and a prediction ({_short(confusion.by)}). "
+    if agree is None:
+        text += "Which class a label is, only the models know; so the classes are numbers."
+    else:
+        text += f"In {agree:,} of them ({100 * agree / max(total, 1):.3g} %) the models together predict the label."
+    names = confusion.names if agree is not None else {}
+    parts = [element("p", text)]
+    labels = [label for label, _ in confusion.by_label()]
+    classes = sorted({predicted for _, predicted in confusion.counts} | set(confusion.places.values()))
+    if labels and len(labels) <= _MOST_CLASSES and len(classes) <= _MOST_CLASSES:
+        ordered = sorted(labels, key=lambda label: confusion.places.get(label, len(classes)))
+        parts.append(_confusion_matrix(confusion, ordered, classes, names))
+    if most := confusion.most()[:_MOST_CONFUSED]:
+        rows = [(_short(label), _short(names.get(its, str(its))), f"{count:,}") for label, its, count in most]
+        text = "Where they disagree, the label may be wrong, the models may be, or two classes are hard to tell apart."
+        parts += [
+            element("h4", "The commonest disagreements"),
+            element("p", text),
+            table(("label in the data", "predicted", "rows"), rows),
+        ]
+    return join(*parts)
+
+
+def _confusion_matrix(
+    confusion: Confusion, labels: Sequence[str], classes: Sequence[int], names: Mapping[int, str]
+) -> Html:
+    totals = dict(confusion.by_label())
     rows = []
-    for name, line in zip(confusion.classes, confusion.counts.tolist(), strict=True):
-        total = sum(line)
-        cells = [element("td", f"{count:,}", class_=heat(count / total if total else 0.0)) for count in line]
-        rows.append((_short(name), *cells, f"{total:,}"))
-    agree = int(np.trace(confusion.counts))
-    total = int(confusion.counts.sum())
-    return join(
-        element(
-            "p",
-            f"Rows by the label that they have and, to the right, the class that the models together predict "
-            f"({_short(confusion.by)}). On the diagonal both agree: {agree:,} of {total:,} rows. A large number off it "
-            "means that the label may be wrong, that the models are, or that two classes are hard to tell apart.",
-        ),
-        table(head, rows, "matrix"),
-        element("p", confusion.note, class_="quiet"),
-    )
+    for label in labels:
+        counts = [confusion.counts.get((label, predicted), 0) for predicted in classes]
+        cells = (element("td", f"{count:,}", class_=heat(count / totals[label])) for count in counts)
+        rows.append((_short(label), *cells, f"{totals[label]:,}"))
+    heads = (_short(names.get(predicted, str(predicted))) for predicted in classes)
+    return table(("label ↓  predicted →", *heads, "rows"), rows, "matrix")
 
 
 def _percent(share: float) -> str:

@@ -50,7 +50,7 @@ svg * { stroke-linejoin: round; stroke-linecap: butt; }
 svg text { font-family: inherit !important; }
 .scroll { overflow-x: auto; max-width: 100%; margin: .6rem 0; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
+th, td { padding: .25rem .45rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
 td { white-space: nowrap; }
 tbody th { position: sticky; left: 0; background: var(--ground); white-space: pre-wrap; }
 th { font-weight: 600; }
@@ -59,10 +59,10 @@ thead th { vertical-align: bottom; }
 .words td { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 9rem; }
 .words thead th { text-align: left; }
 .matrix td, .matrix th { text-align: center; min-width: 3rem; }
-.matrix tbody th, .matrix thead th:first-child { text-align: left; }
+.matrix tbody th, .matrix thead th:first-child { text-align: left; min-width: 8rem; }
 .matrix thead th { font-weight: 400; color: var(--quiet); }
 .stack > .card { margin-top: 1rem; }
-.small { display: block; color: var(--quiet); font-size: .78rem; }
+.small { display: block; font-weight: 400; color: var(--quiet); font-size: .78rem; }
 .ends { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 0 1.2rem; }
 .ends > div { min-width: 0; }
 .sample { border-left: 3px solid var(--line); padding: .1rem 0 .1rem .8rem; margin: 0 0 1rem; }
@@ -79,7 +79,7 @@ pre { overflow: auto; max-height: 30rem; background: var(--card); border: 1px so
 summary { cursor: pointer; color: var(--link); }
 :focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
 @media (max-width: 30rem) { main, header { padding-left: .8rem; padding-right: .8rem; } h1 { font-size: 1.4rem; }
-  .card { padding: .7rem .7rem; } tbody th { max-width: 9rem; overflow-wrap: anywhere; } }
+  .card { padding: .7rem .7rem; } tbody th { min-width: 7.5rem; max-width: 9rem; overflow-wrap: anywhere; } }
 @media print { .text, pre { max-height: none; } .card, .sample { break-inside: avoid; } }
 """
 

@@ -57,6 +57,7 @@ class Distribution:
         quantiles: by share of the rows with a number, the greatest score that is no greater than it; empty without any.
         edges, counts: of the histogram's B bins, (B + 1,) and (B,); the last bin holds its upper edge.
         below, above: rows outside of them.
+        logarithmic: whether the bins are evenly wide in the logarithm.
     """
 
     column: Column
@@ -70,6 +71,7 @@ class Distribution:
     counts: npt.NDArray[np.int64]
     below: int
     above: int
+    logarithmic: bool = False
 
     @property
     def numbers(self) -> int:
@@ -179,6 +181,7 @@ class _Counter:
     slots: npt.NDArray[np.int16] = field(default_factory=lambda: np.full(_HALF, -1, np.int16))
     whole: npt.NDArray[Any] = field(default_factory=lambda: np.zeros(0, np.uint32))
     edges: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    logarithmic: bool = False
     counts: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def see(self, values: Floats) -> None:
@@ -199,7 +202,7 @@ class _Counter:
         wanted = np.unique(np.searchsorted(np.cumsum(self.upper), ranks, side="right"))
         self.slots[wanted] = np.arange(len(wanted))
         self.whole = np.zeros(len(wanted) << 16, np.uint32 if rows < 1 << 32 else np.int64)
-        self.edges = _edges(self.least, self.most, sample[~np.isnan(sample)])
+        self.edges, self.logarithmic = _edges(self.least, self.most, sample[~np.isnan(sample)])
         self.counts = np.zeros(len(self.edges) + 1, np.int64)
 
     def see_again(self, values: Floats) -> None:
@@ -224,9 +227,8 @@ class _Counter:
         cuts = [self._cut(column, share, rows) for share in SHARES]
         below, *counts, above = self.counts.tolist()
         held = np.asarray(counts, np.int64)
-        return Distribution(
-            column, rows, self.nan, self.least, self.most, quantiles, cuts, self.edges, held, below, above
-        )
+        drawn = self.edges, held, below, above, self.logarithmic
+        return Distribution(column, rows, self.nan, self.least, self.most, quantiles, cuts, *drawn)
 
     def _cut(self, column: Column, share: float, rows: int) -> Cut:
         numbers, wanted = rows - self.nan, _share_rows(share, rows)
@@ -276,17 +278,26 @@ def _cut_rank(keep: str, share: float, rows: int, numbers: int) -> int | None:
     return wanted - 1 if keep == "low" else numbers - wanted
 
 
-def _edges(least: float, most: float, sample: Floats) -> npt.NDArray[np.float64]:
-    """The histogram's: over all values, or where some lie far out, over all but the sample's outermost 1 %."""
-    if least == most:
-        return np.array([least, most])
-    if sample.size and most - least <= _MOST_WHOLE_NUMBERS and (sample == np.rint(sample)).all():
-        return np.arange(math.floor(least) - 0.5, math.ceil(most) + 1)
-    low, high = np.quantile(sample.astype(np.float64), [0.005, 0.995]) if sample.size else (least, most)
-    margin = 0.15 * (high - low)
-    if low == high or most - least <= 2 * (high - low):
-        low, high = least, most
-    else:
-        low, high = max(least, low - margin), min(most, high + margin)
-    edges = np.linspace(low, high, _BINS + 1)
-    return np.unique(edges)
+def _edges(least: float, most: float, sample: Floats) -> tuple[npt.NDArray[np.float64], bool]:
+    """The histogram's, and whether they are evenly spaced in the logarithm.
+
+    What lies far out by the sample's deciles is left out. The logarithm is for numbers above zero of which the deciles
+    are orders of magnitude apart.
+    """
+    if least == most or not sample.size:
+        return np.array([least, most]), False
+    if most - least <= _MOST_WHOLE_NUMBERS and (sample == np.rint(sample)).all():
+        return np.arange(math.floor(least) - 0.5, math.ceil(most) + 1), False
+    low, high = (float(decile) for decile in np.quantile(sample.astype(np.float64), [0.1, 0.9], method="lower"))
+    if least > 0 and high >= 100 * low:
+        logs = _even(*(math.log(value) for value in (least, most, low, high)))
+        edges = np.exp(logs)
+        ends = least if logs[0] == math.log(least) else edges[0], most if logs[-1] == math.log(most) else edges[-1]
+        return np.unique([ends[0], *edges[1:-1], ends[1]]), True  # without the logarithm's rounding
+    return np.unique(_even(least, most, low, high)), False
+
+
+def _even(least: float, most: float, low: float, high: float) -> npt.NDArray[np.float64]:
+    """From 3 times the deciles' distance below the lower to as far above the upper, as far as there are values."""
+    reach = 3 * (high - low) or math.inf
+    return np.linspace(max(least, low - reach), min(most, high + reach), _BINS + 1)

@@ -128,7 +128,7 @@ def test_the_page_says_what_was_counted(hostile):
     assert re.search(r"bad <script>.*? N2", text, re.DOTALL)
     assert "All 39 numbers are 1.0: this score tells no row from another." in text
     assert "There is no number to chart." in text
-    assert "1 rows (2.56 %) have no number (NaN)" in text
+    assert "No number (NaN) for 1 row (2.56 %)" in text
     assert "Neither end is better" in text
     assert "… (5,000 characters)" in text
     assert "y" * 1300 not in text

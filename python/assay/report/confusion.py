@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
 
 from assay.corpus.errors import ShardError
 from assay.corpus.layout import table_path
 from assay.corpus.readers import columns_of, read
+from assay.corpus.score_files import opened_table
 from assay.corpus.scores_folder import Scores, State
 from assay.corpus.shards import Shard
 
@@ -103,8 +103,8 @@ def _predictions(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
     """The first rows of a shard and their prediction, NaN where there is none."""
     rows, values, count = [np.empty(0, np.int64)], [np.empty(0, np.float32)], 0
-    with scores.store.open(table_path(shard)) as file:
-        for batch in pq.ParquetFile(file).iter_batches(columns=["row", by]):
+    with opened_table(scores.store, table_path(shard)) as table:
+        for batch in table.iter_batches(columns=["row", by]):
             rows.append(batch.column("row").to_numpy()[: most - count])
             values.append(batch.column(by).to_numpy(zero_copy_only=False)[: most - count])
             count += len(rows[-1])

@@ -211,7 +211,7 @@ def _score(its: Distribution, number: int, place: int | None) -> Html:
     parts.append(element("p", _ENDS.get(column.keep, _NEITHER)))
     if its.nan:
         share = 100 * its.nan / its.rows
-        parts.append(element("p", f"{its.nan:,} rows ({share:.3g} %) have no number (NaN) and are in no chart or cut."))
+        parts.append(element("p", f"No number (NaN) for {_rows(its.nan)} ({share:.3g} %), which no chart or cut has."))
     if not its.numbers:
         parts.append(element("p", "There is no number to chart." if its.rows else "There is no row."))
     elif its.minimum == its.maximum:
@@ -228,8 +228,8 @@ def _score(its: Distribution, number: int, place: int | None) -> Html:
 
 def _tails(its: Distribution) -> Iterator[Html]:
     low, high = float(its.edges[0]), float(its.edges[-1])
-    tails = [f"{its.below:,} rows lie left of it, down to {_number(its.minimum)}"] if its.below else []
-    tails += [f"{its.above:,} rows lie right of it, up to {_number(its.maximum)}"] if its.above else []
+    tails = [f"left of it {_rows(its.below)}, down to {_number(its.minimum)}"] if its.below else []
+    tails += [f"right of it {_rows(its.above)}, up to {_number(its.maximum)}"] if its.above else []
     if tails:
         yield element(
             "p", f"The chart shows {low:.4g} to {high:.4g}, where most rows are; {', '.join(tails)}.",
@@ -407,6 +407,10 @@ def _confusion_matrix(
         rows.append((_short(label), *cells, f"{totals[label]:,}"))
     heads = (_short(names.get(predicted, str(predicted))) for predicted in classes)
     return table(("label ↓  predicted →", *heads, "rows"), rows, "matrix")
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row{'' if count == 1 else 's'}"
 
 
 def _percent(share: float) -> str:

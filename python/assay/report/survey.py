@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from assay.corpus.errors import CorpusError
 from assay.corpus.layout import table_path
-from assay.corpus.score_files import ROW_GROUP_ROWS
+from assay.corpus.score_files import ROW_GROUP_ROWS, opened_table
 from assay.corpus.scores_folder import Scores, ShardStatus, State
 
 Floats = npt.NDArray[np.float32]
@@ -129,8 +128,8 @@ def survey(scores: Scores, seed: int = 0) -> Survey:
 
 
 def _columns(scores: Scores, status: ShardStatus) -> tuple[list[Column], list[str]]:
-    with scores.store.open(table_path(status.shard)) as file:
-        schema = pq.ParquetFile(file).schema_arrow
+    with opened_table(scores.store, table_path(status.shard)) as table:
+        schema = table.schema_arrow
     columns, wide = [], []
     for its in schema:
         said = {key.decode("utf-8", "replace"): v.decode("utf-8", "replace") for key, v in (its.metadata or {}).items()}
@@ -146,8 +145,7 @@ def _batches(scores: Scores, done: Sequence[ShardStatus], names: Sequence[str]) 
     place = 0
     for status in done:
         path, end = table_path(status.shard), place + (status.table.scored if status.table else 0)
-        with scores.store.open(path) as file:
-            table = pq.ParquetFile(file)
+        with opened_table(scores.store, path) as table:
             kinds = {its.name: its.type for its in table.schema_arrow}
             if other := [name for name in names if kinds.get(name) != pa.float32()]:
                 raise CorpusError(f"{scores.store.full(path)}: {other[0]} is not one number per row, as elsewhere")

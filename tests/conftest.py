@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,6 +72,16 @@ def _shortcut_as_it_was() -> Iterator[None]:
     after = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(before)
     assert after == before, "the test left attention without torch's shortcut"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _memory_is_empty() -> Iterator[None]:
+    """Of what a module leaves in fsspec's file system of one process, the next finds nothing."""
+    yield
+    if "fsspec.implementations.memory" in sys.modules:
+        memory = sys.modules["fsspec.implementations.memory"].MemoryFileSystem
+        memory.store.clear()
+        memory.pseudo_dirs[:] = [""]
 
 
 @pytest.fixture(autouse=True)

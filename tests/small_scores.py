@@ -13,7 +13,9 @@ import pyarrow.parquet as pq
 
 from assay.corpus.footer import Footer, Identity, InputFacts, RowCounts
 from assay.corpus.layout import quarantine_path, table_path
+from assay.corpus.quarantine import list_digest
 from assay.corpus.shards import find_shards
+from assay.corpus.storage import Store
 from assay.corpus.tables import make_table
 
 
@@ -51,16 +53,16 @@ def make_scores(
         facts = InputFacts(path=shard.path, rows=rows, size=print_.size, mtime_ns=print_.mtime_ns)
         left = np.setdiff1d(np.arange(rows), (without or {}).get(shard.stem, []))
         counts = RowCounts(scored=len(left), quarantined=rows - len(left))
-        footer = Footer.make(identity, facts, counts, {}, {})
+        if len(left) < rows:
+            listed = [{"shard": shard.path, "row": i, "id": None, "reason": "bad"} for i in without[shard.stem]]
+            (root / name / quarantine_path(shard)).parent.mkdir(parents=True, exist_ok=True)
+            (root / name / quarantine_path(shard)).write_text("".join(json.dumps(row) + "\n" for row in listed))
+        footer = Footer.make(identity, facts, counts, list_digest(Store.at(str(root / name)), shard), {}, {})
         values = {score: np.asarray(numbers)[left] for score, numbers in scores.items()}
         ids = [f"{shard.stem}-{i}" for i in left]
         table = make_table(left, ids, values, [columns[score] for score in scores], footer.to_json())
         (root / name / table_path(shard)).parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(table, root / name / table_path(shard), compression="zstd", use_dictionary=False)
-        if len(left) < rows:
-            listed = [{"shard": shard.path, "row": i, "id": None, "reason": "bad"} for i in without[shard.stem]]
-            (root / name / quarantine_path(shard)).parent.mkdir(parents=True, exist_ok=True)
-            (root / name / quarantine_path(shard)).write_text("".join(json.dumps(row) + "\n" for row in listed))
     manifest = identity.model_dump() | {
         "corpus": str(root / "data"),
         "columns": [{"name": score} for score in columns],

@@ -137,7 +137,7 @@ def test_many_files_are_asked_for_at_once_where_each_costs_a_request(store):
             begun.append(i)
             at_once += 1
             most = max(most, at_once)
-        time.sleep(0.002)
+        time.sleep(0.0005)
         with lock:
             at_once -= 1
         if i == 300:

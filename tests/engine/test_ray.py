@@ -87,6 +87,16 @@ def test_no_room_and_no_such_engine(project):
         score(project, engine="spark")
 
 
+def test_a_worker_for_whom_there_is_no_room_is_waited_for_aloud(monkeypatch, caplog):
+    monkeypatch.setattr(ray_actors, "_QUIET_SECONDS", 0.2)
+    staff = RayActors(RaySpec(cpus=3, workers=1))
+    hired = staff.hire(staff.places()[0])
+    hired.call = hired.actor.work.remote(None)
+    assert staff.wait([hired], 600.0) == []
+    staff.end()
+    assert "no worker has started yet, each wants 3 CPUs and 0 GPUs; free in the cluster: {" in caplog.text
+
+
 def test_older_versions_are_refused(monkeypatch):
     monkeypatch.setattr(ray, "__version__", "2.54.1")
     with pytest.raises(EngineError, match=r"ray 2\.54\.1 is installed; expected 2\.57 or newer"):

@@ -98,11 +98,11 @@ def test_only_the_own_part_is_tried_again(project):
 @pytest.mark.parametrize(
     ("when", "stage"),
     [
-        ("before", QuarantineWriter),
+        pytest.param("before", QuarantineWriter, marks=pytest.mark.slow),
         ("after", QuarantineWriter),
         pytest.param("after", FeatureWriters, marks=pytest.mark.slow),
         pytest.param("before", ScoreWriter, marks=pytest.mark.slow),
-        ("after", ScoreWriter),
+        pytest.param("after", ScoreWriter, marks=pytest.mark.slow),
     ],
 )
 def test_a_kill_in_the_middle_loses_nothing(project, stage, when):

@@ -24,6 +24,8 @@ log = logging.getLogger("assay")
 
 # What opens a hostile Parquet file in older ones runs its code.
 OLDEST = (2, 57)
+# After so long without a worker it is said that there is none.
+_QUIET_SECONDS = 60.0
 
 
 class Actor:
@@ -104,6 +106,7 @@ class RayActors:
         self._started = _connect(self._ray, spec)
         self._class = self._ray.remote(max_restarts=0, num_cpus=spec.cpus, num_gpus=spec.gpus)(Actor)
         self._hired: list[RayWorker] = []
+        self._works = False
 
     def places(self) -> list[str]:
         """One for each worker that is asked for, or that the cluster has room for now."""
@@ -112,9 +115,11 @@ class RayActors:
             has, wants = self._ray.cluster_resources(), {"CPU": self._spec.cpus, "GPU": self._spec.gpus}
             count = int(min(has.get(name, 0.0) / each for name, each in wants.items() if each))
         if count < 1:
+            there = self._ray.cluster_resources()
+            self.end()
             raise EngineError(
                 f"run.ray: the cluster has no room for a worker of {self._spec.cpus:g} CPUs and {self._spec.gpus:g} "
-                f"GPUs; it has {self._ray.cluster_resources()}"
+                f"GPUs; it has {there}"
             )
         return [f"Ray ({i + 1})" for i in range(count)]
 
@@ -128,7 +133,13 @@ class RayActors:
         if ready := [hand for hand in hands if hand.heard]:
             return ready
         calls = {hand.call: hand for hand in hands if hand.call is not None}
-        done, _ = self._ray.wait(list(calls), num_returns=1, timeout=seconds)
+        done, _ = self._ray.wait(list(calls), num_returns=1, timeout=min(seconds, _QUIET_SECONDS))
+        self._works = self._works or bool(done)
+        if not self._works:
+            log.warning(
+                "no worker has started yet, each wants %g CPUs and %g GPUs; free in the cluster: %s",
+                *(self._spec.cpus, self._spec.gpus, self._ray.available_resources()),
+            )
         return [calls[call] for call in done]
 
     def dismiss(self) -> None:

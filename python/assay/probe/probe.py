@@ -208,7 +208,7 @@ class Probe:
             if self._verify and check is None and recorder.patterns - self._verified:
                 raise _Unverified
             read_off = [read(reading.task, outputs) for reading in self._readings]
-            if check is not None and (recorder.ambiguous or (self._droppable and size > 1)):
+            if check is not None and (recorder.placement.ambiguous or (self._droppable and size > 1)):
                 self._try_out(recorder, read_off, check)
             self._drop(recorder.dropped, check)
             found = self._backward(recorder, read_off, check)
@@ -216,9 +216,9 @@ class Probe:
         if check is not None and conclusive:
             self._verified |= recorder.patterns
             if size > 1:
-                self._layouts = recorder.learned | self._layouts
+                self._layouts = recorder.placement.learned | self._layouts
         if check is not None and not conclusive and size > 1:
-            check.refuse_guesses([name for name in recorder.ambiguous if name not in self._layouts])
+            check.refuse_guesses([name for name in recorder.placement.ambiguous if name not in self._layouts])
         # From now on, but after a batch of which no score is finite.
         if size > 1 and (check is None or conclusive or bool(check.finite.any())):
             self._droppable = set()
@@ -270,7 +270,7 @@ class Probe:
         recorder.backward(outputs[self._differentiated[0]].losses, {_CHECK: check}, last=False)
         wrong, taps = check.complaints(), {tap.layer: tap for tap in recorder.taps}
         untried = {}
-        for name, (taken, *others) in recorder.ambiguous.items():
+        for name, (taken, *others) in recorder.placement.ambiguous.items():
             self._tried.setdefault(name, set()).add(taken)
             untried[name] = [layout for layout in others if layout not in self._tried[name]]
         doubted = {

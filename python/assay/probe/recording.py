@@ -17,14 +17,15 @@ from assay.probe.calls import Call
 from assay.probe.experts import Routing
 from assay.probe.formulas import Factors
 from assay.probe.gradient import PerSampleGradient
-from assay.probe.layouts import Layout, possible
+from assay.probe.layouts import Layout
 from assay.probe.packed_region import PackedRegion
 from assay.probe.packing import Group, Packed, Packing
+from assay.probe.placement import Placement, Untapped, called
 from assay.probe.quiet import Inside, edge_of, on_gradient, other_leaves
 from assay.probe.reductions import Reduced, Reduction
 from assay.probe.selection import Tap
-from assay.probe.shared import Region, Shared
-from assay.probe.starts import coincidences, untapped
+from assay.probe.shared import Region
+from assay.probe.starts import untapped
 from assay.probe.terms import Term, sum_of
 from assay.tasks.output_layer import UnmadeLogits
 
@@ -50,7 +51,7 @@ class Recorder:
     Attributes:
         dropped: those that were, with the reason.
         patterns: how layers met their inputs: a gradient that is booked on the wrong sample shows in a new one first.
-        ambiguous: by layer, the layout that its input was taken to have and others that it may have by its shape.
+        placement: how samples lie in the layers' inputs.
         is_coarse: in training, whether a layer gave its output in 16 bits.
     """
 
@@ -68,15 +69,12 @@ class Recorder:
     packing: Packing | None = None
     dropped: dict[str, str] = field(default_factory=dict)
     patterns: set[tuple[Any, ...]] = field(default_factory=set)
-    ambiguous: dict[str, list[Layout]] = field(default_factory=dict)
     is_coarse: bool = False
     # By parameter: the calls that use it, with its name in their layer, and how many have no gradient yet.
     _calls: dict[str, list[tuple[Call, str]]] = field(default_factory=lambda: defaultdict(list))
     _waiting: dict[str, int] = field(default_factory=dict)
     _open: dict[str, None] = field(default_factory=dict)  # parameters that are not folded yet
     _kept: dict[str, list[Call]] = field(default_factory=lambda: defaultdict(list))  # by layer
-    # By layer: the only layouts that its calls' inputs can have, None where there is a choice.
-    _seen: dict[str, set[Layout | None]] = field(default_factory=lambda: defaultdict(set))
     _leaves: list[Tensor] = field(default_factory=list)
     _fold_into: Callable[[str], None] = field(default=lambda name: None)
     inside: Inside = field(default_factory=Inside)  # in training: the graph's nodes within the layers' calls
@@ -84,12 +82,7 @@ class Recorder:
     def __post_init__(self) -> None:
         how = {"size": self.size, "constants": self.constants, "in_training": self.in_training}
         self.region = _region(self.packing, positions=self.positions, **how)
-
-    @property
-    def learned(self) -> dict[str, Layout]:
-        """By layer, the only layout that its input can have, in all of its calls."""
-        alone = {layer: next(iter(seen)) for layer, seen in self._seen.items() if len(seen) == 1}
-        return {layer: layout for layer, layout in alone.items() if layout is not None}
+        self.placement = Placement(self.region, self.packing, self.layouts, self.guess, self.patterns)
 
     @property
     def _recording(self) -> bool:
@@ -293,8 +286,8 @@ class Recorder:
                 if tap.rule is not None and tap.rule.routed:
                     return self._route(tap, names, [*args, *kwargs.values()], output)
                 inputs = self._the_input(tap, args, kwargs)
-                layout = self._layout(tap, inputs, output)
-            except _Untapped as error:
+                layout = self.placement.of(tap, inputs, output)
+            except Untapped as error:
                 self._refuse(tuple(names.values()), str(error))
                 return None
             if layout == "shared":
@@ -334,10 +327,10 @@ class Recorder:
         """Experts, called with tokens (N, D), the experts' indices (N, k) and their weights (N, k)."""
         fits = len(values) == 3 and all(isinstance(x, Tensor) and x.ndim == 2 for x in values)
         count = len(values[0]) if fits else 0
-        owner = self._owner(count)
+        owner = self.placement.owner(count)
         if not fits or owner is None or not torch.is_grad_enabled():
-            what = _called(tap, values[0], output, self.size)
-            raise _Untapped(
+            what = called(tap, values[0], output, self.size)
+            raise Untapped(
                 untapped(what, "its tokens are not all positions of all samples, one sample after the other")
             )
         tokens, index, weights = (x.detach() for x in values)
@@ -348,15 +341,8 @@ class Recorder:
             self._watch(Call(tap, names, tokens, tokens._version, routing=routing), tapped)
         return tapped
 
-    def _owner(self, tokens: int) -> Tensor | None:
-        """(N,), the sample of each of all positions; None: these are not they."""
-        if self.packing is not None:
-            return self.packing.sample_of.flatten() if tokens == self.packing.sample_of.numel() else None
-        known = self.size == 1 or tokens == self.size or self.region.all_positions(tokens)
-        return torch.arange(tokens) // (tokens // self.size) if known and tokens else None
-
     def _share(self, tap: Tap, names: Mapping[str, str], inputs: Tensor, output: Tensor) -> Tensor:
-        what = _called(tap, inputs, output, self.size)
+        what = called(tap, inputs, output, self.size)
         start, value = self.region.begin(output, what, tuple(names.values()))
         if self._recording:
             plain = inputs.detach().as_subclass(Tensor)
@@ -368,55 +354,8 @@ class Recorder:
         values = [*args, *kwargs.values()]
         if len(values) != 1 or not isinstance(values[0], Tensor):
             kinds = ", ".join(type(value).__name__ for value in values) or "nothing"
-            raise _Untapped(f"layer {tap.layer!r} was called with ({kinds}); expected exactly one tensor")
+            raise Untapped(f"layer {tap.layer!r} was called with ({kinds}); expected exactly one tensor")
         return values[0]
-
-    def _layout(self, tap: Tap, inputs: Tensor, output: Any) -> Layout:
-        """How samples lie in a layer's input."""
-        if not torch.is_grad_enabled():
-            raise _Untapped(
-                f"layer {tap.layer!r} ran without gradients (torch.no_grad, or reentrant checkpointing); use "
-                "torch.utils.checkpoint with use_reentrant=False, or leave the layer out"
-            )
-        assert tap.rule is not None
-        place = tuple(tap.parameters.values())
-        trailing, deep = tap.rule.trailing, inputs.ndim >= tap.rule.ndim(tap.module)
-        if isinstance(output, Tensor) and inputs.ndim > 0 and output.shape[:1] == inputs.shape[:1]:
-            if self.packing is not None:
-                return self._packed(tap, inputs, output, self.packing)
-            if isinstance(inputs, Shared) and trailing:
-                return "shared"
-            if self.size == 1 and trailing and (len(inputs) != 1 or not deep):
-                return "windows"  # whatever the dimensions are, they are the sample's
-            if found := self._layouts(tap, inputs, output, deep):
-                known = self.layouts.get(tap.layer)
-                layout = known if known in found else found[0]
-                if len(found) > 1:
-                    self.ambiguous.setdefault(tap.layer, [layout, *(other for other in found if other != layout)])
-                self._seen[tap.layer].add(layout if len(found) == 1 else None)
-                self.patterns.add((place, *(() if layout == "first" else (layout,))))
-                if self.size > 1 and layout != "shared":
-                    self.patterns.add((place, layout, inputs.ndim, *coincidences(inputs.shape, self.size)))
-                return layout
-        raise _Untapped(untapped(_called(tap, inputs, output, self.size), "its first dimension is not the batch's"))
-
-    def _packed(self, tap: Tap, inputs: Tensor, output: Tensor, packing: Packing) -> Layout:
-        assert tap.rule is not None
-        lead = inputs.shape[:-1] if inputs.is_floating_point() else inputs.shape
-        by_position = tap.rule.trailing and packing.lead(lead) and packing.lead(output.shape)
-        if isinstance(inputs, Shared) or not by_position:
-            why = f"it has no row of its own for each of the {tuple(packing.sample_of.shape)} packed positions"
-            raise _Untapped(untapped(_called(tap, inputs, output, self.size), why))
-        place, count = tuple(tap.parameters.values()), packing.sample_of.numel()
-        self.patterns |= {(place, "packed"), (place, "packed", inputs.ndim, *coincidences(inputs.shape, count))}
-        return "packed"
-
-    def _layouts(self, tap: Tap, inputs: Tensor, output: Tensor, deep: bool) -> list[Layout]:
-        assert tap.rule is not None
-        positions = self.region.all_positions(len(inputs))
-        guess = self.guess and not isinstance(output, UnmadeLogits)
-        found = possible(inputs, output, self.size, tap.rule.trailing, positions, guess)
-        return found if deep else [layout for layout in found if layout in ("positions", "shared")]
 
     def _watch(self, call: Call, output: Tensor) -> None:
         self._record(call)
@@ -490,15 +429,3 @@ class Behind(Exception):
 
     def __init__(self, layers: set[str]) -> None:
         self.layers = layers
-
-
-class _Untapped(Exception):
-    """A layer cannot be tapped as the model calls it."""
-
-
-def _called(tap: Tap, inputs: Tensor, output: Any, size: int) -> str:
-    shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-    return (
-        f"layer {tap.layer!r} ({type(tap.module).__name__}) was called with an input of shape {tuple(inputs.shape)} "
-        f"and gave {shape}, in a batch of {size}"
-    )

@@ -355,7 +355,7 @@ class TrainingTaps:
         check = signed_check(losses, tapped, recorder.region.cuts, recorder.is_coarse)
         recorder.settle(check.gradients)
         first: dict[str, str] = {}
-        for layouts in choices(recorder.ambiguous):
+        for layouts in choices(recorder.placement.ambiguous):
             recorder.take_layouts(layouts)
             self._fill(check, recorder, losses, tapped)
             complaints = check.complaints()
@@ -367,7 +367,7 @@ class TrainingTaps:
         if check.is_conclusive:
             self._verified |= recorder.patterns
             if recorder.size > 1:
-                self._layouts = self._layouts | recorder.learned | layouts
+                self._layouts = self._layouts | recorder.placement.learned | layouts
 
     def _fill(self, check: Check, recorder: Recorder, losses: Tensor, tapped: Mapping[str, nn.Parameter]) -> None:
         check.dots.clear()

@@ -107,6 +107,7 @@ def test_import_is_light() -> None:
         "ray",
         "duckdb",
         "pandas",
+        "matplotlib",
     }
     before = subprocess.run(
         [sys.executable, "-c", code.replace(", assay", ", torch, numpy, pyarrow")],

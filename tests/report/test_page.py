@@ -6,6 +6,7 @@ import base64
 import io
 import re
 import struct
+import sys
 import zlib
 from html.parser import HTMLParser
 
@@ -13,6 +14,9 @@ import numpy as np
 import pytest
 
 from assay.cli import main
+from assay.corpus.scores_folder import open_scores
+from assay.report import survey
+from assay.report.charts import histogram
 from tests.report.small_report import Column, make_scores
 
 pytest.importorskip("matplotlib")
@@ -192,6 +196,25 @@ def test_where_the_page_may_go(tmp_path, capsys):
     for _ in range(2):
         assert main(["report", str(folder), "--out", f"{tmp_path}/new/page.html", "--samples", "0"]) == 0
     read(tmp_path / "new/page.html")
+
+
+def test_without_its_extra_it_says_what_to_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    folder = make_scores(tmp_path, {"text": ["a", "b"]}, {"x": [1, 2]})
+    assert main(["report", str(folder), "--out", str(tmp_path / "page.html")]) == 2
+    assert "matplotlib is not installed; it comes with `pip install 'assay[report]'`" in capsys.readouterr().err
+
+
+def test_settings_of_matplotlib_are_ours(tmp_path):
+    import matplotlib
+
+    folder = make_scores(tmp_path, {"text": ["a", "b"]}, {"x": [1, 2]})
+    (its,) = survey(open_scores(str(folder))).distributions
+    drawn = histogram(its, 1)
+    with matplotlib.rc_context({"text.usetex": True, "font.size": 40, "savefig.facecolor": "red"}):
+        assert histogram(its, 1) == drawn
+    assert "url(#chart-1-" in drawn
+    assert not re.search(r"#[0-9a-f]{6}\b", drawn), "a colour that is not the page's"
 
 
 def test_misuse_is_one_line(tmp_path, capsys):

@@ -6,7 +6,7 @@ from assay.report.facts import Facts, gather
 from assay.report.output import open_output
 from assay.report.page import Ends, Page, Shown
 from assay.report.pictures import thumbnail
-from assay.report.survey import SAMPLE_ROWS, Survey, survey
+from assay.report.surveying import SAMPLE_ROWS, Survey, survey
 
 __all__ = [
     "SAMPLE_ROWS",

@@ -10,7 +10,7 @@ import numpy as np
 
 from assay._lazy import require
 from assay.report.html import Html
-from assay.report.survey import Distribution
+from assay.report.surveying import Distribution
 
 # What matplotlib is told, and the page's own colour that takes its place.
 _COLOURS = {"#010101": "var(--ink)", "#020202": "var(--quiet)", "#030303": "var(--bar)", "#040404": "var(--mark)"}
@@ -49,7 +49,9 @@ def histogram(distribution: Distribution, number: int) -> Html:
     matplotlib, figures = require("matplotlib", "report"), require("matplotlib.figure", "report")
     ticks = require("matplotlib.ticker", "report")
     edges, counts = distribution.edges, distribution.counts
-    with matplotlib.rc_context(_SETTINGS):
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # a matplotlibrc of the working folder may be a stranger's
+        matplotlib.rcParams.update(_SETTINGS)
         figure = figures.Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
         axes = figure.add_subplot()
         axes.stairs(counts, edges, fill=True, color=_BAR, linewidth=0)

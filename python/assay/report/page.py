@@ -17,7 +17,7 @@ from assay.report.html import Html, element, join, table
 from assay.report.output import MARK
 from assay.report.relations import Matrix, overlaps, rank_correlations
 from assay.report.style import heat, style
-from assay.report.survey import QUANTILES, Column, Cut, Distribution, Survey
+from assay.report.surveying import QUANTILES, Column, Cut, Distribution, Survey
 
 # Neither scripts nor anything from elsewhere; images are the page's own.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -28,7 +28,7 @@ _ENDS = {
 _NEITHER = "Neither end is better: the number describes a row and does not rank it."
 _QUANTILE_WORDS = {share: f"{100 * share:g} %" for share in QUANTILES}
 _MOST_REASONS, _MOST_LEFT_OUT, _MOST_RECIPE = 8, 8, 20_000
-_MOST_NAME = 160
+_MOST_NAME = 200
 _MOST_CLASSES, _MOST_CONFUSED = 20, 12
 
 
@@ -144,12 +144,12 @@ def _made(facts: Facts, survey: Survey) -> Html:
         rows = [(_short(name), f"{count:,}") for name, count in lacking.items()]
         parts.append(table(("score", "rows without a number (NaN)"), rows))
     if facts.left_out:
-        some = [(_short(path), why) for path, why in list(facts.left_out.items())[:_MOST_LEFT_OUT]]
+        some = [(_short(path), _short(why)) for path, why in list(facts.left_out.items())[:_MOST_LEFT_OUT]]
         text = f"{len(facts.left_out):,} of {facts.shards:,} shards are not on this page, because they have no scores "
         parts.append(element("p", text + "that belong to them as they are now:"))
-        parts.append(table(("shard", "why"), [(path, why) for path, why in some], "words"))
+        parts.append(table(("shard", "why"), some, "words"))
     parts.append(element("h4", "Made by"))
-    parts.append(table(("what", "value"), list(_makers(facts)), "words"))
+    parts.append(table(("what", "value"), [(name, _short(value)) for name, value in _makers(facts)], "words"))
     recipe = json.dumps(facts.recipe, indent=2, ensure_ascii=False)
     cut = recipe if len(recipe) <= _MOST_RECIPE else recipe[:_MOST_RECIPE] + "\n…"
     parts.append(element("details", element("summary", "The recipe in full"), element("pre", cut)))
@@ -363,7 +363,7 @@ def _card(shown: Shown, by: str | None) -> Iterator[Html]:
         yield element("div", _short(column), class_="column")
         yield element("div", text, class_="text")
     if shown.fault:
-        yield element("p", f"Not shown: {shown.fault}", class_="quiet")
+        yield element("p", f"Not shown: {_short(shown.fault)}", class_="quiet")
     others = "\n".join(f"{_short(name)}  {value:.6g}" for name, value in shown.scores.items() if name != by)
     if others:
         what = "its scores" if by is None else "its other scores"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from assay.report.survey import Column, Floats
+from assay.report.surveying import Column, Floats
 
 Matrix = npt.NDArray[np.float64]
 

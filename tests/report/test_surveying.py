@@ -11,7 +11,7 @@ from assay.corpus.score_files import ROW_GROUP_ROWS
 from assay.corpus.scores_folder import open_scores
 from assay.report import survey
 from assay.report.relations import overlaps, rank_correlations
-from assay.report.survey import SAMPLE_ROWS, Column
+from assay.report.surveying import SAMPLE_ROWS, Column
 from assay.select import top
 from tests.report.small_report import Column as TableColumn
 from tests.report.small_report import make_scores

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import re
 import struct
 import sys
@@ -18,6 +19,7 @@ from assay.corpus.scores_folder import open_scores
 from assay.report import survey
 from assay.report.charts import histogram
 from tests.report.small_report import Column, make_scores
+from tests.small_scores import make_scores as make_two
 
 pytest.importorskip("matplotlib")
 
@@ -28,7 +30,7 @@ EVIL = (
 _ATTRIBUTES = "class id href content name http-equiv charset lang scope tabindex src alt"
 DRAWN = {"svg", "g", "path", "defs", "clippath", "use", "text", "rect"}
 _OURS = "html head meta title style body header main section nav ol ul li h1 h2 h3 h4 p a dl div dt dd article span "
-_OURS += "table thead tbody tr th td details summary pre img"
+_OURS += "table thead tbody tr th td details summary pre code img"
 
 
 class Reader(HTMLParser):
@@ -196,6 +198,18 @@ def test_where_the_page_may_go(tmp_path, capsys):
     for _ in range(2):
         assert main(["report", str(folder), "--out", f"{tmp_path}/new/page.html", "--samples", "0"]) == 0
     read(tmp_path / "new/page.html")
+
+
+def test_shards_that_are_left_out_are_named(tmp_path, capsys):
+    folder = make_two(tmp_path, {"a": {"x": np.arange(3.0)}, "b": {"x": np.arange(4.0)}})
+    os.utime(tmp_path / "data/b.parquet")
+    assert main(["report", folder, "--out", str(tmp_path / "page.html")]) == 1
+    error = capsys.readouterr().err
+    assert error == "assay: 1 shards are not in it (b.parquet: the file has changed since it was scored)\n"
+    page = read(tmp_path / "page.html")
+    assert "1 of 2 shards are not on this page" in page.text
+    assert "Of 3 rows 3 have scores" in page.text
+    assert "its task is none of this version of assay" in page.text  # whose columns would be shown
 
 
 def test_without_its_extra_it_says_what_to_install(tmp_path, monkeypatch, capsys):

@@ -231,10 +231,8 @@ def _tails(its: Distribution) -> Iterator[Html]:
     tails = [f"left of it {_rows(its.below)}, down to {_number(its.minimum)}"] if its.below else []
     tails += [f"right of it {_rows(its.above)}, up to {_number(its.maximum)}"] if its.above else []
     if tails:
-        yield element(
-            "p", f"The chart shows {low:.4g} to {high:.4g}, where most rows are; {', '.join(tails)}.",
-            class_="quiet",
-        )  # fmt: skip
+        text = f"The chart shows {low:.4g} to {high:.4g}, where most rows are; {', '.join(tails)}."
+        yield element("p", text, class_="quiet")
 
 
 def _quantiles(its: Distribution) -> Html:
@@ -271,12 +269,13 @@ def _sampled(survey: Survey) -> Html:
 def _matrix(columns: Sequence[Column], values: Matrix, corner: str) -> Html:
     lines = []
     for i, (column, line) in enumerate(zip(columns, values.tolist(), strict=True), start=1):
-        cells = (
-            element("td", "–" if np.isnan(value) else f"{value:.2f}".replace("-", "−"), class_=heat(value))
-            for value in line
-        )
+        cells = (element("td", "–" if np.isnan(value) else _hundredths(value), class_=heat(value)) for value in line)
         lines.append((f"{i}  {_short(column.name)}", *cells))
     return table((corner, *(str(i) for i in range(1, len(columns) + 1))), lines, "matrix")
+
+
+def _hundredths(value: float) -> str:
+    return f"{value if abs(value) >= 0.005 else 0.0:.2f}".replace("-", "−")
 
 
 def _cuts(survey: Survey) -> Html:
@@ -289,8 +288,10 @@ def _cuts(survey: Survey) -> Html:
     parts = [
         element(
             "p",
-            "From which score on a row is among the best so many per cent of all rows, as `assay select --top` takes "
-            "them. Where rows share that score, so that more have it or a better one, their number stands below it.",
+            "From which score on a row is among the best so many per cent of all rows; ",
+            element("code", "assay select --top"),
+            " keeps the same ones. Where rows share that score, so that more have it or a better one, their number "
+            "stands below it.",
         ),
         table(("keep the best", *heads), rows),
     ]
@@ -332,7 +333,7 @@ def _samples(page: Page) -> Html:
     for i, ends in enumerate(page.ends, start=1):
         names = ("Best", "Worst") if ends.keep in ("high", "low") else ("Highest", "Lowest")
         halves = [
-            element("div", element("h4", f"{name} by {_short(ends.by)}"), *_cards(rows, ends.by), class_=kind)
+            element("div", element("h4", name), *_cards(rows, ends.by), class_=kind)
             for name, rows, kind in ((names[0], ends.best, "best"), (names[1], ends.worst, "worst"))
         ]
         both = element("div", *halves, class_="ends")

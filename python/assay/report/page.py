@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timezone
 
 import numpy as np
@@ -16,8 +16,10 @@ from assay.report.facts import Facts
 from assay.report.html import Html, element, join, table
 from assay.report.output import MARK
 from assay.report.relations import Matrix, overlaps, rank_correlations
+from assay.report.rows import Ends, Shown, labels_section, samples_section
 from assay.report.style import heat, style
 from assay.report.surveying import QUANTILES, Column, Cut, Distribution, Survey
+from assay.report.words import in_digits, percent, rows_of, short
 
 # Neither scripts nor anything from elsewhere; images are the page's own.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -28,37 +30,6 @@ _ENDS = {
 _NEITHER = "Neither end is better: the number describes a row and does not rank it."
 _QUANTILE_WORDS = {share: f"{100 * share:g} %" for share in QUANTILES}
 _MOST_REASONS, _MOST_LEFT_OUT, _MOST_RECIPE = 8, 8, 20_000
-_MOST_NAME = 200
-_MOST_CLASSES, _MOST_CONFUSED = 20, 12
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A row of the corpus as it is shown.
-
-    Attributes:
-        name: its id; where: shard and row.
-        scores: all of them.
-        texts: by column, and pictures: by column a data URI of our own making.
-        fault: why something of it cannot be shown.
-    """
-
-    name: str
-    where: str
-    scores: Mapping[str, float]
-    texts: Mapping[str, str] = field(default_factory=dict)
-    pictures: Mapping[str, str] = field(default_factory=dict)
-    fault: str = ""
-
-
-@dataclass(frozen=True)
-class Ends:
-    """The best and the worst rows by a score; of one that is better at neither end, the highest and the lowest."""
-
-    by: str
-    keep: str
-    best: Sequence[Shown]
-    worst: Sequence[Shown]
 
 
 @dataclass(frozen=True)
@@ -80,7 +51,7 @@ class Page:
         head = join(
             element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
             element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-            element("title", f"Scores of {_short(self.facts.corpus)}"),
+            element("title", f"Scores of {short(self.facts.corpus)}"),
             element("style", style()),
         )
         body = join(
@@ -100,18 +71,18 @@ class Page:
         if self.survey.rows:
             yield "cuts", "What a cut keeps", _cuts(self.survey)
         if self.ends or self.random:
-            yield "samples", "Rows of the data: best, worst and random", _samples(self)
+            yield "samples", "Rows of the data: best, worst and random", samples_section(self.ends, self.random)
         if self.confusion is not None:
-            yield "labels", "Labels against the models' predictions", _labels(self.confusion)
+            yield "labels", "Labels against the models' predictions", labels_section(self.confusion)
 
     def _below(self, anchor: str) -> Html:
         names = [its.column.name for its in self.survey.distributions] if anchor == "scores" else []
-        links = (element("li", element("a", _short(n), href=f"#score-{i}")) for i, n in enumerate(names, start=1))
+        links = (element("li", element("a", short(n), href=f"#score-{i}")) for i, n in enumerate(names, start=1))
         return element("ul", *links) if names else Html("")
 
 
 def _head(facts: Facts, survey: Survey) -> Iterator[Html]:
-    yield element("h1", f"Scores of {_short(facts.corpus)}")
+    yield element("h1", f"Scores of {short(facts.corpus)}")
     yield element(
         "p",
         "assay reads a collection of training data and gives every row scores: numbers that say how useful the row is "
@@ -141,15 +112,15 @@ def _made(facts: Facts, survey: Survey) -> Html:
             rows.append(("other reasons", f"{rest:,}"))
         parts.append(table(("why rows are in quarantine (N: some number)", "rows"), rows))
     if lacking := {its.column.name: its.nan for its in survey.distributions if its.nan}:
-        rows = [(_short(name), f"{count:,}") for name, count in lacking.items()]
+        rows = [(short(name), f"{count:,}") for name, count in lacking.items()]
         parts.append(table(("score", "rows without a number (NaN)"), rows))
     if facts.left_out:
-        some = [(_short(path), _short(why)) for path, why in list(facts.left_out.items())[:_MOST_LEFT_OUT]]
+        some = [(short(path), short(why)) for path, why in list(facts.left_out.items())[:_MOST_LEFT_OUT]]
         text = f"{len(facts.left_out):,} of {facts.shards:,} shards are not on this page, because they have no scores "
         parts.append(element("p", text + "that belong to them as they are now:"))
         parts.append(table(("shard", "why"), some, "words"))
     parts.append(element("h4", "Made by"))
-    parts.append(table(("what", "value"), [(name, _short(value)) for name, value in _makers(facts)], "words"))
+    parts.append(table(("what", "value"), [(name, short(value)) for name, value in _makers(facts)], "words"))
     recipe = json.dumps(facts.recipe, indent=2, ensure_ascii=False)
     cut = recipe if len(recipe) <= _MOST_RECIPE else recipe[:_MOST_RECIPE] + "\n…"
     parts.append(element("details", element("summary", "The recipe in full"), element("pre", cut)))
@@ -165,7 +136,7 @@ def _makers(facts: Facts) -> Iterator[tuple[str, str]]:
     if isinstance(task, dict) and "kind" in task:
         yield "task", str(task["kind"])
     for name, digest in facts.models.items():
-        yield f"model {_short(name)}", _digest(digest)
+        yield f"model {short(name)}", _digest(digest)
     yield "recipe", _digest(facts.recipe_hash)
     yield "corpus", facts.corpus
     yield "scores folder", facts.folder
@@ -198,24 +169,26 @@ def _scores(survey: Survey, places: Mapping[str, int]) -> Html:
         element("div", *cards, class_="cards"),
     ]
     if survey.wide:
-        names = ", ".join(_short(name) for name in survey.wide)
+        names = ", ".join(short(name) for name in survey.wide)
         parts.append(element("p", f"Several numbers per row, and not charted: {names}.", class_="quiet"))
     return join(*parts)
 
 
 def _score(its: Distribution, number: int, place: int | None) -> Html:
     column = its.column
-    parts = [element("h3", _short(column.name))]
+    parts = [element("h3", short(column.name))]
     if column.description:
         parts.append(element("p", column.description[:600]))
     parts.append(element("p", _ENDS.get(column.keep, _NEITHER)))
     if its.nan:
         share = 100 * its.nan / its.rows
-        parts.append(element("p", f"No number (NaN) for {_rows(its.nan)} ({share:.3g} %), which no chart or cut has."))
+        parts.append(
+            element("p", f"No number (NaN) for {rows_of(its.nan)} ({share:.3g} %), which no chart or cut has.")
+        )
     if not its.numbers:
         parts.append(element("p", "There is no number to chart." if its.rows else "There is no row."))
     elif its.minimum == its.maximum:
-        text = f"All {its.numbers:,} numbers are {_number(its.minimum)}: this score tells no row from another."
+        text = f"All {its.numbers:,} numbers are {in_digits(its.minimum)}: this score tells no row from another."
         parts.append(element("p", text))
     else:
         parts += [histogram(its, number), *_tails(its), _quantiles(its)]
@@ -228,8 +201,8 @@ def _score(its: Distribution, number: int, place: int | None) -> Html:
 
 def _tails(its: Distribution) -> Iterator[Html]:
     low, high = float(its.edges[0]), float(its.edges[-1])
-    tails = [f"left of it {_rows(its.below)}, down to {_number(its.minimum)}"] if its.below else []
-    tails += [f"right of it {_rows(its.above)}, up to {_number(its.maximum)}"] if its.above else []
+    tails = [f"left of it {rows_of(its.below)}, down to {in_digits(its.minimum)}"] if its.below else []
+    tails += [f"right of it {rows_of(its.above)}, up to {in_digits(its.maximum)}"] if its.above else []
     if tails:
         text = f"The chart shows {low:.4g} to {high:.4g}, where most rows are; {', '.join(tails)}."
         yield element("p", text, class_="quiet")
@@ -270,7 +243,7 @@ def _matrix(columns: Sequence[Column], values: Matrix, corner: str) -> Html:
     lines = []
     for i, (column, line) in enumerate(zip(columns, values.tolist(), strict=True), start=1):
         cells = (element("td", "–" if np.isnan(value) else _hundredths(value), class_=heat(value)) for value in line)
-        lines.append((f"{i}  {_short(column.name)}", *cells))
+        lines.append((f"{i}  {short(column.name)}", *cells))
     return table((corner, *(str(i) for i in range(1, len(columns) + 1))), lines, "matrix")
 
 
@@ -283,8 +256,8 @@ def _cuts(survey: Survey) -> Html:
     if not shown:
         return element("p", "No score has a number to cut at.")
     first = shown[0].cuts
-    heads = (join(_percent(cut.share), element("span", f"{cut.rows:,} rows", class_="small")) for cut in first)
-    rows = [(_short(its.column.name), *(_cut(cut, its.column) for cut in its.cuts)) for its in shown]
+    heads = (join(percent(cut.share), element("span", f"{cut.rows:,} rows", class_="small")) for cut in first)
+    rows = [(short(its.column.name), *(_cut(cut, its.column) for cut in its.cuts)) for its in shown]
     parts = [
         element(
             "p",
@@ -319,109 +292,4 @@ def _cut(cut: Cut, column: Column) -> Html:
     sign = "≤" if column.keep == "low" else "≥"
     ties = cut.at_threshold - cut.rows
     note = element("span", f"{cut.at_threshold:,} rows", class_="small") if ties else Html("")
-    return element("td", f"{sign} {_number(cut.threshold)}", note)
-
-
-def _samples(page: Page) -> Html:
-    parts = [
-        element(
-            "p",
-            "The rows themselves, as they are in the data, shortened. A good score has rows at its best end that you "
-            "would keep and rows at its worst end that you would not.",
-        )
-    ]
-    for i, ends in enumerate(page.ends, start=1):
-        names = ("Best", "Worst") if ends.keep in ("high", "low") else ("Highest", "Lowest")
-        halves = [
-            element("div", element("h4", name), *_cards(rows, ends.by), class_=kind)
-            for name, rows, kind in ((names[0], ends.best, "best"), (names[1], ends.worst, "worst"))
-        ]
-        both = element("div", *halves, class_="ends")
-        parts.append(element("article", element("h3", _short(ends.by)), both, class_="card", id=f"sample-{i}"))
-    if page.random:
-        text = "Drawn uniformly with a fixed seed, the same for every score: what the data is like as a whole."
-        columns = element("div", *(element("div", card) for card in _cards(page.random, None)), class_="ends")
-        random = element("article", element("h3", "Random rows"), element("p", text), columns, class_="card")
-        parts.append(random)
-    return join(parts[0], element("div", *parts[1:], class_="stack"))
-
-
-def _cards(rows: Sequence[Shown], by: str | None) -> Iterator[Html]:
-    if not rows:
-        yield element("p", "No row has a number.", class_="quiet")
-    for shown in rows:
-        yield element("div", *_card(shown, by), class_="sample")
-
-
-def _card(shown: Shown, by: str | None) -> Iterator[Html]:
-    value = [element("span", _number(shown.scores[by]), class_="value"), Html("&ensp;")] if by is not None else []
-    name = shown.where if shown.name == shown.where else f"{_short(shown.name)}  ({_short(shown.where)})"
-    yield element("div", *value, element("span", name, class_="id"))
-    for column, source in shown.pictures.items():
-        yield element("div", _short(column), class_="column")
-        yield element("img", src=source, alt="")
-    for column, text in shown.texts.items():
-        yield element("div", _short(column), class_="column")
-        yield element("div", text, class_="text")
-    if shown.fault:
-        yield element("p", f"Not shown: {_short(shown.fault)}", class_="quiet")
-    others = "\n".join(f"{_short(name)}  {value:.6g}" for name, value in shown.scores.items() if name != by)
-    if others:
-        what = "its scores" if by is None else "its other scores"
-        yield element("details", element("summary", what), element("div", others, class_="text"), class_="column")
-
-
-def _labels(confusion: Confusion) -> Html:
-    total, agree = sum(confusion.counts.values()), confusion.agree
-    which = f"all {confusion.rows:,} rows" if confusion.all_rows else f"the first {confusion.rows:,} rows"
-    text = f"Counted over {which}, of which {total:,} have a label and a prediction ({_short(confusion.by)}). "
-    if agree is None:
-        text += "Which class a label is, only the models know; so the classes are numbers."
-    else:
-        text += f"In {agree:,} of them ({100 * agree / max(total, 1):.3g} %) the models together predict the label."
-    names = confusion.names if agree is not None else {}
-    parts = [element("p", text)]
-    labels = [label for label, _ in confusion.by_label()]
-    classes = sorted({predicted for _, predicted in confusion.counts} | set(confusion.places.values()))
-    if labels and len(labels) <= _MOST_CLASSES and len(classes) <= _MOST_CLASSES:
-        ordered = sorted(labels, key=lambda label: confusion.places.get(label, len(classes)))
-        parts.append(_confusion_matrix(confusion, ordered, classes, names))
-    if most := confusion.most()[:_MOST_CONFUSED]:
-        rows = [(_short(label), _short(names.get(its, str(its))), f"{count:,}") for label, its, count in most]
-        text = "Where they disagree, the label may be wrong, the models may be, or two classes are hard to tell apart."
-        parts += [
-            element("h4", "The commonest disagreements"),
-            element("p", text),
-            table(("label in the data", "predicted", "rows"), rows),
-        ]
-    return join(*parts)
-
-
-def _confusion_matrix(
-    confusion: Confusion, labels: Sequence[str], classes: Sequence[int], names: Mapping[int, str]
-) -> Html:
-    totals = dict(confusion.by_label())
-    rows = []
-    for label in labels:
-        counts = [confusion.counts.get((label, predicted), 0) for predicted in classes]
-        cells = (element("td", f"{count:,}", class_=heat(count / totals[label])) for count in counts)
-        rows.append((_short(label), *cells, f"{totals[label]:,}"))
-    heads = (_short(names.get(predicted, str(predicted))) for predicted in classes)
-    return table(("label ↓  predicted →", *heads, "rows"), rows, "matrix")
-
-
-def _rows(count: int) -> str:
-    return f"{count:,} row{'' if count == 1 else 's'}"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
-
-
-def _number(value: float) -> str:
-    """As few digits as tell a float32 from all others: what is copied from the page cuts where the page says."""
-    return str(np.float32(value))
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= _MOST_NAME else f"{text[:_MOST_NAME]}…"
+    return element("td", f"{sign} {in_digits(cut.threshold)}", note)

@@ -28,7 +28,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	$(BIN)/python -m pip install -q --no-compile -c constraints.txt torch
 	$(BIN)/python -m pip install -q --no-compile -c constraints.txt scikit-build-core pybind11 cmake ninja build \
 	  pydantic typer rich pyyaml fsspec zstandard safetensors scikit-learn transformers gguf datasets \
-	  pyarrow pytest pytest-timeout pytest-xdist hypothesis cleanlab peft accelerate trl lightning pillow psutil pylance ray duckdb triton \
+	  pyarrow pytest pytest-timeout pytest-xdist hypothesis cleanlab peft accelerate trl lightning pillow psutil pylance ray duckdb matplotlib triton \
 	  ruff mypy types-PyYAML
 	touch $@
 

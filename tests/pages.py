@@ -30,6 +30,7 @@ score_with_ray = pretraining_text
 
 def ask_the_scores(root: Path) -> None:
     pytest.importorskip("duckdb")
+    pytest.importorskip("matplotlib")
     loss, rho = np.random.default_rng(0).normal(size=(2, 20)).astype(np.float32)
     shards = {"a": {"loss": loss, "rho": rho}, "b": {"loss": rho, "rho": loss}}
     make_scores(root, shards)

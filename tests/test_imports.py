@@ -31,10 +31,11 @@ MAY_IMPORT = {
     "recipe": {"corpus", "methods", "ops", "tasks", "_lazy"},
     "engine": {"corpus", "methods", "ops", "probe", "recipe", "tasks", "_lazy", "_version"},
     "curate": {"corpus", "select", "_lazy", "_version"},
+    "report": {"corpus", "_lazy", "_version"},
     "train": {"corpus", "curate", "methods", "ops", "probe", "select", "tasks", "_lazy"},
     "two_stage": {"corpus", "curate", "engine", "probe", "recipe", "select", "tasks", "_version"},
     "demo": {"corpus", "curate", "engine", "methods", "ops", "probe", "recipe", "retrain", "select", "tasks", "_lazy"},
-    "cli": {"corpus", "curate", "engine", "recipe", "ops", "demo", "select", "two_stage", "__init__"},
+    "cli": {"corpus", "curate", "engine", "recipe", "ops", "demo", "report", "select", "two_stage", "__init__"},
     "__main__": {"cli"},
     "_version": set(),
     "__init__": {"_version", "methods", "ops", "probe", "reading", "retrain", "scoring", "select", "tasks", "train"},
@@ -106,6 +107,7 @@ def test_import_is_light() -> None:
         "ray",
         "duckdb",
         "pandas",
+        "matplotlib",
     }
     before = subprocess.run(
         [sys.executable, "-c", code.replace(", assay", ", torch, numpy, pyarrow")],

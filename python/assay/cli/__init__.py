@@ -17,6 +17,7 @@ from assay.cli.experiments import two_stage
 from assay.cli.explaining import explain
 from assay.cli.machine import doctor
 from assay.cli.recipes import init, validate
+from assay.cli.reporting import report
 from assay.cli.runs import score
 from assay.cli.scores import list_scores, show
 from assay.cli.selection import select
@@ -95,6 +96,7 @@ app.command()(select)
 app.command("two-stage")(two_stage)
 app.command()(show)
 app.command()(explain)
+app.command()(report)
 app.command("ls")(list_scores)
 app.command()(doctor)
 demo.command("digits")(demo_digits)

@@ -91,9 +91,9 @@ def make_cards(scores: Scores, ranking: Ranking, tokens: bool, trust: Sequence[s
     """
     ends = {"worst": ranking.worst, "best": ranking.best, "nan": ranking.without}
     encoder = _token_encoder(scores, trust) if tokens else None
-    columns = list(dict.fromkeys([*_task_columns(scores), *(encoder.columns if encoder else ())]))
+    columns = list(dict.fromkeys([*task_of(scores).column_keys().values(), *(encoder.columns if encoder else ())]))
     samples = read_samples([ranked for end in ends.values() for ranked in end], columns)
-    classes = {shard: _classes(shard) for shard in {ranked.shard for end in ends.values() for ranked in end}}
+    classes = {shard: class_names(shard) for shard in {ranked.shard for end in ends.values() for ranked in end}}
     cards = []
     for end, members in ends.items():
         for place, ranked in enumerate(members, start=1):
@@ -110,16 +110,15 @@ def make_cards(scores: Scores, ranking: Ranking, tokens: bool, trust: Sequence[s
     return cards
 
 
-def _task_columns(scores: Scores) -> list[str]:
-    """The columns that the recipe's task reads."""
+def task_of(scores: Scores) -> TaskSpec:
+    """The recipe's task, which says which columns it reads. CorpusError if it is none."""
     try:
-        task = _TASK.validate_python(scores.identity.recipe.get("task"))
+        return _TASK.validate_python(scores.identity.recipe.get("task"))
     except ValidationError as error:
         raise CorpusError(f"{scores.store.full(MANIFEST)}: its task is none of this version of assay") from error
-    return list(task.column_keys().values())
 
 
-def _classes(shard: Shard) -> dict[str, Sequence[str]]:
+def class_names(shard: Shard) -> dict[str, Sequence[str]]:
     """By column, the names that a shard gives to whole numbers."""
     try:
         facts = columns_of(shard)

@@ -3,7 +3,7 @@
 from assay.curate.condition import ExpressionError
 from assay.curate.curation import Curated, curate
 from assay.curate.explaining import Explained, Explanation, explain
-from assay.curate.ranking import Ranked, Ranking, rank, read_samples
+from assay.curate.ranking import Ranked, Ranking, rank, ranked_at, read_samples
 from assay.curate.rules import RuleOptions, parse_amount, parse_end
 from assay.curate.whole import WholeTable, read_whole
 
@@ -21,6 +21,7 @@ __all__ = [
     "parse_amount",
     "parse_end",
     "rank",
+    "ranked_at",
     "read_samples",
     "read_whole",
 ]

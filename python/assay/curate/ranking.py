@@ -123,7 +123,7 @@ def rank(
             nan += len(bare)
             start += len(values)
         rows += start
-    found = [_look_up(scores, shards, places) for places in (top.places.tolist(), bottom.places.tolist(), lacking)]
+    found = [ranked_at(scores, shards, places) for places in (top.places.tolist(), bottom.places.tolist(), lacking)]
     described = (column.metadata or {}).get(b"description", b"").decode("utf-8", "replace")
     return Ranking(name, better, described, rows, nan, found[0], found[1], found[2], left_out)
 
@@ -135,8 +135,8 @@ def _direction(column: pa.Field, keep: str | None) -> str:
     return said
 
 
-def _look_up(scores: Scores, shards: Sequence[Shard], places: Sequence[Sequence[int]]) -> tuple[Ranked, ...]:
-    """The samples at (table, place), in that order."""
+def ranked_at(scores: Scores, shards: Sequence[Shard], places: Sequence[Sequence[int]]) -> tuple[Ranked, ...]:
+    """The samples at (index of the shard, place in its table), in that order."""
     found: dict[tuple[int, int], Ranked] = {}
     for table in sorted({table for table, _ in places}):
         here = [place for its, place in places if its == table]

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from assay.corpus.errors import CorpusError
 from assay.corpus.layout import table_path
-from assay.corpus.score_files import ROW_GROUP_ROWS
+from assay.corpus.score_files import ROW_GROUP_ROWS, opened_table
 from assay.corpus.scores_folder import Scored, Scores, open_scores
 from assay.corpus.shards import Shard
 from assay.corpus.storage import Store
@@ -129,8 +129,8 @@ class _Follower:
 
 def read_batches(store: Store, path: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
     """Some columns of a score table, a row group's worth at a time."""
-    with store.open(path) as file:
-        yield from pq.ParquetFile(file).iter_batches(batch_size=ROW_GROUP_ROWS, columns=list(columns))
+    with opened_table(store, path) as table:
+        yield from table.iter_batches(batch_size=ROW_GROUP_ROWS, columns=list(columns))
 
 
 def open_beside(scores: Scores, tables: Tables, beside: Mapping[str, str]) -> dict[str, Beside]:

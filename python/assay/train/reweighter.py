@@ -167,7 +167,7 @@ class Reweighter:
             reweighter.backward(losses, ids)
 
         The samples must not see each other: with position ids that start anew at every sample, models of transformers
-        keep them apart. ``verify`` finds a model that does not. Layers that run on every position by itself (linear,
+        keep them apart. ``verify`` finds a model that does not, whatever is tapped. Layers that run on every position by itself (linear,
         embedding, norm, a mixture's experts) can be tapped; convolutions over positions and parameters without a layer
         are refused.
 

@@ -167,9 +167,9 @@ class Reweighter:
             reweighter.backward(losses, ids)
 
         The samples must not see each other: with position ids that start anew at every sample, models of transformers
-        keep them apart. ``verify`` finds a model that does not, whatever is tapped. Layers that run on every position by itself (linear,
-        embedding, norm, a mixture's experts) can be tapped; convolutions over positions and parameters without a layer
-        are refused.
+        keep them apart. ``verify`` finds a model that does not, whatever is tapped. Layers that run on every position by
+        itself (linear, embedding, norm, a mixture's experts) can be tapped, and bare parameters that meet every
+        position; convolutions over positions are refused.
 
         Args:
             seq_idx: (R, T) int64, the sample of each position, from 0 on; −1 where a position is nobody's.

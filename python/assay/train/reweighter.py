@@ -167,7 +167,7 @@ class Reweighter:
             reweighter.backward(losses, ids)
 
         The samples must not see each other: with position ids that start anew at every sample, models of transformers
-        keep them apart. ``verify`` finds a model that does not, whatever is tapped. Layers that run on every position by
+        keep them apart. ``verify`` finds a model that does not, whatever is tapped. Layers that run on each position by
         itself (linear, embedding, norm, a mixture's experts) can be tapped, and bare parameters that meet every
         position; convolutions over positions are refused.
 

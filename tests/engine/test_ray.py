@@ -41,6 +41,14 @@ def odd(monkeypatch, actor) -> None:
     monkeypatch.setattr(shard, "WINDOW_ROWS", odd_workers.SMALL_WINDOW)
 
 
+def test_an_actor_writes_the_bytes_of_a_process(project):
+    summary = score(project, "run.ray.workers=1")
+    assert (summary.workers, summary.scored, summary.clean) == (1, 2, True)
+    score(project, "output=alone", engine="local")
+    assert written(project.scores) == written(project.root / "alone")
+
+
+@pytest.mark.slow
 def test_two_actors_write_the_bytes_of_one_whatever_dies_once(project, monkeypatch, caplog):
     """A large shard in parts, an unreadable one, one that ends an actor once, and one that ends every actor."""
     odd(monkeypatch, odd_actors.Mortal)
@@ -68,12 +76,14 @@ def test_two_actors_write_the_bytes_of_one_whatever_dies_once(project, monkeypat
     assert (again.done_before, again.scored) == (4, 1)  # that of which it is known that it cannot be read stays so
 
 
+@pytest.mark.slow
 def test_a_table_that_only_a_worker_sees_is_an_error(project, monkeypatch):
     odd(monkeypatch, odd_actors.Elsewhere)
     with pytest.raises(EngineError, match=r": a worker wrote its table to .* and here there is none"):
         score(project)
 
 
+@pytest.mark.slow
 def test_an_actor_whose_call_failed_makes_room_for_another(project, monkeypatch, caplog):
     monkeypatch.setattr(ray_actors, "Actor", odd_actors.Failing)
     summary = score(project, "run.ray.workers=1", "run.ray.cpus=2")
@@ -96,6 +106,7 @@ def test_an_address_beside_the_connection_that_is_there_is_refused():
         RayActors(RaySpec(address="10.9.9.9:1"))
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_together_is_said_as_by_one(project, monkeypatch):
     with pytest.raises(EngineError, match=r"^task\.classes is 4, but models\.a has 3 outputs$"):
         score(project, "task.classes=4")

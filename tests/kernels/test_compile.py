@@ -46,6 +46,7 @@ print(row.shared_bytes)
 """
 
 
+@pytest.mark.slow
 def test_both_operands_loads_are_pipelined() -> None:
     """An address that lost its alignment on the way would take less shared memory."""
     run = compiling("-c", LARGE)
@@ -65,6 +66,7 @@ assert {cc for _, cc in chosen} == {90}
 """
 
 
+@pytest.mark.slow
 def test_the_quick_table_leaves_out_no_kernel() -> None:
     run = compiling("-c", HEAVIEST)
     assert run.returncode == 0, run.stderr
@@ -81,6 +83,7 @@ print(table.render([row]), *table.check([row]), sep=chr(10))
 """
 
 
+@pytest.mark.slow
 def test_a_kernel_that_spills_is_caught() -> None:
     """A tile that cannot fit its registers, through the compiler and back."""
     run = compiling("-c", SPILLING)

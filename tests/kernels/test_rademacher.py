@@ -42,7 +42,7 @@ def added(x: Tensor, first: int, sketch: assay.Rademacher) -> Tensor:
     return sums
 
 
-@pytest.mark.parametrize(("sketch", "dtype", "gap"), checkered(SKETCHES, DTYPES, GAPS))
+@pytest.mark.parametrize(("sketch", "dtype", "gap"), checkered(SKETCHES, DTYPES, GAPS, every=3))
 def test_against_float64(sketch: assay.Rademacher, dtype: torch.dtype, gap: int) -> None:
     for b, d in SHAPES if gap == 3 else SHAPES[1:2]:
         if sketch.dim == 300 and d == 1300:
@@ -56,7 +56,7 @@ def test_against_float64(sketch: assay.Rademacher, dtype: torch.dtype, gap: int)
         assert bool((error <= 2e-6 * x.double().norm(dim=1, keepdim=True).cpu()).all()), (b, d, float(error.max()))
 
 
-@pytest.mark.parametrize(("first", "dtype"), checkered([0, 2**32 - 31, FAR, 2**60], DTYPES))
+@pytest.mark.parametrize(("first", "dtype"), checkered([0, 2**32 - 31, FAR, 2**60], DTYPES, every=3))
 def test_every_sign_is_the_definition_s(first: int, dtype: torch.dtype) -> None:
     """To the last bit, beyond 2³² and across it, in blocks of 128 rows and in what is left of one."""
     eye = torch.eye(67, dtype=dtype, device=DEVICE)
@@ -79,7 +79,7 @@ def test_strides() -> None:
     assert torch.equal(triton_project(x[:1].expand(3, -1), SKETCHES[1]), want[:1].expand(3, -1))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [DTYPES[0], *(pytest.param(d, marks=pytest.mark.slow) for d in DTYPES[1:])])
 def test_a_row_s_bits_are_its_own(dtype: torch.dtype) -> None:
     """Whatever the batch, over several slices; and the same every time."""
     x = torch.randn(19, kernel.MIN_SLICE + 70, device=DEVICE).to(dtype)

@@ -105,7 +105,7 @@ def test_against_float64(n: int, d: int, m: int, dtype: torch.dtype, gap: int) -
         check(features, queries, scales, reduce)
 
 
-@pytest.mark.parametrize(("shape", "dtype"), checkered(SHAPES[:5], [F32, INT8], every=3))
+@pytest.mark.parametrize(("shape", "dtype"), checkered(SHAPES[:5], [F32, INT8], every=5))
 def test_the_best_are_those_of_the_scores(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     n, d, m = shape
     features, queries, scales = draw(n, d, m, dtype)

@@ -158,8 +158,13 @@ def rows_at(store: Store, path: str, places: Sequence[int]) -> list[dict[str, An
 
 def score_field(store: Store, path: str, name: str) -> pa.Field:
     """The field of one score: its metadata says which end to keep."""
+    return table_schema(store, path).field(name)
+
+
+def table_schema(store: Store, path: str) -> pa.Schema:
+    """A score table's columns."""
     with store.open(path) as file:
-        return pq.ParquetFile(file).schema_arrow.field(name)
+        return pq.ParquetFile(file).schema_arrow
 
 
 def stream_ids(store: Store, path: str) -> Iterator[str]:

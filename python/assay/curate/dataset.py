@@ -7,10 +7,10 @@ import logging
 import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 
 from assay.corpus.errors import CorpusError
 from assay.corpus.layout import table_path
+from assay.corpus.score_files import table_schema
 from assay.corpus.scores_folder import Scores, State, open_scores
 from assay.corpus.storage import Store
 from assay.curate.whole import scored_shards
@@ -56,8 +56,7 @@ def _refuse_partial(scores: Scores) -> None:
 def _schema(scores: Scores, path: str) -> pa.Schema:
     """The tables' columns behind `shard`. Each says which end of it to keep; what a table says of its own run stays
     there."""
-    with scores.store.open(path) as file:
-        own = pq.ParquetFile(file).schema_arrow
+    own = table_schema(scores.store, path)
     if SHARD in own.names:
         raise CorpusError(f"{scores.store.url}: has a score {SHARD!r}, which is what the shards' column is called")
     return pa.schema([pa.field(SHARD, pa.string(), nullable=False), *own])

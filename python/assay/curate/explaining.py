@@ -10,12 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from assay.corpus.errors import CorpusError
 from assay.corpus.layout import table_path
 from assay.corpus.quarantine import read_quarantine, row_id
-from assay.corpus.score_files import rows_at
+from assay.corpus.score_files import rows_at, table_schema
 from assay.corpus.scores_folder import Scores, State
 from assay.corpus.shards import Shard
 from assay.curate.fates import Fate, find_fates
@@ -143,8 +142,7 @@ def _standings(
     for shard, place, *_ in found:
         places.setdefault(shard, []).append(place)
     held = [entry for shard, its in places.items() for entry in rows_at(scores.store, table_path(shard), its)]
-    with scores.store.open(table_path(shards[0])) as file:
-        fields = [field for field in pq.ParquetFile(file).schema_arrow if field.type == pa.float32()]
+    fields = [f for f in table_schema(scores.store, table_path(shards[0])) if f.type == pa.float32()]
     own = {f.name: np.array([entry[f.name] for entry in held], np.float32) for f in fields}
     counters = {name: _Counter(values) for name, values in own.items()}
     rows = 0

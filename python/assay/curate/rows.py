@@ -11,11 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from assay.corpus.errors import CorpusError
 from assay.corpus.layout import table_path
-from assay.corpus.score_files import ROW_GROUP_ROWS, opened_table
+from assay.corpus.score_files import ROW_GROUP_ROWS, opened_table, table_schema
 from assay.corpus.scores_folder import Scored, Scores, open_scores
 from assay.corpus.shards import Shard
 from assay.corpus.storage import Store
@@ -159,5 +158,4 @@ def _below(name: str, names: Sequence[str]) -> list[str]:
 
 
 def _types(store: Store, shard: Shard) -> dict[str, pa.DataType]:
-    with store.open(table_path(shard)) as file:
-        return {found.name: found.type for found in pq.ParquetFile(file).schema_arrow}
+    return {found.name: found.type for found in table_schema(store, table_path(shard))}

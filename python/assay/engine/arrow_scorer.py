@@ -15,7 +15,7 @@ from assay.corpus.errors import ShardError
 from assay.corpus.footer import Tally
 from assay.corpus.shards import Corpus, find_shards
 from assay.corpus.storage import Store
-from assay.corpus.tables import score_schema
+from assay.corpus.tables import ROW_AND_ID, score_schema
 from assay.engine.columns import with_columns
 from assay.engine.devices import find_devices
 from assay.engine.plan import Plan, identity_of
@@ -96,7 +96,7 @@ class Scorer:
         places = np.concatenate([np.empty(0, np.int64), *(window.rows for window in scored)]).astype(np.int64)
         if len(places) + sum(fault is not None for fault in faults) != table.num_rows:
             raise EngineError(f"{table.num_rows} rows in, {len(places)} scored; please report this as a bug in assay")
-        for field in list(score_schema(columns, {}))[2:]:
+        for field in list(score_schema(columns, {}))[len(ROW_AND_ID) :]:
             values = [window.scores[field.name] for window in scored]
             table = table.append_column(field, _at(places, values, table.num_rows, field))
         return table.append_column(FAULT, pa.array(faults, pa.string()))

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_unflatten
 
 from assay.probe import products
 from assay.probe.gradient import PerSampleGradient
@@ -24,17 +23,10 @@ class PackedRegion(Region):
     packing: Packing = field(kw_only=True)
     _group: Group | None = None  # of samples, whose part of a weight's gradient is made
 
-    def _meet(self, func: Any, leaves: list[Any], spec: Any, shared: list[Shared], shape: Sequence[int]) -> Any:
-        lead, copies = self.packing.lead(shape), {}
-        for value in shared:
-            aligned = (1,) * (len(shape) - value.ndim) + value.shape
-            if not lead or any(n != 1 for n in aligned[:lead]):
-                return None
-            start = self._leaf(value)
-            copies[id(value)] = start.reshape(aligned).expand(*shape[:lead], *aligned[lead:])
-            self._catch(value, start, copies[id(value)])
-        args, kwargs = tree_unflatten([copies.get(id(x), x) for x in leaves], spec)
-        return func(*args, **kwargs)
+    def _lead(self, shape: Sequence[int], value: Tensor) -> int:
+        lead = self.packing.lead(shape)
+        aligned = (1,) * (len(shape) - value.ndim) + value.shape
+        return lead if all(n == 1 for n in aligned[:lead]) else 0
 
     def _expand(self, func: Any, leaves: list[Any], spec: Any, value: Shared) -> Tensor | None:
         return None

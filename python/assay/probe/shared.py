@@ -190,6 +190,10 @@ class Region:
         first = shape[0] if shape else 0
         return first >= self.size and first % self.size == 0 and (value.ndim < len(shape) or value.shape[0] == 1)
 
+    def _lead(self, shape: Sequence[int], value: Tensor) -> int:
+        """Over how many of a result's first dimensions, which tell the samples apart, the value is spread; else 0."""
+        return int(self._groups(shape, value))
+
     def _meeting(self, name: str, shared: list[Shared], others: list[Tensor]) -> Sequence[int] | None:
         """The shape up to which an operation broadcasts its arguments, if it does."""
         if name in _ELEMENTWISE:
@@ -201,13 +205,14 @@ class Region:
         return None
 
     def _meet(self, func: Any, leaves: list[Any], spec: Any, shared: list[Shared], shape: Sequence[int]) -> Any:
-        if not all(self._groups(shape, x) for x in shared):
+        leads = [self._lead(shape, value) for value in shared]
+        if not all(leads):
             return None
         copies = {}
-        for value in shared:
+        for value, lead in zip(shared, leads, strict=True):
             aligned = (1,) * (len(shape) - value.ndim) + value.shape
             start = self._leaf(value)
-            copies[id(value)] = start.reshape(aligned).expand(shape[0], *aligned[1:])
+            copies[id(value)] = start.reshape(aligned).expand(*shape[:lead], *aligned[lead:])
             self._catch(value, start, copies[id(value)])
         args, kwargs = tree_unflatten([copies.get(id(x), x) for x in leaves], spec)
         return func(*args, **kwargs)

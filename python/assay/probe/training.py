@@ -167,9 +167,9 @@ class TrainingTaps:
         self._recorder = Recorder(self._taps, size, *known, **how)
         self._running.enter_context(self._recorder.attached())
         self._company = None
-        if self._verify and self.packing is not None and self.packing.has_company:
+        if self._verify and self.packing is not None:
             how = signature(args, kwargs)
-            if how not in self._apart:
+            if how not in self._apart and self.packing.has_company:
                 self._company = how, Company(self.packing)
                 self._running.enter_context(self._company[1].watched(self._model))
 

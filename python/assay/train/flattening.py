@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -89,7 +90,7 @@ def _ids(feature: Mapping[str, Any], lengths: Sequence[int], column: str) -> lis
             f"its {len(lengths)} samples"
         )
     if len(values) == sum(lengths):
-        starts = [sum(lengths[:i]) for i in range(len(lengths))]
+        starts = list(itertools.accumulate(lengths, initial=0))[:-1]
         for start, n in zip(starts, lengths, strict=True):
             own = values[start : start + n]
             if any(value != own[0] for value in own):

@@ -114,7 +114,7 @@ def reference_losses(
     if packing is not None and getattr(getattr(reference, "config", None), "use_cache", None):
         own["use_cache"] = False  # a model with a cache takes a row for one sample
     args, own = to_device(args, device), to_device(own, device)
-    if packing is not None and apart is not None and packing.has_company:
+    if packing is not None and apart is not None:
         _keep_apart(reference, args, own, packing, apart)
     with undisturbed(reference), torch.no_grad():
         output = reference(*args, **own)
@@ -127,7 +127,7 @@ def _keep_apart(
     """RuntimeError where a reference lets samples of a packed row see one another; looked at once for each way of
     calling it."""
     how = signature(args, own)
-    if how in apart:
+    if how in apart or not packing.has_company:
         return
     company = Company(packing)
     with undisturbed(reference), torch.enable_grad():

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from assay.corpus.errors import CorpusError
-from assay.corpus.storage import Store
+from assay.corpus.storage import Store, may_pass
 from assay.corpus.tables import ScoreColumn, make_table, parse_metadata, score_schema
 
 ROW_GROUP_ROWS = 1 << 16
@@ -95,6 +95,8 @@ def open_score_file(store: Store, path: str) -> ScoreFile | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (pa.ArrowException, ValueError, OSError, RecursionError) as error:
+        if may_pass(error):
+            raise
         detail = " ".join(str(error).split())
         raise CorpusError(
             f"{store.full(path)}: not a readable score table ({detail}); move it away to have it made again"

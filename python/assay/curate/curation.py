@@ -21,7 +21,7 @@ from assay.corpus.listing import summarise_left_out
 from assay.corpus.score_files import read_score, score_field
 from assay.corpus.scores_folder import Scored, Scores, State, open_scores
 from assay.corpus.shards import Shard, find_shards, refuse_overlap
-from assay.corpus.storage import TEMPORARY_SUFFIX, Store
+from assay.corpus.storage import TEMPORARY_SUFFIX, Store, may_pass
 from assay.curate.chosen import ShardSelection, write_fates
 from assay.curate.condition import Condition
 from assay.curate.forms import Form, find_form
@@ -203,8 +203,10 @@ def _refuse_inputs(
     for path in scores.inputs:
         try:
             found = find_shards(path)
-        except (CorpusError, OSError):  # it is gone: nothing to write over
-            continue
+        except (CorpusError, OSError) as error:
+            if may_pass(error):
+                raise
+            continue  # it is gone: nothing to write over
         refuse_overlap(output, path, found)
     # A folder with other files would become a mixture of two corpora; and files of these names may be another corpus.
     ours |= {MANIFEST, CLAIM, *form.texts, *(scores.corpus.sidecars if form.has_sidecars else ())}
@@ -231,7 +233,9 @@ def _is_selection(output: Store) -> bool:
         if output.exists(CLAIM):
             return output.read_text(CLAIM) == SELECTION
         manifest = json.loads(output.read_text(MANIFEST))
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError) as error:
+        if may_pass(error):
+            raise
         return False
     return isinstance(manifest, dict) and {"rule", "by", "scores"} <= manifest.keys()
 

@@ -14,6 +14,7 @@ from assay.corpus.errors import BadRow, ShardError
 from assay.corpus.format import Chunk
 from assay.corpus.readers import read
 from assay.corpus.shards import Corpus, Shard
+from assay.corpus.storage import may_pass
 from assay.engine.columns import for_shard, optional_columns
 from assay.engine.groups import batches_of
 from assay.recipe.errors import EngineError
@@ -41,7 +42,9 @@ def corpus_fingerprint(corpus: Corpus) -> str:
     for shard in corpus.shards:
         try:
             facts: object = sorted(shard.fingerprint().to_json().items())
-        except OSError:
+        except OSError as error:
+            if may_pass(error):
+                raise
             facts = "not there"  # reading it will say what is the matter
         digest.update(f"{shard.path}\0{facts}\n".encode())
     return f"sha256:{digest.hexdigest()}"

@@ -153,10 +153,10 @@ void count_tokens(Address bytes, Address offsets, bool wide, int64_t rows, Addre
 }
 
 void hash_ngrams(Address bytes, Address offsets, bool wide, int64_t rows, Address characters, bool punctuation,
-                 int threads, int64_t order, uint64_t seed, Address places, Address out) {
+                 int threads, int64_t least, int64_t order, uint64_t seed, Address places, Address out) {
   const assay::Texts read = texts(bytes, offsets, wide, rows, characters, punctuation, threads);
   py::gil_scoped_release release;
-  assay::hash_ngrams(read, order, seed, reinterpret_cast<const int64_t*>(places), reinterpret_cast<uint64_t*>(out));
+  assay::hash_ngrams(read, least, order, seed, reinterpret_cast<const int64_t*>(places), reinterpret_cast<uint64_t*>(out));
 }
 
 bool count_ngrams(Address bytes, Address offsets, bool wide, int64_t rows, Address characters, bool punctuation,
@@ -169,6 +169,14 @@ bool count_ngrams(Address bytes, Address offsets, bool wide, int64_t rows, Addre
   return assay::count_ngrams(read, order, seed, of, reinterpret_cast<const int64_t*>(places),
                              reinterpret_cast<int64_t*>(features), reinterpret_cast<int64_t*>(counts),
                              reinterpret_cast<int64_t*>(found));
+}
+
+void least_hashes(Address hashes, Address places, int64_t rows, Address multipliers, Address addends, int64_t count,
+                  Address out, int threads) {
+  py::gil_scoped_release release;
+  assay::least_hashes(reinterpret_cast<const uint64_t*>(hashes), reinterpret_cast<const int64_t*>(places), rows,
+                      reinterpret_cast<const uint32_t*>(multipliers), reinterpret_cast<const uint32_t*>(addends), count,
+                      reinterpret_cast<uint32_t*>(out), threads);
 }
 
 std::vector<std::pair<std::string, bool>> instruction_sets() {
@@ -191,7 +199,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("ensemble", &ensemble, "isa"_a, "logits"_a, "row_strides"_a, "col_strides"_a, "dtype"_a, "N"_a, "C"_a,
         "labels"_a, "ignore_index"_a, "weights"_a, "fields"_a, "out"_a, "prediction"_a, "threads"_a);
   m.def("hash_ngrams", &hash_ngrams, "bytes"_a, "offsets"_a, "wide"_a, "rows"_a, "characters"_a, "punctuation"_a,
-        "threads"_a, "order"_a, "seed"_a, "places"_a, "out"_a);
+        "threads"_a, "least"_a, "order"_a, "seed"_a, "places"_a, "out"_a);
+  m.def("least_hashes", &least_hashes, "hashes"_a, "places"_a, "rows"_a, "multipliers"_a, "addends"_a, "count"_a,
+        "out"_a, "threads"_a);
   m.def("linear", &linear, "isa"_a, "hidden_t"_a, "rows"_a, "padded_rows"_a, "weight"_a, "weight_dtype"_a, "C"_a,
         "D"_a, "weight_stride"_a, "bias"_a, "out"_a, "out_stride"_a, "threads"_a, "pairs"_a);
   m.def("multiplies_pairs", [](const std::string& isa) { return kernels(isa).multiply_pairs; }, "isa"_a);

@@ -32,13 +32,17 @@ struct Features {
 // counts[r] = tokens of row r
 void count_tokens(const Texts&, int64_t* counts);
 
-// The hashes of all n-grams of 1 to `order` tokens, row r's at out[places[r]] to out[places[r + 1]].
-void hash_ngrams(const Texts&, int64_t order, uint64_t seed, const int64_t* places, uint64_t* out);
+// The hashes of all n-grams of `least` to `order` tokens, row r's at out[places[r]] to out[places[r + 1]].
+void hash_ngrams(const Texts&, int64_t least, int64_t order, uint64_t seed, const int64_t* places, uint64_t* out);
 
 // The features among them, those of row r in the order in which they first come, with how often they do. Rows are
 // written at places[r], where there is room for as many as the row can have, and then moved together; found[r] is how
 // many it has. False if a thread cannot have eight bytes, or sixteen, for each of a row's.
 bool count_ngrams(const Texts&, int64_t order, uint64_t seed, const Features&, const int64_t* places, int64_t* features,
                   int64_t* counts, int64_t* found);
+
+// out[r, k] = the least of multipliers[k] * ⌊h / 2^32⌋ + addends[k] mod 2^32 over row r's hashes h; 2^32 - 1 of none.
+void least_hashes(const uint64_t* hashes, const int64_t* places, int64_t rows, const uint32_t* multipliers,
+                  const uint32_t* addends, int64_t count, uint32_t* out, int32_t threads);
 
 }  // namespace assay

@@ -193,9 +193,9 @@ int64_t tokens_in(const Reader& texts, int64_t row) {
   return count;
 }
 
-// each(hash) for every n-gram of a text: those that end at its first token, at its second, ..., the shortest first.
+// each(hash) for every n-gram of `least` to `order` tokens of a text: those that end at its first token, at its second, ..., the shortest first.
 template <class F>
-void ngrams(const Reader& texts, int64_t row, int64_t order, uint64_t start, const F& each) {
+void ngrams(const Reader& texts, int64_t row, int64_t least, int64_t order, uint64_t start, const F& each) {
   if (order == 1) return tokens(texts, row, start, each);
   uint64_t ends[MOST_ORDER];  // of the n-grams of 1, 2, ... tokens that end at the token before
   int64_t there = 0;
@@ -203,7 +203,7 @@ void ngrams(const Reader& texts, int64_t row, int64_t order, uint64_t start, con
     for (int64_t n = std::min(there, order - 1); n > 0; --n) ends[n] = mix(ends[n - 1] * 0x9E3779B97F4A7C15u + token);
     ends[0] = token;
     there = std::min(there + 1, order);
-    for (int64_t n = 0; n < there; ++n) each(ends[n]);
+    for (int64_t n = least - 1; n < there; ++n) each(ends[n]);
   });
 }
 
@@ -259,14 +259,14 @@ void count_tokens(const Texts& texts, int64_t* counts) {
   });
 }
 
-void hash_ngrams(const Texts& texts, int64_t order, uint64_t seed, const int64_t* places, uint64_t* out) {
+void hash_ngrams(const Texts& texts, int64_t least, int64_t order, uint64_t seed, const int64_t* places, uint64_t* out) {
   const Reader reader(texts);
   const uint64_t start = start_of(seed);
   parallel(texts.rows, ROWS, texts.threads, [&](Pieces& pieces) {
     for (int64_t begin, end; pieces.next(begin, end);)
       for (int64_t r = begin; r < end; ++r) {
         uint64_t* to = out + places[r];
-        ngrams(reader, r, order, start, [&](uint64_t hash) { *to++ = hash; });
+        ngrams(reader, r, least, order, start, [&](uint64_t hash) { *to++ = hash; });
       }
   });
 }
@@ -286,7 +286,7 @@ bool count_ngrams(const Texts& texts, int64_t order, uint64_t seed, const Featur
           enough = false;
           return;
         }
-        ngrams(reader, r, order, start, [&](uint64_t hash) {
+        ngrams(reader, r, 1, order, start, [&](uint64_t hash) {
           const int64_t feature = feature_of(f, hash);
           if (feature < 0) return;
           const uint32_t place = seen.place(feature, own, n);
@@ -310,6 +310,21 @@ bool count_ngrams(const Texts& texts, int64_t order, uint64_t seed, const Featur
     to += found[r];
   }
   return true;
+}
+
+void least_hashes(const uint64_t* hashes, const int64_t* places, int64_t rows, const uint32_t* multipliers,
+                  const uint32_t* addends, int64_t count, uint32_t* out, int32_t threads) {
+  parallel(rows, ROWS, threads, [&](Pieces& pieces) {
+    for (int64_t begin, end; pieces.next(begin, end);)
+      for (int64_t r = begin; r < end; ++r) {
+        uint32_t* const least = out + r * count;
+        std::fill_n(least, count, ~uint32_t{0});
+        for (int64_t i = places[r]; i < places[r + 1]; ++i) {
+          const uint32_t x = static_cast<uint32_t>(hashes[i] >> 32);
+          for (int64_t k = 0; k < count; ++k) least[k] = std::min(least[k], multipliers[k] * x + addends[k]);
+        }
+      }
+  });
 }
 
 }  // namespace assay

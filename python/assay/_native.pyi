@@ -54,12 +54,23 @@ def hash_ngrams(
     characters: typing.SupportsInt | typing.SupportsIndex,
     punctuation: bool,
     threads: typing.SupportsInt | typing.SupportsIndex,
+    least: typing.SupportsInt | typing.SupportsIndex,
     order: typing.SupportsInt | typing.SupportsIndex,
     seed: typing.SupportsInt | typing.SupportsIndex,
     places: typing.SupportsInt | typing.SupportsIndex,
     out: typing.SupportsInt | typing.SupportsIndex,
 ) -> None: ...
 def instruction_sets() -> list[tuple[str, bool]]: ...
+def least_hashes(
+    hashes: typing.SupportsInt | typing.SupportsIndex,
+    places: typing.SupportsInt | typing.SupportsIndex,
+    rows: typing.SupportsInt | typing.SupportsIndex,
+    multipliers: typing.SupportsInt | typing.SupportsIndex,
+    addends: typing.SupportsInt | typing.SupportsIndex,
+    count: typing.SupportsInt | typing.SupportsIndex,
+    out: typing.SupportsInt | typing.SupportsIndex,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> None: ...
 def linear(
     isa: str,
     hidden_t: typing.SupportsInt | typing.SupportsIndex,

@@ -353,8 +353,24 @@ void ngrams_case(int64_t rows, int64_t longest, int64_t order, bool punctuation,
   }
   const size_t size = static_cast<size_t>(places.back());
   std::vector<uint64_t> hashes(size, 1);
-  hash_ngrams(texts, order, 5, places.data(), hashes.data());
+  hash_ngrams(texts, 1, order, 5, places.data(), hashes.data());
   check(std::count(hashes.begin(), hashes.end(), 1u) == 0, "every hash written", "-", rows, longest, order);
+  std::vector<int64_t> longest_places{0};
+  for (int64_t t : tokens) longest_places.push_back(longest_places.back() + std::max<int64_t>(0, t - order + 1));
+  std::vector<uint64_t> longest_only(static_cast<size_t>(longest_places.back()), 1);
+  hash_ngrams(texts, order, order, 5, longest_places.data(), longest_only.data());
+  const std::vector<uint32_t> multipliers{1, 3, 5}, addends{0, 1, 2};
+  std::vector<uint32_t> least(static_cast<size_t>(rows) * 3);
+  least_hashes(longest_only.data(), longest_places.data(), rows, multipliers.data(), addends.data(), 3, least.data(), 2);
+  for (int64_t r = 0; r < rows; ++r)
+    for (size_t k = 0; k < 3; ++k) {
+      uint32_t expected = ~uint32_t{0};
+      for (int64_t i = longest_places[static_cast<size_t>(r)]; i < longest_places[static_cast<size_t>(r) + 1]; ++i) {
+        const uint64_t hash = longest_only[static_cast<size_t>(i)];
+        expected = std::min(expected, multipliers[k] * static_cast<uint32_t>(hash >> 32) + addends[k]);
+      }
+      check(least[static_cast<size_t>(r) * 3 + k] == expected, "the least hash", "-", rows, longest, order);
+    }
   std::vector<uint64_t> terms(hashes);
   std::sort(terms.begin(), terms.end());
   terms.erase(std::unique(terms.begin(), terms.end()), terms.end());

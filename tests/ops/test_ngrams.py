@@ -174,3 +174,16 @@ def test_wrong_arguments_are_named() -> None:
         Terms(np.array([1]))
     with pytest.raises(ValueError, match="no kernel in triton"), assay.backend("triton"):
         ngram_hashes(["a"])
+
+
+def test_the_longest_alone() -> None:
+    texts = ["a b c d e f", "a b", "", "b c d e f a"]
+    found = ngram_hashes(texts, 5, least=5)
+    assert found.offsets.tolist() == [0, 2, 2, 2, 4]
+    assert found.hashes[1] == found.hashes[2]  # b c d e f
+    whole = ngram_hashes(texts[:1], 5).hashes
+    assert set(found.hashes[:2].tolist()) < set(whole.tolist())
+    with assay.backend("reference"):
+        assert_same(ngram_hashes(texts, 5, least=5), found)
+    with pytest.raises(ValueError, match="least: expected a number of tokens from 1 to order, 2"):
+        ngram_hashes(texts, 2, least=3)

@@ -10,6 +10,7 @@ from assay.ops.dot import grad_dot
 from assay.ops.ensemble import EnsembleStats, ensemble_stats
 from assay.ops.head import HeadScores, head_scores, linear_cross_entropy, linear_ensemble_stats
 from assay.ops.layer_sketch import grad_sketch
+from assay.ops.minhash import least_hashes
 from assay.ops.ngrams import NGramCounts, NGramHashes, Terms, ngram_counts, ngram_hashes
 from assay.ops.projection import project
 from assay.ops.scan import scan_scores, topk_scan
@@ -33,6 +34,7 @@ __all__ = [
     "grad_sketch",
     "grad_sqnorm",
     "head_scores",
+    "least_hashes",
     "linear_cross_entropy",
     "linear_distillation",
     "linear_ensemble_stats",

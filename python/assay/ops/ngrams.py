@@ -105,14 +105,16 @@ class NGramCounts:
         return np.bincount(self.rows, weights=values, minlength=len(self.lengths)).astype(np.float64)
 
 
-def ngram_hashes(texts: Texts, order: int = 1, *, punctuation: bool = False, seed: int = 0) -> NGramHashes:
-    """The hashes of every text's n-grams, of 1 to ``order`` tokens.
+def ngram_hashes(
+    texts: Texts, order: int = 1, *, least: int = 1, punctuation: bool = False, seed: int = 0
+) -> NGramHashes:
+    """The hashes of every text's n-grams, of ``least`` to ``order`` tokens.
 
     The same bits on every machine, with any number of threads; a row's do not depend on the others. A null has none.
 
     Args:
         texts: (N,); what comes back takes 8 bytes for each n-gram, so hand over a large corpus in parts.
-        order: 1 to 16.
+        order: 1 to 16; least: 1 to ``order``.
         punctuation: whether runs of punctuation and symbols are tokens.
         seed: from −2⁶³ to 2⁶³ − 1; another one is another hash function.
 
@@ -120,14 +122,14 @@ def ngram_hashes(texts: Texts, order: int = 1, *, punctuation: bool = False, see
         TypeError, ValueError: texts that are none, an array whose offsets lead out of it, an order or a seed beyond
             their ranges.
     """
-    check_settings(order, seed)
+    check_settings(order, seed, least)
     read = _Read(texts, punctuation)
     if _reference("ngram_hashes"):
-        rows = [list(_ngrams(text, order, punctuation, seed)) for text in read]
+        rows = [list(_ngrams(text, order, punctuation, seed, least)) for text in read]
         return NGramHashes(_places([len(row) for row in rows]), np.array([h for row in rows for h in row], np.uint64))
-    places = _places(_ngram_lengths(read.token_counts(), order))
+    places = _places(_ngram_lengths(read.token_counts(), order, least))
     hashes = np.empty(places[-1], np.uint64)
-    _native.hash_ngrams(*read.arguments, order, seed & _BITS, places.ctypes.data, hashes.ctypes.data)
+    _native.hash_ngrams(*read.arguments, least, order, seed & _BITS, places.ctypes.data, hashes.ctypes.data)
     return NGramHashes(places, hashes)
 
 
@@ -160,10 +162,12 @@ def ngram_counts(
     return NGramCounts(offsets, own[: offsets[-1]].copy(), times[: offsets[-1]].copy(), lengths)
 
 
-def check_settings(order: int, seed: int) -> None:
+def check_settings(order: int, seed: int, least: int = 1) -> None:
     """ValueError for an order or a seed that no hash has."""
     if isinstance(order, bool) or not isinstance(order, int) or not 1 <= order <= MOST_ORDER:
         raise ValueError(f"order: expected a number of tokens from 1 to {MOST_ORDER}, got {order!r}")
+    if isinstance(least, bool) or not isinstance(least, int) or not 1 <= least <= order:
+        raise ValueError(f"least: expected a number of tokens from 1 to order, {order}, got {least!r}")
     if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed: expected a 64-bit integer, got {seed!r}")
 
@@ -188,10 +192,10 @@ def _looked_for(features: int | Terms) -> tuple[int, int, int, int]:
     return features, 0, 0, 0
 
 
-def _ngram_lengths(tokens: Ints, order: int) -> Ints:
-    """How many n-grams of 1 to ``order`` tokens so many tokens have."""
+def _ngram_lengths(tokens: Ints, order: int, least: int = 1) -> Ints:
+    """How many n-grams of ``least`` to ``order`` tokens so many tokens have."""
     lengths = np.zeros_like(tokens)
-    for n in range(order):
+    for n in range(least - 1, order):
         lengths += np.maximum(tokens - n, 0)
     return lengths
 
@@ -288,7 +292,7 @@ def _counted(read: _Read, features: int | Terms, order: int, punctuation: bool, 
     return NGramCounts(_places([len(row) for row in rows]), own, times, np.array(lengths, np.int64))
 
 
-def _ngrams(text: bytes, order: int, punctuation: bool, seed: int) -> Iterator[int]:
+def _ngrams(text: bytes, order: int, punctuation: bool, seed: int, least: int = 1) -> Iterator[int]:
     """The hashes of a text's n-grams, by the definition above."""
     start = _mix(seed + _WEYL)
     ends: list[int] = []
@@ -297,7 +301,7 @@ def _ngrams(text: bytes, order: int, punctuation: bool, seed: int) -> Iterator[i
         for i in range(0, len(token) + 1, 8):
             h = _mix(h ^ int.from_bytes(token[i : i + 8], "little"))
         ends = [h, *(_mix(g * _WEYL + h) for g in ends[: order - 1])]
-        yield from ends
+        yield from ends[least - 1 :]
 
 
 def _tokens(text: bytes, punctuation: bool) -> Iterator[bytes]:

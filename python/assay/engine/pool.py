@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from assay.engine.columns import for_shard, optional_columns
 from assay.engine.groups import batches_of
 from assay.recipe.errors import EngineError
 from assay.recipe.recipe import Recipe
-from assay.recipe.tasks import Encoded, Encoder
+from assay.recipe.tasks import Encoded, Encoder, without_columns
 
 log = logging.getLogger("assay")
 
@@ -34,6 +34,11 @@ class Batches:
 
     def __iter__(self) -> Iterator[Any]:
         return batches_of(self.recipe, self.encoder, self.samples)
+
+    @property
+    def plain(self) -> Batches:
+        """Without the columns that are not the task's."""
+        return replace(self, encoder=without_columns(self.encoder))
 
 
 def corpus_fingerprint(corpus: Corpus) -> str:

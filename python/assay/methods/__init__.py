@@ -1,7 +1,9 @@
 """Methods: one file each, named as its paper names it. Signals in, named scores out."""
 
 from assay.methods.base import Column, Method, Need, Views
+from assay.methods.bm25 import BM25
 from assay.methods.dsdm import DsDm
+from assay.methods.dsir import DSIR
 from assay.methods.dynamics import Dynamics
 from assay.methods.ekfac import EKFAC
 from assay.methods.ensemble import Ensemble, ensemble_scores
@@ -14,12 +16,15 @@ from assay.methods.influence_distillation import InfluenceDistillation
 from assay.methods.label_quality import label_quality, model_weights
 from assay.methods.less import LESS
 from assay.methods.logra import LoGra
+from assay.methods.ngram_classifier import NGramClassifier
 from assay.methods.scorer import Scorer
 from assay.methods.trackstar import TrackStar
 from assay.methods.trak import TRAK
 from assay.probe import AdamState
 
 __all__ = [
+    "BM25",
+    "DSIR",
     "EKFAC",
     "LESS",
     "TRAK",
@@ -37,6 +42,7 @@ __all__ = [
     "Kernel",
     "LoGra",
     "Method",
+    "NGramClassifier",
     "Need",
     "Scorer",
     "TrackStar",

@@ -4,6 +4,7 @@ from assay.methods.base import Column, Method, Need, Views
 from assay.methods.dsdm import DsDm
 from assay.methods.dynamics import Dynamics
 from assay.methods.ekfac import EKFAC
+from assay.methods.embedding_similarity import EmbeddingSimilarity
 from assay.methods.ensemble import Ensemble, ensemble_scores
 from assay.methods.grad_mimic import GradMimic
 from assay.methods.gradient_cosine import GradientCosine
@@ -14,6 +15,7 @@ from assay.methods.influence_distillation import InfluenceDistillation
 from assay.methods.label_quality import label_quality, model_weights
 from assay.methods.less import LESS
 from assay.methods.logra import LoGra
+from assay.methods.rds_plus import RDSPlus
 from assay.methods.scorer import Scorer
 from assay.methods.trackstar import TrackStar
 from assay.methods.trak import TRAK
@@ -27,6 +29,7 @@ __all__ = [
     "Column",
     "DsDm",
     "Dynamics",
+    "EmbeddingSimilarity",
     "Ensemble",
     "GraNd",
     "GradMimic",
@@ -38,6 +41,7 @@ __all__ = [
     "LoGra",
     "Method",
     "Need",
+    "RDSPlus",
     "Scorer",
     "TrackStar",
     "Views",

@@ -12,6 +12,7 @@ from assay.methods.grand import GraNd
 from assay.methods.in_run import InRunInfluence
 from assay.methods.influence import Influence, Kernel
 from assay.methods.influence_distillation import InfluenceDistillation
+from assay.methods.knn_shapley import knn_shapley
 from assay.methods.label_quality import label_quality, model_weights
 from assay.methods.less import LESS
 from assay.methods.logra import LoGra
@@ -46,6 +47,7 @@ __all__ = [
     "TrackStar",
     "Views",
     "ensemble_scores",
+    "knn_shapley",
     "label_quality",
     "model_weights",
 ]

@@ -1,6 +1,7 @@
 """Methods: one file each, named as its paper names it. Signals in, named scores out."""
 
 from assay.methods.base import Column, Method, Need, Views
+from assay.methods.density import Density
 from assay.methods.dsdm import DsDm
 from assay.methods.dynamics import Dynamics
 from assay.methods.ekfac import EKFAC
@@ -28,6 +29,7 @@ __all__ = [
     "TRAK",
     "AdamState",
     "Column",
+    "Density",
     "DsDm",
     "Dynamics",
     "EmbeddingSimilarity",

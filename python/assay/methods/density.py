@@ -67,9 +67,9 @@ class Density(Method):
                 f"{name}: expected at least 1 repetition, 2 buckets and a positive bandwidth, got {repetitions}, "
                 f"{buckets} and {bandwidth}"
             )
-        if 4 * repetitions * buckets > _COUNT_BYTES:
+        if (size := 4 * repetitions * buckets) > _COUNT_BYTES:
             raise ValueError(
-                f"{name}: {repetitions} repetitions of {buckets} buckets take {4 * repetitions * buckets / 2**30:,.0f} GiB, "
+                f"{name}: {repetitions} repetitions of {buckets} buckets take {size / 2**30:,.0f} GiB, "
                 f"more than {_COUNT_BYTES / 2**30:g} GiB; take fewer"
             )
         self.repetitions, self.buckets, self.bandwidth, self.seed = repetitions, buckets, bandwidth, seed

@@ -6,8 +6,10 @@ never kept, ties go to the earlier row, and every draw takes a seed: the same in
 """
 
 from assay.select.mixtures import gmm, kmeans
+from assay.select.neighbours import d2, semdedup
 from assay.select.rules import draw, quantile, random, sample, threshold, top, weigh
 from assay.select.selection import Selection
+from assay.select.strata import ccs
 from assay.select.targets import robust, round_robin
 from assay.select.votes import Quality, average, quality, vote
 
@@ -15,6 +17,8 @@ __all__ = [
     "Quality",
     "Selection",
     "average",
+    "ccs",
+    "d2",
     "draw",
     "gmm",
     "kmeans",
@@ -24,6 +28,7 @@ __all__ = [
     "robust",
     "round_robin",
     "sample",
+    "semdedup",
     "threshold",
     "top",
     "vote",

@@ -16,6 +16,7 @@ from assay.methods.influence_distillation import InfluenceDistillation
 from assay.methods.knn_shapley import knn_shapley
 from assay.methods.label_quality import label_quality, model_weights
 from assay.methods.less import LESS
+from assay.methods.leverage import Leverage
 from assay.methods.logra import LoGra
 from assay.methods.rds_plus import RDSPlus
 from assay.methods.scorer import Scorer
@@ -41,6 +42,7 @@ __all__ = [
     "Influence",
     "InfluenceDistillation",
     "Kernel",
+    "Leverage",
     "LoGra",
     "Method",
     "Need",

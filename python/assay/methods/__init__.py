@@ -1,6 +1,7 @@
 """Methods: one file each, named as its paper names it. Signals in, named scores out."""
 
 from assay.methods.base import Column, Method, Need, Views
+from assay.methods.clip_powered import sample_diversity, semantic_alignment
 from assay.methods.density import Density
 from assay.methods.dsdm import DsDm
 from assay.methods.dynamics import Dynamics
@@ -54,4 +55,6 @@ __all__ = [
     "knn_shapley",
     "label_quality",
     "model_weights",
+    "sample_diversity",
+    "semantic_alignment",
 ]

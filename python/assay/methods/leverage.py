@@ -31,7 +31,8 @@ class Leverage(Method):
     of freedom, which the metadata gives. A sample that was not fitted may be above 1. NaN for a sample with nothing to
     predict, or whose embedding is not finite.
 
-    Column: ``leverage``; neither end is worth more by itself. ``fit`` must run first: it adds up the pool's second moment, (D + 1)² float64.
+    Column: ``leverage``; neither end is worth more by itself. ``fit`` must run first: it adds up the pool's second
+    moment, (D + 1)² float64.
 
     Args:
         model: a forward pass of it is what a sample costs, and D² products.

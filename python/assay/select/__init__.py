@@ -5,6 +5,7 @@ end of the score is kept comes from the column's metadata, or from ``keep="high"
 never kept, ties go to the earlier row, and every draw takes a seed: the same input gives the same selection.
 """
 
+from assay.select.clip import clip_powered
 from assay.select.mixtures import gmm, kmeans
 from assay.select.neighbours import d2, semdedup
 from assay.select.rules import draw, quantile, random, sample, threshold, top, weigh
@@ -18,6 +19,7 @@ __all__ = [
     "Selection",
     "average",
     "ccs",
+    "clip_powered",
     "d2",
     "draw",
     "gmm",

@@ -57,5 +57,7 @@ def test_rows_without_a_score_and_odd_ranges() -> None:
         ccs(table(scores), "s", 0.9, 0, hard="high", drop=0.1)
     with pytest.raises(ValueError, match=r"drop=1\.0"):
         ccs(table(scores), "s", 1, 0, hard="high", drop=1.0)
+    with pytest.raises(ValueError, match="hard=None: expected"):
+        ccs(table(scores), "s", 1, 0, hard=None)
     with pytest.raises(ValueError, match="strata=0"):
         ccs(table(scores), "s", 1, 0, hard="high", strata=0)

@@ -74,7 +74,7 @@ class Embedder:
         return found.masked_fill(_nothing(signals).to(found.device)[:, None], torch.nan)
 
     def run(self, batches: Iterable[Any]) -> Iterator[Signals]:
-        probe = Probe(self.model, self.task, factors=(), embeddings=self.pooled, logits=False, inference=True)
+        probe = Probe(self.model, self.task, factors=(), embeddings=self.pooled, logits=False)
         for batch in batches:
             yield probe(batch)
 
@@ -82,7 +82,7 @@ class Embedder:
         """(N, D): the embeddings of those samples that have a finite one; (0, 0) of none."""
         parts = [self.embeddings(signals) for signals in self.run(batches)]
         whole = torch.cat(parts) if parts else torch.empty(0, 0)
-        return whole[whole.isfinite().all(1)].clone()  # made in inference mode, where nobody else may use it
+        return whole[whole.isfinite().all(1)]
 
     def of_targets(self, targets: TargetSet) -> dict[str, Tensor]:
         """By target, the embeddings at length 1 of those samples that have a direction.

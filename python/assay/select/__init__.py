@@ -11,7 +11,7 @@ from assay.select.neighbours import d2, semdedup
 from assay.select.rules import draw, quantile, random, sample, threshold, top, weigh
 from assay.select.selection import Selection
 from assay.select.strata import ccs
-from assay.select.targets import robust, round_robin
+from assay.select.targets import in_turns, robust, round_robin
 from assay.select.votes import Quality, average, quality, vote
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "d2",
     "draw",
     "gmm",
+    "in_turns",
     "kmeans",
     "quality",
     "quantile",

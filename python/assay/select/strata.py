@@ -35,6 +35,8 @@ def ccs(
         raise ValueError(f"drop={drop}: expected a share of at least 0 and less than 1")
     if strata < 1:
         raise ValueError(f"strata={strata}: expected at least 1")
+    if hard not in ("high", "low"):
+        raise ValueError(f"hard={hard!r}: expected 'high' or 'low'")
     score = oriented(table, by, hard)
     scored = np.flatnonzero(score.valid)
     hardest = int(drop * len(scored) + 0.5)

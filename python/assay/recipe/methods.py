@@ -14,7 +14,8 @@ from torch import nn
 
 from assay import methods
 from assay.methods import AdamState, Method
-from assay.methods.influence import Influence, Kernel
+from assay.methods.base import Keeper
+from assay.methods.influence import Kernel
 from assay.methods.targets import Targets
 from assay.recipe.models import file_sha256
 from assay.recipe.parts import ExistingPath, Part, Registry
@@ -166,7 +167,7 @@ class DerivedSpec(DerivedPart, MethodSpec):
 def derived(kind: str, method: type[Any]) -> type[DerivedSpec]:
     """The keys of a method's class. TypeError if a parameter of its constructor can be no key: write a `MethodSpec`."""
     fields: dict[str, Any] = {"method": (Literal[kind], ...)}
-    if issubclass(method, Influence):  # new targets can be scored from stored features
+    if issubclass(method, Keeper):  # new targets can be scored from stored features
         fields["keep_features"] = (Literal["float32", "float16", "bfloat16", "int8"] | None, None)
     spec = derive(method, DerivedSpec, ROLES, (Task, "seed", *LIVE), **fields)
     spec.uses_pool = getattr(method, "uses_pool", False)

@@ -5,18 +5,25 @@ end of the score is kept comes from the column's metadata, or from ``keep="high"
 never kept, ties go to the earlier row, and every draw takes a seed: the same input gives the same selection.
 """
 
+from assay.select.clip import clip_powered
 from assay.select.mixtures import gmm, kmeans
+from assay.select.neighbours import d2, semdedup
 from assay.select.rules import draw, quantile, random, sample, threshold, top, weigh
 from assay.select.selection import Selection
-from assay.select.targets import robust, round_robin
+from assay.select.strata import ccs
+from assay.select.targets import in_turns, robust, round_robin
 from assay.select.votes import Quality, average, quality, vote
 
 __all__ = [
     "Quality",
     "Selection",
     "average",
+    "ccs",
+    "clip_powered",
+    "d2",
     "draw",
     "gmm",
+    "in_turns",
     "kmeans",
     "quality",
     "quantile",
@@ -24,6 +31,7 @@ __all__ = [
     "robust",
     "round_robin",
     "sample",
+    "semdedup",
     "threshold",
     "top",
     "vote",

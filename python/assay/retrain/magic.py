@@ -28,7 +28,7 @@ Targets = Mapping[str, Sequence[Any]]
 _log = logging.getLogger("assay")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Magic:
     """What every sample of one run did to the targets.
 
@@ -105,7 +105,8 @@ def magic(
         raise ValueError(f"save_every: expected an integer of at least 1, or None, got {save_every!r}")
     with contextlib.ExitStack() as stack:
         stack.enter_context(running())
-        plan = plan.paced(check(training, given))
+        checked = check(training, given)
+        plan = plan.paced(checked)
         _log.info("magic: %s", plan)
         kept = None
         if folder is not None:
@@ -115,7 +116,7 @@ def magic(
         run = _Run(training, given, plan, kept)
         progress = run.there(batches, target_losses or training.losses, directions, seed)
         run.back(progress, every)
-    return _result(training, plan, progress, tuple(batches))
+    return _result(training, plan, progress, tuple(batches), checked.doubts)
 
 
 class _Run:
@@ -186,13 +187,15 @@ class _Run:
                 since = 0
 
 
-def _result(training: Training, plan: Plan, progress: Progress, targets: tuple[str, ...]) -> Magic:
+def _result(
+    training: Training, plan: Plan, progress: Progress, targets: tuple[str, ...], doubts: tuple[str, ...]
+) -> Magic:
     seen = torch.zeros(training.size, dtype=torch.bool)
     for rows in training.rows:
         seen[torch.from_numpy(rows)] = True
     scores = torch.where(seen, -progress.in_weights, torch.nan).T.contiguous()
     parameters = {name: p.clone() for name, p in training.named(progress.final).items()}
-    warnings = tuple(_warnings(training, progress))
+    warnings = (*doubts, *_warnings(training, progress))
     for warning in warnings:
         _log.warning("magic: %s", warning)
     return Magic(scores, targets, progress.losses, progress.smoothness, parameters, warnings, plan)

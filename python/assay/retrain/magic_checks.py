@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,20 +15,21 @@ from assay.retrain.magic_training import Training
 _DROPOUT = (nn.modules.dropout._DropoutNd,)
 _BATCH_NORM = (nn.modules.batchnorm._BatchNorm,)
 
-# Of a second derivative against differences of first ones, in the best of three step widths. Kinks (ReLU) cost
-# some per cent; a gradient whose own derivative leaves something out is off by as much as there is.
-_CURVATURE_TOLERANCE = 0.5
+# Second derivatives from differences of gradients, as shares of their length: how near two step widths must come to
+# each other to be believed, and how far from them is wrong.
+_AGREEMENT, _WRONG = 0.1, 0.3
 
 
 @dataclass(frozen=True)
-class Pace:
-    """Seconds that the first step took: forwards, and backwards for one target."""
+class Checked:
+    """Seconds that the first step took, forwards, and backwards for one target; and what could not be decided."""
 
     forward: float
     backward: float
+    doubts: tuple[str, ...] = ()
 
 
-def check(training: Training, weights: Tensor) -> Pace:
+def check(training: Training, weights: Tensor) -> Checked:
     """Refuse a run that has no derivative, or whose derivative torch would get wrong.
 
     Raises:
@@ -34,11 +37,30 @@ def check(training: Training, weights: Tensor) -> Pace:
             model's buffers, losses whose second derivative is missing or wrong.
     """
     _check_modules(training)
-    buffers = {name: b.clone() for name, b in training.model.named_buffers()}
-    state, begun = training.initial(), time.perf_counter()
+    device = training.start.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        forward = _check_repeats(training, weights)
+        theta = training.start
+        direction = torch.randn(len(theta), generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(theta)
+        begun = time.perf_counter()
+        try:
+            exact = training.curvature(theta, 0, weights, direction)
+        except RuntimeError as error:
+            raise ValueError(
+                f"losses: the first step's gradient cannot be differentiated ({str(error).splitlines()[0][:200]}); "
+                "write what has no second derivative in plain torch, or use an eager attention"
+            ) from error
+        backward = time.perf_counter() - begun
+        return Checked(forward, backward, tuple(_check_functions(training, weights, direction, exact)))
+
+
+def _check_repeats(training: Training, weights: Tensor) -> float:
+    """That the first step can be made again -> the seconds that it takes."""
+    buffers, state = {name: b.clone() for name, b in training.model.named_buffers()}, training.initial()
+    begun = time.perf_counter()
     try:
         after = training.advance(state, 0, weights)
-        forward = time.perf_counter() - begun
+        seconds = time.perf_counter() - begun
         again = training.advance(state, 0, weights)
         changed = [n for n, b in training.model.named_buffers() if not torch.equal(b, buffers[n])]
     finally:
@@ -56,7 +78,7 @@ def check(training: Training, weights: Tensor) -> Pace:
             "(functional dropout?) or not deterministic; call model.eval(), or give dropout_seed, or see "
             "torch.use_deterministic_algorithms"
         )
-    return Pace(forward, _check_curvature(training, state, weights))
+    return seconds
 
 
 def _check_modules(training: Training) -> None:
@@ -78,28 +100,47 @@ def _check_modules(training: Training) -> None:
         )
 
 
-def _check_curvature(training: Training, state: tuple[Tensor, ...], weights: Tensor) -> float:
-    """Hu against (g(θ + εu) − g(θ − εu)) / 2ε, u random -> seconds that Hu took."""
-    theta = state[0]
-    direction = torch.randn(len(theta), generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(theta)
-    begun = time.perf_counter()
-    try:
-        exact = training.curvature(theta, 0, weights, direction)
-    except RuntimeError as error:
-        raise ValueError(
-            f"losses: the first step's gradient cannot be differentiated in turn ({str(error).splitlines()[0][:200]}); "
-            "write what has no second derivative in plain torch, or use an eager attention"
-        ) from error
-    seconds = time.perf_counter() - begun
+def _check_functions(training: Training, weights: Tensor, direction: Tensor, exact: Tensor) -> list[str]:
+    """That the gradients of custom autograd functions have the derivative Hu that torch takes of them: against
+    (g(θ + εu) − g(θ − εu)) / 2ε -> what could not be decided.
+
+    Kinks (ReLU) make differences of all widths differ, which says nothing against Hu: only differences that agree do.
+    """
+    theta = training.start
+    functions = _custom_functions(training.weighted_loss(theta, 0, weights))
+    if not functions:
+        return []
     unit = float(theta.norm() / direction.norm()) or 1.0
-    errors = []
+    found = []
     for width in (1e-2, 1e-3, 1e-4):
         ends = [training.gradient(theta + sign * width * unit * direction, 0, weights) for sign in (1, -1)]
-        errors.append(float(((ends[0] - ends[1]) / (2 * width * unit) - exact).norm()))
-    if not min(errors) <= _CURVATURE_TOLERANCE * float(exact.norm()) + 1e-4 * float(ends[0].norm()) / unit:
-        raise ValueError(
-            f"losses: second derivatives on the first batch are off by {min(errors):.3g} against differences of "
-            f"gradients, beside a length of {float(exact.norm()):.3g}: a custom autograd.Function whose backward is "
-            "not made of differentiable operations, or losses that are mostly kinks"
-        )
-    return seconds
+        found.append((ends[0] - ends[1]) / (2 * width * unit))
+    noise = 1e-4 * float(ends[0].norm()) / unit
+    for wide, narrow in itertools.pairwise(found):
+        length, apart = float(narrow.norm()), float((wide - narrow).norm())
+        if apart > _AGREEMENT * length + noise:
+            continue
+        off = float((narrow - exact).norm())
+        if off > _WRONG * length + 3 * apart + noise:
+            raise ValueError(
+                f"losses: {', '.join(functions)} has a gradient whose own derivative is wrong: {off:.3g} away from "
+                f"differences of gradients, {length:.3g} long; its backward must be made of differentiable operations"
+            )
+        return []
+    return [f"whether the gradient of {', '.join(functions)} has a right derivative could not be seen, for kinks"]
+
+
+def _custom_functions(loss: Tensor) -> list[str]:
+    """The names of the Python functions in a graph that do not say that they are ``differentiable_twice``."""
+    seen: set[Any] = set()
+    waiting, found = [loss.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        function = getattr(node, "_forward_cls", None)
+        if function is not None and not getattr(function, "differentiable_twice", False):
+            found.add(node.name().removesuffix("Backward"))
+        waiting += [following for following, _ in node.next_functions]
+    return sorted(found)

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
 import uuid
@@ -23,6 +24,7 @@ from assay.retrain.magic_optimizers import State
 from assay.retrain.magic_training import Training
 
 _RUN, _PROGRESS, _LOCK = "run.json", "progress.safetensors", ".lock"
+_log = logging.getLogger("assay")
 _STATE, _TEMPORARY = re.compile(r"state-(\d{9})\.safetensors"), re.compile(r"\.[0-9a-f]{32}\.tmp")
 
 
@@ -55,6 +57,7 @@ class Progress:
 
     @classmethod
     def of(cls, step: int, tensors: Mapping[str, Tensor]) -> Progress:
+        """Raises KeyError or TypeError where tensors are missing."""
         parts = [tensors[f"adjoint{i}"] for i in range(sum(name.startswith("adjoint") for name in tensors))]
         adjoints: list[State] = [tuple(own) for own in zip(*parts, strict=True)]
         rest = {name: t for name, t in tensors.items() if not name.startswith("adjoint")}
@@ -88,6 +91,8 @@ class Folder:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise ValueError(f"folder: another process is working in {self.path}; wait for it") from error
+            except OSError:
+                _log.warning("%s: this file system has no locks; see that nothing else writes into it", self.path)
             self._check_run()
             for name in os.listdir(self.path):
                 if _TEMPORARY.fullmatch(name):  # of a process that was killed while it wrote
@@ -122,7 +127,10 @@ class Folder:
             return None
         step, tensors = self._read(_PROGRESS)
         of_host = ("in_weights", "losses", "smoothness", "digests")
-        return Progress.of(step, {n: t if n in of_host else t.to(self._device) for n, t in tensors.items()})
+        try:
+            return Progress.of(step, {n: t if n in of_host else t.to(self._device) for n, t in tensors.items()})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{self.path / _PROGRESS}: lacks {error}; delete the file") from error
 
     def _name(self, step: int) -> str:
         return f"state-{step:09d}.safetensors"
@@ -228,6 +236,8 @@ def _feed(sha: Any, value: Any) -> None:
         sha.update(f"text {len(text)};".encode() + text)
     elif isinstance(value, bytes):
         sha.update(f"bytes {len(value)};".encode() + value)
+    elif isinstance(value, np.generic):
+        _feed(sha, value.item())
     elif value is None or isinstance(value, (bool, int, float)):
         sha.update(f"{value!r};".encode())
     elif hasattr(value, "__iter__"):

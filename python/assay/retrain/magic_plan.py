@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from assay.retrain.magic_checks import Pace
+from assay.retrain.magic_checks import Checked
 from assay.retrain.magic_replay import replayed_steps
 from assay.retrain.magic_training import Training
 
@@ -70,7 +70,7 @@ class Plan:
             backward_steps=training.steps * targets,
         )
 
-    def paced(self, pace: Pace) -> Self:
+    def paced(self, pace: Checked) -> Self:
         """With ``seconds``."""
         forward = self.forward_steps + self.smoothness_steps + self.steps
         return replace(self, seconds=forward * pace.forward + self.backward_steps * pace.backward)

@@ -83,6 +83,8 @@ class Replay:
         kept = self._store.steps()
         at = kept[-1] if kept else 0
         state, room = self._store.get(at) if at else self._start(), self._most - len(kept)
+        if at:
+            self._compare(at, state)
         while at < step:
             stop = at + first_piece(step - at + 1, room + 1)
             while at < stop:

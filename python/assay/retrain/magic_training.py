@@ -27,7 +27,7 @@ class Diverged(ValueError):
     """A sample's loss is not finite."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Training:
     """One run: where it starts, in which order it sees what, and how it steps.
 
@@ -91,16 +91,18 @@ class Training:
                     f"samples: expected the number of samples, as data is a function, got {self.samples!r}"
                 )
             return self.samples
-        sizes = [samples.count(samples.inputs(c)) for c in self.data] if self._is_tuple else [samples.count(self.data)]
+        columns = self._columns
+        sizes = [samples.count(c) for c in columns] if isinstance(columns, tuple) else [samples.count(columns)]
         if not sizes or len(set(sizes)) != 1 or not sizes[0]:
             raise ValueError(f"data: expected columns of one length, and samples in them, got {sizes}")
         if self.samples not in (None, sizes[0]):
             raise ValueError(f"samples: expected {sizes[0]}, as many as data has, or None, got {self.samples}")
         return sizes[0]
 
-    @property
-    def _is_tuple(self) -> bool:
-        return isinstance(self.data, tuple)
+    @cached_property
+    def _columns(self) -> Any:
+        """The data in forms from which rows are taken."""
+        return tuple(map(samples.inputs, self.data)) if isinstance(self.data, tuple) else samples.inputs(self.data)
 
     @cached_property
     def rows(self) -> list[NDArray[np.int64]]:
@@ -204,6 +206,10 @@ class Training:
         """g of a step at parameters (P,), not clipped."""
         return _total(self._gradient(part, weights)[0] for part in self._parts(theta, step))
 
+    def weighted_loss(self, theta: Tensor, step: int, weights: Tensor) -> Tensor:
+        """Of the first part of a step, with its graph."""
+        return self._loss(next(self._parts(theta, step)), weights)[0]
+
     def curvature(self, theta: Tensor, step: int, weights: Tensor, direction: Tensor) -> Tensor:
         """H times the direction (P,), H the Hessian of a step's weighted loss at parameters (P,)."""
         curved = torch.zeros_like(theta)
@@ -267,9 +273,9 @@ class Training:
         """The samples at ``rows`` as the losses take them."""
         if callable(self.data):
             return self.data(rows)
-        if self._is_tuple:
-            return tuple(_tensor(samples.take(samples.inputs(column), rows)) for column in self.data)
-        taken = samples.take(samples.inputs(self.data), rows)
+        if isinstance(self._columns, tuple):
+            return tuple(_tensor(samples.take(column, rows)) for column in self._columns)
+        taken = samples.take(self._columns, rows)
         return {name: _tensor(c) for name, c in taken.items()} if isinstance(taken, Mapping) else _tensor(taken)
 
     def _parts(self, theta: Tensor, step: int) -> Iterator[_Part]:
@@ -281,6 +287,12 @@ class Training:
 
     def _gradient(self, part: _Part, weights: Tensor, create_graph: bool = False) -> tuple[Tensor, Tensor]:
         """(P,) its share of the step's gradient, and its rows' weights as leaves of the graph."""
+        total, own = self._loss(part, weights, create_graph)
+        (gradient,) = torch.autograd.grad(total, part.theta, create_graph=create_graph, materialize_grads=True)
+        return gradient, own
+
+    def _loss(self, part: _Part, weights: Tensor, create_graph: bool = False) -> tuple[Tensor, Tensor]:
+        """Its share of the step's weighted loss, and its rows' weights."""
         net = _Net(self.model, self.losses)
         own = weights[torch.from_numpy(part.rows).to(weights.device)].requires_grad_(create_graph)
         with seeded(self.dropout_seed, part.step, part.begin, part.theta.device):
@@ -290,9 +302,7 @@ class Training:
         if not bool(each.isfinite().all()):
             wrong = int((~each.isfinite()).nonzero()[0])
             raise Diverged(f"step {part.step}: the loss of sample {part.rows[wrong]} is {float(each[wrong].detach())}")
-        total = (own * each).sum() / part.batch
-        (gradient,) = torch.autograd.grad(total, part.theta, create_graph=create_graph, materialize_grads=True)
-        return gradient, own
+        return (own * each).sum() / part.batch, own
 
     def _step(self, state: State, gradient: Tensor, step: int) -> State:
         return self.optimizer.step(state, clipped(gradient, self.clip), step, self.rates[step], self.decayed)

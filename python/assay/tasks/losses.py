@@ -20,6 +20,8 @@ class _RowLosses(torch.autograd.Function):
     one, written in place.
     """
 
+    differentiable_twice = True
+
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
         losses = ops.ensemble_stats([logits], labels, ignore_index=IGNORE, fields=("nll",)).nll

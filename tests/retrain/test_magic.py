@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from assay.retrain import SGD, Adam, Training, magic, metasmoothness
+from assay.retrain import SGD, Adam, Training, magic, metasmoothness, optimizer_of
 
 N, STEPS, BATCH = 12, 8, 4
 RATES = [0.02 + 0.01 * t for t in range(STEPS)]
@@ -116,13 +116,13 @@ def test_the_loop_makes_the_steps_of_torch() -> None:
         "adamw": lambda p, d: torch.optim.AdamW([{"params": p, "weight_decay": 0.5}, {"params": d, "weight_decay": 0}]),
     }
     for name, make in of_torch.items():
-        ours = OPTIMIZERS[name]
-        if name == "adamw":
-            ours = replace(ours, eps_root=0)
-        training, _, _ = world(ours, clip=0.7)
+        training, _, _ = world(OPTIMIZERS[name], clip=0.7)
         model = copy.deepcopy(training.model)
         spared = [p for n, p in model.named_parameters() if name == "adamw" and n.startswith("2.")]
         optimizer = make([p for p in model.parameters() if all(p is not s for s in spared)], spared)
+        training = replace(training, optimizer=optimizer_of(optimizer, model, RATES))
+        if name != "adamw":
+            assert training.optimizer == replace(OPTIMIZERS[name], undecayed=[])
         x, y = training.data
         for step, rows in enumerate(training.rows):
             for group in optimizer.param_groups:
@@ -160,7 +160,7 @@ def functional_losses(model: nn.Module, parameters: dict[str, Tensor], batch: An
 
 def test_the_number_of_checkpoints_changes_no_bit() -> None:
     training, targets, weights = world(OPTIMIZERS["adamw"])
-    runs = [magic(training, targets, weights=weights, checkpoints=c, directions=0) for c in (1, 2, 3, STEPS, 50)]
+    runs = [magic(training, targets, weights=weights, checkpoints=c, directions=0) for c in (1, 2, STEPS, 50)]
     for run in runs[1:]:
         np.testing.assert_array_equal(run.scores, runs[0].scores)
     one = magic(training, {"b": targets["b"]}, weights=weights, directions=0)
@@ -241,8 +241,8 @@ def test_metasmoothness_is_the_papers() -> None:
 def test_a_rough_run_is_called_rough() -> None:
     """A rate far beyond what is stable: the trained model jumps about with the weights, and the result says so."""
     training, targets, _ = world(SGD(30.0))
-    training = replace(training, batches=[np.arange(8) for _ in range(40)])
-    found = magic(training, targets, directions=3)
+    training = replace(training, batches=[np.arange(8) for _ in range(15)])
+    found = magic(training, targets, directions=1)
     assert float(found.metasmoothness.mean()) < 0.9
     assert any("metasmoothness is" in warning for warning in found.warnings)
     calm, _, _ = world(SGD(0.1))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from assay.retrain import SGD, Adam, Diverged, Training, magic, metasmoothness
+from assay.retrain import SGD, Adam, Diverged, Training, magic, metasmoothness, optimizer_of
 from assay.tasks import CausalLM, Classification
 from tests.retrain.test_magic import N, losses, network, world
 
@@ -146,6 +146,28 @@ def test_runs_that_are_none(changes: dict[str, Any], words: str) -> None:
 def test_optimisers_that_are_none(make: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (torch.optim.RMSprop, "expected torch.optim.SGD, Adam or AdamW, got RMSprop"),
+        (lambda p: torch.optim.Adam(p, amsgrad=True), "has amsgrad=True"),
+        (lambda p: torch.optim.SGD(p[1:], 0.1), r"lacks parameters .* \['0.weight'\]"),
+        (lambda p: torch.optim.SGD([*p, torch.zeros(3)], 0.1), r"shape \(3,\) that is not the model's"),
+        (lambda p: torch.optim.SGD([{"params": p[:2]}, {"params": p[2:], "lr": 0.2}], 0.1), "differ in lr: 0.1, 0.2"),
+        (
+            lambda p: torch.optim.SGD(
+                [{"params": p[:2], "weight_decay": 1}, {"params": p[2:], "weight_decay": 2}], 0.1
+            ),
+            "groups of one weight decay",
+        ),
+    ],
+)
+def test_torchs_optimisers_that_cannot_be_replayed(make: Any, words: str) -> None:
+    model = network()
+    with pytest.raises(ValueError, match=words):
+        optimizer_of(make(list(model.parameters())), model)
 
 
 def test_torchs_optimisers_and_models_that_are_none() -> None:

@@ -2,7 +2,7 @@
 
 from assay.retrain.datamodel import SmallModelDatamodel
 from assay.retrain.magic import Magic, magic
-from assay.retrain.magic_optimizers import SGD, Adam
+from assay.retrain.magic_optimizers import SGD, Adam, optimizer_of
 from assay.retrain.magic_plan import Plan
 from assay.retrain.magic_smoothness import metasmoothness
 from assay.retrain.magic_training import Diverged, Training
@@ -19,5 +19,6 @@ __all__ = [
     "Training",
     "magic",
     "metasmoothness",
+    "optimizer_of",
     "out_of_fold",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from assay.retrain.samples import short
 
@@ -123,6 +124,56 @@ class Adam:
 Optimizer = SGD | Adam
 
 
+def optimizer_of(
+    optimizer: torch.optim.Optimizer, model: nn.Module, lr: float | Sequence[float] | None = None
+) -> Optimizer:
+    """An optimiser of torch over a model's parameters, as ``Training`` takes it. Its state is not looked at.
+
+    Args:
+        optimizer: ``torch.optim.SGD``, ``Adam`` or ``AdamW``; its groups may differ in having weight decay or not.
+        model: the model.
+        lr: the rate, or one per step: the scheduler's; None: the groups'.
+
+    Raises:
+        ValueError: another optimiser, amsgrad, maximize or rates that are tensors; groups that differ in anything else;
+            a parameter that is not the model's, or one of the model's trained ones that it has not.
+    """
+    kind = type(optimizer)
+    if kind not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
+        raise ValueError(f"optimizer: expected torch.optim.SGD, Adam or AdamW, got {kind.__name__}")
+    names = {id(p): name for name, p in model.named_parameters()}
+    decays: dict[str, float] = {}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if id(p) not in names:
+                raise ValueError(f"optimizer: has a parameter of shape {tuple(p.shape)} that is not the model's")
+            decays[names[id(p)]] = group["weight_decay"]
+    if missing := [name for name, p in model.named_parameters() if p.requires_grad and name not in decays]:
+        raise ValueError(f"optimizer: lacks parameters of the model that require gradients: {short(missing)}")
+    found = {key: _agreed(optimizer, key) for key in _OF_TORCH[kind is torch.optim.SGD]}
+    for flag in ("amsgrad", "maximize"):
+        if found.pop(flag, False):
+            raise ValueError(f"optimizer: has {flag}=True, which is not there")
+    found["lr"] = _agreed(optimizer, "lr") if lr is None else lr
+    found["weight_decay"] = max(decays.values())
+    found["undecayed"] = [glob.escape(name) for name, decay in decays.items() if not decay and max(decays.values())]
+    if others := set(decays.values()) - {0, found["weight_decay"]}:
+        raise ValueError(f"optimizer: expected groups of one weight decay, or none, got {others} too")
+    if kind is torch.optim.SGD:
+        return SGD(**found)
+    return Adam(**found, eps_root=0.0, decoupled_weight_decay=_agreed(optimizer, "decoupled_weight_decay"))
+
+
+_OF_TORCH = {True: ("momentum", "dampening", "nesterov", "maximize"), False: ("betas", "eps", "amsgrad", "maximize")}
+
+
+def _agreed(optimizer: torch.optim.Optimizer, key: str) -> Any:
+    values = {repr(group[key]): group[key] for group in optimizer.param_groups}
+    if len(values) > 1:
+        raise ValueError(f"optimizer: its groups differ in {key}: {', '.join(values)}; expected one for all")
+    return next(iter(values.values()))
+
+
 def rates(optimizer: Optimizer, steps: int) -> list[float]:
     """η of every step.
 
@@ -142,9 +193,9 @@ def decayed_parameters(optimizer: Optimizer, sizes: dict[str, int]) -> Tensor | 
     Raises:
         ValueError: a glob that names no parameter.
     """
-    for glob in optimizer.undecayed:
-        if not any(fnmatchcase(name, glob) for name in sizes):
-            raise ValueError(f"undecayed: {glob!r} names none of the trained parameters: {short(list(sizes))}")
+    for pattern in optimizer.undecayed:
+        if not any(fnmatchcase(name, pattern) for name in sizes):
+            raise ValueError(f"undecayed: {pattern!r} names none of the trained parameters: {short(list(sizes))}")
     if not optimizer.undecayed:
         return None
     return torch.cat(

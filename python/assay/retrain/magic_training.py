@@ -70,8 +70,8 @@ class Training:
             raise TypeError(f"losses: expected a task or a function (model, batch), got {type(self.losses).__name__}")
         if not isinstance(self.optimizer, (SGD, Adam)):
             raise TypeError(
-                f"optimizer: expected assay.retrain.SGD or Adam, got {type(self.optimizer).__name__}; "
-                "those of torch change their parameters in place, which cannot be differentiated"
+                f"optimizer: expected assay.retrain.SGD or Adam, got {type(self.optimizer).__name__}; one of torch "
+                "becomes such by optimizer_of(optimizer, model)"
             )
         if self.clip is not None and not 0 < self.clip < float("inf"):
             raise ValueError(f"clip: expected a finite number above 0, or None, got {self.clip}")

@@ -184,6 +184,7 @@ def test_arguments() -> None:
     training, targets, _ = world(SGD(0.1))
     for words, given in (
         ("targets: expected one at least", {"targets": {}}),
+        (r"targets: .* of different names, got \[1, '1'\]", {"targets": {1: targets["a"], "1": targets["b"]}}),
         ("target 'none': expected samples", {"targets": {"none": []}}),
         ("weights: expected finite numbers of shape", {"weights": [1.0]}),
         ("weights: expected finite numbers", {"weights": [float("nan")] * N}),
@@ -193,8 +194,24 @@ def test_arguments() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             magic(training, **({"targets": targets, "directions": 0} | given))
+    with pytest.raises(TypeError, match="targets: expected batches by name, got list"):
+        magic(training, [targets["a"]])
     with pytest.raises(ValueError, match="width: expected"):
         metasmoothness(training, width=0)
+
+
+def test_the_smallest_run() -> None:
+    x, y = torch.ones(1, 3), torch.zeros(1, dtype=torch.int64)
+    run = Training(nn.Linear(3, 2), losses, (x, y), torch.zeros(1, 1, dtype=torch.int64), SGD(np.array([0.1])))
+    found = magic(run, {"t": [(x, y)]})
+    assert found.scores.shape == (1, 1)
+    assert float(found.scores) > 0
+
+
+def test_a_perturbed_run_that_diverges_is_not_smooth() -> None:
+    training, _, _ = world(SGD(0.1))
+    steep = replace(training, losses=lambda model, batch: model[0](batch[0]).square().sum(1))
+    assert metasmoothness(steep, directions=2, width=1e60).isnan().all()
 
 
 def test_a_loss_that_is_not_finite_is_named() -> None:

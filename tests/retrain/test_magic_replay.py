@@ -194,6 +194,28 @@ def test_losses_that_compute_something_else_are_found_by_replaying(tmp_path: Pat
         magic(replace(training, losses=other), targets, weights=weights, folder=tmp_path, directions=1)
 
 
+def test_batches_of_which_no_fingerprint_says_what_they_hold_are_refused(tmp_path: Path) -> None:
+    training, _, _ = world(OPTIMIZERS["adamw"])
+
+    class Frame:
+        def __init__(self, rows: Any) -> None:
+            self.rows = rows
+
+        def __iter__(self) -> Any:
+            return iter(["x", "y"])  # its columns' names, as a data frame's
+
+    def of_frame(model: Any, batch: Any) -> Tensor:
+        rows = torch.from_numpy(batch.rows) if isinstance(batch, Frame) else batch
+        return losses(model, (x[rows], y[rows]))
+
+    x, y = training.data
+    framed = replace(training, data=Frame, samples=len(x), losses=of_frame)
+    on_rows = {"t": [torch.tensor([0])]}
+    assert magic(framed, on_rows, directions=0).scores[:5].isfinite().all()
+    with pytest.raises(TypeError, match="a batch holds a Frame, of which a folder cannot tell"):
+        magic(framed, on_rows, directions=0, folder=tmp_path)
+
+
 def test_a_folder_is_one_processes(tmp_path: Path) -> None:
     run(tmp_path)
     with open(tmp_path / ".lock", "wb") as lock:

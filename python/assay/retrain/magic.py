@@ -93,8 +93,10 @@ def magic(
         Diverged: a sample's loss is not finite.
         RuntimeError: a replayed state came out otherwise than before.
     """
-    if not targets:
-        raise ValueError("targets: expected one at least, got none")
+    if not isinstance(targets, Mapping):
+        raise TypeError(f"targets: expected batches by name, got {type(targets).__name__}")
+    if not targets or len({str(name) for name in targets}) < len(targets):
+        raise ValueError(f"targets: expected one at least, of different names, got {list(targets)}")
     if not isinstance(directions, int) or directions < 0:
         raise ValueError(f"directions: expected an integer of at least 0, got {directions!r}")
     given, batches = training.weights(weights), {str(name): list(own) for name, own in targets.items()}

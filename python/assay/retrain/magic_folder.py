@@ -201,7 +201,7 @@ def facts(
     }
     modes = [module.training for module in training.model.modules()]
     own = {
-        "model": [model, list(training.trained), modes],
+        "model": [model, training.start, list(training.trained), modes],
         "data": (training.batch(rows) for rows in training.rows),
         "batches": training.rows,
         "optimizer": [repr(training.optimizer), training.rates, training.clip],
@@ -209,7 +209,7 @@ def facts(
         "targets": targets,
         "settings": {"rows_at_once": training.rows_at_once, "dropout_seed": training.dropout_seed, **settings},
     }
-    return {name: _digest(value) for name, value in own.items()}
+    return {"format": "1", **{name: _digest(value) for name, value in own.items()}}
 
 
 def _digest(value: Any) -> str:
@@ -236,11 +236,13 @@ def _feed(sha: Any, value: Any) -> None:
         sha.update(f"text {len(text)};".encode() + text)
     elif isinstance(value, bytes):
         sha.update(f"bytes {len(value)};".encode() + value)
+    elif isinstance(value, np.ndarray):
+        _feed(sha, value.tolist())
     elif isinstance(value, np.generic):
         _feed(sha, value.item())
     elif value is None or isinstance(value, (bool, int, float)):
         sha.update(f"{value!r};".encode())
-    elif hasattr(value, "__iter__"):
+    elif isinstance(value, (list, tuple, Iterator)):
         sha.update(b"list;")
         for item in value:
             _feed(sha, item)

@@ -233,6 +233,8 @@ def _root(square: Tensor) -> Tensor:
 
 
 def _check(optimizer: Optimizer) -> None:
+    if hasattr(optimizer.lr, "tolist"):  # of an array or a tensor
+        object.__setattr__(optimizer, "lr", optimizer.lr.tolist())
     lr: Any = optimizer.lr
     if isinstance(lr, (str, bytes, bool)) or not isinstance(lr, (int, float, Sequence)):
         raise ValueError(f"lr: expected a number, or a sequence with one per step, got {short(lr)}")

@@ -6,6 +6,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from assay.retrain.magic_checks import check
 from assay.retrain.magic_training import Diverged, Training, running
 
 SMOOTH = 0.95
@@ -50,6 +51,8 @@ def metasmoothness(
     given = training.weights(weights)
     generator, found = torch.Generator().manual_seed(seed), []
     with running():
+        if trained is None:
+            check(training, given)
         start = _trained(training, given) if trained is None else trained
         for _ in range(directions):
             direction = torch.randn(training.size, generator=generator, dtype=torch.float64).to(given)

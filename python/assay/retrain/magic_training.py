@@ -32,7 +32,8 @@ class Training:
     """One run: where it starts, in which order it sees what, and how it steps.
 
     Step t takes g = (1/B) Σ_{b∈batch t} w_b ∇ℓ_b with B the *number* of rows in the batch: a sample of weight 0 is one
-    that was removed from an unchanged batch. The optimiser is told g, or g clipped.
+    that was removed from an unchanged batch. The optimiser is told g, or g clipped. A parameter that a batch's losses
+    do not reach has gradient 0 there, and decays (torch's optimisers leave it alone if its ``.grad`` is None).
 
     Args:
         model: the start: its parameters as they are, of which those that require gradients are trained. It is neither

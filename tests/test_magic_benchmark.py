@@ -17,4 +17,5 @@ def test_one_setting() -> None:
     values = {label: row["lds_0.1"]["value"] for label, row in case["methods"].items()}
     assert values["MAGIC"] > 0.95
     assert values["MAGIC"] > values["EK-FAC"] > values["random"]
+    assert values["EK-FAC + CG"] > values["random"]
     assert case["methods"]["MAGIC"]["qld"]["value"] > case["methods"]["random"]["qld"]["value"]

@@ -6,7 +6,8 @@ correlation over seeded drops of 5 and 10 % of Σ_{i dropped} score_i with the r
 the interval is a bootstrap over drops × queries, the same resamples for every method. QLD: the rise of a query's loss
 after the 1 % that a method ranks highest for it were dropped.
 
-Controls: random numbers, each sample's own loss, gradient cosine, EK-FAC; MAGIC of another start and order, which is
+Controls: random numbers, each sample's own loss, gradient cosine, EK-FAC and the whole
+Gauss–Newton matrix that it starts from; MAGIC of another start and order, which is
 what knowing the data but not the run is worth; a rate so large that metasmoothness says that no derivative can tell.
 """
 
@@ -27,7 +28,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from assay.methods import EKFAC, Influence, Kernel
+from assay.methods import EKFAC, EKFACCG, Influence, Kernel
 from assay.retrain import SGD, Adam, Magic, Training, magic
 from assay.tasks import Classification
 from benchmarks.quality.lds import EXACT, interval, lds, scores
@@ -168,10 +169,12 @@ def all_scores(setting: Setting, world: World, run: Training) -> tuple[dict[str,
     model.load_state_dict(own.parameters)
     task, kernel = Classification(), Kernel(normalize=True)
     influence = timed("EK-FAC", lambda: scores(EKFAC(model, task, targets), world, names))  # type: ignore[arg-type]
+    solved = EKFACCG(model, task, targets)
     cosine = Influence([model], task, targets, kernel=kernel, sketch=EXACT)
     found = {
         "MAGIC": own.scores.numpy(),
         "MAGIC, other start and order": other_found.scores.numpy(),
+        "EK-FAC + CG": timed("EK-FAC + CG", lambda: scores(solved, world, names)),  # type: ignore[arg-type]
         "EK-FAC": influence,
         "gradient cosine": timed("gradient cosine", lambda: scores(cosine, world, names)),  # type: ignore[arg-type]
         "random": np.random.default_rng(0).standard_normal((setting.train, setting.queries)),

@@ -4,6 +4,7 @@ from assay.methods.base import Column, Method, Need, Views
 from assay.methods.dsdm import DsDm
 from assay.methods.dynamics import Dynamics
 from assay.methods.ekfac import EKFAC
+from assay.methods.ekfac_cg import EKFACCG
 from assay.methods.ensemble import Ensemble, ensemble_scores
 from assay.methods.grad_mimic import GradMimic
 from assay.methods.gradient_cosine import GradientCosine
@@ -21,6 +22,7 @@ from assay.probe import AdamState
 
 __all__ = [
     "EKFAC",
+    "EKFACCG",
     "LESS",
     "TRAK",
     "AdamState",

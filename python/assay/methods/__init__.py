@@ -8,6 +8,7 @@ from assay.methods.dsdm import DsDm
 from assay.methods.dsir import DSIR
 from assay.methods.dynamics import Dynamics
 from assay.methods.ekfac import EKFAC
+from assay.methods.ekfac_cg import EKFACCG
 from assay.methods.embedding_similarity import EmbeddingSimilarity
 from assay.methods.ensemble import Ensemble, ensemble_scores
 from assay.methods.grad_mimic import GradMimic
@@ -32,6 +33,7 @@ __all__ = [
     "BM25",
     "DSIR",
     "EKFAC",
+    "EKFACCG",
     "LESS",
     "TRAK",
     "AdamState",

@@ -18,7 +18,7 @@ from assay.corpus.copying import copy_sidecars
 from assay.corpus.errors import CorpusError, ShardError
 from assay.corpus.layout import MANIFEST, selection_path, table_path
 from assay.corpus.listing import summarise_left_out
-from assay.corpus.score_files import read_score, score_field
+from assay.corpus.score_files import score_field
 from assay.corpus.scores_folder import Scored, Scores, State, open_scores
 from assay.corpus.shards import Shard, find_shards, refuse_overlap
 from assay.corpus.storage import TEMPORARY_SUFFIX, Store
@@ -26,10 +26,10 @@ from assay.curate.chosen import ShardSelection, write_fates
 from assay.curate.condition import Condition
 from assay.curate.forms import Form, find_form
 from assay.curate.ranking import score_name
-from assay.curate.rows import Beside, Rows, open_beside
+from assay.curate.rows import Beside, Rows, open_beside, read_batches
 from assay.curate.rules import Rule
 from assay.curate.where import Answer, ask, parse_condition
-from assay.curate.whole import check_rows, scored_shards
+from assay.curate.whole import RowCheck, scored_shards
 from assay.select import Selection
 
 log = logging.getLogger("assay")
@@ -156,21 +156,18 @@ def _select(
     scores: Scores, tables: Sequence[tuple[Shard, Scored]], name: str, rule: Rule, answer: Answer | None
 ) -> tuple[Selection, list[ShardSelection]]:
     """What the rule makes of all scores together, and of each shard's."""
-    rows, values = _read(scores.store, tables, name)
     field = score_field(scores.store, table_path(tables[0][0]), name)
     if field.type != pa.float32():
         raise CorpusError(f"--by {name}: holds {field.type} per row; expected one number to judge by")
-    table = pa.Table.from_arrays([pa.array(np.concatenate(values))], schema=pa.schema([field]))
+    values = _read(scores.store, tables, name)
+    table = pa.Table.from_arrays([pa.array(values, from_pandas=False)], schema=pa.schema([field]))
     selection = rule(table) if answer is None else answer.choose(table, rule)
-    legend = np.array(selection.legend, object)
     scale, firsts = _scale(selection), _firsts(scores)
     shards, start = [], 0
-    for (shard, scored), own_rows, own_scores in zip(tables, rows, values, strict=True):
-        part = slice(start, start := start + len(own_rows))
-        weights = None if selection.weights is None else selection.weights[part]
-        reasons = legend[selection.codes[part]]
-        own = (own_rows, own_scores, selection.mask[part], reasons, weights)
-        shards.append(ShardSelection(shard, scored, *own, scale, firsts[shard.path]))
+    for shard, scored in tables:
+        part = slice(start, start := start + scored.scored)
+        own = (values[part], selection, part, scale, firsts[shard.path])
+        shards.append(ShardSelection(scores.store, shard, scored, *own))
     return selection, shards
 
 
@@ -236,16 +233,21 @@ def _is_selection(output: Store) -> bool:
     return isinstance(manifest, dict) and {"rule", "by", "scores"} <= manifest.keys()
 
 
-def _read(
-    store: Store, tables: Sequence[tuple[Shard, Scored]], name: str
-) -> tuple[list[npt.NDArray[np.int64]], list[npt.NDArray[np.float32]]]:
-    rows, values = [], []
+def _read(store: Store, tables: Sequence[tuple[Shard, Scored]], name: str) -> npt.NDArray[np.float32]:
+    """One score of every scored row, shards after one another. Nothing else of the tables is held."""
+    values, start = np.empty(sum(table.scored for _, table in tables), np.float32), 0
     for shard, table in tables:
-        own_rows, own_values = read_score(store, table_path(shard), name)
-        check_rows(store, shard, table, own_rows)
-        rows.append(own_rows)
-        values.append(own_values)
-    return rows, values
+        check, end = RowCheck(store, shard, table), start + table.scored
+        for batch in read_batches(store, table_path(shard), ["row", name]):
+            check.see(batch.column("row").to_numpy())
+            if start + batch.num_rows > end:
+                break
+            values[start : start + batch.num_rows] = batch.column(name).to_numpy(zero_copy_only=False)
+            start += batch.num_rows
+        check.end()
+        if start != end:
+            raise CorpusError(f"{store.full(table_path(shard))}: has other rows than its footer says; score it again")
+    return values
 
 
 def _write_shard(store: Store, chosen: ShardSelection, name: str, output: Store, form: Form) -> ShardCounts:

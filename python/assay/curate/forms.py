@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import compress
 
 import numpy as np
 import pyarrow as pa
@@ -13,10 +12,10 @@ import pyarrow.parquet as pq
 from assay.corpus.copying import copy_rows
 from assay.corpus.errors import CorpusError
 from assay.corpus.layout import table_path
-from assay.corpus.score_files import stream_ids
+from assay.corpus.score_files import regroup
 from assay.corpus.shards import Shard
 from assay.corpus.storage import Store
-from assay.curate.chosen import ShardSelection
+from assay.curate.chosen import BLOCK_ROWS, Ids, ShardSelection
 from assay.select import Selection
 
 DATA = "data/"
@@ -93,11 +92,17 @@ def _indices_path(shard: Shard) -> str:
 
 def _write_indices(store: Store, chosen: ShardSelection, output: Store) -> str:
     """`shard`, `row` in it and `index` over all shards, of every row that is kept."""
-    rows = chosen.rows[chosen.kept]
-    index = pa.nulls(len(rows), pa.int64()) if chosen.first is None else pa.array(rows + chosen.first)
-    shard = pa.DictionaryArray.from_arrays(pa.array(np.zeros(len(rows), np.int32)), [chosen.shard.path])
-    table = pa.table({"shard": shard.cast(pa.string()), "row": pa.array(rows), "index": index})
-    return _write(table, _indices_path(chosen.shard), output)
+    schema = pa.schema([("shard", pa.string()), ("row", pa.int64()), ("index", pa.int64())])
+    keep = chosen.keep()
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for start in range(0, chosen.total, BLOCK_ROWS):
+            rows = start + np.flatnonzero(keep[start : start + BLOCK_ROWS])
+            index = pa.nulls(len(rows), pa.int64()) if chosen.first is None else pa.array(rows + chosen.first)
+            columns = [pa.repeat(chosen.shard.path, len(rows)), pa.array(rows), index]
+            yield pa.RecordBatch.from_arrays(columns, schema=schema)
+
+    return _write(batches(), schema, _indices_path(chosen.shard), output)
 
 
 # ---- weights
@@ -109,12 +114,19 @@ def _weights_path(shard: Shard) -> str:
 
 def _write_weights(store: Store, chosen: ShardSelection, output: Store) -> str:
     """`id` and `weight` of every row that is kept; over all shards the weights' mean is 1."""
-    assert chosen.weights is not None
-    ids = pa.array(compress(stream_ids(store, table_path(chosen.shard)), chosen.kept), pa.string())
-    weights = (chosen.weights[chosen.kept] * chosen.weight_scale).astype(np.float32)
     weight = pa.field("weight", pa.float32(), metadata={"keep": "high", "description": "mean 1 over the selection"})
-    table = pa.table([ids, pa.array(weights)], schema=pa.schema([pa.field("id", pa.string()), weight]))
-    return _write(table, _weights_path(chosen.shard), output)
+    schema = pa.schema([pa.field("id", pa.string()), weight])
+    weights, kept, ids = chosen.weights, chosen.kept, Ids(store, table_path(chosen.shard))
+    assert weights is not None
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for start in range(0, len(kept), BLOCK_ROWS):
+            here = kept[start : start + BLOCK_ROWS]
+            own = (weights[start : start + BLOCK_ROWS][here] * chosen.weight_scale).astype(np.float32)
+            columns = [ids.take(len(here)).filter(pa.array(here)), pa.array(own, from_pandas=False)]
+            yield pa.RecordBatch.from_arrays(columns, schema=schema)
+
+    return _write(batches(), schema, _weights_path(chosen.shard), output)
 
 
 def _check_weights(selection: Selection, shards: Sequence[Shard]) -> None:
@@ -165,9 +177,13 @@ def _loader(shard: Shard) -> str | None:
     return loader if shard.compression is None or loader in _COMPRESSED else None
 
 
-def _write(table: pa.Table, path: str, output: Store) -> str:
-    with output.write(path) as file:
-        pq.write_table(table, file, compression="zstd")
+def _write(batches: Iterable[pa.RecordBatch], schema: pa.Schema, path: str, output: Store) -> str:
+    with (
+        output.write(path) as file,
+        pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=["shard"]) as writer,
+    ):
+        for table in regroup(batches, schema, BLOCK_ROWS):  # a group of the few rows of a block would be small
+            writer.write_table(table)
     return path
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from assay.select.selection import Floats, Mask, OrientedScore, Selection, oriented
+from assay.select.best import CHUNK_ROWS, best, limit_of
+from assay.select.selection import Floats, OrientedScore, Selection, oriented
 
 Keep = Literal["high", "low"]
 Amount = int | float
@@ -24,9 +26,7 @@ def top(table: pa.Table, by: str, amount: Amount, keep: Keep | None = None) -> S
     """
     score = oriented(table, by, keep)
     wanted = amount_rows(amount, table.num_rows)
-    candidates = np.flatnonzero(score.valid)
-    best_first = candidates[np.argsort(-score.values[candidates], kind="stable")]
-    mask = indices_mask(table.num_rows, best_first[:wanted])
+    mask = best(lambda: parts_of(score.values), table.num_rows, wanted)
     limit = score.sign * float(score.values[mask].min()) if mask.any() else None
     place = f"among the {wanted:,} {score.end} of {by}"
     return score.select(mask, f"{by}, {score.end} {amount}", place, f"not {place}", threshold=limit)
@@ -46,8 +46,9 @@ def quantile(table: pa.Table, by: str, q: float, keep: Keep | None = None) -> Se
     if not score.valid.any():
         return score.cut(math.inf, f"{by}, quantile {q:g}")
     # An order statistic, not a point between two: then the row at the quantile is kept whatever the rounding.
-    limit = float(np.quantile(score.values[score.valid], q, method="lower"))
-    return score.cut(limit, f"{by}, quantile {q:g}")
+    count = int(np.count_nonzero(score.valid))
+    limit, _ = limit_of(lambda: parts_of(score.values), table.num_rows, count - math.floor(q * (count - 1)))
+    return score.cut(float(limit), f"{by}, quantile {q:g}")
 
 
 def sample(
@@ -66,13 +67,11 @@ def sample(
     """
     score = oriented(table, by, keep)
     wanted = amount_rows(amount, table.num_rows)
-    logits = log_proportions(score, temperature)
-    keys = logits + _gumbel(table.num_rows, seed)
-    drawable = np.flatnonzero(logits > -np.inf)
-    drawn = drawable[np.argsort(-keys[drawable], kind="stable")][:wanted]
+    _check_proportions(score, temperature)
+    mask = best(lambda: _draw_keys(score, temperature, seed), table.num_rows, wanted)
     how = "in proportion to" if temperature is None else f"by softmax at temperature {temperature:g} of"
     return score.select(
-        indices_mask(table.num_rows, drawn),
+        mask,
         f"{amount} drawn {how} {by}, seed {seed}",
         f"drawn {how} {by}",
         "not drawn",
@@ -107,7 +106,8 @@ def weigh(table: pa.Table, selection: Selection, by: str, temperature: float, ke
     Worth is the score or, if it is better when low, its negative. ValueError if a kept row's score is not finite.
     """
     score = oriented(table, by, keep)
-    logits = log_proportions(score, temperature)[selection.mask]
+    _check_proportions(score, temperature)
+    logits = _logits(score.values[selection.mask], temperature)
     if not np.isfinite(logits).all():
         bad = int((~np.isfinite(logits)).sum())
         raise ValueError(
@@ -123,30 +123,38 @@ def weigh(table: pa.Table, selection: Selection, by: str, temperature: float, ke
 
 def log_proportions(score: OrientedScore, temperature: float | None) -> Floats:
     """Logarithms of what rows are drawn in proportion to; -inf for those that never are."""
-    logits = np.full(len(score.values), -np.inf)
-    valid = score.values[score.valid]
+    _check_proportions(score, temperature)
+    return _logits(score.values, temperature)
+
+
+def _check_proportions(score: OrientedScore, temperature: float | None) -> None:
     if temperature is not None:
         if not temperature > 0:
             raise ValueError(f"temperature={temperature}: expected a positive number")
-        logits[score.valid] = valid / temperature
-    elif score.sign < 0:
+        return
+    least = np.fmin.reduce(score.values, initial=np.inf)  # NaN aside
+    if score.sign < 0:
         raise ValueError(f"by={score.name!r} is better when low, so it is no proportion; pass a temperature")
-    elif valid.size and valid.min() < 0:
-        raise ValueError(f"by={score.name!r} goes down to {valid.min():.6g}, no proportion; pass a temperature")
-    else:
-        with np.errstate(divide="ignore"):
-            logits[score.valid] = np.log(valid)
+    if least < 0:
+        raise ValueError(f"by={score.name!r} goes down to {least:.6g}, no proportion; pass a temperature")
+
+
+def _logits(worth: npt.NDArray[Any], temperature: float | None) -> Floats:
+    wide: Floats = worth.astype(np.float64)
+    with np.errstate(divide="ignore"):
+        logits = np.log(wide) if temperature is None else wide / temperature
+    logits[np.isnan(wide)] = -np.inf
     return logits
 
 
 def random(table: pa.Table, amount: Amount, seed: int) -> Selection:
     """Draw ``amount`` rows (as in `top`) uniformly: the control by which every other rule is judged."""
-    keys = uniform(table.num_rows, seed)
-    mask = indices_mask(table.num_rows, np.argsort(keys, kind="stable")[: amount_rows(amount, table.num_rows)])
+    wanted = amount_rows(amount, table.num_rows)
+    mask = best(lambda: (-part for part in uniforms(table.num_rows, seed)), table.num_rows, wanted)
     return Selection(
         f"{amount} drawn at random, seed {seed}",
         mask,
-        mask.astype(np.uint8),
+        mask.view(np.uint8),
         ("dropped: not drawn", "kept: drawn at random"),
     )
 
@@ -163,18 +171,27 @@ def amount_rows(amount: Amount, total: int) -> int:
     return math.floor(amount * total + 0.5)
 
 
-def indices_mask(rows: int, indices: npt.NDArray[np.int64]) -> Mask:
-    mask = np.zeros(rows, bool)
-    mask[indices] = True
-    return mask
-
-
 def uniform(rows: int, seed: int) -> Floats:
     """Philox's raw stream: unlike numpy's distributions, it is promised never to change."""
-    raw = np.random.Philox(seed).random_raw(rows)
-    return (np.asarray(raw >> np.uint64(11), dtype=np.float64) + 0.5) * 2.0**-53
+    return np.concatenate([np.empty(0), *uniforms(rows, seed)])
 
 
-def _gumbel(rows: int, seed: int) -> Floats:
-    keys: Floats = -np.log(-np.log(uniform(rows, seed)))
-    return keys
+def uniforms(rows: int, seed: int) -> Iterator[Floats]:
+    """The same, CHUNK_ROWS at a time."""
+    stream = np.random.Philox(seed)
+    for start in range(0, rows, CHUNK_ROWS):
+        raw = stream.random_raw(min(CHUNK_ROWS, rows - start))
+        yield (np.asarray(raw >> np.uint64(11), dtype=np.float64) + 0.5) * 2.0**-53
+
+
+def parts_of(values: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
+    """The values, CHUNK_ROWS at a time."""
+    return (values[start : start + CHUNK_ROWS] for start in range(0, len(values), CHUNK_ROWS))
+
+
+def _draw_keys(score: OrientedScore, temperature: float | None, seed: int) -> Iterator[Floats]:
+    """Gumbel noise on the logarithms of the proportions; NaN where a row is never drawn."""
+    for worth, noise in zip(parts_of(score.values), uniforms(len(score.values), seed), strict=True):
+        logits = _logits(worth, temperature)
+        logits[logits == -np.inf] = np.nan
+        yield logits - np.log(-np.log(noise))

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from assay import select
 from assay.select import best as module
-from assay.select import rules
 from assay.select.best import best
 
 numbers = st.one_of(
@@ -62,7 +61,7 @@ def test_rules_of_many_parts_are_those_of_one(end, monkeypatch):
     gumbel = worth / 0.5 - np.log(-np.log(uniform))
     low = np.quantile(worth[~np.isnan(worth)], 0.8, method="lower")
     monkeypatch.setattr(module, "_FEW", 20)
-    monkeypatch.setattr(rules, "CHUNK_ROWS", 64)
+    monkeypatch.setattr(module, "CHUNK_ROWS", 64)
     np.testing.assert_array_equal(select.top(table, "s", 0.3).mask, stable(worth, 300))
     np.testing.assert_array_equal(select.quantile(table, "s", 0.8).mask, worth >= low)
     np.testing.assert_array_equal(select.sample(table, "s", 200, 7, 0.5).mask, stable(gumbel, 200))

@@ -5,6 +5,7 @@ end of the score is kept comes from the column's metadata, or from ``keep="high"
 never kept, ties go to the earlier row, and every draw takes a seed: the same input gives the same selection.
 """
 
+from assay.select.mixing import mix
 from assay.select.mixtures import gmm, kmeans
 from assay.select.rules import draw, quantile, random, sample, threshold, top, weigh
 from assay.select.selection import Selection
@@ -18,6 +19,7 @@ __all__ = [
     "draw",
     "gmm",
     "kmeans",
+    "mix",
     "quality",
     "quantile",
     "random",

@@ -18,6 +18,16 @@ Keys = Callable[[], Iterator[npt.NDArray[Any]]]
 """Makes the rows' keys, float32 or float64, some rows at a time, the same whenever it is called. NaN: no candidate."""
 
 
+def spans(rows: int) -> Iterator[slice]:
+    """The rows, CHUNK_ROWS at a time."""
+    return (slice(start, min(start + CHUNK_ROWS, rows)) for start in range(0, rows, CHUNK_ROWS))
+
+
+def parts_of(values: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
+    """The values, CHUNK_ROWS at a time."""
+    return (values[span] for span in spans(len(values)))
+
+
 def best(keys: Keys, rows: int, wanted: int) -> Mask:
     """(rows,), True for the ``wanted`` greatest keys, or for all candidates if those are fewer.
 

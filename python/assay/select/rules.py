@@ -11,25 +11,44 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from assay.select.best import CHUNK_ROWS, best, limit_of
-from assay.select.selection import Floats, OrientedScore, Selection, oriented
+from assay.select.best import Keys, best, limit_of, parts_of, spans
+from assay.select.groups import Groups, best_of_each, groups_of
+from assay.select.selection import Floats, Mask, OrientedScore, Selection, oriented
 
 Keep = Literal["high", "low"]
 Amount = int | float
 
 
-def top(table: pa.Table, by: str, amount: Amount, keep: Keep | None = None) -> Selection:
+def top(table: pa.Table, by: str, amount: Amount, keep: Keep | None = None, group: str | None = None) -> Selection:
     """The best ``amount`` rows by score ``by``.
 
     An int is a number of rows, a float a share of the table's rows: ``1`` is one row and ``1.0`` all of them.
-    Rows that have no score count towards the share but are never kept.
+    Rows that have no score count towards the share but are never kept. With ``group``, a column of the table, so many
+    of each group.
     """
     score = oriented(table, by, keep)
-    wanted = amount_rows(amount, table.num_rows)
-    mask = best(lambda: parts_of(score.values), table.num_rows, wanted)
+    mask, limits = _take(table, lambda: parts_of(score.values), amount, group, score)
+    if group is not None:
+        place = f"among the {amount} {score.end} of {by} of its {group}"
+        rule = f"{by}, {score.end} {amount} of each {group}"
+        return score.select(mask, rule, place, f"not {place}", limits=limits)
     limit = score.sign * float(score.values[mask].min()) if mask.any() else None
-    place = f"among the {wanted:,} {score.end} of {by}"
+    place = f"among the {amount_rows(amount, table.num_rows):,} {score.end} of {by}"
     return score.select(mask, f"{by}, {score.end} {amount}", place, f"not {place}", threshold=limit)
+
+
+def _take(
+    table: pa.Table, keys: Keys, amount: Amount, group: str | None, score: OrientedScore | None = None
+) -> tuple[Mask, Floats | None]:
+    """The ``amount`` rows of the greatest keys, of all or of each group; and where each group's ``score`` is cut."""
+    if group is None:
+        return best(keys, table.num_rows, amount_rows(amount, table.num_rows)), None
+    groups = groups_of(table, group)
+    amount_rows(amount, 0)  # whether it is one
+    counts = groups.counts()
+    wanted = np.minimum(amount, counts) if isinstance(amount, int) else np.floor(amount * counts + 0.5).astype(np.int64)
+    mask = best_of_each(keys, groups, wanted)
+    return mask, None if score is None else score.sign * groups.least(score.values, mask)
 
 
 def threshold(table: pa.Table, by: str, value: float, keep: Keep | None = None) -> Selection:
@@ -38,17 +57,37 @@ def threshold(table: pa.Table, by: str, value: float, keep: Keep | None = None) 
     return score.cut(score.sign * value, f"{by}, threshold {value:g}")
 
 
-def quantile(table: pa.Table, by: str, q: float, keep: Keep | None = None) -> Selection:
-    """Rows at or beyond the ``q``-quantile of worth: 0.9 keeps the best tenth, whichever end is best."""
+def quantile(table: pa.Table, by: str, q: float, keep: Keep | None = None, group: str | None = None) -> Selection:
+    """Rows at or beyond the ``q``-quantile of worth: 0.9 keeps the best tenth, whichever end is best.
+
+    With ``group``, a column of the table, the quantile is each group's own.
+    """
     if not 0 <= q <= 1:
         raise ValueError(f"q={q}: expected a number from 0 to 1")
     score = oriented(table, by, keep)
-    if not score.valid.any():
-        return score.cut(math.inf, f"{by}, quantile {q:g}")
+    rule = f"{by}, quantile {q:g}"
     # An order statistic, not a point between two: then the row at the quantile is kept whatever the rounding.
+    if group is not None:
+        return _quantile_of_each(score, q, groups_of(table, group), group)
+    if not score.valid.any():
+        return score.cut(math.inf, rule)
     count = int(np.count_nonzero(score.valid))
     limit, _ = limit_of(lambda: parts_of(score.values), table.num_rows, count - math.floor(q * (count - 1)))
-    return score.cut(float(limit), f"{by}, quantile {q:g}")
+    return score.cut(float(limit), rule)
+
+
+def _quantile_of_each(score: OrientedScore, q: float, groups: Groups, group: str) -> Selection:
+    counts = groups.counts(score.valid)
+    wanted = counts - np.floor(q * np.maximum(counts - 1, 0)).astype(np.int64)
+    limits = groups.least(score.values, best_of_each(lambda: parts_of(score.values), groups, wanted))
+    mask = np.zeros(len(score.values), bool)
+    for span in spans(len(mask)):
+        mask[span] = score.values[span] >= limits[groups.codes[span]]
+    side = ("at least", "below") if score.sign > 0 else ("at most", "above")
+    kept, dropped = (f"{score.name} {word} the quantile {q:g} of its {group}" for word in side)
+    return score.select(
+        mask, f"{score.name}, quantile {q:g} of each {group}", kept, dropped, limits=score.sign * limits
+    )
 
 
 def sample(
@@ -58,6 +97,7 @@ def sample(
     seed: int,
     temperature: float | None = None,
     keep: Keep | None = None,
+    group: str | None = None,
 ) -> Selection:
     """Draw ``amount`` rows (as in `top`) without replacement, each next row in proportion to its score.
 
@@ -66,13 +106,13 @@ def sample(
     Efraimidis and Spirakis's scheme in logarithms.)
     """
     score = oriented(table, by, keep)
-    wanted = amount_rows(amount, table.num_rows)
     _check_proportions(score, temperature)
-    mask = best(lambda: _draw_keys(score, temperature, seed), table.num_rows, wanted)
+    mask, _ = _take(table, lambda: _draw_keys(score, temperature, seed), amount, group)
+    of_each = "" if group is None else f" of each {group}"
     how = "in proportion to" if temperature is None else f"by softmax at temperature {temperature:g} of"
     return score.select(
         mask,
-        f"{amount} drawn {how} {by}, seed {seed}",
+        f"{amount}{of_each} drawn {how} {by}, seed {seed}",
         f"drawn {how} {by}",
         "not drawn",
     )
@@ -147,12 +187,12 @@ def _logits(worth: npt.NDArray[Any], temperature: float | None) -> Floats:
     return logits
 
 
-def random(table: pa.Table, amount: Amount, seed: int) -> Selection:
+def random(table: pa.Table, amount: Amount, seed: int, group: str | None = None) -> Selection:
     """Draw ``amount`` rows (as in `top`) uniformly: the control by which every other rule is judged."""
-    wanted = amount_rows(amount, table.num_rows)
-    mask = best(lambda: (-part for part in uniforms(table.num_rows, seed)), table.num_rows, wanted)
+    mask, _ = _take(table, lambda: (-part for part in uniforms(table.num_rows, seed)), amount, group)
+    of_each = "" if group is None else f" of each {group}"
     return Selection(
-        f"{amount} drawn at random, seed {seed}",
+        f"{amount}{of_each} drawn at random, seed {seed}",
         mask,
         mask.view(np.uint8),
         ("dropped: not drawn", "kept: drawn at random"),
@@ -177,16 +217,11 @@ def uniform(rows: int, seed: int) -> Floats:
 
 
 def uniforms(rows: int, seed: int) -> Iterator[Floats]:
-    """The same, CHUNK_ROWS at a time."""
+    """The same, in the parts of `parts_of`."""
     stream = np.random.Philox(seed)
-    for start in range(0, rows, CHUNK_ROWS):
-        raw = stream.random_raw(min(CHUNK_ROWS, rows - start))
+    for span in spans(rows):
+        raw = stream.random_raw(span.stop - span.start)
         yield (np.asarray(raw >> np.uint64(11), dtype=np.float64) + 0.5) * 2.0**-53
-
-
-def parts_of(values: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
-    """The values, CHUNK_ROWS at a time."""
-    return (values[start : start + CHUNK_ROWS] for start in range(0, len(values), CHUNK_ROWS))
 
 
 def _draw_keys(score: OrientedScore, temperature: float | None, seed: int) -> Iterator[Floats]:

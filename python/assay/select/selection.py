@@ -23,7 +23,9 @@ class Selection:
     ``mask`` has one Boolean per row; ``weights``, if the rule thinks in degrees, one float in [0, 1]; of
     `robust` and `weigh`, any whose sum is the number of kept rows.
     ``threshold`` is where the score was cut, in the score's own units. ``codes`` indexes ``legend``, the
-    reasons. ``facts`` holds what the rule learned (component means, voters' accuracies).
+    reasons. ``facts`` holds what the rule learned (component means, voters' accuracies). Of a rule that looks at
+    groups, ``limits`` are where each group's score was cut, NaN where nothing of it is kept; of `mix`, ``copies`` how
+    often each row is to be there, 0 for one that is not kept.
     """
 
     rule: str
@@ -33,6 +35,8 @@ class Selection:
     threshold: float | None = None
     weights: Floats | None = None
     facts: Mapping[str, float] = field(default_factory=dict)
+    limits: Floats | None = None
+    copies: npt.NDArray[np.uint8] | None = None
 
     @property
     def indices(self) -> npt.NDArray[np.int64]:
@@ -56,6 +60,8 @@ class Selection:
         line = f"{self.rule}: kept {kept:,} of {rows:,} rows ({kept / max(rows, 1):.1%})"
         if self.threshold is not None:
             line += f", threshold {self.threshold:.6g}"
+        if self.copies is not None:
+            line += f", {int(self.copies.sum(dtype=np.int64)):,} with their copies"
         unscored = rows - int(self.scored.sum())
         return line + (f", {unscored:,} NaN" if unscored else "")
 

@@ -42,10 +42,20 @@ def select(
     kmeans: Annotated[bool, typer.Option("--kmeans", help="The better of two groups of least squared error.")] = False,
     sample: Annotated[str | None, typer.Option(metavar="AMOUNT", help="Draw in proportion to the score.")] = None,
     random: Annotated[str | None, typer.Option(metavar="AMOUNT", help="Draw uniformly: the control.")] = None,
+    mix: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="A rate for each band of worth, perhaps by group, as a file of YAML says."),
+    ] = None,
+    group: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COLUMN", help="Choose in each group: a column of the corpus, or shard. An amount is of each group."
+        ),
+    ] = None,
     keep: Annotated[
         str | None, typer.Option(metavar="high|low", help="Which end is better, if not as the table says.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="For --sample, --random and --gmm.")] = 0,
+    seed: Annotated[int, typer.Option(help="For --sample, --random, --mix and --gmm.")] = 0,
     temperature: Annotated[
         float | None, typer.Option(help="For --sample and --format weights: softmax(worth / temperature).")
     ] = None,
@@ -60,8 +70,9 @@ def select(
     corpus: CorpusNow = None,
 ) -> int:
     """Write the part of the corpus that is worth keeping, with a manifest and a reason per row."""
-    from assay.curate import ExpressionError, RuleOptions, curate
+    from assay.curate import ExpressionError, RuleOptions, curate, read_mix
 
+    mixed = None if mix is None else read_mix(mix)
     options = RuleOptions(
         top,
         threshold,
@@ -76,15 +87,19 @@ def select(
         temperature=temperature,
         weigh=form == "weights",
         where=where,
+        mix=mixed,
+        group=group,
     )
     try:
-        curated = curate(scores, by, options.rule(), out, corpus, form, where, _beside(beside or []))
+        curated = curate(scores, by, options.rule(), out, corpus, form, where, _beside(beside or []), group, mixed)
     except ExpressionError as error:
         return _point(error)
     dropped = curated.rows - curated.kept - curated.quarantined
     if curated.where:
         say(f"where {curated.where.condition.line}: {curated.where.summary()}")
     say(curated.selection.summary())
+    if curated.groups is not None:
+        say(f"groups of {group}: {len(curated.groups):,}, each with its counts in {out}/_groups.parquet")
     print(
         f"rows in {curated.rows:,} = kept {curated.kept:,} + dropped {dropped:,} + quarantined {curated.quarantined:,}"
     )

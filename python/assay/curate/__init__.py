@@ -3,6 +3,7 @@
 from assay.curate.condition import ExpressionError
 from assay.curate.curation import Curated, curate
 from assay.curate.explaining import Explained, Explanation, explain
+from assay.curate.mixes import Mix, read_mix
 from assay.curate.ranking import Ranked, Ranking, rank, ranked_at, read_samples
 from assay.curate.rules import RuleOptions, parse_amount, parse_end
 from assay.curate.whole import WholeTable, read_whole
@@ -12,6 +13,7 @@ __all__ = [
     "Explained",
     "Explanation",
     "ExpressionError",
+    "Mix",
     "Ranked",
     "Ranking",
     "RuleOptions",
@@ -22,6 +24,7 @@ __all__ = [
     "parse_end",
     "rank",
     "ranked_at",
+    "read_mix",
     "read_samples",
     "read_whole",
 ]

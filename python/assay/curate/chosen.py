@@ -24,6 +24,7 @@ from assay.corpus.tables import ROW_AND_ID
 from assay.curate.rows import read_batches
 from assay.curate.whole import quarantined_rows
 from assay.select import Selection
+from assay.select.groups import Groups
 
 BLOCK_ROWS = 1 << 16
 
@@ -45,6 +46,8 @@ class ShardSelection:
     """What makes the weights' mean 1 over all kept rows of all shards."""
     first: int | None
     """How many rows lie in the shards before it; None if one of them could not be read."""
+    groups: Groups | None = None
+    """Which each of the rows of all shards is of, where the rule looks at groups."""
 
     @property
     def total(self) -> int:
@@ -61,6 +64,11 @@ class ShardSelection:
         """One number per scored row, if the rule gives any."""
         return None if self.whole.weights is None else self.whole.weights[self.part]
 
+    @property
+    def copies(self) -> npt.NDArray[np.uint8] | None:
+        """How often each scored row is to be there, if not once where it is kept."""
+        return None if self.whole.copies is None else self.whole.copies[self.part]
+
     @cached_property
     def scored(self) -> npt.NDArray[np.bool_]:
         """One Boolean per physical row: whether it has scores, or is in quarantine."""
@@ -68,11 +76,15 @@ class ShardSelection:
         scored[quarantined_rows(self.store, self.shard, self.table)] = False
         return scored
 
-    def keep(self) -> npt.NDArray[np.bool_]:
-        """One Boolean per physical row; quarantined rows are not kept."""
-        keep = self.scored.copy()
-        keep[keep] = self.kept
-        return keep
+    def keep(self, times: int = 1) -> npt.NDArray[np.bool_]:
+        """One Boolean per physical row: whether it is to be there so often."""
+        return self.times() >= times
+
+    def times(self) -> npt.NDArray[np.uint8]:
+        """Of each physical row, how often it is to be there; one in quarantine is not."""
+        times = self.scored.astype(np.uint8)
+        times[self.scored] = self.kept if self.copies is None else self.copies
+        return times
 
 
 def write_fates(store: Store, chosen: ShardSelection, name: str, output: Store) -> None:
@@ -85,19 +97,22 @@ def write_fates(store: Store, chosen: ShardSelection, name: str, output: Store) 
             pa.field("kept", pa.bool_(), nullable=False),
             pa.field("reason", pa.string(), nullable=False),
             *([pa.field("weight", pa.float64())] if chosen.weights is not None else []),
+            *([pa.field("copies", pa.uint8())] if chosen.copies is not None else []),
+            *([pa.field("group", pa.string())] if chosen.groups is not None else []),
+            *([pa.field("threshold", pa.float64())] if chosen.whole.limits is not None else []),
         ]
     )
     with (
         output.write(selection_path(chosen.shard)) as file,
         # Dictionaries of what never repeats would only cost.
-        pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=["reason"]) as writer,
+        pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=["reason", "group"]) as writer,
     ):
         for columns in _selection_columns(store, chosen):
             writer.write_table(pa.Table.from_arrays(columns, schema=schema))
 
 
 def _selection_columns(store: Store, chosen: ShardSelection) -> Iterator[list[pa.Array]]:
-    """Row, id, score, kept, reason and weight of every row of the shard, a block of rows at a time."""
+    """The schema's columns of every row of the shard, a block of rows at a time."""
     ids = Ids(store, table_path(chosen.shard))
     quarantined = read_quarantine(store, chosen.shard)
     legend = pa.array(chosen.whole.legend, pa.string())
@@ -106,7 +121,7 @@ def _selection_columns(store: Store, chosen: ShardSelection) -> Iterator[list[pa
         scored = chosen.scored[start : start + BLOCK_ROWS]
         here = slice(first, first := first + int(np.count_nonzero(scored)))
         codes = pa.array(chosen.whole.codes[chosen.part][here])
-        columns = [
+        columns: list[pa.Array] = [
             ids.take(here.stop - here.start),
             pa.array(chosen.scores[here], from_pandas=False),
             pa.array(chosen.kept[here]),
@@ -114,9 +129,22 @@ def _selection_columns(store: Store, chosen: ShardSelection) -> Iterator[list[pa
         ]
         if chosen.weights is not None:
             columns.append(pa.array(chosen.weights[here], from_pandas=False))
+        if chosen.copies is not None:
+            columns.append(pa.array(chosen.copies[here]))
+        if chosen.groups is not None:
+            columns += _group_columns(chosen, chosen.groups, chosen.groups.codes[chosen.part][here])
         if not scored.all():
             columns = _with_quarantined(columns, scored, quarantined)
         yield [pa.array(np.arange(start, start + len(scored))), *columns]
+
+
+def _group_columns(chosen: ShardSelection, groups: Groups, codes: npt.NDArray[np.int32]) -> list[pa.Array]:
+    """Rows' groups by name and, of rules that cut, where theirs is cut: null where nothing of it is kept."""
+    columns = [groups.names.take(pa.array(codes))]
+    if chosen.whole.limits is not None:
+        limits = chosen.whole.limits[codes]
+        columns.append(pa.array(limits, mask=np.isnan(limits)))
+    return columns
 
 
 def _with_quarantined(
@@ -124,12 +152,12 @@ def _with_quarantined(
 ) -> list[pa.Array]:
     """The columns of scored rows at their places among the others, of which those have id, reason, and not kept."""
     there = pa.array(np.cumsum(scored) - 1, mask=~scored)
-    id_, score, kept, reason, *weight = (column.take(there) for column in columns)
+    id_, score, kept, reason, *others = (column.take(there) for column in columns)
     entries = list(islice(quarantined, len(scored) - len(columns[0])))
     lacks = pa.array(~scored)
     id_ = pc.replace_with_mask(id_, lacks, pa.array([entry.id for entry in entries], pa.string()))
     reasons = pa.array([f"quarantined: {entry.reason}" for entry in entries], pa.string())
-    return [id_, score, kept.fill_null(False), pc.replace_with_mask(reason, lacks, reasons), *weight]
+    return [id_, score, kept.fill_null(False), pc.replace_with_mask(reason, lacks, reasons), *others]
 
 
 class Ids:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -19,6 +20,7 @@ from assay.curate.chosen import BLOCK_ROWS, Ids, ShardSelection
 from assay.select import Selection
 
 DATA = "data/"
+REPEAT = "repeat-"
 CARD = "README.md"
 CARD_TEXT = """---
 configs:
@@ -77,6 +79,32 @@ def find_form(name: str) -> Form:
 
 def _copy(store: Store, chosen: ShardSelection, output: Store) -> None:
     copy_rows(chosen.shard, chosen.keep(), output)
+    _repeat(chosen, output, "")
+
+
+def _repeat(chosen: ShardSelection, output: Store, prefix: str) -> None:
+    """Rows that are to be there twice, three times and so on are in further shards, in a folder for each time."""
+    for times in range(2, 1 + int(chosen.copies.max(initial=0)) if chosen.copies is not None else 2):
+        copy_rows(chosen.shard, chosen.keep(times), Store(output.fs, output.full(f"{prefix}{REPEAT}{times}")))
+
+
+def check_repeats(selection: Selection, shards: Sequence[Shard], form: Form, is_saved_data_set: bool) -> None:
+    """CorpusError for rows that are to be there more than once, where a form has no place for them."""
+    if selection.copies is None or form.name not in ("shards", "datasets") or not (selection.copies > 1).any():
+        return
+    advice = "take rates of at most 1, or --format indices"
+    if is_saved_data_set and form.has_sidecars:
+        raise CorpusError(f"--mix: a saved data set has no place for rows that are there more than once; {advice}")
+    for shard in shards:
+        if shard.is_folder:
+            raise CorpusError(f"--mix: {shard.path}: a folder has no place for rows that are there twice; {advice}")
+        if is_repeat(shard.path):
+            raise CorpusError(f"--mix: {shard.path}: lies where rows would go that are there twice; {advice}")
+
+
+def is_repeat(path: str) -> bool:
+    """Whether a file of a selection, without its form's prefix, lies where rows are that are there more than once."""
+    return re.match(rf"{REPEAT}\d+/", path) is not None
 
 
 def _check_nothing(selection: Selection, shards: Sequence[Shard]) -> None:
@@ -91,13 +119,14 @@ def _indices_path(shard: Shard) -> str:
 
 
 def _write_indices(store: Store, chosen: ShardSelection, output: Store) -> str:
-    """`shard`, `row` in it and `index` over all shards, of every row that is kept."""
+    """`shard`, `row` in it and `index` over all shards, of every row that is kept, as often as it is to be there."""
     schema = pa.schema([("shard", pa.string()), ("row", pa.int64()), ("index", pa.int64())])
-    keep = chosen.keep()
+    times = chosen.times()
 
     def batches() -> Iterator[pa.RecordBatch]:
         for start in range(0, chosen.total, BLOCK_ROWS):
-            rows = start + np.flatnonzero(keep[start : start + BLOCK_ROWS])
+            here = times[start : start + BLOCK_ROWS]
+            rows = np.repeat(np.arange(start, start + len(here)), here)
             index = pa.nulls(len(rows), pa.int64()) if chosen.first is None else pa.array(rows + chosen.first)
             columns = [pa.repeat(chosen.shard.path, len(rows)), pa.array(rows), index]
             yield pa.RecordBatch.from_arrays(columns, schema=schema)
@@ -150,6 +179,7 @@ def _write_data(store: Store, chosen: ShardSelection, output: Store) -> None:
     """The shard under data/, unless it has no rows left: loaders stumble over empty files."""
     if chosen.kept.any() or chosen.shard.is_folder:
         copy_rows(chosen.shard, chosen.keep(), Store(output.fs, output.full(DATA.rstrip("/"))))
+        _repeat(chosen, output, DATA)
     else:
         output.remove(DATA + chosen.shard.path)
 

@@ -7,7 +7,7 @@ import math
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -84,13 +84,24 @@ class Answer:
         legend += [f"dropped: {name} is NaN" for name in self.needs]
         mask = np.zeros(len(codes), bool)
         mask[passes] = chosen.mask
-        weights = None
+        weights, copies = None, None
         if chosen.weights is not None:
             weights = np.zeros(len(codes))
             weights[passes] = chosen.weights
+        if chosen.copies is not None:
+            copies = np.zeros(len(codes), np.uint8)
+            copies[passes] = chosen.copies
         facts = {**chosen.facts, **self.facts}
-        rule_text = f"{chosen.rule}, where {text}"
-        return Selection(rule_text, mask, codes, tuple(legend), chosen.threshold, weights, facts)
+        return replace(
+            chosen,
+            rule=f"{chosen.rule}, where {text}",
+            mask=mask,
+            codes=codes,
+            legend=tuple(legend),
+            weights=weights,
+            facts=facts,
+            copies=copies,
+        )
 
     def summary(self) -> str:
         """One line: how many rows pass of how many, and what keeps others from being judged."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from assay.cli.terminal import BAD, INCOMPLETE, OK, CorpusNow, ScoresFolder, clean, fail, say
+
+if TYPE_CHECKING:
+    from assay.select import Cut
 
 
 def select(
@@ -46,6 +49,16 @@ def select(
         str | None,
         typer.Option(metavar="FILE", help="A rate for each band of worth, perhaps by group, as a file of YAML says."),
     ] = None,
+    audit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LABELS",
+            help="Cut where F_beta is greatest on a labelled sample: CSV with label (1 or 0) and id, or shard and row.",
+        ),
+    ] = None,
+    beta: Annotated[
+        float | None, typer.Option(help="For --audit: above 1 it is worse to miss good rows than to keep bad ones. [1]")
+    ] = None,
     group: Annotated[
         str | None,
         typer.Option(
@@ -70,7 +83,7 @@ def select(
     corpus: CorpusNow = None,
 ) -> int:
     """Write the part of the corpus that is worth keeping, with a manifest and a reason per row."""
-    from assay.curate import ExpressionError, RuleOptions, curate, read_mix
+    from assay.curate import ExpressionError, RuleOptions, curate, read_labels, read_mix
 
     mixed = None if mix is None else read_mix(mix)
     options = RuleOptions(
@@ -89,6 +102,8 @@ def select(
         where=where,
         mix=mixed,
         group=group,
+        audit=None if audit is None else read_labels(audit),
+        beta=beta,
     )
     try:
         curated = curate(scores, by, options.rule(), out, corpus, form, where, _beside(beside or []), group, mixed)
@@ -98,6 +113,8 @@ def select(
     if curated.where:
         say(f"where {curated.where.condition.line}: {curated.where.summary()}")
     say(curated.selection.summary())
+    if curated.cut is not None:
+        say(_audited(curated.cut, by or ""))
     if curated.groups is not None:
         say(f"groups of {group}: {len(curated.groups):,}, each with its counts in {out}/_groups.parquet")
     print(
@@ -105,6 +122,15 @@ def select(
     )
     say(f"{'corpus' if form == 'shards' else form}: {out}")
     return fail(curated.missing, INCOMPLETE) if curated.missing else OK
+
+
+def _audited(cut: Cut, by: str) -> str:
+    """What the labels say of the cut, in one line."""
+    low, high = cut.threshold_interval
+    line = f"audit: {by} cut at {cut.threshold:.6g} (95 %: {low:.6g} to {high:.6g}), F{cut.beta:g} {cut.f:.3f} "
+    line += f"(95 %: {cut.f_interval[0]:.3f} to {cut.f_interval[1]:.3f}; on held-out labels {cut.f_held_out:.3f}), "
+    line += f"precision {cut.precision:.3f}, recall {cut.recall:.3f}, {cut.rows:,} labels"
+    return line + (f", {cut.unscored:,} of them on rows that no cut keeps" if cut.unscored else "")
 
 
 def _beside(given: list[str]) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """From a scores folder to a curated corpus, or to the samples at both ends of a score."""
 
+from assay.curate.auditing import Audit, Labels, read_labels
 from assay.curate.condition import ExpressionError
 from assay.curate.curation import Curated, curate
 from assay.curate.explaining import Explained, Explanation, explain
@@ -9,10 +10,12 @@ from assay.curate.rules import RuleOptions, parse_amount, parse_end
 from assay.curate.whole import WholeTable, read_whole
 
 __all__ = [
+    "Audit",
     "Curated",
     "Explained",
     "Explanation",
     "ExpressionError",
+    "Labels",
     "Mix",
     "Ranked",
     "Ranking",
@@ -24,6 +27,7 @@ __all__ = [
     "parse_end",
     "rank",
     "ranked_at",
+    "read_labels",
     "read_mix",
     "read_samples",
     "read_whole",

@@ -23,6 +23,7 @@ from assay.corpus.score_files import score_field
 from assay.corpus.scores_folder import Scored, Scores, State, open_scores
 from assay.corpus.shards import Shard, find_shards, refuse_overlap
 from assay.corpus.storage import TEMPORARY_SUFFIX, Store
+from assay.curate.auditing import Audit, Rule
 from assay.curate.chosen import ShardSelection, write_fates
 from assay.curate.condition import Condition
 from assay.curate.forms import Form, check_repeats, find_form, is_repeat
@@ -30,10 +31,10 @@ from assay.curate.grouping import dictionary, group_table, read_groups
 from assay.curate.mixes import Mix
 from assay.curate.ranking import score_name
 from assay.curate.rows import Beside, Rows, open_beside, read_batches
-from assay.curate.rules import Rule, group_column
+from assay.curate.rules import group_column
 from assay.curate.where import Answer, ask, parse_condition
 from assay.curate.whole import RowCheck, scored_shards
-from assay.select import Selection
+from assay.select import Cut, Selection
 from assay.select.groups import Groups
 
 log = logging.getLogger("assay")
@@ -72,6 +73,8 @@ class Curated:
     """What the condition says of each scored row, if one was given."""
     groups: Groups | None = None
     """Of the scored rows, where the rule looks at groups."""
+    cut: Cut | None = None
+    """Where the rule is an audit."""
 
     @property
     def missing(self) -> str:
@@ -102,7 +105,7 @@ class Curated:
 def curate(
     scores_url: str,
     by: str | None,
-    rule: Rule,
+    rule: Rule | Audit,
     output_url: str,
     corpus_path: str | None = None,
     form: str = "shards",
@@ -135,7 +138,12 @@ def curate(
     _refuse_inputs(output, scores, [shard for shard, _ in tables], written, rows.beside)
     answer = None if condition is None else ask(rows, condition)
     groups = None if group is None else read_groups(scores.store, tables, group)
-    selection, shards = _select(scores, tables, name, rule, answer, groups, group_column(group or "", by or ""))
+    table = _read_table(scores.store, tables, name)
+    cut = None
+    if isinstance(rule, Audit):
+        passes = None if answer is None else answer.passes
+        audit, (cut, rule) = rule, rule.bind(scores.store, tables, table, passes)
+    selection, shards = _select(scores, tables, table, rule, answer, groups, group_column(group or "", by or ""))
     own = [chosen.shard for chosen in shards]
     written.check(selection, own)
     check_repeats(selection, own, written, bool(scores.corpus.sidecars))
@@ -151,10 +159,12 @@ def curate(
             output.write_text(path, text)
         unreadable = {status.shard.path: status.detail for status in scores.of(State.UNREADABLE)}
         left_out = {entry.path: entry.reason for entry in scores.corpus.left_out}
-        curated = Curated(selection, counts, unreadable, left_out, answer, groups)
+        curated = Curated(selection, counts, unreadable, left_out, answer, groups, cut)
         manifest = _manifest(scores, name, form, curated, rows)
         if groups is not None:
             manifest["group"] = {"column": group, "groups": len(groups), **_write_groups(groups, selection, output)}
+        if cut is not None:
+            manifest["audit"] = audit.to_json(cut)
         if mix is not None:
             manifest["mix"] = mix.to_json()
         output.write_text(MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
@@ -197,18 +207,14 @@ def _first_score(scores: Scores, condition: Condition | None, rows: Rows) -> str
 def _select(
     scores: Scores,
     tables: Sequence[tuple[Shard, Scored]],
-    name: str,
+    table: pa.Table,
     rule: Rule,
     answer: Answer | None,
     groups: Groups | None,
     column: str,
 ) -> tuple[Selection, list[ShardSelection]]:
     """What the rule makes of all scores together, and of each shard's. ``column``: what that of the groups is named."""
-    field = score_field(scores.store, table_path(tables[0][0]), name)
-    if field.type != pa.float32():
-        raise CorpusError(f"--by {name}: holds {field.type} per row; expected one number to judge by")
-    values = _read(scores.store, tables, name)
-    table = pa.Table.from_arrays([pa.array(values, from_pandas=False)], schema=pa.schema([field]))
+    (name,), values = table.column_names, table.column(0).chunk(0).to_numpy()
     if groups is not None:
         table = table.drop_columns([name]) if name == column else table  # of a rule that looks at no score
         table = table.append_column(column, dictionary(groups))
@@ -290,6 +296,15 @@ def _is_selection(output: Store) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(manifest, dict) and {"rule", "by", "scores"} <= manifest.keys()
+
+
+def _read_table(store: Store, tables: Sequence[tuple[Shard, Scored]], name: str) -> pa.Table:
+    """One score of every scored row, as a table of one column that says which end of it to keep."""
+    field = score_field(store, table_path(tables[0][0]), name)
+    if field.type != pa.float32():
+        raise CorpusError(f"--by {name}: holds {field.type} per row; expected one number to judge by")
+    values = pa.array(_read(store, tables, name), from_pandas=False)
+    return pa.Table.from_arrays([values], schema=pa.schema([field]))
 
 
 def _read(store: Store, tables: Sequence[tuple[Shard, Scored]], name: str) -> npt.NDArray[np.float32]:

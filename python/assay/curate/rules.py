@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, cast
 
@@ -12,16 +12,16 @@ import pyarrow as pa
 
 from assay import select
 from assay.corpus.errors import CorpusError
+from assay.curate.auditing import Audit, Labels, Rule
 from assay.curate.mixes import Mix
 from assay.select import Selection
 
-Rule = Callable[[pa.Table], Selection]
 _WITHIN_GROUPS = ("top", "quantile", "sample", "random", "mix")
 
 
 @dataclass(frozen=True)
 class RuleOptions:
-    """Exactly one of the first seven, or ``mix``, says which rule; amounts are texts, because 1 and 1.0 differ."""
+    """Exactly one of the first seven, ``mix`` or ``audit``, says which rule. Amounts are texts: 1 and 1.0 differ."""
 
     top: str | None = None
     threshold: float | None = None
@@ -41,13 +41,17 @@ class RuleOptions:
     mix: Mix | None = None
     group: str | None = None
     """Choose within groups; the rule's table has them in a column `group_column`."""
+    audit: Labels | None = None
+    beta: float | None = None
 
-    def rule(self) -> Rule:
+    def rule(self) -> Rule | Audit:
         """The rule that was asked for. CorpusError unless it is one, and complete."""
-        kinds = ("top", "threshold", "quantile", "gmm", "kmeans", "sample", "random", "mix")
+        kinds = ("top", "threshold", "quantile", "gmm", "kmeans", "sample", "random", "mix", "audit")
         # By identity: a threshold of 0.0 is a threshold.
         given = [kind for kind in kinds if getattr(self, kind) is not None and getattr(self, kind) is not False]
         if self.where is not None and not given:
+            if self.beta is not None:
+                raise CorpusError(f"--beta {self.beta}: has no effect with --where alone; expected with --audit")
             self._check_group("where")
             return self._all_that_pass()
         if len(given) != 1:
@@ -64,6 +68,10 @@ class RuleOptions:
                 f"--temperature {self.temperature}: has no effect with --{given[0]}; expected with --sample, or "
                 "--format weights"
             )
+        if self.beta is not None and given != ["audit"]:
+            raise CorpusError(f"--beta {self.beta}: has no effect with --{given[0]}; expected with --audit")
+        if self.audit is not None:
+            return self._audit(self.audit, keep)
         rule = self._rule(self.by or "", keep)
         return self._weighed(rule, given[0], keep) if self.weigh else rule
 
@@ -81,6 +89,13 @@ class RuleOptions:
                 if by_group
                 else f"--group {self.group}: --mix has the same rates for all; expected them by {self.group}"
             )
+
+    def _audit(self, labels: Labels, keep: Literal["high", "low"] | None) -> Audit:
+        audit = Audit(labels, self.by or "", 1.0 if self.beta is None else self.beta, self.seed, keep)
+        if not self.weigh:
+            return audit
+        self._weighed(_everything, "audit", keep)  # whether it can be
+        return replace(audit, weighed=lambda rule: self._weighed(rule, "audit", keep))
 
     def _all_that_pass(self) -> Rule:
         if self.keep is not None and not self.weigh:

@@ -17,10 +17,10 @@ import pyarrow as pa
 from assay._lazy import require
 from assay.corpus.errors import CorpusError
 from assay.corpus.score_files import ROW_GROUP_ROWS
+from assay.curate.auditing import Rule
 from assay.curate.condition import Aggregate, Condition, ExpressionError, Kind, Rank, sound
 from assay.curate.expressions import compile_condition
 from assay.curate.rows import TEXTS, Rows
-from assay.curate.rules import Rule
 from assay.select import Selection
 
 # No file, no network, no extension; and sums add up in one order on every machine.
@@ -57,6 +57,12 @@ class Answer:
         """The scores that a row must have."""
         return [self.condition.columns[column] for column in self.condition.needs]
 
+    @property
+    def passes(self) -> npt.NDArray[np.bool_]:
+        """(N,), the rows of which the condition is so."""
+        passes: npt.NDArray[np.bool_] = self.codes == _PASSES
+        return passes
+
     def to_json(self) -> dict[str, Any]:
         """The condition, and how many rows pass it."""
         return {"condition": self.condition.text, **self.counts()}
@@ -73,7 +79,7 @@ class Answer:
 
         CorpusError if none passes.
         """
-        passes, text = self.codes == _PASSES, self.condition.line
+        passes, text = self.passes, self.condition.line
         if not passes.any():
             raise CorpusError(f"--where {text}: no row passes; {self.summary()}")
         chosen = rule(table.filter(pa.array(passes)))

@@ -5,6 +5,7 @@ end of the score is kept comes from the column's metadata, or from ``keep="high"
 never kept, ties go to the earlier row, and every draw takes a seed: the same input gives the same selection.
 """
 
+from assay.select.auditing import Cut, fbeta_cut
 from assay.select.mixing import mix
 from assay.select.mixtures import gmm, kmeans
 from assay.select.rules import draw, quantile, random, sample, threshold, top, weigh
@@ -13,10 +14,12 @@ from assay.select.targets import robust, round_robin
 from assay.select.votes import Quality, average, quality, vote
 
 __all__ = [
+    "Cut",
     "Quality",
     "Selection",
     "average",
     "draw",
+    "fbeta_cut",
     "gmm",
     "kmeans",
     "mix",

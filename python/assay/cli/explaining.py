@@ -65,7 +65,12 @@ def _fate_lines(one: Explained, selection: str) -> Iterator[str]:
     yield f"  {selection} ({fate.rule}): {fate.reason}"
     if fate.distance is not None and fate.threshold is not None:
         side = "above" if fate.distance >= 0 else "below"
-        yield f"    {fate.by} {fate.score:.6g} is {abs(fate.distance):.6g} {side} the threshold {fate.threshold:.6g}"
+        whose = "the threshold" if fate.column is None else f"the threshold of its {fate.column}"
+        yield f"    {fate.by} {fate.score:.6g} is {abs(fate.distance):.6g} {side} {whose} {fate.threshold:.6g}"
+    if fate.column is not None:
+        yield f"    its {fate.column}: {'none (null)' if fate.group is None else fate.group}"
+    if fate.copies is not None:
+        yield f"    {fate.copies} times in the output"
     if fate.weight is not None:
         yield f"    weight {fate.weight:.6g}"
     for name, value in fate.facts.items():

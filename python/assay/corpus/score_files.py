@@ -114,13 +114,6 @@ def _footer(store: Store, path: str) -> bytes:
     return store.read_tail(path, size)
 
 
-def read_score(store: Store, path: str, name: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """The `row` numbers of a score table and one of its scores."""
-    with store.open(path) as file:
-        table = pq.read_table(file, columns=["row", name])
-    return table["row"].to_numpy(), table[name].to_numpy()
-
-
 @contextlib.contextmanager
 def opened_table(store: Store, path: str) -> Iterator[pq.ParquetFile]:
     """A score table whose batches are read one after another: left to itself, pyarrow keeps all that it has read."""
@@ -167,10 +160,3 @@ def table_schema(store: Store, path: str) -> pa.Schema:
     """A score table's columns."""
     with store.open(path) as file:
         return pq.ParquetFile(file).schema_arrow
-
-
-def stream_ids(store: Store, path: str) -> Iterator[str]:
-    """The ids of a score table in order, a batch in memory at a time."""
-    with opened_table(store, path) as table:
-        for batch in table.iter_batches(columns=["id"]):
-            yield from batch.column(0).to_pylist()

@@ -1,17 +1,22 @@
 """From a scores folder to a curated corpus, or to the samples at both ends of a score."""
 
+from assay.curate.auditing import Audit, Labels, read_labels
 from assay.curate.condition import ExpressionError
 from assay.curate.curation import Curated, curate
 from assay.curate.explaining import Explained, Explanation, explain
+from assay.curate.mixes import Mix, read_mix
 from assay.curate.ranking import Ranked, Ranking, rank, ranked_at, read_samples
 from assay.curate.rules import RuleOptions, parse_amount, parse_end
 from assay.curate.whole import WholeTable, read_whole
 
 __all__ = [
+    "Audit",
     "Curated",
     "Explained",
     "Explanation",
     "ExpressionError",
+    "Labels",
+    "Mix",
     "Ranked",
     "Ranking",
     "RuleOptions",
@@ -22,6 +27,8 @@ __all__ = [
     "parse_end",
     "rank",
     "ranked_at",
+    "read_labels",
+    "read_mix",
     "read_samples",
     "read_whole",
 ]

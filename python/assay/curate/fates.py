@@ -26,12 +26,18 @@ class _Shard(BaseModel):
     table_sha256: str
 
 
+class _Group(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+    column: str
+
+
 class _Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
     rule: str
     by: str
     threshold: float | None = None
     facts: dict[str, float] = {}
+    group: _Group | None = None
     shards: list[_Shard]
 
 
@@ -41,8 +47,11 @@ class Fate:
 
     Attributes:
         by, score: what it was judged by, and the row's; None of a row in quarantine.
-        threshold: where the score was cut, if the rule cuts and the row was put to it.
+        threshold: where the score was cut, of its group if the rule looks at groups, if the rule cuts and the row was
+            put to it.
         facts: the numbers that the rule or the condition took from all rows.
+        column, group: of a rule that looks at groups, the column and the row's value, None for null.
+        copies: of a mix, how often the row is in the output.
     """
 
     rule: str
@@ -53,6 +62,9 @@ class Fate:
     threshold: float | None
     weight: float | None
     facts: dict[str, float]
+    column: str | None = None
+    group: str | None = None
+    copies: int | None = None
 
     @property
     def distance(self) -> float | None:
@@ -106,7 +118,8 @@ def _entries(store: Store, path: str, rows: Sequence[int]) -> list[dict[str, Any
 def _fate(manifest: _Manifest, entry: dict[str, Any]) -> Fate:
     reason, score = str(entry["reason"]), entry.get(manifest.by)
     judged = not reason.startswith(_BEFORE_THE_RULE) and not reason.endswith(" is NaN")
-    threshold = manifest.threshold if judged else None
-    return Fate(
-        manifest.rule, bool(entry["kept"]), reason, manifest.by, score, threshold, entry.get("weight"), manifest.facts
-    )
+    threshold = (entry.get("threshold") if manifest.group else manifest.threshold) if judged else None
+    weight, kept = entry.get("weight"), bool(entry["kept"])
+    column = None if manifest.group is None or score is None else manifest.group.column
+    its = (column, entry.get("group"), entry.get("copies"))
+    return Fate(manifest.rule, kept, reason, manifest.by, score, threshold, weight, manifest.facts, *its)

@@ -7,7 +7,7 @@ import math
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,10 @@ import pyarrow as pa
 from assay._lazy import require
 from assay.corpus.errors import CorpusError
 from assay.corpus.score_files import ROW_GROUP_ROWS
+from assay.curate.auditing import Rule
 from assay.curate.condition import Aggregate, Condition, ExpressionError, Kind, Rank, sound
 from assay.curate.expressions import compile_condition
 from assay.curate.rows import TEXTS, Rows
-from assay.curate.rules import Rule
 from assay.select import Selection
 
 # No file, no network, no extension; and sums add up in one order on every machine.
@@ -57,6 +57,12 @@ class Answer:
         """The scores that a row must have."""
         return [self.condition.columns[column] for column in self.condition.needs]
 
+    @property
+    def passes(self) -> npt.NDArray[np.bool_]:
+        """(N,), the rows of which the condition is so."""
+        passes: npt.NDArray[np.bool_] = self.codes == _PASSES
+        return passes
+
     def to_json(self) -> dict[str, Any]:
         """The condition, and how many rows pass it."""
         return {"condition": self.condition.text, **self.counts()}
@@ -73,7 +79,7 @@ class Answer:
 
         CorpusError if none passes.
         """
-        passes, text = self.codes == _PASSES, self.condition.line
+        passes, text = self.passes, self.condition.line
         if not passes.any():
             raise CorpusError(f"--where {text}: no row passes; {self.summary()}")
         chosen = rule(table.filter(pa.array(passes)))
@@ -84,13 +90,24 @@ class Answer:
         legend += [f"dropped: {name} is NaN" for name in self.needs]
         mask = np.zeros(len(codes), bool)
         mask[passes] = chosen.mask
-        weights = None
+        weights, copies = None, None
         if chosen.weights is not None:
             weights = np.zeros(len(codes))
             weights[passes] = chosen.weights
+        if chosen.copies is not None:
+            copies = np.zeros(len(codes), np.uint8)
+            copies[passes] = chosen.copies
         facts = {**chosen.facts, **self.facts}
-        rule_text = f"{chosen.rule}, where {text}"
-        return Selection(rule_text, mask, codes, tuple(legend), chosen.threshold, weights, facts)
+        return replace(
+            chosen,
+            rule=f"{chosen.rule}, where {text}",
+            mask=mask,
+            codes=codes,
+            legend=tuple(legend),
+            weights=weights,
+            facts=facts,
+            copies=copies,
+        )
 
     def summary(self) -> str:
         """One line: how many rows pass of how many, and what keeps others from being judged."""

@@ -5,7 +5,9 @@ end of the score is kept comes from the column's metadata, or from ``keep="high"
 never kept, ties go to the earlier row, and every draw takes a seed: the same input gives the same selection.
 """
 
+from assay.select.auditing import Cut, fbeta_cut
 from assay.select.clip import clip_powered
+from assay.select.mixing import mix
 from assay.select.mixtures import gmm, kmeans
 from assay.select.neighbours import d2, semdedup
 from assay.select.rules import draw, quantile, random, sample, threshold, top, weigh
@@ -15,6 +17,7 @@ from assay.select.targets import in_turns, robust, round_robin
 from assay.select.votes import Quality, average, quality, vote
 
 __all__ = [
+    "Cut",
     "Quality",
     "Selection",
     "average",
@@ -22,9 +25,11 @@ __all__ = [
     "clip_powered",
     "d2",
     "draw",
+    "fbeta_cut",
     "gmm",
     "in_turns",
     "kmeans",
+    "mix",
     "quality",
     "quantile",
     "random",

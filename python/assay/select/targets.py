@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from assay.select.rules import Amount, Keep, amount_rows, indices_mask
+from assay.select.rules import Amount, Keep, amount_rows
 from assay.select.selection import KEPT, UNSCORED, Selection, oriented
 
 
@@ -102,15 +102,18 @@ def robust(table: pa.Table, by: str, amount: Amount, keep: Keep | None = None) -
     if not len(left_out):
         weights[kept] = 1.0
     elif len(kept):
-        excess = score.values[kept] - score.values[left_out]
+        worth = score.values.astype(np.float64)
+        excess = worth[kept] - worth[left_out]
         kept, excess = kept[excess > 0], excess[excess > 0]
         if len(kept) and not np.isfinite(excess).all():
             raise ValueError(f"by={by!r}: among the best {wanted} are infinite scores, which have no finite weights")
         weights[kept] = excess / excess.sum() * len(kept) if len(kept) else 0.0
     limit = score.sign * float(score.values[kept].min()) if len(kept) else None
+    mask = np.zeros(table.num_rows, bool)
+    mask[kept] = True
     place = f"among the {wanted:,} {score.end} of {by}"
     return score.select(
-        indices_mask(table.num_rows, kept),
+        mask,
         f"{by}, {score.end} {amount} with robust weights",
         place,
         f"not {place}",

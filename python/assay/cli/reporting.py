@@ -70,7 +70,7 @@ def _rows(scores: Scores, numbers: Survey, count: int, seed: int) -> tuple[list[
     places = np.stack([tables, drawn - starts[tables]], axis=1).tolist()
     random = ranked_at(scores, [status.shard for status in done], places)
     every = [*random, *(ranked for ranking in rankings for end in (ranking.best, ranking.worst) for ranked in end)]
-    shown = {(its.shard.path, its.row): card for its, card in zip(every, _shown(scores, every), strict=True)}
+    shown = {(its.shard.path, its.row): card for its, card in zip(every, shown_rows(scores, every), strict=True)}
     ends = [
         Ends(column.name, column.keep, *([shown[r.shard.path, r.row] for r in end] for end in (its.best, its.worst)))
         for column, its in zip(columns, rankings, strict=True)
@@ -99,7 +99,20 @@ def _confusion(scores: Scores) -> Confusion | None:
     return count_labels(scores, by, task.label_column, task.labels)
 
 
-def _shown(scores: Scores, rows: Sequence[Ranked]) -> list[Shown]:
+def label_column(scores: Scores) -> str | None:
+    """The column that a classification compares its models with."""
+    from assay.cli.cards import task_of
+    from assay.corpus.errors import CorpusError
+    from assay.recipe.tasks.classification import ClassificationSpec
+
+    try:
+        task = task_of(scores)
+    except CorpusError:
+        return None
+    return task.label_column if isinstance(task, ClassificationSpec) else None
+
+
+def shown_rows(scores: Scores, rows: Sequence[Ranked]) -> list[Shown]:
     """The rows with what the task reads of them."""
     from assay.cli.cards import class_names, task_of
     from assay.corpus.errors import CorpusError

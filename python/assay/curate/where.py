@@ -53,6 +53,12 @@ class Answer:
     facts: Mapping[str, float]
 
     @property
+    def passes(self) -> npt.NDArray[np.bool_]:
+        """(N,), the rows of which it is so."""
+        passes: npt.NDArray[np.bool_] = self.codes == _PASSES
+        return passes
+
+    @property
     def needs(self) -> list[str]:
         """The scores that a row must have."""
         return [self.condition.columns[column] for column in self.condition.needs]
@@ -73,7 +79,7 @@ class Answer:
 
         CorpusError if none passes.
         """
-        passes, text = self.codes == _PASSES, self.condition.line
+        passes, text = self.passes, self.condition.line
         if not passes.any():
             raise CorpusError(f"--where {text}: no row passes; {self.summary()}")
         chosen = rule(table.filter(pa.array(passes)))

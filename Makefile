@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 CUDA ?= 90-real
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*) CMakeLists.txt
 
-.PHONY: help setup demo demo-text test test-long pytest lint stubs native-sanitize compile-table compile-table-36 bench gpu gpu-second gpu-baseline docs clean
+.PHONY: help setup demo demo-text chromium test test-long pytest lint stubs native-sanitize compile-table compile-table-36 bench gpu gpu-second gpu-baseline docs clean
 help:
 	@echo "make demo        score, select and train on digits with wrong labels (under 90 s after set-up)"
 	@echo "make demo-text   find planted junk in text with SmolLM2-135M"
@@ -48,9 +48,13 @@ demo: setup
 demo-text: $(VENV)/.smollm2
 	$(BIN)/assay demo text --out demo/text
 
+chromium:
+	@command -v chromium > /dev/null || \
+	  { echo "make test needs Chromium: apt-get install --no-install-recommends chromium"; exit 1; }
+
 # Most tests have one thread's work, so two processes share it; files stay whole, for their fixtures' sake.
 SUITE := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 20
-test: lint native-sanitize
+test: chromium lint native-sanitize
 	OMP_NUM_THREADS=1 $(SUITE) -m "not slow"
 
 # No test may rest on the bits of a library, or hold on one instruction set alone. A setting that this processor cannot

@@ -150,6 +150,7 @@ class Page:
 
     def screenshot(self, path: Path) -> None:
         """Of the whole page."""
+        self.js("scrollTo(0, 0)")
         size = self.send("Page.getLayoutMetrics")["cssContentSize"]
         clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
         data = self.send("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)["data"]

@@ -16,7 +16,7 @@ ROWS = 60
 _RUNS = "window.planted=1"
 MARKUP = f"<script>{_RUNS}</script><img src=http://evil.example/a onerror={_RUNS}><svg onload={_RUNS}>"
 ACTING = "\x1b[2J\x07\x00\u202eback\u202c\u2066 =HYPERLINK('http://evil.example') </script></style>\"'`${planted=1}"
-NAME = f"{MARKUP}{ACTING}"[-90:]
+NAME = f"{MARKUP}{ACTING}"[-90:].replace("\0", "")  # no command line could hold it
 
 
 def bomb() -> bytes:

@@ -116,6 +116,7 @@ def test_no_cut_and_cuts_that_keep_nothing_have_no_command(made, explorer):
     assert everything["bins"][0] == explorer.shown[0].counts.tolist()
     nothing = explorer.count([Cut("quality", "high", 99.0)])
     assert (nothing["kept"], nothing["command"]) == (0, "")
+    assert ("no cut" in everything["why"], "No row" in nothing["why"]) == (True, True)
 
 
 def test_rows_beside_a_cut_are_the_nearest(made, explorer):
@@ -174,6 +175,9 @@ def test_words_of_a_command():
         said = subprocess.run(["bash", "-c", f"printf %s {quoted(word)}"], capture_output=True, check=True).stdout
         assert said == word.encode("utf-8", "surrogateescape")
         assert quoted(word).isprintable()
+    with pytest.raises(ValueError, match="NUL"):
+        select_command("scores", None, '"a\0" >= 1.0')
+    assert select_command("s3://b/c", "data", "x > 1").startswith("assay select s3://b/c --corpus /")
 
 
 def test_no_room_for_a_copy_is_an_error(monkeypatch):

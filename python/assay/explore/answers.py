@@ -32,15 +32,14 @@ def facts(explorer: Explorer) -> dict[str, Any]:
 
 
 def _score(its: Distribution) -> dict[str, Any]:
-    edges = [float(edge) for edge in its.edges]
     return {
         "name": name(its.column.name),
         "keep": its.column.keep,
         "end": _ENDS.get(its.column.keep, ""),
         "description": visible(its.column.description[:600]),
-        "edges": edges,
+        "edges": its.edges.tolist(),
         "logarithmic": its.logarithmic,
-        "whole": not its.logarithmic and all((edge - 0.5).is_integer() for edge in edges),
+        "whole": its.whole,
         "counts": its.counts.tolist(),
         "below": its.below,
         "above": its.above,

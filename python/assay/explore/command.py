@@ -9,10 +9,16 @@ OUT = "curated"
 
 
 def select_command(scores: str, corpus: str | None, where: str, out: str = OUT) -> str:
-    """`assay select` for this condition, from whatever folder it is called."""
+    """`assay select` for this condition, from whatever folder it is called.
+
+    ValueError for a name with a NUL in it, which no command line can hold.
+    """
     words = ["assay", "select", _absolute(scores)]
     words += [] if corpus is None else ["--corpus", _absolute(corpus)]
-    return " ".join(quoted(word) for word in [*words, "--where", where, "--out", out])
+    words += ["--where", where, "--out", out]
+    if any("\0" in word for word in words):
+        raise ValueError("A score's name has the character NUL in it, and no command line can hold that.")
+    return " ".join(map(quoted, words))
 
 
 def quoted(word: str) -> str:

@@ -58,19 +58,28 @@ class Explorer:
         return [its.column.name for its in self.shown]
 
     def count(self, cuts: Sequence[Cut]) -> dict[str, Any]:
-        """How many rows pass, what they are, and the command that keeps them: none where it would keep all or none."""
+        """How many rows pass, what they are, and the command that keeps them, or why there is none."""
         passes, lacking = self._judge(cuts)
         kept = int(np.count_nonzero(passes))
         return {
             "kept": kept,
             "lacking": {str(self.names.index(name)): count for name, count in lacking.items()},
-            "where": condition_text(cuts),
-            "command": self.command(condition_text(cuts)) if cuts and kept else "",
+            **self._command(cuts, kept),
             "bins": [
                 counted(self.bins[its.column.name], passes, len(its.counts) + 1)[1:].tolist() for its in self.shown
             ],
             "groups": [counted(its.codes, passes, len(its.names)).tolist() for its in self.groupings],
         }
+
+    def _command(self, cuts: Sequence[Cut], kept: int) -> dict[str, str]:
+        if not cuts:
+            return {"command": "", "why": "There is no cut yet: all rows are kept."}
+        if not kept:
+            return {"command": "", "why": "No row is kept, and there is no command for that."}
+        try:
+            return {"command": self.command(condition_text(cuts)), "why": ""}
+        except ValueError as error:
+            return {"command": "", "why": str(error)}
 
     def near(self, cuts: Sequence[Cut], at: str) -> dict[str, Sequence[Shown]]:
         """On either side of the cut at the score ``at`` the rows that are nearest to it and pass all other cuts."""

@@ -124,7 +124,9 @@ function card(score, i) {
     slider.setAttribute("aria-valuetext", `${cut.on ? "" : "no cut, "}${cut.keep === "high" ? "at least" : "at most"} ${cut.value}`);
     if (document.activeElement !== number) number.value = cut.value;
     line.hidden = !cut.on;
-    line.style.left = `${100 * place(score, cut.value)}%`;
+    // A whole number's bar is kept or dropped as a whole: the line stands at its side.
+    const side = score.whole ? (cut.keep === "high" ? -0.5 : 0.5) : 0;
+    line.style.left = `${100 * place(score, cut.value + side)}%`;
   };
   const move = (change) => {
     Object.assign(cut, change);
@@ -183,7 +185,7 @@ function showCounts() {
   facts.scores.forEach((score, i) => score.card.draw(counted.bins[i]));
   showGroups(share);
   const any = cuts.some((cut) => cut.on);
-  byId("command").textContent = counted.command || (any ? "No row is kept: there is no command for that." : "There is no cut yet: all rows are kept.");
+  byId("command").textContent = counted.command || counted.why;
   byId("copy").disabled = !counted.command;
   byId("reset").disabled = !any;
 }
@@ -201,7 +203,7 @@ async function refresh() {
     }
     say("");
     clearTimeout(waiting);
-    waiting = setTimeout(showRows, 150);
+    waiting = setTimeout(() => { waiting = 0; showRows(); }, 150);
   } catch (error) {
     say(error.message);
   } finally {

@@ -63,7 +63,7 @@ def histogram(distribution: Distribution, number: int) -> Html:
             axes.xaxis.set_major_formatter(ticks.FuncFormatter(lambda value, _: f"{value:g}"))
             axes.xaxis.set_minor_locator(ticks.NullLocator())
         else:
-            axes.xaxis.set_major_locator(ticks.MaxNLocator(6))
+            axes.xaxis.set_major_locator(ticks.MaxNLocator(6, integer=distribution.whole))
         axes.yaxis.set_major_locator(ticks.MaxNLocator(4, integer=True))
         axes.yaxis.set_major_formatter(ticks.FuncFormatter(_count))
         axes.set_ylabel("rows")

@@ -77,6 +77,11 @@ class Distribution:
         """Rows whose score is one."""
         return self.rows - self.nan
 
+    @property
+    def whole(self) -> bool:
+        """Whether each bin is around a whole number."""
+        return not self.logarithmic and bool((self.edges % 1 == 0.5).all())
+
 
 @dataclass(frozen=True)
 class Sample:

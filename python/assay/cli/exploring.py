@@ -13,6 +13,10 @@ from assay.cli.terminal import INCOMPLETE, OK, CorpusNow, ScoresFolder, fail, lo
 def explore(
     scores: ScoresFolder,
     port: Annotated[int, typer.Option(metavar="N", help="The port to listen on; a free one without it.")] = 0,
+    by: Annotated[
+        list[str] | None,
+        typer.Option("--by", metavar="SCORE", help="A score to show, in place of the first 24. May be given again."),
+    ] = None,
     group: Annotated[
         list[str] | None,
         typer.Option(
@@ -36,7 +40,11 @@ def explore(
     columns = find_columns(found, group or (), label_column(found))
     with open_server(port) as server:
         server.explorer = open_explorer(
-            found, columns, lambda where: select_command(scores, corpus, where), lambda rows: shown_rows(found, rows)
+            found,
+            columns,
+            lambda where: select_command(scores, corpus, where),
+            lambda rows: shown_rows(found, rows),
+            by or (),
         )
         say(f"open {server.url}")
         say("the page is for this machine alone, and for whoever has this address; Ctrl-C ends it")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ _PIECE = 1 << 24
 
 @dataclass(frozen=True)
 class HeldRows(Rows):
-    """``values``: of all rows, shards after one another, every score of one number, (N,) float32."""
+    """``values``: of all rows, shards after one another, scores of one number, (N,) float32 each."""
 
     values: Mapping[str, npt.NDArray[np.float32]] = field(default_factory=dict)
 
@@ -48,12 +48,11 @@ class HeldRows(Rows):
             start = end
 
 
-def hold(rows: Rows) -> HeldRows:
-    """Read the tables once.
+def hold(rows: Rows, names: Sequence[str]) -> HeldRows:
+    """Read some scores of the tables once.
 
     CorpusError if one has other rows than its footer says, or the copy has no room among the temporary files.
     """
-    names = [name for name, kind in rows.names().items() if kind == pa.float32()]
     held = scratch((len(names), len(rows)), np.float32)
     place = 0
     for shard, table in rows.tables:

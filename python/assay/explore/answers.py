@@ -23,6 +23,7 @@ def facts(explorer: Explorer) -> dict[str, Any]:
         "quarantined": sum(table.quarantined for _, table in explorer.rows.tables),
         "scores": [_score(its) for its in explorer.shown],
         "others": [name(its) for its in (*flat, *survey.wide)],
+        "skipped": [name(its) for its in survey.skipped],
         "groups": [
             {"column": name(its.column), "names": [name(n) for n in its.names], "rest": its.rest, "rows": its.rows}
             for its in explorer.groupings

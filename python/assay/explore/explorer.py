@@ -115,18 +115,23 @@ class Explorer:
 
 
 def open_explorer(
-    scores: Scores, columns: Sequence[str], command: Callable[[str], str], show: Show, seed: int = 0
+    scores: Scores,
+    columns: Sequence[str],
+    command: Callable[[str], str],
+    show: Show,
+    only: Sequence[str] = (),
+    seed: int = 0,
 ) -> Explorer:
-    """Read all scores, and of the corpus the ``columns`` to group by.
+    """Read the scores, or ``only`` these, and of the corpus the ``columns`` to group by.
 
     CorpusError if the scores do not cover the corpus as it is now, by which `assay select` would select nothing.
     ImportError without DuckDB.
     """
     require("duckdb", "sql")
     tables = scored_shards(scores)
-    numbers = survey(scores, seed)
-    held = hold(Rows(scores.store, tables))
+    numbers = survey(scores, seed, only)
     shown = [its for its in numbers.distributions if its.minimum < its.maximum]
+    held = hold(Rows(scores.store, tables), [its.column.name for its in shown])
     bins = {its.column.name: _bins(held.values[its.column.name], its) for its in shown}
     found, not_grouped = read_groups(scores, columns, seed)
     shards = by_shard([shard.path for shard, _ in tables], [table.scored for _, table in tables])

@@ -297,6 +297,7 @@ async function start() {
   });
   const others = [];
   if (facts.others.length) others.push(`Not to be cut at (one number for all rows, or several per row): ${facts.others.join(", ")}.`);
+  if (facts.skipped.length) others.push(`Not on this page: ${facts.skipped.join(", ")}. --by chooses scores.`);
   if (facts.not_grouped.length) others.push(`Not grouped by: ${facts.not_grouped.join("; ")}.`);
   if (facts.quarantined) others.push(`${rows(facts.quarantined)} in quarantine could not be scored; no cut can keep them.`);
   byId("others").textContent = others.join(" ");

@@ -2,8 +2,10 @@
 
 from assay.report.charts import need_charts
 from assay.report.confusion import Confusion, count_labels
+from assay.report.duplicates import Duplicates, find_duplicates
 from assay.report.facts import Facts, gather
 from assay.report.groups import NOT_READ, NOTHING, Groups, find_columns, read_groups
+from assay.report.neighbours import Neighbours, find_neighbours
 from assay.report.output import open_output
 from assay.report.page import Page
 from assay.report.pictures import thumbnail
@@ -16,14 +18,18 @@ __all__ = [
     "SAMPLE_ROWS",
     "Confusion",
     "Distribution",
+    "Duplicates",
     "Ends",
     "Facts",
     "Groups",
+    "Neighbours",
     "Page",
     "Shown",
     "Survey",
     "count_labels",
     "find_columns",
+    "find_duplicates",
+    "find_neighbours",
     "gather",
     "need_charts",
     "open_output",

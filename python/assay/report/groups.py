@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,13 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from assay.corpus.errors import CorpusError, ShardError
-from assay.corpus.layout import table_path
 from assay.corpus.readers import columns_of, read
-from assay.corpus.score_files import opened_table
 from assay.corpus.scores_folder import Scores, State
-from assay.corpus.shards import Shard
+from assay.report.drawing import MOST_ROWS, Part, parts_to_read, rows_of_table
 
-MOST_ROWS = 1_000_000
 MOST_COLUMNS = 4
 MOST_VALUES = 1_000
 _LONGEST = 200
@@ -80,35 +78,25 @@ def read_groups(scores: Scores, columns: Sequence[str], seed: int = 0) -> tuple[
 
     Returns also, of columns that are no grouping, why: too many values, or too long ones.
     """
-    done = scores.of(State.DONE)
-    starts = np.cumsum([0, *(status.table.scored if status.table else 0 for status in done)]).tolist()
-    order = np.arange(len(done)) if starts[-1] <= MOST_ROWS else np.random.default_rng(seed).permutation(len(done))
-    readers = {column: _Reader(column, np.full(starts[-1], NOT_READ, np.int16)) for column in columns}
-    left = MOST_ROWS
-    for i in order.tolist():
-        wanted = min(starts[i + 1] - starts[i], left)
-        if not wanted:
-            continue
-        left -= wanted
-        try:
-            _read_shard(scores, done[i].shard, starts[i], wanted, readers)
-        except (ShardError, OSError):  # its rows, or the rest of them, stay as not looked at
-            continue
+    total = sum(status.table.scored for status in scores.of(State.DONE) if status.table)
+    readers = {column: _Reader(column, np.full(total, NOT_READ, np.int16)) for column in columns}
+    for part in parts_to_read(scores, MOST_ROWS, seed) if columns else ():
+        with contextlib.suppress(ShardError, OSError):  # its rows, or the rest of them, stay as not looked at
+            _read_part(scores, part, readers)
     found = [reader.groups() for reader in readers.values() if not reader.fault]
     return found, {name: reader.fault for name, reader in readers.items() if reader.fault}
 
 
-def _read_shard(scores: Scores, shard: Shard, start: int, count: int, readers: Mapping[str, _Reader]) -> None:
-    """The first ``count`` scored rows of a shard."""
-    rows = _rows(scores, shard, count)
-    facts = columns_of(shard)
+def _read_part(scores: Scores, part: Part, readers: Mapping[str, _Reader]) -> None:
+    rows, start = rows_of_table(scores, part), part.start
+    facts = columns_of(part.shard)
     here = [name for name, reader in readers.items() if not reader.fault and name in facts]
     for name, reader in readers.items():
         if name not in facts:
-            reader.codes[start : start + count] = NOTHING
+            reader.codes[start : start + part.count] = NOTHING
     if not here:
         return
-    for chunk in read(shard, here, frozenset(here)):
+    for chunk in read(part.shard, here, frozenset(here)):
         first, last = np.searchsorted(rows, [chunk.first, chunk.first + chunk.length]).tolist()
         places = (rows[first:last] - chunk.first).tolist()
         for name in here:
@@ -117,17 +105,6 @@ def _read_shard(scores: Scores, shard: Shard, start: int, count: int, readers: M
             readers[name].see(start + first, read_now, classes)
         if last == len(rows):
             return
-
-
-def _rows(scores: Scores, shard: Shard, count: int) -> npt.NDArray[np.int64]:
-    parts, held = [np.empty(0, np.int64)], 0
-    with opened_table(scores.store, table_path(shard)) as table:
-        for batch in table.iter_batches(columns=["row"]):
-            parts.append(batch.column("row").to_numpy()[: count - held])
-            held += len(parts[-1])
-            if held == count:
-                break
-    return np.concatenate(parts)
 
 
 class _Reader:

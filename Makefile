@@ -11,7 +11,7 @@ PACKAGES := scikit-build-core pybind11 cmake ninja build pydantic typer rich pyy
   scikit-learn transformers gguf datasets pyarrow pytest pytest-timeout pytest-xdist hypothesis cleanlab peft accelerate \
   trl lightning pillow psutil pylance ray duckdb matplotlib triton s3fs 'moto[s3]' flask flask-cors ruff mypy types-PyYAML
 
-.PHONY: help setup demo demo-text test test-long pytest lint stubs native-sanitize compile-table compile-table-36 bench gpu gpu-second gpu-baseline docs clean
+.PHONY: help setup demo demo-text chromium test test-long pytest lint stubs native-sanitize compile-table compile-table-36 bench gpu gpu-second gpu-baseline docs clean
 help:
 	@echo "make demo        score, select and train on digits with wrong labels (under 90 s after set-up)"
 	@echo "make demo-text   find planted junk in text with SmolLM2-135M"
@@ -51,9 +51,13 @@ demo: setup
 demo-text: $(VENV)/.smollm2
 	$(BIN)/assay demo text --out demo/text
 
+chromium:
+	@command -v chromium > /dev/null || \
+	  { echo "make test needs Chromium: apt-get install --no-install-recommends chromium"; exit 1; }
+
 # Most tests have one thread's work, so two processes share it; files stay whole, for their fixtures' sake.
 SUITE := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 20
-test: setup
+test: chromium setup
 	$(MAKE) -j 2 --output-sync=target --no-print-directory lint native-sanitize
 	OMP_NUM_THREADS=1 $(SUITE) -m "not slow"
 

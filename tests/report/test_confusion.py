@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from assay.corpus.errors import CorpusError
 from assay.corpus.scores_folder import open_scores
 from assay.report import count_labels
 from tests.report.small_report import make_scores
@@ -58,6 +59,14 @@ def test_no_more_than_a_million_rows(tmp_path, monkeypatch):
     assert (found.counts, found.rows, found.all_rows) == ({("cat", 0): 1, ("dog", 1): 1}, 2, False)
 
 
-def test_a_corpus_without_the_column(tmp_path):
+def test_what_cannot_be_compared_says_why(tmp_path):
     folder = make_scores(tmp_path, {"text": ["a", "b"]}, {"p": [0, 1]})
-    assert count_labels(open_scores(str(folder)), "p", "label", None) is None
+    scores = open_scores(str(folder))
+    with pytest.raises(CorpusError, match=r"a\.parquet has no column label any more"):
+        count_labels(scores, "p", "label", None)
+    (tmp_path / "data/a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(CorpusError, match=r"a\.parquet cannot be read: "):
+        count_labels(scores, "p", "label", None)
+    long = make_scores(tmp_path / "long", {"label": ["x" * 1001] * 2}, {"p": [0, 1]})
+    with pytest.raises(CorpusError, match="so long values that they are no classes"):
+        count_labels(open_scores(str(long)), "p", "label", None)

@@ -30,7 +30,7 @@ EVIL = (
 _ATTRIBUTES = "class id href content name http-equiv charset lang scope tabindex src alt"
 DRAWN = {"svg", "g", "path", "defs", "clippath", "use", "text", "rect"}
 _OURS = "html head meta title style body header main section nav ol ul li h1 h2 h3 h4 p a dl div dt dd article span "
-_OURS += "table thead tbody tr th td details summary pre code img"
+_OURS += "table thead tbody tr th td details summary pre code img strong"
 
 
 class Reader(HTMLParser):
@@ -155,7 +155,9 @@ def test_images_are_made_anew_and_labels_counted(tmp_path):
     assert main(["report", str(folder), "--out", str(tmp_path / "page.html")]) == 0
     page = read(tmp_path / "page.html")
     sources = {its["src"] for its in page.of("img")}
-    assert len(page.of("img")) == 8  # of x the best, the worst and random ones, of e_prediction two
+    assert len(page.of("img")) == 9  # of x the best, the worst and random ones, of e_prediction two, and the repeated
+    assert "2 rows have the content of another one. Without the repeats there would be 1 row less (25 %)" in page.text
+    assert "In 1 of 1 groups the same content has different labels: not all can be right." in page.text
     for source in sources:
         data = base64.b64decode(source.partition(",")[2])
         assert image.open(io.BytesIO(data)).size == (192, 96)
@@ -210,6 +212,89 @@ def test_shards_that_are_left_out_are_named(tmp_path, capsys):
     assert "1 of 2 shards are not on this page" in page.text
     assert "Of 3 rows 3 have scores" in page.text
     assert "its task is none of this version of assay" in page.text  # whose columns would be shown
+
+
+def test_how_the_run_went(tmp_path):
+    rows = {name: {"x": np.arange(100.0)} for name in "abcd"}
+    folder = make_two(tmp_path, rows, without={"b": range(7), "c": [3]})
+    for i, name in enumerate("abcd"):
+        os.utime(f"{folder}/{name}.parquet", (1000 + 100 * i + 400 * (i > 2),) * 2)
+    os.utime(f"{folder}/manifest.json", (900, 900))
+    assert main(["report", folder, "--out", str(tmp_path / "page.html"), "--samples", "0"]) == 0
+    page = read(tmp_path / "page.html")
+    assert "400 rows in 13 min 20 s since the run began: 0.5 rows per second, all workers together." in page.text
+    assert "The longest time between two tables was 8 min 20 s." in page.text
+    assert "minutes since the run began" in page.text
+    assert "8 rows of 400 (2 %) in quarantine" in page.text
+    assert re.search(r"shards with most of them.*b\.parquet71007 %c\.parquet11001 %", page.text)
+    os.utime(f"{folder}/manifest.json", (99_999, 99_999))  # a copy's
+    assert main(["report", folder, "--out", str(tmp_path / "page.html"), "--samples", "0"]) == 0
+    text = read(tmp_path / "page.html").text
+    assert "300 rows in 11 min 40 s since the first table was written: 0.43 rows per second" in text
+    for name in "abcd":
+        os.utime(f"{folder}/{name}.parquet", (1000, 1000))
+    assert main(["report", folder, "--out", str(tmp_path / "page.html"), "--samples", "0"]) == 0
+    assert "do not tell how fast the run was" in read(tmp_path / "page.html").text
+
+
+def test_methods_warnings_are_told(tmp_path, monkeypatch):
+    folder = make_two(tmp_path, {"a": {"x": np.arange(3.0)}, "b": {"x": np.arange(3.0)}})
+    monkeypatch.setattr("assay.report.facts.Tally.add", lambda self, footer: self.warnings.update(
+        {"mimic.warning": f"agrees with the loss {EVIL}", "trak.left_out_layers": "wte, ln"}
+    ))  # fmt: skip
+    assert main(["report", folder, "--out", str(tmp_path / "page.html"), "--samples", "0"]) == 0
+    text = read(tmp_path / "page.html").text
+    assert "mimic: agrees with the loss <script>" in text
+    assert "trak leaves out wte, ln2" in text  # in two shards
+
+
+def test_kinds_of_rows(tmp_path):
+    rng = np.random.default_rng(0)
+    source = rng.choice(["web", "book", EVIL[:150]], 300, p=[0.5, 0.45, 0.05]).tolist()
+    x = rng.normal(size=300) + 3 * (np.array(source) == "book")
+    source[0] = None
+    folder = make_scores(
+        tmp_path, {"text": ["t"] * 300, "source": source, "id": range(300)}, {"x": x, "c": np.ones(300)}
+    )
+    assert main(["report", str(folder), "--out", str(tmp_path / "page.html"), "--samples", "0"]) == 0
+    text = read(tmp_path / "page.html").text
+    values = x.astype(np.float32)
+    found = [100 * (values[i] > np.delete(values, i)).mean() for i in range(300) if source[i] == "book"]
+    assert f"book{len(found)}{np.mean(found):.0f}" in text
+    assert "(no value)1–" in text
+    assert "Computed on all 300 rows." in text
+    assert main(["report", str(folder), "--out", str(tmp_path / "page.html"), "--group", "id", "--samples", "0"]) == 0
+    assert "By id" in read(tmp_path / "page.html").text
+
+
+def test_no_more_scores_than_can_be_read(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("assay.report.surveying.MOST_SCORES", 3)
+    scores = {f"s{i}": np.arange(5.0) * (i + 1) for i in range(16)}
+    folder = make_scores(tmp_path, {"text": list("abcde")}, scores)
+    arguments = ["report", str(folder), "--out", str(tmp_path / "page.html"), "--samples", "1"]
+    assert main(arguments) == 0
+    page = read(tmp_path / "page.html")
+    assert len(page.of("svg")) == 3
+    assert "This page shows 3 of 16 scores. Not on it: s3, s4" in page.text
+    assert "s14 and 1 more; assay report --by SCORE chooses which are." in page.text
+    assert main([*arguments, "--by", "s15", "--by", "s2"]) == 0
+    page = read(tmp_path / "page.html")
+    assert len(page.of("svg")) == 2
+    assert page.text.index("1  s15") < page.text.index("2  s2")
+    for wrong in ("nothing", ""):
+        assert main([*arguments, "--by", wrong]) == 2
+        assert re.search(f"--by {wrong}: .* has no such score; it has s0, s1", capsys.readouterr().err)
+    assert main([*arguments, *(f"--by=s{i}" for i in range(4))]) == 2
+    assert "4 scores are asked for; expected at most 3" in capsys.readouterr().err
+
+
+def test_predictions_without_labels_say_why(tmp_path):
+    recipe = {"methods": [{"method": "ensemble", "name": "e"}]}
+    task = {"kind": "classification", "text_column": "text", "label_column": "label"}
+    folder = make_scores(tmp_path, {"text": ["a", "b"]}, {"e_prediction": [0, 1]}, task=task, recipe=recipe)
+    assert main(["report", str(folder), "--out", str(tmp_path / "page.html"), "--samples", "0"]) == 0
+    text = read(tmp_path / "page.html").text
+    assert "predictions cannot be compared with labels: a.parquet has no column label any more" in text
 
 
 def test_without_its_extra_it_says_what_to_install(tmp_path, monkeypatch, capsys):

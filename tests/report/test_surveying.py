@@ -63,6 +63,7 @@ def test_counts_and_order_statistics_are_those_of_all_rows(found, numbers, name)
     assert (its.below, its.above) == ((held < edges[0]).sum(), (held > edges[-1]).sum())
     assert len(its.counts) <= 61
     assert its.logarithmic == (name == "orders")
+    assert its.whole == (name == "ties")
     if name in ("heavy", "orders", "near"):
         assert (its.counts > 0).sum() > 30, "bins that tell nothing"
 

@@ -15,6 +15,7 @@ import assay
 from assay.cli.demos import demo_digits, demo_text
 from assay.cli.experiments import two_stage
 from assay.cli.explaining import explain
+from assay.cli.exploring import explore
 from assay.cli.machine import doctor
 from assay.cli.recipes import init, validate
 from assay.cli.reporting import report
@@ -97,6 +98,7 @@ app.command("two-stage")(two_stage)
 app.command()(show)
 app.command()(explain)
 app.command()(report)
+app.command()(explore)
 app.command("ls")(list_scores)
 app.command()(doctor)
 demo.command("digits")(demo_digits)

@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from assay.corpus.scores_folder import Scores
     from assay.curate import Ranked
     from assay.recipe.tasks import TaskSpec
-    from assay.report import Confusion, Ends, Shown, Survey
+    from assay.report import Confusion, Ends, Facts, Page, Shown, Survey
 
 _TEXT = 1200
 _COLUMNS = 8
+# Of a task's keys those that hold what its models are to say.
+_LABELS = ("label_column", "target_column", "tags_column")
 
 
 def report(
@@ -25,11 +27,23 @@ def report(
     out: Annotated[str, typer.Option("--out", metavar="FILE", help="Where the page goes: page.html")],
     samples: Annotated[int, typer.Option(metavar="N", help="So many of the best, the worst and random rows.")] = 4,
     seed: Annotated[int, typer.Option(help="For the rows that are drawn.")] = 0,
+    by: Annotated[
+        list[str] | None,
+        typer.Option("--by", metavar="SCORE", help="A score to show, in place of the first 24. May be given again."),
+    ] = None,
+    group: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="COLUMN",
+            help="A column of the corpus to group by, in place of those with names such as label, source or language. "
+            "May be given again.",
+        ),
+    ] = None,
     corpus: CorpusNow = None,
 ) -> int:
     """Write one page of HTML: how scores are distributed, what cuts keep, and the rows at either end."""
     from assay.corpus.scores_folder import open_scores
-    from assay.report import Page, gather, need_charts, open_output, survey
+    from assay.report import find_columns, gather, need_charts, open_output, survey
 
     if not 0 <= samples <= 100:
         raise ValueError(f"--samples {samples}: expected a number from 0 to 100")
@@ -39,9 +53,9 @@ def report(
     need_charts()
     found = open_scores(scores, corpus)
     store, name = open_output(out, found)
-    numbers = survey(found, seed)
-    facts = gather(found)
-    page = Page(facts, numbers, *_rows(found, numbers, samples, seed), _confusion(found))
+    columns = find_columns(found, group or (), label_column(found))
+    facts, numbers = gather(found), survey(found, seed, by or ())
+    page = _page(found, facts, numbers, columns, samples, seed)
     store.write_text(name, page.to_html())
     say(f"page: {out}")
     if not facts.left_out:
@@ -50,10 +64,56 @@ def report(
     return fail(f"{len(facts.left_out)} shards are not in it ({path}: {reason})", INCOMPLETE)
 
 
+def _page(scores: Scores, facts: Facts, numbers: Survey, columns: Sequence[str], samples: int, seed: int) -> Page:
+    from assay.report import Page, find_duplicates, find_neighbours, read_groups
+
+    label = label_column(scores)
+    read, refused = read_groups(scores, list(dict.fromkeys([*columns, *([label] if label else [])])), seed)
+    labels = next((its.codes for its in read if its.column == label), None)
+    same = find_duplicates(scores, _content_columns(scores), labels, seed)
+    near = find_neighbours(scores, seed)
+    places = [group.places[0] for group in same.largest] if same is not None else []
+    places = list(dict.fromkeys([*places, *(place for its in near for _, *pair in its.closest for place in pair)]))
+    return Page(
+        facts,
+        numbers,
+        *_rows(scores, numbers, samples, seed),
+        _confusion(scores),
+        [its for its in read if its.column in columns],
+        {name: why for name, why in refused.items() if name in columns},
+        same,
+        near,
+        dict(zip(places, shown_rows(scores, _at(scores, places)), strict=True)),
+    )
+
+
+def _content_columns(scores: Scores) -> list[str]:
+    """What a row is made of, labels aside."""
+    from assay.cli.cards import task_of
+    from assay.corpus.errors import CorpusError
+
+    try:
+        named = task_of(scores).column_keys()
+    except CorpusError:
+        return []
+    return list(dict.fromkeys(column for key, column in named.items() if key not in _LABELS))
+
+
+def _at(scores: Scores, places: Sequence[int]) -> Sequence[Ranked]:
+    """The rows at these places, counted over all tables."""
+    from assay.corpus.scores_folder import State
+    from assay.curate import ranked_at
+
+    done = scores.of(State.DONE)
+    starts = np.cumsum([0, *(status.table.scored if status.table else 0 for status in done)])
+    tables = np.searchsorted(starts, places, side="right") - 1
+    at = np.stack([tables, places - starts[tables]], axis=1).tolist() if len(places) else []
+    return ranked_at(scores, [status.shard for status in done], at)
+
+
 def _rows(scores: Scores, numbers: Survey, count: int, seed: int) -> tuple[list[Ends], list[Shown]]:
     """The rows at both ends of each score, and random ones."""
-    from assay.corpus.scores_folder import State
-    from assay.curate import rank, ranked_at
+    from assay.curate import rank
     from assay.report import Ends
 
     columns = [its.column for its in numbers.distributions if its.minimum < its.maximum]
@@ -63,14 +123,9 @@ def _rows(scores: Scores, numbers: Survey, count: int, seed: int) -> tuple[list[
     for column in columns:
         keep = column.keep if column.keep in ("high", "low") else "high"
         rankings.append(rank(scores, column.name, best=count, worst=count, keep=keep))
-    done = scores.of(State.DONE)
-    starts = np.cumsum([0, *(status.table.scored if status.table else 0 for status in done)])
-    drawn = np.random.default_rng(seed).permutation(numbers.sample.places)[:count]
-    tables = np.searchsorted(starts, drawn, side="right") - 1
-    places = np.stack([tables, drawn - starts[tables]], axis=1).tolist()
-    random = ranked_at(scores, [status.shard for status in done], places)
+    random = _at(scores, np.random.default_rng(seed).permutation(numbers.sample.places)[:count].tolist())
     every = [*random, *(ranked for ranking in rankings for end in (ranking.best, ranking.worst) for ranked in end)]
-    shown = {(its.shard.path, its.row): card for its, card in zip(every, _shown(scores, every), strict=True)}
+    shown = {(its.shard.path, its.row): card for its, card in zip(every, shown_rows(scores, every), strict=True)}
     ends = [
         Ends(column.name, column.keep, *([shown[r.shard.path, r.row] for r in end] for end in (its.best, its.worst)))
         for column, its in zip(columns, rankings, strict=True)
@@ -78,8 +133,8 @@ def _rows(scores: Scores, numbers: Survey, count: int, seed: int) -> tuple[list[
     return ends, [shown[its.shard.path, its.row] for its in random]
 
 
-def _confusion(scores: Scores) -> Confusion | None:
-    """Labels against predictions, where a classification's ensemble made some."""
+def _confusion(scores: Scores) -> Confusion | str | None:
+    """Labels against predictions, where a classification's ensemble made some, or why they cannot be compared."""
     from assay.cli.cards import task_of
     from assay.corpus.errors import CorpusError
     from assay.recipe.tasks.classification import ClassificationSpec
@@ -92,14 +147,27 @@ def _confusion(scores: Scores) -> Confusion | None:
         return None
     try:
         task = task_of(scores)
+        if not isinstance(task, ClassificationSpec) or task.soft_labels:
+            return None
+        return count_labels(scores, by, task.label_column, task.labels)
+    except CorpusError as error:
+        return str(error)
+
+
+def label_column(scores: Scores) -> str | None:
+    """The column that a classification compares its models with."""
+    from assay.cli.cards import task_of
+    from assay.corpus.errors import CorpusError
+    from assay.recipe.tasks.classification import ClassificationSpec
+
+    try:
+        task = task_of(scores)
     except CorpusError:
         return None
-    if not isinstance(task, ClassificationSpec) or task.soft_labels:
-        return None
-    return count_labels(scores, by, task.label_column, task.labels)
+    return task.label_column if isinstance(task, ClassificationSpec) else None
 
 
-def _shown(scores: Scores, rows: Sequence[Ranked]) -> list[Shown]:
+def shown_rows(scores: Scores, rows: Sequence[Ranked]) -> list[Shown]:
     """The rows with what the task reads of them."""
     from assay.cli.cards import class_names, task_of
     from assay.corpus.errors import CorpusError

@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import logging
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 
@@ -45,15 +48,9 @@ def need_charts() -> None:
 
 def histogram(distribution: Distribution, number: int) -> Html:
     """A score's histogram with three quantiles marked. ``number`` tells its elements' ids from other charts'."""
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells of fonts that it looks for
-    matplotlib, figures = require("matplotlib", "report"), require("matplotlib.figure", "report")
     ticks = require("matplotlib.ticker", "report")
     edges, counts = distribution.edges, distribution.counts
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # a matplotlibrc of the working folder may be a stranger's
-        matplotlib.rcParams.update(_SETTINGS)
-        figure = figures.Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
-        axes = figure.add_subplot()
+    with _axes() as (figure, axes):
         axes.stairs(counts, edges, fill=True, color=_BAR, linewidth=0)
         axes.set_xlim(edges[0], edges[-1])
         axes.set_ylim(0, counts.max() * 1.02)
@@ -63,10 +60,7 @@ def histogram(distribution: Distribution, number: int) -> Html:
             axes.xaxis.set_major_formatter(ticks.FuncFormatter(lambda value, _: f"{value:g}"))
             axes.xaxis.set_minor_locator(ticks.NullLocator())
         else:
-            axes.xaxis.set_major_locator(ticks.MaxNLocator(6))
-        axes.yaxis.set_major_locator(ticks.MaxNLocator(4, integer=True))
-        axes.yaxis.set_major_formatter(ticks.FuncFormatter(_count))
-        axes.set_ylabel("rows")
+            axes.xaxis.set_major_locator(ticks.MaxNLocator(6, integer=distribution.whole))
         height = _label_heights(distribution)
         for place, (share, words) in enumerate(_MARKED.items()):
             value = distribution.quantiles[share]
@@ -79,9 +73,42 @@ def histogram(distribution: Distribution, number: int) -> Html:
                     ha=("right", "center", "left")[place],
                     color=_MARK,
                 )
-        drawn = io.StringIO()
-        figure.savefig(drawn, format="svg", transparent=True, metadata=dict.fromkeys(_METADATA))
-    return _for_page(drawn.getvalue(), number)
+        return _svg(figure, f"chart-{number}", "Histogram; its quantiles stand below it")
+
+
+def course(times: Sequence[float], rows: Sequence[int], unit: str) -> Html:
+    """Rows that were done by some times, which are in ``unit``."""
+    ticks = require("matplotlib.ticker", "report")
+    with _axes() as (figure, axes):
+        axes.step(times, rows, where="post", color=_BAR, linewidth=1.8)
+        axes.set_xlim(0, times[-1] * 1.02)
+        axes.set_ylim(0, max(rows) * 1.04)
+        axes.xaxis.set_major_locator(ticks.MaxNLocator(6))
+        axes.set_xlabel(unit)
+        return _svg(figure, "course", "Rows done over time; the numbers stand above it")
+
+
+@contextmanager
+def _axes() -> Iterator[tuple[Any, Any]]:
+    """A figure and its axes, on which rows are counted upwards, under settings of ours."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells of fonts that it looks for
+    matplotlib, figures = require("matplotlib", "report"), require("matplotlib.figure", "report")
+    ticks = require("matplotlib.ticker", "report")
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # a matplotlibrc of the working folder may be a stranger's
+        matplotlib.rcParams.update(_SETTINGS)
+        figure = figures.Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
+        axes = figure.add_subplot()
+        axes.yaxis.set_major_locator(ticks.MaxNLocator(4, integer=True))
+        axes.yaxis.set_major_formatter(ticks.FuncFormatter(_count))
+        axes.set_ylabel("rows")
+        yield figure, axes
+
+
+def _svg(figure: Any, name: str, label: str) -> Html:
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg", transparent=True, metadata=dict.fromkeys(_METADATA))
+    return _for_page(drawn.getvalue(), name, label)
 
 
 def _label_heights(distribution: Distribution) -> float:
@@ -99,14 +126,14 @@ def _count(value: float, _: int) -> str:
     return f"{value:g}"
 
 
-def _for_page(svg: str, number: int) -> Html:
+def _for_page(svg: str, name: str, label: str) -> Html:
     """The drawing as an element of a page: colours and ids of its own, and no style that would be the whole page's."""
     svg = re.sub(r"<style.*?</style>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>chart-{number}-", svg)
+    svg = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{name}-", svg)
     svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
     head, rest = svg.split(">", 1)
     head = re.sub(r' (width|height|version|xmlns(:xlink)?)="[^"]*"', "", head)
     for told, own in _COLOURS.items():
         rest = rest.replace(told, own)
-    return Html(f'{head} role="img" aria-label="Histogram; its quantiles stand below it">{rest}'.strip())
+    return Html(f'{head} role="img" aria-label="{label}">{rest}'.strip())

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from assay.corpus.errors import ShardError
+from assay.corpus.errors import CorpusError, ShardError
 from assay.corpus.layout import table_path
 from assay.corpus.readers import columns_of, read
 from assay.corpus.score_files import opened_table
@@ -68,34 +68,44 @@ class Confusion:
         return sorted(apart, key=lambda entry: (-entry[2], entry[0], entry[1]))
 
 
-def count_labels(scores: Scores, by: str, column: str, labels: Classes) -> Confusion | None:
+def count_labels(scores: Scores, by: str, column: str, labels: Classes) -> Confusion:
     """Of up to a million rows, from the first shard on, the label in ``column`` and the class that ``by`` predicts.
 
     ``labels``: the recipe's, in the order of the classes, or by label its class; None: labels are classes already.
-    None if the corpus has no such column now, or so many labels that they are none.
+    CorpusError if the corpus has no such column now, cannot be read, or has so many labels that they are none.
     """
     counts: Counter[tuple[str, int]] = Counter()
     places: dict[str, int] = {}
     rows, done = 0, scores.of(State.DONE)
-    try:
-        for status in done:
-            if rows == MOST_ROWS:
-                break
-            kept, predicted = _predictions(scores, status.shard, by, MOST_ROWS - rows)
-            rows += len(kept)
-            names = columns_of(status.shard)[column].classes
-            for value, class_ in _labelled(status.shard, column, kept, predicted):
-                named = _named(_named(value, names), labels)
-                label = str(named)
-                counts[label, class_] += 1
-                if label not in places and (place := _place(named, labels)) is not None:
-                    places[label] = place
-                if len(counts) > _MOST_PAIRS or len(label) > _LONGEST_LABEL:
-                    return None
-    except (ShardError, KeyError, OSError):
-        return None
+    for status in done:
+        if rows == MOST_ROWS:
+            break
+        kept, predicted = _predictions(scores, status.shard, by, MOST_ROWS - rows)
+        rows += len(kept)
+        for value, class_, names in _labels(status.shard, column, kept, predicted):
+            named = _named(_named(value, names), labels)
+            label = str(named)
+            counts[label, class_] += 1
+            if label not in places and (place := _place(named, labels)) is not None:
+                places[label] = place
+            if len(counts) > _MOST_PAIRS or len(label) > _LONGEST_LABEL:
+                raise CorpusError(f"{column} has so many or so long values that they are no classes")
     total = sum(status.table.scored for status in done if status.table)
     return Confusion(by, counts, dict(sorted(places.items(), key=lambda item: item[1])), rows, rows == total)
+
+
+def _labels(
+    shard: Shard, column: str, rows: npt.NDArray[np.int64], predicted: npt.NDArray[np.float32]
+) -> Iterator[tuple[Any, int, Classes]]:
+    """Label and predicted class of every row that has both, and the names of the shard's classes."""
+    try:
+        facts = columns_of(shard)
+        if column not in facts:
+            raise CorpusError(f"{shard.path} has no column {column} any more, which held the labels")
+        for value, class_ in _labelled(shard, column, rows, predicted):
+            yield value, class_, facts[column].classes
+    except (ShardError, OSError) as error:
+        raise CorpusError(f"{shard.path} cannot be read: {error}") from error
 
 
 def _predictions(

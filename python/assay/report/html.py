@@ -17,12 +17,17 @@ _VOID = frozenset({"meta", "img", "br"})
 
 
 def escaped(text: str) -> str:
-    """Text that may come from strangers, as good inside an element as inside a quoted attribute.
+    """Text that may come from strangers, as good inside an element as inside a quoted attribute."""
+    return html.escape(visible(text), quote=True)
+
+
+def visible(text: str) -> str:
+    """Text as a page may show it, which is not yet markup.
 
     Line breaks stay. Other control characters, overrides of the writing direction, whatever has no shape of its own
     and halves of surrogate pairs are shown by their numbers, as the terminal's lines have them.
     """
-    return html.escape("".join(c if _is_shown(c) else c.encode("unicode_escape").decode() for c in text), quote=True)
+    return "".join(c if _is_shown(c) else c.encode("unicode_escape").decode() for c in text)
 
 
 def _is_shown(character: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 
 import numpy as np
@@ -12,13 +12,19 @@ import numpy as np
 from assay._version import __version__
 from assay.report.charts import histogram
 from assay.report.confusion import Confusion
+from assay.report.duplicates import Duplicates
 from assay.report.facts import Facts
+from assay.report.groups import Groups
 from assay.report.html import Html, element, join, table
+from assay.report.kinds import kinds_section
+from assay.report.neighbours import Neighbours
 from assay.report.output import MARK
 from assay.report.relations import Matrix, overlaps, rank_correlations
 from assay.report.rows import Ends, Shown, labels_section, samples_section
+from assay.report.run import run_section
 from assay.report.style import heat, style
 from assay.report.surveying import QUANTILES, Column, Cut, Distribution, Survey
+from assay.report.twins import twins_section
 from assay.report.words import in_digits, percent, rows_of, short
 
 # Neither scripts nor anything from elsewhere; images are the page's own.
@@ -29,7 +35,7 @@ _ENDS = {
 }
 _NEITHER = "Neither end is better: the number describes a row and does not rank it."
 _QUANTILE_WORDS = {share: f"{100 * share:g} %" for share in QUANTILES}
-_MOST_REASONS, _MOST_LEFT_OUT, _MOST_RECIPE = 8, 8, 20_000
+_MOST_LEFT_OUT, _MOST_RECIPE = 8, 20_000
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,14 @@ class Page:
     survey: Survey
     ends: Sequence[Ends] = ()
     random: Sequence[Shown] = ()
-    confusion: Confusion | None = None
+    confusion: Confusion | str | None = None
+    """Or why there is none, where an ensemble predicts."""
+    groups: Sequence[Groups] = ()
+    not_grouped: Mapping[str, str] = field(default_factory=dict)
+    duplicates: Duplicates | None = None
+    neighbours: Sequence[Neighbours] = ()
+    twins: Mapping[int, Shown] = field(default_factory=dict)
+    """The rows that ``duplicates`` and ``neighbours`` name, by their places."""
 
     def to_html(self) -> str:
         """All of it. ImportError without matplotlib."""
@@ -62,6 +75,7 @@ class Page:
 
     def _sections(self) -> Iterator[tuple[str, str, Html]]:
         yield "made", "What was scored, and how", _made(self.facts, self.survey)
+        yield "run", "How the run went", run_section(self.facts)
         if not self.survey.distributions:
             return
         places = {ends.by: i for i, ends in enumerate(self.ends, start=1)}
@@ -70,10 +84,15 @@ class Page:
             yield "relations", "How the scores relate to each other", _relations(self.survey)
         if self.survey.rows:
             yield "cuts", "What a cut keeps", _cuts(self.survey)
+        if self.survey.rows and (self.groups or self.not_grouped):
+            yield "kinds", "Kinds of rows", kinds_section(self.groups, self.not_grouped, self.survey)
         if self.ends or self.random:
             yield "samples", "Rows of the data: best, worst and random", samples_section(self.ends, self.random)
         if self.confusion is not None:
             yield "labels", "Labels against the models' predictions", labels_section(self.confusion)
+        if self.duplicates is not None or self.neighbours:
+            its = twins_section(self.duplicates, self.neighbours, self.twins, self.survey.rows)
+            yield "twins", "Rows that are there more than once", its
 
     def _below(self, anchor: str) -> Html:
         names = [its.column.name for its in self.survey.distributions] if anchor == "scores" else []
@@ -103,14 +122,14 @@ def _made(facts: Facts, survey: Survey) -> Html:
         element(
             "p",
             f"Of {facts.rows:,} rows {survey.rows:,} have scores and {facts.quarantined:,} are in quarantine: rows "
-            "that could not be scored, each listed with its reason.",
+            "that could not be scored.",
         )
     ]
-    if facts.reasons:
-        rows = [(reason, f"{count:,}") for reason, count in facts.reasons[:_MOST_REASONS]]
-        if rest := sum(count for _, count in facts.reasons[_MOST_REASONS:]):
-            rows.append(("other reasons", f"{rest:,}"))
-        parts.append(table(("why rows are in quarantine (N: some number)", "rows"), rows))
+    if survey.skipped:
+        total, named = len(survey.distributions) + len(survey.skipped), ", ".join(map(short, survey.skipped[:12]))
+        more = f" and {len(survey.skipped) - 12:,} more" if len(survey.skipped) > 12 else ""
+        text = f"This page shows {len(survey.distributions):,} of {total:,} scores. Not on it: {named}{more}; "
+        parts.append(element("p", text, element("code", "assay report --by SCORE"), " chooses which are."))
     if lacking := {its.column.name: its.nan for its in survey.distributions if its.nan}:
         rows = [(short(name), f"{count:,}") for name, count in lacking.items()]
         parts.append(table(("score", "rows without a number (NaN)"), rows))
@@ -141,7 +160,7 @@ def _makers(facts: Facts) -> Iterator[tuple[str, str]]:
     yield "corpus", facts.corpus
     yield "scores folder", facts.folder
     if facts.written:
-        first, last = (_time(seconds) for seconds in facts.written)
+        first, last = (_time(facts.written[i][0]) for i in (0, -1))
         yield "scored", first if first == last else f"{first} to {last}"
     if facts.versions:
         yield "scored by", f"assay {', '.join(facts.versions)}"

@@ -54,19 +54,20 @@ def samples_section(by_score: Sequence[Ends], drawn: Sequence[Shown]) -> Html:
     for i, ends in enumerate(by_score, start=1):
         names = ("Best", "Worst") if ends.keep in ("high", "low") else ("Highest", "Lowest")
         halves = [
-            element("div", element("h4", name), *_cards(rows, ends.by), class_=kind)
+            element("div", element("h4", name), *cards(rows, ends.by), class_=kind)
             for name, rows, kind in ((names[0], ends.best, "best"), (names[1], ends.worst, "worst"))
         ]
         both = element("div", *halves, class_="ends")
         parts.append(element("article", element("h3", short(ends.by)), both, class_="card", id=f"sample-{i}"))
     if drawn:
         text = "Drawn uniformly with a fixed seed, the same for every score: what the data is like as a whole."
-        columns = element("div", *(element("div", card) for card in _cards(drawn, None)), class_="ends")
+        columns = element("div", *(element("div", card) for card in cards(drawn, None)), class_="ends")
         parts.append(element("article", element("h3", "Random rows"), element("p", text), columns, class_="card"))
     return join(parts[0], element("div", *parts[1:], class_="stack"))
 
 
-def _cards(rows: Sequence[Shown], by: str | None) -> Iterator[Html]:
+def cards(rows: Sequence[Shown], by: str | None) -> Iterator[Html]:
+    """Rows of the corpus, under their score ``by`` if there is one."""
     if not rows:
         yield element("p", "No row has a number.", class_="quiet")
     for shown in rows:
@@ -91,8 +92,10 @@ def _card(shown: Shown, by: str | None) -> Iterator[Html]:
         yield element("details", element("summary", what), element("div", others, class_="text"), class_="column")
 
 
-def labels_section(confusion: Confusion) -> Html:
-    """How often the predicted class is the label, and which classes are taken for which."""
+def labels_section(confusion: Confusion | str) -> Html:
+    """How often the predicted class is the label, and which classes are taken for which; or why nobody can tell."""
+    if isinstance(confusion, str):
+        return element("p", f"The models' predictions cannot be compared with labels: {confusion}.")
     total, agree = sum(confusion.counts.values()), confusion.agree
     which = f"all {confusion.rows:,} rows" if confusion.all_rows else f"the first {confusion.rows:,} rows"
     text = f"Counted over {which}, of which {total:,} have a label and a prediction ({short(confusion.by)}). "

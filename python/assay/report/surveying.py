@@ -19,6 +19,7 @@ from assay.corpus.scores_folder import Scores, ShardStatus, State
 Floats = npt.NDArray[np.float32]
 
 SAMPLE_ROWS = 20_000
+MOST_SCORES = 24
 SHARES = tuple(tenth / 10 for tenth in range(1, 10))
 QUANTILES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 _BINS = 48
@@ -77,6 +78,11 @@ class Distribution:
         """Rows whose score is one."""
         return self.rows - self.nan
 
+    @property
+    def whole(self) -> bool:
+        """Whether each bin is around a whole number."""
+        return not self.logarithmic and bool((self.edges % 1 == 0.5).all())
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -88,24 +94,30 @@ class Sample:
 
 @dataclass(frozen=True)
 class Survey:
-    """What is to be said of all rows that have scores. ``wide``: columns that are not one number per row."""
+    """What is to be said of all rows that have scores. ``wide``: columns that are not one number per row; ``skipped``:
+    scores that were not looked at, for there are too many or others were asked for."""
 
     rows: int
     distributions: Sequence[Distribution]
     sample: Sample
     wide: Sequence[str]
+    skipped: Sequence[str] = ()
 
 
-def survey(scores: Scores, seed: int = 0) -> Survey:
+def survey(scores: Scores, seed: int = 0, only: Sequence[str] = ()) -> Survey:
     """Read the tables of the shards that are done, twice, a row group's worth at a time.
 
+    ``only``: these scores; without it all, but no more than the first MOST_SCORES.
+
     Raises:
-        CorpusError: no shard is done; a table changes meanwhile, or holds an infinite score, which no run writes.
+        CorpusError: there is no such score, or too many are asked for; no shard is done; a table changes meanwhile, or
+            holds an infinite score, which no run writes.
     """
     done = scores.of(State.DONE)
     if not done:
         raise CorpusError(f"{scores.store.url}: no shard of {scores.corpus_path} is scored as it is now")
-    columns, wide = _columns(scores, done[0])
+    found, wide = _columns(scores, done[0])
+    columns = _chosen(scores, found, wide, only)
     names = [column.name for column in columns]
     total = sum(status.table.scored for status in done if status.table)
     drawn = np.random.default_rng(seed).choice(total, min(total, SAMPLE_ROWS), replace=False, shuffle=False)
@@ -123,8 +135,23 @@ def survey(scores: Scores, seed: int = 0) -> Survey:
     for _, batch in _batches(scores, done, names):
         for name, values in _values(scores, batch, names):
             counters[name].see_again(values)
-    found = [counters[column.name].distribution(column, total) for column in columns]
-    return Survey(total, found, sample, wide)
+    distributions = [counters[column.name].distribution(column, total) for column in columns]
+    skipped = [column.name for column in found if column not in columns]
+    return Survey(total, distributions, sample, wide, skipped)
+
+
+def _chosen(scores: Scores, found: Sequence[Column], wide: Sequence[str], only: Sequence[str]) -> list[Column]:
+    by_name = {column.name: column for column in found}
+    for name in only:
+        if name in wide:
+            raise CorpusError(f"--by {name}: is not one number per row, which is what a page can show")
+        if name not in by_name:
+            raise CorpusError(
+                f"--by {name}: {scores.store.url} has no such score; it has {', '.join(list(by_name)[:40])}"
+            )
+    if len(only) > MOST_SCORES:
+        raise CorpusError(f"--by: {len(only)} scores are asked for; expected at most {MOST_SCORES}")
+    return [by_name[name] for name in dict.fromkeys(only)] if only else list(found[:MOST_SCORES])
 
 
 def _columns(scores: Scores, status: ShardStatus) -> tuple[list[Column], list[str]]:

@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from assay.select.rules import Amount, amount_rows, indices_mask, uniform
-from assay.select.selection import UNSCORED, Floats, Selection, oriented
+from assay.select.rules import Amount, amount_rows, uniform
+from assay.select.selection import UNSCORED, Floats, Selection, indices_mask, oriented
 
 _STEPS = 2000
 _RATE = 0.05

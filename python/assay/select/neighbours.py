@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from assay.select.rules import Amount, Keep, amount_rows, indices_mask, uniform
-from assay.select.selection import DROPPED, KEPT, UNSCORED, Floats, Mask, Selection, oriented
+from assay.select.rules import Amount, Keep, amount_rows, uniform
+from assay.select.selection import DROPPED, KEPT, UNSCORED, Floats, Mask, Selection, indices_mask, oriented
 
 Features = npt.NDArray[np.floating]
 Indices = npt.NDArray[np.int64]

@@ -96,6 +96,13 @@ class OrientedScore:
         )
 
 
+def indices_mask(rows: int, indices: npt.NDArray[np.int64]) -> Mask:
+    """(rows,), the rows of these indices."""
+    mask = np.zeros(rows, bool)
+    mask[indices] = True
+    return mask
+
+
 def oriented(table: pa.Table, by: str, keep: Literal["high", "low"] | None = None) -> OrientedScore:
     """Read score ``by`` and orient it by ``keep`` or, without one, by the column's metadata."""
     if by not in table.schema.names:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from assay.select.rules import Amount, Keep, amount_rows
-from assay.select.selection import KEPT, UNSCORED, Selection, oriented
+from assay.select.selection import KEPT, UNSCORED, Selection, indices_mask, oriented
 
 
 def round_robin(table: pa.Table, by: Sequence[str], amount: Amount, seed: int, keep: Keep | None = None) -> Selection:

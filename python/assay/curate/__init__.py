@@ -2,6 +2,7 @@
 
 from assay.curate.condition import ExpressionError
 from assay.curate.curation import Curated, curate
+from assay.curate.duplicates import Duplicates, find_duplicates
 from assay.curate.explaining import Explained, Explanation, explain
 from assay.curate.ranking import Ranked, Ranking, rank, ranked_at, read_samples
 from assay.curate.rules import RuleOptions, parse_amount, parse_end
@@ -9,6 +10,7 @@ from assay.curate.whole import WholeTable, read_whole
 
 __all__ = [
     "Curated",
+    "Duplicates",
     "Explained",
     "Explanation",
     "ExpressionError",
@@ -18,6 +20,7 @@ __all__ = [
     "WholeTable",
     "curate",
     "explain",
+    "find_duplicates",
     "parse_amount",
     "parse_end",
     "rank",

@@ -16,6 +16,7 @@ from assay.methods.influence_distillation import InfluenceDistillation
 from assay.methods.label_quality import label_quality, model_weights
 from assay.methods.less import LESS
 from assay.methods.logra import LoGra
+from assay.methods.minhash import MinHash
 from assay.methods.ngram_classifier import NGramClassifier
 from assay.methods.scorer import Scorer
 from assay.methods.trackstar import TrackStar
@@ -42,6 +43,7 @@ __all__ = [
     "Kernel",
     "LoGra",
     "Method",
+    "MinHash",
     "NGramClassifier",
     "Need",
     "Scorer",

@@ -3,6 +3,7 @@
 from assay.curate.auditing import Audit, Labels, read_labels
 from assay.curate.condition import ExpressionError
 from assay.curate.curation import Curated, curate
+from assay.curate.duplicates import Duplicates, find_duplicates
 from assay.curate.explaining import Explained, Explanation, explain
 from assay.curate.mixes import Mix, read_mix
 from assay.curate.ranking import Ranked, Ranking, rank, ranked_at, read_samples
@@ -12,6 +13,7 @@ from assay.curate.whole import WholeTable, read_whole
 __all__ = [
     "Audit",
     "Curated",
+    "Duplicates",
     "Explained",
     "Explanation",
     "ExpressionError",
@@ -23,6 +25,7 @@ __all__ = [
     "WholeTable",
     "curate",
     "explain",
+    "find_duplicates",
     "parse_amount",
     "parse_end",
     "rank",

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from assay.corpus.errors import CorpusError
 from assay.corpus.layout import MANIFEST, selection_path, table_path
 from assay.corpus.scores_folder import Scores
 from assay.corpus.storage import Store
+from assay.curate.condition import Compared
+from assay.curate.rows import Rows, Tables, open_beside
+from assay.curate.where import parse_condition, trace
+from assay.curate.whole import place_of, quarantined_rows, scored_shards
 
 # Of rows that the rule was never asked about.
 _BEFORE_THE_RULE = ("dropped: not: ", "dropped: has no value: ")
@@ -31,6 +35,16 @@ class _Group(BaseModel):
     column: str
 
 
+class _Where(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+    condition: str
+
+
+class _Beside(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+    scores: str
+
+
 class _Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
     rule: str
@@ -38,6 +52,8 @@ class _Manifest(BaseModel):
     threshold: float | None = None
     facts: dict[str, float] = {}
     group: _Group | None = None
+    where: _Where | None = None
+    beside: dict[str, _Beside] = Field(default={}, alias="with")
     shards: list[_Shard]
 
 
@@ -52,6 +68,8 @@ class Fate:
         facts: the numbers that the rule or the condition took from all rows.
         column, group: of a rule that looks at groups, the column and the row's value, None for null.
         copies: of a mix, how often the row is in the output.
+        where: what each comparison of the condition says of the row, if there was one.
+        untold: why that cannot be told.
     """
 
     rule: str
@@ -65,6 +83,8 @@ class Fate:
     column: str | None = None
     group: str | None = None
     copies: int | None = None
+    where: tuple[Compared, ...] = ()
+    untold: str | None = None
 
     @property
     def distance(self) -> float | None:
@@ -92,7 +112,43 @@ def find_fates(scores: Scores, selection_url: str, rows: Sequence[tuple[str, int
         wanted = [row for its, row in rows if its == path]
         for entry in _entries(store, selection_path(shards[path]), wanted):
             found[path, entry["row"]] = _fate(manifest, entry)
-    return found
+    return found if manifest.where is None else _with_comparisons(scores, manifest, manifest.where.condition, found)
+
+
+def _with_comparisons(
+    scores: Scores, manifest: _Manifest, text: str, fates: Mapping[tuple[str, int], Fate]
+) -> dict[tuple[str, int], Fate]:
+    """The fates with what each comparison of the condition says of the rows, from the scores as they are now."""
+    try:
+        tables = scored_shards(scores)
+        beside = open_beside(scores, tables, {name: other.scores for name, other in manifest.beside.items()})
+        rows = Rows(scores.store, tables, beside)
+        places = _places(scores.store, tables, fates)
+        if not places:  # all in quarantine
+            return dict(fates)
+        found, facts = trace(rows, parse_condition(text, rows.names()), list(places.values()))
+    except (CorpusError, ImportError) as error:
+        return {key: replace(fate, untold=str(error).split("\n")[0]) for key, fate in fates.items()}
+    if any(manifest.facts.get(name, value) != value for name, value in facts.items()):
+        untold = "other shards have other scores than they had then; select again"
+        return {key: replace(fate, untold=untold) for key, fate in fates.items()}
+    return {key: replace(fate, where=found.get(places.get(key, -1), ())) for key, fate in fates.items()}
+
+
+def _places(store: Store, tables: Tables, keys: Iterable[tuple[str, int]]) -> dict[tuple[str, int], int]:
+    """Of each row that has scores, its place among those of all shards."""
+    wanted: dict[str, list[int]] = {}
+    for path, row in keys:
+        wanted.setdefault(path, []).append(row)
+    places, start = {}, 0
+    for shard, table in tables:
+        if shard.path in wanted:
+            missing = quarantined_rows(store, shard, table)
+            for row in wanted[shard.path]:
+                if (place := place_of(missing, row)) is not None:
+                    places[shard.path, row] = start + place
+        start += table.scored
+    return places
 
 
 def _read_manifest(store: Store) -> _Manifest:

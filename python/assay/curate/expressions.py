@@ -126,6 +126,9 @@ class _Compiler:
             known = f"did you mean {' or '.join(near)}?" if near else f"there are {_some(list(self._kinds))}"
             raise self.error(node, f"there is no score {name}; {known}")
         column = self.columns.setdefault(name, f"c{len(self.columns)}")
+        if self._kinds[name] == "condition":
+            self.comparisons.append(Comparison(name, column, frozenset(), ()))
+            return Piece(column, "condition", name, plain=True, logic=len(self.comparisons) - 1)
         needs = frozenset([column]) if self._kinds[name] == "number" else frozenset()
         return Piece(column, self._kinds[name], name, needs, plain=True)
 

@@ -9,52 +9,19 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, Field
 
 from assay.corpus.errors import CorpusError
-from assay.corpus.layout import MANIFEST, selection_path, table_path
+from assay.corpus.layout import selection_path, table_path
 from assay.corpus.scores_folder import Scores
 from assay.corpus.storage import Store
 from assay.curate.condition import Compared
+from assay.curate.manifests import SelectionManifest, read_selection
 from assay.curate.rows import Rows, Tables, open_beside
 from assay.curate.where import parse_condition, trace
 from assay.curate.whole import place_of, quarantined_rows, scored_shards
 
 # Of rows that the rule was never asked about.
 _BEFORE_THE_RULE = ("dropped: not: ", "dropped: has no value: ")
-
-
-class _Shard(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
-    path: str
-    table_sha256: str
-
-
-class _Group(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
-    column: str
-
-
-class _Where(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
-    condition: str
-
-
-class _Beside(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
-    scores: str
-
-
-class _Manifest(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
-    rule: str
-    by: str
-    threshold: float | None = None
-    facts: dict[str, float] = {}
-    group: _Group | None = None
-    where: _Where | None = None
-    beside: dict[str, _Beside] = Field(default={}, alias="with")
-    shards: list[_Shard]
 
 
 @dataclass(frozen=True)
@@ -100,7 +67,7 @@ def find_fates(scores: Scores, selection_url: str, rows: Sequence[tuple[str, int
     CorpusError if this is no selection, or not one of these scores as they are now.
     """
     store = Store.at(selection_url)
-    manifest = _read_manifest(store)
+    manifest = read_selection(store, f"--selection {store.url}")
     listed = {shard.path: shard.table_sha256 for shard in manifest.shards}
     shards = {status.shard.path: status.shard for status in scores.shards}
     found: dict[tuple[str, int], Fate] = {}
@@ -116,12 +83,13 @@ def find_fates(scores: Scores, selection_url: str, rows: Sequence[tuple[str, int
 
 
 def _with_comparisons(
-    scores: Scores, manifest: _Manifest, text: str, fates: Mapping[tuple[str, int], Fate]
+    scores: Scores, manifest: SelectionManifest, text: str, fates: Mapping[tuple[str, int], Fate]
 ) -> dict[tuple[str, int], Fate]:
     """The fates with what each comparison of the condition says of the rows, from the scores as they are now."""
     try:
         tables = scored_shards(scores)
-        beside = open_beside(scores, tables, {name: other.scores for name, other in manifest.beside.items()})
+        others = {name: other.scores or other.selection or "" for name, other in manifest.beside.items()}
+        beside = open_beside(scores, tables, others)
         rows = Rows(scores.store, tables, beside)
         places = _places(scores.store, tables, fates)
         if not places:  # all in quarantine
@@ -151,15 +119,6 @@ def _places(store: Store, tables: Tables, keys: Iterable[tuple[str, int]]) -> di
     return places
 
 
-def _read_manifest(store: Store) -> _Manifest:
-    try:
-        return _Manifest.model_validate_json(store.read_text(MANIFEST))
-    except FileNotFoundError as error:
-        raise CorpusError(f"--selection {store.url}: no {MANIFEST}; expected a folder of `assay select`") from error
-    except ValueError as error:
-        raise CorpusError(f"--selection {store.full(MANIFEST)}: not a manifest of `assay select`") from error
-
-
 def _entries(store: Store, path: str, rows: Sequence[int]) -> list[dict[str, Any]]:
     try:
         with store.open(path) as file:  # of its row groups only those that may hold them are read
@@ -171,7 +130,7 @@ def _entries(store: Store, path: str, rows: Sequence[int]) -> list[dict[str, Any
         raise CorpusError(f"--selection {store.full(path)}: cannot be read ({error})") from error
 
 
-def _fate(manifest: _Manifest, entry: dict[str, Any]) -> Fate:
+def _fate(manifest: SelectionManifest, entry: dict[str, Any]) -> Fate:
     reason, score = str(entry["reason"]), entry.get(manifest.by)
     judged = not reason.startswith(_BEFORE_THE_RULE) and not reason.endswith(" is NaN")
     threshold = (entry.get("threshold") if manifest.group else manifest.threshold) if judged else None

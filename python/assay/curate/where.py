@@ -131,6 +131,7 @@ def parse_condition(text: str, columns: Mapping[str, pa.DataType]) -> Condition:
     if len(text) > _LONGEST:
         raise ExpressionError(f"has {len(text):,} characters; expected at most {_LONGEST:,}")
     kinds: dict[str, Kind] = {name: "number" for name, kind in columns.items() if kind == pa.float32()}
+    kinds |= {name: "condition" for name, kind in columns.items() if kind == pa.bool_()}
     kinds |= {"row": "number", **dict.fromkeys(TEXTS, "text")}
     before = len(_BEFORE.encode())
 

@@ -28,8 +28,9 @@ def select(
         list[str] | None,
         typer.Option(
             "--with",
-            metavar="NAME=SCORES",
-            help="Another run's scores of the same corpus, which --where then calls NAME.score. May be given again.",
+            metavar="NAME=DIR",
+            help="Another run's scores of the same corpus, which --where then calls NAME.score; or a selection of "
+            "these scores, NAME.kept. May be given again.",
         ),
     ] = None,
     by: Annotated[str | None, typer.Option("--by", metavar="SCORE", help="The score to judge by.")] = None,
@@ -138,7 +139,7 @@ def _beside(given: list[str]) -> dict[str, str]:
     for text in given:
         name, equals, folder = text.partition("=")
         if not equals or not folder:
-            raise ValueError(f"--with {text}: expected NAME=SCORES, as in other=scores-of-another-run")
+            raise ValueError(f"--with {text}: expected NAME=DIR, as in other=scores-of-another-run")
         if name in found:
             raise ValueError(f"--with {text}: {name} is {found[name]} already; expected another name")
         found[name] = folder

@@ -5,6 +5,7 @@ from assay.curate.condition import ExpressionError
 from assay.curate.curation import Curated, curate
 from assay.curate.duplicates import Duplicates, find_duplicates
 from assay.curate.explaining import Explained, Explanation, explain
+from assay.curate.fates import Fate
 from assay.curate.mixes import Mix, read_mix
 from assay.curate.ranking import Ranked, Ranking, rank, ranked_at, read_samples
 from assay.curate.rules import RuleOptions, parse_amount, parse_end
@@ -17,6 +18,7 @@ __all__ = [
     "Explained",
     "Explanation",
     "ExpressionError",
+    "Fate",
     "Labels",
     "Mix",
     "Ranked",

@@ -7,6 +7,7 @@ import http.client
 import json
 import signal
 import socket
+import sys
 import threading
 import time
 
@@ -140,6 +141,16 @@ def test_a_fault_of_its_own_is_told_to_the_terminal_alone(server, monkeypatch, c
     assert "ZeroDivisionError" in caplog.text
 
 
+def test_a_table_that_is_gone_is_one_line(server, monkeypatch):
+    def gone(*_):
+        raise FileNotFoundError(2, "No such file or directory", "/scores/a\x1b.parquet")
+
+    monkeypatch.setattr(type(server.explorer), "near", gone)
+    status, _, body = ask(server, "near?at=0&cuts=[[0,%22high%22,1]]")
+    assert (status, body.count("\n")) == (409, 1)
+    assert "a\\x1b.parquet" in body
+
+
 def test_many_idle_connections_keep_nobody_out_for_long(server):
     idle = [socket.create_connection(server.server_address) for _ in range(32)]
     for connection in idle:
@@ -165,7 +176,7 @@ def test_a_taken_port_is_one_line(server, folder, capsys):
         open_server(70000)
 
 
-def test_misuse_is_one_line(folder, tmp_path, capsys):
+def test_misuse_is_one_line(folder, capsys, monkeypatch):
     wrong = {
         ("--port", "70000"): "--port 70000: expected a number from 0 to 65535",
         ("--group", "nothing"): "--group nothing: is no column of the corpus; it has text, label",
@@ -173,9 +184,12 @@ def test_misuse_is_one_line(folder, tmp_path, capsys):
     for arguments, message in wrong.items():
         assert main(["explore", str(folder), *arguments]) == 2
         assert capsys.readouterr().err == f"assay: {message}\n"
+    monkeypatch.setitem(sys.modules, "duckdb", None)
+    assert main(["explore", str(folder)]) == 2
+    assert "duckdb is not installed; it comes with `pip install 'assay[sql]'`" in capsys.readouterr().err
 
 
-def test_ctrl_c_ends_it_well(folder, capfd, tmp_path):
+def test_ctrl_c_ends_it_well(folder, capfd):
     """With exit status 0, after it has said where the page is."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -159,6 +159,8 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refused(409, str(error)) from error
         except ValueError as error:
             raise _Refused(400, str(error)) from error
+        except OSError as error:
+            raise _Refused(409, f"a file of the scores cannot be read any more: {error}") from error
         finally:
             self.server.turn.release()
         return json.dumps(answer, allow_nan=False).encode(), "application/json"

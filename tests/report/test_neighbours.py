@@ -21,7 +21,7 @@ from tests.small_scores import make_scores
 ROWS = {"a": 90, "b": 60, "c": 30}
 
 
-def keep(folder, name, values, dtype="float32", size=None):
+def keep(folder, name, values, dtype="float32", **its):
     """Features of the shards' scored rows."""
     scores, start = open_scores(folder), 0
     for status in scores.of(State.DONE):
@@ -30,8 +30,8 @@ def keep(folder, name, values, dtype="float32", size=None):
         writer = FeatureWriter(spec, io.BytesIO())
         own = torch.from_numpy(values[start : start + rows])
         writer.add(np.arange(rows), [str(i) for i in range(rows)], own)
-        its = {"path": shard.path, "size": size or shard.fingerprint().size}
-        writer.save(scores.store, features_path(name, 0, shard), {"input": its})
+        facts = {"path": shard.path, "size": shard.fingerprint().size, **its}
+        writer.save(scores.store, features_path(name, 0, shard), {"input": facts})
         start += rows
     return scores
 
@@ -78,8 +78,9 @@ def test_a_drawn_sample_and_features_that_do_not_belong(folder, monkeypatch):
     (found,) = find_neighbours(scores)
     assert (found.rows, found.all_rows) == (89, False)
     assert min(place for _, *pair in found.closest for place in pair) >= 90
-    keep(folder, "logra", values, size=1)
-    assert find_neighbours(scores) == []
+    for wrong in ({"size": 1}, {"mtime_ns": 1}):
+        keep(folder, "logra", values, **wrong)
+        assert find_neighbours(scores) == []
 
 
 def drawn(rows, count):

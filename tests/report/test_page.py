@@ -10,6 +10,7 @@ import struct
 import sys
 import zlib
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from assay.cli import main
 from assay.corpus.scores_folder import open_scores
 from assay.report import survey
 from assay.report.charts import histogram
+from assay.report.run import run_section
 from tests.report.small_report import Column, make_scores
 from tests.small_scores import make_scores as make_two
 
@@ -235,6 +237,14 @@ def test_how_the_run_went(tmp_path):
         os.utime(f"{folder}/{name}.parquet", (1000, 1000))
     assert main(["report", folder, "--out", str(tmp_path / "page.html"), "--samples", "0"]) == 0
     assert "do not tell how fast the run was" in read(tmp_path / "page.html").text
+
+
+def test_the_course_of_many_tables_stays_small():
+    written = [(float(i), 10) for i in range(100_000)]
+    facts = SimpleNamespace(written=written, began=None, quarantined=0, warnings=[], rows=1, reasons=[])
+    page = run_section(facts)
+    assert len(page) < 60_000
+    assert "999,990 rows in 1 d 3 h since the first table was written: 10 rows per second" in page
 
 
 def test_methods_warnings_are_told(tmp_path, monkeypatch):

@@ -36,12 +36,22 @@ def browser(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def server(folder):
+def report(folder, tmp_path_factory):
+    pytest.importorskip("matplotlib")
+    path = tmp_path_factory.mktemp("page") / "page.html"
+    assert main(["report", str(folder), "--out", str(path), "--samples", "2"]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(folder, report):
     scores = open_scores(str(folder))
     columns = find_columns(scores, (), label_column(scores))
     command = lambda where: select_command(str(folder), None, where)  # noqa: E731
     with open_server() as server:
-        server.explorer = open_explorer(scores, columns, command, lambda rows: shown_rows(scores, rows))
+        server.explorer = open_explorer(
+            scores, columns, command, lambda rows: shown_rows(scores, rows), report.read_text
+        )
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
         yield server
@@ -96,17 +106,21 @@ def shot(page, name, width, dark):
         page.screenshot(Path(SHOTS) / f"{name}-{width}-{'dark' if dark else 'light'}.png")
 
 
-def test_the_report_runs_nothing_and_is_readable(browser, folder, tmp_path):
-    pytest.importorskip("matplotlib")
-    path = tmp_path / "page.html"
-    assert main(["report", str(folder), "--out", str(path), "--samples", "2"]) == 0
+def test_the_report_runs_nothing_and_is_readable(browser, report):
     page = Page(browser)
-    page.open(path.as_uri())
+    page.open(report.as_uri())
     for width, height, dark in WINDOWS:
         page.look(width, height, dark)
         is_readable(page, "p", ".quiet", "a", ".card .id", "summary", "tbody th", ".column", "dt")
         shot(page, "report-hostile", width, dark)
-    nothing_ran(page, path.as_uri())
+    nothing_ran(page, report.as_uri())
+
+
+def test_the_report_of_the_explorer(browser, server):
+    page = Page(browser)
+    page.open(f"{server.url}report.html")
+    assert page.js("getComputedStyle(document.querySelector('.card')).borderRadius") == "8px"
+    nothing_ran(page, server.url)
 
 
 AT_REST = "!asking && !changed && !waiting && document.querySelectorAll('#kept-rows .sample').length > 0"

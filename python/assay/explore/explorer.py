@@ -39,6 +39,7 @@ class Explorer:
         not_grouped: columns that were to be grouped by, and why they are not.
         command: makes of a condition the command that keeps its rows.
         show: reads rows of the corpus as they are to be shown.
+        report: makes the page of `assay report`; ImportError without matplotlib.
     """
 
     scores: Scores
@@ -51,6 +52,7 @@ class Explorer:
     not_grouped: Mapping[str, str]
     command: Callable[[str], str]
     show: Show
+    report: Callable[[], str]
 
     @property
     def names(self) -> list[str]:
@@ -119,6 +121,7 @@ def open_explorer(
     columns: Sequence[str],
     command: Callable[[str], str],
     show: Show,
+    report: Callable[[], str],
     only: Sequence[str] = (),
     seed: int = 0,
 ) -> Explorer:
@@ -136,7 +139,7 @@ def open_explorer(
     found, not_grouped = read_groups(scores, columns, seed)
     shards = by_shard([shard.path for shard, _ in tables], [table.scored for _, table in tables])
     groupings = ([shards] if len(tables) > 1 else []) + [by_column(its) for its in found]
-    return Explorer(scores, held, held.names(), numbers, shown, bins, groupings, not_grouped, command, show)
+    return Explorer(scores, held, held.names(), numbers, shown, bins, groupings, not_grouped, command, show, report)
 
 
 def _bins(values: npt.NDArray[np.float32], its: Distribution) -> npt.NDArray[np.uint8]:

@@ -269,9 +269,8 @@ def main() -> None:
             ]
             ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         tried = [line for line in ran.stdout.splitlines() if "number_of_executed_units" in line]
-        print(
-            f"{name}: {tried[0].split()[-1] if tried else 'no count'} tried, {'ok' if not ran.returncode else 'FAILED'}"
-        )
+        count = tried[0].split()[-1] if tried else "nobody knows how many"
+        print(f"{name}: {count} tried, {'FAILED' if ran.returncode else 'none amiss'}", flush=True)
         if ran.returncode:
             failed.append(name)
             print(ran.stdout[-4000:])

@@ -6,6 +6,11 @@ BIN := $(VENV)/bin
 CUDA ?= 90-real
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*) CMakeLists.txt
 
+# uv takes a fraction of pip's time, but knows nothing of pip's own settings: where it cannot, pip installs them.
+PACKAGES := scikit-build-core pybind11 cmake ninja build pydantic typer rich pyyaml fsspec zstandard safetensors \
+  scikit-learn transformers gguf datasets pyarrow pytest pytest-timeout pytest-xdist hypothesis cleanlab peft accelerate \
+  trl lightning pillow psutil pylance ray duckdb matplotlib triton s3fs 'moto[s3]' flask flask-cors ruff mypy types-PyYAML
+
 .PHONY: help setup demo demo-text chromium test test-long pytest lint stubs native-sanitize compile-table compile-table-36 bench gpu gpu-second gpu-baseline docs clean
 help:
 	@echo "make demo        score, select and train on digits with wrong labels (under 90 s after set-up)"
@@ -25,11 +30,9 @@ setup: $(VENV)/.built
 $(VENV)/.installed: constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q --no-compile -c constraints.txt torch
-	$(BIN)/python -m pip install -q --no-compile -c constraints.txt scikit-build-core pybind11 cmake ninja build \
-	  pydantic typer rich pyyaml fsspec zstandard safetensors scikit-learn transformers gguf datasets \
-	  pyarrow pytest pytest-timeout pytest-xdist hypothesis cleanlab peft accelerate trl lightning pillow psutil pylance ray duckdb matplotlib triton \
-	  ruff mypy types-PyYAML
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt torch uv
+	$(BIN)/uv pip install -q --python $(BIN)/python --system-certs -c constraints.txt $(PACKAGES) || \
+	  $(BIN)/python -m pip install -q --no-compile -c constraints.txt $(PACKAGES)
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(NATIVE)
@@ -54,7 +57,8 @@ chromium:
 
 # Most tests have one thread's work, so two processes share it; files stay whole, for their fixtures' sake.
 SUITE := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 20
-test: chromium lint native-sanitize
+test: chromium setup
+	$(MAKE) -j 2 --output-sync=target --no-print-directory lint native-sanitize
 	OMP_NUM_THREADS=1 $(SUITE) -m "not slow"
 
 # No test may rest on the bits of a library, or hold on one instruction set alone. A setting that this processor cannot

@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +195,26 @@ def failing_writes(world: World, times: int) -> Found:
         return world.compare(fault, out)
 
 
+def full_disk(world: World, times: int) -> Found:
+    """A disk of a few hundred kilobytes in memory, in which ever more of the tables fit, and in the end all."""
+    fault = Found("a full disk")
+    disk = world.root / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(disk)]
+    if subprocess.run(mount, stderr=subprocess.DEVNULL).returncode:
+        return replace(fault, note="not tried: only root may mount one")
+    try:
+        for kilobytes in range(100, 100 + 40 * times, 40):
+            subprocess.run(["mount", "-o", f"remount,size={kilobytes}k", str(disk)], check=True)
+            fault.times += world.score("disk/scores") != 0
+        subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
+        world.expect(fault.times > 0, "a full disk was never met")
+        world.expect(world.score("disk/scores") == 0, "the run on a larger disk failed")
+        return world.compare(fault, "disk/scores")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
 def cut_shards(world: World, times: int) -> Found:
     """Shards that end in the middle, and are whole again afterwards. (Of JSON lines, nobody can tell.)"""
     fault = Found("shards that are cut")
@@ -274,6 +294,7 @@ def main() -> None:
             lambda: killed(world, options.times),
             lambda: killed(world, few, "--devices", "cpu,cpu", children=True),
             lambda: failing_writes(world, few),
+            lambda: full_disk(world, few),
             lambda: cut_shards(world, few),
             lambda: two_runners(world, few),
             lambda: edited_recipe(world, few),

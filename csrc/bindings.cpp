@@ -1,5 +1,6 @@
 // The CPU kernels' Python module. Addresses and sizes in, nothing checked, nothing converted: assay.ops does both.
 #include "bindings.h"
+#include "ngrams.h"
 
 namespace py = pybind11;
 using namespace pybind11::literals;
@@ -138,6 +139,46 @@ void scan(const std::string& isa, Address features, int dtype, Address scales, i
   kernel.scan(args);
 }
 
+assay::Texts texts(Address bytes, Address offsets, bool wide, int64_t rows, Address characters, bool punctuation,
+                   int threads) {
+  return {reinterpret_cast<const uint8_t*>(bytes), reinterpret_cast<const void*>(offsets), wide, rows,
+          reinterpret_cast<const uint32_t*>(characters), punctuation, threads};
+}
+
+void count_tokens(Address bytes, Address offsets, bool wide, int64_t rows, Address characters, bool punctuation,
+                  int threads, Address counts) {
+  const assay::Texts read = texts(bytes, offsets, wide, rows, characters, punctuation, threads);
+  py::gil_scoped_release release;
+  assay::count_tokens(read, reinterpret_cast<int64_t*>(counts));
+}
+
+void hash_ngrams(Address bytes, Address offsets, bool wide, int64_t rows, Address characters, bool punctuation,
+                 int threads, int64_t least, int64_t order, uint64_t seed, Address places, Address out) {
+  const assay::Texts read = texts(bytes, offsets, wide, rows, characters, punctuation, threads);
+  py::gil_scoped_release release;
+  assay::hash_ngrams(read, least, order, seed, reinterpret_cast<const int64_t*>(places), reinterpret_cast<uint64_t*>(out));
+}
+
+bool count_ngrams(Address bytes, Address offsets, bool wide, int64_t rows, Address characters, bool punctuation,
+                  int threads, int64_t order, uint64_t seed, int64_t buckets, Address terms, Address starts,
+                  int64_t bits, Address places, Address features, Address counts, Address found) {
+  const assay::Texts read = texts(bytes, offsets, wide, rows, characters, punctuation, threads);
+  const assay::Features of{buckets, reinterpret_cast<const uint64_t*>(terms), reinterpret_cast<const int64_t*>(starts),
+                           bits};
+  py::gil_scoped_release release;
+  return assay::count_ngrams(read, order, seed, of, reinterpret_cast<const int64_t*>(places),
+                             reinterpret_cast<int64_t*>(features), reinterpret_cast<int64_t*>(counts),
+                             reinterpret_cast<int64_t*>(found));
+}
+
+void least_hashes(Address hashes, Address places, int64_t rows, Address multipliers, Address addends, int64_t count,
+                  Address out, int threads) {
+  py::gil_scoped_release release;
+  assay::least_hashes(reinterpret_cast<const uint64_t*>(hashes), reinterpret_cast<const int64_t*>(places), rows,
+                      reinterpret_cast<const uint32_t*>(multipliers), reinterpret_cast<const uint32_t*>(addends), count,
+                      reinterpret_cast<uint32_t*>(out), threads);
+}
+
 std::vector<std::pair<std::string, bool>> instruction_sets() {
   assay::Isa list[4];
   const int n = assay::isa_list(list);
@@ -150,8 +191,17 @@ std::vector<std::pair<std::string, bool>> instruction_sets() {
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "assay's CPU kernels. Use assay.ops, which checks what these take on trust.";
+  m.def("count_ngrams", &count_ngrams, "bytes"_a, "offsets"_a, "wide"_a, "rows"_a, "characters"_a, "punctuation"_a,
+        "threads"_a, "order"_a, "seed"_a, "buckets"_a, "terms"_a, "starts"_a, "bits"_a, "places"_a,
+        "features"_a, "counts"_a, "found"_a, "False where memory runs out");
+  m.def("count_tokens", &count_tokens, "bytes"_a, "offsets"_a, "wide"_a, "rows"_a, "characters"_a, "punctuation"_a,
+        "threads"_a, "counts"_a);
   m.def("ensemble", &ensemble, "isa"_a, "logits"_a, "row_strides"_a, "col_strides"_a, "dtype"_a, "N"_a, "C"_a,
         "labels"_a, "ignore_index"_a, "weights"_a, "fields"_a, "out"_a, "prediction"_a, "threads"_a);
+  m.def("hash_ngrams", &hash_ngrams, "bytes"_a, "offsets"_a, "wide"_a, "rows"_a, "characters"_a, "punctuation"_a,
+        "threads"_a, "least"_a, "order"_a, "seed"_a, "places"_a, "out"_a);
+  m.def("least_hashes", &least_hashes, "hashes"_a, "places"_a, "rows"_a, "multipliers"_a, "addends"_a, "count"_a,
+        "out"_a, "threads"_a);
   m.def("linear", &linear, "isa"_a, "hidden_t"_a, "rows"_a, "padded_rows"_a, "weight"_a, "weight_dtype"_a, "C"_a,
         "D"_a, "weight_stride"_a, "bias"_a, "out"_a, "out_stride"_a, "threads"_a, "pairs"_a);
   m.def("multiplies_pairs", [](const std::string& isa) { return kernels(isa).multiply_pairs; }, "isa"_a);

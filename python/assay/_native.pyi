@@ -1,6 +1,35 @@
 import collections.abc
 import typing
 
+def count_ngrams(
+    bytes: typing.SupportsInt | typing.SupportsIndex,
+    offsets: typing.SupportsInt | typing.SupportsIndex,
+    wide: bool,
+    rows: typing.SupportsInt | typing.SupportsIndex,
+    characters: typing.SupportsInt | typing.SupportsIndex,
+    punctuation: bool,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+    order: typing.SupportsInt | typing.SupportsIndex,
+    seed: typing.SupportsInt | typing.SupportsIndex,
+    buckets: typing.SupportsInt | typing.SupportsIndex,
+    terms: typing.SupportsInt | typing.SupportsIndex,
+    starts: typing.SupportsInt | typing.SupportsIndex,
+    bits: typing.SupportsInt | typing.SupportsIndex,
+    places: typing.SupportsInt | typing.SupportsIndex,
+    features: typing.SupportsInt | typing.SupportsIndex,
+    counts: typing.SupportsInt | typing.SupportsIndex,
+    found: typing.SupportsInt | typing.SupportsIndex,
+) -> bool: ...
+def count_tokens(
+    bytes: typing.SupportsInt | typing.SupportsIndex,
+    offsets: typing.SupportsInt | typing.SupportsIndex,
+    wide: bool,
+    rows: typing.SupportsInt | typing.SupportsIndex,
+    characters: typing.SupportsInt | typing.SupportsIndex,
+    punctuation: bool,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+    counts: typing.SupportsInt | typing.SupportsIndex,
+) -> None: ...
 def ensemble(
     isa: str,
     logits: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
@@ -17,7 +46,31 @@ def ensemble(
     prediction: typing.SupportsInt | typing.SupportsIndex,
     threads: typing.SupportsInt | typing.SupportsIndex,
 ) -> None: ...
+def hash_ngrams(
+    bytes: typing.SupportsInt | typing.SupportsIndex,
+    offsets: typing.SupportsInt | typing.SupportsIndex,
+    wide: bool,
+    rows: typing.SupportsInt | typing.SupportsIndex,
+    characters: typing.SupportsInt | typing.SupportsIndex,
+    punctuation: bool,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+    least: typing.SupportsInt | typing.SupportsIndex,
+    order: typing.SupportsInt | typing.SupportsIndex,
+    seed: typing.SupportsInt | typing.SupportsIndex,
+    places: typing.SupportsInt | typing.SupportsIndex,
+    out: typing.SupportsInt | typing.SupportsIndex,
+) -> None: ...
 def instruction_sets() -> list[tuple[str, bool]]: ...
+def least_hashes(
+    hashes: typing.SupportsInt | typing.SupportsIndex,
+    places: typing.SupportsInt | typing.SupportsIndex,
+    rows: typing.SupportsInt | typing.SupportsIndex,
+    multipliers: typing.SupportsInt | typing.SupportsIndex,
+    addends: typing.SupportsInt | typing.SupportsIndex,
+    count: typing.SupportsInt | typing.SupportsIndex,
+    out: typing.SupportsInt | typing.SupportsIndex,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> None: ...
 def linear(
     isa: str,
     hidden_t: typing.SupportsInt | typing.SupportsIndex,

@@ -13,12 +13,13 @@ import pytest
 
 from assay import select
 from assay.corpus.errors import CorpusError
-from assay.curate import forms
+from assay.curate import chosen, forms
 from assay.curate.curation import curate
 from assay.curate.rules import RuleOptions
 from assay.engine.local import run
 from assay.recipe.recipe import load_recipe
 from tests.small_project import make_rows
+from tests.small_scores import make_scores
 
 
 def scored(project, *overrides):
@@ -399,3 +400,29 @@ def test_the_list_of_quarantined_rows_must_be_the_tables(project, damage):
     with pytest.raises(CorpusError, match=r"quarantine/bad\.jsonl: not the list of the rows that bad\.jsonl lacks"):
         curate(scores, "mimic", top(0.5), str(out))
     assert not out.exists()
+
+
+@pytest.mark.parametrize("form", ["shards", "indices", "weights"])
+def test_blocks_of_rows_change_nothing(form, tmp_path, monkeypatch):
+    """Rows in quarantine at the borders of blocks, whole blocks of them, and a shard that has nothing else."""
+    rng = np.random.default_rng(0)
+    values = {"x": rng.normal(size=50), "y": rng.normal(size=3)}
+    without = {"x": [0, 6, 7, *range(14, 28), 49], "y": [0, 1, 2]}
+    scores = make_scores(tmp_path, {stem: {"s": v.astype(np.float32)} for stem, v in values.items()}, without=without)
+    rule = RuleOptions(
+        by="s", top="0.5", weigh=form == "weights", temperature=1.0 if form == "weights" else None
+    ).rule()
+    curate(scores, "s", rule, str(tmp_path / "one"), form=form)
+    monkeypatch.setattr(chosen, "BLOCK_ROWS", 7)
+    monkeypatch.setattr(forms, "BLOCK_ROWS", 7)
+    curate(scores, "s", rule, str(tmp_path / "many"), form=form)
+    paths = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.parquet"))
+    assert len(paths) == 4
+    for path in paths:
+        assert pq.read_table(tmp_path / "one" / path).equals(pq.read_table(tmp_path / "many" / path)), path
+    fates = pq.read_table(tmp_path / "many/_selection/x.parquet").to_pylist()
+    bad = [fate["row"] for fate in fates if fate["reason"] == "quarantined: bad"]
+    assert bad == without["x"]
+    kept = [fate["row"] for fate in fates if fate["kept"]]
+    scored = np.setdiff1d(np.arange(50), without["x"])
+    assert kept == sorted(scored[np.argsort(-values["x"][scored].astype(np.float32), kind="stable")[:16]])

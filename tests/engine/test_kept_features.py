@@ -458,3 +458,21 @@ def test_texts(text_recipe, monkeypatch):
     found, fresh = tables(path.parent / "scores"), tables(path.parent / "fresh")
     assert found["a.parquet"].num_rows == 37
     assert_same_scores(found, fresh, 1e-6)
+
+
+def test_embeddings_are_kept_with_their_classes(kept):
+    common = {"model": "a", "keep_features": "float32"}
+    kept.recipe["methods"] = [{"method": "embedding_similarity"} | common, {"method": "rds_plus"} | common]
+    kept.write_recipe()
+    score(kept)
+    store = FeatureStore(str(kept.scores / "features/embedding_similarity/0"))
+    assert store.spec.extra == "label"
+    labels = torch.cat([batch.extra for batch in store.batches()])
+    shards = {path: [json.loads(line) for line in (kept.root / "data" / path).open()] for path in ["deep/b.jsonl"]}
+    places = [(i, place) for i, place in enumerate(store.locate(range(store.rows))) if place.shard in shards]
+    assert len(places) == 28
+    assert all(labels[i] == shards[place.shard][place.row]["label"] for i, place in places)
+    changes = (OTHER, "methods.0.within=max")
+    assert score(kept, *changes, rescore=True).reused == 3
+    score(kept, *changes, *keeping(kept, None), "output=live")
+    assert_same_scores(tables(kept.scores), tables(kept.root / "live"), 1e-6)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import assay
-from assay.methods import AdamState, Kernel, Method
+from assay.methods import AdamState, Kernel, Method, Views
 from assay.methods.base import samples_gathered
 from assay.methods.targets import Targets
 from assay.ops import Kronecker, Sketch
@@ -60,9 +60,9 @@ class LanguageModel(nn.Module):
 
 @dataclass(frozen=True)
 class World:
-    """A task, three models that descend from one another, and ``SAMPLES`` samples."""
+    """A task, three models that descend from one another, and ``SAMPLES`` samples; of raw columns neither."""
 
-    task: Task
+    task: Task | None
     models: Sequence[nn.Module]
     samples: Sequence[Any]
     collate: Callable[[Sequence[Any]], Any]
@@ -111,7 +111,7 @@ class World:
             Targets | None: self.targets,
             Sequence[nn.Module]: self.models[:2],
             Sequence[AdamState] | None: self.states[:2],
-            AdamState: self.states[0],
+            AdamState: next(iter(self.states), None),
             Sketch: Kronecker(4, 4),
             Kernel: Kernel(damping=0.1),
         }
@@ -160,7 +160,22 @@ def texts() -> World:
     return World(CausalLM(), _models(LanguageModel), samples, collate, torch.tensor([4]))  # nothing to predict
 
 
-WORLDS: dict[str, Callable[[], World]] = {"classification": classification, "texts": texts}
+def columns() -> World:
+    """Samples that no model looks at: their raw columns."""
+    generator = torch.Generator().manual_seed(4)
+    words = ["gold", "ore", "assay", "the", "of", "is", "a", "furnace", "touchstone", "weight", "lead", "silver"]
+    lengths = torch.randint(5, 12, (SAMPLES,), generator=generator).tolist()
+    samples = [" ".join(words[i] for i in torch.randint(12, (n,), generator=generator)) for n in lengths]
+    return World(None, (), samples, lambda samples: Views(None, raw={"text": list(samples)}), None)
+
+
+WORLDS: dict[str, Callable[[], World]] = {"classification": classification, "texts": texts, "columns": columns}
+
+
+def lives_in(method: type[Any], world: str) -> bool:
+    """Whether a world has what the method looks at."""
+    takes_models = {nn.Module, Sequence[nn.Module]} & set(get_type_hints(method.__init__).values())
+    return (world == "columns") != bool(takes_models)
 
 
 def exported() -> list[type[Any]]:

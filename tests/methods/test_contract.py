@@ -13,14 +13,16 @@ from tests.methods.contract import (
     any_batching_gives_the_same_scores,
     classification,
     exported,
+    lives_in,
     metadata_is_text,
 )
 
+LIVES = [pytest.param(m, w, id=f"{m.__name__}-{w}") for m in exported() for w in WORLDS if lives_in(m, w)]
 
-@pytest.mark.parametrize("world", WORLDS)
+
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("method", exported(), ids=lambda method: method.__name__)
-def test_contract(method, check, world) -> None:
+@pytest.mark.parametrize(("method", "world"), LIVES)
+def test_contract(method, world, check) -> None:
     check(method, WORLDS[world]())
 
 

@@ -52,6 +52,27 @@ def test_round_robin_and_nan() -> None:
         select.round_robin(scores, [], 1, 0)
 
 
+def test_queries_take_turns_as_in_the_paper() -> None:
+    rng = np.random.default_rng(0)
+    rankings = np.stack([rng.permutation(40)[:15] for _ in range(6)])
+    for amount in (0, 1, 7, 30):
+        taken: list[int] = []
+        for place in range(15):
+            for query in range(6):
+                row = rankings[query, place]
+                if row not in taken and len(taken) < amount:
+                    taken.append(row)
+        assert select.in_turns(rankings, amount, 40).indices.tolist() == sorted(taken)
+    assert select.in_turns(np.array([[2, -1], [2, 0]]), 2, 3).indices.tolist() == [0, 2]
+    assert select.in_turns(np.empty((0, 3), int), 0, 3).mask.sum() == 0
+    with pytest.raises(ValueError, match="amount=3: 2 rankings of 2 rows name 2 in all"):
+        select.in_turns(np.array([[2, -1], [2, 0]]), 3, 3)
+    with pytest.raises(ValueError, match=r"rankings: expected \(queries, k\) positions of 3 rows"):
+        select.in_turns(np.array([[3]]), 1, 3)
+    with pytest.raises(ValueError, match=r"amount=0\.5: expected a number of rows"):
+        select.in_turns(rankings, 0.5, 40)
+
+
 @pytest.mark.parametrize("k", [1, 5, 49])
 def test_robust_weights_are_the_optimum_on_the_exact_top(k) -> None:
     p = np.random.default_rng(k).normal(size=50)

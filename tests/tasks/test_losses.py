@@ -78,3 +78,18 @@ def test_row_losses_and_their_gradient_are_cross_entropys(dtype: torch.dtype) ->
     tolerance = 1e-2 if dtype == torch.bfloat16 else 2e-6
     assert ours.grad is not None
     torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=tolerance, atol=tolerance)
+
+
+def test_row_losses_have_second_derivatives() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(5, 4, dtype=torch.float64)
+    logits[1] += 1e3
+    labels, weights = torch.tensor([0, 3, -100, 1, 2]), torch.rand(5, dtype=torch.float64)
+    found = []
+    for losses in (row_losses, lambda z, y: F.cross_entropy(z, y, reduction="none", ignore_index=tasks.IGNORE)):
+        z, w = logits.clone().requires_grad_(), weights.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad((w * losses(z, labels)).sum(), z, create_graph=True)
+        direction = torch.arange(20, dtype=torch.float64).view(5, 4).sin()
+        found.append((gradient, *torch.autograd.grad((gradient * direction).sum(), (z, w))))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from assay.cli.terminal import BAD, INCOMPLETE, OK, CorpusNow, ScoresFolder, clean, fail, say
+
+if TYPE_CHECKING:
+    from assay.select import Cut
 
 
 def select(
@@ -25,8 +28,9 @@ def select(
         list[str] | None,
         typer.Option(
             "--with",
-            metavar="NAME=SCORES",
-            help="Another run's scores of the same corpus, which --where then calls NAME.score. May be given again.",
+            metavar="NAME=DIR",
+            help="Another run's scores of the same corpus, which --where then calls NAME.score; or a selection of "
+            "these scores, NAME.kept. May be given again.",
         ),
     ] = None,
     by: Annotated[str | None, typer.Option("--by", metavar="SCORE", help="The score to judge by.")] = None,
@@ -42,10 +46,30 @@ def select(
     kmeans: Annotated[bool, typer.Option("--kmeans", help="The better of two groups of least squared error.")] = False,
     sample: Annotated[str | None, typer.Option(metavar="AMOUNT", help="Draw in proportion to the score.")] = None,
     random: Annotated[str | None, typer.Option(metavar="AMOUNT", help="Draw uniformly: the control.")] = None,
+    mix: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="A rate for each band of worth, perhaps by group, as a file of YAML says."),
+    ] = None,
+    audit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LABELS",
+            help="Cut where F_beta is greatest on a labelled sample: CSV with label (1 or 0) and id, or shard and row.",
+        ),
+    ] = None,
+    beta: Annotated[
+        float | None, typer.Option(help="For --audit: above 1 it is worse to miss good rows than to keep bad ones. [1]")
+    ] = None,
+    group: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COLUMN", help="Choose in each group: a column of the corpus, or shard. An amount is of each group."
+        ),
+    ] = None,
     keep: Annotated[
         str | None, typer.Option(metavar="high|low", help="Which end is better, if not as the table says.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="For --sample, --random and --gmm.")] = 0,
+    seed: Annotated[int, typer.Option(help="For --sample, --random, --mix and --gmm.")] = 0,
     temperature: Annotated[
         float | None, typer.Option(help="For --sample and --format weights: softmax(worth / temperature).")
     ] = None,
@@ -60,8 +84,9 @@ def select(
     corpus: CorpusNow = None,
 ) -> int:
     """Write the part of the corpus that is worth keeping, with a manifest and a reason per row."""
-    from assay.curate import ExpressionError, RuleOptions, curate
+    from assay.curate import ExpressionError, RuleOptions, curate, read_labels, read_mix
 
+    mixed = None if mix is None else read_mix(mix)
     options = RuleOptions(
         top,
         threshold,
@@ -76,15 +101,23 @@ def select(
         temperature=temperature,
         weigh=form == "weights",
         where=where,
+        mix=mixed,
+        group=group,
+        audit=None if audit is None else read_labels(audit),
+        beta=beta,
     )
     try:
-        curated = curate(scores, by, options.rule(), out, corpus, form, where, _beside(beside or []))
+        curated = curate(scores, by, options.rule(), out, corpus, form, where, _beside(beside or []), group, mixed)
     except ExpressionError as error:
         return _point(error)
     dropped = curated.rows - curated.kept - curated.quarantined
     if curated.where:
         say(f"where {curated.where.condition.line}: {curated.where.summary()}")
     say(curated.selection.summary())
+    if curated.cut is not None:
+        say(_audited(curated.cut, by or ""))
+    if curated.groups is not None:
+        say(f"groups of {group}: {len(curated.groups):,}, each with its counts in {out}/_groups.parquet")
     print(
         f"rows in {curated.rows:,} = kept {curated.kept:,} + dropped {dropped:,} + quarantined {curated.quarantined:,}"
     )
@@ -92,12 +125,21 @@ def select(
     return fail(curated.missing, INCOMPLETE) if curated.missing else OK
 
 
+def _audited(cut: Cut, by: str) -> str:
+    """What the labels say of the cut, in one line."""
+    low, high = cut.threshold_interval
+    line = f"audit: {by} cut at {cut.threshold:.6g} (95 %: {low:.6g} to {high:.6g}), F{cut.beta:g} {cut.f:.3f} "
+    line += f"(95 %: {cut.f_interval[0]:.3f} to {cut.f_interval[1]:.3f}; on held-out labels {cut.f_held_out:.3f}), "
+    line += f"precision {cut.precision:.3f}, recall {cut.recall:.3f}, {cut.rows:,} labels"
+    return line + (f", {cut.unscored:,} of them on rows that no cut keeps" if cut.unscored else "")
+
+
 def _beside(given: list[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for text in given:
         name, equals, folder = text.partition("=")
         if not equals or not folder:
-            raise ValueError(f"--with {text}: expected NAME=SCORES, as in other=scores-of-another-run")
+            raise ValueError(f"--with {text}: expected NAME=DIR, as in other=scores-of-another-run")
         if name in found:
             raise ValueError(f"--with {text}: {name} is {found[name]} already; expected another name")
         found[name] = folder

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from assay.corpus.errors import CorpusError
 from assay.corpus.footer import differences
-from assay.corpus.storage import Store
+from assay.corpus.storage import Store, may_pass
 from assay.corpus.tables import METADATA_KEY, ROW_AND_ID, read_metadata
 from assay.ops.scan import Reduce, merge_topk, topk_scan
 
@@ -379,6 +379,8 @@ def _readable(store: Store, path: str) -> Iterator[pa.ipc.RecordBatchFileReader]
         with pa.memory_map(store.full(path)) if store.is_local else store.open(path) as source:
             yield pa.ipc.open_file(source)
     except (pa.ArrowException, OSError) as error:
+        if may_pass(error):
+            raise
         detail = " ".join(str(error).split())
         raise CorpusError(f"{store.full(path)}: not a readable feature file ({detail}); move it away") from error
 

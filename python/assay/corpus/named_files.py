@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from assay.corpus.errors import CorpusError
 from assay.corpus.layout import files_path
 from assay.corpus.shards import Shard
-from assay.corpus.storage import Fingerprint, Store
+from assay.corpus.storage import Fingerprint, Store, may_pass
 
 NamedFiles = Mapping[str, Fingerprint | None]
 """By path relative to the corpus's root; None: it could not be read."""
@@ -52,7 +52,9 @@ def changed_file(output: Store, shard: Shard, facts: FileFacts | None) -> str | 
             raise ValueError
         with output.open(files_path(shard)) as file:
             then = dict(map(_parsed, file))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if may_pass(error):
+            raise
         return f"{files_path(shard)}, the list of the files that it names, is not the one that was written with it"
     now = shard.store.fingerprints(then)
     changed = [name for name, found in then.items() if now[name] != found]

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from assay.corpus.errors import CorpusError
-from assay.corpus.storage import Store
+from assay.corpus.storage import Store, may_pass
 from assay.corpus.tables import ScoreColumn, make_table, parse_metadata, score_schema
 
 ROW_GROUP_ROWS = 1 << 16
@@ -95,6 +95,8 @@ def open_score_file(store: Store, path: str) -> ScoreFile | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (pa.ArrowException, ValueError, OSError, RecursionError) as error:
+        if may_pass(error):
+            raise
         detail = " ".join(str(error).split())
         raise CorpusError(
             f"{store.full(path)}: not a readable score table ({detail}); move it away to have it made again"
@@ -110,13 +112,6 @@ def _footer(store: Store, path: str) -> bytes:
     if size > _MOST_FOOTER_BYTES:
         raise ValueError(f"its footer has {size:,} bytes, which no such file's has")
     return store.read_tail(path, size)
-
-
-def read_score(store: Store, path: str, name: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """The `row` numbers of a score table and one of its scores."""
-    with store.open(path) as file:
-        table = pq.read_table(file, columns=["row", name])
-    return table["row"].to_numpy(), table[name].to_numpy()
 
 
 @contextlib.contextmanager
@@ -165,10 +160,3 @@ def table_schema(store: Store, path: str) -> pa.Schema:
     """A score table's columns."""
     with store.open(path) as file:
         return pq.ParquetFile(file).schema_arrow
-
-
-def stream_ids(store: Store, path: str) -> Iterator[str]:
-    """The ids of a score table in order, a batch in memory at a time."""
-    with opened_table(store, path) as table:
-        for batch in table.iter_batches(columns=["id"]):
-            yield from batch.column(0).to_pylist()

@@ -18,8 +18,10 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 
 from assay.corpus.errors import CorpusError
+from assay.corpus.remote import RemoteFileSystem
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -59,14 +61,14 @@ class Fingerprint:
 class Store:
     """A folder on some file system. Its methods take paths relative to it, with forward slashes."""
 
-    fs: fsspec.AbstractFileSystem
+    fs: LocalFileSystem | RemoteFileSystem
     root: str
 
     @classmethod
     def at(cls, url: str) -> Store:
         """The folder that a local path or an fsspec URL names; it need not exist."""
         fs, root = fsspec.core.url_to_fs(url)
-        return cls(fs, root.rstrip("/") or "/")
+        return cls(fs if isinstance(fs, LocalFileSystem) else RemoteFileSystem(fs), root.rstrip("/") or "/")
 
     @property
     def url(self) -> str:
@@ -76,6 +78,11 @@ class Store:
     @property
     def is_local(self) -> bool:
         return isinstance(self.fs, LocalFileSystem)
+
+    @property
+    def is_in_memory(self) -> bool:
+        """Whether it lives and dies with this process."""
+        return isinstance(self.fs, RemoteFileSystem) and isinstance(self.fs.wrapped, MemoryFileSystem)
 
     def full(self, path: str) -> str:
         """The path as the file system itself names it."""
@@ -92,7 +99,7 @@ class Store:
     def holds(self, other: Store, path: str = "") -> bool:
         """Whether the other folder, or the file ``path`` in it, is this folder or lies inside it, by whatever names and
         links the two are given."""
-        if type(self.fs) is not type(other.fs):
+        if self._kind() is not other._kind():
             return False
         folder, inner = self.real(), other.real(path)
         if f"{inner}/".startswith(f"{folder.rstrip('/')}/"):
@@ -100,12 +107,21 @@ class Store:
         # The same folder mounted twice has two real paths.
         return self.is_local and any(_is_folder(folder, parent) for parent in _with_parents(inner))
 
+    def _kind(self) -> type[fsspec.AbstractFileSystem]:
+        return type(self.fs.wrapped if isinstance(self.fs, RemoteFileSystem) else self.fs)
+
     def files(self) -> list[str]:
         """Every file under this folder, hidden ones included, in order; none if there is no such folder."""
         return sorted(self.relative(full) for full in self.fs.find(self.root))
 
     def exists(self, path: str) -> bool:
-        return bool(self.fs.exists(self.full(path)))
+        if self.is_local:
+            return bool(self.fs.exists(self.full(path)))
+        try:  # some file systems' own `exists` says no whatever went wrong
+            self.fs.info(self.full(path))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
 
     def fingerprint(self, path: str) -> Fingerprint:
         """Size and etag, or size and modification time, as they are now."""
@@ -114,7 +130,7 @@ class Store:
         return self._look(self.full(path))
 
     def fingerprints(self, paths: Iterable[str]) -> dict[str, Fingerprint | None]:
-        """Those of several files; None of one that is not there, or cannot be looked at. Elsewhere than here by one
+        """Those of several files; None of one that is not there, or that nobody may look at. Elsewhere than here by one
         listing for each of their folders."""
         paths = list(paths)
         self._list_folders(paths)
@@ -152,7 +168,9 @@ class Store:
     def _look_if_there(self, full: str) -> Fingerprint | None:
         try:
             return self._look(full)
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
+            if may_pass(error):
+                raise
             return None
 
     def _look(self, full: str) -> Fingerprint:
@@ -277,6 +295,14 @@ class Store:
                     if time.time() - os.lstat(full).st_mtime > older_than:
                         found.append(self.relative(full))
         return sorted(found)
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether an error is the machine's, the disk's or the net's, and gone when asked again: not a fault of what was
+    read, which libraries raise as an OSError without a number."""
+    if isinstance(error, (TimeoutError, ConnectionError)):
+        return True
+    return isinstance(error, OSError) and error.errno is not None and not is_of_file(error)
 
 
 def is_of_file(error: OSError) -> bool:

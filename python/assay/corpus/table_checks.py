@@ -25,7 +25,7 @@ from assay.corpus.quarantine import Quarantined, list_digest, read_quarantine, r
 from assay.corpus.readers import columns_of, read
 from assay.corpus.score_files import opened_table
 from assay.corpus.shards import Shard
-from assay.corpus.storage import Store
+from assay.corpus.storage import Store, may_pass
 from assay.corpus.tables import score_schema
 
 _BATCH_ROWS = 1 << 13
@@ -80,6 +80,8 @@ def check_shard(store: Store, shard: Shard, manifest: Manifest) -> Checked:
     except CorpusError as error:
         problems.append(str(error).removeprefix(f"{store.full(table_path(shard))}: "))
     except (pa.ArrowException, OSError, ValueError) as error:
+        if may_pass(error):
+            raise
         problems.append(f"cannot be read to its end ({_one_line(error)}); move it away to have it made again")
     problems += faults.lines()
     if table is None:

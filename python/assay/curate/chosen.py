@@ -4,51 +4,87 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from assay.corpus.errors import CorpusError
 from assay.corpus.layout import selection_path, table_path
-from assay.corpus.quarantine import read_quarantine
-from assay.corpus.score_files import stream_ids
+from assay.corpus.quarantine import Quarantined, read_quarantine
 from assay.corpus.scores_folder import Scored
 from assay.corpus.shards import Shard
 from assay.corpus.storage import Store
 from assay.corpus.tables import ROW_AND_ID
+from assay.curate.rows import read_batches
+from assay.curate.whole import quarantined_rows
+from assay.select import Selection
+from assay.select.groups import Groups
 
-_ROW_GROUP_ROWS = 1 << 16
+BLOCK_ROWS = 1 << 16
 
 
 @dataclass(frozen=True)
 class ShardSelection:
     """One shard's scored rows, and what the selection over all shards makes of them."""
 
+    store: Store
+    """The scores."""
     shard: Shard
     table: Scored
-    rows: npt.NDArray[np.int64]
     scores: npt.NDArray[np.float32]
-    kept: npt.NDArray[np.bool_]
-    reasons: npt.NDArray[np.object_]
-    weights: npt.NDArray[np.float64] | None
+    whole: Selection
+    """Of the rows of all shards after one another."""
+    part: slice
+    """Where this one's lie among them."""
     weight_scale: float
     """What makes the weights' mean 1 over all kept rows of all shards."""
     first: int | None
     """How many rows lie in the shards before it; None if one of them could not be read."""
+    groups: Groups | None = None
+    """Which each of the rows of all shards is of, where the rule looks at groups."""
 
     @property
     def total(self) -> int:
         """The shard's physical rows."""
         return self.table.rows
 
-    def keep(self) -> npt.NDArray[np.bool_]:
-        """One Boolean per physical row; quarantined rows are not kept."""
-        keep = np.zeros(self.total, bool)
-        keep[self.rows] = self.kept
-        return keep
+    @property
+    def kept(self) -> npt.NDArray[np.bool_]:
+        """One Boolean per scored row."""
+        return self.whole.mask[self.part]
+
+    @property
+    def weights(self) -> npt.NDArray[np.float64] | None:
+        """One number per scored row, if the rule gives any."""
+        return None if self.whole.weights is None else self.whole.weights[self.part]
+
+    @property
+    def copies(self) -> npt.NDArray[np.uint8] | None:
+        """How often each scored row is to be there, if not once where it is kept."""
+        return None if self.whole.copies is None else self.whole.copies[self.part]
+
+    @cached_property
+    def scored(self) -> npt.NDArray[np.bool_]:
+        """One Boolean per physical row: whether it has scores, or is in quarantine."""
+        scored = np.ones(self.total, bool)
+        scored[quarantined_rows(self.store, self.shard, self.table)] = False
+        return scored
+
+    def keep(self, times: int = 1) -> npt.NDArray[np.bool_]:
+        """One Boolean per physical row: whether it is to be there so often."""
+        return self.times() >= times
+
+    def times(self) -> npt.NDArray[np.uint8]:
+        """Of each physical row, how often it is to be there; one in quarantine is not."""
+        times = self.scored.astype(np.uint8)
+        times[self.scored] = self.kept if self.copies is None else self.copies
+        return times
 
 
 def write_fates(store: Store, chosen: ShardSelection, name: str, output: Store) -> None:
@@ -61,48 +97,85 @@ def write_fates(store: Store, chosen: ShardSelection, name: str, output: Store) 
             pa.field("kept", pa.bool_(), nullable=False),
             pa.field("reason", pa.string(), nullable=False),
             *([pa.field("weight", pa.float64())] if chosen.weights is not None else []),
+            *([pa.field("copies", pa.uint8())] if chosen.copies is not None else []),
+            *([pa.field("group", pa.string())] if chosen.groups is not None else []),
+            *([pa.field("threshold", pa.float64())] if chosen.whole.limits is not None else []),
         ]
     )
     with (
         output.write(selection_path(chosen.shard)) as file,
-        pq.ParquetWriter(file, schema, compression="zstd") as writer,
+        # Dictionaries of what never repeats would only cost.
+        pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=["reason", "group"]) as writer,
     ):
         for columns in _selection_columns(store, chosen):
             writer.write_table(pa.Table.from_arrays(columns, schema=schema))
 
 
 def _selection_columns(store: Store, chosen: ShardSelection) -> Iterator[list[pa.Array]]:
-    """Row, id, score, kept, reason and weight of every row of the shard, a row group at a time."""
-    ids = stream_ids(store, table_path(chosen.shard))
+    """The schema's columns of every row of the shard, a block of rows at a time."""
+    ids = Ids(store, table_path(chosen.shard))
     quarantined = read_quarantine(store, chosen.shard)
-    for start in range(0, chosen.total, _ROW_GROUP_ROWS):
-        size = min(_ROW_GROUP_ROWS, chosen.total - start)
-        first, last = np.searchsorted(chosen.rows, [start, start + size])
-        here = slice(first, last)
-        places = chosen.rows[here] - start
-        columns = {"id": np.full(size, None, object), "reason": np.full(size, None, object)}
-        columns["id"][places] = list(islice(ids, last - first))
-        columns["reason"][places] = chosen.reasons[here]
-        missing = np.setdiff1d(np.arange(size), places, assume_unique=True)
-        for place, entry in zip(missing.tolist(), islice(quarantined, len(missing)), strict=True):
-            columns["id"][place] = entry.id
-            columns["reason"][place] = f"quarantined: {entry.reason}"
-        scored = np.zeros(size, bool)
-        scored[places] = True
-        arrays = [
-            pa.array(np.arange(start, start + size)),
-            pa.array(columns["id"], pa.string()),
-            _spread(chosen.scores[here], places, scored),
-            pa.array(_spread(chosen.kept[here], places, scored).fill_null(False)),
-            pa.array(columns["reason"], pa.string()),
+    legend = pa.array(chosen.whole.legend, pa.string())
+    first = 0
+    for start in range(0, chosen.total, BLOCK_ROWS):
+        scored = chosen.scored[start : start + BLOCK_ROWS]
+        here = slice(first, first := first + int(np.count_nonzero(scored)))
+        codes = pa.array(chosen.whole.codes[chosen.part][here])
+        columns: list[pa.Array] = [
+            ids.take(here.stop - here.start),
+            pa.array(chosen.scores[here], from_pandas=False),
+            pa.array(chosen.kept[here]),
+            pa.DictionaryArray.from_arrays(codes, legend).cast(pa.string()),
         ]
         if chosen.weights is not None:
-            arrays.append(_spread(chosen.weights[here], places, scored))
-        yield arrays
+            columns.append(pa.array(chosen.weights[here], from_pandas=False))
+        if chosen.copies is not None:
+            columns.append(pa.array(chosen.copies[here]))
+        if chosen.groups is not None:
+            columns += _group_columns(chosen, chosen.groups, chosen.groups.codes[chosen.part][here])
+        if not scored.all():
+            columns = _with_quarantined(columns, scored, quarantined)
+        yield [pa.array(np.arange(start, start + len(scored))), *columns]
 
 
-def _spread(values: npt.NDArray[Any], places: npt.NDArray[np.int64], scored: npt.NDArray[np.bool_]) -> pa.Array:
-    """The scored rows' values at their places, null elsewhere."""
-    spread = np.zeros(len(scored), values.dtype)
-    spread[places] = values
-    return pa.array(spread, mask=~scored, from_pandas=False)
+def _group_columns(chosen: ShardSelection, groups: Groups, codes: npt.NDArray[np.int32]) -> list[pa.Array]:
+    """Rows' groups by name and, of rules that cut, where theirs is cut: null where nothing of it is kept."""
+    columns = [groups.names.take(pa.array(codes))]
+    if chosen.whole.limits is not None:
+        limits = chosen.whole.limits[codes]
+        columns.append(pa.array(limits, mask=np.isnan(limits)))
+    return columns
+
+
+def _with_quarantined(
+    columns: list[pa.Array], scored: npt.NDArray[np.bool_], quarantined: Iterator[Quarantined]
+) -> list[pa.Array]:
+    """The columns of scored rows at their places among the others, of which those have id, reason, and not kept."""
+    there = pa.array(np.cumsum(scored) - 1, mask=~scored)
+    id_, score, kept, reason, *others = (column.take(there) for column in columns)
+    entries = list(islice(quarantined, len(scored) - len(columns[0])))
+    lacks = pa.array(~scored)
+    id_ = pc.replace_with_mask(id_, lacks, pa.array([entry.id for entry in entries], pa.string()))
+    reasons = pa.array([f"quarantined: {entry.reason}" for entry in entries], pa.string())
+    return [id_, score, kept.fill_null(False), pc.replace_with_mask(reason, lacks, reasons), *others]
+
+
+class Ids:
+    """A score table's ids, so many after so many."""
+
+    def __init__(self, store: Store, path: str) -> None:
+        self._where, self._batches = store.full(path), read_batches(store, path, ["id"])
+        self._held: Any = pa.array([], pa.string())
+
+    def take(self, count: int) -> pa.Array:
+        """The next ``count`` ids."""
+        parts, found = [self._held], len(self._held)
+        while found < count:
+            batch = next(self._batches, None)
+            if batch is None:
+                raise CorpusError(f"{self._where}: has changed while it was read")
+            parts.append(batch.column(0))
+            found += batch.num_rows
+        held = parts[-1] if not len(self._held) and len(parts) == 2 else pa.concat_arrays(parts)
+        self._held = held.slice(count)
+        return held.slice(0, count)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from assay._version import __version__
 from assay.corpus.claim import CLAIM, claim
@@ -18,23 +19,29 @@ from assay.corpus.copying import copy_sidecars
 from assay.corpus.errors import CorpusError, ShardError
 from assay.corpus.layout import MANIFEST, selection_path, table_path
 from assay.corpus.listing import summarise_left_out
-from assay.corpus.score_files import read_score, score_field
+from assay.corpus.score_files import score_field
 from assay.corpus.scores_folder import Scored, Scores, State, open_scores
 from assay.corpus.shards import Shard, find_shards, refuse_overlap
-from assay.corpus.storage import TEMPORARY_SUFFIX, Store
+from assay.corpus.storage import TEMPORARY_SUFFIX, Store, may_pass
+from assay.curate.auditing import Audit, Rule
 from assay.curate.chosen import ShardSelection, write_fates
 from assay.curate.condition import Condition
-from assay.curate.forms import Form, find_form
+from assay.curate.forms import Form, check_repeats, find_form, is_repeat
+from assay.curate.grouping import dictionary, group_table, read_groups
+from assay.curate.manifests import is_selection
+from assay.curate.mixes import Mix
 from assay.curate.ranking import score_name
-from assay.curate.rows import Beside, Rows, open_beside
-from assay.curate.rules import Rule
+from assay.curate.rows import KEPT, Beside, Rows, open_beside, read_batches
+from assay.curate.rules import group_column
 from assay.curate.where import Answer, ask, parse_condition
-from assay.curate.whole import check_rows, scored_shards
-from assay.select import Selection
+from assay.curate.whole import RowCheck, scored_shards
+from assay.select import Cut, Selection
+from assay.select.groups import Groups
 
 log = logging.getLogger("assay")
 
 SELECTION = "a selection"
+GROUPS = "_groups.parquet"
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,8 @@ class ShardCounts:
     kept: int
     dropped: int
     quarantined: int
+    copies: int | None = None
+    """Its rows in the output, where some may be there more than once."""
     written: str | None = None
     """The file that holds its kept rows' indices or weights."""
     written_sha256: str | None = None
@@ -63,6 +72,10 @@ class Curated:
     left_out: dict[str, str]
     where: Answer | None = None
     """What the condition says of each scored row, if one was given."""
+    groups: Groups | None = None
+    """Of the scored rows, where the rule looks at groups."""
+    cut: Cut | None = None
+    """Where the rule is an audit."""
 
     @property
     def missing(self) -> str:
@@ -81,6 +94,11 @@ class Curated:
         return sum(shard.kept for shard in self.shards)
 
     @property
+    def copies(self) -> int | None:
+        """Rows in the output, where some may be there more than once."""
+        return sum(shard.copies or 0 for shard in self.shards) if self.selection.copies is not None else None
+
+    @property
     def quarantined(self) -> int:
         return sum(shard.quarantined for shard in self.shards)
 
@@ -88,12 +106,14 @@ class Curated:
 def curate(
     scores_url: str,
     by: str | None,
-    rule: Rule,
+    rule: Rule | Audit,
     output_url: str,
     corpus_path: str | None = None,
     form: str = "shards",
     where: str | None = None,
     beside: Mapping[str, str] | None = None,
+    group: str | None = None,
+    mix: Mix | None = None,
 ) -> Curated:
     """Choose rows by one score over all shards and write them under ``output_url``, in their own format.
 
@@ -104,7 +124,9 @@ def curate(
     Of ``where``, a condition on scores such as ``"mimic > 0 and loss < quantile(loss, 0.9)"``, ``rule`` gets the rows
     that pass; the others are dropped. Without ``by`` the tables then show the first score that it names. In it
     ``NAME.score`` is one of another run over the same shards, whose folder ``beside`` has under that name; a row that
-    the other run has not scored has NaN there.
+    the other run has not scored has NaN there. ``NAME.kept`` says whether a selection of these scores kept a row.
+    With ``group``, a column of the corpus or ``shard``, the table has a column `group_column` of each row's group, for
+    rules that choose within groups; ``mix`` is what the rule mixes by, for the manifest.
     Scores that do not cover the corpus as it is now are an CorpusError, before anything is written.
     """
     scores = open_scores(scores_url, corpus_path)
@@ -116,12 +138,21 @@ def curate(
     output, written = Store.at(output_url), find_form(form)
     _refuse_inputs(output, scores, [shard for shard, _ in tables], written, rows.beside)
     answer = None if condition is None else ask(rows, condition)
-    selection, shards = _select(scores, tables, name, rule, answer)
-    written.check(selection, [chosen.shard for chosen in shards])
+    groups = None if group is None else read_groups(scores.store, tables, group)
+    table = _read_table(scores.store, tables, name)
+    cut = None
+    if isinstance(rule, Audit):
+        passes = None if answer is None else answer.passes
+        audit, (cut, rule) = rule, rule.bind(scores.store, tables, table, passes)
+    selection, shards = _select(scores, tables, table, rule, answer, groups, group_column(group or "", by or ""))
+    own = [chosen.shard for chosen in shards]
+    written.check(selection, own)
+    check_repeats(selection, own, written, bool(scores.corpus.sidecars))
     with claim(output, SELECTION):
         for path in output.sweep():
             log.info("removed %s, left by a selection that was killed", path)
         output.remove(MANIFEST)  # it comes back when everything that it speaks of is there
+        _remove_stale(output, written, own)
         counts = tuple(_write_shard(scores.store, chosen, name, output, written) for chosen in shards)
         if written.has_sidecars:
             copy_sidecars(scores.corpus, output, selection.rule)
@@ -129,18 +160,40 @@ def curate(
             output.write_text(path, text)
         unreadable = {status.shard.path: status.detail for status in scores.of(State.UNREADABLE)}
         left_out = {entry.path: entry.reason for entry in scores.corpus.left_out}
-        curated = Curated(selection, counts, unreadable, left_out, answer)
-        output.write_text(
-            MANIFEST, json.dumps(_manifest(scores, name, form, curated, rows), indent=2, ensure_ascii=False) + "\n"
-        )
+        curated = Curated(selection, counts, unreadable, left_out, answer, groups, cut)
+        manifest = _manifest(scores, name, form, curated, rows)
+        if groups is not None:
+            manifest["group"] = {"column": group, "groups": len(groups), **_write_groups(groups, selection, output)}
+        if cut is not None:
+            manifest["audit"] = audit.to_json(cut)
+        if mix is not None:
+            manifest["mix"] = mix.to_json()
+        output.write_text(MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     return curated
+
+
+def _write_groups(groups: Groups, selection: Selection, output: Store) -> dict[str, str]:
+    with output.write(GROUPS) as file:
+        pq.write_table(
+            group_table(groups, selection.mask, selection.limits, selection.copies), file, compression="zstd"
+        )
+    return {"written": GROUPS, "written_sha256": output.sha256(GROUPS)}
+
+
+def _remove_stale(output: Store, form: Form, shards: Sequence[Shard]) -> None:
+    """What an earlier selection has written there and this one may not."""
+    output.remove(GROUPS)
+    ours = {path for shard in shards for path in form.files(shard)}
+    for path in output.files():
+        if path not in ours and path.startswith(form.prefix) and is_repeat(path[len(form.prefix) :]):
+            output.remove(path)
 
 
 def _refuse_unused(beside: Mapping[str, Beside], condition: Condition | None) -> None:
     named = [] if condition is None else list(condition.columns.values())
     for name in beside:
         if not any(column.startswith(f"{name}.") for column in named):
-            raise CorpusError(f"--with {name}: has no effect, for --where names no {name}.score")
+            raise CorpusError(f"--with {name}: has no effect, for --where names no {name}.score nor {name}.{KEPT}")
 
 
 def _first_score(scores: Scores, condition: Condition | None, rows: Rows) -> str | None:
@@ -153,24 +206,26 @@ def _first_score(scores: Scores, condition: Condition | None, rows: Rows) -> str
 
 
 def _select(
-    scores: Scores, tables: Sequence[tuple[Shard, Scored]], name: str, rule: Rule, answer: Answer | None
+    scores: Scores,
+    tables: Sequence[tuple[Shard, Scored]],
+    table: pa.Table,
+    rule: Rule,
+    answer: Answer | None,
+    groups: Groups | None,
+    column: str,
 ) -> tuple[Selection, list[ShardSelection]]:
-    """What the rule makes of all scores together, and of each shard's."""
-    rows, values = _read(scores.store, tables, name)
-    field = score_field(scores.store, table_path(tables[0][0]), name)
-    if field.type != pa.float32():
-        raise CorpusError(f"--by {name}: holds {field.type} per row; expected one number to judge by")
-    table = pa.Table.from_arrays([pa.array(np.concatenate(values))], schema=pa.schema([field]))
+    """What the rule makes of all scores together, and of each shard's. ``column``: what that of the groups is named."""
+    (name,), values = table.column_names, table.column(0).chunk(0).to_numpy()
+    if groups is not None:
+        table = table.drop_columns([name]) if name == column else table  # of a rule that looks at no score
+        table = table.append_column(column, dictionary(groups))
     selection = rule(table) if answer is None else answer.choose(table, rule)
-    legend = np.array(selection.legend, object)
     scale, firsts = _scale(selection), _firsts(scores)
     shards, start = [], 0
-    for (shard, scored), own_rows, own_scores in zip(tables, rows, values, strict=True):
-        part = slice(start, start := start + len(own_rows))
-        weights = None if selection.weights is None else selection.weights[part]
-        reasons = legend[selection.codes[part]]
-        own = (own_rows, own_scores, selection.mask[part], reasons, weights)
-        shards.append(ShardSelection(shard, scored, *own, scale, firsts[shard.path]))
+    for shard, scored in tables:
+        part = slice(start, start := start + scored.scored)
+        own = (values[part], selection, part, scale, firsts[shard.path], groups)
+        shards.append(ShardSelection(scores.store, shard, scored, *own))
     return selection, shards
 
 
@@ -195,20 +250,25 @@ def _refuse_inputs(
 ) -> None:
     """CorpusError if what is written would fall on the corpus, the scores or somebody's files."""
     refuse_overlap(output, scores.corpus_path, scores.corpus)
-    for store in (scores.store, *(other.scores.store for other in beside.values())):
+    for store in (scores.store, *(other.store for other in beside.values())):
         if output.holds(store) or store.holds(output):
-            raise CorpusError(f"{output.url}: the output and the scores {store.url} must not lie in each other")
+            raise CorpusError(f"{output.url}: the output and {store.url} must not lie in each other")
     ours = {path for shard in shards for path in (*form.files(shard), selection_path(shard))}
+    if GROUPS in ours:
+        raise CorpusError(f"{GROUPS}: a shard of the corpus has the name of the table of groups; rename it")
     output.refuse_detours(ours)
     for path in scores.inputs:
         try:
             found = find_shards(path)
-        except (CorpusError, OSError):  # it is gone: nothing to write over
-            continue
+        except (CorpusError, OSError) as error:
+            if may_pass(error):
+                raise
+            continue  # it is gone: nothing to write over
         refuse_overlap(output, path, found)
     # A folder with other files would become a mixture of two corpora; and files of these names may be another corpus.
-    ours |= {MANIFEST, CLAIM, *form.texts, *(scores.corpus.sidecars if form.has_sidecars else ())}
+    ours |= {MANIFEST, CLAIM, GROUPS, *form.texts, *(scores.corpus.sidecars if form.has_sidecars else ())}
     there = [path for path in output.files() if not path.endswith(TEMPORARY_SUFFIX)]
+    ours |= {path for path in there if path.startswith(form.prefix) and _repeats(path[len(form.prefix) :], ours, form)}
     strangers = [path for path in there if path not in ours and not any(_is_own(shard, path, form) for shard in shards)]
     if strangers:
         raise CorpusError(
@@ -217,6 +277,11 @@ def _refuse_inputs(
         )
     if there and not _is_selection(output):
         raise CorpusError(f"{output.url}: holds {there[0]}, which no selection wrote; choose an empty folder")
+
+
+def _repeats(path: str, ours: Collection[str], form: Form) -> bool:
+    """Whether it is one of our files in a folder for rows that are there more than once."""
+    return is_repeat(path) and f"{form.prefix}{path.partition('/')[2]}" in ours
 
 
 def _is_own(shard: Shard, path: str, form: Form) -> bool:
@@ -230,22 +295,37 @@ def _is_selection(output: Store) -> bool:
     try:
         if output.exists(CLAIM):
             return output.read_text(CLAIM) == SELECTION
-        manifest = json.loads(output.read_text(MANIFEST))
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError) as error:
+        if may_pass(error):
+            raise
         return False
-    return isinstance(manifest, dict) and {"rule", "by", "scores"} <= manifest.keys()
+    return is_selection(output)
 
 
-def _read(
-    store: Store, tables: Sequence[tuple[Shard, Scored]], name: str
-) -> tuple[list[npt.NDArray[np.int64]], list[npt.NDArray[np.float32]]]:
-    rows, values = [], []
+def _read_table(store: Store, tables: Sequence[tuple[Shard, Scored]], name: str) -> pa.Table:
+    """One score of every scored row, as a table of one column that says which end of it to keep."""
+    field = score_field(store, table_path(tables[0][0]), name)
+    if field.type != pa.float32():
+        raise CorpusError(f"--by {name}: holds {field.type} per row; expected one number to judge by")
+    values = pa.array(_read(store, tables, name), from_pandas=False)
+    return pa.Table.from_arrays([values], schema=pa.schema([field]))
+
+
+def _read(store: Store, tables: Sequence[tuple[Shard, Scored]], name: str) -> npt.NDArray[np.float32]:
+    """One score of every scored row, shards after one another. Nothing else of the tables is held."""
+    values, start = np.empty(sum(table.scored for _, table in tables), np.float32), 0
     for shard, table in tables:
-        own_rows, own_values = read_score(store, table_path(shard), name)
-        check_rows(store, shard, table, own_rows)
-        rows.append(own_rows)
-        values.append(own_values)
-    return rows, values
+        check, end = RowCheck(store, shard, table), start + table.scored
+        for batch in read_batches(store, table_path(shard), ["row", name]):
+            check.see(batch.column("row").to_numpy())
+            if start + batch.num_rows > end:
+                break
+            values[start : start + batch.num_rows] = batch.column(name).to_numpy(zero_copy_only=False)
+            start += batch.num_rows
+        check.end()
+        if start != end:
+            raise CorpusError(f"{store.full(table_path(shard))}: has other rows than its footer says; score it again")
+    return values
 
 
 def _write_shard(store: Store, chosen: ShardSelection, name: str, output: Store, form: Form) -> ShardCounts:
@@ -260,8 +340,9 @@ def _write_shard(store: Store, chosen: ShardSelection, name: str, output: Store,
     kept = int(chosen.kept.sum())
     digest = store.sha256(table_path(shard))
     dropped, hashed = counts.scored - kept, None if written is None else output.sha256(written)
+    copies = None if chosen.copies is None else int(chosen.copies.sum(dtype=np.int64))
     return ShardCounts(
-        shard.path, table_path(shard), digest, chosen.total, kept, dropped, counts.quarantined, written, hashed
+        shard.path, table_path(shard), digest, chosen.total, kept, dropped, counts.quarantined, copies, written, hashed
     )
 
 
@@ -281,7 +362,8 @@ def _manifest(scores: Scores, name: str, form: str, curated: Curated, rows: Rows
         **({"with": {n: other.to_json(rows.tables) for n, other in rows.beside.items()}} if rows.beside else {}),
         "recipe": scores.identity.recipe,
         "models": scores.identity.models,
-        "rows": {"in": curated.rows, "kept": curated.kept, "quarantined": curated.quarantined},
+        "rows": {"in": curated.rows, "kept": curated.kept, "quarantined": curated.quarantined}
+        | ({} if curated.copies is None else {"written": curated.copies}),
         "unreadable": curated.unreadable,
         "left_out": curated.left_out,
         "shards": [_counts(shard) for shard in curated.shards],

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import compress
 
 import numpy as np
 import pyarrow as pa
@@ -13,13 +13,14 @@ import pyarrow.parquet as pq
 from assay.corpus.copying import copy_rows
 from assay.corpus.errors import CorpusError
 from assay.corpus.layout import table_path
-from assay.corpus.score_files import stream_ids
+from assay.corpus.score_files import regroup
 from assay.corpus.shards import Shard
 from assay.corpus.storage import Store
-from assay.curate.chosen import ShardSelection
+from assay.curate.chosen import BLOCK_ROWS, Ids, ShardSelection
 from assay.select import Selection
 
 DATA = "data/"
+REPEAT = "repeat-"
 CARD = "README.md"
 CARD_TEXT = """---
 configs:
@@ -78,6 +79,32 @@ def find_form(name: str) -> Form:
 
 def _copy(store: Store, chosen: ShardSelection, output: Store) -> None:
     copy_rows(chosen.shard, chosen.keep(), output)
+    _repeat(chosen, output, "")
+
+
+def _repeat(chosen: ShardSelection, output: Store, prefix: str) -> None:
+    """Rows that are to be there twice, three times and so on are in further shards, in a folder for each time."""
+    for times in range(2, 1 + int(chosen.copies.max(initial=0)) if chosen.copies is not None else 2):
+        copy_rows(chosen.shard, chosen.keep(times), Store(output.fs, output.full(f"{prefix}{REPEAT}{times}")))
+
+
+def check_repeats(selection: Selection, shards: Sequence[Shard], form: Form, is_saved_data_set: bool) -> None:
+    """CorpusError for rows that are to be there more than once, where a form has no place for them."""
+    if selection.copies is None or form.name not in ("shards", "datasets") or not (selection.copies > 1).any():
+        return
+    advice = "take rates of at most 1, or --format indices"
+    if is_saved_data_set and form.has_sidecars:
+        raise CorpusError(f"--mix: a saved data set has no place for rows that are there more than once; {advice}")
+    for shard in shards:
+        if shard.is_folder:
+            raise CorpusError(f"--mix: {shard.path}: a folder has no place for rows that are there twice; {advice}")
+        if is_repeat(shard.path):
+            raise CorpusError(f"--mix: {shard.path}: lies where rows would go that are there twice; {advice}")
+
+
+def is_repeat(path: str) -> bool:
+    """Whether a file of a selection, without its form's prefix, lies where rows are that are there more than once."""
+    return re.match(rf"{REPEAT}\d+/", path) is not None
 
 
 def _check_nothing(selection: Selection, shards: Sequence[Shard]) -> None:
@@ -92,12 +119,19 @@ def _indices_path(shard: Shard) -> str:
 
 
 def _write_indices(store: Store, chosen: ShardSelection, output: Store) -> str:
-    """`shard`, `row` in it and `index` over all shards, of every row that is kept."""
-    rows = chosen.rows[chosen.kept]
-    index = pa.nulls(len(rows), pa.int64()) if chosen.first is None else pa.array(rows + chosen.first)
-    shard = pa.DictionaryArray.from_arrays(pa.array(np.zeros(len(rows), np.int32)), [chosen.shard.path])
-    table = pa.table({"shard": shard.cast(pa.string()), "row": pa.array(rows), "index": index})
-    return _write(table, _indices_path(chosen.shard), output)
+    """`shard`, `row` in it and `index` over all shards, of every row that is kept, as often as it is to be there."""
+    schema = pa.schema([("shard", pa.string()), ("row", pa.int64()), ("index", pa.int64())])
+    times = chosen.times()
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for start in range(0, chosen.total, BLOCK_ROWS):
+            here = times[start : start + BLOCK_ROWS]
+            rows = np.repeat(np.arange(start, start + len(here)), here)
+            index = pa.nulls(len(rows), pa.int64()) if chosen.first is None else pa.array(rows + chosen.first)
+            columns = [pa.repeat(chosen.shard.path, len(rows)), pa.array(rows), index]
+            yield pa.RecordBatch.from_arrays(columns, schema=schema)
+
+    return _write(batches(), schema, _indices_path(chosen.shard), output)
 
 
 # ---- weights
@@ -109,12 +143,19 @@ def _weights_path(shard: Shard) -> str:
 
 def _write_weights(store: Store, chosen: ShardSelection, output: Store) -> str:
     """`id` and `weight` of every row that is kept; over all shards the weights' mean is 1."""
-    assert chosen.weights is not None
-    ids = pa.array(compress(stream_ids(store, table_path(chosen.shard)), chosen.kept), pa.string())
-    weights = (chosen.weights[chosen.kept] * chosen.weight_scale).astype(np.float32)
     weight = pa.field("weight", pa.float32(), metadata={"keep": "high", "description": "mean 1 over the selection"})
-    table = pa.table([ids, pa.array(weights)], schema=pa.schema([pa.field("id", pa.string()), weight]))
-    return _write(table, _weights_path(chosen.shard), output)
+    schema = pa.schema([pa.field("id", pa.string()), weight])
+    weights, kept, ids = chosen.weights, chosen.kept, Ids(store, table_path(chosen.shard))
+    assert weights is not None
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for start in range(0, len(kept), BLOCK_ROWS):
+            here = kept[start : start + BLOCK_ROWS]
+            own = (weights[start : start + BLOCK_ROWS][here] * chosen.weight_scale).astype(np.float32)
+            columns = [ids.take(len(here)).filter(pa.array(here)), pa.array(own, from_pandas=False)]
+            yield pa.RecordBatch.from_arrays(columns, schema=schema)
+
+    return _write(batches(), schema, _weights_path(chosen.shard), output)
 
 
 def _check_weights(selection: Selection, shards: Sequence[Shard]) -> None:
@@ -138,6 +179,7 @@ def _write_data(store: Store, chosen: ShardSelection, output: Store) -> None:
     """The shard under data/, unless it has no rows left: loaders stumble over empty files."""
     if chosen.kept.any() or chosen.shard.is_folder:
         copy_rows(chosen.shard, chosen.keep(), Store(output.fs, output.full(DATA.rstrip("/"))))
+        _repeat(chosen, output, DATA)
     else:
         output.remove(DATA + chosen.shard.path)
 
@@ -165,9 +207,13 @@ def _loader(shard: Shard) -> str | None:
     return loader if shard.compression is None or loader in _COMPRESSED else None
 
 
-def _write(table: pa.Table, path: str, output: Store) -> str:
-    with output.write(path) as file:
-        pq.write_table(table, file, compression="zstd")
+def _write(batches: Iterable[pa.RecordBatch], schema: pa.Schema, path: str, output: Store) -> str:
+    with (
+        output.write(path) as file,
+        pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=["shard"]) as writer,
+    ):
+        for table in regroup(batches, schema, BLOCK_ROWS):  # a group of the few rows of a block would be small
+            writer.write_table(table)
     return path
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import numpy as np
@@ -12,14 +12,16 @@ import pyarrow as pa
 
 from assay import select
 from assay.corpus.errors import CorpusError
+from assay.curate.auditing import Audit, Labels, Rule
+from assay.curate.mixes import Mix
 from assay.select import Selection
 
-Rule = Callable[[pa.Table], Selection]
+_WITHIN_GROUPS = ("top", "quantile", "sample", "random", "mix")
 
 
 @dataclass(frozen=True)
 class RuleOptions:
-    """Exactly one of the first seven says which rule; amounts are texts, because 1 and 1.0 differ."""
+    """Exactly one of the first seven, ``mix`` or ``audit``, says which rule. Amounts are texts: 1 and 1.0 differ."""
 
     top: str | None = None
     threshold: float | None = None
@@ -36,19 +38,28 @@ class RuleOptions:
     """Whether kept rows are to have weights: the rule's own, or softmax(worth / temperature)."""
     where: str | None = None
     """A condition; it needs no rule, and one that is given chooses among the rows that pass."""
+    mix: Mix | None = None
+    group: str | None = None
+    """Choose within groups; the rule's table has them in a column `group_column`."""
+    audit: Labels | None = None
+    beta: float | None = None
 
-    def rule(self) -> Rule:
+    def rule(self) -> Rule | Audit:
         """The rule that was asked for. CorpusError unless it is one, and complete."""
-        kinds = ("top", "threshold", "quantile", "gmm", "kmeans", "sample", "random")
+        kinds = ("top", "threshold", "quantile", "gmm", "kmeans", "sample", "random", "mix", "audit")
         # By identity: a threshold of 0.0 is a threshold.
         given = [kind for kind in kinds if getattr(self, kind) is not None and getattr(self, kind) is not False]
         if self.where is not None and not given:
+            if self.beta is not None:
+                raise CorpusError(f"--beta {self.beta}: has no effect with --where alone; expected with --audit")
+            self._check_group("where")
             return self._all_that_pass()
         if len(given) != 1:
             got = ", ".join(f"--{kind}" for kind in given) or "none"
             raise CorpusError(
                 f"expected exactly one of {', '.join(f'--{kind}' for kind in kinds)}, or --where; got {got}"
             )
+        self._check_group(given[0])
         keep = parse_end(self.keep)
         if self.by is None and given != ["random"]:
             raise CorpusError(f"--by is missing: --{given[0]} needs a score to judge by")
@@ -57,8 +68,34 @@ class RuleOptions:
                 f"--temperature {self.temperature}: has no effect with --{given[0]}; expected with --sample, or "
                 "--format weights"
             )
+        if self.beta is not None and given != ["audit"]:
+            raise CorpusError(f"--beta {self.beta}: has no effect with --{given[0]}; expected with --audit")
+        if self.audit is not None:
+            return self._audit(self.audit, keep)
         rule = self._rule(self.by or "", keep)
         return self._weighed(rule, given[0], keep) if self.weigh else rule
+
+    def _check_group(self, kind: str) -> None:
+        by_group = self.mix is not None and isinstance(self.mix.rates, Mapping)
+        if self.group is not None and kind not in _WITHIN_GROUPS:
+            alone = " alone" if kind == "where" else ""
+            expected = ", ".join(f"--{kind}" for kind in _WITHIN_GROUPS)
+            raise CorpusError(
+                f"--group {self.group}: has no effect with --{kind}{alone}; expected with one of {expected}"
+            )
+        if kind == "mix" and by_group is not (self.group is not None):
+            raise CorpusError(
+                "--mix: its rates are by group; add --group"
+                if by_group
+                else f"--group {self.group}: --mix has the same rates for all; expected them by {self.group}"
+            )
+
+    def _audit(self, labels: Labels, keep: Literal["high", "low"] | None) -> Audit:
+        audit = Audit(labels, self.by or "", 1.0 if self.beta is None else self.beta, self.seed, keep)
+        if not self.weigh:
+            return audit
+        self._weighed(_everything, "audit", keep)  # whether it can be
+        return replace(audit, weighed=lambda rule: self._weighed(rule, "audit", keep))
 
     def _all_that_pass(self) -> Rule:
         if self.keep is not None and not self.weigh:
@@ -69,6 +106,10 @@ class RuleOptions:
 
     def _weighed(self, rule: Rule, kind: str, keep: Literal["high", "low"] | None) -> Rule:
         by, temperature = self.by, self.temperature
+        if kind == "mix":
+            if temperature is not None:
+                raise CorpusError(f"--temperature {temperature}: --mix weighs rows by their copies; leave it out")
+            return lambda table: _weighed_by_copies(rule(table))
         if kind == "sample":
             raise CorpusError("--format weights: --sample draws by the score already; take --top, or --random")
         if kind == "gmm":
@@ -85,24 +126,38 @@ class RuleOptions:
         return lambda table: select.weigh(table, rule(table), by, temperature, keep)
 
     def _rule(self, by: str, keep: Literal["high", "low"] | None) -> Rule:
+        group = None if self.group is None else group_column(self.group, by)
+        if self.mix is not None:
+            bands, rates = self.mix.bands, self.mix.rates
+            return lambda table: select.mix(table, by, bands, rates, self.seed, keep, group)
         if self.top is not None:
             best = parse_amount(self.top)
-            return lambda table: select.top(table, by, best, keep)
+            return lambda table: select.top(table, by, best, keep, group)
         if self.threshold is not None:
             limit = self.threshold
             return lambda table: select.threshold(table, by, limit, keep)
         if self.quantile is not None:
             q = self.quantile
-            return lambda table: select.quantile(table, by, q, keep)
+            return lambda table: select.quantile(table, by, q, keep, group)
         if self.sample is not None:
             drawn = parse_amount(self.sample)
-            return lambda table: select.sample(table, by, drawn, self.seed, self.temperature, keep)
+            return lambda table: select.sample(table, by, drawn, self.seed, self.temperature, keep, group)
         if self.random is not None:
             uniform = parse_amount(self.random)
-            return lambda table: select.random(table, uniform, self.seed)
+            return lambda table: select.random(table, uniform, self.seed, group)
         if self.gmm:
             return lambda table: select.gmm(table, by, keep, self.seed)
         return lambda table: select.kmeans(table, by, keep)
+
+
+def group_column(group: str, by: str) -> str:
+    """What the column of the groups is called beside that of the score, which may have the same name."""
+    return group if group != by else f"{group} of the corpus"
+
+
+def _weighed_by_copies(selection: Selection) -> Selection:
+    assert selection.copies is not None
+    return replace(selection, weights=selection.copies.astype(np.float64))
 
 
 def _everything(table: pa.Table) -> Selection:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -80,8 +81,56 @@ def scored_shards(scores: Scores) -> list[tuple[Shard, Scored]]:
 
 def check_rows(store: Store, shard: Shard, table: Scored, rows: npt.NDArray[np.int64]) -> None:
     """CorpusError unless a score table's rows and the quarantined ones are together the shard's."""
-    if (np.diff(np.concatenate([[-1], rows, [table.rows]])) <= 0).any():
-        raise CorpusError(f"{store.full(table_path(shard))}: its rows do not ascend below {table.rows}; score it again")
-    listed = [entry.row for entry in read_quarantine(store, shard)] if table.quarantined else []
-    if listed != np.setdiff1d(np.arange(table.rows), rows, assume_unique=True).tolist():
+    check = RowCheck(store, shard, table)
+    check.see(rows)
+    check.end()
+
+
+class RowCheck:
+    """Checks the same of rows that come some at a time."""
+
+    def __init__(self, store: Store, shard: Shard, table: Scored) -> None:
+        self._store, self._shard, self._table = store, shard, table
+        self._seen, self._last = 0, -1
+        self._missing = quarantined_rows(store, shard, table)
+
+    def see(self, rows: npt.NDArray[np.int64]) -> None:
+        """The next rows of the table."""
+        if not len(rows):
+            return
+        if rows[0] <= self._last or rows[-1] >= self._table.rows or (np.diff(rows) <= 0).any():
+            raise self._error()
+        self._seen, self._last = self._seen + len(rows), int(rows[-1])
+        near = self._missing[slice(*np.searchsorted(self._missing, [rows[0], self._last + 1]))]
+        if np.isin(near, rows, assume_unique=True).any():
+            raise self._unlisted()
+
+    def end(self) -> None:
+        """There are no more."""
+        if self._seen + len(self._missing) != self._table.rows:
+            raise self._unlisted()
+
+    def _error(self) -> CorpusError:
+        where = self._store.full(table_path(self._shard))
+        return CorpusError(f"{where}: its rows do not ascend below {self._table.rows}; score it again")
+
+    def _unlisted(self) -> CorpusError:
+        where = self._store.full(quarantine_path(self._shard))
+        return CorpusError(f"{where}: not the list of the rows that {self._shard.path} lacks")
+
+
+def quarantined_rows(store: Store, shard: Shard, table: Scored) -> npt.NDArray[np.int64]:
+    """The rows of a shard that are in quarantine. CorpusError unless they ascend, within the shard."""
+    if not table.quarantined:
+        return np.empty(0, np.int64)
+    listed = (-1 if entry.row is None else entry.row for entry in read_quarantine(store, shard))
+    rows = np.fromiter(islice(listed, table.rows + 1), np.int64)
+    if len(rows) and (rows[0] < 0 or rows[-1] >= table.rows or (np.diff(rows) <= 0).any()):
         raise CorpusError(f"{store.full(quarantine_path(shard))}: not the list of the rows that {shard.path} lacks")
+    return rows
+
+
+def place_of(missing: npt.NDArray[np.int64], row: int) -> int | None:
+    """A row's place in its shard's table, given the rows in quarantine; None if it is one of those."""
+    before = int(np.searchsorted(missing, row))
+    return None if before < len(missing) and missing[before] == row else row - before

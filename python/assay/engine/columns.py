@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 
 from assay.corpus.errors import ShardError
+from assay.corpus.facts import MIXED
 from assay.corpus.readers import columns_of
 from assay.corpus.shards import Corpus, Shard
 from assay.recipe.errors import EngineError
@@ -15,6 +16,8 @@ from assay.recipe.tasks import Columns, Encoder, ReadsColumns, ReadsFiles, Reads
 
 # A column may be missing in some shards, which are listed as unreadable then; in so many it is a misspelt name.
 _MOST_SHARDS = 16
+# What a column of texts may look like: of JSON lines the first may be null, or something else.
+TEXTS = ("string", "binary", "null", MIXED)
 
 
 def with_columns(recipe: Recipe, corpora: Mapping[str, Corpus]) -> Recipe:
@@ -22,7 +25,7 @@ def with_columns(recipe: Recipe, corpora: Mapping[str, Corpus]) -> Recipe:
 
     EngineError if a column of the task, or the ids', is in none of the first readable shards of a corpus.
     """
-    wanted = {f"task.{key}": column for key, column in recipe.task.column_keys().items()}
+    wanted = {f"task.{key}": column for key, column in recipe.task.column_keys().items()} | recipe.own_columns
     for name, path in recipe.fitted_to().items():
         _find_columns(corpora[path], wanted, f" of {name}")
     if recipe.corpus.id_column is not None:
@@ -30,6 +33,9 @@ def with_columns(recipe: Recipe, corpora: Mapping[str, Corpus]) -> Recipe:
     found = _find_columns(corpora[recipe.corpus.path], wanted)
     if found is None:
         return recipe
+    for key, column in recipe.own_columns.items():
+        if found[column].type not in TEXTS:
+            raise EngineError(f"{key}: column {column!r} holds {found[column].type}; expected texts")
     return recipe.model_copy(update={"task": recipe.task.seen(found)})
 
 

@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fsspec.implementations.memory import MemoryFileSystem
-
 from assay.corpus.errors import CorpusError, ShardError
 from assay.corpus.footer import Footer
 from assay.corpus.layout import table_path
@@ -81,7 +79,7 @@ def score_with_workers(
 
 def _refuse_memory(plan: Plan) -> None:
     for store in (plan.output, *(corpus.store for corpus in plan.corpora.values())):
-        if isinstance(store.fs, MemoryFileSystem):
+        if store.is_in_memory:
             raise CorpusError(f"{store.url}: lives in one process, where no worker sees it; score with run.devices=cpu")
 
 

@@ -23,8 +23,7 @@ from assay.corpus.quarantine import list_digest
 from assay.corpus.shards import Shard
 from assay.corpus.storage import Fingerprint, Store
 from assay.methods import Column, Method
-from assay.methods.base import Need
-from assay.methods.influence import Influence
+from assay.methods.base import Keeper, Kept, Need
 from assay.ops import Sketch
 from assay.probe import Signals
 from assay.recipe.errors import EngineError
@@ -33,11 +32,10 @@ from assay.recipe.recipe import Recipe
 
 log = logging.getLogger("assay")
 
-DOUBT = "doubt"
 # Stored features are widened to float32 for this many rows at a time.
 ROWS = 4096
 # Parameters that make scores of features, which do not depend on them.
-_LATER = ("models", "damping", "target_share", "weights", "name", "keep_features")
+_LATER = ("models", "model", "damping", "target_share", "weights", "within", "across", "name", "keep_features")
 
 Scores = dict[str, npt.NDArray[Any]]
 """float32, a row per sample; of a number per token, objects: an array for each."""
@@ -47,7 +45,7 @@ class FeatureMethod(Method):
     """A method whose features are kept, as a `Method` that gives the features themselves; ``scores`` makes the rest.
 
     Args:
-        method: the method; only ``scores`` needs it fitted.
+        method: the method, a ``Keeper``; only ``scores`` needs it fitted.
         spec: its part of the recipe, with ``keep_features``.
         rows: what decides which rows are samples, and what becomes of them: ``Encoder.identity``.
 
@@ -56,7 +54,7 @@ class FeatureMethod(Method):
     """
 
     def __init__(
-        self, method: Influence, spec: MethodSpec, recipe: Recipe, identity: Identity, rows: Mapping[str, Any]
+        self, method: Keeper, spec: MethodSpec, recipe: Recipe, identity: Identity, rows: Mapping[str, Any]
     ) -> None:
         if not re.fullmatch(r"\w[\w.-]*", method.name):
             raise ValueError(
@@ -64,26 +62,30 @@ class FeatureMethod(Method):
             )
         self.name, self.method = method.name, method
         assert spec.stored_as is not None
-        size, extra = method.feature(0, target=False).size, DOUBT if method.kernel.doubt else None
-        sketches = [_described(method.sketch_of(k)) for k in range(len(method.models))]
-        self.specs = [FeatureSpec(spec.method, size, spec.stored_as, sketch, extra) for sketch in sketches]
-        self._facts = [_facts(k, spec, recipe, identity, rows) for k in range(len(method.models))]
+        kept: Sequence[Kept] = method.kept
+        self.specs = [
+            FeatureSpec(
+                spec.method, each.size, spec.stored_as, _described(each.sketch) if each.sketch else {}, each.extra
+            )
+            for each in kept
+        ]
+        self._facts = [_facts(k, spec, recipe, identity, rows) for k in range(len(kept))]
 
     @property
     def columns(self) -> Sequence[Column]:
-        features, doubts = self._names()
+        features, extras = self._names()
         named = zip(features, self.specs, strict=True)
         return [
             *(Column(name, "none", "raw features", spec.dim) for name, spec in named),
-            *(Column(name, "none", "1 − p of the sample's labels") for name in doubts),
+            *(Column(name, "none", "what is kept beside the features") for name in extras),
         ]
 
     def needs(self) -> Mapping[str, Need]:
         return self.method.needs()
 
     def score(self, signals: Mapping[str, Signals]) -> dict[str, Tensor]:
-        features, doubts = self.method.raw_features(signals)
-        return dict(zip([name for names in self._names() for name in names], [*features, *(doubts or ())], strict=True))
+        features, extras = self.method.raw_features(signals)
+        return dict(zip([name for names in self._names() for name in names], [*features, *(extras or ())], strict=True))
 
     def metadata(self) -> dict[str, str]:
         return self.method.metadata()
@@ -94,21 +96,20 @@ class FeatureMethod(Method):
         return self.method.left_out
 
     def _names(self) -> tuple[list[str], list[str]]:
-        """The columns of the checkpoints' features, and of their doubts."""
-        count = range(len(self.specs))
-        doubts = [f"{self.name}.{DOUBT}{k}" for k in count if self.method.kernel.doubt]
-        return [f"{self.name}.feature{k}" for k in count], doubts
+        """The columns of the checkpoints' features, and of what is kept beside them."""
+        extras = [f"{self.name}.{spec.extra}{k}" for k, spec in enumerate(self.specs) if spec.extra]
+        return [f"{self.name}.feature{k}" for k in range(len(self.specs))], extras
 
     def take(self, values: Scores) -> list[tuple[Tensor, Tensor | None]]:
-        """Remove this method's columns from ``values`` -> each checkpoint's features and doubts."""
-        features, doubts = ([torch.from_numpy(values.pop(name)) for name in names] for names in self._names())
-        return list(itertools.zip_longest(features, doubts))
+        """Remove this method's columns from ``values`` -> each checkpoint's features and what is kept beside them."""
+        features, extras = ([torch.from_numpy(values.pop(name)) for name in names] for names in self._names())
+        return list(itertools.zip_longest(features, extras))
 
     def scores(self, batches: Sequence[FeatureBatch]) -> Scores:
         """The method's columns, from the same rows of each checkpoint's features."""
-        doubts = [batch.extra for batch in batches if batch.extra is not None]
+        extras = [batch.extra for batch in batches if batch.extra is not None]
         with torch.no_grad():
-            scores = self.method.score_features([batch.values() for batch in batches], doubts or None)
+            scores = self.method.score_features([batch.values() for batch in batches], extras or None)
         return {name: values.float().cpu().numpy() for name, values in scores.items()}
 
     def stored_scores(self, files: Sequence[FeatureFile]) -> Scores:
@@ -129,7 +130,7 @@ class FeatureMethod(Method):
 
 
 def _facts(k: int, spec: MethodSpec, recipe: Recipe, identity: Identity, rows: Mapping[str, Any]) -> dict[str, Any]:
-    name = spec.models_used()["models", k]
+    name = list(spec.models_used().values())[k]
     method = {key: value for key, value in spec.identity().items() if key not in _LATER}
     if method.get("optimizers"):
         method["optimizers"] = method["optimizers"][k]
@@ -177,7 +178,7 @@ class FeatureWriters:
             writers = self._writers[method.name]
             try:
                 pairs = zip(writers, method.take(scores), strict=True)
-                batches = [writer.add(rows, ids, features, doubt) for writer, (features, doubt) in pairs]
+                batches = [writer.add(rows, ids, features, extra) for writer, (features, extra) in pairs]
             except ValueError as error:
                 raise EngineError(f"{self._shard.path}: {method.name}: keep_features: {error}") from error
             scores |= method.scores(batches)

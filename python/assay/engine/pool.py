@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,11 +14,12 @@ from assay.corpus.errors import BadRow, ShardError
 from assay.corpus.format import Chunk
 from assay.corpus.readers import read
 from assay.corpus.shards import Corpus, Shard
+from assay.corpus.storage import may_pass
 from assay.engine.columns import for_shard, optional_columns
 from assay.engine.groups import batches_of
 from assay.recipe.errors import EngineError
 from assay.recipe.recipe import Recipe
-from assay.recipe.tasks import Encoded, Encoder
+from assay.recipe.tasks import Encoded, Encoder, without_columns
 
 log = logging.getLogger("assay")
 
@@ -34,6 +35,11 @@ class Batches:
     def __iter__(self) -> Iterator[Any]:
         return batches_of(self.recipe, self.encoder, self.samples)
 
+    @property
+    def plain(self) -> Batches:
+        """Without the columns that are not the task's."""
+        return replace(self, encoder=without_columns(self.encoder))
+
 
 def corpus_fingerprint(corpus: Corpus) -> str:
     """Changes with any shard's name, size, modification time or etag, as a score table's input does."""
@@ -41,7 +47,9 @@ def corpus_fingerprint(corpus: Corpus) -> str:
     for shard in corpus.shards:
         try:
             facts: object = sorted(shard.fingerprint().to_json().items())
-        except OSError:
+        except OSError as error:
+            if may_pass(error):
+                raise
             facts = "not there"  # reading it will say what is the matter
         digest.update(f"{shard.path}\0{facts}\n".encode())
     return f"sha256:{digest.hexdigest()}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +23,7 @@ from assay.recipe.errors import EngineError
 from assay.recipe.models import build_models
 from assay.recipe.recipe import Recipe
 from assay.recipe.signatures import Given
-from assay.recipe.tasks import Encoder, OwnShapes, ShowsTokens
+from assay.recipe.tasks import Encoder, OwnShapes, ShowsTokens, with_columns_of
 from assay.tasks.contrastive import NO_GRADIENTS
 
 CPU = torch.device("cpu")
@@ -58,13 +58,15 @@ def open_workshop(plan: Plan, fit: bool = True, device: torch.device = CPU) -> W
 
     The models, and what the methods learn of them, are on ``device``; scores come back from there.
     """
-    recipe, task = plan.recipe, plan.recipe.task.task()
+    recipe = plan.recipe
+    task = recipe.task.task() if recipe.task.asks_models else None
     take(device)
     make_encoder = recipe.task.open(recipe.models_used)
     models = build_models(recipe.models_used, recipe.task.auto_class, plan.identity.models)
     models = {name: place(name, model, device) for name, model in models.items()}
-    encoder = make_encoder(models)
-    given = Given(models, task, _targets(plan, encoder), recipe.seed)
+    encoder = with_columns_of(make_encoder(models), list(dict.fromkeys(recipe.own_columns.values())))
+    views = _targets(plan, encoder)
+    given = Given(models, task, {name: batches.plain for name, batches in views.items()}, recipe.seed, views)
     methods = []
     for i, spec in enumerate(recipe.methods):
         with _refusals(recipe, i):
@@ -72,7 +74,7 @@ def open_workshop(plan: Plan, fit: bool = True, device: torch.device = CPU) -> W
     with _refusals(recipe):
         all_columns(methods)
         feature_methods = _feature_methods(plan, methods, encoder)
-        _refuse_unsupported(methods, encoder)
+        _refuse_unsupported(methods, encoder, set(recipe.own_columns.values()))
         Scorer([method for method in methods if not _fits(method)])  # it taps the models, which may be refused too
     scorer = None
     if fit:
@@ -105,7 +107,7 @@ def _fit(plan: Plan, methods: Sequence[Method], encoder: Encoder) -> None:
     for i, method in enumerate(methods):
         torch.manual_seed(recipe.seed)  # labels may be drawn from the model
         with _refusals(recipe, i):
-            method.fit(pool)
+            method.fit(pool if recipe.methods[i].column_keys() else pool.plain)
             _refuse_gradients(method, encoder)
 
 
@@ -123,16 +125,17 @@ def _feature_methods(plan: Plan, methods: Sequence[Any], encoder: Encoder) -> di
     }
 
 
-def _refuse_unsupported(methods: Sequence[Method], encoder: Encoder) -> None:
+def _refuse_unsupported(methods: Sequence[Method], encoder: Encoder, read: Set[str]) -> None:
     """ValueError for what the contract allows and a recipe has no data or table for."""
     for method in methods:
         if any(column.width is None for column in method.columns) and not isinstance(encoder, ShowsTokens):
             raise ValueError(f"{method.name}: gives a number per token, and the task's samples are no tokens")
         if not _fits(method):
             _refuse_gradients(method, encoder)
-        if not _fits(method) and any(need.raw or need.view for need in method.needs().values()):
+        if not _fits(method) and any(set(need.raw) - read or need.view for need in method.needs().values()):
             raise ValueError(
-                f"{method.name}: wants raw columns or another view, which a recipe does not give; use assay.score"
+                f"{method.name}: wants another view, or raw columns that no key of it (…_column) names, which a recipe "
+                "does not give; use assay.score"
             )
 
 

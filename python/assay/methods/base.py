@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_chec
 
 from torch import Tensor, nn
 
-from assay.probe import Jvp, Reduction, Signals
+from assay.ops import Sketch
+from assay.probe import Jvp, Pooled, Reduction, Signals
 from assay.tasks import Task
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Need:
         logits: whether the signals keep the logits.
         reductions: folded while the backward pass runs; without any, there is no backward pass. Those of the kind
             ``Jvp`` come from the forward pass alone.
-        embeddings: name or glob of the one layer whose pooled input is wanted.
+        embeddings: name or glob of the one layer whose input, averaged over positions, is wanted; or a ``Pooled``.
         raw: names of the sample's own columns.
         view: another view of the sample than the batch's main one; see ``Views``.
         layers, skip_unsupported: what the reductions' parameters were selected with, and whether a layer that turns
@@ -57,7 +58,7 @@ class Need:
     task: Task | None = None
     logits: bool = False
     reductions: Mapping[str, Reduction | Jvp] = field(default_factory=dict)
-    embeddings: str | None = None
+    embeddings: str | Pooled | None = None
     raw: Sequence[str] = ()
     view: str | None = None
     layers: str | Sequence[str] | None = None
@@ -70,6 +71,21 @@ class Need:
             raise ValueError("Need: logits, reductions, embeddings and views are a model's; expected model and task")
         if self.model is None and not self.raw:
             raise ValueError("Need: asks for nothing; expected a model and a task, or raw columns")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a method keeps of one checkpoint: see ``Keeper``.
+
+    Attributes:
+        size: numbers per sample.
+        sketch: what projected them, if anything did.
+        extra: name of one more number per sample.
+    """
+
+    size: int
+    sketch: Sketch | None = None
+    extra: str | None = None
 
 
 @dataclass(frozen=True)
@@ -137,6 +153,27 @@ class Method(Protocol):
     def metadata(self) -> dict[str, str]:
         """Facts and warnings about what was scored so far, for the table's footer."""
         return {}
+
+
+class Keeper(Method):
+    """A method whose scores are made of a few numbers per sample that know nothing of targets: with ``keep_features``
+    these are stored, and scored for other targets without a model."""
+
+    left_out: Mapping[str, str]
+    """What could not be tapped while it was fitted, with the reason."""
+
+    @property
+    def kept(self) -> Sequence[Kept]:
+        """What ``raw_features`` gives, by checkpoint. A ValueError if that cannot be told before anything runs."""
+        raise NotImplementedError
+
+    def raw_features(self, signals: Mapping[str, Signals]) -> tuple[list[Tensor], list[Tensor] | None]:
+        """(B, size) of each checkpoint and, where something is kept beside them, (B,) of each."""
+        raise NotImplementedError
+
+    def score_features(self, features: Sequence[Tensor], extras: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
+        """Scores of what ``raw_features`` gave, fresh or stored."""
+        raise NotImplementedError
 
 
 def samples_gathered(method: Method) -> int | None:

@@ -84,8 +84,8 @@ class EKFAC(Method):
         self.layers, self.skip_unsupported = layers, skip_unsupported
         self.parameters = tapped_parameters(model, layers, skip_unsupported=skip_unsupported)
         self.left_out: dict[str, str] = {}  # parameters that could not be tapped after all
-        self._bases: dict[str, _Basis] = {}
-        self._directions: dict[str, Mapping[str, Tensor]] = {}
+        self._bases: dict[str, Basis] = {}
+        self._directions: Mapping[str, Mapping[str, Tensor]] = {}
 
     @property
     def columns(self) -> Sequence[Column]:
@@ -123,16 +123,26 @@ class EKFAC(Method):
         folded = self._run(eigenvalues, batches, drawn=self.true_fisher)
         folded.check(f"{self.name}: the pool that fit() was given", self.parameters)
         means = [basis.average(folded.count(name)) for name, basis in bases.items()]
+        gradients, left_out = self.targets.gradients(self._run, self.parameters)
+        self._directions = self._solve(bases, means, gradients, batches)
+        self._bases, self.left_out = bases, folded.left_out | left_out
+        return self
+
+    def _solve(
+        self,
+        bases: Mapping[str, Basis],
+        means: Sequence[float],
+        gradients: Mapping[str, Mapping[str, Tensor]],
+        pool: Sequence[Any],
+    ) -> dict[str, dict[str, Tensor]]:
+        """H⁻¹ of the targets' gradients, by target and parameter; ``bases``, of mean Λ ``means``, become damped."""
         units = [1.0] * len(means) if self.absolute_damping else damping_units(bases, means)
         for basis, unit in zip(bases.values(), units, strict=True):
             basis.damp(self.damping * unit)
-        gradients, left_out = self.targets.gradients(self._run, self.parameters)
-        self._directions = {
+        return {
             target: {name: bases[name].precondition(g) for name, g in gradient.items()}
             for target, gradient in gradients.items()
         }
-        self._bases, self.left_out = bases, folded.left_out | left_out
-        return self
 
     def _run(self, sums: Sums, batches: Iterable[Any], drawn: bool = False) -> Folded:
         return fold(self.model, self.task, sums, batches, skip_unsupported=self.skip_unsupported, drawn=drawn)
@@ -158,7 +168,7 @@ class EKFAC(Method):
 
 
 @dataclass
-class _Basis:
+class Basis:
     """The eigenbasis of one parameter's curvature; identity where ``left`` and ``right`` are None."""
 
     left: Tensor | None
@@ -231,11 +241,11 @@ class _Moments(Sums):
         self.dtypes[parameter] = left.dtype
         return finite
 
-    def bases(self) -> dict[str, _Basis]:
-        bases = {name: _Basis(None, None) for name in self.parameters}
+    def bases(self) -> dict[str, Basis]:
+        bases = {name: Basis(None, None) for name in self.parameters}
         for name in self.left.keys() - self.other:
             left, right = (torch.linalg.eigh(moments[name]).eigenvectors for moments in (self.left, self.right))
-            bases[name] = _Basis(left.to(self.dtypes[name]), right.to(self.dtypes[name]))
+            bases[name] = Basis(left.to(self.dtypes[name]), right.to(self.dtypes[name]))
         return bases
 
 
@@ -243,7 +253,7 @@ class _Moments(Sums):
 class _Eigenvalues(Sums):
     """Adds up Λ, in place in the bases."""
 
-    bases: Mapping[str, _Basis]
+    bases: Mapping[str, Basis]
 
     def add(self, parameter: str, gradient: PerSampleGradient) -> Tensor:
         basis, masks = self.bases[parameter], []
@@ -260,7 +270,7 @@ class _Eigenvalues(Sums):
 class _SelfInfluence:
     """gᵀ H⁻¹ g (B,)."""
 
-    bases: Mapping[str, _Basis]
+    bases: Mapping[str, Basis]
 
     @property
     def parameters(self) -> Collection[str]:

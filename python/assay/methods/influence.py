@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from assay.methods.base import Column, Method, Need
+from assay.methods.base import Column, Keeper, Kept, Need
 from assay.methods.checks import check_at_least, check_one_of, difference
 from assay.methods.targets import Targets, TargetSet
 from assay.methods.weights import shares
@@ -62,7 +62,7 @@ class Kernel:
         check_one_of("across", self.across, ("mean", "max"))
 
 
-class Influence(Method):
+class Influence(Keeper):
     """score_i = Q_i Σ_k α_k ⟨φ_k(i), M_k mean_t φ_k(t)⟩: keep high.
 
     ``fit`` must run first: it takes the targets' features and, with damping, the pool's second moment.
@@ -248,6 +248,11 @@ class Influence(Method):
             features = torch.nn.functional.normalize(features, dim=1)
         return features
 
+    @property
+    def kept(self) -> Sequence[Kept]:
+        extra = "doubt" if self.kernel.doubt else None
+        return [Kept(self.feature(k, target=False).size, self.sketch_of(k), extra) for k in range(len(self.models))]
+
     def raw_features(self, signals: Mapping[str, Signals]) -> tuple[list[Tensor], list[Tensor] | None]:
         """What ``score_features`` takes: they depend on the models and the samples, not on targets or the kernel.
 
@@ -261,12 +266,12 @@ class Influence(Method):
         self._fitted()
         return self.score_features(*self.raw_features(signals))
 
-    def score_features(self, features: Sequence[Tensor], doubts: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
+    def score_features(self, features: Sequence[Tensor], extras: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
         """Scores of samples by their raw features, fresh from the models or stored.
 
         Args:
             features: (B, size) for each checkpoint; float16 and bfloat16 are computed with in float32.
-            doubts: (B,) for each checkpoint, 1 − p of the samples' own labels, if ``kernel.doubt``.
+            extras: (B,) for each checkpoint, the doubts: 1 − p of the samples' own labels, if ``kernel.doubt``.
 
         Returns:
             (B,) per column.
@@ -276,14 +281,14 @@ class Influence(Method):
             ValueError: features or doubts of other shapes, or not one for each checkpoint.
         """
         fitted = self._fitted()
-        self._check(features, doubts)
+        self._check(features, extras)
         total = torch.zeros(())
         for k, (mine, queries, weight) in enumerate(zip(features, fitted, self.weights, strict=True)):
             roots = None if self._roots is None else self._roots[k]
             wide = self._transformed(mine if mine.dtype == torch.float64 else mine.float(), roots)
             total = total.to(wide.device) + weight * (wide @ queries.to(wide).T)  # (B, targets)
-        if doubts is not None:
-            total = total * torch.stack([d.to(total) for d in doubts]).mean(0)[:, None]
+        if extras is not None:
+            total = total * torch.stack([d.to(total) for d in extras]).mean(0)[:, None]
         return self.targets.scores(total)
 
     def _fitted(self) -> list[Tensor]:

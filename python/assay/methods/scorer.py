@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from assay.methods.base import Column, Method, Need, Views
-from assay.probe import Jvp, Probe, Reduction, Signals
+from assay.probe import Jvp, Pooled, Probe, Reduction, Signals
 from assay.probe.selection import coverage, select
 from assay.tasks import Task
 from assay.tasks.base import base_task
 
 # What one probe runs: a model's identity, the task whose forward pass it is, the view, and the layer that is pooled.
-_Key = tuple[int, Task, str | None, str | None]
+_Key = tuple[int, Task, str | None, str | Pooled | None]
 
 
 @dataclass
@@ -26,7 +26,7 @@ class _Run:
     """What one probe has to serve: by task the reductions of everybody who wants its reading of the forward pass."""
 
     model: nn.Module
-    embeddings: str | None
+    embeddings: str | Pooled | None
     readings: dict[Task, dict[str, Reduction | Jvp]] = field(default_factory=dict)
     logits: bool = False
     strict: set[str] = field(default_factory=set)  # parameters that somebody does not allow to be left out
@@ -204,9 +204,9 @@ def _tapped(need: Need) -> set[str]:
     return {name for r in need.reductions.values() if not isinstance(r, Jvp) for name in r.parameters}
 
 
-def _pooled_layers(needs: Sequence[Need]) -> dict[tuple[int, Task, str | None], str | None]:
+def _pooled_layers(needs: Sequence[Need]) -> dict[tuple[int, Task, str | None], str | Pooled | None]:
     """By forward pass and view: the layer that is pooled in the run of those that want no embeddings."""
-    layers: dict[tuple[int, Task, str | None], str | None] = {}
+    layers: dict[tuple[int, Task, str | None], str | Pooled | None] = {}
     for need in needs:
         if need.model is not None and need.task is not None:
             forward = (id(need.model), base_task(need.task), need.view)

@@ -4,6 +4,7 @@ from assay.probe.adam import AdamState
 from assay.probe.formulas import Factors
 from assay.probe.gradient import PerSampleGradient
 from assay.probe.jvp import Jvp
+from assay.probe.pooling import Pooled
 from assay.probe.probe import Probe
 from assay.probe.reductions import Displaced, Dot, Feature, Reduction, Sketched, SqNorm, TokenDot
 from assay.probe.selection import tapped_parameters
@@ -21,6 +22,7 @@ __all__ = [
     "Jvp",
     "Outer",
     "PerSampleGradient",
+    "Pooled",
     "Probe",
     "Reduction",
     "Scatter",

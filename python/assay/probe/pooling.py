@@ -4,18 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from assay.probe.selection import find_module
 
 
-class Pooling:
-    """Averages the input of one layer over positions. ``glob`` must match exactly one layer."""
+@dataclass(frozen=True)
+class Pooled:
+    """Which layer's input is averaged over a sample's positions, and how.
 
-    def __init__(self, model: nn.Module, glob: str) -> None:
-        self.layer, self._module = find_module(model, glob)
+    Attributes:
+        layer: name or glob of the one layer.
+        weights: ``"mean"``: every position that holds data counts alike; ``"position"``: the t-th of them counts t
+            times (2503.01807), for a causal model's later states have read more.
+    """
+
+    layer: str
+    weights: Literal["mean", "position"] = "mean"
+
+
+class Pooling:
+    """Averages the input of one layer over positions. A glob must match exactly one layer; a name alone is its mean."""
+
+    def __init__(self, model: nn.Module, pooled: str | Pooled) -> None:
+        self._pooled = Pooled(pooled) if isinstance(pooled, str) else pooled
+        self.layer, self._module = find_module(model, self._pooled.layer)
 
     @contextmanager
     def attached(self) -> Iterator[list[Tensor]]:
@@ -51,12 +68,18 @@ class Pooling:
             )
         if hidden.ndim == 2:
             return hidden.float()
-        if mask is None:
+        if mask is None and self._pooled.weights == "mean":
             return hidden.float().mean(1)
+        if mask is None:
+            mask = hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
         if mask.shape != hidden.shape[:2]:
             raise RuntimeError(
                 f"embeddings: the input of layer {self.layer!r} has shape {tuple(hidden.shape)} but the "
                 f"task's mask {tuple(mask.shape)}; expected one value per position"
             )
         # Select, do not multiply: what padding holds may be NaN.
-        return hidden.float().masked_fill(~mask[..., None], 0).sum(1) / mask.sum(1, keepdim=True)
+        known = hidden.float().masked_fill(~mask[..., None], 0)
+        if self._pooled.weights == "mean":
+            return known.sum(1) / mask.sum(1, keepdim=True)
+        weights = (mask.cumsum(1) * mask).float()
+        return known.mul_(weights[..., None]).sum(1) / weights.sum(1, keepdim=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from assay.probe.formulas import Factors
 from assay.probe.jvp import Jvp
 from assay.probe.layouts import Layout
-from assay.probe.pooling import Pooling
+from assay.probe.pooling import Pooled, Pooling
 from assay.probe.quiet import is_out_of_memory, undisturbed
 from assay.probe.readings import Reading, all_parameters
 from assay.probe.recording import Behind, Recorder
@@ -48,7 +48,7 @@ class Probe:
         reductions: by key; folded while the backward pass runs, their factors freed on the way. A ``Jvp`` runs the
             model forward a few times more and taps nothing.
         embeddings: name or glob of the one layer whose input is pooled: the mean over the positions in the
-            task's mask.
+            task's mask; or a ``Pooled``, which may weigh them.
         logits: whether the signals keep the logits.
         skip_unsupported: tap what can be tapped exactly instead of raising; ``left_out`` and ``coverage`` say what
             that is. Names: only these parameters may be left out. What turns out on the first batch (of two samples or
@@ -78,7 +78,7 @@ class Probe:
         *,
         factors: str | Sequence[str] | None = None,
         reductions: Mapping[str, Reduction | Jvp] | None = None,
-        embeddings: str | None = None,
+        embeddings: str | Pooled | None = None,
         logits: bool = True,
         skip_unsupported: bool | Collection[str] = False,
         verify: bool = True,

@@ -14,7 +14,8 @@ from torch import nn
 
 from assay import methods
 from assay.methods import AdamState, Method
-from assay.methods.influence import Influence, Kernel
+from assay.methods.base import Keeper
+from assay.methods.influence import Kernel
 from assay.methods.targets import Targets
 from assay.recipe.models import file_sha256
 from assay.recipe.parts import ExistingPath, Part, Registry
@@ -95,6 +96,10 @@ class MethodSpec(Part):
         """The keys that name models, and whether each takes several."""
         return {}
 
+    def column_keys(self) -> dict[str, str | None]:
+        """By key the columns of its own that it reads; None: the task's text."""
+        return {}
+
     def targets_of(self, defined: Iterable[str]) -> list[str]:
         """Which of the recipe's targets it is about."""
         return []
@@ -128,6 +133,9 @@ class DerivedSpec(DerivedPart, MethodSpec):
                 used |= {(key.name, i): name for i, name in enumerate(value)} if key.several else {(key.name,): value}
         return used
 
+    def column_keys(self) -> dict[str, str | None]:
+        return {key.name: getattr(self, key.name) for key in self.keys if key.name.endswith("_column")}
+
     def targets_of(self, defined: Iterable[str]) -> list[str]:
         for key in self.keys:
             if key.role is TARGETS:
@@ -138,9 +146,10 @@ class DerivedSpec(DerivedPart, MethodSpec):
     def build(self, given: Given) -> Method:
         own = [given.models[name] for name in self.models_used().values()]
         arguments = self.arguments(replace(given, own=own))
+        targets = given.views if self.column_keys() and given.views is not None else given.targets
         for key in self.keys:
             if key.role is TARGETS:
-                arguments[key.name] = {name: given.targets[name] for name in self.targets_of(given.targets)}
+                arguments[key.name] = {name: targets[name] for name in self.targets_of(targets)}
         shared = inspect.signature(self.constructor).parameters.keys() & {"task", "seed"}
         method: Method = self.constructor(**arguments, **{name: getattr(given, name) for name in shared})
         return method
@@ -158,7 +167,7 @@ class DerivedSpec(DerivedPart, MethodSpec):
 def derived(kind: str, method: type[Any]) -> type[DerivedSpec]:
     """The keys of a method's class. TypeError if a parameter of its constructor can be no key: write a `MethodSpec`."""
     fields: dict[str, Any] = {"method": (Literal[kind], ...)}
-    if issubclass(method, Influence):  # new targets can be scored from stored features
+    if issubclass(method, Keeper):  # new targets can be scored from stored features
         fields["keep_features"] = (Literal["float32", "float16", "bfloat16", "int8"] | None, None)
     spec = derive(method, DerivedSpec, ROLES, (Task, "seed", *LIVE), **fields)
     spec.uses_pool = getattr(method, "uses_pool", False)

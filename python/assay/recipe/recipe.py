@@ -75,7 +75,7 @@ class Recipe(Part):
     version: Literal[1]
     corpus: CorpusSpec
     task: Annotated[SerializeAsAny[TaskSpec], BeforeValidator(TASKS.parse)]
-    models: dict[str, Annotated[SerializeAsAny[ModelSpec], BeforeValidator(MODELS.parse)]]
+    models: dict[str, Annotated[SerializeAsAny[ModelSpec], BeforeValidator(MODELS.parse)]] = Field(default_factory=dict)
     methods: Annotated[list[Annotated[SerializeAsAny[MethodSpec], BeforeValidator(METHODS.parse)]], Field(min_length=1)]
     output: AnyPath
     targets: dict[str, TargetSpec] = Field(default_factory=dict)
@@ -118,6 +118,36 @@ class Recipe(Part):
             if method.needs_target and not named:
                 raise located(("methods", i, "targets"), "needs a target; define one under targets", named)
         return self
+
+    @model_validator(mode="after")
+    def _columns_are_named(self) -> Recipe:
+        text = getattr(self.task, "text_column", None)
+        for i, method in enumerate(self.methods):
+            unnamed = [key for key, column in method.column_keys().items() if column is None]
+            if unnamed and text is None:
+                raise located(("methods", i, unnamed[0]), "is missing; the task has no text_column that it could be")
+            self.methods[i] = method.model_copy(update=dict.fromkeys(unnamed, text))
+        return self
+
+    @model_validator(mode="after")
+    def _task_is_one_for_its_methods(self) -> Recipe:
+        asking = [("methods", i, *key) for i, method in enumerate(self.methods) for key in method.models_used()]
+        reading = [i for i, method in enumerate(self.methods) if method.column_keys()]
+        if asking and not self.task.asks_models:
+            raise located(asking[0], f"no model has a loss on a task of kind {self.task.kind}; take another kind")
+        if reading and not asking and self.task.asks_models:
+            message = f"{self.task.kind} is about models, and no method runs one; expected text"
+            raise located(("task", "kind"), message, self.task.kind)
+        if reading and self.task.group_rows is not None:
+            message = f"scores rows one by one, and {self.task.kind} by groups of them; give it a recipe of its own"
+            raise located(("methods", reading[0], "method"), message)
+        return self
+
+    @property
+    def own_columns(self) -> dict[str, str]:
+        """The columns that methods read, beside the task's: by the key that names them."""
+        keys = [(f"methods.{i}", method.column_keys()) for i, method in enumerate(self.methods)]
+        return {f"{where}.{key}": str(column) for where, own in keys for key, column in own.items()}
 
     @property
     def targets_used(self) -> dict[str, TargetSpec]:

@@ -24,6 +24,8 @@ class Given:
     targets: Mapping[str, Any]
     """Batches by the target's name."""
     seed: int
+    views: Mapping[str, Any] | None = None
+    """The same for methods that read columns of their own: ``methods.Views``. None: ``targets`` are."""
     own: Sequence[nn.Module] = ()
     """The models of the method that is being built, in the order in which it names them."""
 

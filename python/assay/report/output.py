@@ -7,7 +7,7 @@ import os
 from assay.corpus.errors import CorpusError
 from assay.corpus.scores_folder import Scores
 from assay.corpus.shards import find_shards, refuse_overlap
-from assay.corpus.storage import Store
+from assay.corpus.storage import Store, may_pass
 from assay.report.html import Html
 
 # The page's beginning, by which it is known again.
@@ -32,8 +32,10 @@ def open_output(url: str, scores: Scores) -> tuple[Store, str]:
     for path in scores.inputs:
         try:
             found = find_shards(path)
-        except (CorpusError, OSError):  # it is gone: nothing to write over
-            continue
+        except (CorpusError, OSError) as error:
+            if may_pass(error):
+                raise
+            continue  # it is gone: nothing to write over
         refuse_overlap(page, path, found, [""])
     if store.exists(name):
         with store.open(name) as file:

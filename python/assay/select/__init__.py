@@ -5,25 +5,38 @@ end of the score is kept comes from the column's metadata, or from ``keep="high"
 never kept, ties go to the earlier row, and every draw takes a seed: the same input gives the same selection.
 """
 
+from assay.select.auditing import Cut, fbeta_cut
+from assay.select.clip import clip_powered
+from assay.select.mixing import mix
 from assay.select.mixtures import gmm, kmeans
+from assay.select.neighbours import d2, semdedup
 from assay.select.rules import draw, quantile, random, sample, threshold, top, weigh
 from assay.select.selection import Selection
-from assay.select.targets import robust, round_robin
+from assay.select.strata import ccs
+from assay.select.targets import in_turns, robust, round_robin
 from assay.select.votes import Quality, average, quality, vote
 
 __all__ = [
+    "Cut",
     "Quality",
     "Selection",
     "average",
+    "ccs",
+    "clip_powered",
+    "d2",
     "draw",
+    "fbeta_cut",
     "gmm",
+    "in_turns",
     "kmeans",
+    "mix",
     "quality",
     "quantile",
     "random",
     "robust",
     "round_robin",
     "sample",
+    "semdedup",
     "threshold",
     "top",
     "vote",

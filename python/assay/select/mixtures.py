@@ -32,7 +32,8 @@ def gmm(table: pa.Table, by: str, keep: Keep | None = None, seed: int = 0) -> Se
     weights = np.zeros(len(score.values))
     for start in range(0, len(weights), _CHUNK_ROWS):
         part = slice(start, start + _CHUNK_ROWS)
-        values = (np.where(score.valid[part], score.values[part], -np.inf) - center) / scale
+        wide = score.values[part].astype(np.float64)
+        values = (np.where(score.valid[part], wide, -np.inf) - center) / scale
         posterior = model.predict_proba(np.clip(values, low, high)[:, None])[:, better]
         weights[part] = np.select([values >= high, values <= low], [1.0, 0.0], posterior)
     means = [score.sign * (m * scale + center) for m in (high, low)]
@@ -54,22 +55,37 @@ def gmm(table: pa.Table, by: str, keep: Keep | None = None, seed: int = 0) -> Se
 def kmeans(table: pa.Table, by: str, keep: Keep | None = None) -> Selection:
     """Split the score into the two groups of least squared error and keep the better: exact, no seed."""
     score = oriented(table, by, keep)
-    ordered = np.sort(_two_values(score))
-    centered = ordered - ordered.mean()
-    left = np.arange(1, len(ordered))
-    sums = np.cumsum(centered)[:-1]
-    # The split of least error is the one of greatest spread between the groups' means (the sums add up to 0).
-    between = sums**2 / left + sums**2 / (len(ordered) - left)
-    between[ordered[1:] == ordered[:-1]] = -1.0  # equal scores stay together
-    split = int(np.argmax(between)) + 1
+    ordered = _two_values(score)
+    ordered.sort()
+    split = _split(ordered)
     selection = score.cut(float(ordered[split]), f"{by}, 2-means")
     means = {"better_mean": ordered[split:].mean(), "worse_mean": ordered[:split].mean()}
     facts = {name: score.sign * float(value) for name, value in means.items()}
     return Selection(**(vars(selection) | {"facts": facts}))
 
 
+def _split(ordered: Floats) -> int:
+    """How many of the values, which ascend, are in the lower group."""
+    rows, center = len(ordered), ordered.mean()
+    total, most, split = 0.0, -np.inf, 1
+    for start in range(0, rows - 1, _CHUNK_ROWS):
+        held = ordered[start : start + _CHUNK_ROWS + 1]
+        centered = held[: min(_CHUNK_ROWS, rows - 1 - start)] - center
+        centered[0] += total
+        sums = np.cumsum(centered)
+        total = float(sums[-1])
+        left = np.arange(start + 1, start + len(sums) + 1)
+        # The split of least error is the one of greatest spread between the groups' means (the sums add up to 0).
+        between = sums**2 / left + sums**2 / (rows - left)
+        between[held[1 : len(sums) + 1] == held[: len(sums)]] = -1.0  # equal scores stay together
+        place = int(np.argmax(between))
+        if between[place] > most:
+            most, split = float(between[place]), start + place + 1
+    return split
+
+
 def _two_values(score: OrientedScore) -> Floats:
-    finite: Floats = score.values[np.isfinite(score.values)]
+    finite: Floats = score.values[np.isfinite(score.values)].astype(np.float64)
     if len(finite) < 2 or finite.min() == finite.max():
         raise ValueError(f"by={score.name!r} cannot be split in two; of its {len(finite)} finite scores no two differ")
     return finite

@@ -23,7 +23,9 @@ class Selection:
     ``mask`` has one Boolean per row; ``weights``, if the rule thinks in degrees, one float in [0, 1]; of
     `robust` and `weigh`, any whose sum is the number of kept rows.
     ``threshold`` is where the score was cut, in the score's own units. ``codes`` indexes ``legend``, the
-    reasons. ``facts`` holds what the rule learned (component means, voters' accuracies).
+    reasons. ``facts`` holds what the rule learned (component means, voters' accuracies). Of a rule that looks at
+    groups, ``limits`` are where each group's score was cut, NaN where nothing of it is kept; of `mix`, ``copies`` how
+    often each row is to be there, 0 for one that is not kept.
     """
 
     rule: str
@@ -33,6 +35,8 @@ class Selection:
     threshold: float | None = None
     weights: Floats | None = None
     facts: Mapping[str, float] = field(default_factory=dict)
+    limits: Floats | None = None
+    copies: npt.NDArray[np.uint8] | None = None
 
     @property
     def indices(self) -> npt.NDArray[np.int64]:
@@ -56,16 +60,19 @@ class Selection:
         line = f"{self.rule}: kept {kept:,} of {rows:,} rows ({kept / max(rows, 1):.1%})"
         if self.threshold is not None:
             line += f", threshold {self.threshold:.6g}"
+        if self.copies is not None:
+            line += f", {int(self.copies.sum(dtype=np.int64)):,} with their copies"
         unscored = rows - int(self.scored.sum())
         return line + (f", {unscored:,} NaN" if unscored else "")
 
 
 @dataclass(frozen=True)
 class OrientedScore:
-    """A score turned so that more is better: ``values`` are the column's numbers times ``sign``."""
+    """A score turned so that more is better: ``values`` are the column's numbers times ``sign``, float32 where they are
+    so in the table, else float64. What is computed from them is to be computed in float64."""
 
     name: str
-    values: Floats
+    values: npt.NDArray[Any]
     valid: Mask
     sign: int
 
@@ -75,19 +82,25 @@ class OrientedScore:
 
     def select(self, mask: Mask, rule: str, kept: str, dropped: str, **details: Any) -> Selection:
         """A selection by this score, with its three reasons."""
-        codes = np.where(self.valid, mask.astype(np.uint8), np.uint8(UNSCORED)).astype(np.uint8)
+        codes = np.where(self.valid, mask.view(np.uint8), np.uint8(UNSCORED))
         legend = (f"dropped: {dropped}", f"kept: {kept}", f"dropped: {self.name} is NaN")
         return Selection(rule, mask & self.valid, codes, legend, **details)
 
     def cut(self, limit: float, rule: str) -> Selection:
         """Keep what is at least ``limit`` in worth."""
-        mask = np.zeros(len(self.values), bool)
-        mask[self.valid] = self.values[self.valid] >= limit
+        mask = np.greater_equal(self.values, limit, signature="dd->?")
         own = self.sign * limit
         side = ("at least", "below") if self.sign > 0 else ("at most", "above")
         return self.select(
             mask, rule, f"{self.name} {side[0]} {own:.6g}", f"{self.name} {side[1]} {own:.6g}", threshold=own
         )
+
+
+def indices_mask(rows: int, indices: npt.NDArray[np.int64]) -> Mask:
+    """(rows,), the rows of these indices."""
+    mask = np.zeros(rows, bool)
+    mask[indices] = True
+    return mask
 
 
 def oriented(table: pa.Table, by: str, keep: Literal["high", "low"] | None = None) -> OrientedScore:
@@ -106,5 +119,8 @@ def oriented(table: pa.Table, by: str, keep: Literal["high", "low"] | None = Non
     if direction not in ("high", "low"):
         raise ValueError(f"keep={keep!r}: expected 'high' or 'low'")
     sign = 1 if direction == "high" else -1
-    column = table[by].to_numpy().astype(np.float64)
-    return OrientedScore(by, sign * column, ~np.isnan(column), sign)
+    held = table[by]
+    column = held.chunk(0).to_numpy(zero_copy_only=False) if held.num_chunks == 1 else held.to_numpy()
+    if column.dtype != np.float32:
+        column = column.astype(np.float64)
+    return OrientedScore(by, column if sign > 0 else -column, ~np.isnan(column), sign)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
-from assay.select.rules import Amount, Keep, amount_rows, indices_mask
-from assay.select.selection import KEPT, UNSCORED, Selection, oriented
+from assay.select.rules import Amount, Keep, amount_rows
+from assay.select.selection import KEPT, UNSCORED, Selection, indices_mask, oriented
 
 
 def round_robin(table: pa.Table, by: Sequence[str], amount: Amount, seed: int, keep: Keep | None = None) -> Selection:
@@ -53,6 +54,35 @@ def round_robin(table: pa.Table, by: Sequence[str], amount: Amount, seed: int, k
     return Selection(rule, mask, codes.astype(np.uint8), legend)
 
 
+def in_turns(rankings: npt.NDArray[np.int64], amount: int, rows: int) -> Selection:
+    """Queries take turns: each its next best row, and one that another has taken costs the turn (RDS+, 2503.01807).
+
+    Args:
+        rankings: (queries, k) rows' positions, best first, as ``FeatureStore.topk(queries, k, reduce="none")`` gives
+            them. -1 stands for no row.
+        amount: how many rows to keep.
+        rows: of the table.
+
+    Raises:
+        ValueError: positions outside the table, or rankings too short to name ``amount`` rows.
+    """
+    ranked = np.asarray(rankings)
+    if ranked.ndim != 2 or (ranked.size and not -1 <= ranked.min() <= ranked.max() < rows):
+        raise ValueError(f"rankings: expected (queries, k) positions of {rows} rows, got shape {ranked.shape}")
+    if isinstance(amount, bool) or not isinstance(amount, int) or amount < 0:
+        raise ValueError(f"amount={amount!r}: expected a number of rows of at least 0")
+    in_order = ranked.T.ravel()
+    named, first = np.unique(in_order[in_order >= 0], return_index=True)
+    if len(named) < min(amount, rows):
+        raise ValueError(
+            f"amount={amount}: {ranked.shape[0]} rankings of {ranked.shape[1]} rows name {len(named)} in all; give "
+            "longer ones (a larger k)"
+        )
+    mask = indices_mask(rows, named[np.argsort(first)[:amount]])
+    legend = ("dropped: taken by no query", "kept: taken by a query in its turn")
+    return Selection(f"{len(ranked)} queries in turns, {amount}", mask, mask.astype(np.uint8), legend)
+
+
 def robust(table: pa.Table, by: str, amount: Amount, keep: Keep | None = None) -> Selection:
     """The best ``amount`` rows as in `top`, with weights w_i = [(p_i − μ)/λ]₊ that sum to their number (2505.19051).
 
@@ -72,15 +102,18 @@ def robust(table: pa.Table, by: str, amount: Amount, keep: Keep | None = None) -
     if not len(left_out):
         weights[kept] = 1.0
     elif len(kept):
-        excess = score.values[kept] - score.values[left_out]
+        worth = score.values.astype(np.float64)
+        excess = worth[kept] - worth[left_out]
         kept, excess = kept[excess > 0], excess[excess > 0]
         if len(kept) and not np.isfinite(excess).all():
             raise ValueError(f"by={by!r}: among the best {wanted} are infinite scores, which have no finite weights")
         weights[kept] = excess / excess.sum() * len(kept) if len(kept) else 0.0
     limit = score.sign * float(score.values[kept].min()) if len(kept) else None
+    mask = np.zeros(table.num_rows, bool)
+    mask[kept] = True
     place = f"among the {wanted:,} {score.end} of {by}"
     return score.select(
-        indices_mask(table.num_rows, kept),
+        mask,
         f"{by}, {score.end} {amount} with robust weights",
         place,
         f"not {place}",

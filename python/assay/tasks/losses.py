@@ -20,6 +20,8 @@ class _RowLosses(torch.autograd.Function):
     one, written in place.
     """
 
+    differentiable_twice = True
+
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
         losses = ops.ensemble_stats([logits], labels, ignore_index=IGNORE, fields=("nll",)).nll
@@ -38,6 +40,8 @@ class _RowLosses(torch.autograd.Function):
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None]:
         logits, labels, peak, spread = ctx.saved_tensors
         (outer,) = outputs
+        if torch.is_grad_enabled():  # create_graph: the gradient is to be differentiated in turn
+            return _gradient(logits, labels, outer), None
         grads = torch.empty_like(logits)
         for part in _row_parts(logits):
             wide = grads[part] if grads.dtype == peak.dtype else torch.empty_like(grads[part], dtype=peak.dtype)
@@ -51,10 +55,17 @@ class _RowLosses(torch.autograd.Function):
         return grads, None
 
 
+def _gradient(logits: Tensor, labels: Tensor, outer: Tensor) -> Tensor:
+    """(p − y) · ``outer`` by operations that have derivatives themselves; 0 at -100."""
+    one = torch.zeros_like(logits).scatter_(1, labels.clamp(min=0)[:, None], 1)
+    return ((wide(logits).softmax(1) - one) * outer.masked_fill(labels == IGNORE, 0)[:, None]).to(logits.dtype)
+
+
 def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """(N, C), (N,) int64 -> (N,): each row's cross entropy in float32 (float64 if the logits are), 0 at -100.
 
-    Labels must lie in [0, C) or be -100. One row's NaN stays in its row; an ignored row has gradient 0.
+    Labels must lie in [0, C) or be -100. One row's NaN stays in its row; an ignored row has gradient 0. Can be
+    differentiated twice.
     """
     losses: Tensor = _RowLosses.apply(logits, labels)  # type: ignore[no-untyped-call]
     return losses

@@ -5,6 +5,7 @@ from assay.recipe.tasks import (  # they register themselves
     classification,
     contrastive,
     regression,
+    text,
     token_classification,
 )
 from assay.recipe.tasks.base import (
@@ -20,6 +21,7 @@ from assay.recipe.tasks.base import (
     TaskSpec,
     attempt,
 )
+from assay.recipe.tasks.own_columns import with_columns_of, without_columns
 
 __all__ = [
     "TASKS",
@@ -37,5 +39,8 @@ __all__ = [
     "classification",
     "contrastive",
     "regression",
+    "text",
     "token_classification",
+    "with_columns_of",
+    "without_columns",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from torch import nn
 
@@ -119,6 +119,9 @@ class TaskSpec(Part):
     """What a sample is."""
 
     kind: str
+
+    asks_models: ClassVar[bool] = True
+    """Whether a model has a loss on its samples."""
 
     def column_keys(self) -> dict[str, str]:
         """By key the columns that the task reads, which are looked for before a model loads."""

@@ -1,0 +1,97 @@
+"""BM25 towards target texts: does this text have the words that the targets have, and others do not?
+
+Robertson & Zaragoza, "The Probabilistic Relevance Framework: BM25 and Beyond", 2009, with Lucene's idf, which is never
+negative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from assay.methods.checks import check_at_least
+from assay.methods.targets import Targets
+from assay.methods.text_method import Floats, Text, TextMethod
+from assay.ops import Terms
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    terms: Terms
+    weights: Floats  # (V, targets): idf times the share of the target's texts that have the term
+    mean_length: float
+    texts: int  # of the pool
+
+
+class BM25(TextMethod):
+    """Each target's texts as queries against every sample; the mean over the queries. Column ``bm25``, keep high.
+
+      score(d) = mean_q Σ_{t ∈ q} idf(t) · f (k1 + 1) / (f + k1 (1 − b + b |d| / mean |d|)),
+      idf(t) = ln(1 + (N − n(t) + ½) / (n(t) + ½))
+
+    with f how often d has t, a query's terms counted once, and N, n(t), mean |d| those of ``fit``'s sample of the pool.
+    Terms are words in lower case, as ``ops.ngram_hashes`` has them; nothing is stemmed and no word is left out.
+
+    Args:
+        targets: batches by the target's name, with the raw column.
+        text_column: the raw column that holds the texts; None: ``text`` (in a recipe: the task's).
+        k1: how soon more of the same word count no more; b: how much a long text is discounted, 0 to 1.
+        order: terms are n-grams of 1 to so many words.
+        name: of the column, and prefix of the targets'.
+    """
+
+    kind = "BM25"
+    gathers: ClassVar[int | None] = 0
+
+    def __init__(
+        self,
+        targets: Targets,
+        text_column: str | None = None,
+        *,
+        k1: float = 1.5,
+        b: float = 0.75,
+        order: int = 1,
+        name: str = "bm25",
+    ) -> None:
+        super().__init__(targets, text_column, order, False, name)
+        check_at_least("k1", k1, 0)
+        if not 0 <= b <= 1:
+            raise ValueError(f"b: expected a number from 0 to 1, got {b}")
+        self.k1, self.b = float(k1), float(b)
+
+    def _learn(self, targets: Mapping[str, Sequence[Sequence[Text]]], pool: Iterable[Sequence[Text]]) -> _Fitted:
+        terms = Terms(np.concatenate([self._hashes(texts).hashes for own in targets.values() for texts in own]))
+        weights = np.zeros((len(terms), len(targets)))
+        for j, own in enumerate(targets.values()):
+            queries = 0
+            for texts in own:
+                counts = self._counts(texts, terms)
+                weights[:, j] += np.bincount(counts.features, minlength=len(terms))
+                queries += int((counts.lengths > 0).sum())
+            weights[:, j] /= queries
+        having, length, n = np.zeros(len(terms)), 0, 0
+        for texts in pool:
+            counts = self._counts(texts, terms)
+            having += np.bincount(counts.features, minlength=len(terms))
+            length, n = length + int(counts.lengths.sum()), n + int((counts.lengths > 0).sum())
+        if not n:
+            raise self._wordless("the pool")
+        idf = np.log1p((n - having + 0.5) / (having + 0.5))
+        return _Fitted(terms, idf[:, None] * weights, length / n, n)
+
+    def _values(self, texts: Sequence[Text], fitted: _Fitted) -> tuple[Floats, NDArray[np.int64]]:
+        found = self._counts(texts, fitted.terms)
+        f, k = found.counts, self.k1 * (1 - self.b + self.b * found.lengths / fitted.mean_length)
+        saturated = f * (self.k1 + 1) / (f + k[found.rows])
+        values = [found.sums(saturated * weights[found.features]) for weights in fitted.weights.T]
+        return np.stack(values, 1), found.lengths
+
+    def metadata(self) -> dict[str, str]:
+        facts = {"k1": f"{self.k1:g}", "b": f"{self.b:g}", "idf": "Lucene's"}
+        if self._fitted is None:
+            return facts
+        return facts | {"terms": str(len(self._fitted.terms)), "pool_texts": str(self._fitted.texts)}

@@ -1,0 +1,129 @@
+"""Embeddings as methods take them: of which layer, pooled how, at length 1."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from assay.methods.base import Need
+from assay.methods.checks import check_one_of
+from assay.methods.targets import TargetSet
+from assay.probe import Pooled, Probe, Signals
+from assay.probe.selection import find_module
+from assay.tasks import Task
+from assay.tasks.base import IGNORE
+
+Pooling = Literal["mean", "position"]
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """Gives samples' embeddings: the pooled input of one layer.
+
+    Attributes:
+        name: of the method, for messages.
+        model, task: what is run.
+        at: name or glob of the layer; None: the output layer, which is what transformers calls so, else the last
+            ``nn.Linear`` among the model's modules.
+        pooling: as ``probe.Pooled.weights``.
+
+    Raises:
+        ValueError: no such layer, or more than one.
+    """
+
+    name: str
+    model: nn.Module
+    task: Task
+    at: str | None = None
+    pooling: Pooling = "mean"
+
+    def __post_init__(self) -> None:
+        check_one_of(f"{self.name}: pooling", self.pooling, ("mean", "position"))
+        if self.at is not None:
+            find_module(self.model, self.at)
+        elif _output_layer(self.model) is None:
+            raise ValueError(
+                f"{self.name}: {type(self.model).__name__} has no output layer that is known to be one; say with at= "
+                "which layer's input is the embedding"
+            )
+
+    @cached_property
+    def pooled(self) -> Pooled:
+        layer = self.at if self.at is not None else _output_layer(self.model)
+        assert layer is not None
+        return Pooled(find_module(self.model, layer)[0], self.pooling)
+
+    @property
+    def width(self) -> int | None:
+        """How many numbers an embedding has, if the layer tells."""
+        layer = self.model.get_submodule(self.pooled.layer)
+        return layer.in_features if isinstance(layer, nn.Linear) else None
+
+    def need(self) -> Need:
+        return Need(self.model, self.task, embeddings=self.pooled)
+
+    def embeddings(self, signals: Signals) -> Tensor:
+        """(B, D) float32, NaN where the task has nothing to predict of a sample, as all its scores are."""
+        found = signals.embeddings
+        assert found is not None
+        return found.masked_fill(_nothing(signals).to(found.device)[:, None], torch.nan)
+
+    def run(self, batches: Iterable[Any]) -> Iterator[Signals]:
+        probe = Probe(self.model, self.task, factors=(), embeddings=self.pooled, logits=False)
+        for batch in batches:
+            yield probe(batch)
+
+    def finite(self, batches: Iterable[Any]) -> Tensor:
+        """(N, D): the embeddings of those samples that have a finite one; (0, 0) of none."""
+        parts = [self.embeddings(signals) for signals in self.run(batches)]
+        whole = torch.cat(parts) if parts else torch.empty(0, 0)
+        return whole[whole.isfinite().all(1)]
+
+    def of_targets(self, targets: TargetSet) -> dict[str, Tensor]:
+        """By target, the embeddings at length 1 of those samples that have a direction.
+
+        Raises:
+            ValueError: a target without such samples.
+        """
+        found = {}
+        for name, batches in targets.batches.items():
+            each = unit(self.finite(batches))
+            found[name] = each[each.isfinite().all(1)]
+            if not len(found[name]):
+                raise ValueError(f"{self.name}: target {name!r} has no sample with a finite embedding that is not 0")
+        return found
+
+
+def unit(embeddings: Tensor) -> Tensor:
+    """(B, D) -> (B, D) float32 (float64 of float64) of length 1; NaN where there is no direction: 0, NaN, infinite."""
+    wide = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
+    if not wide.shape[1]:
+        return wide
+    scaled = wide / wide.abs().amax(1, keepdim=True)  # so that no square is beyond the type, nor vanishes
+    return scaled / scaled.square().sum(1, keepdim=True).sqrt()
+
+
+def _nothing(signals: Signals) -> Tensor:
+    """(B,) bool: whether there is nothing to predict. Told by the labels where that is possible: a language model's
+    losses would have to be made."""
+    labels, rows = signals.labels, signals.rows
+    if labels is None:
+        return signals.losses.isnan()
+    predicted = (labels != IGNORE).long()
+    if rows is not None:
+        predicted = torch.zeros(signals.samples, dtype=torch.long, device=labels.device).index_add_(0, rows, predicted)
+    return predicted == 0
+
+
+def _output_layer(model: nn.Module) -> str | None:
+    get = getattr(model, "get_output_embeddings", None)
+    said: Any = get() if callable(get) else None
+    names: dict[int, str] = {id(module): name for name, module in model.named_modules()}
+    if isinstance(said, nn.Module) and id(said) in names:
+        return names[id(said)]
+    return next((name for name, m in reversed(list(model.named_modules())) if isinstance(m, nn.Linear)), None)

@@ -1,0 +1,236 @@
+"""MAGIC: the exact derivative of a target's loss in every sample's weight, through the whole run, 2504.16430."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from assay.retrain.magic_checks import check
+from assay.retrain.magic_folder import Folder, Progress, facts
+from assay.retrain.magic_optimizers import Adam
+from assay.retrain.magic_plan import Plan
+from assay.retrain.magic_replay import InMemory, Replay
+from assay.retrain.magic_smoothness import SMOOTH, WIDTH, metasmoothness
+from assay.retrain.magic_training import Losses, Training, running
+from assay.tasks import Task
+
+Targets = Mapping[str, Sequence[Any]]
+"""By the target's name, batches as ``losses`` takes them."""
+
+_log = logging.getLogger("assay")
+
+
+@dataclass(frozen=True, eq=False)
+class Magic:
+    """What every sample of one run did to the targets.
+
+    Attributes:
+        scores: (N, targets) float64, −∂L/∂w_i: what a sample takes off the target's loss per unit of its weight, in the
+            loss' units; removing the samples R raises the loss by about Σ_{i∈R} scores_i. Keep high. NaN for a sample
+            that is in no batch: nothing is known of it.
+        targets: their names, in the order of the columns.
+        losses: (targets,) float64, their mean losses after the run.
+        metasmoothness: (directions,) float64; below 0.95 the scores say little of removals, see ``metasmoothness``.
+        parameters: the trained ones, by name.
+        warnings: what speaks against the scores, in words.
+        plan: what was predicted.
+    """
+
+    scores: Tensor
+    targets: tuple[str, ...]
+    losses: Tensor
+    metasmoothness: Tensor
+    parameters: dict[str, Tensor]
+    warnings: tuple[str, ...]
+    plan: Plan
+
+
+def magic(
+    training: Training,
+    targets: Targets,
+    *,
+    weights: ArrayLike | Tensor | None = None,
+    target_losses: Task | Losses | None = None,
+    checkpoints: int | None = None,
+    most_bytes: int | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    save_every: int | None = None,
+    directions: int = 2,
+    seed: int = 0,
+) -> Magic:
+    """The derivative of each target's loss after training in the weight of every sample of the run, −∂L_q(θ_T)/∂w.
+
+    Exact for this run, its start and its order: steps are pulled back one by one, from the last to the first
+    (section 2 of 2503.13751), from states that are kept or replayed by the binomial schedule: REPLAY's trade of memory
+    for time, with the fewest steps for its memory. The bits do not depend on the number of checkpoints.
+
+    Before: the run is checked on its first batch (dropout, batch normalisation, randomness, second derivatives), its
+    cost is logged, and its metasmoothness is measured. Only a smooth run's derivative tells what removals do.
+
+    Args:
+        training: the run.
+        targets: batches by name; a target's loss is the mean over its samples, in eval mode.
+        weights: w (N,), where the derivative is taken; None: ones.
+        target_losses: another task or function for the targets (a margin, say); None: the training's.
+        checkpoints: states kept at a time; None: about log₂ T.
+        most_bytes: refuse a run whose states and derivatives would take more.
+        folder: keeps checkpoints as files, so that a killed run goes on where it was; a finished one answers at once.
+        save_every: with a folder: steps of the way back between two savings; None: a 20th of the run.
+        directions: of the metasmoothness, each of which costs two runs; 0: not measured.
+        seed: of these directions.
+
+    Raises:
+        ValueError, TypeError: no target, one without samples, or whose loss is not finite; what ``Training`` or the
+            checks refuse; a run that would take more than ``most_bytes``; a folder of another run.
+        Diverged: a sample's loss is not finite.
+        RuntimeError: a replayed state came out otherwise than before.
+    """
+    if not isinstance(targets, Mapping):
+        raise TypeError(f"targets: expected batches by name, got {type(targets).__name__}")
+    if not targets or len({str(name) for name in targets}) < len(targets):
+        raise ValueError(f"targets: expected one at least, of different names, got {list(targets)}")
+    if not isinstance(directions, int) or directions < 0:
+        raise ValueError(f"directions: expected an integer of at least 0, got {directions!r}")
+    given, batches = training.weights(weights), {str(name): list(own) for name, own in targets.items()}
+    plan = Plan.of(training, targets=len(batches), checkpoints=checkpoints, directions=directions)
+    _check_bytes(plan, most_bytes, folder is not None)
+    every = max(1, training.steps // 20) if save_every is None else save_every
+    if not isinstance(every, int) or every < 1:
+        raise ValueError(f"save_every: expected an integer of at least 1, or None, got {save_every!r}")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(running())
+        checked = check(training, given)
+        plan = plan.paced(checked)
+        _log.info("magic: %s", plan)
+        kept = None
+        if folder is not None:
+            settings = {"directions": directions, "seed": seed, "width": WIDTH, "target_losses": _name(target_losses)}
+            kept = Folder(folder, facts(training, given, batches, settings))
+            stack.enter_context(kept.held(training.start.device))
+        run = _Run(training, given, plan, kept)
+        progress = run.there(batches, target_losses or training.losses, directions, seed)
+        run.back(progress, every)
+    return _result(training, plan, progress, tuple(batches), checked.doubts)
+
+
+class _Run:
+    """The way there, and the way back."""
+
+    def __init__(self, training: Training, weights: Tensor, plan: Plan, folder: Folder | None) -> None:
+        self._training, self._weights, self._folder = training, weights, folder
+        self._progress = folder.progress() if folder else None
+        digests = torch.zeros(training.steps + 1, dtype=torch.int64)
+        if self._progress is not None:
+            digests = self._progress.digests
+        elif folder is not None:
+            known = folder.digests()
+            digests[: len(known)] = known
+        self._digests = digests
+        self._replay = Replay(training.initial, self._advance, plan.checkpoints, folder or InMemory(), digests)
+        self._replay.check_first()
+
+    def _advance(self, state: tuple[Tensor, ...], step: int) -> tuple[Tensor, ...]:
+        return self._training.advance(state, step, self._weights)
+
+    def there(self, targets: Mapping[str, list[Any]], losses: Task | Losses, directions: int, seed: int) -> Progress:
+        """The trained model, its metasmoothness and its targets' gradients; or what was saved of a later point."""
+        if self._progress is not None:
+            return self._progress
+        training, final = self._training, self._replay.state(self._training.steps)
+        smoothness = torch.zeros(0, dtype=torch.float64)
+        if directions:
+            smoothness = metasmoothness(training, self._weights, directions=directions, seed=seed, trained=final[0])
+        adjoints, values = [], []
+        for name, batches in targets.items():
+            try:
+                value, gradient = training.target_gradient(final[0], losses, batches)
+            except ValueError as error:
+                raise ValueError(f"target {name!r}: {error}") from error
+            values.append(value)
+            adjoints.append((gradient, *(torch.zeros_like(moment) for moment in final[1:])))
+        in_weights = torch.zeros(len(targets), training.size, dtype=torch.float64)
+        progress = Progress(
+            training.steps,
+            adjoints,
+            in_weights,
+            torch.tensor(values, dtype=torch.float64),
+            smoothness,
+            final[0].clone(),
+            self._digests,
+        )
+        if self._folder is not None:
+            self._folder.save(progress)
+        return progress
+
+    def back(self, progress: Progress, every: int) -> None:
+        """Down to the first step; ``progress`` changes in place."""
+        since = 0
+        while progress.step:
+            step = progress.step - 1
+            state = self._replay.state(step)
+            pulled, inner = self._training.pull_back(state, step, self._weights, progress.adjoints)
+            if not bool(inner.isfinite().all()):
+                raise ValueError(
+                    f"step {step}: the derivative in the weights is not finite; is the run far from smooth?"
+                )
+            rows = torch.from_numpy(self._training.rows[step])
+            progress.in_weights.index_add_(1, rows, inner.double().cpu())
+            progress.adjoints, progress.step, since = pulled, step, since + 1
+            if self._folder is not None and (since == every or not step):
+                self._folder.save(progress)
+                since = 0
+
+
+def _result(
+    training: Training, plan: Plan, progress: Progress, targets: tuple[str, ...], doubts: tuple[str, ...]
+) -> Magic:
+    seen = torch.zeros(training.size, dtype=torch.bool)
+    for rows in training.rows:
+        seen[torch.from_numpy(rows)] = True
+    scores = torch.where(seen, -progress.in_weights, torch.nan).T.contiguous()
+    parameters = {name: p.clone() for name, p in training.named(progress.final).items()}
+    warnings = (*doubts, *_warnings(training, progress))
+    for warning in warnings:
+        _log.warning("magic: %s", warning)
+    return Magic(scores, targets, progress.losses, progress.smoothness, parameters, warnings, plan)
+
+
+def _warnings(training: Training, progress: Progress) -> list[str]:
+    found, smoothness = [], progress.smoothness
+    if not len(smoothness):
+        found.append("the metasmoothness was not measured (directions=0)")
+    elif not float(smoothness.mean()) >= SMOOTH:  # NaN is none either
+        found.append(
+            f"the run's metasmoothness is {float(smoothness.mean()):.3f}, below {SMOOTH}: its derivative says little "
+            "of what removing samples does; a lower rate, larger batches, smaller logits or smooth activations help"
+        )
+    if isinstance(training.optimizer, Adam) and not training.optimizer.eps_root:
+        found.append(
+            "Adam with eps_root=0: its step is all but a sign where gradients are small, and its derivative there is "
+            "as large as 1/eps; 1e-12 is smooth and changes no training"
+        )
+    return found
+
+
+def _check_bytes(plan: Plan, most: int | None, on_disk: bool) -> None:
+    needed = plan.working_bytes + (0 if on_disk else plan.checkpoint_bytes)
+    if most is None or needed <= most:
+        return
+    room = (most - plan.working_bytes) // plan.state_bytes
+    if room < 1:
+        remedy = "ask for fewer targets at a time" if plan.backward_steps > plan.steps else "it needs that much"
+    else:
+        remedy = f"set checkpoints={room}, or a folder"
+    raise ValueError(f"most_bytes: expected at least {needed:,} for {plan}, got {most:,}; {remedy}")
+
+
+def _name(losses: Any) -> str:
+    return repr(losses) if isinstance(losses, Task) else getattr(losses, "__qualname__", type(losses).__name__)

@@ -1,0 +1,121 @@
+"""EK-FAC + CG: the dense solve with the whole Gauss–Newton matrix, whatever it starts from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev, vmap
+
+import assay
+from assay.methods import EKFAC, EKFACCG, Scorer
+from assay.methods.gauss_newton import GaussNewton
+from assay.tasks import CausalLM, Classification, Regression
+from tests.methods.small_problem import POOL, gradients, run
+
+
+def gauss_newton(model: nn.Module, x: Tensor) -> Tensor:
+    """(P, P) float64: E JᵀSJ, by Jacobians."""
+    theta = {name: p.detach().double() for name, p in model.named_parameters()}
+    found = vmap(jacrev(lambda t, row: functional_call(model, t, (row[None],))[0]), (None, 0))(theta, x.double())
+    jacobian = torch.cat([j.flatten(2) for j in found.values()], 2)
+    p = functional_call(model, theta, (x.double(),)).softmax(1)
+    hessian = torch.diag_embed(p) - p[:, :, None] * p[:, None]
+    return torch.einsum("ncp,ncd,ndq->pq", jacobian, hessian, jacobian) / len(x)
+
+
+def test_it_is_the_dense_solve(problem: Any) -> None:
+    models, (x, y), target = problem
+    method = EKFACCG(models[0], Classification(), {"a": [target], "b": [(x[:2], y[:2])]}, iterations=60)
+    got = run(method, (x, y))
+    matrix, phi = gauss_newton(models[0], x), gradients(models[0], x, y)
+    # λ is in units of EK-FAC's own estimate of the mean eigenvalue, of labels that it drew
+    basis = method._bases["2.bias"].values
+    undamped = EKFAC(models[0], Classification(), {"t": [target]}, damping=0.0, absolute_damping=True).fit([(x, y)])
+    damping = float((basis - undamped._bases["2.bias"].values).mean())
+    assert damping == pytest.approx(2 * float(matrix.diagonal().mean()), rel=0.3)
+    inverse = torch.linalg.inv(matrix + damping * torch.eye(len(matrix), dtype=torch.float64))
+    for name, batch in (("a", target), ("b", (x[:2], y[:2]))):
+        want = phi @ inverse @ gradients(models[0], *batch).mean(0)
+        error = (got[f"ekfac_cg_{name}"].double() - want).norm() / want.norm()
+        assert float(error) < 5e-3, name
+    facts = method.metadata()
+    assert float(facts["residual"]) <= 1e-3
+    assert int(facts["iterations"]) < 60
+    assert facts["left_out"] == "0"
+    assert facts["damping"] == "2.0 mean eigenvalues"
+
+
+def test_a_damping_beyond_all_curvature_ranks_as_the_dot_product(problem: Any) -> None:
+    models, pool, target = problem
+    got = run(EKFACCG(models[0], Classification(), {"t": [target]}, damping=1e5), pool)["ekfac_cg"].double()
+    want = gradients(models[0], *pool) @ gradients(models[0], *target).mean(0)
+    assert float(torch.corrcoef(torch.stack([got, want]))[0, 1]) > 0.9999
+
+
+def test_products_of_parts_of_a_model_and_of_regression() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), torch.randn(9, 4)
+    v = {name: torch.randn_like(p) for name, p in model.named_parameters() if name.startswith("0")}
+    product = GaussNewton(model, Regression(), list(v), [(x[:4], torch.randn(4, 2)), (x[4:], torch.randn(5, 2))])
+    # S of the mean over two outputs of (prediction - y)² is I
+    theta = {name: p.detach() for name, p in model.named_parameters()}
+    found = vmap(jacrev(lambda t, row: functional_call(model, theta | t, (row[None],))[0]), (None, 0))(
+        {name: theta[name] for name in v}, x
+    )
+    jacobian = torch.cat([found[name].flatten(2) for name in v], 2)
+    flat = torch.cat([own.flatten() for own in v.values()])
+    want = torch.einsum("ncp,ncq,q->p", jacobian, jacobian, flat) / 9
+    got = torch.cat([own.flatten() for own in product([v])[0].values()])
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_a_language_model_with_attention_and_texts_without_tokens() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(9, 8), nn.Linear(8, 9)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            h = self.embed(input_ids)[:, None]
+            return self.head(nn.functional.scaled_dot_product_attention(h, h, h, is_causal=True)[:, 0])
+
+    torch.manual_seed(0)
+    model, ids = Model(), torch.randint(9, (8, 5))
+    silent = {"input_ids": ids, "labels": torch.where(torch.arange(8)[:, None] < 6, ids, -100)}
+    method = EKFACCG(model, CausalLM(), {"t": [{"input_ids": ids[:2]}]})
+    want = Scorer([method.fit([{"input_ids": ids[:6]}])])({"input_ids": ids})["ekfac_cg"]
+    got = Scorer([method.fit([silent])])({"input_ids": ids})["ekfac_cg"]
+    assert bool(got.isfinite().all())
+    assert float(torch.corrcoef(torch.stack([got, want]))[0, 1]) > 0.9  # other labels are drawn for λ and for EK-FAC
+
+
+def test_a_batch_with_a_broken_sample_is_left_out_and_counted(problem: Any) -> None:
+    models, (x, y), target = problem
+    half = POOL // 2
+    broken = x.clone()
+    broken[half + 1] = torch.inf
+    method = EKFACCG(models[0], Classification(), {"t": [target]}).fit(
+        [(broken[:half], y[:half]), (broken[half:], y[half:])]
+    )
+    assert method.metadata()["left_out"] == "1"
+    table = assay.score([(x, y)], [method])
+    assert bool(torch.tensor(table["ekfac_cg"].to_pylist()).isfinite().all())
+    with pytest.raises(ValueError, match="ekfac_cg: the pool has no batch whose samples all have finite derivatives"):
+        EKFACCG(models[0], Classification(), {"t": [target]}).fit([(broken, y)])
+
+
+def test_what_is_refused(problem: Any) -> None:
+    models, _, target = problem
+    for words, options in (
+        ("damping: expected a number above 0, got 0", {"damping": 0}),
+        ("damping: expected a finite number", {"damping": float("nan")}),
+        ("iterations: expected a finite number of at least 1, got 0", {"iterations": 0}),
+    ):
+        with pytest.raises(ValueError, match=words):
+            EKFACCG(models[0], Classification(), {"t": [target]}, **options)
+    with pytest.raises(ValueError, match="nothing to compute; give targets"):
+        EKFACCG(models[0], Classification(), {})

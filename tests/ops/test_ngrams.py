@@ -1,0 +1,189 @@
+"""Hashed n-grams against the definition in plain Python, bit for bit."""
+
+from __future__ import annotations
+
+import random
+import re
+import unicodedata
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+import assay
+from assay.ops import Terms, ngram_counts, ngram_hashes
+from assay.ops import ngrams as module
+from assay.ops._characters import ALONE, SPACE, WORD, characters
+
+ODD = [
+    "Hello, World!! foo_bar 12.5",
+    "",
+    None,
+    "été ÉTÉ e\u0301",
+    "日本語のテスト ok",
+    "İstanbul ΣΑΣ ﬀ",
+    "a" * 8 + " " + "b" * 16 + " " + "C" * 7 + "É" + "d" * 9,
+    "😀😀 :-) x\x00y",
+    "\ud800 lone",
+    b"\xff\xfeab\xe2\x82c \xed\xa0\x80z \xc0\x80 \xf4\x90\x80\x80 \xe0\x80\x80 \xf0\x9f\x98",
+]
+
+
+def random_texts(count: int) -> list[bytes]:
+    rng = random.Random(0)
+    pieces = ["a", "Bc", "_", "9", " ", " ", ".", "!?", "é", "Σ", "語", "😀", "\u0301", "\u2028"]
+    made = ["".join(rng.choices(pieces, k=rng.randrange(30))).encode() for _ in range(count)]
+    return [*made, *(rng.randbytes(rng.randrange(40)) for _ in range(count))]
+
+
+TEXTS = [*ODD, *random_texts(40)]
+
+
+def assert_same(got: Any, expected: Any) -> None:
+    for name, values in vars(expected).items():
+        np.testing.assert_array_equal(getattr(got, name), values, err_msg=name)
+
+
+@pytest.mark.parametrize("punctuation", [False, True])
+@pytest.mark.parametrize("order", [1, 2, 5])
+def test_native_bits_are_the_definition(order: int, punctuation: bool) -> None:
+    options: dict[str, Any] = {"order": order, "punctuation": punctuation, "seed": -3}
+    native = ngram_hashes(TEXTS, **options)
+    terms = Terms(native.hashes[::3])
+    looked_for: list[Any] = [1, 37, terms, Terms(native.hashes[:0])]
+    counts = [ngram_counts(TEXTS, features, **options) for features in looked_for]
+    with assay.backend("reference"):
+        assert_same(ngram_hashes(TEXTS, **options), native)
+        for features, own in zip(looked_for, counts, strict=True):
+            assert_same(ngram_counts(TEXTS, features, **options), own)
+    assert counts[0].counts.sum() == counts[1].counts.sum() == len(native.hashes)
+    assert 0 < counts[2].counts.sum() < len(native.hashes)
+    assert not len(counts[3].features)
+
+
+def test_hashes_stay_what_they_are() -> None:
+    """They stand in tables on disk: a change of any of them is a change of every score."""
+    assert module._mix(1234567 + 0x9E3779B97F4A7C15) == 6457827717110365317  # SplitMix64's first number for that seed
+    found = ngram_hashes(["Assay the ore: été 語", "extraordinarily"], 2)
+    assert [f"{h:016x}" for h in found.hashes[:3].tolist()] == [
+        "b952d170d0023b71",
+        "5d8bbc0862f65dd0",
+        "12c3933e5ff403b7",
+    ]
+    assert found.offsets.tolist() == [0, 9, 10]
+    assert f"{ngram_hashes(['assay'], seed=1).hashes[0]:016x}" == "4521082b2f07e820"
+
+
+def test_tokens_are_words_in_lower_case() -> None:
+    for text in ["The cat's 3 hats, foo_Bar—and «ÉTÉ»!", "x=1;\ty\n\n  Zz", "наука и ЖИЗНЬ; ΑΒΓ"]:
+        words = [word.encode() for word in re.findall(r"\w+", text.lower())]
+        assert list(module._tokens(text.encode(), False)) == words
+        marked = [token.encode() for token in re.findall(r"\w+|[^\w\s]+", text.lower())]
+        assert list(module._tokens(text.encode(), True)) == marked
+    assert list(module._tokens("日本のテスト".encode(), False)) == [
+        "日".encode(),
+        "本".encode(),
+        "の".encode(),
+        "テスト".encode(),
+    ]
+
+
+def test_characters_are_those_of_unicode() -> None:
+    table = characters()
+    assert table.shape == (0x110000,)
+    known = [i for i in range(0x3000) if unicodedata.category(chr(i)) != "Cn"]
+    version = tuple(map(int, unicodedata.unidata_version.split(".")))
+    if version == (14, 0, 0):
+        known += [i for i in range(0x3000, 0x110000) if unicodedata.category(chr(i)) != "Cn"]
+    elif version > (14, 0, 0):  # what has come since is another matter
+        known = [i for i in known if unicodedata.ucd_3_2_0.category(chr(i)) != "Cn"]
+    kinds, lower = (table >> 24)[known], (table & 0xFFFFFF)[known]
+    expected = [unicodedata.category(chr(i))[0] in "LNM" or i == ord("_") for i in known]
+    np.testing.assert_array_equal(np.isin(kinds, (WORD, ALONE)), expected)
+    blank = [unicodedata.category(chr(i))[0] in "ZC" for i in known]
+    np.testing.assert_array_equal(kinds == SPACE, blank)
+    np.testing.assert_array_equal(lower, [ord(chr(i).lower()[0]) for i in known])
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary(), pa.large_binary(), pa.string_view()])
+def test_arrays_are_read_where_they_lie(kind: pa.DataType) -> None:
+    texts = ["one two", None, "", "three été", "four"]
+    whole = ngram_hashes(texts, 2)
+    array = pa.array(["unseen", *texts, "unseen"], pa.string()).cast(kind)[1:-1]
+    assert_same(ngram_hashes(array, 2), whole)
+    assert_same(ngram_hashes(pa.chunked_array([array[:2], array[2:]]), 2), whole)
+    assert_same(ngram_hashes(pa.chunked_array([], kind), 2), ngram_hashes([], 2))
+    assert ngram_hashes([]).offsets.tolist() == [0]
+    assert ngram_counts([], 5).lengths.tolist() == []
+
+
+def test_nulls_own_no_bytes() -> None:
+    """A null's slot in Arrow may hold anything."""
+    buffers = [b"\x02", np.array([0, 6, 9], np.int32), b"secretone"]
+    hidden = pa.Array.from_buffers(pa.string(), 2, list(map(pa.py_buffer, buffers)))
+    assert hidden.to_pylist() == [None, "one"]
+    assert ngram_hashes(hidden).offsets.tolist() == [0, 0, 1]
+
+
+def test_rows_and_threads_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ASSAY_NUM_THREADS", "1")
+    many = TEXTS * 5
+    hashes, counts = ngram_hashes(many, 2), ngram_counts(many, 1000, 2)
+    monkeypatch.setattr(module, "threads", lambda: 3)
+    assert_same(ngram_hashes(many, 2), hashes)
+    assert_same(ngram_counts(many, 1000, 2), counts)
+    alone = np.concatenate([ngram_hashes([text], 2).hashes for text in many])
+    np.testing.assert_array_equal(hashes.hashes, alone)
+
+
+def test_sums_are_each_rows_own() -> None:
+    counts = ngram_counts(["a b a", "", "c"], 1 << 20)
+    assert counts.counts.tolist() == [2, 1, 1]
+    assert counts.rows.tolist() == [0, 0, 2]
+    assert counts.sums(np.array([1.0, 10.0, 100.0])).tolist() == [11.0, 0.0, 100.0]
+    assert counts.lengths.tolist() == [3, 0, 1]
+
+
+@pytest.mark.parametrize("offsets", [[0, 9, 3], [0, 2, 40], [-1, 2, 3], [5, 2, 6]])
+def test_offsets_that_lie_are_refused(offsets: list[int]) -> None:
+    buffers = [None, pa.py_buffer(np.array(offsets, np.int32)), pa.py_buffer(b"somebytes")]
+    with pytest.raises(ValueError, match=r"9 bytes|values array|[Nn]egative"):  # some, Arrow looks at itself
+        ngram_hashes(pa.Array.from_buffers(pa.binary(), 2, buffers))
+
+
+def test_wrong_arguments_are_named() -> None:
+    orders: list[Any] = [0, 17, True, 1.0]
+    for order in orders:
+        with pytest.raises(ValueError, match="order: expected a number of tokens from 1 to 16"):
+            ngram_hashes(["a"], order)
+    with pytest.raises(ValueError, match="seed: expected a 64-bit integer"):
+        ngram_hashes(["a"], seed=2**63)
+    with pytest.raises(ValueError, match="buckets: expected a number from 1 to"):
+        ngram_counts(["a"], 0)
+    wrong: Any = 2.0
+    with pytest.raises(TypeError, match="features: expected a number of buckets or Terms, got float"):
+        ngram_counts(["a"], wrong)
+    with pytest.raises(TypeError, match="texts: expected strings, bytes or None, got int"):
+        ngram_hashes([1])
+    with pytest.raises(TypeError, match="texts: expected strings or binaries, got an array of int64"):
+        ngram_hashes(pa.array([1]))
+    with pytest.raises(TypeError, match="texts: expected"):
+        ngram_hashes("one text")
+    with pytest.raises(TypeError, match="Terms: expected a uint64 array"):
+        Terms(np.array([1]))
+    with pytest.raises(ValueError, match="no kernel in triton"), assay.backend("triton"):
+        ngram_hashes(["a"])
+
+
+def test_the_longest_alone() -> None:
+    texts = ["a b c d e f", "a b", "", "b c d e f a"]
+    found = ngram_hashes(texts, 5, least=5)
+    assert found.offsets.tolist() == [0, 2, 2, 2, 4]
+    assert found.hashes[1] == found.hashes[2]  # b c d e f
+    whole = ngram_hashes(texts[:1], 5).hashes
+    assert set(found.hashes[:2].tolist()) < set(whole.tolist())
+    with assay.backend("reference"):
+        assert_same(ngram_hashes(texts, 5, least=5), found)
+    with pytest.raises(ValueError, match="least: expected a number of tokens from 1 to order, 2"):
+        ngram_hashes(texts, 2, least=3)

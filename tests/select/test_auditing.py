@@ -1,0 +1,93 @@
+"""The cut of greatest F_β, against every cut tried by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import fbeta_score
+
+from assay import select
+
+
+def table(values, keep="high"):
+    schema = pa.schema([pa.field("s", pa.float32(), metadata={"keep": keep})])
+    return pa.Table.from_arrays([pa.array(np.asarray(values, np.float32), from_pandas=False)], schema=schema)
+
+
+numbers = st.sampled_from([-math.inf, -1.5, 0.0, 0.1, 0.1, 2.0, math.inf, math.nan])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(numbers, st.booleans()), min_size=2, max_size=15), st.sampled_from([0.5, 1, 3]))
+def test_no_cut_is_better(rows, beta):
+    values, good = np.array([v for v, _ in rows], np.float32), np.array([g for _, g in rows])
+    if good.all() or not (good & ~np.isnan(values)).any():
+        return
+    tried = {cut: fbeta_score(good, values >= cut, beta=beta) for cut in set(values[~np.isnan(values)].tolist())}
+    cut = select.fbeta_cut(table(values), "s", good, beta, draws=20)
+    assert cut.f == pytest.approx(max(tried.values()))
+    assert cut.threshold == max(limit for limit, f in tried.items() if f >= cut.f - 1e-12)
+    kept = values >= cut.threshold
+    assert cut.precision == pytest.approx((kept & good).sum() / kept.sum())
+    assert cut.recall == pytest.approx((kept & good).sum() / good.sum())
+    assert cut.unscored == np.isnan(values).sum()
+    assert cut.threshold_interval[0] <= cut.threshold_interval[1]
+    mirrored = select.fbeta_cut(table(-values, "low"), "s", good, beta, draws=20)
+    assert (mirrored.threshold, mirrored.f) == (-cut.threshold, cut.f)
+    assert mirrored.threshold_interval == tuple(-limit for limit in reversed(cut.threshold_interval))
+
+
+def sample(rows, seed):
+    """Two in five rows are good, and score 1.5 more."""
+    rng = np.random.default_rng(seed)
+    good = rng.random(rows) < 0.4
+    return (rng.normal(size=rows) + 1.5 * good).astype(np.float32), good
+
+
+def test_intervals_hold_what_other_samples_say():
+    """The bootstrap's interval of the cut must be about as wide as cuts of fresh samples are spread."""
+    fresh = [select.fbeta_cut(table(v), "s", g, draws=2).threshold for v, g in (sample(300, i) for i in range(1, 61))]
+    cut = select.fbeta_cut(table(sample(300, 0)[0]), "s", sample(300, 0)[1], draws=200)
+    low, high = cut.threshold_interval
+    assert 0.5 * np.std(fresh) < (high - low) / 3.92 < 2 * np.std(fresh)
+    assert low < 0.70 < high  # where F_1 is greatest for 400,000 rows
+    values, good = sample(100_000, 99)
+    truth = fbeta_score(good, values >= cut.threshold, beta=1)
+    assert cut.f_interval[0] < truth < cut.f_interval[1]
+    assert abs(cut.f_held_out - truth) < 0.05
+
+
+def test_scores_that_say_nothing_are_seen_through_by_rows_held_out():
+    rng = np.random.default_rng(0)
+    values, good = rng.normal(size=60).astype(np.float32), rng.random(60) < 0.5
+    cut = select.fbeta_cut(table(values), "s", good, beta=0.2, draws=100)
+    assert cut.f_held_out < cut.f - 0.1
+
+
+def test_a_seed_makes_the_same_interval():
+    values, good = sample(50, 0)
+    first, again, other = (select.fbeta_cut(table(values), "s", good, seed=seed, draws=50) for seed in (0, 0, 1))
+    assert first == again
+    assert first.f_interval != other.f_interval
+    assert first.threshold == other.threshold
+
+
+@pytest.mark.parametrize(
+    ("values", "good", "beta", "message"),
+    [
+        ([1, 2], [1, 1], 1, "all 2 are 1; expected both"),
+        ([1, 2], [0, 0], 1, "all 2 are 0; expected both"),
+        ([1, math.nan], [0, 1], 1, "none of the 1 rows that are worth keeping has a number in s"),
+        ([1, 2], [0, 1], 0, "beta=0: expected a positive number"),
+        ([1, 2], [0, 1], math.inf, "beta=inf"),
+        ([1, 2], [0], 1, r"shape \(1,\); expected \(2,\)"),
+    ],
+)
+def test_labels_that_make_no_cut(values, good, beta, message):
+    with pytest.raises(ValueError, match=message):
+        select.fbeta_cut(table(values), "s", good, beta)

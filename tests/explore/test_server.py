@@ -171,6 +171,12 @@ def test_a_table_that_is_gone_is_one_line(server, monkeypatch):
     assert "a\\x1b.parquet" in body
 
 
+def test_a_question_has_its_time(server, monkeypatch):
+    monkeypatch.setattr("assay.explore.explorer.SECONDS", -1.0)
+    status, _, body = ask(server, 'count?cuts=[[0,"high",2.5]]')
+    assert (status, body) == (409, "this takes too long here; `assay select` has no such limit\n")
+
+
 def test_many_idle_connections_keep_nobody_out_for_long(server):
     idle = [socket.create_connection(server.server_address) for _ in range(32)]
     for connection in idle:

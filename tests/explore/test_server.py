@@ -161,6 +161,27 @@ def test_a_report_without_matplotlib_is_one_line(server, monkeypatch):
     assert ask(server, "report.html")[::2] == (409, "matplotlib is not installed\n")
 
 
+def test_the_page_goes_on_while_a_report_is_made(server, monkeypatch):
+    go_on, asked = threading.Event(), threading.Event()
+
+    def slow():
+        asked.set()
+        assert go_on.wait(20)
+        return "made"
+
+    monkeypatch.setattr(server, "explorer", replace(server.explorer, report=slow))
+    monkeypatch.setattr("assay.explore.server._WAIT", 0.01)
+    found = []
+    thread = threading.Thread(target=lambda: found.append(ask(server, "report.html")))
+    thread.start()
+    assert asked.wait(20)
+    assert ask(server, "report.html")[::2] == (503, "busy with another question\n")
+    assert ask(server, "count")[0] == 200
+    go_on.set()
+    thread.join()
+    assert found[0][::2] == (200, "made")
+
+
 def test_a_table_that_is_gone_is_one_line(server, monkeypatch):
     def gone(*_):
         raise FileNotFoundError(2, "No such file or directory", "/scores/a\x1b.parquet")

@@ -66,7 +66,8 @@ def nothing_ran(page, only):
     asked = [its["request"]["url"] for its in page.events("Network.requestWillBeSent")]
     assert asked
     assert [url for url in asked if not url.startswith((only, "data:image/jpeg;base64,", "data:,"))] == []
-    assert page.events("Log.entryAdded") == []  # such as what the policy had to stop
+    logged = [its["entry"]["text"] for its in page.events("Log.entryAdded")]  # such as what the policy had to stop
+    assert [text for text in logged if "a status of 400" not in text] == []
     assert page.events("Runtime.exceptionThrown") == []
     strange = "main script, iframe, object, base, [onload], [onerror], img:not([src^='data:image/jpeg;base64,'])"
     assert page.js(f"document.querySelectorAll({json.dumps(strange)}).length") == 0
@@ -173,8 +174,12 @@ def test_a_hand_on_the_sliders(browser, server, tmp_path, capsys, width, height,
     is_readable(page, "#command")
     shot(page, "explore-hostile-cut", width, dark)
     assert keeps(command, tmp_path, capsys) == kept
+    number = f"document.querySelector('{SCORE % 1} input[type=number]')"
+    page.js(f"{number}.value = '1e39', {number}.dispatchEvent(new Event('input'))")
+    page.until("byId('problem').innerText.includes('within what a score can be')")
+    assert page.js("[byId('kept').innerText, byId('copy').disabled]") == ["Not counted.", True]
     page.js("byId('reset').click()")
-    page.until("counted.kept === 58 && " + AT_REST)
+    page.until("counted.kept === 58 && byId('problem').hidden && " + AT_REST)
     nothing_ran(page, server.url)
 
 

@@ -161,6 +161,27 @@ def test_a_report_without_matplotlib_is_one_line(server, monkeypatch):
     assert ask(server, "report.html")[::2] == (409, "matplotlib is not installed\n")
 
 
+def test_the_page_goes_on_while_a_report_is_made(server, monkeypatch):
+    go_on, asked = threading.Event(), threading.Event()
+
+    def slow():
+        asked.set()
+        assert go_on.wait(20)
+        return "made"
+
+    monkeypatch.setattr(server, "explorer", replace(server.explorer, report=slow))
+    monkeypatch.setattr("assay.explore.server._WAIT", 0.01)
+    found = []
+    thread = threading.Thread(target=lambda: found.append(ask(server, "report.html")))
+    thread.start()
+    assert asked.wait(20)
+    assert ask(server, "report.html")[::2] == (503, "busy with another question\n")
+    assert ask(server, "count")[0] == 200
+    go_on.set()
+    thread.join()
+    assert found[0][::2] == (200, "made")
+
+
 def test_a_table_that_is_gone_is_one_line(server, monkeypatch):
     def gone(*_):
         raise FileNotFoundError(2, "No such file or directory", "/scores/a\x1b.parquet")
@@ -169,6 +190,12 @@ def test_a_table_that_is_gone_is_one_line(server, monkeypatch):
     status, _, body = ask(server, "near?at=0&cuts=[[0,%22high%22,1]]")
     assert (status, body.count("\n")) == (409, 1)
     assert "a\\x1b.parquet" in body
+
+
+def test_a_question_has_its_time(server, monkeypatch):
+    monkeypatch.setattr("assay.explore.explorer.SECONDS", -1.0)
+    status, _, body = ask(server, 'count?cuts=[[0,"high",2.5]]')
+    assert (status, body) == (409, "this takes too long here; `assay select` has no such limit\n")
 
 
 def test_many_idle_connections_keep_nobody_out_for_long(server):

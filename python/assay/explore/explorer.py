@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from assay.explore.groupings import CHUNK, Grouping, by_column, by_shard, counte
 from assay.report import Distribution, Shown, Survey, read_groups, survey
 
 SAMPLES = 4
+SECONDS = 120.0
 
 Mask = npt.NDArray[np.bool_]
 Places = npt.NDArray[np.int64]
@@ -102,7 +104,8 @@ class Explorer:
         """Which rows pass, as `assay select` judges them, and how many lack a score that is cut at."""
         if not cuts:
             return np.ones(len(self.rows), bool), {}
-        answer = ask(self.rows, parse_condition(condition_text(cuts), self.kinds))
+        rows = replace(self.rows, until=time.monotonic() + SECONDS)
+        answer = ask(rows, parse_condition(condition_text(cuts), self.kinds))
         return answer.passes, answer.counts()["nan"]
 
     def _kept_bins(self, its: Distribution, passes: Mask) -> list[int]:

@@ -46,6 +46,7 @@ _HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
+_REPORT = "report.html"
 _FILES = {"": ("page.html", "text/html"), "page.js": ("page.js", "text/javascript"), "page.css": ("", "text/css")}
 
 
@@ -75,7 +76,9 @@ class Server(ThreadingHTTPServer):
     def __init__(self, port: int) -> None:
         super().__init__((HOST, port), _Handler)
         self.token = secrets.token_urlsafe(24)
-        self.turn, self.places = threading.Lock(), threading.Semaphore(_MOST_CONNECTIONS)
+        # The report takes its time, in which the page goes on.
+        self.turns = {name: threading.Lock() for name in ("page", "report")}
+        self.places = threading.Semaphore(_MOST_CONNECTIONS)
 
     @property
     def url(self) -> str:
@@ -158,7 +161,8 @@ class _Handler(BaseHTTPRequestHandler):
             return _Reply(_file(file), kind)
         if name not in _QUESTIONS:
             raise _Refused(404, "there is nothing here")
-        if not self.server.turn.acquire(timeout=_WAIT):
+        turn = self.server.turns["report" if name == _REPORT else "page"]
+        if not turn.acquire(timeout=_WAIT):
             raise _Refused(503, "busy with another question")
         try:
             return _QUESTIONS[name](self.server.explorer, query)
@@ -169,7 +173,7 @@ class _Handler(BaseHTTPRequestHandler):
         except OSError as error:
             raise _Refused(409, f"a file of the scores cannot be read any more: {error}") from error
         finally:
-            self.server.turn.release()
+            turn.release()
 
     def _send(self, status: int, reply: _Reply) -> None:
         self.send_response(status)
@@ -227,5 +231,5 @@ _QUESTIONS: dict[str, Callable[[Explorer, dict[str, str]], _Reply]] = {
     "facts": lambda explorer, query: _json(facts(explorer)),
     "count": _count,
     "near": _near,
-    "report.html": lambda explorer, query: _Reply(explorer.report().encode(), "text/html", _REPORT_POLICY),
+    _REPORT: lambda explorer, query: _Reply(explorer.report().encode(), "text/html", _REPORT_POLICY),
 }

@@ -81,11 +81,17 @@ def select(
             help="The rows in their own files, their indices, their ids with weights, or a folder for load_dataset.",
         ),
     ] = "shards",
+    proved: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Only if `assay prove` found there that --by is better than random rows."),
+    ] = None,
     corpus: CorpusNow = None,
 ) -> int:
     """Write the part of the corpus that is worth keeping, with a manifest and a reason per row."""
-    from assay.curate import ExpressionError, RuleOptions, curate, read_labels, read_mix
+    from assay.curate import ExpressionError, RuleOptions, check_proof, curate, read_labels, read_mix
 
+    if proved is not None:
+        check_proof(proved, scores, by, corpus, keep)
     mixed = None if mix is None else read_mix(mix)
     options = RuleOptions(
         top,

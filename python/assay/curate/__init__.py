@@ -7,6 +7,7 @@ from assay.curate.duplicates import Duplicates, find_duplicates
 from assay.curate.explaining import Explained, Explanation, explain
 from assay.curate.fates import Fate
 from assay.curate.mixes import Mix, read_mix
+from assay.curate.proofs import Proof, check_proof
 from assay.curate.ranking import Ranked, Ranking, rank, ranked_at, read_samples
 from assay.curate.rules import RuleOptions, parse_amount, parse_end
 from assay.curate.whole import WholeTable, read_whole
@@ -21,10 +22,12 @@ __all__ = [
     "Fate",
     "Labels",
     "Mix",
+    "Proof",
     "Ranked",
     "Ranking",
     "RuleOptions",
     "WholeTable",
+    "check_proof",
     "curate",
     "explain",
     "find_duplicates",

@@ -79,6 +79,8 @@ def two_stage(
     spec = recipe.models.get(question.model)
     if spec is None:
         raise EngineError(f"train: no model is called {question.model!r}; the recipe has {', '.join(recipe.models)}")
+    if not recipe.task.asks_models:
+        raise EngineError(f"train: nothing is predicted in a task of kind {recipe.task.kind}; expected another kind")
     if recipe.task.group_rows is not None:
         raise EngineError("train: samples of a contrastive task share their losses, and are not trained on here")
     corpus, held_out = find_shards(recipe.corpus.path), find_shards(question.held_out)

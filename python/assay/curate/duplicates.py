@@ -118,12 +118,16 @@ def find_duplicates(
 
 def _rows_of_a_band(scores: Scores, name: str) -> int:
     """How many bytes of a signature are a band's. CorpusError if there are no signatures of that name."""
-    named = [own for own in scores.identity.recipe.get("methods", []) if own.get("method") == _METHOD]
+    methods = scores.identity.recipe.get("methods")
+    own_methods = [own for own in (methods if isinstance(methods, list) else []) if isinstance(own, dict)]
+    named = [own for own in own_methods if own.get("method") == _METHOD]
     method = next((own for own in named if own.get("name") == name), None)
     if method is None or {f"{name}_text", f"{name}_signature"} - set(scores.columns):
         others = ", ".join(str(own.get("name")) for own in named)
         hint = f"it has those of {others}" if others else "score the corpus with {method: minhash} first"
         raise CorpusError(f"{scores.store.url}: has no signatures called {name!r}; {hint}")
+    if method.get("rows") not in range(1, 9):
+        raise CorpusError(f"{scores.store.full(MANIFEST)}: bands of {method.get('rows')} rows; score the corpus again")
     return int(method["rows"])
 
 

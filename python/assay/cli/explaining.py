@@ -71,7 +71,7 @@ def _fate_lines(one: Explained, selection: str) -> Iterator[str]:
     if fate.column is not None:
         yield f"    its {fate.column}: {'none (null)' if fate.group is None else fate.group}"
     if fate.copies is not None:
-        yield f"    {fate.copies} times in the output"
+        yield f"    {fate.copies} time{'' if fate.copies == 1 else 's'} in the output"
     if fate.weight is not None:
         yield f"    weight {fate.weight:.6g}"
     for name, value in fate.facts.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -134,8 +135,9 @@ def select(
 def _audited(cut: Cut, by: str) -> str:
     """What the labels say of the cut, in one line."""
     low, high = cut.threshold_interval
+    held_out = "" if math.isnan(cut.f_held_out) else f"; on labels held out {cut.f_held_out:.3f}"
     line = f"audit: {by} cut at {cut.threshold:.6g} (95 %: {low:.6g} to {high:.6g}), F{cut.beta:g} {cut.f:.3f} "
-    line += f"(95 %: {cut.f_interval[0]:.3f} to {cut.f_interval[1]:.3f}; on held-out labels {cut.f_held_out:.3f}), "
+    line += f"(95 %: {cut.f_interval[0]:.3f} to {cut.f_interval[1]:.3f}{held_out}), "
     line += f"precision {cut.precision:.3f}, recall {cut.recall:.3f}, {cut.rows:,} labels"
     return line + (f", {cut.unscored:,} of them on rows that no cut keeps" if cut.unscored else "")
 

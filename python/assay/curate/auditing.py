@@ -49,7 +49,7 @@ class Labels:
 
 
 def _shown(key: Key) -> str:
-    return f"id {key!r}" if isinstance(key, str) else f"{key[0]}:{key[1]}"
+    return f"id {key[:80]!r}" if isinstance(key, str) else f"{key[0][:200]}:{key[1]}"
 
 
 @dataclass(frozen=True)

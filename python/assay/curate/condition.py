@@ -83,7 +83,9 @@ class Compared:
     @property
     def distance(self) -> float | None:
         """How far the left number is above the right one; below it, negative."""
-        return None if self.left is None or self.right is None else self.left - self.right
+        if self.left is None or self.right is None:
+            return None
+        return 0.0 if self.left == self.right else self.left - self.right  # infinite ones, too
 
 
 @dataclass(frozen=True)

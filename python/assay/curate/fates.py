@@ -58,7 +58,7 @@ class Fate:
         """How far above the threshold the score is; below it, negative."""
         if self.threshold is None or self.score is None or math.isnan(self.score):
             return None
-        return self.score - self.threshold
+        return 0.0 if self.score == self.threshold else self.score - self.threshold  # infinite ones, too
 
 
 def find_fates(scores: Scores, selection_url: str, rows: Sequence[tuple[str, int]]) -> dict[tuple[str, int], Fate]:

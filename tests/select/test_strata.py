@@ -61,3 +61,9 @@ def test_rows_without_a_score_and_odd_ranges() -> None:
         ccs(table(scores), "s", 1, 0, hard=None)
     with pytest.raises(ValueError, match="strata=0"):
         ccs(table(scores), "s", 1, 0, hard="high", strata=0)
+
+
+def test_strata_of_a_range_that_no_float_holds() -> None:
+    wide = np.array([-3e38, -2.9e38, 3e38, 2.9e38], np.float32)
+    selection = ccs(table(wide), "s", 2, 0, hard="high", drop=0, strata=2)
+    assert selection.mask[:2].sum() == selection.mask[2:].sum() == 1

@@ -112,7 +112,7 @@ def d2(
     features, direction = _checked(features)
     if len(features) != table.num_rows:
         raise ValueError(f"features: expected a row for each of the table's {table.num_rows}, got {len(features)}")
-    worth = _unit_interval(score.values, score.valid, by)
+    worth = _unit_interval(score.values.astype(np.float64), score.valid, by)
     near, distance = _nearest(features, direction & score.valid, neighbours, clusters, seed)
     known = near >= 0
     distance = np.where(known, distance, 0)

@@ -122,9 +122,9 @@ def _copies(cell: npt.NDArray[np.uint8], groups: Groups, rates: Floats, seed: in
     # of the groups of one row have it, and no group by its place.
     order = np.argsort(np.random.Philox((seed, 1)).random_raw(len(groups)), kind="stable")
     ends = np.floor(np.cumsum(exact[order], axis=0) + 0.5).astype(np.int64)
-    wanted = np.empty(exact.shape, np.int64)
-    wanted[order] = np.diff(ends, axis=0, prepend=0)
-    wanted = wanted.ravel()
+    shares = np.zeros_like(exact, np.int64)
+    shares[order] = np.diff(ends, axis=0, prepend=0)
+    wanted = shares.ravel()
 
     def keys() -> Iterator[npt.NDArray[Any]]:
         for span, drawn in zip(spans(len(cell)), uniforms(len(cell), seed), strict=True):

@@ -83,3 +83,7 @@ def test_seeds_draw_other_rows_and_the_same_ones_again():
 def test_mistakes_are_named(bands, rates, message):
     with pytest.raises(ValueError, match=message):
         select.mix(make(), "s", bands, rates, 0, group="g")
+
+
+def test_no_rows_have_no_mix():
+    assert select.mix(make().slice(0, 0), "s", BANDS, {"*": [0, 1, 2]}, 0, group="g").copies.shape == (0,)

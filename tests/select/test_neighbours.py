@@ -151,3 +151,9 @@ def test_mistakes() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_float32_extremes_are_scaled_as_float64_is() -> None:
+    rng = np.random.default_rng(0)
+    x, scores = rng.normal(size=(60, 4)), (rng.uniform(-3e38, 3e38, 60)).astype(np.float32)
+    assert list(d2(table(scores), "s", 9, x).indices) == written_out(scores.astype(np.float64), x, 9, 1.0, 10)

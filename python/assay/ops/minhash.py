@@ -55,6 +55,25 @@ def least_hashes(sets: NGramHashes, count: int, *, seed: int = 0) -> NDArray[np.
     return out
 
 
+def whole_hashes(sets: NGramHashes) -> NDArray[np.uint64]:
+    """(N,): one hash of each row's hashes in their order: mix(Σ_i mix(h_i + (i + 1) · 0x9E3779B97F4A7C15)), with mix as
+    in ``ops/ngrams.py`` and all in 64 bits; 0 of none."""
+    lengths = np.diff(sets.offsets)
+    places = np.arange(len(sets.hashes)) - np.repeat(sets.offsets[:-1], lengths)
+    mixed = _mix(sets.hashes + (places + 1).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    out, some = np.zeros(len(lengths), np.uint64), lengths > 0
+    if some.any():
+        out[some] = _mix(np.add.reduceat(mixed, sets.offsets[:-1][some]))
+    return out
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    mixed: NDArray[np.uint64] = x ^ x >> np.uint64(31)
+    return mixed
+
+
 def _checked(sets: NGramHashes) -> NGramHashes:
     """The sets as native code reads them."""
     offsets, hashes = sets.offsets, sets.hashes

@@ -55,7 +55,7 @@ def mix(
     each = _rates_of_each(groups, rates, len(bands) - 1, group)
     counts = groups.counts(score.valid)
     edges = [np.floor((100.0 - bound) / 100.0 * counts + 0.5).astype(np.int64) for bound in bands[-2:0:-1]]
-    cell = cells(lambda: parts_of(score.values), groups, np.array(edges, np.int64).reshape(-1, len(groups)))
+    cell = cells(lambda: parts_of(score.values), groups, np.array(edges, np.int64).reshape(len(bands) - 2, len(groups)))
     copies = _copies(cell, groups, each, seed)
     return _selection(by, cell, copies, bands, seed, group)
 

@@ -89,8 +89,8 @@ def d2(
     until there are ``amount``; a row taken at s < 0 lowers nobody. d is the distance at length 1, in [0, 2]. A large γ
     leaves the rows of the largest messages; γ = 0 is most diverse.
 
-    Memory: blocks of 1,024 rows, 60 + 40 · neighbours bytes a row. Time: N · D · N products, or N · D · N / clusters if
-    neighbours are only looked for in a row's own cluster (of k-means, as in ``semdedup``).
+    Memory: blocks of 1,024 rows, 60 · (1 + neighbours) bytes a row. Time: N · D · N products, or N · D · N / clusters
+    if neighbours are only looked for in a row's own cluster (of k-means, as in ``semdedup``).
 
     Args:
         table: with the column ``by``.
@@ -112,7 +112,7 @@ def d2(
     features, direction = _checked(features)
     if len(features) != table.num_rows:
         raise ValueError(f"features: expected a row for each of the table's {table.num_rows}, got {len(features)}")
-    worth = _unit_interval(score.values, score.valid, by)
+    worth = _unit_interval(score.values.astype(np.float64), score.valid, by)
     near, distance = _nearest(features, direction & score.valid, neighbours, clusters, seed)
     known = near >= 0
     distance = np.where(known, distance, 0)

@@ -49,9 +49,10 @@ def ccs(
             f"amount={amount}: {wanted:,} rows, but {len(left):,} of {table.num_rows:,} are left without the hardest "
             f"{hardest:,} by {by} and those that have no score; lower amount or drop"
         )
-    if not np.isfinite(score.values[left]).all():
+    worth = score.values[left].astype(np.float64)
+    if not np.isfinite(worth).all():
         raise ValueError(f"by={by!r}: infinite scores lie in no stratum; leave those rows out first")
-    place = _strata(score.values[left], strata)
+    place = _strata(worth, strata)
     sizes = np.bincount(place, minlength=strata)
     kept = _draw(left, place, shares(sizes, wanted), uniform(table.num_rows, seed))
     mask = np.zeros(table.num_rows, bool)

@@ -69,11 +69,9 @@ def in_turns(rankings: npt.NDArray[np.int64], amount: int, rows: int) -> Selecti
     ranked = np.asarray(rankings)
     integers = ranked.size == 0 or np.issubdtype(ranked.dtype, np.integer)
     if ranked.ndim != 2 or not integers or (ranked.size and not -1 <= ranked.min() <= ranked.max() < rows):
-        found = f"{ranked.dtype} of shape {ranked.shape}" + (
-            f", {ranked.min()} to {ranked.max()}" if ranked.size else ""
-        )
         raise ValueError(
-            f"rankings: expected (queries, k) integers from -1 to {rows - 1}, the rows' positions, got {found}"
+            f"rankings: expected (queries, k) integers from -1 to {rows - 1}, the rows' positions, got {ranked.dtype} "
+            f"of shape {ranked.shape}" + (f", {ranked.min()} to {ranked.max()}" if ranked.size else "")
         )
     if isinstance(amount, bool) or not isinstance(amount, int) or amount < 0:
         raise ValueError(f"amount={amount!r}: expected a number of rows of at least 0")

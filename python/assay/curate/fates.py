@@ -15,6 +15,7 @@ from assay.corpus.errors import CorpusError
 from assay.corpus.layout import MANIFEST, selection_path, table_path
 from assay.corpus.scores_folder import Scores
 from assay.corpus.storage import Store
+from assay.curate.chosen import score_column
 
 # Of rows that the rule was never asked about.
 _BEFORE_THE_RULE = ("dropped: not: ", "dropped: has no value: ")
@@ -116,7 +117,7 @@ def _entries(store: Store, path: str, rows: Sequence[int]) -> list[dict[str, Any
 
 
 def _fate(manifest: _Manifest, entry: dict[str, Any]) -> Fate:
-    reason, score = str(entry["reason"]), entry.get(manifest.by)
+    reason, score = str(entry["reason"]), entry.get(score_column(manifest.by))
     judged = not reason.startswith(_BEFORE_THE_RULE) and not reason.endswith(" is NaN")
     threshold = (entry.get("threshold") if manifest.group else manifest.threshold) if judged else None
     weight, kept = entry.get("weight"), bool(entry["kept"])

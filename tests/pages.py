@@ -33,6 +33,11 @@ def ask_the_scores(root: Path) -> None:
     pytest.importorskip("matplotlib")
     loss, rho = np.random.default_rng(0).normal(size=(2, 20)).astype(np.float32)
     shards = {"a": {"loss": loss, "rho": rho}, "b": {"loss": rho, "rho": loss}}
+    (root / "data").mkdir()
+    for name in shards:
+        columns = {"id": [f"{name}-{i}" for i in range(20)], "source": ["wiki", "web", None, "books"] * 5}
+        pq.write_table(pa.table(columns), root / f"data/{name}.parquet")
+    (root / "labels.csv").write_text("id,label\n" + "".join(f"a-{i},{int(rho[i] > 0)}\n" for i in range(12)))
     make_scores(root, shards)
     make_scores(root, {name: {"loss": scores["rho"]} for name, scores in shards.items()}, name="scores-later")
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 import assay
+import assay.ray
 from assay.engine.local import run
 from assay.methods import BM25, DSIR, NGramClassifier
 from assay.recipe.errors import EngineError, RecipeError
@@ -66,6 +68,14 @@ def test_fit_and_target_decide_scores(texts) -> None:
     assert fewer.num_rows == 42
     other = pq.read_table(texts.root / "fewer/a.parquet")["bm25"].to_numpy()
     assert np.nanmax(abs(first - other)) > 0.01
+
+
+def test_a_recipe_of_texts_is_a_function_of_tables(texts) -> None:
+    scorer = assay.ray.Scorer(str(texts.path))
+    table = scorer(pa.table({"id": ["x", "y", "z"], "body": [BODIES[0], None, "..."], "other": [1, 2, 3]}))
+    assert table["assay_fault"].to_pylist() == [None, "body is null", None]
+    assert np.isnan(table["bm25"].to_numpy()).tolist() == [False, True, True]
+    assert table["bm25"][0].as_py() == score(texts)["bm25"][0].as_py()
 
 
 def test_a_baseline_is_one_line_beside_models(project) -> None:

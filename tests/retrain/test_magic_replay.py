@@ -67,7 +67,7 @@ def test_the_plan_is_what_happens() -> None:
     training, targets, _ = world(OPTIMIZERS["momentum"])
     training = replace(training, losses=counted)
     plan = Plan.of(training, targets=2, checkpoints=2, directions=1)
-    checks = 2 + 1 + 1  # the first step twice, Hu once, a look at the graph
+    checks = 2 + 2 + 1  # the first step twice, Hu twice, a look at the graph
     found = magic(training, targets, checkpoints=2, directions=1)
     made = plan.forward_steps + plan.smoothness_steps + training.steps + 3  # the targets' three batches
     assert counts["losses"] == made + checks
@@ -104,7 +104,7 @@ def whole() -> Tensor:
     return run(None)
 
 
-@pytest.mark.parametrize("at", [11, 20, 39])  # on the way there, measuring, on the way back
+@pytest.mark.parametrize("at", [12, 21, 40])  # on the way there, measuring, on the way back
 def test_a_killed_run_goes_on_to_the_same_bytes(at: int, whole: Tensor, tmp_path: Path) -> None:
     def stop(call: int) -> None:
         if call == at:
@@ -126,7 +126,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(at: int, whole: Tensor, tmp_path
     np.testing.assert_array_equal(again, whole)
     calls.clear()
     np.testing.assert_array_equal(run(tmp_path, calls.append), whole)
-    assert len(calls) == 5  # the checks, and the first step made again: a finished run only answers
+    assert len(calls) == 6  # the checks, and the first step made again: a finished run only answers
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         ".lock",
         "notes.txt",
@@ -169,7 +169,7 @@ def test_a_killed_process_goes_on_to_the_same_bytes(whole: Tensor, tmp_path: Pat
 )
 def test_a_folder_is_one_runs(changes: dict[str, Any], words: str, whole: Tensor, tmp_path: Path) -> None:
     def stop(call: int) -> None:
-        if call == 15:
+        if call == 16:
             raise Killed
 
     with pytest.raises(Killed):
@@ -180,7 +180,7 @@ def test_a_folder_is_one_runs(changes: dict[str, Any], words: str, whole: Tensor
 
 def test_losses_that_compute_something_else_are_found_by_replaying(tmp_path: Path) -> None:
     def stop(call: int) -> None:
-        if call == 15:
+        if call == 16:
             raise Killed
 
     with pytest.raises(Killed):

@@ -64,6 +64,12 @@ def test_rows_without_a_score_and_odd_ranges() -> None:
         ccs(table(scores), "s", 1, 0, hard="high", strata=0)
 
 
+def test_strata_of_a_range_that_no_float_holds() -> None:
+    wide = np.array([-3e38, -2.9e38, 3e38, 2.9e38], np.float32)
+    selection = ccs(table(wide), "s", 2, 0, hard="high", drop=0, strata=2)
+    assert selection.mask[:2].sum() == selection.mask[2:].sum() == 1
+
+
 def test_a_column_of_float32_has_the_strata_that_its_numbers_have_in_float64() -> None:
     scores = (np.random.default_rng(2).normal(size=300) * 1e38).astype(np.float32)  # their range is no float32
     wide = pa.table({"s": scores.astype(np.float64)})

@@ -17,7 +17,7 @@ from assay.recipe.tasks import Columns, Encoder, ReadsColumns, ReadsFiles, Reads
 # A column may be missing in some shards, which are listed as unreadable then; in so many it is a misspelt name.
 _MOST_SHARDS = 16
 # What a column of texts may look like: of JSON lines the first may be null, or something else.
-TEXTS = ("string", "binary", "null", MIXED)
+TEXTS = ("string", "null", MIXED)
 
 
 def with_columns(recipe: Recipe, corpora: Mapping[str, Corpus]) -> Recipe:

@@ -34,7 +34,7 @@ def knn_shapley(
 
     A value follows from its sample's rank in the *whole* pool, so this is no method that scores one sample after the
     other: it is a function of the pool's embeddings, those that ``keep_features`` stored for instance, read twice. For
-    each target are held the ``exact`` nearest and a histogram of the others, 16 · (exact + bins) bytes: those in one of
+    each target are held the ``exact`` nearest and a histogram of the others, 32 · (exact + bins) bytes: those in one of
     its bins count as equally near. They are beyond rank ``exact``, where no value is larger than 1/exact; a pool of at
     most that many samples has exact values.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -70,10 +72,11 @@ def shares(sizes: npt.NDArray[np.int64], wanted: int) -> npt.NDArray[np.int64]:
     return given
 
 
-def _strata(values: npt.NDArray[np.float64], strata: int) -> npt.NDArray[np.int64]:
+def _strata(values: npt.NDArray[Any], strata: int) -> npt.NDArray[np.int64]:
     if not len(values) or values.min() == values.max():
         return np.zeros(len(values), np.int64)
-    steps = (values - values.min()) / (values.max() - values.min()) * strata
+    halves = 0.5 * values.astype(np.float64)  # whose differences are finite
+    steps = (halves - halves.min()) / (halves.max() - halves.min()) * strata
     place: npt.NDArray[np.int64] = np.minimum(steps.astype(np.int64), strata - 1)
     return place
 

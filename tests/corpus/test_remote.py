@@ -106,3 +106,12 @@ def test_what_a_client_says_without_a_number_is_not_lost(error, said):
     with pytest.raises(type(error), match=said) as caught, os_errors("a"):
         raise error
     assert may_pass(caught.value) is before
+
+
+def test_the_same_folder_is_the_same_in_another_process_too():
+    """Shards are keys of what workers have made of them."""
+    store = Store.at("memory://folder")
+    again = pickle.loads(pickle.dumps(store))
+    assert again == store == Store.at("memory://folder")
+    assert len({again, store}) == 1
+    assert store != Store.at("memory://other")

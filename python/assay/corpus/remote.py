@@ -68,6 +68,12 @@ class RemoteFileSystem:
     def __reduce__(self) -> tuple[Any, ...]:
         return RemoteFileSystem, (self.wrapped,)
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RemoteFileSystem) and bool(self.wrapped == other.wrapped)
+
+    def __hash__(self) -> int:
+        return hash(self.wrapped)
+
     def __getattr__(self, name: str) -> Any:
         found = getattr(self.wrapped, name)
         return _guarded(found) if callable(found) else found

@@ -153,6 +153,17 @@ def test_a_fault_of_its_own_is_told_to_the_terminal_alone(server, monkeypatch, c
     assert "ZeroDivisionError" in caplog.text
 
 
+def test_who_takes_nothing_is_no_fault(server, monkeypatch, caplog):
+    monkeypatch.setattr(server, "explorer", replace(server.explorer, report=lambda: "x" * (16 << 20)))
+    monkeypatch.setattr(server.RequestHandlerClass, "timeout", 0.2)
+    with socket.create_connection(server.server_address) as other:
+        head = f"Host: 127.0.0.1:{server.server_address[1]}\r\n\r\n"
+        other.sendall(f"GET /{server.token}/report.html HTTP/1.1\r\n{head}".encode())
+        time.sleep(0.5)
+    assert not [its for its in caplog.records if its.levelname == "ERROR"]
+    assert ask(server, "facts")[0] == 200
+
+
 def test_a_report_without_matplotlib_is_one_line(server, monkeypatch):
     def missing():
         raise ImportError("matplotlib is not installed")

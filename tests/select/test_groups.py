@@ -94,3 +94,8 @@ def test_very_many_groups(monkeypatch):
     mask = select.top(own, "s", 1, group="g").mask
     assert mask[:rows].all()  # all scores are equal: the earlier row
     assert not mask[rows:].any()
+
+
+def test_more_rows_than_any_number_of_the_machine_are_all(table):
+    everything = select.top(table, "s", 10**30, group="g")
+    np.testing.assert_array_equal(everything.mask, select.top(table, "s", 1.0, group="g").mask)

@@ -14,6 +14,7 @@ from assay.corpus.errors import CorpusError
 from assay.corpus.layout import selection_path, table_path
 from assay.corpus.scores_folder import Scores
 from assay.corpus.storage import Store
+from assay.curate.chosen import score_column
 from assay.curate.condition import Compared
 from assay.curate.manifests import SelectionManifest, read_selection
 from assay.curate.rows import Rows, Tables, open_beside
@@ -131,7 +132,7 @@ def _entries(store: Store, path: str, rows: Sequence[int]) -> list[dict[str, Any
 
 
 def _fate(manifest: SelectionManifest, entry: dict[str, Any]) -> Fate:
-    reason, score = str(entry["reason"]), entry.get(manifest.by)
+    reason, score = str(entry["reason"]), entry.get(score_column(manifest.by))
     judged = not reason.startswith(_BEFORE_THE_RULE) and not reason.endswith(" is NaN")
     threshold = (entry.get("threshold") if manifest.group else manifest.threshold) if judged else None
     weight, kept = entry.get("weight"), bool(entry["kept"])

@@ -125,7 +125,7 @@ class _Handler(BaseHTTPRequestHandler):
         except _Refused as refused:
             self.close_connection = True
             self._send(refused.status, _line(visible(str(refused))))
-        except (BrokenPipeError, ConnectionResetError):
+        except OSError:  # who asked has gone, or takes nothing: what answers raise is refused above
             self.close_connection = True
         except Exception:
             log.exception("a question of the page failed")

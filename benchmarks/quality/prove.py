@@ -129,7 +129,7 @@ def text(root: Path) -> Setting:
         ],
     }
     path = _recipe(root, recipe)
-    comparison = Comparison(["dsir_docstrings", "ensemble_entropy"], top=0.2, pools=8, keep={"ensemble_entropy": "low"})
+    comparison = Comparison(["dsir", "ensemble_entropy"], top=0.2, pools=8, keep={"ensemble_entropy": "low"})
     return path, "fresh", comparison, Training(150, 16, 3e-3, evaluations=1)
 
 

@@ -13,7 +13,7 @@ import pytest
 from assay.cli import main
 from assay.corpus.errors import CorpusError
 from assay.corpus.footer import Identity
-from assay.corpus.scores_folder import open_scores
+from assay.corpus.scores_folder import Scored, open_scores
 from assay.corpus.shards import find_shards
 from assay.corpus.storage import Store
 from assay.curate import Mix, RuleOptions, curate, explain, grouping, read_mix
@@ -249,3 +249,14 @@ def test_a_score_may_have_the_name_of_a_column_of_the_fates(tmp_path, capsys, na
     assert main(["select", folder, *arguments]) == 0
     assert main(["explain", folder, "a.parquet:2", "--selection", str(tmp_path / "out")]) == 0
     assert f"{name} 1 is 2 below the threshold of its lang 3" in capsys.readouterr().out
+
+
+def test_true_and_1_are_two_groups_however_rows_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("assay.corpus.format.CHUNK_ROWS", 1)
+    values = [1, True, 1, True, 0, False, 0.0, 1.0]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"id": str(i), "g": v}) + "\n" for i, v in enumerate(values)))
+    (shard,) = find_shards(str(tmp_path)).shards
+    found = grouping.read_groups(
+        Store.at(str(tmp_path)), [(shard, Scored(shard.fingerprint(), len(values), len(values), 0))], "g"
+    )
+    assert found.names.take(pa.array(found.codes)).to_pylist() == ["1", "true", "1", "true", "0", "false", "0", "1"]

@@ -80,7 +80,7 @@ def _read_shard(store: Store, shard: Shard, table: Scored, names: _Names, codes:
     try:
         facts = columns_of(shard)
         classes = _classes(shard, facts, column)
-        known: dict[Any, int] = {}
+        known: dict[tuple[type, Any], int] = {}
         place = row = 0
         for chunk in read(shard, [column], frozenset([column])):
             values = chunk.columns[column]
@@ -96,7 +96,7 @@ def _read_shard(store: Store, shard: Shard, table: Scored, names: _Names, codes:
                     value = values[offset]
                     own[offset] = names.code(_name(value, classes))
                     if value == value:  # no NaN is another
-                        known[value] = own[offset]
+                        known[value.__class__, value] = own[offset]
             found = np.array(own, np.int32)[scored]
             if place + len(found) > len(codes):
                 raise ShardError("has changed meanwhile")
@@ -120,10 +120,10 @@ def _classes(shard: Shard, facts: Mapping[str, ColumnFacts], column: str) -> tup
     return found.classes if "int" in found.type else None
 
 
-def _looked_up(known: Mapping[Any, int], values: Sequence[Any]) -> list[int]:
+def _looked_up(known: Mapping[tuple[type, Any], int], values: Sequence[Any]) -> list[int]:
     """The codes of the values; -1 of those that are not known."""
     try:
-        return [known.get(value, -1) for value in values]
+        return [known.get((value.__class__, value), -1) for value in values]  # True is 1, and another group
     except TypeError:  # lists and the like, which will be refused by their type
         return [-1] * len(values)
 

@@ -257,6 +257,14 @@ def test_compiles_whole() -> None:
     torch.testing.assert_close(compiled(hidden[0], weight[0]), f(hidden[0], weight[0]))
 
 
+def test_a_second_derivative_is_refused_and_not_0() -> None:
+    hidden, weight = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3)
+    losses = linear_cross_entropy(hidden, weight, torch.tensor([0, 1, 2, 3]))
+    for loss in (losses.sum(), losses.square().sum()):
+        with pytest.raises(RuntimeError, match="linear_cross_entropy: has no second derivative"):
+            torch.autograd.grad(loss, hidden, create_graph=True, retain_graph=True)
+
+
 def test_the_loss_and_its_gradients_compile_whole() -> None:
     def f(h: Tensor, w: Tensor) -> Tensor:
         return linear_cross_entropy(2 * h, w, labels).sum()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -74,3 +75,25 @@ def wide_dtype(*tensors: Tensor) -> torch.dtype:
 def adjacent_columns(x: Tensor) -> Tensor:
     """``x``, or a copy if its last dimension is not contiguous."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def first_order(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """An autograd function's ``backward`` that cannot be differentiated in turn, of the op ``name``.
+
+    torch's once_differentiable gives a gradient without a graph where the one that comes in has none, as that of a sum,
+    and the second derivative then lacks this op's part without a word.
+    """
+
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(backward)
+        def once(ctx: Any, *outer: Tensor) -> Any:
+            if torch.is_grad_enabled():
+                raise RuntimeError(
+                    f"{name}: has no second derivative; expected a backward pass without create_graph=True, or losses "
+                    "from logits in plain torch"
+                )
+            return backward(ctx, *outer)
+
+        return once
+
+    return decorate

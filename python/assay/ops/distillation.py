@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from assay.ops import _backend, ensemble
 from assay.ops import _distillation_backends as backends
-from assay.ops._tensors import check_like, check_matrices, check_tensor, wide_dtype
+from assay.ops._tensors import check_like, check_matrices, check_tensor, first_order, wide_dtype
 from assay.ops.head import Tensors, check_models
 
 
@@ -136,7 +135,7 @@ class _LinearDistillation(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @once_differentiable
+    @first_order("linear_distillation")
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         gradient, *saved = ctx.saved_tensors
         into_hidden = into_weight = into_bias = None

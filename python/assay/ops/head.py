@@ -15,11 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from assay.ops import _backend, ensemble
 from assay.ops import _head_backends as backends
-from assay.ops._tensors import check_int, check_like, check_matrices, check_tensor, wide_dtype
+from assay.ops._tensors import check_int, check_like, check_matrices, check_tensor, first_order, wide_dtype
 from assay.ops.ensemble import EnsembleStats
 from assay.ops.sketch import Kronecker
 
@@ -187,7 +186,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return losses.masked_fill(labels == ignore_index, 0)
 
     @staticmethod
-    @once_differentiable
+    @first_order("linear_cross_entropy")
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, labels, gradient = ctx.saved_tensors
         into_hidden = into_weight = into_bias = None

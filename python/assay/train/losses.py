@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from assay.ops._distillation_backends import divergence, normalise, plain_sums, to_residual
-from assay.ops._tensors import check_int, check_matrices, check_tensor, wide_dtype
+from assay.ops._tensors import check_int, check_matrices, check_tensor, first_order, wide_dtype
 from assay.ops.distillation import check_flag, check_temperature
 from assay.ops.distillation import linear_distillation as distillation
 from assay.ops.ensemble import check_weights
@@ -95,7 +94,7 @@ class _DivergenceOfLogits(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @once_differentiable
+    @first_order("the divergence")
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         counted = outer[0][:, None]  # a row that does not count adds nothing, whatever its loss

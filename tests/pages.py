@@ -119,6 +119,15 @@ def two_stage(root: Path) -> None:
         save_model(root / f"models/{name}", seed=seed)
 
 
+def prove_a_score(root: Path) -> None:
+    """Half of the labels are wrong, and the model that scores learned from right ones: its loss finds them."""
+    from tests.two_stage.noisy_labels import make_noisy_labels
+
+    make_noisy_labels(root)
+    (root / "data").rename(root / "corpus")
+    (root / "models/large.safetensors").rename(root / "models/fresh.safetensors")
+
+
 def train_with_llama_factory(root: Path) -> None:
     """Its script is run in tests/train/test_other_trainers.py."""
 

@@ -78,6 +78,7 @@ def scores_of(pool: list[str], target: list[str], seed: int) -> Iterator[tuple[s
     rng = np.random.default_rng(seed + 100)
     makers: dict[str, Callable[[], Scores]] = {
         "BM25": lambda: _run(BM25(targets), pool),
+        "BM25, contrast": lambda: _run(BM25(targets, contrast=True), pool),
         "DSIR": lambda: _run(DSIR(targets), pool),
         "DSIR, smoothing 1e-4": lambda: _run(DSIR(targets, smoothing=1e-4), pool),
         "DSIR per n-gram": lambda: _run(DSIR(targets), pool) / _lengths(pool),

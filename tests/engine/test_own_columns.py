@@ -39,7 +39,9 @@ def texts(tmp_path) -> Project:
     rows = [{"id": str(i), "body": body, "n": i} for i, body in enumerate(BODIES)]
     made.write_shard("a.jsonl", [*rows, {"id": "null", "body": None, "n": 0}, {"id": "empty", "body": "", "n": 0}])
     (tmp_path / "targets").mkdir()
-    made.write_shard("../targets/code.jsonl", [{"body": body, "n": 1} for body in TARGETS["code"]])
+    made.write_shard("../targets/code.jsonl", [{"body": body, "n": 1, "id": 1} for body in TARGETS["code"]])
+    (tmp_path / "notes").mkdir()
+    made.write_shard("../notes/a.jsonl", [{"body": body, "n": body} for body in TARGETS["code"]])
     made.write_recipe()
     return made
 
@@ -107,7 +109,12 @@ WRONG = [
         ("methods.0.text_column=bdy",),
         r"methods\.0\.text_column: code\.jsonl of targets\.code has no column 'bdy'.*did you mean 'body'",
     ),
-    (("methods.0.text_column=n",), r"methods\.0\.text_column: column 'n' holds int64; expected texts"),
+    (("methods.0.text_column=n",), r"column 'n' of targets\.code holds int64; expected texts"),
+    (("methods.0.text_column=id",), r"methods\.0\.text_column: column 'id' of targets\.code holds int64; expected"),
+    (
+        ("methods.0.text_column=n", "targets.code.path=notes", "fit.path=notes"),
+        r"methods\.0\.text_column: column 'n' holds int64; expected texts",
+    ),
     (("task.text_column=text",), r"task\.text_column: code\.jsonl of targets\.code has no column 'text'"),
     (("targets={}",), r"methods\.0\.targets: needs a target"),
     (("methods.1.smoothing=0",), r"methods\.1 \(dsir\): smoothing: expected more than 0"),

@@ -45,6 +45,16 @@ def test_it_is_the_formula(k1: float, b: float) -> None:
             assert np.isnan(score), text
 
 
+def test_contrast_takes_off_what_the_pool_would_ask() -> None:
+    method = BM25({"code": views(TARGETS["code"])}, contrast=True).fit(views(POOL))
+    scores = assay.score(views(POOL), [method])["bm25"].to_numpy()
+    asked = {word for text in TARGETS["code"] for word in words(text)}
+    queries = [" ".join(word for word in words(text) if word in asked) for text in known(POOL)]
+    for text, score in list(zip(POOL, scores, strict=True))[:60:10]:
+        for_target, for_pool = (naive(text, own, known(POOL), 1.5, 0.75) for own in (TARGETS["code"], queries))
+        assert score == pytest.approx(for_target - for_pool, rel=1e-5, abs=1e-6)
+
+
 def test_each_target_has_a_column_and_all_have_their_mean() -> None:
     both = BM25({name: views(own) for name, own in TARGETS.items()}, name="near").fit(views(POOL))
     table = assay.score(views(POOL), [both])

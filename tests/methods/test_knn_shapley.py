@@ -108,5 +108,8 @@ def test_rows_of_which_nothing_is_known_take_no_part() -> None:
         knn_shapley([(0 * x, y)], target, label, 2)
     with pytest.raises(ValueError, match=r"blocks: expected embeddings .* got \(6, 2\) and \(5,\)"):
         knn_shapley([(x, y[:5])], target, label, 2)
-    with pytest.raises(ValueError, match="k: expected at least 1, got 0"):
-        knn_shapley([(x, y)], target, label, 0)
+    ignored = torch.cat([y, torch.tensor([-100])])
+    assert torch.equal(knn_shapley([(torch.cat([x, x[:1]]), ignored)], target, label, 2).isnan(), ignored == -100)
+    for k in (0, 2.5, True):
+        with pytest.raises(ValueError, match=f"k: expected a whole number of at least 1, got {k}"):
+            knn_shapley([(x, y)], target, label, k)  # type: ignore[arg-type]

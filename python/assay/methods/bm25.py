@@ -22,7 +22,7 @@ from assay.ops import Terms
 @dataclass(frozen=True)
 class _Fitted:
     terms: Terms
-    weights: Floats  # (V, targets): idf times the share of the target's texts that have the term
+    weights: Floats  # (V, targets): idf times the share of the target's texts that have the term (less the pool's)
     mean_length: float
     texts: int  # of the pool
 
@@ -41,6 +41,8 @@ class BM25(TextMethod):
         text_column: the raw column that holds the texts; None: ``text`` (in a recipe: the task's).
         k1: how soon more of the same word count no more; b: how much a long text is discounted, 0 to 1.
         order: terms are n-grams of 1 to so many words.
+        contrast: less the same score with the sample's texts as queries, of which the targets' terms alone are counted:
+            words that every long text has, and so every long query, then weigh nothing.
         name: of the column, and prefix of the targets'.
     """
 
@@ -55,13 +57,14 @@ class BM25(TextMethod):
         k1: float = 1.5,
         b: float = 0.75,
         order: int = 1,
+        contrast: bool = False,
         name: str = "bm25",
     ) -> None:
         super().__init__(targets, text_column, order, False, name)
         check_at_least("k1", k1, 0)
         if not 0 <= b <= 1:
             raise ValueError(f"b: expected a number from 0 to 1, got {b}")
-        self.k1, self.b = float(k1), float(b)
+        self.k1, self.b, self.contrast = float(k1), float(b), contrast
 
     def _learn(self, targets: Mapping[str, Sequence[Sequence[Text]]], pool: Iterable[Sequence[Text]]) -> _Fitted:
         terms = Terms(np.concatenate([self._hashes(texts).hashes for own in targets.values() for texts in own]))
@@ -80,6 +83,8 @@ class BM25(TextMethod):
             length, n = length + int(counts.lengths.sum()), n + int((counts.lengths > 0).sum())
         if not n:
             raise self._wordless("the pool")
+        if self.contrast:
+            weights -= (having / n)[:, None]
         idf = np.log1p((n - having + 0.5) / (having + 0.5))
         return _Fitted(terms, idf[:, None] * weights, length / n, n)
 
@@ -91,7 +96,7 @@ class BM25(TextMethod):
         return np.stack(values, 1), found.lengths
 
     def metadata(self) -> dict[str, str]:
-        facts = {"k1": f"{self.k1:g}", "b": f"{self.b:g}", "idf": "Lucene's"}
+        facts = {"k1": f"{self.k1:g}", "b": f"{self.b:g}", "idf": "Lucene's", "contrast": str(self.contrast).lower()}
         if self._fitted is None:
             return facts
         return facts | {"terms": str(len(self._fitted.terms)), "pool_texts": str(self._fitted.texts)}

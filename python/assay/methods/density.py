@@ -186,7 +186,8 @@ class KernelSums:
 
 
 def _spread(x: Tensor) -> float:
-    """Root mean squared distance of two rows; 1 where all are the same."""
+    """Root mean squared distance of two rows; 1 where all are the same but for float32's rounding, by which cells would
+    be told apart."""
     wide = x.double()
     squared = 2 * float((wide - wide.mean(0)).square().sum(1).mean())
-    return squared**0.5 if squared > 0 else 1.0
+    return squared**0.5 if squared > 1e-10 else 1.0

@@ -281,6 +281,13 @@ def test_foreign_files_are_refused_and_not_overwritten(tmp_path):
         assert (tmp_path / f"{name}.arrow").read_bytes() == before
 
 
+@pytest.mark.timeout(20)
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.arrow")
+    with pytest.raises(CorpusError, match=r"not a readable feature file .*not a regular file"):
+        open_features(Store.at(str(tmp_path)), "a.arrow")
+
+
 def test_files_that_lie_are_refused_before_native_code_sees_them(tmp_path):
     store = Store.at(str(tmp_path))
     spec = write(store, "good.arrow", torch.randn(4, 3), "float32")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 
 import fsspec
 import pytest
 
-from assay.corpus.storage import Store
+from assay.corpus.storage import Store, may_pass
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -104,6 +105,12 @@ def test_only_a_regular_file_is_opened_and_only_a_small_one_is_read_as_text(tmp_
     for name in ("pipe", "zero", "folder"):
         with pytest.raises(OSError, match="not a regular file"):
             store.open(name)
+    monkeypatch.chdir(tmp_path)  # a socket's path is short
+    with socket.socket(socket.AF_UNIX) as its:
+        its.bind("socket")
+        with pytest.raises(OSError, match="socket") as caught:
+            store.open("socket")
+    assert not may_pass(caught.value)
     store.write_text("a.txt", "x" * 11)
     monkeypatch.setattr("assay.corpus.storage.MAX_TEXT_BYTES", 10)
     with pytest.raises(ValueError, match=r"a\.txt: larger than"):

@@ -376,7 +376,8 @@ def _bits(stored: Tensor) -> npt.NDArray[Any]:
 def _readable(store: Store, path: str) -> Iterator[pa.ipc.RecordBatchFileReader]:
     """A file's reader. What is wrong with the file is a CorpusError; what it maps outlives the block."""
     try:
-        with pa.memory_map(store.full(path)) if store.is_local else store.open(path) as source:
+        # Opened first by itself: to map a pipe would wait for its writer.
+        with store.open(path) as file, pa.memory_map(store.full(path)) if store.is_local else file as source:
             yield pa.ipc.open_file(source)
     except (pa.ArrowException, OSError) as error:
         if may_pass(error):

@@ -33,7 +33,7 @@ ABANDONED_AFTER_SECONDS = 3600.0
 MAX_TEXT_BYTES = 256 << 20
 _REQUESTS_AT_ONCE = 16
 # Of a file itself: it is not there, not to be had, or none. Others, as EIO, ESTALE and EMFILE, may pass.
-_OF_FILE = (errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG)
+_OF_FILE = (errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)  # the last one of a socket
 
 
 def sha256(file: BinaryIO) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,11 +15,16 @@ from assay.methods.ekfac import EKFAC, Basis
 from assay.methods.gauss_newton import GaussNewton
 from assay.methods.targets import Targets
 from assay.tasks import Task
+from assay.tasks.base import wide
 
 Vector = Mapping[str, Tensor]
 
 # Of the residual, relative to the gradient: more digits change no rank.
 _ENOUGH = 1e-3
+# Beyond this there is a warning.
+_TOO_MUCH = 0.1
+
+_log = logging.getLogger("assay")
 
 
 class EKFACCG(EKFAC):
@@ -27,7 +33,8 @@ class EKFACCG(EKFAC):
     G = E JᵀSJ over the samples given to ``fit``, whole: neither split by layer nor factored, with S the Hessian of the
     loss in the logits, no labels drawn. The solution is found by conjugate gradients from EK-FAC's, which also
     preconditions them (2507.14740 descends on random batches instead; a fixed sample needs no step size and fewer
-    products). What is left of the residual is in the metadata.
+    products). What is left of the residual is in the metadata, and a warning where
+    it is above 0.1.
 
     λ is larger than EK-FAC's: directions of little curvature are where training has not gone, and an exact solve gives
     them all their weight. On digits an exact solve with 0.1 is worse than EK-FAC with 0.1; 1 to 3 are best.
@@ -85,15 +92,35 @@ class EKFACCG(EKFAC):
             raise ValueError(f"{self.name}: the pool's curvature is 0, so that there is nothing to damp in units of")
         for basis in bases.values():
             basis.damp(damping)
-        names = [name for name in bases if all(name in gradient for gradient in gradients.values())]
-        product = GaussNewton(self.model, self.task, names, pool)
-        wanted = [{name: gradient[name] for name in names} for gradient in gradients.values()]
+        wanted = self._wanted(bases, gradients, damping)
+        product = GaussNewton(self.model, self.task, list(wanted[0]), pool)
         try:
             solved, residual, made = _conjugate_gradients(product, damping, bases, wanted, self.iterations)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
+        if not residual <= _TOO_MUCH:
+            _log.warning(
+                "%s: after %d iterations, %.2g of a target's gradient is left, so that this is no solution; a larger "
+                "damping or more iterations help",
+                self.name,
+                made,
+                residual,
+            )
         self._facts = {"iterations": str(made), "residual": f"{residual:.2g}", "left_out": str(len(product.left_out))}
         return dict(zip(gradients, solved, strict=True))
+
+    def _wanted(
+        self, bases: Mapping[str, Basis], gradients: Mapping[str, Vector], damping: float
+    ) -> list[dict[str, Tensor]]:
+        """Each target's gradient in every parameter that the pool or a target uses. The matrix is whole: x is not 0
+        where only a target's gradient is. Where the pool's is, the matrix is, and x = g/λ."""
+        used = {name for gradient in gradients.values() for name in gradient}
+        used |= {name for name, basis in bases.items() if basis.values is not None}
+        zeros = {name: wide(torch.zeros_like(p)) for name, p in self.model.named_parameters() if name in used}
+        for name, zero in zeros.items():
+            if bases[name].values is None:
+                bases[name].values = torch.full_like(zero, damping)
+        return [{name: gradient.get(name, zero) for name, zero in zeros.items()} for gradient in gradients.values()]
 
 
 def _conjugate_gradients(

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from assay.retrain import SGD, Adam, Diverged, Training, magic, metasmoothness, optimizer_of
@@ -96,6 +97,19 @@ def test_gradients_that_depend_on_what_is_cut_off_from_them() -> None:
     training, targets, _ = world(SGD(0.1))
     found = magic(replace(training, losses=kinked), targets, directions=0)
     assert "for kinks alone, or something that the gradient depends on is cut off" in found.warnings[0]
+
+
+def test_what_is_computed_again_in_the_backward_pass() -> None:
+    """The step's parameters have left the model by then: a checkpointed layer would run with those of the start."""
+
+    class Checkpointed(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            first = torch.utils.checkpoint.checkpoint(lambda h: self[1](self[0](h)), x, use_reentrant=False)
+            return self[2](first)
+
+    refused("model: 0 runs again during the backward pass", model=Checkpointed(*network()))
+    kinked = [nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)]
+    refused("model: 0 runs again during the backward pass", model=Checkpointed(*kinked).double())
 
 
 def test_randomness_while_the_rate_is_still_0() -> None:

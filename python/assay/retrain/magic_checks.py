@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,7 +121,16 @@ def _check_curvature(training: Training, weights: Tensor, direction: Tensor, exa
     Kinks (ReLU) make differences of all widths differ, which says nothing against Hu: only differences that agree do.
     """
     theta = training.start
-    graph = _Graph.of(training.weighted_loss(theta, 0, weights))
+    with _calls(training.model) as calls:
+        loss = training.weighted_loss(theta, 0, weights)
+        graph = _Graph.of(loss)
+        calls.clear()
+        torch.autograd.grad(loss, [leaf for leaf in graph.leaves if leaf.requires_grad], allow_unused=True)
+    if calls:
+        raise ValueError(
+            f"model: {calls[0] or 'it'} runs again during the backward pass (gradient checkpointing), when a step's "
+            "parameters are no longer in it; switch that off: model.gradient_checkpointing_disable()"
+        )
     if not graph.reaches(theta):
         raise ValueError(
             "losses: they do not depend on the model's trained parameters; are they of another model than the one "
@@ -147,6 +158,22 @@ def _check_curvature(training: Training, weights: Tensor, direction: Tensor, exa
             "it (detach, no_grad, a straight-through estimator)"
         )
     return found
+
+
+@contextlib.contextmanager
+def _calls(model: nn.Module) -> Iterator[list[str]]:
+    """The names of the modules that are called."""
+    found: list[str] = []
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda *_: found.append(name)
+
+    hooks = [module.register_forward_pre_hook(hook(name)) for name, module in model.named_modules()]
+    try:
+        yield found
+    finally:
+        for one in hooks:
+            one.remove()
 
 
 def _difference(training: Training, weights: Tensor, direction: Tensor, exact: Tensor) -> str | None:

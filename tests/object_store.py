@@ -25,7 +25,7 @@ class ObjectStore:
     """The server. While it misbehaves, each n-th request whose method and path begin and end as told meets a fault.
 
     Faults: "slow" (an answer begins late), "throttled" (503), "error" (500), "cut" (the connection ends in the middle
-    of the body, as its length shows). ``met`` counts them.
+    of the body, as its length shows). ``met`` counts them, ``requests`` all that is asked.
     """
 
     def __init__(self, application: Application) -> None:
@@ -33,9 +33,11 @@ class ObjectStore:
         self.every: dict[str, int] = {}
         self.method, self.ending = "", ""
         self.met: Counter[str] = Counter()
+        self.requests = 0
         self._numbers = itertools.count(1)
 
     def __call__(self, environ: Environ, start: Callable[..., Any]) -> Iterable[bytes]:
+        self.requests += 1
         due = self._due(environ["REQUEST_METHOD"], environ["PATH_INFO"])
         self.met.update(due)
         for fault in due:

@@ -33,6 +33,11 @@ def ask_the_scores(root: Path) -> None:
     pytest.importorskip("matplotlib")
     loss, rho = np.random.default_rng(0).normal(size=(2, 20)).astype(np.float32)
     shards = {"a": {"loss": loss, "rho": rho}, "b": {"loss": rho, "rho": loss}}
+    (root / "data").mkdir()
+    for name in shards:
+        columns = {"id": [f"{name}-{i}" for i in range(20)], "source": ["wiki", "web", None, "books"] * 5}
+        pq.write_table(pa.table(columns), root / f"data/{name}.parquet")
+    (root / "labels.csv").write_text("id,label\n" + "".join(f"a-{i},{int(rho[i] > 0)}\n" for i in range(12)))
     make_scores(root, shards)
     make_scores(root, {name: {"loss": scores["rho"]} for name, scores in shards.items()}, name="scores-later")
 
@@ -112,6 +117,15 @@ def two_stage(root: Path) -> None:
     pq.write_table(pa.table({"text": [text[::-1] for text in TEXTS[:4]]}), root / "held-out/test.parquet")
     for seed, name in enumerate(("small", "small-tuned", "large")):
         save_model(root / f"models/{name}", seed=seed)
+
+
+def prove_a_score(root: Path) -> None:
+    """Half of the labels are wrong, and the model that scores learned from right ones: its loss finds them."""
+    from tests.two_stage.noisy_labels import make_noisy_labels
+
+    make_noisy_labels(root)
+    (root / "data").rename(root / "corpus")
+    (root / "models/large.safetensors").rename(root / "models/fresh.safetensors")
 
 
 def train_with_llama_factory(root: Path) -> None:

@@ -193,10 +193,21 @@ int64_t tokens_in(const Reader& texts, int64_t row) {
   return count;
 }
 
-// each(hash) for every n-gram of `least` to `order` tokens of a text: those that end at its first token, at its second, ..., the shortest first.
+// each(hash) for every n-gram of `least` to `order` tokens of a text: those that end at its first token, at its second,
+// ..., the shortest first.
 template <class F>
 void ngrams(const Reader& texts, int64_t row, int64_t least, int64_t order, uint64_t start, const F& each) {
   if (order == 1) return tokens(texts, row, start, each);
+  if (order == 2 && least == 1) {  // what nearly everybody asks for
+    uint64_t before = 0;
+    bool first = true;
+    return tokens(texts, row, start, [&](uint64_t token) {
+      each(token);
+      if (!first) each(mix(before * 0x9E3779B97F4A7C15u + token));
+      first = false;
+      before = token;
+    });
+  }
   uint64_t ends[MOST_ORDER];  // of the n-grams of 1, 2, ... tokens that end at the token before
   int64_t there = 0;
   tokens(texts, row, start, [&](uint64_t token) {

@@ -51,7 +51,7 @@ def test_without_duckdb_the_extra_is_named(scores, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [(["b"], "--with b: expected NAME=SCORES"), (["b=x", "b=y"], "--with b=y: b is x already; expected another name")],
+    [(["b"], "--with b: expected NAME=DIR"), (["b=x", "b=y"], "--with b=y: b is x already; expected another name")],
 )
 def test_other_runs_need_a_name_each(scores, given, message, capsys):
     options = [word for text in given for word in ("--with", text)]

@@ -89,3 +89,29 @@ def test_a_file_reads_as_the_file_systems_own():
         assert file.read(200_000) == content[1:200_001]
         file.seek(0)
         assert list(file) == list(io.BytesIO(content))
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError("Access Denied"), r"\[Errno 13\] Access Denied: 'a'"),
+        (FileNotFoundError("a"), r"\[Errno 2\] No such file or directory: 'a'"),
+        (TimeoutError(), r"timed out: 'a'"),
+        (OSError("no number"), "^no number$"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_a_client_says_without_a_number_is_not_lost(error, said):
+    before = may_pass(error)
+    with pytest.raises(type(error), match=said) as caught, os_errors("a"):
+        raise error
+    assert may_pass(caught.value) is before
+
+
+def test_the_same_folder_is_the_same_in_another_process_too():
+    """Shards are keys of what workers have made of them."""
+    store = Store.at("memory://folder")
+    again = pickle.loads(pickle.dumps(store))
+    assert again == store == Store.at("memory://folder")
+    assert len({again, store}) == 1
+    assert store != Store.at("memory://other")

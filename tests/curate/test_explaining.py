@@ -6,6 +6,8 @@ import json
 import os
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from assay.cli import main
@@ -169,3 +171,56 @@ def test_a_selection_of_other_scores_is_refused(folder, tmp_path):
     manifest["shards"] = []
     (out / "manifest.json").write_text(json.dumps(manifest))
     assert explain(open_scores(url), "a-1", str(out)).samples[0].fate is None
+
+
+def selected(tmp_path, where, beside=None, **values):
+    """Two shards of three rows, and the rows that pass a condition."""
+    pytest.importorskip("duckdb")
+    shards = {
+        "a": {name: own[:3] for name, own in values.items()},
+        "b": {name: own[3:] for name, own in values.items()},
+    }
+    url = make_scores(tmp_path, {s: {n: np.array(v, np.float32) for n, v in own.items()} for s, own in shards.items()})
+    curate(url, None, RuleOptions(where=where).rule(), str(tmp_path / "out"), where=where, beside=beside)
+    return url, str(tmp_path / "out")
+
+
+def test_each_comparison_says_how_it_came_out(tmp_path):
+    where = "x > 0 and (y < quantile(y, 0.5) or not shard like 'a%') and x between -1 and rank(y) * 2"
+    url, out = selected(tmp_path, where, x=[-1, 1, 2, 2, 9, 1], y=[1, 2, 3, 4, 5, np.nan])
+    told = {id_: explain(open_scores(url), id_, out).samples[0].fate.where for id_ in ("a-0", "a-2", "b-1", "b-2")}
+    shown = ["x > 0", "y < quantile(y, 0.5)", "shard LIKE 'a%'", "x >= -1", "x <= (rank(y) * 2)"]
+    assert [one.text.replace("(-1)", "-1") for one in told["a-0"]] == shown  # versions of DuckDB read -1 in two ways
+    assert [one.holds for one in told["a-0"]] == [False, True, True, True, True]
+    assert [one.distance for one in told["a-0"]] == [-1, -2, None, 0, -3]  # the quantile of 1 … 5 is 3
+    assert [one.decides for one in told["a-0"]] == [True, False, False, False, False]
+    assert [one.decides for one in told["a-2"]] == [False, True, True, False, False]  # either would let it pass
+    assert [one.holds for one in told["b-1"]] == [True, False, False, True, True]
+    assert [one.decides for one in told["b-1"]] == [True, False, True, True, True]  # it passes; each would stop it
+    assert [one.holds for one in told["b-2"]] == [True, None, False, True, None]
+    assert not any(one.decides for one in told["b-2"])  # dropped because y is NaN
+
+
+def test_two_that_are_not_so_decide_nothing_alone_and_the_command_shows_it(tmp_path, capsys):
+    url, out = selected(tmp_path, "x > 1 and x / y >= 2", x=[0, 1, 2, 3, 4, 5], y=[0, 1, 1, 1, 1, 1])
+    fate = explain(open_scores(url), "a-0", out).samples[0].fate
+    assert [(one.holds, one.decides, one.distance) for one in fate.where] == [(False, False, -1), (None, False, None)]
+    assert main(["explain", url, "b-0", "--selection", out]) == 0
+    said = capsys.readouterr().out
+    assert "    so        x > 1         3 is 2 above 1; this alone decides\n" in said
+    assert "    so        (x / y) >= 2  3 is 1 above 2; this alone decides\n" in said
+    assert main(["explain", url, "a-0", "--selection", out, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["samples"][0]["selection"]["where"]
+    assert told[0] == {"text": "x > 1", "holds": False, "left": 0, "right": 1, "decides": False, "distance": -1}
+
+
+def test_what_cannot_be_told_is_said(tmp_path, capsys):
+    url, out = selected(tmp_path, "x > mean(x)", x=[0, 1, 2, 3, 4, 5])
+    path = tmp_path / "scores/b.parquet"  # shard b is scored anew; a is as it was
+    table = pq.read_table(path)
+    pq.write_table(table.set_column(2, table.schema.field(2), [pa.array([9, 9, 9], pa.float32())]), path)
+    fate = explain(open_scores(url), "a-0", out).samples[0].fate
+    assert fate.where == ()
+    assert "other scores than they had then" in fate.untold
+    assert main(["explain", url, "a-0", "--selection", out]) == 0
+    assert "what its condition says cannot be told: other shards" in capsys.readouterr().out

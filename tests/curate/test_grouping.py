@@ -237,3 +237,15 @@ def test_the_command(scores, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "kept: s in the band 50-100 % of its source\n    its source: wiki\n    " in said
     assert f"{row['copies']} times in the output" in said
+
+
+@pytest.mark.parametrize("name", ["group", "kept", "threshold"])
+def test_a_score_may_have_the_name_of_a_column_of_the_fates(tmp_path, capsys, name):
+    path = tmp_path / "data/a.parquet"
+    path.parent.mkdir()
+    pq.write_table(pa.table({"id": list("abc"), "lang": ["en", "de", "en"]}), path)
+    folder = make_scores(tmp_path, {"a": {name: np.array([3, 2, 1], np.float32)}})
+    arguments = ["--by", name, "--top", "1", "--group", "lang", "--out", str(tmp_path / "out")]
+    assert main(["select", folder, *arguments]) == 0
+    assert main(["explain", folder, "a.parquet:2", "--selection", str(tmp_path / "out")]) == 0
+    assert f"{name} 1 is 2 below the threshold of its lang 3" in capsys.readouterr().out

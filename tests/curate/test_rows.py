@@ -11,7 +11,7 @@ import pytest
 
 from assay.corpus.errors import CorpusError
 from assay.corpus.scores_folder import open_scores
-from assay.curate import RuleOptions, curate
+from assay.curate import ExpressionError, RuleOptions, curate, explain
 from assay.curate.rows import Rows, open_beside
 from assay.curate.where import ask, parse_condition
 from assay.curate.whole import scored_shards
@@ -112,3 +112,52 @@ def test_rows_of_the_other_run_must_ascend(runs, tmp_path):
         curate(
             ours, None, RuleOptions(where="x > b.x").rule(), str(tmp_path / "o"), where="x > b.x", beside={"b": other}
         )
+
+
+def test_selections_are_united_and_cut(tmp_path):
+    rng = np.random.default_rng(0)
+    values = {stem: {"x": rng.normal(size=40).astype(np.float32)} for stem in ("a", "b")}
+    values["a"]["x"][4] = np.nan
+    ours = make_scores(tmp_path, values, without={"a": [0, 1], "b": [39]})
+
+    def kept(folder):
+        entries = [pq.read_table(f"{folder}/_selection/{stem}.parquet").to_pylist() for stem in ("a", "b")]
+        return {row["id"] for part in entries for row in part if row["kept"]}
+
+    best, drawn = str(tmp_path / "best"), str(tmp_path / "drawn")
+    curate(ours, "x", RuleOptions(by="x", top="0.3").rule(), best)
+    curate(ours, None, RuleOptions(random="0.5").rule(), drawn)
+    asked = {
+        "best.kept and drawn.kept": kept(best) & kept(drawn),
+        "best.kept or drawn.kept": kept(best) | kept(drawn),
+        "not best.kept and drawn.kept": kept(drawn) - kept(best),
+        "x < 0 and drawn.kept": {id_ for id_ in kept(drawn) if values[id_[0]]["x"][int(id_[2:])] < 0},
+    }
+    for where, expected in asked.items():
+        beside = {name: url for name, url in (("best", best), ("drawn", drawn)) if f"{name}." in where}
+        curate(ours, None, RuleOptions(where=where).rule(), str(tmp_path / "out"), where=where, beside=beside)
+        assert kept(tmp_path / "out") == expected, where
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    told = manifest["with"]["drawn"]
+    assert told | {"selection": drawn, "rule": "0.5 drawn at random, seed 0"} == told
+    one = min(kept(drawn))
+    told = explain(open_scores(ours), one, str(tmp_path / "out")).samples[0].fate.where
+    assert [(each.text, each.holds) for each in told] == [("x < 0", one in expected), ("drawn.kept", True)]
+
+
+@pytest.mark.parametrize("where", ["best.kept > 0", "best.kept = 1", "quantile(best.kept, 0.5) > 0", "best.kep"])
+def test_what_was_kept_is_no_number(where, tmp_path):
+    ours = make_scores(tmp_path, {"a": {"x": np.arange(4, dtype=np.float32)}})
+    curate(ours, "x", RuleOptions(by="x", top="2").rule(), str(tmp_path / "best"))
+    beside = {"best": str(tmp_path / "best")}
+    with pytest.raises(ExpressionError, match=r"is a condition|is a number|there is no score"):
+        curate(ours, None, RuleOptions(where=where).rule(), str(tmp_path / "out"), where=where, beside=beside)
+
+
+def test_a_selection_of_other_scores_is_not_put_beside(tmp_path):
+    ours = make_scores(tmp_path, {"a": {"x": np.arange(4, dtype=np.float32)}})
+    other = make_scores(tmp_path, {"a": {"x": np.ones(4, np.float32)}}, name="other")
+    curate(other, "x", RuleOptions(by="x", top="2").rule(), str(tmp_path / "best"))
+    rule = RuleOptions(where="best.kept").rule()
+    with pytest.raises(CorpusError, match=r"--with best=.*: made of other scores of a.parquet than .*; select again"):
+        curate(ours, None, rule, str(tmp_path / "out"), where="best.kept", beside={"best": str(tmp_path / "best")})

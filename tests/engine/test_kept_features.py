@@ -467,6 +467,7 @@ def test_embeddings_are_kept_with_their_classes(kept):
     score(kept)
     store = FeatureStore(str(kept.scores / "features/embedding_similarity/0"))
     assert store.spec.extra == "label"
+    assert all(np.allclose(batch.values().norm(dim=1), 1) for batch in store.batches())
     labels = torch.cat([batch.extra for batch in store.batches()])
     shards = {path: [json.loads(line) for line in (kept.root / "data" / path).open()] for path in ["deep/b.jsonl"]}
     places = [(i, place) for i, place in enumerate(store.locate(range(store.rows))) if place.shard in shards]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 import assay
+import assay.ray
 from assay.engine.local import run
 from assay.methods import BM25, DSIR, NGramClassifier
 from assay.recipe.errors import EngineError, RecipeError
@@ -37,7 +39,9 @@ def texts(tmp_path) -> Project:
     rows = [{"id": str(i), "body": body, "n": i} for i, body in enumerate(BODIES)]
     made.write_shard("a.jsonl", [*rows, {"id": "null", "body": None, "n": 0}, {"id": "empty", "body": "", "n": 0}])
     (tmp_path / "targets").mkdir()
-    made.write_shard("../targets/code.jsonl", [{"body": body, "n": 1} for body in TARGETS["code"]])
+    made.write_shard("../targets/code.jsonl", [{"body": body, "n": 1, "id": 1} for body in TARGETS["code"]])
+    (tmp_path / "notes").mkdir()
+    made.write_shard("../notes/a.jsonl", [{"body": body, "n": body} for body in TARGETS["code"]])
     made.write_recipe()
     return made
 
@@ -66,6 +70,14 @@ def test_fit_and_target_decide_scores(texts) -> None:
     assert fewer.num_rows == 42
     other = pq.read_table(texts.root / "fewer/a.parquet")["bm25"].to_numpy()
     assert np.nanmax(abs(first - other)) > 0.01
+
+
+def test_a_recipe_of_texts_is_a_function_of_tables(texts) -> None:
+    scorer = assay.ray.Scorer(str(texts.path))
+    table = scorer(pa.table({"id": ["x", "y", "z"], "body": [BODIES[0], None, "..."], "other": [1, 2, 3]}))
+    assert table["assay_fault"].to_pylist() == [None, "body is null", None]
+    assert np.isnan(table["bm25"].to_numpy()).tolist() == [False, True, True]
+    assert table["bm25"][0].as_py() == score(texts)["bm25"][0].as_py()
 
 
 def test_a_baseline_is_one_line_beside_models(project) -> None:
@@ -97,7 +109,12 @@ WRONG = [
         ("methods.0.text_column=bdy",),
         r"methods\.0\.text_column: code\.jsonl of targets\.code has no column 'bdy'.*did you mean 'body'",
     ),
-    (("methods.0.text_column=n",), r"methods\.0\.text_column: column 'n' holds int64; expected texts"),
+    (("methods.0.text_column=n",), r"column 'n' of targets\.code holds int64; expected texts"),
+    (("methods.0.text_column=id",), r"methods\.0\.text_column: column 'id' of targets\.code holds int64; expected"),
+    (
+        ("methods.0.text_column=n", "targets.code.path=notes", "fit.path=notes"),
+        r"methods\.0\.text_column: column 'n' holds int64; expected texts",
+    ),
     (("task.text_column=text",), r"task\.text_column: code\.jsonl of targets\.code has no column 'text'"),
     (("targets={}",), r"methods\.0\.targets: needs a target"),
     (("methods.1.smoothing=0",), r"methods\.1 \(dsir\): smoothing: expected more than 0"),

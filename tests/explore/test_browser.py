@@ -36,12 +36,22 @@ def browser(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def server(folder):
+def report(folder, tmp_path_factory):
+    pytest.importorskip("matplotlib")
+    path = tmp_path_factory.mktemp("page") / "page.html"
+    assert main(["report", str(folder), "--out", str(path), "--samples", "2"]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(folder, report):
     scores = open_scores(str(folder))
     columns = find_columns(scores, (), label_column(scores))
     command = lambda where: select_command(str(folder), None, where)  # noqa: E731
     with open_server() as server:
-        server.explorer = open_explorer(scores, columns, command, lambda rows: shown_rows(scores, rows))
+        server.explorer = open_explorer(
+            scores, columns, command, lambda rows: shown_rows(scores, rows), report.read_text
+        )
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
         yield server
@@ -56,7 +66,8 @@ def nothing_ran(page, only):
     asked = [its["request"]["url"] for its in page.events("Network.requestWillBeSent")]
     assert asked
     assert [url for url in asked if not url.startswith((only, "data:image/jpeg;base64,", "data:,"))] == []
-    assert page.events("Log.entryAdded") == []  # such as what the policy had to stop
+    logged = [its["entry"]["text"] for its in page.events("Log.entryAdded")]  # such as what the policy had to stop
+    assert [text for text in logged if "a status of 400" not in text] == []
     assert page.events("Runtime.exceptionThrown") == []
     strange = "main script, iframe, object, base, [onload], [onerror], img:not([src^='data:image/jpeg;base64,'])"
     assert page.js(f"document.querySelectorAll({json.dumps(strange)}).length") == 0
@@ -96,17 +107,21 @@ def shot(page, name, width, dark):
         page.screenshot(Path(SHOTS) / f"{name}-{width}-{'dark' if dark else 'light'}.png")
 
 
-def test_the_report_runs_nothing_and_is_readable(browser, folder, tmp_path):
-    pytest.importorskip("matplotlib")
-    path = tmp_path / "page.html"
-    assert main(["report", str(folder), "--out", str(path), "--samples", "2"]) == 0
+def test_the_report_runs_nothing_and_is_readable(browser, report):
     page = Page(browser)
-    page.open(path.as_uri())
+    page.open(report.as_uri())
     for width, height, dark in WINDOWS:
         page.look(width, height, dark)
         is_readable(page, "p", ".quiet", "a", ".card .id", "summary", "tbody th", ".column", "dt")
         shot(page, "report-hostile", width, dark)
-    nothing_ran(page, path.as_uri())
+    nothing_ran(page, report.as_uri())
+
+
+def test_the_report_of_the_explorer(browser, server):
+    page = Page(browser)
+    page.open(f"{server.url}report.html")
+    assert page.js("getComputedStyle(document.querySelector('.card')).borderRadius") == "8px"
+    nothing_ran(page, server.url)
 
 
 AT_REST = "!asking && !changed && !waiting && document.querySelectorAll('#kept-rows .sample').length > 0"
@@ -159,8 +174,12 @@ def test_a_hand_on_the_sliders(browser, server, tmp_path, capsys, width, height,
     is_readable(page, "#command")
     shot(page, "explore-hostile-cut", width, dark)
     assert keeps(command, tmp_path, capsys) == kept
+    number = f"document.querySelector('{SCORE % 1} input[type=number]')"
+    page.js(f"{number}.value = '1e39', {number}.dispatchEvent(new Event('input'))")
+    page.until("byId('problem').innerText.includes('within what a score can be')")
+    assert page.js("[byId('kept').innerText, byId('copy').disabled]") == ["Not counted.", True]
     page.js("byId('reset').click()")
-    page.until("counted.kept === 58 && " + AT_REST)
+    page.until("counted.kept === 58 && byId('problem').hidden && " + AT_REST)
     nothing_ran(page, server.url)
 
 

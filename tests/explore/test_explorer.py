@@ -57,7 +57,7 @@ def made(tmp_path_factory):
 def explorer(made):
     folder = made[1]
     command = lambda where: select_command(folder, None, where)  # noqa: E731
-    return open_explorer(open_scores(folder), ["source"], command, shown)
+    return open_explorer(open_scores(folder), ["source"], command, shown, lambda: "")
 
 
 CUTS = [

@@ -164,7 +164,7 @@ def columns() -> World:
     """Samples that no model looks at: their raw columns."""
     generator = torch.Generator().manual_seed(4)
     words = ["gold", "ore", "assay", "the", "of", "is", "a", "furnace", "touchstone", "weight", "lead", "silver"]
-    lengths = torch.randint(1, 12, (SAMPLES,), generator=generator).tolist()
+    lengths = torch.randint(5, 12, (SAMPLES,), generator=generator).tolist()
     samples = [" ".join(words[i] for i in torch.randint(12, (n,), generator=generator)) for n in lengths]
     return World(None, (), samples, lambda samples: Views(None, raw={"text": list(samples)}), None)
 

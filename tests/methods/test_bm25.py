@@ -8,6 +8,7 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 import assay
@@ -68,6 +69,14 @@ def test_the_pool_may_be_a_stream() -> None:
     streamed = BM25({"t": views(TARGETS["code"])}).fit(iter(views(POOL, 3)))
     scores = [assay.score(views(POOL), [method])["bm25"].to_numpy() for method in (listed, streamed)]
     np.testing.assert_array_equal(*scores)
+
+
+def test_columns_of_arrow_are_texts_too() -> None:
+    method = BM25({"t": [Views(None, raw={"text": pa.array(["gold ore"])})]})
+    method.fit([Views(None, raw={"text": pa.chunked_array([["gold", None], ["lead"]])})])
+    table = assay.score([Views(None, raw={"text": pa.array(["gold", "lead", None])})], [method])
+    np.testing.assert_array_equal(np.isnan(table["bm25"].to_numpy()), [False, False, True])
+    assert table["bm25"][0].as_py() > table["bm25"][1].as_py() == 0
 
 
 def test_what_is_wrong_is_named() -> None:

@@ -87,6 +87,13 @@ def test_what_is_alone_and_what_is_nothing() -> None:
     np.testing.assert_allclose(assay.score([(x[:1], y[:1])], [same])["density"].to_numpy(), 1, rtol=1e-4)
 
 
+def test_batches_without_samples_and_rows_that_only_rounding_tells_apart() -> None:
+    x, y, _ = copied()
+    near = x[:1] * (1 + 1e-6 * torch.randn(20, 64, generator=torch.Generator().manual_seed(0)))
+    method = Density(pixels(), Classification(), repetitions=50, buckets=1000).fit([(near[:0], y[:0]), (near, y[:20])])
+    np.testing.assert_allclose(assay.score([(near, y[:20])], [method])["density"].to_numpy(), 1, rtol=1e-3)
+
+
 def test_mistakes() -> None:
     x, y, _ = copied()
     for options in ({"repetitions": 0}, {"buckets": 1}, {"bandwidth": 0.0}, {"bandwidth": math.nan}):

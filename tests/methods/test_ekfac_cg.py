@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
 import assay
-from assay.methods import EKFAC, EKFACCG, Scorer
+from assay.methods import EKFACCG, Scorer
+from assay.methods.ekfac_cg import _trace
 from assay.methods.gauss_newton import GaussNewton
 from assay.tasks import CausalLM, Classification, Regression
 from tests.methods.small_problem import POOL, gradients, run
@@ -31,11 +32,10 @@ def test_it_is_the_dense_solve(problem: Any) -> None:
     method = EKFACCG(models[0], Classification(), {"a": [target], "b": [(x[:2], y[:2])]}, iterations=60)
     got = run(method, (x, y))
     matrix, phi = gauss_newton(models[0], x), gradients(models[0], x, y)
-    # λ is in units of EK-FAC's own estimate of the mean eigenvalue, of labels that it drew
-    basis = method._bases["2.bias"].values
-    undamped = EKFAC(models[0], Classification(), {"t": [target]}, damping=0.0, absolute_damping=True).fit([(x, y)])
-    damping = float((basis - undamped._bases["2.bias"].values).mean())
-    assert damping == pytest.approx(2 * float(matrix.diagonal().mean()), rel=0.3)
+    like = {name: torch.zeros_like(p) for name, p in models[0].named_parameters()}
+    trace = _trace(GaussNewton(models[0], Classification(), list(like), [(x, y)]), like)
+    assert trace == pytest.approx(float(matrix.trace()), rel=0.3)
+    damping = 2 * trace / len(matrix)
     inverse = torch.linalg.inv(matrix + damping * torch.eye(len(matrix), dtype=torch.float64))
     for name, batch in (("a", target), ("b", (x[:2], y[:2]))):
         want = phi @ inverse @ gradients(models[0], *batch).mean(0)
@@ -86,9 +86,9 @@ def test_the_matrix_is_whole_where_a_target_or_the_pool_does_not_reach_a_layer(p
     method = EKFACCG(model, Classification(), targets, iterations=60).fit([(x[given], y[given])])
     table = assay.score([(x, y)], [method])
     matrix, _ = _dense(model, x[given], y[given])
-    drawn = EKFAC(model, Classification(), targets, damping=0.0, absolute_damping=True).fit([(x[given], y[given])])
-    values = torch.cat([b.values.flatten() for b in drawn._bases.values() if b.values is not None])
-    damping = 2 * values.where(values.isfinite(), 0.0).mean().double()
+    like = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    used = [p.numel() for name, p in like.items() if pool == "all" or not name.startswith("extra")]
+    damping = 2 * _trace(GaussNewton(model, Classification(), list(like), [(x[given], y[given])]), like) / sum(used)
     inverse = torch.linalg.inv(matrix + damping * torch.eye(len(matrix), dtype=torch.float64))
     for name, (batch,) in targets.items():
         want = _dense(model, x, y)[1] @ inverse @ _dense(model, *batch)[1].mean(0)
@@ -100,8 +100,8 @@ def test_the_matrix_is_whole_where_a_target_or_the_pool_does_not_reach_a_layer(p
 def test_a_solution_that_is_none_is_told_of(problem: Any, caplog: pytest.LogCaptureFixture) -> None:
     models, pool, target = problem
     method = EKFACCG(models[0], Classification(), {"t": [target]}, damping=1e-6, iterations=1).fit([pool])
-    assert float(method.metadata()["residual"]) > 0.1
-    assert "after 1 iterations" in caplog.text
+    assert float(method.metadata()["residual"]) > 0.5
+    assert "far from solved" in caplog.text
 
 
 def test_a_damping_beyond_all_curvature_ranks_as_the_dot_product(problem: Any) -> None:
@@ -146,7 +146,12 @@ def test_a_language_model_with_attention_and_texts_without_tokens() -> None:
     want = Scorer([method.fit([{"input_ids": ids[:6]}])])({"input_ids": ids})["ekfac_cg"]
     got = Scorer([method.fit([silent])])({"input_ids": ids})["ekfac_cg"]
     assert bool(got.isfinite().all())
-    assert float(torch.corrcoef(torch.stack([got, want]))[0, 1]) > 0.9  # other labels are drawn for λ and for EK-FAC
+    torch.testing.assert_close(got, want, rtol=2e-2, atol=1e-2 * float(want.abs().max()))  # up to the residual
+    mean, total = (GaussNewton(model, CausalLM(r), ["head.weight"], [{"input_ids": ids}]) for r in ("mean", "sum"))
+    v = [{"head.weight": torch.randn(9, 8)}]
+    torch.testing.assert_close(
+        4 * mean(v)[0]["head.weight"], total(v)[0]["head.weight"]
+    )  # five tokens, four of them predicted
 
 
 def test_a_batch_with_a_broken_sample_is_left_out_and_counted(problem: Any) -> None:

@@ -117,8 +117,9 @@ def test_mistakes() -> None:
             EmbeddingSimilarity(**{"model": pixels(), "task": Classification(), "targets": {"t": [(x, y)]}} | options)
     with pytest.raises(ValueError, match="target 't' has no sample with a finite embedding"):
         EmbeddingSimilarity(pixels(), Classification(), {"t": [(0 * x, y)]}).fit()
-    with pytest.raises(ValueError, match="target 't' has no sample"):
-        EmbeddingSimilarity(pixels(), Classification(), {"t": []}).fit()
+    for nothing in ([], [(x[:0], y[:0])]):
+        with pytest.raises(ValueError, match="target 't' has no sample"):
+            EmbeddingSimilarity(pixels(), Classification(), {"t": nothing}).fit()
     with pytest.raises(ValueError, match="Flatten has no output layer"):
         Embedder("m", nn.Flatten(), Classification())
     unknown = EmbeddingSimilarity(nn.Sequential(pixels(), nn.Tanh()), Classification(), {"t": [(x, y)]}, at="1")

@@ -61,7 +61,7 @@ def test_equals_the_definition(n, k, ties) -> None:
 
 def test_a_mean_over_targets_whatever_the_blocks() -> None:
     data = noisy_digits(0.2, size=300)
-    x, y, t, labels = data.x[:250], data.given[:250], data.x[250:], data.true[250:]
+    x, y, t, labels = data.x[:250], data.given[:250], data.x[250:262], data.true[250:262]
     whole = knn_shapley([(x, y)], t, labels, 5)
     pieces = knn_shapley([(x[:7], y[:7].float()), (x[7:7], y[7:7]), (x[7:], y[7:].double())], t, labels, 5)
     np.testing.assert_allclose(pieces.numpy(), whole.numpy(), atol=1e-12)
@@ -73,7 +73,7 @@ def test_a_mean_over_targets_whatever_the_blocks() -> None:
 
 def test_beyond_the_exact_ranks_values_are_off_by_at_most_their_size() -> None:
     data = noisy_digits(0.2)
-    x, y, t, labels = data.x[:1500], data.given[:1500], data.x[1500:1550], data.true[1500:1550]
+    x, y, t, labels = data.x[:1500], data.given[:1500], data.x[1500:1515], data.true[1500:1515]
     exact = knn_shapley([(x, y)], t, labels, 5, exact=1500)
     coarse = knn_shapley([(x, y)], t, labels, 5, exact=20, bins=64)
     error = (exact - coarse).abs().max()
@@ -87,8 +87,8 @@ def test_beyond_the_exact_ranks_values_are_off_by_at_most_their_size() -> None:
 
 def test_finds_wrong_labels() -> None:
     data = noisy_digits(0.2)
-    values = knn_shapley([(data.x[:1200], data.given[:1200])], data.x[1200:1500], data.true[1200:1500], 5)
-    assert roc_auc_score(data.wrong[:1200], -values.numpy()) > 0.97
+    values = knn_shapley([(data.x[:1200], data.given[:1200])], data.x[1200:1300], data.true[1200:1300], 5, bins=256)
+    assert roc_auc_score(data.wrong[:1200], -values.numpy()) > 0.95
 
 
 def test_rows_of_which_nothing_is_known_take_no_part() -> None:
@@ -108,5 +108,8 @@ def test_rows_of_which_nothing_is_known_take_no_part() -> None:
         knn_shapley([(0 * x, y)], target, label, 2)
     with pytest.raises(ValueError, match=r"blocks: expected embeddings .* got \(6, 2\) and \(5,\)"):
         knn_shapley([(x, y[:5])], target, label, 2)
-    with pytest.raises(ValueError, match="k: expected at least 1, got 0"):
-        knn_shapley([(x, y)], target, label, 0)
+    ignored = torch.cat([y, torch.tensor([-100])])
+    assert torch.equal(knn_shapley([(torch.cat([x, x[:1]]), ignored)], target, label, 2).isnan(), ignored == -100)
+    for k in (0, 2.5, True):
+        with pytest.raises(ValueError, match=f"k: expected a whole number of at least 1, got {k}"):
+            knn_shapley([(x, y)], target, label, k)  # type: ignore[arg-type]

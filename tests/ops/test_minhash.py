@@ -47,3 +47,15 @@ def test_wrong_arguments_are_named() -> None:
         least_hashes(sets([1]), 0)
     with pytest.raises(ValueError, match="seed: expected a number from 0"):
         least_hashes(sets([1]), 4, seed=-1)
+
+
+def test_sets_that_lie_are_refused() -> None:
+    hashes = np.arange(10, dtype=np.uint64) << np.uint64(40)
+    for offsets in ([0, 2**33], [-1, 3], [0, 5, 2, 10], []):
+        with pytest.raises(ValueError, match="sets: expected ascending offsets, from 0 up to the number of hashes, 10"):
+            least_hashes(NGramHashes(np.array(offsets, np.int64), hashes), 2)
+    wrong: Any = np.array([0, 5, 10], np.int32)
+    with pytest.raises(TypeError, match="sets: expected offsets of int64 and one dimension"):
+        least_hashes(NGramHashes(wrong, hashes), 2)
+    every_other = least_hashes(NGramHashes(np.array([0, 5]), hashes[::2]), 2)
+    np.testing.assert_array_equal(every_other, least_hashes(sets(hashes[::2]), 2))

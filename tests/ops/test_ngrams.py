@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 import assay
-from assay.ops import Terms, ngram_counts, ngram_hashes
+from assay.ops import NGramHashes, Terms, ngram_counts, ngram_hashes
 from assay.ops import ngrams as module
 from assay.ops._characters import ALONE, SPACE, WORD, characters
 
@@ -145,11 +145,29 @@ def test_sums_are_each_rows_own() -> None:
     assert counts.lengths.tolist() == [3, 0, 1]
 
 
-@pytest.mark.parametrize("offsets", [[0, 9, 3], [0, 2, 40], [-1, 2, 3], [5, 2, 6]])
-def test_offsets_that_lie_are_refused(offsets: list[int]) -> None:
-    buffers = [None, pa.py_buffer(np.array(offsets, np.int32)), pa.py_buffer(b"somebytes")]
-    with pytest.raises(ValueError, match=r"9 bytes|values array|[Nn]egative"):  # some, Arrow looks at itself
-        ngram_hashes(pa.Array.from_buffers(pa.binary(), 2, buffers))
+MOST = 2**31 - 1  # of 32 bits, in which a difference of offsets may wrap around
+
+
+@pytest.mark.parametrize("nulls", [None, b"\x05"])
+@pytest.mark.parametrize(
+    "offsets", [[0, 0, 9, 3], [0, 0, 2, 40], [-1, 0, 2, 3], [0, 5, 2, 6], [0, MOST, 4 - MOST, 3], [0, 10**9, 3, 4]]
+)
+def test_offsets_that_lie_are_refused(offsets: list[int], nulls: bytes | None) -> None:
+    buffers = [nulls and pa.py_buffer(nulls), pa.py_buffer(np.array(offsets, np.int32)), pa.py_buffer(b"somebytes")]
+    for read in (ngram_hashes, _hashes_of_two):
+        with pytest.raises(ValueError, match=r"array is damaged|values array|[Nn]egative"):  # some, Arrow sees itself
+            read(pa.Array.from_buffers(pa.string(), 3, buffers))
+
+
+def _hashes_of_two(array: pa.Array) -> NGramHashes:
+    return ngram_hashes(pa.chunked_array([array, array]))
+
+
+def test_views_that_lie_are_refused() -> None:
+    view = np.array([100, 0, 7, 10**8], np.int32)  # of 100 bytes, in a buffer that is not there
+    array = pa.Array.from_buffers(pa.string_view(), 1, [None, pa.py_buffer(view), pa.py_buffer(b"somebytes")])
+    with pytest.raises(ValueError, match="the array is damaged: "):
+        ngram_hashes(array)
 
 
 def test_wrong_arguments_are_named() -> None:
@@ -168,6 +186,8 @@ def test_wrong_arguments_are_named() -> None:
         ngram_hashes([1])
     with pytest.raises(TypeError, match="texts: expected strings or binaries, got an array of int64"):
         ngram_hashes(pa.array([1]))
+    with pytest.raises(TypeError, match="texts: expected strings or binaries, got an array of int64"):
+        ngram_hashes(pa.chunked_array([[1], [2]]))
     with pytest.raises(TypeError, match="texts: expected"):
         ngram_hashes("one text")
     with pytest.raises(TypeError, match="Terms: expected a uint64 array"):

@@ -10,15 +10,19 @@ import struct
 import sys
 import zlib
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from assay.cli import main
+from assay.corpus.errors import CorpusError
 from assay.corpus.scores_folder import open_scores
-from assay.report import survey
+from assay.report import gather, survey
 from assay.report.charts import histogram
+from assay.report.run import run_section
 from tests.report.small_report import Column, make_scores
+from tests.report.test_neighbours import keep
 from tests.small_scores import make_scores as make_two
 
 pytest.importorskip("matplotlib")
@@ -217,24 +221,29 @@ def test_shards_that_are_left_out_are_named(tmp_path, capsys):
 def test_how_the_run_went(tmp_path):
     rows = {name: {"x": np.arange(100.0)} for name in "abcd"}
     folder = make_two(tmp_path, rows, without={"b": range(7), "c": [3]})
-    for i, name in enumerate("abcd"):
-        os.utime(f"{folder}/{name}.parquet", (1000 + 100 * i + 400 * (i > 2),) * 2)
-    os.utime(f"{folder}/manifest.json", (900, 900))
-    assert main(["report", folder, "--out", str(tmp_path / "page.html"), "--samples", "0"]) == 0
-    page = read(tmp_path / "page.html")
-    assert "400 rows in 13 min 20 s since the run began: 0.5 rows per second, all workers together." in page.text
-    assert "The longest time between two tables was 8 min 20 s." in page.text
-    assert "minutes since the run began" in page.text
-    assert "8 rows of 400 (2 %) in quarantine" in page.text
-    assert re.search(r"shards with most of them.*b\.parquet71007 %c\.parquet11001 %", page.text)
-    os.utime(f"{folder}/manifest.json", (99_999, 99_999))  # a copy's
-    assert main(["report", folder, "--out", str(tmp_path / "page.html"), "--samples", "0"]) == 0
-    text = read(tmp_path / "page.html").text
-    assert "300 rows in 11 min 40 s since the first table was written: 0.43 rows per second" in text
-    for name in "abcd":
-        os.utime(f"{folder}/{name}.parquet", (1000, 1000))
-    assert main(["report", folder, "--out", str(tmp_path / "page.html"), "--samples", "0"]) == 0
-    assert "do not tell how fast the run was" in read(tmp_path / "page.html").text
+
+    def text(began, *times):
+        for name, time in zip(("manifest.json", *(f"{name}.parquet" for name in "abcd")), (began, *times), strict=True):
+            os.utime(f"{folder}/{name}", (time, time))
+        return Reader(run_section(gather(open_scores(folder)))).text
+
+    found = text(900, 1000, 1100, 1200, 1700)
+    assert "400 rows in 13 min 20 s since the run began: 0.5 rows per second, all workers together." in found
+    assert "The longest time between two tables was 8 min 20 s." in found
+    assert "minutes since the run began" in found
+    assert "8 rows of 400 (2 %) in quarantine" in found
+    assert re.search(r"shards with most of them.*b\.parquet71007 %c\.parquet11001 %", found)
+    found = text(99_999, 1000, 1100, 1200, 1700)  # a copy's
+    assert "300 rows in 11 min 40 s since the first table was written: 0.43 rows per second" in found
+    assert "do not tell how fast the run was" in text(99_999, 1000, 1000, 1000, 1000)
+
+
+def test_the_course_of_many_tables_stays_small():
+    written = [(float(i), 10) for i in range(100_000)]
+    facts = SimpleNamespace(written=written, began=None, quarantined=0, warnings=[], rows=1, reasons=[])
+    page = run_section(facts)
+    assert len(page) < 60_000
+    assert "999,990 rows in 1 d 3 h since the first table was written: 10 rows per second" in page
 
 
 def test_methods_warnings_are_told(tmp_path, monkeypatch):
@@ -271,7 +280,7 @@ def test_no_more_scores_than_can_be_read(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("assay.report.surveying.MOST_SCORES", 3)
     scores = {f"s{i}": np.arange(5.0) * (i + 1) for i in range(16)}
     folder = make_scores(tmp_path, {"text": list("abcde")}, scores)
-    arguments = ["report", str(folder), "--out", str(tmp_path / "page.html"), "--samples", "1"]
+    arguments = ["report", str(folder), "--out", str(tmp_path / "page.html"), "--samples", "0"]
     assert main(arguments) == 0
     page = read(tmp_path / "page.html")
     assert len(page.of("svg")) == 3
@@ -281,11 +290,19 @@ def test_no_more_scores_than_can_be_read(tmp_path, capsys, monkeypatch):
     page = read(tmp_path / "page.html")
     assert len(page.of("svg")) == 2
     assert page.text.index("1  s15") < page.text.index("2  s2")
-    for wrong in ("nothing", ""):
-        assert main([*arguments, "--by", wrong]) == 2
-        assert re.search(f"--by {wrong}: .* has no such score; it has s0, s1", capsys.readouterr().err)
-    assert main([*arguments, *(f"--by=s{i}" for i in range(4))]) == 2
-    assert "4 scores are asked for; expected at most 3" in capsys.readouterr().err
+    assert main([*arguments, "--by", "nothing"]) == 2
+    assert re.search("--by nothing: .* has no such score; it has s0, s1", capsys.readouterr().err)
+    with pytest.raises(CorpusError, match="4 scores are asked for; expected at most 3"):
+        survey(open_scores(str(folder)), only=["s1", "s2", "s3", "s4"])
+
+
+def test_a_row_that_several_pairs_name(tmp_path):
+    folder = make_two(tmp_path, {"a": {"x": np.arange(4.0)}})
+    keep(folder, "trak", np.ones((4, 3), np.float32))
+    assert main(["report", folder, "--out", str(tmp_path / "page.html"), "--samples", "0"]) == 0
+    text = read(tmp_path / "page.html").text
+    assert "Near by the features of trak" in text
+    assert "0.99 or nearer4100 %" in text
 
 
 def test_predictions_without_labels_say_why(tmp_path):

@@ -128,7 +128,7 @@ def test_losses_that_become_others_on_the_way() -> None:
 
     training, targets, _ = world(SGD(0.1))
     with pytest.raises(RuntimeError, match=r"step \d leads elsewhere than when it was made"):
-        magic(replace(training, losses=later), targets, checkpoints=50, directions=0)
+        magic(replace(training, losses=later), targets, target_losses=losses, checkpoints=50, directions=0)
 
 
 def test_a_target_whose_loss_is_random() -> None:

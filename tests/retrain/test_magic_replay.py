@@ -68,7 +68,7 @@ def test_the_plan_is_what_happens() -> None:
     training, targets, _ = world(OPTIMIZERS["momentum"])
     training = replace(training, losses=counted)
     plan = Plan.of(training, targets=2, checkpoints=2, directions=1)
-    checks = 2 + 1 + 1 + 4 + 1  # the first gradient twice, Hu, a look at the graph, differences; a target once more
+    checks = 2 + 2 + 1 + 4 + 1  # the first gradient and Hu twice, a look at the graph, differences; a target once more
     found = magic(training, targets, checkpoints=2, directions=1)
     made = plan.forward_steps + plan.smoothness_steps + training.steps + 3  # the targets' three batches
     assert counts["losses"] == made + checks
@@ -105,7 +105,7 @@ def whole() -> Tensor:
     return run(None)
 
 
-@pytest.mark.parametrize("at", [15, 24, 44])  # on the way there, measuring, on the way back
+@pytest.mark.parametrize("at", [16, 25, 45])  # on the way there, measuring, on the way back
 def test_a_killed_run_goes_on_to_the_same_bytes(at: int, whole: Tensor, tmp_path: Path) -> None:
     def stop(call: int) -> None:
         if call == at:
@@ -127,7 +127,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(at: int, whole: Tensor, tmp_path
     np.testing.assert_array_equal(again, whole)
     calls.clear()
     np.testing.assert_array_equal(run(tmp_path, calls.append), whole)
-    assert len(calls) == 10  # the checks, the first step and a target made again: a finished run only answers
+    assert len(calls) == 11  # the checks, the first step and a target made again: a finished run only answers
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         ".lock",
         "notes.txt",
@@ -170,7 +170,7 @@ def test_a_killed_process_goes_on_to_the_same_bytes(whole: Tensor, tmp_path: Pat
 )
 def test_a_folder_is_one_runs(changes: dict[str, Any], words: str, whole: Tensor, tmp_path: Path) -> None:
     def stop(call: int) -> None:
-        if call == 15:
+        if call == 16:
             raise Killed
 
     with pytest.raises(Killed):
@@ -181,7 +181,7 @@ def test_a_folder_is_one_runs(changes: dict[str, Any], words: str, whole: Tensor
 
 def test_losses_that_compute_something_else_are_found_by_replaying(tmp_path: Path) -> None:
     def stop(call: int) -> None:
-        if call == 15:
+        if call == 16:
             raise Killed
 
     with pytest.raises(Killed):

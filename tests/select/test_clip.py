@@ -61,3 +61,20 @@ def test_rows_without_a_score_and_mistakes() -> None:
         clip_powered(scored([np.inf], [0]), "sas", "sds", 1)
     with pytest.raises(ValueError, match="by='no'"):
         clip_powered(table, "no", "sds", 1)
+
+
+def test_sums_are_of_more_digits_than_scores() -> None:
+    """Where an alignment has all the digits of float32, the diversity still decides."""
+    diversity = np.random.default_rng(0).permutation(100) * 1e-9
+    kept = clip_powered(scored(np.ones(100), diversity), "sas", "sds", 10)
+    np.testing.assert_array_equal(kept.indices, np.flatnonzero(diversity > 89.5e-9))
+    assert clip_powered(scored([3e38, 1], [3e38, 1]), "sas", "sds", 1).indices.tolist() == [0]
+
+
+def test_float32_is_added_up_as_float64_is() -> None:
+    rng = np.random.default_rng(0)
+    sas, sds = (rng.normal(size=400).astype(np.float32) for _ in range(2))
+    sas += np.float32(4096)
+    expected = np.argsort(-(sas.astype(np.float64) + 0.37 * sds.astype(np.float64)), kind="stable")[:100]
+    assert set(clip_powered(scored(sas, sds), "sas", "sds", 100, alpha=0.37).indices) == set(expected)
+    assert list(clip_powered(scored([1, 3e38], [1, 3e38]), "sas", "sds", 1).indices) == [1]

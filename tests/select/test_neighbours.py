@@ -123,6 +123,21 @@ def test_rows_of_which_nothing_is_known(digits) -> None:
     assert list(semdedup(x[5:6]).indices) == [0]
 
 
+@pytest.mark.filterwarnings("error")
+def test_scores_of_any_size_are_scaled() -> None:
+    """Differences that no float32 or float64 holds."""
+    for most in (np.float32(3e38), 1.7e308):
+        scores = np.array([-most, most, 0], type(most))
+        scaled = neighbours._unit_interval(scores, np.ones(3, bool), "s")
+        assert scaled.tolist() == [0, 1, 0.5]
+    wide = table(np.array([-3e38, 3e38, 0], np.float32))
+    assert d2(wide, "s", 2, np.eye(3), gamma=0.0).indices.tolist() == [1, 2]
+
+
+def test_nothing_is_less_than_the_least() -> None:
+    assert semdedup(np.ones((3, 2)), worth=[np.nan, -np.inf, np.nan]).mask.tolist() == [False, True, False]
+
+
 def test_mistakes() -> None:
     x, scores = np.ones((4, 2)), table(np.array([0, 1, 2, np.inf]))
     for call, message in (
@@ -136,3 +151,9 @@ def test_mistakes() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_float32_extremes_are_scaled_as_float64_is() -> None:
+    rng = np.random.default_rng(0)
+    x, scores = rng.normal(size=(60, 4)), (rng.uniform(-3e38, 3e38, 60)).astype(np.float32)
+    assert list(d2(table(scores), "s", 9, x).indices) == written_out(scores.astype(np.float64), x, 9, 1.0, 10)

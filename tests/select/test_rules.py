@@ -172,3 +172,8 @@ def test_a_draw_with_replacement_takes_no_row_without_a_score_and_is_reproducibl
     assert (drawn[:10] == select.draw(table(values), "s", 10, seed=5)).all()
     with pytest.raises(ValueError, match="found none or infinite"):
         select.draw(table([math.nan]), "s", 1, seed=0)
+
+
+def test_nan_is_no_threshold():
+    with pytest.raises(ValueError, match="threshold nan: expected a number"):
+        select.threshold(table([1.0]), "s", math.nan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from assay.select import ccs, random
@@ -61,3 +62,17 @@ def test_rows_without_a_score_and_odd_ranges() -> None:
         ccs(table(scores), "s", 1, 0, hard=None)
     with pytest.raises(ValueError, match="strata=0"):
         ccs(table(scores), "s", 1, 0, hard="high", strata=0)
+
+
+def test_strata_of_a_range_that_no_float_holds() -> None:
+    wide = np.array([-3e38, -2.9e38, 3e38, 2.9e38], np.float32)
+    selection = ccs(table(wide), "s", 2, 0, hard="high", drop=0, strata=2)
+    assert selection.mask[:2].sum() == selection.mask[2:].sum() == 1
+
+
+def test_a_column_of_float32_has_the_strata_that_its_numbers_have_in_float64() -> None:
+    scores = (np.random.default_rng(2).normal(size=300) * 1e38).astype(np.float32)  # their range is no float32
+    wide = pa.table({"s": scores.astype(np.float64)})
+    got = ccs(table(scores), "s", 60, 0, hard="low", drop=0)
+    np.testing.assert_array_equal(got.mask, ccs(wide, "s", 60, 0, hard="low", drop=0).mask)
+    assert got.facts["strata_with_rows"] > 30

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -67,8 +69,11 @@ def test_queries_take_turns_as_in_the_paper() -> None:
     assert select.in_turns(np.empty((0, 3), int), 0, 3).mask.sum() == 0
     with pytest.raises(ValueError, match="amount=3: 2 rankings of 2 rows name 2 in all"):
         select.in_turns(np.array([[2, -1], [2, 0]]), 3, 3)
-    with pytest.raises(ValueError, match=r"rankings: expected \(queries, k\) positions of 3 rows"):
+    with pytest.raises(ValueError, match=r"rankings: expected \(queries, k\) integers from -1 to 2"):
         select.in_turns(np.array([[3]]), 1, 3)
+    fractions: Any = np.array([[0.5]])
+    with pytest.raises(ValueError, match=r"got float64 of shape \(1, 1\), 0\.5 to 0\.5"):
+        select.in_turns(fractions, 1, 3)
     with pytest.raises(ValueError, match=r"amount=0\.5: expected a number of rows"):
         select.in_turns(rankings, 0.5, 40)
 

@@ -9,54 +9,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from assay.cli import main
 from assay.corpus.errors import CorpusError
-from assay.recipe import load_recipe
 from assay.recipe.errors import EngineError
-from assay.two_stage import Question, Training, experiment, two_stage
+from assay.two_stage import Question, Training, laboratory, two_stage
 from assay.two_stage.training import _batches
-from tests.small_project import CLASSES, SIZE, make_project, make_rows, save_mlp
+from tests.small_project import CLASSES, SIZE
 
 BRIEF = Training(steps=40, batch_size=8, learning_rate=0.05, seeds=2, evaluations=2)
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """Half of the corpus's labels are wrong; the small model has seen right ones alone."""
-    root = tmp_path_factory.mktemp("two-stage")
-    project = make_project(root)
-    rng = np.random.default_rng(0)
-    for name, seed in (("a.parquet", 0), ("deep/b.jsonl", 1)):
-        rows = make_rows(60, seed)
-        for row in rows[::2]:
-            row["label"] = int((row["label"] + rng.integers(1, CLASSES)) % CLASSES)
-        project.write_shard(name, rows)
-    held_out = root / "held-out/test.jsonl"
-    held_out.parent.mkdir()
-    held_out.write_text("".join(json.dumps(row) + "\n" for row in make_rows(50, 3)))
-    good = make_rows(300, 4)
-    torch.manual_seed(0)
-    small = nn.Sequential(nn.Linear(SIZE, 8), nn.ReLU(), nn.Linear(8, CLASSES))
-    x, y = torch.tensor([row["pixels"] for row in good]), torch.tensor([row["label"] for row in good])
-    optimizer = torch.optim.Adam(small.parameters(), lr=0.05)
-    for _ in range(60):
-        optimizer.zero_grad()
-        F.cross_entropy(small(x), y).backward()
-        optimizer.step()
-    save_file(small.state_dict(), root / "models/small.safetensors")
-    save_mlp(root / "models/large.safetensors", 7)
-    models = {name: {"kind": "mlp", "path": f"models/{name}.safetensors"} for name in ("small", "large")}
-    methods = [{"method": "ensemble", "models": ["small"]}]
-    project.write_recipe(models=models, methods=methods)
-    return root
-
-
-@pytest.fixture
-def recipe(root, tmp_path):
-    return load_recipe(str(root / "recipe.yaml"), [f"output={tmp_path / 'scores'}"])
 
 
 def question(root: Path, **changes) -> Question:
@@ -113,7 +76,7 @@ def test_a_training_is_that_of_plain_pytorch(root, recipe, tmp_path) -> None:
 
 def test_what_is_done_is_not_done_again(root, recipe, tmp_path, monkeypatch) -> None:
     out, trained = tmp_path / "out", []
-    whole = experiment.train
+    whole = laboratory.train
 
     def dies_in_the_third(*args):
         trained.append(args)
@@ -121,7 +84,7 @@ def test_what_is_done_is_not_done_again(root, recipe, tmp_path, monkeypatch) -> 
             raise KeyboardInterrupt
         return whole(*args)
 
-    monkeypatch.setattr(experiment, "train", dies_in_the_third)
+    monkeypatch.setattr(laboratory, "train", dies_in_the_third)
     brief = Training(steps=4, batch_size=8, learning_rate=0.05, seeds=2, evaluations=1)
     with pytest.raises(KeyboardInterrupt):
         two_stage(recipe, question(root), str(out), brief)

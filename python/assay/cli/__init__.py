@@ -13,7 +13,8 @@ import typer
 
 import assay
 from assay.cli.demos import demo_digits, demo_text
-from assay.cli.experiments import two_stage
+from assay.cli.duplicates import duplicates
+from assay.cli.experiments import prove, two_stage
 from assay.cli.explaining import explain
 from assay.cli.exploring import explore
 from assay.cli.machine import doctor
@@ -95,6 +96,8 @@ app.command()(score)
 app.command()(validate)
 app.command()(select)
 app.command("two-stage")(two_stage)
+app.command()(prove)
+app.command()(duplicates)
 app.command()(show)
 app.command()(explain)
 app.command()(report)

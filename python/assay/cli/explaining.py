@@ -11,7 +11,7 @@ import typer
 from assay.cli.terminal import INCOMPLETE, OK, CorpusNow, ScoresFolder, fail, say
 
 if TYPE_CHECKING:
-    from assay.curate import Explained, Explanation
+    from assay.curate import Explained, Explanation, Fate
 
 
 def explain(
@@ -63,6 +63,7 @@ def _fate_lines(one: Explained, selection: str) -> Iterator[str]:
         yield f"  {selection}: its shard is not in this selection"
         return
     yield f"  {selection} ({fate.rule}): {fate.reason}"
+    yield from _comparison_lines(fate)
     if fate.distance is not None and fate.threshold is not None:
         side = "above" if fate.distance >= 0 else "below"
         whose = "the threshold" if fate.column is None else f"the threshold of its {fate.column}"
@@ -70,11 +71,25 @@ def _fate_lines(one: Explained, selection: str) -> Iterator[str]:
     if fate.column is not None:
         yield f"    its {fate.column}: {'none (null)' if fate.group is None else fate.group}"
     if fate.copies is not None:
-        yield f"    {fate.copies} times in the output"
+        yield f"    {fate.copies} time{'' if fate.copies == 1 else 's'} in the output"
     if fate.weight is not None:
         yield f"    weight {fate.weight:.6g}"
     for name, value in fate.facts.items():
         yield f"    {name} = {value:.6g}"
+
+
+def _comparison_lines(fate: Fate) -> Iterator[str]:
+    """Each comparison of the condition, how it came out and by how much, and which alone decides."""
+    if fate.untold is not None:
+        yield f"    what its condition says cannot be told: {fate.untold}"
+    width = max((len(one.text) for one in fate.where), default=0)
+    for one in fate.where:
+        said = {True: "so", False: "not so", None: "no value"}[one.holds]
+        line = f"    {said:8}  {one.text:{width}}"
+        if one.distance is not None:
+            side = "above" if one.distance >= 0 else "below"
+            line += f"  {one.left:.6g} is {abs(one.distance):.6g} {side} {one.right:.6g}"
+        yield line.rstrip() + ("; this alone decides" if one.decides else "")
 
 
 def _plain(found: Explanation) -> Any:
@@ -88,6 +103,7 @@ def _plain(found: Explanation) -> Any:
         if one.quarantined is not None:
             plain["quarantined"] = one.quarantined
         if one.fate is not None:
-            plain["selection"] = vars(one.fate) | {"distance": one.fate.distance}
+            where = [vars(each) | {"distance": each.distance} for each in one.fate.where]
+            plain["selection"] = vars(one.fate) | {"distance": one.fate.distance, "where": where}
         samples.append(plain)
     return as_json({"samples": samples, "rows": found.rows, "left_out": dict(found.left_out)})

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Annotated
 
 import typer
 
+from assay.cli.reporting import GroupColumns, ShownScores, label_column, make_page, shown_rows
 from assay.cli.terminal import INCOMPLETE, OK, CorpusNow, ScoresFolder, fail, log_to_stderr, say
 
 
 def explore(
     scores: ScoresFolder,
     port: Annotated[int, typer.Option(metavar="N", help="The port to listen on; a free one without it.")] = 0,
-    by: Annotated[
-        list[str] | None,
-        typer.Option("--by", metavar="SCORE", help="A score to show, in place of the first 24. May be given again."),
-    ] = None,
-    group: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="COLUMN",
-            help="A column of the corpus to group by, in place of those with names such as label, source or language. "
-            "May be given again.",
-        ),
-    ] = None,
+    by: ShownScores = None,
+    group: GroupColumns = None,
     corpus: CorpusNow = None,
 ) -> int:
     """Serve a page on this machine on which cuts are dragged: what they keep, and the command that keeps it."""
-    from assay.cli.reporting import label_column, shown_rows
     from assay.corpus.scores_folder import State, open_scores
     from assay.explore import open_explorer, open_server, select_command
     from assay.report import find_columns
@@ -44,6 +35,7 @@ def explore(
             columns,
             lambda where: select_command(scores, corpus, where),
             lambda rows: shown_rows(found, rows),
+            functools.cache(lambda: make_page(found, by or (), group or ()).to_html()),
             by or (),
         )
         say(f"open {server.url}")

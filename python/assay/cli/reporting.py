@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from assay.corpus.scores_folder import Scores
     from assay.curate import Ranked
     from assay.recipe.tasks import TaskSpec
-    from assay.report import Confusion, Ends, Facts, Page, Shown, Survey
+    from assay.report import Confusion, Ends, Page, Shown, Survey
 
 _TEXT = 1200
 _COLUMNS = 8
@@ -22,28 +22,33 @@ _COLUMNS = 8
 _LABELS = ("label_column", "target_column", "tags_column")
 
 
+ShownScores = Annotated[
+    list[str] | None,
+    typer.Option("--by", metavar="SCORE", help="A score to show, in place of the first 24. May be given again."),
+]
+GroupColumns = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--group",
+        metavar="COLUMN",
+        help="A column of the corpus to group by, in place of those with names such as label, source or language. "
+        "May be given again.",
+    ),
+]
+
+
 def report(
     scores: ScoresFolder,
     out: Annotated[str, typer.Option("--out", metavar="FILE", help="Where the page goes: page.html")],
     samples: Annotated[int, typer.Option(metavar="N", help="So many of the best, the worst and random rows.")] = 4,
     seed: Annotated[int, typer.Option(help="For the rows that are drawn.")] = 0,
-    by: Annotated[
-        list[str] | None,
-        typer.Option("--by", metavar="SCORE", help="A score to show, in place of the first 24. May be given again."),
-    ] = None,
-    group: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="COLUMN",
-            help="A column of the corpus to group by, in place of those with names such as label, source or language. "
-            "May be given again.",
-        ),
-    ] = None,
+    by: ShownScores = None,
+    group: GroupColumns = None,
     corpus: CorpusNow = None,
 ) -> int:
     """Write one page of HTML: how scores are distributed, what cuts keep, and the rows at either end."""
     from assay.corpus.scores_folder import open_scores
-    from assay.report import find_columns, gather, need_charts, open_output, survey
+    from assay.report import need_charts, open_output
 
     if not 0 <= samples <= 100:
         raise ValueError(f"--samples {samples}: expected a number from 0 to 100")
@@ -53,21 +58,22 @@ def report(
     need_charts()
     found = open_scores(scores, corpus)
     store, name = open_output(out, found)
-    columns = find_columns(found, group or (), label_column(found))
-    facts, numbers = gather(found), survey(found, seed, by or ())
-    page = _page(found, facts, numbers, columns, samples, seed)
+    page = make_page(found, by or (), group or (), samples, seed)
     store.write_text(name, page.to_html())
     say(f"page: {out}")
-    if not facts.left_out:
+    if not page.facts.left_out:
         return OK
-    path, reason = next(iter(facts.left_out.items()))
-    return fail(f"{len(facts.left_out)} shards are not in it ({path}: {reason})", INCOMPLETE)
+    path, reason = next(iter(page.facts.left_out.items()))
+    return fail(f"{len(page.facts.left_out)} shards are not in it ({path}: {reason})", INCOMPLETE)
 
 
-def _page(scores: Scores, facts: Facts, numbers: Survey, columns: Sequence[str], samples: int, seed: int) -> Page:
-    from assay.report import Page, find_duplicates, find_neighbours, read_groups
+def make_page(scores: Scores, by: Sequence[str], group: Sequence[str], samples: int = 4, seed: int = 0) -> Page:
+    """All that the page says."""
+    from assay.report import Page, find_columns, find_duplicates, find_neighbours, gather, read_groups, survey
 
     label = label_column(scores)
+    columns = find_columns(scores, group, label)
+    facts, numbers = gather(scores), survey(scores, seed, by)
     read, refused = read_groups(scores, list(dict.fromkeys([*columns, *([label] if label else [])])), seed)
     labels = next((its.codes for its in read if its.column == label), None)
     same = find_duplicates(scores, _content_columns(scores), labels, seed)

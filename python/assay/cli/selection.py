@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,8 +29,9 @@ def select(
         list[str] | None,
         typer.Option(
             "--with",
-            metavar="NAME=SCORES",
-            help="Another run's scores of the same corpus, which --where then calls NAME.score. May be given again.",
+            metavar="NAME=DIR",
+            help="Another run's scores of the same corpus, which --where then calls NAME.score; or a selection of "
+            "these scores, NAME.kept. May be given again.",
         ),
     ] = None,
     by: Annotated[str | None, typer.Option("--by", metavar="SCORE", help="The score to judge by.")] = None,
@@ -80,11 +82,17 @@ def select(
             help="The rows in their own files, their indices, their ids with weights, or a folder for load_dataset.",
         ),
     ] = "shards",
+    proved: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Only if `assay prove` found there that --by is better than random rows."),
+    ] = None,
     corpus: CorpusNow = None,
 ) -> int:
     """Write the part of the corpus that is worth keeping, with a manifest and a reason per row."""
-    from assay.curate import ExpressionError, RuleOptions, curate, read_labels, read_mix
+    from assay.curate import ExpressionError, RuleOptions, check_proof, curate, read_labels, read_mix
 
+    if proved is not None:
+        check_proof(proved, scores, by, corpus, keep)
     mixed = None if mix is None else read_mix(mix)
     options = RuleOptions(
         top,
@@ -127,8 +135,9 @@ def select(
 def _audited(cut: Cut, by: str) -> str:
     """What the labels say of the cut, in one line."""
     low, high = cut.threshold_interval
+    held_out = "" if math.isnan(cut.f_held_out) else f"; on labels held out {cut.f_held_out:.3f}"
     line = f"audit: {by} cut at {cut.threshold:.6g} (95 %: {low:.6g} to {high:.6g}), F{cut.beta:g} {cut.f:.3f} "
-    line += f"(95 %: {cut.f_interval[0]:.3f} to {cut.f_interval[1]:.3f}; on held-out labels {cut.f_held_out:.3f}), "
+    line += f"(95 %: {cut.f_interval[0]:.3f} to {cut.f_interval[1]:.3f}{held_out}), "
     line += f"precision {cut.precision:.3f}, recall {cut.recall:.3f}, {cut.rows:,} labels"
     return line + (f", {cut.unscored:,} of them on rows that no cut keeps" if cut.unscored else "")
 
@@ -138,7 +147,7 @@ def _beside(given: list[str]) -> dict[str, str]:
     for text in given:
         name, equals, folder = text.partition("=")
         if not equals or not folder:
-            raise ValueError(f"--with {text}: expected NAME=SCORES, as in other=scores-of-another-run")
+            raise ValueError(f"--with {text}: expected NAME=DIR, as in other=scores-of-another-run")
         if name in found:
             raise ValueError(f"--with {text}: {name} is {found[name]} already; expected another name")
         found[name] = folder

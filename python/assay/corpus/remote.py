@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import os
 from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any, cast
@@ -16,6 +17,14 @@ from typing import Any, cast
 from fsspec import AbstractFileSystem
 
 _BUFFER_BYTES = 128 << 10
+_NUMBERS = {
+    FileNotFoundError: errno.ENOENT,
+    PermissionError: errno.EACCES,
+    NotADirectoryError: errno.ENOTDIR,
+    IsADirectoryError: errno.EISDIR,
+    FileExistsError: errno.EEXIST,
+    TimeoutError: errno.ETIMEDOUT,
+}
 
 
 @contextlib.contextmanager
@@ -28,13 +37,26 @@ def os_errors(path: str | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or path
+        _name(error, path)
         raise
     except Exception as error:
         if isinstance(error, ValueError) or type(error).__module__ == "builtins":
             raise
         said = " ".join(f"{type(error).__name__}: {error}".split())
         raise OSError(errno.EIO, said, path) from error
+
+
+def _name(error: OSError, path: str | None) -> None:
+    """Clients' errors have a text alone, which Python leaves out of one that has a file: it becomes the reason."""
+    if path is None or error.filename:
+        return
+    if error.errno is None:
+        number = next((number for kind, number in _NUMBERS.items() if isinstance(error, kind)), None)
+        if number is None:
+            return
+        said = str(error)
+        error.errno, error.strerror = number, os.strerror(number) if said in ("", path) else said
+    error.filename = path
 
 
 class RemoteFileSystem:
@@ -45,6 +67,12 @@ class RemoteFileSystem:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RemoteFileSystem, (self.wrapped,)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RemoteFileSystem) and bool(self.wrapped == other.wrapped)
+
+    def __hash__(self) -> int:
+        return hash(self.wrapped)
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self.wrapped, name)

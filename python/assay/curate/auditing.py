@@ -22,7 +22,7 @@ from assay.corpus.shards import Shard
 from assay.corpus.storage import Store
 from assay.curate.dataset import SHARD
 from assay.curate.rows import read_batches
-from assay.curate.whole import quarantined_rows
+from assay.curate.whole import place_of, quarantined_rows
 from assay.select import Cut, Selection
 
 Rule = Callable[[pa.Table], Selection]
@@ -49,7 +49,7 @@ class Labels:
 
 
 def _shown(key: Key) -> str:
-    return f"id {key!r}" if isinstance(key, str) else f"{key[0]}:{key[1]}"
+    return f"id {key[:80]!r}" if isinstance(key, str) else f"{key[0][:200]}:{key[1]}"
 
 
 @dataclass(frozen=True)
@@ -174,9 +174,8 @@ def _by_row(store: Store, tables: Sequence[tuple[Shard, Scored]], labels: Labels
             raise labels.error(key, f"the shard has {table.rows:,} rows, counted from 0")
         if path not in missing:
             missing[path] = quarantined_rows(store, shard, table)
-        before = int(np.searchsorted(missing[path], row))
-        is_missing = before < len(missing[path]) and missing[path][before] == row
-        yield -1 if is_missing else start + row - before
+        place = place_of(missing[path], row)
+        yield -1 if place is None else start + place
 
 
 def _by_id(store: Store, tables: Sequence[tuple[Shard, Scored]], labels: Labels) -> Iterator[int]:

@@ -27,6 +27,7 @@ from assay.select import Selection
 from assay.select.groups import Groups
 
 BLOCK_ROWS = 1 << 16
+_OWN = ("row", "id", "kept", "reason", "weight", "copies", "group", "threshold")
 
 
 @dataclass(frozen=True)
@@ -87,13 +88,18 @@ class ShardSelection:
         return times
 
 
+def score_column(name: str) -> str:
+    """What the column of the score is called in the table of fates, whose other columns have names of their own."""
+    return f"score {name}" if name in _OWN else name
+
+
 def write_fates(store: Store, chosen: ShardSelection, name: str, output: Store) -> None:
     """Write what became of every row of the shard, with its score and the reason."""
     schema = pa.schema(
         [
             ROW_AND_ID[0],
             pa.field("id", pa.string()),  # null where quarantine took a row without one
-            pa.field(name, pa.float32()),
+            pa.field(score_column(name), pa.float32()),
             pa.field("kept", pa.bool_(), nullable=False),
             pa.field("reason", pa.string(), nullable=False),
             *([pa.field("weight", pa.float64())] if chosen.weights is not None else []),

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from assay.corpus.errors import CorpusError
 from assay.curate.dataset import SHARD
 
 Kind = Literal["number", "text", "condition"]
+Logic = int | tuple[Any, ...]
+"""How comparisons make a condition: one by its place, or "and", "or" or "not" and what it is of."""
 
 
 class ExpressionError(CorpusError):
@@ -43,6 +45,47 @@ class Piece:
     plain: bool = False
     """A column or a number as it stands, which cannot fail."""
     inside: str = ""
+    logic: Logic | None = None
+    """Of a condition."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A part of a condition that no `AND`, `OR` or `NOT` divides.
+
+    Attributes:
+        needs: the columns without whose number it says nothing.
+        sides: SQL of its two numbers, if it has two.
+    """
+
+    text: str
+    sql: str
+    needs: frozenset[str]
+    sides: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a comparison says of a row.
+
+    Attributes:
+        holds: None where a number in it has no value.
+        left, right: its two numbers, if it has two and they have values.
+        decides: whether the condition would say something else of the row if this comparison alone did.
+    """
+
+    text: str
+    holds: bool | None
+    left: float | None = None
+    right: float | None = None
+    decides: bool = False
+
+    @property
+    def distance(self) -> float | None:
+        """How far the left number is above the right one; below it, negative."""
+        if self.left is None or self.right is None:
+            return None
+        return 0.0 if self.left == self.right else self.left - self.right  # infinite ones, too
 
 
 @dataclass(frozen=True)
@@ -85,6 +128,8 @@ class Condition:
     needs: tuple[str, ...]
     aggregates: tuple[Aggregate, ...]
     ranks: tuple[Rank, ...]
+    comparisons: tuple[Comparison, ...]
+    logic: Logic
 
     @property
     def line(self) -> str:
@@ -101,3 +146,26 @@ def sound(piece: Piece) -> str:
     """SQL of a number that is null where there is none, as inf - inf: a comparison with it is neither true nor
     false. (To DuckDB NaN is more than every number.)"""
     return piece.sql if piece.plain else f"CASE WHEN isnan({piece.sql}) THEN NULL ELSE {piece.sql} END"
+
+
+def decide(logic: Logic, holds: Sequence[bool | None]) -> bool | None:
+    """What a condition is where its comparisons are so, in SQL's logic of three values."""
+    if isinstance(logic, int):
+        return holds[logic]
+    word, *parts = logic
+    found = [decide(part, holds) for part in parts]
+    if word == "not":
+        return None if found[0] is None else not found[0]
+    last = word == "or"
+    return last if last in found else None if None in found else not last
+
+
+def decisive(logic: Logic, holds: Sequence[bool | None]) -> list[bool]:
+    """Of each comparison whether the row would pass, or no longer pass, if it alone were otherwise."""
+    passes = decide(logic, holds) is True
+    found = []
+    for i, own in enumerate(holds):
+        others = [value for value in (True, False) if value is not own]
+        changed = [decide(logic, [*holds[:i], other, *holds[i + 1 :]]) is True for other in others]
+        found.append(any(now is not passes for now in changed))
+    return found

@@ -28,9 +28,10 @@ from assay.curate.chosen import ShardSelection, write_fates
 from assay.curate.condition import Condition
 from assay.curate.forms import Form, check_repeats, find_form, is_repeat
 from assay.curate.grouping import dictionary, group_table, read_groups
+from assay.curate.manifests import is_selection
 from assay.curate.mixes import Mix
 from assay.curate.ranking import score_name
-from assay.curate.rows import Beside, Rows, open_beside, read_batches
+from assay.curate.rows import KEPT, Beside, Rows, open_beside, read_batches
 from assay.curate.rules import group_column
 from assay.curate.where import Answer, ask, parse_condition
 from assay.curate.whole import RowCheck, scored_shards
@@ -123,7 +124,7 @@ def curate(
     Of ``where``, a condition on scores such as ``"mimic > 0 and loss < quantile(loss, 0.9)"``, ``rule`` gets the rows
     that pass; the others are dropped. Without ``by`` the tables then show the first score that it names. In it
     ``NAME.score`` is one of another run over the same shards, whose folder ``beside`` has under that name; a row that
-    the other run has not scored has NaN there.
+    the other run has not scored has NaN there. ``NAME.kept`` says whether a selection of these scores kept a row.
     With ``group``, a column of the corpus or ``shard``, the table has a column `group_column` of each row's group, for
     rules that choose within groups; ``mix`` is what the rule mixes by, for the manifest.
     Scores that do not cover the corpus as it is now are an CorpusError, before anything is written.
@@ -192,7 +193,7 @@ def _refuse_unused(beside: Mapping[str, Beside], condition: Condition | None) ->
     named = [] if condition is None else list(condition.columns.values())
     for name in beside:
         if not any(column.startswith(f"{name}.") for column in named):
-            raise CorpusError(f"--with {name}: has no effect, for --where names no {name}.score")
+            raise CorpusError(f"--with {name}: has no effect, for --where names no {name}.score nor {name}.{KEPT}")
 
 
 def _first_score(scores: Scores, condition: Condition | None, rows: Rows) -> str | None:
@@ -249,9 +250,9 @@ def _refuse_inputs(
 ) -> None:
     """CorpusError if what is written would fall on the corpus, the scores or somebody's files."""
     refuse_overlap(output, scores.corpus_path, scores.corpus)
-    for store in (scores.store, *(other.scores.store for other in beside.values())):
+    for store in (scores.store, *(other.store for other in beside.values())):
         if output.holds(store) or store.holds(output):
-            raise CorpusError(f"{output.url}: the output and the scores {store.url} must not lie in each other")
+            raise CorpusError(f"{output.url}: the output and {store.url} must not lie in each other")
     ours = {path for shard in shards for path in (*form.files(shard), selection_path(shard))}
     if GROUPS in ours:
         raise CorpusError(f"{GROUPS}: a shard of the corpus has the name of the table of groups; rename it")
@@ -294,12 +295,11 @@ def _is_selection(output: Store) -> bool:
     try:
         if output.exists(CLAIM):
             return output.read_text(CLAIM) == SELECTION
-        manifest = json.loads(output.read_text(MANIFEST))
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         if may_pass(error):
             raise
         return False
-    return isinstance(manifest, dict) and {"rule", "by", "scores"} <= manifest.keys()
+    return is_selection(output)
 
 
 def _read_table(store: Store, tables: Sequence[tuple[Shard, Scored]], name: str) -> pa.Table:

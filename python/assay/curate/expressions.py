@@ -7,15 +7,13 @@ it: nothing of the text itself is ever run. Numbers and texts are bound as param
 from __future__ import annotations
 
 import difflib
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from fractions import Fraction
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from assay.curate.condition import Aggregate, Condition, ExpressionError, Kind, Piece, Rank, sound
+from assay.curate.condition import Aggregate, Comparison, Condition, ExpressionError, Kind, Piece, Rank, sound
 from assay.curate.dataset import SHARD
-
-Node = Mapping[str, Any]
+from assay.curate.tree import Node, arguments_of, is_empty, positions_of, value_of, words_of
 
 _FUNCTIONS = ("abs", "ceil", "exp", "floor", "round")
 # From where on a function has a value. Beyond, as over divisions by 0, versions of DuckDB differ: an error, NaN, null.
@@ -79,8 +77,10 @@ def compile_condition(text: str, tree: Node, kinds: Mapping[str, Kind], location
         raise compiler.error(tree, f"names no score; expected a condition on {_some(list(kinds))}", 0)
     needs = tuple(column for column in compiler.columns.values() if column in piece.needs)
     columns = {column: name for name, column in compiler.columns.items()}
-    aggregates = tuple(compiler.aggregates.values())
-    return Condition(text, piece.sql, piece.parameters, columns, needs, aggregates, tuple(compiler.ranks.values()))
+    aggregates, ranks = tuple(compiler.aggregates.values()), tuple(compiler.ranks.values())
+    comparisons = tuple(compiler.comparisons)
+    assert piece.logic is not None
+    return Condition(text, piece.sql, piece.parameters, columns, needs, aggregates, ranks, comparisons, piece.logic)
 
 
 class _Compiler:
@@ -88,6 +88,7 @@ class _Compiler:
         self.columns: dict[str, str] = {}
         self.aggregates: dict[tuple[Any, ...], Aggregate] = {}
         self.ranks: dict[tuple[Any, ...], Rank] = {}
+        self.comparisons: list[Comparison] = []
         self._text, self._kinds, self._location = text, kinds, location
         self._bound = 0
         self._classes: dict[str, Callable[[Node], Piece]] = {
@@ -112,7 +113,7 @@ class _Compiler:
 
     def place(self, node: Node) -> int | None:
         """Where in the text the node begins, if it or what is below it says so."""
-        found = min(_positions(node), default=None)
+        found = min(positions_of(node), default=None)
         return None if found is None else self._location(found)
 
     # ---- leaves
@@ -125,12 +126,15 @@ class _Compiler:
             known = f"did you mean {' or '.join(near)}?" if near else f"there are {_some(list(self._kinds))}"
             raise self.error(node, f"there is no score {name}; {known}")
         column = self.columns.setdefault(name, f"c{len(self.columns)}")
+        if self._kinds[name] == "condition":
+            self.comparisons.append(Comparison(name, column, frozenset(), ()))
+            return Piece(column, "condition", name, plain=True, logic=len(self.comparisons) - 1)
         needs = frozenset([column]) if self._kinds[name] == "number" else frozenset()
         return Piece(column, self._kinds[name], name, needs, plain=True)
 
     def _constant(self, node: Node) -> Piece:
         self._only(node, "literal", "value")
-        value = _value(node)
+        value = value_of(node)
         if value is None:
             raise self.error(node, "expected a finite decimal number or a text; a row whose score is NaN is never kept")
         name = f"p{(bound := self._bound)}"
@@ -144,39 +148,44 @@ class _Compiler:
     def _comparison(self, node: Node) -> Piece:
         self._only(node, "left", "right")
         if node["type"] not in _COMPARISONS:
-            raise self.error(node, f"{_words(node)} cannot be asked for; {_ALLOWED}")
+            raise self.error(node, f"{words_of(node)} cannot be asked for; {_ALLOWED}")
         sides = self._alike(node, [node["left"], node["right"]])
-        return self._made(f"({{}} {_COMPARISONS[node['type']]} {{}})", sides)
+        return self._compared(f"({{}} {_COMPARISONS[node['type']]} {{}})", sides)
 
     def _between(self, node: Node) -> Piece:
         self._only(node, "input", "lower", "upper")
-        return self._made("({} BETWEEN {} AND {})", self._alike(node, [node["input"], node["lower"], node["upper"]]))
+        value, lower, upper = self._alike(node, [node["input"], node["lower"], node["upper"]])
+        whole = self._made("({} BETWEEN {} AND {})", [value, lower, upper])
+        ends = [self._compared("({} >= {})", [value, lower]), self._compared("({} <= {})", [value, upper])]
+        return replace(whole, logic=("and", *(end.logic for end in ends)))
 
     def _conjunction(self, node: Node) -> Piece:
         self._only(node, "children")
         word = {"CONJUNCTION_AND": " AND ", "CONJUNCTION_OR": " OR "}[node["type"]]
         pieces = [self._expect(child, "condition") for child in node["children"]]
-        return self._made(f"({word.join(['{}'] * len(pieces))})", pieces)
+        made = self._made(f"({word.join(['{}'] * len(pieces))})", pieces)
+        return replace(made, logic=(word.strip().lower(), *(piece.logic for piece in pieces)))
 
     def _operator(self, node: Node) -> Piece:
         self._only(node, "children")
         children = node["children"]
         if node["type"] == "OPERATOR_NOT":
-            return self._made("(NOT {})", [self._expect(children[0], "condition")])
+            inner = self._expect(children[0], "condition")
+            return replace(self._made("(NOT {})", [inner]), logic=("not", inner.logic))
         words = {"COMPARE_IN": "IN", "COMPARE_NOT_IN": "NOT IN"}
         if node["type"] not in words:
-            raise self.error(node, f"{_words(node)} cannot be asked for; {_ALLOWED}")
+            raise self.error(node, f"{words_of(node)} cannot be asked for; {_ALLOWED}")
         pieces = self._alike(node, children)
-        return self._made(f"({{}} {words[node['type']]} ({', '.join(['{}'] * (len(pieces) - 1))}))", pieces)
+        return self._compared(f"({{}} {words[node['type']]} ({', '.join(['{}'] * (len(pieces) - 1))}))", pieces)
 
     # ---- functions
 
     def _function(self, node: Node) -> Piece:
         self._only(node, "function_name", "arguments", "children", "is_operator", "qualified_name")
-        name, children = str(node["function_name"]).lower(), _arguments(node)
+        name, children = str(node["function_name"]).lower(), arguments_of(node)
         self._plain_name(node)
         if name in _LIKES:
-            return self._made(f"({{}} {_LIKES[name]} {{}})", [self._expect(child, "text") for child in children])
+            return self._compared(f"({{}} {_LIKES[name]} {{}})", [self._expect(child, "text") for child in children])
         if name in _OPERATORS and len(children) in (1, 2):
             pieces = [self._expect(child, "number") for child in children]
             if len(pieces) == 1:
@@ -184,7 +193,7 @@ class _Compiler:
             divisor = "CASE WHEN {1} <> 0 THEN {1} END" if name in "/%" else "{1}"
             return self._number(f"({{0}} {name} {divisor})", pieces, f"({{}} {name} {{}})")
         if name in _POWERS:
-            pieces, power = self._arguments(node, "pow", 2), _value(children[1])
+            pieces, power = self._arguments(node, "pow", 2), value_of(children[1])
             if not isinstance(power, float) or power < 0:  # versions of DuckDB differ over 0 to the power of -1
                 raise self.error(node, f"{name}: expected its power as a number from 0 on, as pow(score, 2)")
             return self._number("pow({}, {})", pieces)
@@ -215,7 +224,7 @@ class _Compiler:
 
     def _over_rows(self, node: Node, name: str, by_shard: bool) -> Piece | None:
         """A number of many rows; None if this is no such function."""
-        if name == "count_star" or (name == "count" and not _arguments(node)):
+        if name == "count_star" or (name == "count" and not arguments_of(node)):
             return self._aggregate(node, "count", Piece("1", "number", "*", plain=True), by_shard)
         if name in _AGGREGATES:
             return self._aggregate(node, name, self._arguments(node, name, 1)[0], by_shard)
@@ -237,11 +246,11 @@ class _Compiler:
         return Piece(bound if by_shard else f"${bound}", "number", text, plain=True, inside=text)
 
     def _quantile(self, node: Node, by_shard: bool) -> tuple[Piece, bool, float]:
-        children = _arguments(node)
+        children = arguments_of(node)
         if len(children) != 2:
             raise self.error(node, "quantile: expected a score and a share, as quantile(score, 0.9)")
         argument = self._expect(children[0], "number")
-        share = _value(children[1])
+        share = value_of(children[1])
         if not isinstance(share, float) or not 0 <= share <= 1:
             raise self.error(node, "quantile: expected its share as a number from 0 to 1, as quantile(score, 0.9)")
         return argument, by_shard, share
@@ -270,7 +279,7 @@ class _Compiler:
             raise self.error(node, f"{name}: cannot be asked for with a schema or names of arguments")
 
     def _arguments(self, node: Node, name: str, count: int) -> list[Piece]:
-        children = _arguments(node)
+        children = arguments_of(node)
         if len(children) != count:
             raise self.error(node, f"{name}: expected {count} argument{'s' if count > 1 else ''}, got {len(children)}")
         return [self._expect(child, "number") for child in children]
@@ -295,6 +304,14 @@ class _Compiler:
         parts = [sound(piece) if piece.kind == "number" else piece.sql for piece in pieces]
         return _joined(sql, "condition", parts, pieces)
 
+    def _compared(self, sql: str, pieces: Sequence[Piece]) -> Piece:
+        """The same where ``pieces`` are no conditions: what a row is told of. Of two numbers also how they differ."""
+        made = self._made(sql, pieces)
+        numbers = len(pieces) == 2 and all(piece.kind == "number" for piece in pieces)
+        sides = tuple(sound(piece) for piece in pieces) if numbers else ()
+        self.comparisons.append(Comparison(made.text[1:-1], made.sql, made.needs, sides))
+        return replace(made, logic=len(self.comparisons) - 1)
+
     def _number(self, sql: str, pieces: Sequence[Piece], shown: str | None = None) -> Piece:
         made = _joined(sql, "number", [piece.sql for piece in pieces], pieces, shown)
         if len(made.sql) > _LONGEST:  # some functions name what is inside twice
@@ -304,7 +321,7 @@ class _Compiler:
     def _only(self, node: Node, *read: str) -> None:
         """ExpressionError if a node says more than what is read of it: an alias, a filter, an order."""
         for key, value in node.items():
-            if key not in ("class", "type", "query_location", "query_location_length", *read) and not _is_empty(value):
+            if key not in ("class", "type", "query_location", "query_location_length", *read) and not is_empty(value):
                 raise self.error(node, f"{key.replace('_', ' ')}: cannot be asked for; {_ALLOWED}")
 
 
@@ -320,64 +337,6 @@ def _joined(sql: str, kind: Kind, parts: Sequence[str], pieces: Sequence[Piece],
     return Piece(
         sql.format(*parts), kind, text, needs, parameters, inside=next((p.inside for p in pieces if p.inside), "")
     )
-
-
-def _value(node: Node) -> float | str | None:
-    """A constant's; None of anything else than a number or a text."""
-    if node.get("class") != "CONSTANT":
-        return None
-    if "value" in node:
-        return _value_of_1(node["value"])
-    kind, text = node["literal"].get("kind"), str(node["literal"].get("text"))
-    if kind == "STRING":
-        return text
-    try:
-        number = float(text) if kind in ("INTEGER", "NUMERIC") else math.nan
-    except ValueError:  # hexadecimal digits, and whatever else SQL may come to know
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _value_of_1(constant: Node) -> float | str | None:
-    """The same of DuckDB 1, which has made a value of it."""
-    value: Any = constant.get("value")
-    kind = constant["type"]
-    if constant.get("is_null"):
-        return None
-    if kind["id"] == "VARCHAR":
-        return value if isinstance(value, str) else None
-    if kind["id"] == "DECIMAL" and isinstance(value, int):
-        return float(Fraction(value, 10 ** int(kind["type_info"]["scale"])))
-    if kind["id"] in ("HUGEINT", "UHUGEINT") and isinstance(value, Mapping):
-        return float((int(value["upper"]) << 64) + int(value["lower"]))
-    return float(value) if type(value) in (int, float) and math.isfinite(value) else None
-
-
-def _arguments(node: Node) -> list[Node]:
-    """A function's; those of DuckDB 1 have no names."""
-    return [argument["expression"] for argument in node["arguments"]] if "arguments" in node else node["children"]
-
-
-def _positions(node: Any) -> Iterator[int]:
-    if isinstance(node, Mapping):
-        found = node.get("query_location")
-        if isinstance(found, int) and found < 1 << 63:
-            yield found
-        for value in node.values():
-            yield from _positions(value)
-    elif isinstance(node, list):
-        for value in node:
-            yield from _positions(value)
-
-
-def _is_empty(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return all(_is_empty(inner) for key, inner in value.items() if key != "type")
-    return value in (None, "", False, [])
-
-
-def _words(node: Node) -> str:
-    return str(node["type"]).replace("COMPARE_", "").replace("OPERATOR_", "").replace("_", " ")
 
 
 def _some(names: Sequence[str]) -> str:

@@ -3,42 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict
 
 from assay.corpus.errors import CorpusError
-from assay.corpus.layout import MANIFEST, selection_path, table_path
+from assay.corpus.layout import selection_path, table_path
 from assay.corpus.scores_folder import Scores
 from assay.corpus.storage import Store
+from assay.curate.chosen import score_column
+from assay.curate.condition import Compared
+from assay.curate.manifests import SelectionManifest, read_selection
+from assay.curate.rows import Rows, Tables, open_beside
+from assay.curate.where import parse_condition, trace
+from assay.curate.whole import place_of, quarantined_rows, scored_shards
 
 # Of rows that the rule was never asked about.
 _BEFORE_THE_RULE = ("dropped: not: ", "dropped: has no value: ")
-
-
-class _Shard(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
-    path: str
-    table_sha256: str
-
-
-class _Group(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
-    column: str
-
-
-class _Manifest(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
-    rule: str
-    by: str
-    threshold: float | None = None
-    facts: dict[str, float] = {}
-    group: _Group | None = None
-    shards: list[_Shard]
 
 
 @dataclass(frozen=True)
@@ -52,6 +36,8 @@ class Fate:
         facts: the numbers that the rule or the condition took from all rows.
         column, group: of a rule that looks at groups, the column and the row's value, None for null.
         copies: of a mix, how often the row is in the output.
+        where: what each comparison of the condition says of the row, if there was one.
+        untold: why that cannot be told.
     """
 
     rule: str
@@ -65,13 +51,15 @@ class Fate:
     column: str | None = None
     group: str | None = None
     copies: int | None = None
+    where: tuple[Compared, ...] = ()
+    untold: str | None = None
 
     @property
     def distance(self) -> float | None:
         """How far above the threshold the score is; below it, negative."""
         if self.threshold is None or self.score is None or math.isnan(self.score):
             return None
-        return self.score - self.threshold
+        return 0.0 if self.score == self.threshold else self.score - self.threshold  # infinite ones, too
 
 
 def find_fates(scores: Scores, selection_url: str, rows: Sequence[tuple[str, int]]) -> dict[tuple[str, int], Fate]:
@@ -80,7 +68,7 @@ def find_fates(scores: Scores, selection_url: str, rows: Sequence[tuple[str, int
     CorpusError if this is no selection, or not one of these scores as they are now.
     """
     store = Store.at(selection_url)
-    manifest = _read_manifest(store)
+    manifest = read_selection(store, f"--selection {store.url}")
     listed = {shard.path: shard.table_sha256 for shard in manifest.shards}
     shards = {status.shard.path: status.shard for status in scores.shards}
     found: dict[tuple[str, int], Fate] = {}
@@ -92,16 +80,44 @@ def find_fates(scores: Scores, selection_url: str, rows: Sequence[tuple[str, int
         wanted = [row for its, row in rows if its == path]
         for entry in _entries(store, selection_path(shards[path]), wanted):
             found[path, entry["row"]] = _fate(manifest, entry)
-    return found
+    return found if manifest.where is None else _with_comparisons(scores, manifest, manifest.where.condition, found)
 
 
-def _read_manifest(store: Store) -> _Manifest:
+def _with_comparisons(
+    scores: Scores, manifest: SelectionManifest, text: str, fates: Mapping[tuple[str, int], Fate]
+) -> dict[tuple[str, int], Fate]:
+    """The fates with what each comparison of the condition says of the rows, from the scores as they are now."""
     try:
-        return _Manifest.model_validate_json(store.read_text(MANIFEST))
-    except FileNotFoundError as error:
-        raise CorpusError(f"--selection {store.url}: no {MANIFEST}; expected a folder of `assay select`") from error
-    except ValueError as error:
-        raise CorpusError(f"--selection {store.full(MANIFEST)}: not a manifest of `assay select`") from error
+        tables = scored_shards(scores)
+        others = {name: other.scores or other.selection or "" for name, other in manifest.beside.items()}
+        beside = open_beside(scores, tables, others)
+        rows = Rows(scores.store, tables, beside)
+        places = _places(scores.store, tables, fates)
+        if not places:  # all in quarantine
+            return dict(fates)
+        found, facts = trace(rows, parse_condition(text, rows.names()), list(places.values()))
+    except (CorpusError, ImportError) as error:
+        return {key: replace(fate, untold=str(error).split("\n")[0]) for key, fate in fates.items()}
+    if any(manifest.facts.get(name, value) != value for name, value in facts.items()):
+        untold = "other shards have other scores than they had then; select again"
+        return {key: replace(fate, untold=untold) for key, fate in fates.items()}
+    return {key: replace(fate, where=found.get(places.get(key, -1), ())) for key, fate in fates.items()}
+
+
+def _places(store: Store, tables: Tables, keys: Iterable[tuple[str, int]]) -> dict[tuple[str, int], int]:
+    """Of each row that has scores, its place among those of all shards."""
+    wanted: dict[str, list[int]] = {}
+    for path, row in keys:
+        wanted.setdefault(path, []).append(row)
+    places, start = {}, 0
+    for shard, table in tables:
+        if shard.path in wanted:
+            missing = quarantined_rows(store, shard, table)
+            for row in wanted[shard.path]:
+                if (place := place_of(missing, row)) is not None:
+                    places[shard.path, row] = start + place
+        start += table.scored
+    return places
 
 
 def _entries(store: Store, path: str, rows: Sequence[int]) -> list[dict[str, Any]]:
@@ -115,8 +131,8 @@ def _entries(store: Store, path: str, rows: Sequence[int]) -> list[dict[str, Any
         raise CorpusError(f"--selection {store.full(path)}: cannot be read ({error})") from error
 
 
-def _fate(manifest: _Manifest, entry: dict[str, Any]) -> Fate:
-    reason, score = str(entry["reason"]), entry.get(manifest.by)
+def _fate(manifest: SelectionManifest, entry: dict[str, Any]) -> Fate:
+    reason, score = str(entry["reason"]), entry.get(score_column(manifest.by))
     judged = not reason.startswith(_BEFORE_THE_RULE) and not reason.endswith(" is NaN")
     threshold = (entry.get("threshold") if manifest.group else manifest.threshold) if judged else None
     weight, kept = entry.get("weight"), bool(entry["kept"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,9 +24,11 @@ _PIECE = 1 << 24
 
 @dataclass(frozen=True)
 class HeldRows(Rows):
-    """``values``: of all rows, shards after one another, scores of one number, (N,) float32 each."""
+    """``values``: of all rows, shards after one another, scores of one number, (N,) float32 each. ``until``: when
+    `time.monotonic` is beyond it, reading them is a CorpusError."""
 
     values: Mapping[str, npt.NDArray[np.float32]] = field(default_factory=dict)
+    until: float = math.inf
 
     def stream(self, columns: Mapping[str, str]) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
         """As that of `Rows`, without reading a table where scores and the shard's path are all that is asked for."""
@@ -37,6 +41,8 @@ class HeldRows(Rows):
         for shard, table in self.tables:
             end = start + table.scored
             for first in range(start, end, ROW_GROUP_ROWS):
+                if time.monotonic() > self.until:
+                    raise CorpusError("this takes too long here; `assay select` has no such limit")
                 last = min(first + ROW_GROUP_ROWS, end)
                 arrays = [pa.array(np.arange(first, last))]
                 for name in columns.values():

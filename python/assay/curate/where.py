@@ -18,7 +18,7 @@ from assay._lazy import require
 from assay.corpus.errors import CorpusError
 from assay.corpus.score_files import ROW_GROUP_ROWS
 from assay.curate.auditing import Rule
-from assay.curate.condition import Aggregate, Condition, ExpressionError, Kind, Rank, sound
+from assay.curate.condition import Aggregate, Compared, Condition, ExpressionError, Kind, Rank, decisive, sound
 from assay.curate.expressions import compile_condition
 from assay.curate.rows import TEXTS, Rows
 from assay.select import Selection
@@ -131,6 +131,7 @@ def parse_condition(text: str, columns: Mapping[str, pa.DataType]) -> Condition:
     if len(text) > _LONGEST:
         raise ExpressionError(f"has {len(text):,} characters; expected at most {_LONGEST:,}")
     kinds: dict[str, Kind] = {name: "number" for name, kind in columns.items() if kind == pa.float32()}
+    kinds |= {name: "condition" for name, kind in columns.items() if kind == pa.bool_()}
     kinds |= {"row": "number", **dict.fromkeys(TEXTS, "text")}
     before = len(_BEFORE.encode())
 
@@ -187,14 +188,63 @@ def ask(rows: Rows, condition: Condition) -> Answer:
             codes[places] = found
     if (codes == 255).any():
         raise CorpusError(f"{rows.store.url}: the score tables have fewer rows than their footers say; score again")
-    return Answer(condition, codes, {a.text: values[a.name] for a in condition.aggregates if not a.by_shard})
+    return Answer(condition, codes, _facts(condition, values))
 
 
 def _verdicts(
     connection: Any, rows: Rows, condition: Condition, values: Mapping[str, float]
 ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]]:
     """Rows' places and codes, some at a time, in any order."""
-    parameters, source, beside = {**condition.parameters, **values}, "scored", {}
+    source, parameters, beside = _source(connection, rows, condition, values)
+    nan = [f"WHEN isnan({column}) THEN {_NAN + i}" for i, column in enumerate(condition.needs)]
+    verdict = f"CASE {' '.join(nan)} WHEN {condition.sql} THEN {_PASSES} WHEN NOT {condition.sql} THEN {_NOT}"
+    query = f"SELECT place, ({verdict} ELSE {_UNKNOWN} END)::UTINYINT AS code FROM {source}"
+    for batch in _run(connection, rows, condition, query, parameters, beside):
+        yield batch.column("place").to_numpy(), batch.column("code").to_numpy()
+
+
+def trace(
+    rows: Rows, condition: Condition, places: Sequence[int]
+) -> tuple[dict[int, tuple[Compared, ...]], dict[str, float]]:
+    """What each of the condition's comparisons says of some rows, by their places among all; and the numbers of the
+    whole table by their text. As `ask` it reads all rows."""
+    parts = list(enumerate(condition.comparisons))
+    terms = [f"CASE WHEN {_lacking(one.needs)} THEN NULL ELSE {one.sql} END AS h{i}" for i, one in parts]
+    terms += [f"({sql})::DOUBLE AS {end}{i}" for i, one in parts for end, sql in zip("lr", one.sides, strict=False)]
+    terms.append(f"({_lacking(condition.needs)}) AS lacks")
+    found = {}
+    with _connection() as connection:
+        values = _values(connection, rows, condition)
+        source, parameters, beside = _source(connection, rows, condition, values)
+        wanted = ", ".join(str(int(place)) for place in places)
+        query = f"SELECT place, {', '.join(terms)} FROM {source} WHERE place IN ({wanted})"
+        for batch in _run(connection, rows, condition, query, parameters, beside):
+            for row in batch.to_pylist():
+                found[row["place"]] = _compared(condition, row)
+    return found, _facts(condition, values)
+
+
+def _facts(condition: Condition, values: Mapping[str, float]) -> dict[str, float]:
+    return {a.text: values[a.name] for a in condition.aggregates if not a.by_shard}
+
+
+def _compared(condition: Condition, row: Mapping[str, Any]) -> tuple[Compared, ...]:
+    holds = [row[f"h{i}"] for i in range(len(condition.comparisons))]
+    # A row that lacks a score is dropped whatever else is so.
+    decides = [False] * len(holds) if row["lacks"] else decisive(condition.logic, holds)
+    sides = {name: None if value is None or math.isnan(value) else value for name, value in row.items()}
+    return tuple(
+        Compared(one.text, holds[i], sides.get(f"l{i}"), sides.get(f"r{i}"), decides[i])
+        for i, one in enumerate(condition.comparisons)
+    )
+
+
+def _source(
+    connection: Any, rows: Rows, condition: Condition, values: Mapping[str, float]
+) -> tuple[str, dict[str, Any], dict[str, pa.Table]]:
+    """SQL of the rows with all that the condition takes of others, its parameters, and the tables that it names."""
+    parameters: dict[str, Any] = {**condition.parameters, **values}
+    source, beside = "scored", {}
     if by_shard := [aggregate for aggregate in condition.aggregates if aggregate.by_shard]:
         beside["shards"] = _by_shard(connection, rows, condition, by_shard)
         source = f"(scored LEFT JOIN shards ON {condition.shard} = part)"
@@ -202,11 +252,7 @@ def _verdicts(
         for rank in condition.ranks:
             parameters |= rank.argument.parameters
         source = f"(SELECT *, {', '.join(_ranked(rank, condition) for rank in condition.ranks)} FROM {source})"
-    nan = [f"WHEN isnan({column}) THEN {_NAN + i}" for i, column in enumerate(condition.needs)]
-    verdict = f"CASE {' '.join(nan)} WHEN {condition.sql} THEN {_PASSES} WHEN NOT {condition.sql} THEN {_NOT}"
-    query = f"SELECT place, ({verdict} ELSE {_UNKNOWN} END)::UTINYINT AS code FROM {source}"
-    for batch in _run(connection, rows, condition, query, parameters, beside):
-        yield batch.column("place").to_numpy(), batch.column("code").to_numpy()
+    return source, parameters, beside
 
 
 def _ranked(rank: Rank, condition: Condition) -> str:

@@ -128,3 +128,9 @@ def quarantined_rows(store: Store, shard: Shard, table: Scored) -> npt.NDArray[n
     if len(rows) and (rows[0] < 0 or rows[-1] >= table.rows or (np.diff(rows) <= 0).any()):
         raise CorpusError(f"{store.full(quarantine_path(shard))}: not the list of the rows that {shard.path} lacks")
     return rows
+
+
+def place_of(missing: npt.NDArray[np.int64], row: int) -> int | None:
+    """A row's place in its shard's table, given the rows in quarantine; None if it is one of those."""
+    before = int(np.searchsorted(missing, row))
+    return None if before < len(missing) and missing[before] == row else row - before

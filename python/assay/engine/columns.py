@@ -17,26 +17,34 @@ from assay.recipe.tasks import Columns, Encoder, ReadsColumns, ReadsFiles, Reads
 # A column may be missing in some shards, which are listed as unreadable then; in so many it is a misspelt name.
 _MOST_SHARDS = 16
 # What a column of texts may look like: of JSON lines the first may be null, or something else.
-TEXTS = ("string", "binary", "null", MIXED)
+TEXTS = ("string", "null", MIXED)
 
 
 def with_columns(recipe: Recipe, corpora: Mapping[str, Corpus]) -> Recipe:
     """The recipe with what the corpus's columns tell its task.
 
-    EngineError if a column of the task, or the ids', is in none of the first readable shards of a corpus.
+    EngineError if a column of the task, or the ids', is in none of the first readable shards of a corpus, or a column
+    of texts holds something else there.
     """
     wanted = {f"task.{key}": column for key, column in recipe.task.column_keys().items()} | recipe.own_columns
     for name, path in recipe.fitted_to().items():
-        _find_columns(corpora[path], wanted, f" of {name}")
+        _refuse_others(recipe, _find_columns(corpora[path], wanted, f" of {name}"), f" of {name}")
     if recipe.corpus.id_column is not None:
         wanted["corpus.id_column"] = recipe.corpus.id_column
     found = _find_columns(corpora[recipe.corpus.path], wanted)
+    _refuse_others(recipe, found)
     if found is None:
         return recipe
+    return recipe.model_copy(update={"task": recipe.task.seen(found)})
+
+
+def _refuse_others(recipe: Recipe, found: Columns | None, of: str = "") -> None:
+    """EngineError for a column that methods read and that holds no texts."""
+    if found is None:
+        return
     for key, column in recipe.own_columns.items():
         if found[column].type not in TEXTS:
-            raise EngineError(f"{key}: column {column!r} holds {found[column].type}; expected texts")
-    return recipe.model_copy(update={"task": recipe.task.seen(found)})
+            raise EngineError(f"{key}: column {column!r}{of} holds {found[column].type}; expected texts")
 
 
 def for_shard(encoder: Encoder, shard: Shard) -> Encoder:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from assay.explore.groupings import CHUNK, Grouping, by_column, by_shard, counte
 from assay.report import Distribution, Shown, Survey, read_groups, survey
 
 SAMPLES = 4
+SECONDS = 120.0
 
 Mask = npt.NDArray[np.bool_]
 Places = npt.NDArray[np.int64]
@@ -39,6 +41,7 @@ class Explorer:
         not_grouped: columns that were to be grouped by, and why they are not.
         command: makes of a condition the command that keeps its rows.
         show: reads rows of the corpus as they are to be shown.
+        report: makes the page of `assay report`; ImportError without matplotlib.
     """
 
     scores: Scores
@@ -51,6 +54,7 @@ class Explorer:
     not_grouped: Mapping[str, str]
     command: Callable[[str], str]
     show: Show
+    report: Callable[[], str]
 
     @property
     def names(self) -> list[str]:
@@ -100,7 +104,8 @@ class Explorer:
         """Which rows pass, as `assay select` judges them, and how many lack a score that is cut at."""
         if not cuts:
             return np.ones(len(self.rows), bool), {}
-        answer = ask(self.rows, parse_condition(condition_text(cuts), self.kinds))
+        rows = replace(self.rows, until=time.monotonic() + SECONDS)
+        answer = ask(rows, parse_condition(condition_text(cuts), self.kinds))
         return answer.passes, answer.counts()["nan"]
 
     def _kept_bins(self, its: Distribution, passes: Mask) -> list[int]:
@@ -119,6 +124,7 @@ def open_explorer(
     columns: Sequence[str],
     command: Callable[[str], str],
     show: Show,
+    report: Callable[[], str],
     only: Sequence[str] = (),
     seed: int = 0,
 ) -> Explorer:
@@ -136,7 +142,7 @@ def open_explorer(
     found, not_grouped = read_groups(scores, columns, seed)
     shards = by_shard([shard.path for shard, _ in tables], [table.scored for _, table in tables])
     groupings = ([shards] if len(tables) > 1 else []) + [by_column(its) for its in found]
-    return Explorer(scores, held, held.names(), numbers, shown, bins, groupings, not_grouped, command, show)
+    return Explorer(scores, held, held.names(), numbers, shown, bins, groupings, not_grouped, command, show, report)
 
 
 def _bins(values: npt.NDArray[np.float32], its: Distribution) -> npt.NDArray[np.uint8]:

@@ -11,6 +11,7 @@ let counted = null; // the last answer
 let asking = false;
 let changed = false;
 let waiting = 0;
+let shows = 0;
 
 function make(name, attributes, ...children) {
   const element = document.createElement(name);
@@ -206,6 +207,9 @@ async function refresh() {
     waiting = setTimeout(() => { waiting = 0; showRows(); }, 150);
   } catch (error) {
     say(error.message);
+    byId("kept").textContent = "Not counted."; // rather than what another cut keeps
+    byId("command").textContent = "";
+    byId("copy").disabled = true;
   } finally {
     asking = false;
   }
@@ -234,12 +238,13 @@ function sample(its) {
 }
 
 async function showRows() {
+  const turn = ++shows;
   const on = cuts.flatMap((cut, i) => (cut.on ? [i] : []));
   const at = on.includes(beside) ? beside : null;
   const before = asked();
   try {
     const found = await get("near", at === null ? { cuts: before } : { cuts: before, at });
-    if (before !== asked()) return; // the cut has moved on, and the rows of its new place are asked for
+    if (before !== asked() || turn !== shows) return; // others have been asked for meanwhile
     byId("kept-rows").replaceChildren(...found.kept.map(sample));
     byId("dropped-rows").replaceChildren(...found.dropped.map(sample));
     for (const id of ["kept-rows", "dropped-rows"]) {

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
 from assay.corpus.errors import CorpusError
@@ -36,8 +36,9 @@ _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+# The report's own style stands in it; it has no script.
+_REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; frame-ancestors 'none'"
 _HEADERS = {
-    "Content-Security-Policy": _POLICY,
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
@@ -45,7 +46,14 @@ _HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
+_REPORT = "report.html"
 _FILES = {"": ("page.html", "text/html"), "page.js": ("page.js", "text/javascript"), "page.css": ("", "text/css")}
+
+
+class _Reply(NamedTuple):
+    body: bytes
+    kind: str
+    policy: str = _POLICY
 
 
 class _Refused(Exception):
@@ -68,7 +76,9 @@ class Server(ThreadingHTTPServer):
     def __init__(self, port: int) -> None:
         super().__init__((HOST, port), _Handler)
         self.token = secrets.token_urlsafe(24)
-        self.turn, self.places = threading.Lock(), threading.Semaphore(_MOST_CONNECTIONS)
+        # The report takes its time, in which the page goes on.
+        self.turns = {name: threading.Lock() for name in ("page", "report")}
+        self.places = threading.Semaphore(_MOST_CONNECTIONS)
 
     @property
     def url(self) -> str:
@@ -111,16 +121,15 @@ class _Handler(BaseHTTPRequestHandler):
         """Answer, or say in one line why not."""
         try:
             self._check()
-            body, kind = self._answer()
-            self._send(200, body, kind)
+            self._send(200, self._answer())
         except _Refused as refused:
             self.close_connection = True
-            self._send(refused.status, f"{visible(str(refused))}\n".encode(), "text/plain")
-        except (BrokenPipeError, ConnectionResetError):
+            self._send(refused.status, _line(visible(str(refused))))
+        except OSError:  # who asked has gone, or takes nothing: what answers raise is refused above
             self.close_connection = True
         except Exception:
             log.exception("a question of the page failed")
-            self._send(500, b"it failed; the terminal says how\n", "text/plain")
+            self._send(500, _line("it failed; the terminal says how"))
 
     def _check(self) -> None:
         """What is not asked by the page itself is refused before anything is looked at."""
@@ -130,14 +139,15 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refused(403, f"this is a page of {HOST} alone")
         if self.headers.get("Origin", f"http://{hosts[0]}") != f"http://{hosts[0]}":
             raise _Refused(403, "other pages may not ask")
-        if self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
-            raise _Refused(403, "other pages may not ask")
+        opened = self.headers.get("Sec-Fetch-Mode") == "navigate" and self.headers.get("Sec-Fetch-Dest") == "document"
+        if self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin") and not opened:
+            raise _Refused(403, "other pages may not ask")  # they may have a link, as a terminal in a browser has
         if self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers:
             raise _Refused(400, "a question has no body")
         if len(self.path) > _LONGEST:
             raise _Refused(414, f"a question has at most {_LONGEST:,} characters")
 
-    def _answer(self) -> tuple[bytes, str]:
+    def _answer(self) -> _Reply:
         try:
             asked = urlsplit(self.path)
             query = {key: values[0] for key, values in parse_qs(asked.query, max_num_fields=8).items()}
@@ -148,34 +158,37 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refused(403, "open the address that `assay explore` printed")
         if name in _FILES:
             file, kind = _FILES[name]
-            return _file(file), kind
+            return _Reply(_file(file), kind)
         if name not in _QUESTIONS:
             raise _Refused(404, "there is nothing here")
-        if not self.server.turn.acquire(timeout=_WAIT):
+        turn = self.server.turns["report" if name == _REPORT else "page"]
+        if not turn.acquire(timeout=_WAIT):
             raise _Refused(503, "busy with another question")
         try:
-            answer = _QUESTIONS[name](self.server.explorer, query)
-        except CorpusError as error:
+            return _QUESTIONS[name](self.server.explorer, query)
+        except (CorpusError, ImportError) as error:
             raise _Refused(409, str(error)) from error
         except ValueError as error:
             raise _Refused(400, str(error)) from error
+        except OSError as error:
+            raise _Refused(409, f"a file of the scores cannot be read any more: {error}") from error
         finally:
-            self.server.turn.release()
-        return json.dumps(answer, allow_nan=False).encode(), "application/json"
+            turn.release()
 
-    def _send(self, status: int, body: bytes, kind: str) -> None:
+    def _send(self, status: int, reply: _Reply) -> None:
         self.send_response(status)
         for name, value in _HEADERS.items():
             self.send_header(name, value)
-        self.send_header("Content-Type", f"{kind}; charset=utf-8")
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Security-Policy", reply.policy)
+        self.send_header("Content-Type", f"{reply.kind}; charset=utf-8")
+        self.send_header("Content-Length", str(len(reply.body)))
         self.end_headers()
-        self.wfile.write(body)
+        self.wfile.write(reply.body)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What the library itself refuses, such as other methods than GET, without repeating what was asked."""
         self.close_connection = True
-        self._send(code, b"only simple questions by GET are answered\n", "text/plain")
+        self._send(code, _line("only simple questions by GET are answered"))
 
     def version_string(self) -> str:
         """Not which Python this is."""
@@ -191,23 +204,32 @@ def _file(name: str) -> bytes:
     return str(style()).encode() + (Path(__file__).parent / "page.css").read_bytes()
 
 
-def _count(explorer: Explorer, query: dict[str, str]) -> Any:
-    return explorer.count(parse_cuts(query.get("cuts", "[]"), explorer.names))
+def _line(text: str) -> _Reply:
+    return _Reply(f"{text}\n".encode(), "text/plain")
 
 
-def _near(explorer: Explorer, query: dict[str, str]) -> Any:
+def _json(answer: Any) -> _Reply:
+    return _Reply(json.dumps(answer, allow_nan=False).encode(), "application/json")
+
+
+def _count(explorer: Explorer, query: dict[str, str]) -> _Reply:
+    return _json(explorer.count(parse_cuts(query.get("cuts", "[]"), explorer.names)))
+
+
+def _near(explorer: Explorer, query: dict[str, str]) -> _Reply:
     cuts = parse_cuts(query.get("cuts", "[]"), explorer.names)
     place = query.get("at", "")
     if not place:
-        return samples(explorer.some(cuts, seed=0), None)
+        return _json(samples(explorer.some(cuts, seed=0), None))
     named = {str(i): name for i, name in enumerate(explorer.names)}.get(place)
     if named not in {cut.score for cut in cuts}:
         raise ValueError("at: expected the number of a score that is cut at")
-    return samples(explorer.near(cuts, named), named)
+    return _json(samples(explorer.near(cuts, named), named))
 
 
-_QUESTIONS: dict[str, Callable[[Explorer, dict[str, str]], Any]] = {
-    "facts": lambda explorer, query: facts(explorer),
+_QUESTIONS: dict[str, Callable[[Explorer, dict[str, str]], _Reply]] = {
+    "facts": lambda explorer, query: _json(facts(explorer)),
     "count": _count,
     "near": _near,
+    _REPORT: lambda explorer, query: _Reply(explorer.report().encode(), "text/html", _REPORT_POLICY),
 }

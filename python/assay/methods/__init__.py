@@ -22,6 +22,7 @@ from assay.methods.label_quality import label_quality, model_weights
 from assay.methods.less import LESS
 from assay.methods.leverage import Leverage
 from assay.methods.logra import LoGra
+from assay.methods.minhash import MinHash
 from assay.methods.ngram_classifier import NGramClassifier
 from assay.methods.rds_plus import RDSPlus
 from assay.methods.scorer import Scorer
@@ -53,6 +54,7 @@ __all__ = [
     "Leverage",
     "LoGra",
     "Method",
+    "MinHash",
     "NGramClassifier",
     "Need",
     "RDSPlus",

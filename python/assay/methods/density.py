@@ -35,7 +35,8 @@ class Density(Method):
         model: a forward pass of it is what a sample costs.
         task: what a sample is.
         repetitions: R, hash functions; the relative error of a density falls as 1/√R.
-        buckets: B of each; they hold R · B counts of 4 bytes, 80 MB unless said otherwise.
+        buckets: B of each; they hold R · B counts of 4 bytes. None: 8 for each fitted sample, at most 20,000 as in the
+            paper (80 MB).
         bandwidth: the grid's cells, in root mean squared distances of the pool's embeddings.
         at, pooling: as in ``EmbeddingSimilarity``.
         seed: of the hash functions.
@@ -54,7 +55,7 @@ class Density(Method):
         task: Task,
         *,
         repetitions: int = 1000,
-        buckets: int = 20_000,
+        buckets: int | None = None,
         bandwidth: float = 0.5,
         at: str | None = None,
         pooling: Pooling = "mean",
@@ -62,14 +63,15 @@ class Density(Method):
         name: str = "density",
     ) -> None:
         self.name, self.model, self.task = name, model, task
-        if repetitions < 1 or buckets < 2 or not 0 < bandwidth < float("inf"):
+        most = _BUCKETS if buckets is None else buckets
+        if repetitions < 1 or most < 2 or not 0 < bandwidth < float("inf"):
             raise ValueError(
                 f"{name}: expected at least 1 repetition, 2 buckets and a positive bandwidth, got {repetitions}, "
-                f"{buckets} and {bandwidth}"
+                f"{most} and {bandwidth}"
             )
-        if (size := 4 * repetitions * buckets) > _COUNT_BYTES:
+        if (size := 4 * repetitions * most) > _COUNT_BYTES:
             raise ValueError(
-                f"{name}: {repetitions} repetitions of {buckets} buckets take {size / 2**30:,.0f} GiB, "
+                f"{name}: {repetitions} repetitions of {most} buckets take {size / 2**30:,.0f} GiB, "
                 f"more than {_COUNT_BYTES / 2**30:g} GiB; take fewer"
             )
         self.repetitions, self.buckets, self.bandwidth, self.seed = repetitions, buckets, bandwidth, seed
@@ -100,7 +102,8 @@ class Density(Method):
         if not len(directions):
             raise ValueError(f"{self.name}: fit() needs samples of the pool, found none with a finite embedding")
         width = self.bandwidth * _spread(directions)
-        sums = KernelSums(directions.shape[1], width, self.repetitions, self.buckets, self.seed, directions.device)
+        buckets = min(_BUCKETS, 8 * len(directions)) if self.buckets is None else self.buckets
+        sums = KernelSums(directions.shape[1], width, self.repetitions, buckets, self.seed, directions.device)
         for start in range(0, len(directions), _ROWS):
             sums.add(directions[start : start + _ROWS])
         self._sums = sums
@@ -124,6 +127,7 @@ class Density(Method):
 
 
 _COUNT_BYTES = 4 << 30
+_BUCKETS = 20_000
 # So many samples are hashed at once.
 _ROWS = 1024
 _HASHES = 2
@@ -182,7 +186,8 @@ class KernelSums:
 
 
 def _spread(x: Tensor) -> float:
-    """Root mean squared distance of two rows; 1 where all are the same."""
+    """Root mean squared distance of two rows; 1 where all are the same but for float32's rounding, by which cells would
+    be told apart."""
     wide = x.double()
     squared = 2 * float((wide - wide.mean(0)).square().sum(1).mean())
-    return squared**0.5 if squared > 0 else 1.0
+    return squared**0.5 if squared > 1e-10 else 1.0

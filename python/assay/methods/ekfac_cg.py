@@ -19,28 +19,28 @@ from assay.tasks.base import wide
 
 Vector = Mapping[str, Tensor]
 
-# Of the residual, relative to the gradient: more digits change no rank.
-_ENOUGH = 1e-3
-# Beyond this there is a warning.
-_TOO_MUCH = 0.1
-
 _log = logging.getLogger("assay")
+
+# Of the residual, relative to the gradient: more digits change no rank, and what is not solved.
+_ENOUGH, _FAR = 1e-3, 0.5
+
+_SIGNS = 8
 
 
 class EKFACCG(EKFAC):
     """⟨∇ℓ_target, (G + λI)⁻¹ ∇ℓ_i⟩, what training on sample i takes off the target's loss: keep high.
 
     G = E JᵀSJ over the samples given to ``fit``, whole: neither split by layer nor factored, with S the Hessian of the
-    loss in the logits, no labels drawn. The solution is found by conjugate gradients from EK-FAC's, which also
-    preconditions them (2507.14740 descends on random batches instead; a fixed sample needs no step size and fewer
-    products). What is left of the residual is in the metadata, and a warning where
-    it is above 0.1.
+    loss in the logits, no labels drawn. The solution is found by conjugate gradients that EK-FAC preconditions, so that
+    the first is along its own (2507.14740 descends on random batches instead; a fixed sample needs no step size and
+    fewer products). What is left of the residual is in the metadata.
 
     λ is larger than EK-FAC's: directions of little curvature are where training has not gone, and an exact solve gives
     them all their weight. On digits an exact solve with 0.1 is worse than EK-FAC with 0.1; 1 to 3 are best.
 
-    ``fit`` goes through its samples as EK-FAC's does, and once more per iteration, at about four backward passes and
-    two more per target. A batch with a sample of which no derivative is finite is left out of G.
+    ``fit`` goes through its samples as EK-FAC's does, once more for G's trace and once per iteration, at about four
+    backward passes and three more per target. Logits are made, also where losses are fused. A batch with a sample of
+    which no derivative is finite is left out of G.
 
     Columns: ``ekfac_cg``, and one per target if there are several.
 
@@ -48,7 +48,7 @@ class EKFACCG(EKFAC):
         model: trained, θ.
         task: its loss is differentiated; of logits or predictions.
         targets: batches by name.
-        damping: λ in units of G's mean eigenvalue, above 0.
+        damping: λ in units of G's mean eigenvalue (which eight products with random signs tell), above 0.
         iterations: at most; fewer where the residual is below 1e-3 of the gradient.
         layers, name, skip_unsupported: as in ``Influence``.
     """
@@ -85,48 +85,61 @@ class EKFACCG(EKFAC):
     def _solve(
         self, bases: Mapping[str, Basis], means: Sequence[float], gradients: Mapping[str, Vector], pool: Sequence[Any]
     ) -> dict[str, dict[str, Tensor]]:
-        sizes = [0 if basis.values is None else basis.values.numel() for basis in bases.values()]
-        trace = sum(mean * size for mean, size in zip(means, sizes, strict=True))
-        damping = self.damping * trace / sum(sizes)
-        if not damping > 0:
-            raise ValueError(f"{self.name}: the pool's curvature is 0, so that there is nothing to damp in units of")
-        for basis in bases.values():
-            basis.damp(damping)
-        wanted = self._wanted(bases, gradients, damping)
+        wanted = self._wanted(bases, gradients)
         product = GaussNewton(self.model, self.task, list(wanted[0]), pool)
+        size = sum(basis.values.numel() for basis in bases.values() if basis.values is not None)
         try:
+            trace = _trace(product, wanted[0])
+            if not trace > 0:
+                raise ValueError("the pool's curvature is 0, so that there is nothing to damp in units of")
+            damping = self.damping * trace / size
+            _scale(bases, trace, damping)
+            for name, gradient in wanted[0].items():
+                if bases[name].values is None:
+                    bases[name].values = torch.full_like(gradient, damping)
             solved, residual, made = _conjugate_gradients(product, damping, bases, wanted, self.iterations)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
-        if not residual <= _TOO_MUCH:
-            _log.warning(
-                "%s: after %d iterations, %.2g of a target's gradient is left, so that this is no solution; a larger "
-                "damping or more iterations help",
-                self.name,
-                made,
-                residual,
-            )
         self._facts = {"iterations": str(made), "residual": f"{residual:.2g}", "left_out": str(len(product.left_out))}
+        if residual > _FAR:
+            self._facts["warning"] = "far from solved; give more iterations or a larger damping"
+            _log.warning(
+                "%s: the residual is %.2g after %d iterations: %s", self.name, residual, made, self._facts["warning"]
+            )
         return dict(zip(gradients, solved, strict=True))
 
-    def _wanted(
-        self, bases: Mapping[str, Basis], gradients: Mapping[str, Vector], damping: float
-    ) -> list[dict[str, Tensor]]:
+    def _wanted(self, bases: Mapping[str, Basis], gradients: Mapping[str, Vector]) -> list[dict[str, Tensor]]:
         """Each target's gradient in every parameter that the pool or a target uses. The matrix is whole: x is not 0
         where only a target's gradient is. Where the pool's is, the matrix is, and x = g/λ."""
         used = {name for gradient in gradients.values() for name in gradient}
         used |= {name for name, basis in bases.items() if basis.values is not None}
         zeros = {name: wide(torch.zeros_like(p)) for name, p in self.model.named_parameters() if name in used}
-        for name, zero in zeros.items():
-            if bases[name].values is None:
-                bases[name].values = torch.full_like(zero, damping)
         return [{name: gradient.get(name, zero) for name, zero in zeros.items()} for gradient in gradients.values()]
+
+
+def _trace(product: GaussNewton, like: Vector) -> float:
+    """The trace of G, from products with random signs (Hutchinson)."""
+    generator = torch.Generator().manual_seed(0)
+    signs = [
+        {name: (2 * torch.randint(2, g.shape, generator=generator) - 1).to(g) for name, g in like.items()}
+        for _ in range(_SIGNS)
+    ]
+    return sum(_dot(v, own) for v, own in zip(signs, product(signs), strict=True)) / _SIGNS
+
+
+def _scale(bases: Mapping[str, Basis], trace: float, damping: float) -> None:
+    """Λ becomes as large as G, damped. Of a mean over T tokens with labels drawn for each it is T times smaller."""
+    own = sum(float(basis.values.double().sum()) for basis in bases.values() if basis.values is not None)
+    for basis in bases.values():
+        if basis.values is not None and own > 0:
+            basis.values = basis.values * (trace / own)
+        basis.damp(damping)
 
 
 def _conjugate_gradients(
     product: GaussNewton, damping: float, bases: Mapping[str, Basis], wanted: Sequence[Vector], iterations: int
 ) -> tuple[list[dict[str, Tensor]], float, int]:
-    """x of (G + λ)x = g for each g, from EK-FAC's; the largest relative residual, and the iterations made."""
+    """x of (G + λ)x = g for each g, first along EK-FAC's; the largest relative residual, and the iterations made."""
 
     def applied(vectors: Sequence[Vector]) -> list[dict[str, Tensor]]:
         return [_add(own, vector, damping) for own, vector in zip(product(vectors), vectors, strict=True)]
@@ -134,8 +147,8 @@ def _conjugate_gradients(
     def preconditioned(vectors: Sequence[Vector]) -> list[dict[str, Tensor]]:
         return [{name: bases[name].precondition(v) for name, v in vector.items()} for vector in vectors]
 
-    x = preconditioned(wanted)
-    rest = [_add(g, own, -1.0) for g, own in zip(wanted, applied(x), strict=True)]
+    x = [{name: torch.zeros_like(v) for name, v in g.items()} for g in wanted]
+    rest = [dict(g) for g in wanted]
     ahead = preconditioned(rest)
     along, height, made = ahead, [_dot(r, z) for r, z in zip(rest, ahead, strict=True)], 0
     while made < iterations and _residual(rest, wanted) > _ENOUGH:

@@ -76,7 +76,8 @@ class Embedder:
     def run(self, batches: Iterable[Any]) -> Iterator[Signals]:
         probe = Probe(self.model, self.task, factors=(), embeddings=self.pooled, logits=False)
         for batch in batches:
-            yield probe(batch)
+            if (signals := probe(batch)).embeddings is not None:  # a batch without samples has none
+                yield signals
 
     def finite(self, batches: Iterable[Any]) -> Tensor:
         """(N, D): the embeddings of those samples that have a finite one; (0, 0) of none."""

@@ -41,6 +41,9 @@ class EmbeddingSimilarity(Keeper):
         pooling: ``"mean"`` over a sample's positions, or ``"position"``: the t-th position weighs t / Σt.
         name: of the aggregated column, and prefix of the targets'.
 
+    Attributes:
+        queries: by target, once fitted: (samples, D) embeddings at length 1; with ``within="mean"`` their mean, (1, D).
+
     Raises:
         ValueError: no target, a word that is none of those, or no such layer.
     """
@@ -65,7 +68,7 @@ class EmbeddingSimilarity(Keeper):
         self.within, self.targets = within, TargetSet(name, targets, across).required()
         self.embedder = Embedder(name, model, task, at, pooling)
         self.left_out: Mapping[str, str] = {}  # as of methods that take gradients: nothing is
-        self._queries: dict[str, Tensor] = {}  # by target: (samples, D) of length 1, or (1, D), their mean
+        self.queries: dict[str, Tensor] = {}
 
     @property
     def columns(self) -> Sequence[Column]:
@@ -83,12 +86,12 @@ class EmbeddingSimilarity(Keeper):
         queries = self.embedder.of_targets(self.targets)
         if self.within == "mean":  # the mean of the cosines is the cosine with the mean, but for its length
             queries = {name: each.double().mean(0, keepdim=True).to(each) for name, each in queries.items()}
-        self._queries = queries
+        self.queries = queries
         return self
 
     @property
     def kept(self) -> Sequence[Kept]:
-        """What ``raw_features`` gives: embeddings and, of a classifier's samples, their classes."""
+        """What ``raw_features`` gives: directions and, of a classifier's samples, their classes."""
         width = self.embedder.width
         if width is None:
             raise ValueError(
@@ -99,10 +102,10 @@ class EmbeddingSimilarity(Keeper):
         return [Kept(width, extra="label" if classes else None)]
 
     def raw_features(self, signals: Mapping[str, Signals]) -> tuple[list[Tensor], list[Tensor] | None]:
-        """Embeddings (B, D), which depend on nothing but the model and the sample, and classes (B,) as float32, NaN of
-        labels that are no single class."""
+        """Embeddings at length 1 (B, D), which depend on nothing but the model and the sample and are in the range of
+        every stored type, and classes (B,) as float32, NaN of labels that are no single class."""
         own = signals["model"]
-        embeddings = self.embedder.embeddings(own)
+        embeddings = unit(self.embedder.embeddings(own))
         if not isinstance(base_task(self.task), Classification):
             return [embeddings], None
         missing = torch.full((len(embeddings),), torch.nan)
@@ -113,12 +116,12 @@ class EmbeddingSimilarity(Keeper):
 
     def score_features(self, features: Sequence[Tensor], extras: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
         """Scores of one tensor of embeddings (B, D), fresh from the model or stored; classes are not looked at."""
-        if not self._queries:
+        if not self.queries:
             raise RuntimeError(f"{self.name}: call fit() before scoring")
         directions = unit(features[0])
         each = [
             scan_scores(directions, queries.to(directions.device), reduce=self.within)
-            for queries in self._queries.values()
+            for queries in self.queries.values()
         ]
         return self.targets.scores(torch.stack(each, 1))
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from assay.methods.embedding import unit
 from assay.ops import scan_scores
+from assay.tasks.base import IGNORE
 
 Blocks = Iterable[tuple[Tensor, Tensor]]
 """(b, D) embeddings and (b,) classes, block after block; gone through twice, so a list rather than a generator."""
@@ -34,7 +35,7 @@ def knn_shapley(
 
     A value follows from its sample's rank in the *whole* pool, so this is no method that scores one sample after the
     other: it is a function of the pool's embeddings, those that ``keep_features`` stored for instance, read twice. For
-    each target are held the ``exact`` nearest and a histogram of the others, 16 · (exact + bins) bytes: those in one of
+    each target are held the ``exact`` nearest and a histogram of the others, 32 · (exact + bins) bytes: those in one of
     its bins count as equally near. They are beyond rank ``exact``, where no value is larger than 1/exact; a pool of at
     most that many samples has exact values.
 
@@ -47,16 +48,16 @@ def knn_shapley(
         bins: of the cosines beyond.
 
     Returns:
-        (N,) float64 on the CPU, in the blocks' order. NaN for a sample without a class (NaN), or whose embedding is 0
-        or not finite: it takes no part. Such targets are left out.
+        (N,) float64 on the CPU, in the blocks' order. NaN for a sample without a class (NaN or −100), or whose
+        embedding is 0 or not finite: it takes no part. Such targets are left out.
 
     Raises:
         TypeError: blocks that can be gone through only once.
         ValueError: no target or no sample that is finite, shapes that do not fit, or a number below 1.
     """
     for name, value in (("k", k), ("exact", exact), ("bins", bins)):
-        if value < 1:
-            raise ValueError(f"knn_shapley: {name}: expected at least 1, got {value}")
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"knn_shapley: {name}: expected a whole number of at least 1, got {value!r}")
     if isinstance(blocks, Iterator):
         raise TypeError("knn_shapley: blocks: expected what can be gone through twice, such as a list, got an iterator")
     queries, classes = _valid("targets", targets, target_labels)
@@ -207,5 +208,5 @@ def _valid(what: str, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _taking_part(features: Tensor, labels: Tensor) -> Tensor:
-    known = ~labels.isnan() if labels.is_floating_point() else torch.ones_like(labels, dtype=torch.bool)
+    known = ~labels.isnan() & (labels != IGNORE)
     return known.to(features.device) & unit(features).isfinite().all(1)

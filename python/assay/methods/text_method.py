@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -100,6 +101,7 @@ class TextMethod(Method):
             yield known_texts(batch.raw[self.text_column])
 
 
-def known_texts(values: Sequence[Any]) -> list[Text]:
-    """The values, None in place of those that are no texts."""
+def known_texts(values: Any) -> list[Text]:
+    """The values of a list or an array, None in place of those that are no texts."""
+    values = values.to_pylist() if isinstance(values, pa.Array | pa.ChunkedArray) else values
     return [value if isinstance(value, str | bytes) else None for value in values]

@@ -210,21 +210,13 @@ class _Read:
 
     def __init__(self, texts: Texts, punctuation: bool) -> None:
         self._array = array = _strings(texts)
-        _, offsets, data = array.buffers()
-        self._wide = pa.types.is_large_string(array.type) or pa.types.is_large_binary(array.type)
-        width = 8 if self._wide else 4
-        end = (array.offset + len(array) + 1) * width
-        if not len(array):
-            self._offsets: NDArray[Any] = np.zeros(1, np.int64 if self._wide else np.int32)
-        elif offsets is None or offsets.size < end:
-            raise ValueError(f"texts: {len(array)} of them, with offsets for fewer; the array is damaged")
-        else:
-            whole = np.frombuffer(offsets, np.int64 if self._wide else np.int32, count=end // width)
-            self._offsets = whole[array.offset :]
-        size = data.size if data is not None else 0
-        if self._offsets[0] < 0 or self._offsets[-1] > size or (np.diff(self._offsets) < 0).any():
-            raise ValueError(f"texts: offsets that lead out of the array's {size} bytes; the array is damaged")
-        self._data, self._punctuation = data, punctuation
+        _, offsets, self._data = array.buffers()
+        self._wide = pa.types.is_large_binary(array.type)
+        self._punctuation = punctuation
+        kind = np.int64 if self._wide else np.int32
+        self._offsets: NDArray[Any] = np.zeros(1, kind)
+        if len(array):
+            self._offsets = np.frombuffer(offsets, kind, count=array.offset + len(array) + 1)[array.offset :]
 
     @property
     def arguments(self) -> tuple[int, int, bool, int, int, bool, int]:
@@ -247,24 +239,36 @@ class _Read:
 
 
 def _strings(texts: Texts) -> pa.Array:
-    """As one array of strings or binaries, without nulls."""
+    """As one array of binaries, without nulls, whose offsets lead nowhere else."""
     if isinstance(texts, pa.ChunkedArray):
-        if texts.num_chunks != 1:  # of several the offsets might be too many for 32 bits
-            texts = texts.cast(pa.large_binary())
-        texts = texts.chunk(0) if texts.num_chunks == 1 else pa.concat_arrays(texts.chunks or [pa.array([], _BINARY)])
+        chunks = [_sound(chunk) for chunk in texts.chunks or [pa.array([], texts.type)]]
+        # Of several the offsets might be too many for 32 bits.
+        array = chunks[0] if len(chunks) == 1 else pa.concat_arrays([chunk.cast(_BINARY) for chunk in chunks])
     elif isinstance(texts, str | bytes):
         raise TypeError("texts: expected several of them, got one; wrap it in a list")
-    elif not isinstance(texts, pa.Array):
-        texts = pa.array([_encoded(text) for text in texts], _BINARY)
-    if pa.types.is_string_view(texts.type) or pa.types.is_binary_view(texts.type):
-        texts = texts.cast(_BINARY)
-    kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
-    if not any(is_kind(texts.type) for is_kind in kinds):
-        raise TypeError(f"texts: expected strings or binaries, got an array of {texts.type}")
-    return texts.fill_null(b"" if "binary" in str(texts.type) else "") if texts.null_count else texts
+    else:
+        array = _sound(texts) if isinstance(texts, pa.Array) else pa.array([_encoded(text) for text in texts], _BINARY)
+    return array.fill_null(b"") if array.null_count else array
+
+
+def _sound(array: pa.Array) -> pa.Array:
+    """Its bytes, once it is known that Arrow's own code and ours may follow its offsets. Whether they are UTF-8 is no
+    matter."""
+    if array.type not in _KINDS:
+        raise TypeError(f"texts: expected strings or binaries, got an array of {array.type}")
+    array = array.view(_KINDS[array.type])
+    try:
+        array.validate(full=True)
+    except pa.ArrowException as error:
+        raise ValueError(f"texts: the array is damaged: {error}") from error
+    return array.cast(_BINARY) if pa.types.is_binary_view(array.type) else array
 
 
 _BINARY = pa.large_binary()
+_KINDS = {
+    **{kind: kind for kind in (pa.binary(), pa.large_binary(), pa.binary_view())},
+    **{pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()},
+}
 
 
 def _encoded(text: object) -> bytes | None:

@@ -15,6 +15,7 @@ from assay.recipe.model_files import Stored, check_file, one_line, shortened
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MAX_ENTRIES = 1 << 20
+_MAX_AXES = 16  # four is what ggml has
 
 
 @dataclass
@@ -70,7 +71,10 @@ class _Reader:
         end = 0
         for _ in range(tensors):
             name = self._string()
-            shape = tuple(self._unpack("Q") for _ in range(self._unpack("I")))
+            axes = self._unpack("I")
+            if axes > _MAX_AXES:
+                raise ValueError(f"{name!r} has {axes} axes")
+            shape = tuple(self._unpack("Q") for _ in range(axes))
             kind, offset = self._unpack("I"), self._unpack("Q")
             if name in header.tensors:
                 raise _Twice(name)

@@ -197,19 +197,20 @@ class Recipe(Part):
         return text
 
 
-def load_recipe(path: str, overrides: Sequence[str] = (), trust: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = (), trust: Sequence[str] = ()) -> Recipe:
     """Read a recipe; ``overrides`` are ``dotted.key=value``, in YAML. RecipeError says what is wrong.
 
     ``trust`` names the modules of Python that the recipe's models may be made by (``kind: python``): those modules, and
     the ones below them. No other is imported.
     """
+    path = os.fspath(path)
     context = {"base": os.path.dirname(os.path.abspath(path)), "trust": check_trust(trust)}
     try:
         with open(path, encoding="utf-8") as file:
             data = yaml.load(file, _Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(path, "", f"cannot be read ({' '.join(str(error).split())})") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of a date that is none, of brackets in brackets
         raise RecipeError(path, "", f"not valid YAML ({' '.join(str(error).split())})") from error
     if not isinstance(data, dict):
         raise RecipeError(path, "", "expected a mapping of keys such as corpus, task, models, methods, output")

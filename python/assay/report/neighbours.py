@@ -81,7 +81,9 @@ def _features_of(scores: Scores, method: str, part: Part) -> FeatureFile | None:
         return None
     its = file.metadata.get("input")
     found = part.shard.fingerprint()
-    return file if isinstance(its, Mapping) and its.get("size") == found.size else None
+    if not isinstance(its, Mapping) or its.get("size") != found.size:
+        return None
+    return file if all(its.get(key) in (None, value) for key, value in vars(found).items()) else None
 
 
 def _batches(files: Sequence[tuple[Part, FeatureFile]]) -> Iterator[tuple[int, int, Tensor]]:

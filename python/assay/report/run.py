@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from assay.report.charts import course
 from assay.report.facts import OTHER_REASONS, Facts
 from assay.report.html import Html, element, join, table
@@ -12,6 +14,7 @@ from assay.report.words import rows_of, short
 _MOST_REASONS, _MOST_WARNINGS = 8, 12
 _UNITS = (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
 _LEAST_TIMES = 3
+_MOST_POINTS = 400
 
 
 def run_section(facts: Facts) -> Html:
@@ -62,7 +65,8 @@ def _course(facts: Facts, since: str) -> tuple[list[float], list[int], str]:
     for time, count in written:
         times.append((time - start) / length)
         rows.append(rows[-1] + count)
-    return times, rows, f"{unit} {since}"
+    shown = np.unique(np.linspace(0, len(times) - 1, _MOST_POINTS).round().astype(int)).tolist()
+    return [times[i] for i in shown], [rows[i] for i in shown], f"{unit} {since}"
 
 
 def _in_words(rate: float) -> str:

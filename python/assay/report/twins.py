@@ -26,8 +26,8 @@ def twins_section(same: Duplicates | None, near: Sequence[Neighbours], shown: Ma
 def _same(its: Duplicates, shown: Mapping[int, Shown], scored: int) -> Iterator[Html]:
     columns = ", ".join(short(column) for column in its.columns)
     which = f"all {scored:,} rows" if its.all_rows else f"{its.rows:,} of {scored:,} rows"
-    text = f"Compared are {which} by what they have in {columns}: upper and lower case, spaces and line breaks, and "
-    yield element("p", text + "variants of one character make no difference.")
+    text = f"Compared are {which} by what they have in {columns}. Between texts, upper and lower case, spaces and line "
+    yield element("p", text + "breaks, and variants of one character make no difference.")
     if not its.groups:
         yield element("p", "No two rows are the same.")
         return

@@ -48,7 +48,7 @@ def clip_powered(
         raise ValueError("sgd: needs a beta, the weight of the ratio that the descent is to keep to")
     scores = [oriented(table, name, "high") for name in (alignment, diversity)]
     valid = scores[0].valid & scores[1].valid
-    gain = scores[0].values + alpha * scores[1].values
+    gain = scores[0].values.astype(np.float64) + alpha * scores[1].values.astype(np.float64)
     if not np.isfinite(gain[valid]).all():
         raise ValueError(f"{alignment!r} and {diversity!r}: infinite scores have no sum; leave those rows out first")
     rows = np.flatnonzero(valid)

@@ -39,7 +39,8 @@ def mix(
         bands: where bands begin and end, in per cent of a group's scored rows from the worst to the best: [0, 50, 90,
             100] has three, of which the last is the best tenth. Of equal scores the earlier row is the better.
         rates: one per band; with ``group`` by its values, a null's under None, and those that are not named under "*".
-        seed: of the draws. How many of a band's rows are taken is no matter of chance.
+        seed: of the draws. How many of a band's rows are taken is no matter of chance: its rows times its rate, rounded
+            up or down so that over all groups they add up.
         group: a column of the table.
 
     Returns:
@@ -55,7 +56,7 @@ def mix(
     each = _rates_of_each(groups, rates, len(bands) - 1, group)
     counts = groups.counts(score.valid)
     edges = [np.floor((100.0 - bound) / 100.0 * counts + 0.5).astype(np.int64) for bound in bands[-2:0:-1]]
-    cell = cells(lambda: parts_of(score.values), groups, np.array(edges, np.int64).reshape(-1, len(groups)))
+    cell = cells(lambda: parts_of(score.values), groups, np.array(edges, np.int64).reshape(len(bands) - 2, len(groups)))
     copies = _copies(cell, groups, each, seed)
     return _selection(by, cell, copies, bands, seed, group)
 
@@ -116,7 +117,14 @@ def _copies(cell: npt.NDArray[np.uint8], groups: Groups, rates: Floats, seed: in
     each = Groups(codes, pa.nulls(len(groups) * bands))
     flat = rates.ravel()
     whole = np.floor(flat).astype(np.uint8)
-    wanted = np.floor((flat - whole) * each.counts(cell != NONE) + 0.5).astype(np.int64)
+    exact = ((flat - whole) * each.counts(cell != NONE)).reshape(rates.shape)
+    # What a group's rounding gives or takes the next one's makes good, in an order that is drawn: at a rate of 0.5 half
+    # of the groups of one row have it, and no group by its place.
+    order = np.argsort(np.random.Philox((seed, 1)).random_raw(len(groups)), kind="stable")
+    ends = np.floor(np.cumsum(exact[order], axis=0) + 0.5).astype(np.int64)
+    shares = np.zeros_like(exact, np.int64)
+    shares[order] = np.diff(ends, axis=0, prepend=0)
+    wanted = shares.ravel()
 
     def keys() -> Iterator[npt.NDArray[Any]]:
         for span, drawn in zip(spans(len(cell)), uniforms(len(cell), seed), strict=True):

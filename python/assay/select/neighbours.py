@@ -60,10 +60,8 @@ def semdedup(
         raise ValueError(f"worth: expected a number for each of {len(features)} rows, got shape {priority.shape}")
     codes = np.where(valid, DROPPED, UNSCORED).astype(np.uint8)
     for rows, nearness in _clusters(features, valid, clusters, seed):
-        own = (
-            -nearness if priority is None else np.nan_to_num(priority[rows], nan=-np.inf, posinf=np.inf, neginf=-np.inf)
-        )
-        codes[_distinct(features, rows[np.argsort(-own, kind="stable")], cosine)] = KEPT
+        least_first = nearness if priority is None else -priority[rows]  # NaN comes last
+        codes[_distinct(features, rows[np.argsort(least_first, kind="stable")], cosine)] = KEPT
     legend = (
         f"dropped: a kept row has a cosine of at least {cosine:g} with it",
         f"kept: no better row has a cosine of at least {cosine:g} with it",
@@ -91,8 +89,8 @@ def d2(
     until there are ``amount``; a row taken at s < 0 lowers nobody. d is the distance at length 1, in [0, 2]. A large γ
     leaves the rows of the largest messages; γ = 0 is most diverse.
 
-    Memory: blocks of 1,024 rows, 60 + 40 · neighbours bytes a row. Time: N · D · N products, or N · D · N / clusters if
-    neighbours are only looked for in a row's own cluster (of k-means, as in ``semdedup``).
+    Memory: blocks of 1,024 rows, 60 · (1 + neighbours) bytes a row. Time: N · D · N products, or N · D · N / clusters
+    if neighbours are only looked for in a row's own cluster (of k-means, as in ``semdedup``).
 
     Args:
         table: with the column ``by``.
@@ -114,9 +112,10 @@ def d2(
     features, direction = _checked(features)
     if len(features) != table.num_rows:
         raise ValueError(f"features: expected a row for each of the table's {table.num_rows}, got {len(features)}")
-    worth = _unit_interval(score.values, score.valid, by)
+    worth = _unit_interval(score.values.astype(np.float64), score.valid, by)
     near, distance = _nearest(features, direction & score.valid, neighbours, clusters, seed)
     known = near >= 0
+    distance = np.where(known, distance, 0)
     messages = worth + np.where(known, np.exp(-distance) * worth[near], 0).sum(1)
     wanted = min(amount_rows(amount, table.num_rows), int(score.valid.sum()))
     kept = _take(messages, score.valid, near, np.where(known, np.exp(-gamma * distance), 0), wanted)
@@ -130,7 +129,10 @@ def _unit_interval(values: Floats, valid: Mask, by: str) -> Floats:
     if not np.isfinite(found).all():
         raise ValueError(f"by={by!r}: infinite scores cannot be passed to neighbours; leave those rows out first")
     low, high = (float(found.min()), float(found.max())) if len(found) else (0.0, 0.0)
-    scaled: Floats = np.where(valid, (values - low) / (high - low) if high > low else 1.0, 0.0)
+    if high == low:
+        return valid.astype(np.float64)
+    halves = 0.5 * values.astype(np.float64)  # whose differences are finite
+    scaled: Floats = np.where(valid, (halves - 0.5 * low) / (0.5 * high - 0.5 * low), 0.0)
     return scaled
 
 

@@ -44,15 +44,16 @@ def _take(
     if group is None:
         return best(keys, table.num_rows, amount_rows(amount, table.num_rows)), None
     groups = groups_of(table, group)
-    amount_rows(amount, 0)  # whether it is one
-    counts = groups.counts()
-    wanted = np.minimum(amount, counts) if isinstance(amount, int) else np.floor(amount * counts + 0.5).astype(np.int64)
+    most, counts = amount_rows(amount, table.num_rows), groups.counts()
+    wanted = np.minimum(most, counts) if isinstance(amount, int) else np.floor(amount * counts + 0.5).astype(np.int64)
     mask = best_of_each(keys, groups, wanted)
     return mask, None if score is None else score.sign * groups.least(score.values, mask)
 
 
 def threshold(table: pa.Table, by: str, value: float, keep: Keep | None = None) -> Selection:
-    """Rows whose score is ``value`` or better."""
+    """Rows whose score is ``value`` or better. ValueError for NaN, which no score is."""
+    if math.isnan(value):
+        raise ValueError(f"threshold {value}: expected a number")
     score = oriented(table, by, keep)
     return score.cut(score.sign * value, f"{by}, threshold {value:g}")
 

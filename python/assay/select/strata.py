@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -47,9 +49,10 @@ def ccs(
             f"amount={amount}: {wanted:,} rows, but {len(left):,} of {table.num_rows:,} are left without the hardest "
             f"{hardest:,} by {by} and those that have no score; lower amount or drop"
         )
-    if not np.isfinite(score.values[left]).all():
+    worth = score.values[left].astype(np.float64)
+    if not np.isfinite(worth).all():
         raise ValueError(f"by={by!r}: infinite scores lie in no stratum; leave those rows out first")
-    place = _strata(score.values[left], strata)
+    place = _strata(worth, strata)
     sizes = np.bincount(place, minlength=strata)
     kept = _draw(left, place, shares(sizes, wanted), uniform(table.num_rows, seed))
     mask = np.zeros(table.num_rows, bool)
@@ -69,10 +72,11 @@ def shares(sizes: npt.NDArray[np.int64], wanted: int) -> npt.NDArray[np.int64]:
     return given
 
 
-def _strata(values: npt.NDArray[np.float64], strata: int) -> npt.NDArray[np.int64]:
+def _strata(values: npt.NDArray[Any], strata: int) -> npt.NDArray[np.int64]:
     if not len(values) or values.min() == values.max():
         return np.zeros(len(values), np.int64)
-    steps = (values - values.min()) / (values.max() - values.min()) * strata
+    halves = 0.5 * values.astype(np.float64)  # whose differences are finite
+    steps = (halves - halves.min()) / (halves.max() - halves.min()) * strata
     place: npt.NDArray[np.int64] = np.minimum(steps.astype(np.int64), strata - 1)
     return place
 

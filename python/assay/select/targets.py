@@ -67,8 +67,12 @@ def in_turns(rankings: npt.NDArray[np.int64], amount: int, rows: int) -> Selecti
         ValueError: positions outside the table, or rankings too short to name ``amount`` rows.
     """
     ranked = np.asarray(rankings)
-    if ranked.ndim != 2 or (ranked.size and not -1 <= ranked.min() <= ranked.max() < rows):
-        raise ValueError(f"rankings: expected (queries, k) positions of {rows} rows, got shape {ranked.shape}")
+    integers = ranked.size == 0 or np.issubdtype(ranked.dtype, np.integer)
+    if ranked.ndim != 2 or not integers or (ranked.size and not -1 <= ranked.min() <= ranked.max() < rows):
+        raise ValueError(
+            f"rankings: expected (queries, k) integers from -1 to {rows - 1}, the rows' positions, got {ranked.dtype} "
+            f"of shape {ranked.shape}" + (f", {ranked.min()} to {ranked.max()}" if ranked.size else "")
+        )
     if isinstance(amount, bool) or not isinstance(amount, int) or amount < 0:
         raise ValueError(f"amount={amount!r}: expected a number of rows of at least 0")
     in_order = ranked.T.ravel()

@@ -1,0 +1,196 @@
+"""One model, trained on rows of a scored corpus again and again, and judged on the same held-out samples each time."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from assay._version import __version__
+from assay.corpus.claim import claim
+from assay.corpus.footer import canonical_hash
+from assay.corpus.shards import Corpus, find_shards, refuse_overlap
+from assay.corpus.storage import Store
+from assay.engine import run
+from assay.engine.columns import with_columns
+from assay.engine.devices import find_devices, place, take
+from assay.engine.pool import corpus_fingerprint, samples_by_row
+from assay.engine.progress import Progress
+from assay.recipe.errors import EngineError
+from assay.recipe.models import build_models, fingerprints
+from assay.recipe.recipe import Recipe
+from assay.recipe.tasks import Encoded
+from assay.two_stage.report import Trial
+from assay.two_stage.training import Evaluation, Learner, Training, evaluate, train, with_a_loss
+
+log = logging.getLogger("assay")
+TRIALS = "trials.jsonl"
+Rows = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Laboratory:
+    """What trains and judges.
+
+    Attributes:
+        samples: those of the corpus that the model can train on, by row: rows of all shards, counted one after another.
+        held_out: the samples that every training is judged on.
+    """
+
+    learner: Learner
+    samples: Mapping[int, Encoded]
+    held_out: Sequence[Encoded]
+    training: Training
+    known: _Trials
+
+    def untrained(self) -> Evaluation:
+        """The model as it is."""
+        return evaluate(self.learner, self.learner.model, self.held_out, 0)
+
+    def is_known(self, seed: int, rows: Rows) -> bool:
+        """Whether an earlier call has trained on them."""
+        return self.known.key(rows, seed, self.training) in self.known.evaluations
+
+    def seconds_per_step(self, rows: Rows, steps: int) -> float:
+        """Of a training on these rows, measured in so many."""
+        brief = replace(self.training, steps=steps, evaluations=1)
+        began = time.perf_counter()
+        train(self.learner, self._samples("a step", rows), self.held_out[:1], brief, 0)
+        return (time.perf_counter() - began) / steps
+
+    def _samples(self, data: str, rows: Rows) -> list[Encoded]:
+        found = [self.samples[row] for row in rows.tolist() if row in self.samples]
+        if not found:
+            raise EngineError(f"{data}: none of its {len(rows)} rows is a sample for the model that is trained")
+        return found
+
+    def trial(self, data: str, seed: int, rows: Rows) -> Trial:
+        """A training on the samples of these rows, which ``data`` names; of an earlier call, if it has been done."""
+        training, samples = self.training, self._samples(data, rows)
+        key = self.known.key(rows, seed, training)
+        if found := self.known.evaluations.get(key):
+            return Trial(data, seed, len(samples), found)
+
+        def tell(evaluation: Evaluation) -> None:
+            log.info("%s, seed %d, step %d: held-out loss %.4f", data, seed, evaluation.step, evaluation.loss)
+
+        trial = Trial(data, seed, len(samples), train(self.learner, samples, self.held_out, training, seed, tell))
+        self.known.add(key, trial)
+        return trial
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """Who is trained, and on what nobody trains.
+
+    Attributes:
+        model: the name of the recipe's model; no method need use it.
+        held_out: path or glob of the samples that it is judged on, with the corpus's columns.
+    """
+
+    model: str
+    held_out: str
+
+
+@contextlib.contextmanager
+def laboratory(
+    recipe: Recipe, trainee: Trainee, output: Store, training: Training, progress: Progress | None = None
+) -> Iterator[Laboratory]:
+    """Score the corpus, and get the model and all samples ready.
+
+    Raises:
+        EngineError: no such model, a held-out sample's file that is the corpus's too.
+        CorpusError: an output that lies in the corpus.
+    """
+    spec = recipe.models.get(trainee.model)
+    if spec is None:
+        raise EngineError(f"train: no model is called {trainee.model!r}; the recipe has {', '.join(recipe.models)}")
+    if not recipe.task.asks_models:
+        raise EngineError(f"train: nothing is predicted in a task of kind {recipe.task.kind}; expected another kind")
+    if recipe.task.group_rows is not None:
+        raise EngineError("train: samples of a contrastive task share their losses, and are not trained on here")
+    corpus, held_out = find_shards(recipe.corpus.path), find_shards(trainee.held_out)
+    _refuse_leaks(corpus, held_out)
+    for path, shards in ((recipe.corpus.path, corpus), (trainee.held_out, held_out)):
+        refuse_overlap(output, path, shards)
+    run(recipe, progress=progress or Progress())
+    with claim(output, "an experiment"):
+        learner = _learner(recipe, trainee.model, corpus)
+        basis = {
+            "model": fingerprints({trainee.model: spec}),
+            "held_out": corpus_fingerprint(held_out),
+            "corpus": corpus_fingerprint(corpus),
+            "task": json.loads(json.dumps(recipe.task.model_dump())),
+            "version": __version__,
+        }
+        samples, judged = _samples("corpus", corpus, learner), list(_samples("held-out", held_out, learner).values())
+        yield Laboratory(learner, samples, judged, training, _Trials(output, basis))
+
+
+def _refuse_leaks(corpus: Corpus, held_out: Corpus) -> None:
+    own = {corpus.store.real(shard.path) for shard in corpus.shards}
+    if shared := sorted(own.intersection(held_out.store.real(shard.path) for shard in held_out.shards)):
+        raise EngineError(f"held-out: {shared[0]} is part of the corpus; expected samples that nobody trains on")
+
+
+def _learner(recipe: Recipe, name: str, corpus: Corpus) -> Learner:
+    """The model to train, with the task as its own tokenizer or processor has it."""
+    others = {path: find_shards(path) for path in recipe.fitted_to().values()}
+    recipe = with_columns(recipe, {**others, recipe.corpus.path: corpus})
+    specs = {name: recipe.models[name]}
+    device = find_devices(recipe.run.devices)[0]
+    take(device)
+    make_encoder = recipe.task.open(specs)
+    models = build_models(specs, recipe.task.auto_class)
+    narrow = {p.dtype for p in models[name].parameters() if p.requires_grad} - {torch.float32, torch.float64}
+    if narrow:
+        raise EngineError(f"models.{name}.dtype: weights of {narrow.pop()} cannot be trained well; expected float32")
+    if not any(p.requires_grad for p in models[name].parameters()):
+        raise EngineError(f"models.{name}: has no trainable weight")
+    encoder = make_encoder(models)
+    return Learner(place(name, models[name], device), recipe.task.task(), encoder, recipe.batch)
+
+
+def _samples(what: str, corpus: Corpus, learner: Learner) -> dict[int, Encoded]:
+    return with_a_loss(learner, samples_by_row(what, corpus, learner.encoder), what)
+
+
+class _Trials:
+    """Evaluations of trainings by what those are made of, of an earlier call too."""
+
+    def __init__(self, output: Store, basis: Mapping[str, Any]) -> None:
+        self._output, self._basis = output, basis
+        self._lines: list[str] = []
+        if output.exists(TRIALS):
+            with output.open(TRIALS) as file:
+                self._lines = file.read().decode(errors="replace").splitlines()
+        self.evaluations: dict[str, list[Evaluation]] = dict(filter(None, map(_trial, self._lines)))
+
+    def key(self, rows: Rows, seed: int, training: Training) -> str:
+        """What decides a training's outcome. How many others there are does not."""
+        own = {name: value for name, value in asdict(training).items() if name != "seeds"}
+        digest = hashlib.sha256(rows.tobytes()).hexdigest()
+        return canonical_hash({**self._basis, "training": own, "rows": digest, "seed": seed})
+
+    def add(self, key: str, trial: Trial) -> None:
+        self.evaluations[key] = list(trial.evaluations)
+        self._lines.append(json.dumps({"key": key, **asdict(trial)}))
+        self._output.write_text(TRIALS, "".join(f"{line}\n" for line in self._lines))
+
+
+def _trial(line: str) -> tuple[str, list[Evaluation]] | None:
+    """The key and the evaluations; a line that was cut off by a kill says nothing."""
+    try:
+        entry = json.loads(line)
+        return entry["key"], [Evaluation(**each) for each in entry["evaluations"]]
+    except (ValueError, KeyError, TypeError):
+        return None

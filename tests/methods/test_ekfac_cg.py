@@ -48,6 +48,62 @@ def test_it_is_the_dense_solve(problem: Any) -> None:
     assert facts["damping"] == "2.0 mean eigenvalues"
 
 
+class _Few(nn.Module):
+    """Its ``extra`` is used by some samples only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.extra, self.head = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        few = (x[:, :1] > 0.5).to(x)
+        hidden = self.first(x) + few * self.extra(x) if bool(few.any()) else self.first(x)
+        out: Tensor = self.head(hidden.tanh())
+        return out
+
+
+def _dense(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """(P, P) the Gauss-Newton matrix, and (N, P) the samples' gradients."""
+    parameters, rows, total = list(model.parameters()), [], torch.zeros(())
+    for one, label in zip(x, y, strict=True):
+        z = model(one[None])[0]
+        p = z.softmax(0).detach()
+        made = [torch.autograd.grad(z[c], parameters, retain_graph=True, allow_unused=True) for c in range(len(z))]
+        flat = [[torch.zeros_like(q) if g is None else g for g, q in zip(m, parameters, strict=True)] for m in made]
+        jacobian = torch.stack([torch.cat([g.flatten() for g in own]) for own in flat])
+        total = total + jacobian.T @ (p.diag() - p[:, None] * p) @ jacobian
+        rows.append((p - nn.functional.one_hot(label, len(p))) @ jacobian)
+    return total / len(x), torch.stack(rows)
+
+
+@pytest.mark.parametrize("pool", ["all", "without extra"])
+def test_the_matrix_is_whole_where_a_target_or_the_pool_does_not_reach_a_layer(pool: str) -> None:
+    torch.manual_seed(0)
+    model, x, y = _Few().double(), torch.randn(30, 3, dtype=torch.float64), torch.randint(3, (30,))
+    uses = x[:, 0] > 0.5
+    given = torch.ones_like(uses) if pool == "all" else ~uses
+    targets = {"uses": [(x[uses][:2], y[uses][:2])], "does not": [(x[~uses][:2], y[~uses][:2])]}
+    method = EKFACCG(model, Classification(), targets, iterations=60).fit([(x[given], y[given])])
+    table = assay.score([(x, y)], [method])
+    matrix, _ = _dense(model, x[given], y[given])
+    like = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    used = [p.numel() for name, p in like.items() if pool == "all" or not name.startswith("extra")]
+    damping = 2 * _trace(GaussNewton(model, Classification(), list(like), [(x[given], y[given])]), like) / sum(used)
+    inverse = torch.linalg.inv(matrix + damping * torch.eye(len(matrix), dtype=torch.float64))
+    for name, (batch,) in targets.items():
+        want = _dense(model, x, y)[1] @ inverse @ _dense(model, *batch)[1].mean(0)
+        got = torch.tensor(table[f"ekfac_cg_{name}"].to_pylist()).double()
+        assert float((got - want).norm() / want.norm()) < 5e-3, name
+    assert float(method.metadata()["residual"]) <= 1e-3
+
+
+def test_a_solution_that_is_none_is_told_of(problem: Any, caplog: pytest.LogCaptureFixture) -> None:
+    models, pool, target = problem
+    method = EKFACCG(models[0], Classification(), {"t": [target]}, damping=1e-6, iterations=1).fit([pool])
+    assert float(method.metadata()["residual"]) > 0.5
+    assert "far from solved" in caplog.text
+
+
 def test_a_damping_beyond_all_curvature_ranks_as_the_dot_product(problem: Any) -> None:
     models, pool, target = problem
     got = run(EKFACCG(models[0], Classification(), {"t": [target]}, damping=1e5), pool)["ekfac_cg"].double()

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from assay.retrain import SGD, Adam, Diverged, Training, magic, metasmoothness, optimizer_of
@@ -23,7 +24,9 @@ def refused(words: str, **changes: Any) -> None:
 
 def test_batch_normalisation_in_train_mode() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double()
-    refused(r"batch normalisation in train mode \(1\)", model=model)
+    refused(r"batch normalisation in train mode, or without running statistics \(1\)", model=model)
+    always = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 2))
+    refused("without running statistics", model=always.double().eval())
     training, targets, _ = world(SGD(0.1))
     assert magic(replace(training, model=model.eval()), targets, directions=0).scores[:5].isfinite().all()
 
@@ -79,6 +82,86 @@ def test_second_derivatives_that_are_silently_wrong() -> None:
     training, targets, _ = world(SGD(1e-4))
     found = magic(replace(training, losses=hidden), targets, directions=0)
     assert found.warnings[0] == "whether the gradient of Kinked has a right derivative could not be seen, for kinks"
+
+
+def test_gradients_that_depend_on_what_is_cut_off_from_them() -> None:
+    def focal(model: nn.Module, batch: Any) -> Tensor:
+        each = losses(model, batch)
+        return each * (1 - torch.exp(-each)).detach() ** 2
+
+    refused("the derivative of their gradient is wrong: .* cut off from it \\(detach", losses=focal)
+
+    def kinked(model: nn.Module, batch: Any) -> Tensor:
+        return focal(model, batch) + 1e-9 * model(batch[0]).abs().sum(1)
+
+    training, targets, _ = world(SGD(0.1))
+    found = magic(replace(training, losses=kinked), targets, directions=0)
+    assert "for kinks alone, or something that the gradient depends on is cut off" in found.warnings[0]
+
+
+def test_what_is_computed_again_in_the_backward_pass() -> None:
+    """The step's parameters have left the model by then: a checkpointed layer would run with those of the start."""
+
+    class Checkpointed(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            first = torch.utils.checkpoint.checkpoint(lambda h: self[1](self[0](h)), x, use_reentrant=False)
+            return self[2](first)
+
+    refused("model: 0 runs again during the backward pass", model=Checkpointed(*network()))
+    kinked = [nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)]
+    refused("model: 0 runs again during the backward pass", model=Checkpointed(*kinked).double())
+
+
+def test_randomness_while_the_rate_is_still_0() -> None:
+    def noisy(model: nn.Module, batch: Any) -> Tensor:
+        return nn.functional.dropout(losses(model, batch), 0.5)
+
+    refused("gives other numbers when it is made twice", losses=noisy, optimizer=SGD([0.0] + [0.1] * 7))
+
+
+def test_losses_that_become_others_on_the_way() -> None:
+    calls: list[int] = []
+
+    def later(model: nn.Module, batch: Any) -> Tensor:
+        calls.append(0)
+        return losses(model, batch) * (1.5 if len(calls) > 20 else 1)
+
+    training, targets, _ = world(SGD(0.1))
+    with pytest.raises(RuntimeError, match=r"step \d leads elsewhere than when it was made"):
+        magic(replace(training, losses=later), targets, target_losses=losses, checkpoints=50, directions=0)
+
+
+def test_a_target_whose_loss_is_random() -> None:
+    training, targets, _ = world(SGD(0.1))
+    with pytest.raises(RuntimeError, match=r"target 'b': its loss was .* is random"):
+        magic(
+            training,
+            {"b": targets["b"]},
+            target_losses=lambda model, batch: losses(model, batch) * torch.rand(()),
+            directions=0,
+        )
+
+
+def test_losses_of_another_model() -> None:
+    other = network(3)
+    refused("do not depend on the model's trained parameters", losses=lambda model, batch: losses(other, batch))
+    refused("the first step has no gradient", losses=lambda model, batch: losses(model, batch).detach())
+    refused(
+        "losses are finite, and their gradient is not",
+        losses=lambda model, batch: (0 * model(batch[0])[:, 0]).sqrt(),
+    )
+
+
+def test_numbers_of_16_bits_are_told_of() -> None:
+    def half(model: nn.Module, batch: Any) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return losses(lambda x: model(x).float(), batch)
+
+    training, targets, _ = world(SGD(0.1))
+    x, y = training.data
+    single = replace(training, model=network().float(), data=(x.float(), y), losses=half)
+    found = magic(single, {"a": [(a.float(), b) for a, b in targets["a"]]}, target_losses=losses, directions=0)
+    assert "part of the losses is computed in torch.bfloat16" in found.warnings[0]
 
 
 def test_second_derivatives_that_are_not_there() -> None:
@@ -168,6 +251,18 @@ def test_torchs_optimisers_that_cannot_be_replayed(make: Any, words: str) -> Non
     model = network()
     with pytest.raises(ValueError, match=words):
         optimizer_of(make(list(model.parameters())), model)
+
+
+def test_frozen_parameters_in_an_optimisers_groups() -> None:
+    model = network()
+    frozen = model[0].bias.requires_grad_(False)
+    groups = [{"params": [model[0].weight]}, {"params": [model[2].weight, model[2].bias], "weight_decay": 0.0}]
+    for decay in (0.0, 0.3):
+        made = torch.optim.AdamW([*groups, {"params": [frozen], "weight_decay": decay}], weight_decay=0.1)
+        found = optimizer_of(made, model)
+        assert (found.weight_decay, list(found.undecayed)) == (0.1, ["2.weight", "2.bias"])
+    with pytest.raises(ValueError, match="none of its parameters requires a gradient"):
+        optimizer_of(torch.optim.SGD([frozen]), model.requires_grad_(False))
 
 
 def test_torchs_optimisers_and_models_that_are_none() -> None:

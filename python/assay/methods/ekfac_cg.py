@@ -15,6 +15,7 @@ from assay.methods.ekfac import EKFAC, Basis
 from assay.methods.gauss_newton import GaussNewton
 from assay.methods.targets import Targets
 from assay.tasks import Task
+from assay.tasks.base import wide
 
 Vector = Mapping[str, Tensor]
 
@@ -84,15 +85,18 @@ class EKFACCG(EKFAC):
     def _solve(
         self, bases: Mapping[str, Basis], means: Sequence[float], gradients: Mapping[str, Vector], pool: Sequence[Any]
     ) -> dict[str, dict[str, Tensor]]:
-        names = [name for name in bases if all(name in gradient for gradient in gradients.values())]
-        product = GaussNewton(self.model, self.task, names, pool)
-        wanted = [{name: gradient[name] for name in names} for gradient in gradients.values()]
+        wanted = self._wanted(bases, gradients)
+        product = GaussNewton(self.model, self.task, list(wanted[0]), pool)
+        size = sum(basis.values.numel() for basis in bases.values() if basis.values is not None)
         try:
             trace = _trace(product, wanted[0])
             if not trace > 0:
                 raise ValueError("the pool's curvature is 0, so that there is nothing to damp in units of")
-            damping = self.damping * trace / sum(g.numel() for g in wanted[0].values())
+            damping = self.damping * trace / size
             _scale(bases, trace, damping)
+            for name, gradient in wanted[0].items():
+                if bases[name].values is None:
+                    bases[name].values = torch.full_like(gradient, damping)
             solved, residual, made = _conjugate_gradients(product, damping, bases, wanted, self.iterations)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
@@ -103,6 +107,14 @@ class EKFACCG(EKFAC):
                 "%s: the residual is %.2g after %d iterations: %s", self.name, residual, made, self._facts["warning"]
             )
         return dict(zip(gradients, solved, strict=True))
+
+    def _wanted(self, bases: Mapping[str, Basis], gradients: Mapping[str, Vector]) -> list[dict[str, Tensor]]:
+        """Each target's gradient in every parameter that the pool or a target uses. The matrix is whole: x is not 0
+        where only a target's gradient is. Where the pool's is, the matrix is, and x = g/λ."""
+        used = {name for gradient in gradients.values() for name in gradient}
+        used |= {name for name, basis in bases.items() if basis.values is not None}
+        zeros = {name: wide(torch.zeros_like(p)) for name, p in self.model.named_parameters() if name in used}
+        return [{name: gradient.get(name, zero) for name, zero in zeros.items()} for gradient in gradients.values()]
 
 
 def _trace(product: GaussNewton, like: Vector) -> float:

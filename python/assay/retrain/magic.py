@@ -107,7 +107,7 @@ def magic(
         raise ValueError(f"save_every: expected an integer of at least 1, or None, got {save_every!r}")
     with contextlib.ExitStack() as stack:
         stack.enter_context(running())
-        checked = check(training, given)
+        checked = check(training)
         plan = plan.paced(checked)
         _log.info("magic: %s", plan)
         kept = None
@@ -141,9 +141,23 @@ class _Run:
         return self._training.advance(state, step, self._weights)
 
     def there(self, targets: Mapping[str, list[Any]], losses: Task | Losses, directions: int, seed: int) -> Progress:
-        """The trained model, its metasmoothness and its targets' gradients; or what was saved of a later point."""
-        if self._progress is not None:
-            return self._progress
+        """The trained model, its metasmoothness and its targets' gradients; or what was saved of a later point.
+
+        Raises:
+            RuntimeError: a target's loss that comes out otherwise than before: no fingerprint knows what it computes.
+        """
+        found = self._progress or self._there(targets, losses, directions, seed)
+        name, batches = next(iter(targets.items()))
+        again, _ = self._training.target_gradient(found.final, losses, batches)
+        if again != float(found.losses[0]):
+            raise RuntimeError(
+                f"target {name!r}: its loss was {float(found.losses[0]):.7g} before, and is {again:.7g} now: it is "
+                "random or not deterministic, or, where the run was resumed, another one (target_losses) or of another "
+                "machine"
+            )
+        return found
+
+    def _there(self, targets: Mapping[str, list[Any]], losses: Task | Losses, directions: int, seed: int) -> Progress:
         training, final = self._training, self._replay.state(self._training.steps)
         smoothness = torch.zeros(0, dtype=torch.float64)
         if directions:
@@ -172,18 +186,19 @@ class _Run:
 
     def back(self, progress: Progress, every: int) -> None:
         """Down to the first step; ``progress`` changes in place."""
-        since = 0
+        since, after = 0, None  # the state after the step at hand, once one has been there
         while progress.step:
             step = progress.step - 1
             state = self._replay.state(step)
-            pulled, inner = self._training.pull_back(state, step, self._weights, progress.adjoints)
+            inner = self._training.pull_back(state, step, self._weights, progress.adjoints, after)
+            after = state
             if not bool(inner.isfinite().all()):
                 raise ValueError(
                     f"step {step}: the derivative in the weights is not finite; is the run far from smooth?"
                 )
             rows = torch.from_numpy(self._training.rows[step])
             progress.in_weights.index_add_(1, rows, inner.double().cpu())
-            progress.adjoints, progress.step, since = pulled, step, since + 1
+            progress.step, since = step, since + 1
             if self._folder is not None and (since == every or not step):
                 self._folder.save(progress)
                 since = 0

@@ -52,14 +52,15 @@ class Progress:
 
     def tensors(self) -> dict[str, Tensor]:
         names = ("in_weights", "losses", "smoothness", "final", "digests")
-        adjoints = {f"adjoint{i}": torch.stack(own) for i, own in enumerate(zip(*self.adjoints, strict=True))}
-        return {**{name: getattr(self, name) for name in names}, **adjoints}
+        parts = {f"adjoint{k}.{i}": part for k, own in enumerate(self.adjoints) for i, part in enumerate(own)}
+        return {**{name: getattr(self, name) for name in names}, **parts}
 
     @classmethod
     def of(cls, step: int, tensors: Mapping[str, Tensor]) -> Progress:
         """Raises KeyError or TypeError where tensors are missing."""
-        parts = [tensors[f"adjoint{i}"] for i in range(sum(name.startswith("adjoint") for name in tensors))]
-        adjoints: list[State] = [tuple(own) for own in zip(*parts, strict=True)]
+        parts = sum(name.startswith("adjoint0.") for name in tensors)
+        targets = range(len(tensors["losses"]))
+        adjoints: list[State] = [tuple(tensors[f"adjoint{k}.{i}"] for i in range(parts)) for k in targets]
         rest = {name: t for name, t in tensors.items() if not name.startswith("adjoint")}
         return cls(step, adjoints, **rest)
 
@@ -137,7 +138,7 @@ class Folder:
 
     def _write(self, name: str, tensors: Mapping[str, Tensor], step: int) -> None:
         metadata = {"run": self._run, "step": str(step)}
-        whole = {key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}
+        whole = _apart(tensors)
         with self._renamed_when_complete(name) as temporary:
             self._files.save_file(whole, temporary, metadata)
 
@@ -192,6 +193,19 @@ class Folder:
                 os.close(descriptor)
 
 
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the host, and copied only where two share memory, which the format does not know."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        if own.untyped_storage().nbytes() != own.nbytes or own.untyped_storage().data_ptr() in seen:
+            own = own.clone()
+        seen.add(own.untyped_storage().data_ptr())
+        found[name] = own
+    return found
+
+
 def facts(
     training: Training, weights: Tensor, targets: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> dict[str, str]:
@@ -209,7 +223,7 @@ def facts(
         "targets": targets,
         "settings": {"rows_at_once": training.rows_at_once, "dropout_seed": training.dropout_seed, **settings},
     }
-    return {"format": "1", **{name: _digest(value) for name, value in own.items()}}
+    return {"format": "2", **{name: _digest(value) for name, value in own.items()}}
 
 
 def _digest(value: Any) -> str:

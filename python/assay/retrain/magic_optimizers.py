@@ -147,9 +147,12 @@ def optimizer_of(
         for p in group["params"]:
             if id(p) not in names:
                 raise ValueError(f"optimizer: has a parameter of shape {tuple(p.shape)} that is not the model's")
-            decays[names[id(p)]] = group["weight_decay"]
+            if p.requires_grad:
+                decays[names[id(p)]] = group["weight_decay"]
     if missing := [name for name, p in model.named_parameters() if p.requires_grad and name not in decays]:
         raise ValueError(f"optimizer: lacks parameters of the model that require gradients: {short(missing)}")
+    if not decays:
+        raise ValueError("optimizer: none of its parameters requires a gradient")
     found = {key: _agreed(optimizer, key) for key in _OF_TORCH[kind is torch.optim.SGD]}
     for flag in ("amsgrad", "maximize"):
         if found.pop(flag, False):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """The cost of ``magic``: exact in steps and in the bytes of states, an estimate in seconds.
+    """The cost of ``magic``: exact in steps and in the bytes of checkpoints, an estimate in seconds.
 
     Attributes:
         steps: T of the run.
@@ -24,8 +24,9 @@ class Plan:
         checkpoints: states kept at a time, besides the start.
         state_bytes: of one state: parameters and moments.
         checkpoint_bytes: of all that are kept, in memory, or on disk where there is a folder.
-        working_bytes: of the derivatives in the state and in the weights of all targets, and of the state at hand.
-            Activations of one batch, and of its second derivatives, come on top.
+        working_bytes: of the derivatives in the state and in the weights of all targets, held twice while they are
+            pulled back or written, and of the states and gradients at hand. Activations of one batch, and of its second
+            derivatives, come on top.
         forward_steps: made in all, the first time and again.
         smoothness_steps: made for metasmoothness.
         backward_steps: pulled back, one per step and target.
@@ -58,13 +59,14 @@ class Plan:
         if not isinstance(most, int) or isinstance(most, bool) or most < 1:
             raise ValueError(f"checkpoints: expected an integer of at least 1, or None, got {checkpoints!r}")
         kept, state = min(most, training.steps), training.state_bytes
+        at_hand = 5 * (state + training.start.nbytes)  # measured: the optimiser's own graph is most of it
         return cls(
             steps=training.steps,
             parameters=training.start.numel(),
             checkpoints=most,
             state_bytes=state,
             checkpoint_bytes=kept * state,
-            working_bytes=2 * (targets + 1) * state + 8 * targets * training.size,
+            working_bytes=2 * targets * state + 8 * targets * training.size + at_hand,
             forward_steps=replayed_steps(training.steps, most),
             smoothness_steps=2 * directions * training.steps,
             backward_steps=training.steps * targets,

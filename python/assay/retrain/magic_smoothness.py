@@ -52,7 +52,7 @@ def metasmoothness(
     generator, found = torch.Generator().manual_seed(seed), []
     with running():
         if trained is None:
-            check(training, given)
+            check(training)
         start = _trained(training, given) if trained is None else trained
         for _ in range(directions):
             direction = torch.randn(training.size, generator=generator, dtype=torch.float64).to(given)

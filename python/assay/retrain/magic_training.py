@@ -220,31 +220,56 @@ class Training:
         return curved
 
     def pull_back(
-        self, state: State, step: int, weights: Tensor, adjoints: Sequence[State]
-    ) -> tuple[list[State], Tensor]:
+        self, state: State, step: int, weights: Tensor, adjoints: list[State], after: State | None = None
+    ) -> Tensor:
         """What the derivatives in the state after ``step`` are in the state before it and in the weights.
 
         Args:
             state: before the step.
-            adjoints: one per target: the derivatives of its loss in every part of the state after the step.
+            adjoints: one per target: the derivatives of its loss in every part of the state after the step. They become
+                those in the state before, one by one, so that memory holds one of them twice and not all.
+            after: the state after the step, as it was made, where that is known.
 
         Returns:
-            The same in the state before the step, and (targets, B) derivatives in the weights of the batch's rows.
+            (targets, B) derivatives in the weights of the batch's rows.
+
+        Raises:
+            RuntimeError: the step leads elsewhere than it did.
         """
         parts = list(self._parts(state[0], step))
         graphs = [self._gradient(part, weights, create_graph=True) for part in parts[:1]] if len(parts) == 1 else []
         gradient = _total(g for g, _ in graphs or (self._gradient(part, weights) for part in parts))
         leaves = [x.detach().requires_grad_() for x in (*state, gradient)]
-        after = self._step(tuple(leaves[:-1]), leaves[-1], step)
-        pulled = [_pull(after, adjoint, leaves) for adjoint in adjoints]
-        in_weights: list[list[Tensor]] = [[] for _ in adjoints]
-        for part in parts:
-            made, own = graphs[0] if graphs else self._gradient(part, weights, create_graph=True)
-            for target, (*_, direction) in enumerate(pulled):
-                curved, inner = _pull((made,), (direction,), (part.theta, own))
-                pulled[target][0] = pulled[target][0] + curved
-                in_weights[target].append(inner)
-        return [tuple(p[:-1]) for p in pulled], torch.stack([torch.cat(own) for own in in_weights])
+        made_again = self._step(tuple(leaves[:-1]), leaves[-1], step)
+        if after is not None and not _about_the_same(state[-1], made_again[-1].detach(), after[-1]):
+            raise RuntimeError(
+                f"step {step} leads elsewhere than when it was made: its losses are other ones, or random, from then on"
+            )
+        directions = []
+        for target, adjoint in enumerate(adjoints):
+            *pulled, direction = _pull(made_again, adjoint, leaves)
+            adjoints[target] = tuple(pulled)
+            directions.append(direction)
+        shares = [self._pull_part(part, weights, adjoints, directions, graphs) for part in parts]
+        return torch.cat(shares, 1)
+
+    def _pull_part(
+        self,
+        part: _Part,
+        weights: Tensor,
+        adjoints: list[State],
+        directions: Sequence[Tensor],
+        graphs: Sequence[tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        """Add what comes to the parameters through a part's gradient -> (targets, rows) derivatives in its weights."""
+        made, own = graphs[0] if graphs else self._gradient(part, weights, create_graph=True)
+        in_weights = []
+        for target, direction in enumerate(directions):
+            curved, inner = _pull((made,), (direction,), (part.theta, own))
+            theta, *moments = adjoints[target]
+            adjoints[target] = (theta + curved, *moments)
+            in_weights.append(inner)
+        return torch.stack(in_weights)
 
     def target_gradient(self, theta: Tensor, losses: Task | Losses, batches: Sequence[Any]) -> tuple[float, Tensor]:
         """A target's mean loss over its samples, and its derivative (P,) in the parameters; in eval mode.
@@ -388,6 +413,13 @@ def _pull(outputs: Sequence[Tensor], directions: Sequence[Tensor], inputs: Seque
     """The derivatives of Σ ⟨output, direction⟩ in the inputs; the graph stays."""
     value = reduce(torch.add, (torch.dot(a, b) for a, b in zip(outputs, directions, strict=True)))
     return list(torch.autograd.grad(value, inputs, retain_graph=True, materialize_grads=True))
+
+
+def _about_the_same(before: Tensor, made: Tensor, known: Tensor) -> bool:
+    """Whether a step was made again, but for rounding, which may differ where a graph is kept. The last part of a state
+    tells best: Adam's parameters move as far for a gradient of rounding errors as for a real one."""
+    rounding = 64 * torch.finfo(known.dtype).eps * float(known.norm())
+    return not float((made - known).norm()) > 0.05 * float((known - before).norm()) + rounding
 
 
 def _total(gradients: Iterable[Tensor]) -> Tensor:

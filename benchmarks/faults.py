@@ -308,8 +308,8 @@ def main() -> None:
             found.append(fault())
             table.add_row(*map(str, asdict(found[-1]).values()))
             print(found[-1], flush=True)
+            path = timing.write("faults", [asdict(one) for one in found])
     Console().print(table)
-    path = timing.write("faults", [asdict(one) for one in found])
     print("written to", path.relative_to(timing.RESULTS.parent.parent))
     if any(one.lost or one.doubled or one.changed for one in found):
         sys.exit(1)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
 
+import psutil
 import pytest
 
 from assay.corpus.storage import Store
@@ -60,4 +63,29 @@ def test_a_node_that_is_lost_loses_nothing(project, monkeypatch, losses) -> None
         cluster.shutdown()
     assert all(reason.startswith(DIED_TWICE) for each in summaries for reason in each.unreadable.values())
     Store.at(str(project.scores)).sweep(older_than=0)
+    assert written(project.scores) == written(project.root / "alone")
+
+
+def test_a_run_whose_own_node_is_lost_ends_and_goes_on(project) -> None:
+    """The raylet of a cluster that the run has started itself is killed: without it nobody would ever be heard."""
+    for i in range(30):
+        project.write_shard(f"{i:03}.jsonl", make_rows(4000, 100 + i))
+    run(load_recipe(str(project.path), ["output=alone"]))
+    command = [sys.executable, "-m", "assay", "score", str(project.path), "--engine", "ray", "--quiet"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        while process.poll() is None and not project.tables():
+            time.sleep(0.02)
+        below = psutil.Process(process.pid).children(recursive=True)
+        lost = [child for child in below if child.name() == "raylet" or child.cmdline()[0].startswith("ray::")]
+        assert len(lost) >= 2
+        for process_of_node in lost:
+            process_of_node.kill()
+        _, said = process.communicate(timeout=200)
+    finally:
+        process.kill()
+    assert process.returncode == 2
+    assert "assay: run.ray: the node that this process runs on has left the cluster" in said
+    assert 0 < len(project.tables()) < 32
+    assert run(load_recipe(str(project.path)), engine="ray").clean
     assert written(project.scores) == written(project.root / "alone")

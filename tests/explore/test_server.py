@@ -254,6 +254,7 @@ def test_ctrl_c_ends_it_well(folder, capfd, monkeypatch):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     monkeypatch.setattr("assay.explore.server.secrets.token_urlsafe", lambda size: "t" * size)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background has not got
     replies = []
 
     def get(path):
@@ -277,6 +278,7 @@ def test_ctrl_c_ends_it_well(folder, capfd, monkeypatch):
         assert main(["explore", str(folder), "--port", str(port)]) == 0
     finally:
         thread.join()
+        signal.signal(signal.SIGINT, before)
     assert capfd.readouterr().out.startswith(f"open http://127.0.0.1:{port}/{'t' * 24}/\n")
     (refused, _), (shown, rows), (whole, page) = replies
     assert (refused, shown, whole) == (403, 200, 200)

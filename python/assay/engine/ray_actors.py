@@ -112,6 +112,7 @@ class RayActors:
         self._ray = _ray()
         self._spec = spec
         self._started = _connect(self._ray, spec)
+        self._node = self._ray.get_runtime_context().get_node_id()
         self._class = self._ray.remote(max_restarts=0, num_cpus=spec.cpus, num_gpus=spec.gpus)(Actor)
         self._hired: list[RayWorker] = []
         self._works = False
@@ -147,7 +148,17 @@ class RayActors:
                 "no worker has started yet, each wants %g CPUs and %g GPUs; free in the cluster: %s",
                 *(self._spec.cpus, self._spec.gpus, self._ray.available_resources()),
             )
+        if not done:
+            self._refuse_lost_node()
         return [calls[call] for call in done]
+
+    def _refuse_lost_node(self) -> None:
+        """Without its own node's raylet this process would wait for ever."""
+        if not any(node["Alive"] for node in self._ray.nodes() if node["NodeID"] == self._node):
+            raise EngineError(
+                "run.ray: the node that this process runs on has left the cluster, so that no worker can be heard; "
+                "what is written stays, and the same command goes on from there"
+            )
 
     def dismiss(self) -> None:
         """They have nothing to tidy up, and end when they are killed."""

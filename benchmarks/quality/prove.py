@@ -100,7 +100,7 @@ def _batches(rows: int, size: int, steps: int) -> list[Tensor]:
 def text(root: Path) -> Setting:
     from tests.small_models import byte_tokenizer, llama_config
 
-    data = corpus.build(6000, 400, 400, 16, 0)
+    data = corpus.build(4000, 400, 200, 16, 0)
     for folder, pieces in (("corpus", data.pool), ("held-out", data.validation), ("docstrings", data.target)):
         (root / folder).mkdir()
         texts = [bytes(piece).decode(errors="replace") for piece in pieces.to(torch.uint8).numpy()]
@@ -129,8 +129,8 @@ def text(root: Path) -> Setting:
         ],
     }
     path = _recipe(root, recipe)
-    comparison = Comparison(["dsir", "ensemble_entropy"], top=0.2, pools=8, keep={"ensemble_entropy": "low"})
-    return path, "fresh", comparison, Training(150, 16, 3e-3, evaluations=1)
+    comparison = Comparison(["dsir", "ensemble_entropy"], top=0.2, pools=6, keep={"ensemble_entropy": "low"})
+    return path, "fresh", comparison, Training(100, 16, 3e-3, evaluations=1)
 
 
 def _recipe(root: Path, own: dict[str, Any]) -> Path:

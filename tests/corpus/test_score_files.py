@@ -40,7 +40,9 @@ def test_round_trip_and_row_groups(tmp_path, monkeypatch):
     assert table.schema.metadata == {b"assay": b'{"rows":{"scored":1000}}'}
     assert table.schema.field("loss").metadata[b"keep"] == b"low"
     assert table["id"].to_pylist() == [f"id{i}" for i in range(1000)]
-    (mimic,) = stream_score(store, "deep/a.parquet", "mimic")
+    batches = list(stream_score(store, "deep/a.parquet", "mimic"))
+    assert {len(batch) for batch in batches} == {250}
+    mimic = np.concatenate(batches)
     assert table["row"].to_pylist() == list(range(0, 2000, 2))
     np.testing.assert_array_equal(mimic, np.arange(1000, dtype=np.float32) / 7)
     assert pq.read_metadata(tmp_path / "deep/a.parquet").num_row_groups >= 3

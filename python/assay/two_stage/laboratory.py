@@ -61,10 +61,11 @@ class Laboratory:
         return self.known.key(rows, seed, self.training) in self.known.evaluations
 
     def seconds_per_step(self, rows: Rows, steps: int) -> float:
-        """Of a training on these rows, measured in so many."""
-        brief = replace(self.training, steps=steps, evaluations=1)
-        began = time.perf_counter()
-        train(self.learner, self._samples("a step", rows), self.held_out[:1], brief, 0)
+        """Of a training on these rows, measured in so many once everything is warm."""
+        brief, samples = replace(self.training, steps=steps, evaluations=1), self._samples("a step", rows)
+        for _ in range(2):
+            began = time.perf_counter()
+            train(self.learner, samples, self.held_out[:1], brief, 0)
         return (time.perf_counter() - began) / steps
 
     def _samples(self, data: str, rows: Rows) -> list[Encoded]:

@@ -17,7 +17,7 @@ from assay.corpus.formats import SUFFIXES, Format, folder_of, format_of, images
 from assay.corpus.listing import LeftOut, Listing, list_files, list_matches, name_fault, shown
 from assay.corpus.media import IMAGES
 from assay.corpus.saved_data_sets import SIDECARS, STATE, listed_files
-from assay.corpus.storage import Fingerprint, Store, is_of_file
+from assay.corpus.storage import Fingerprint, Store, is_of_file, may_pass
 
 log = logging.getLogger("assay")
 
@@ -161,6 +161,18 @@ def refuse_overlap(output: Store, named: str, corpus: Corpus, written: Sequence[
     if inside or matched or any(output.holds(Store(fs, folder)) for folder in folders):
         at = "" if output.real() == output.root else f" ({output.real()})"
         raise CorpusError(f"{output.url}{at}: the output and the corpus {named} must not lie in each other")
+
+
+def refuse_overlap_with_inputs(output: Store, inputs: Iterable[str], written: Sequence[str] = ()) -> None:
+    """`refuse_overlap` with the corpora under these paths, as far as they are there still."""
+    for path in inputs:
+        try:
+            found = find_shards(path)
+        except (CorpusError, OSError) as error:
+            if may_pass(error):
+                raise
+            continue  # it is gone: nothing to write over
+        refuse_overlap(output, path, found, written)
 
 
 def _real_folders(store: Store, paths: Sequence[str]) -> set[str]:

@@ -21,7 +21,7 @@ from assay.corpus.layout import MANIFEST, selection_path, table_path
 from assay.corpus.listing import summarise_left_out
 from assay.corpus.score_files import score_field
 from assay.corpus.scores_folder import Scored, Scores, State, open_scores
-from assay.corpus.shards import Shard, find_shards, refuse_overlap
+from assay.corpus.shards import Shard, refuse_overlap, refuse_overlap_with_inputs
 from assay.corpus.storage import TEMPORARY_SUFFIX, Store, may_pass
 from assay.curate.auditing import Audit, Rule
 from assay.curate.chosen import ShardSelection, write_fates
@@ -257,14 +257,7 @@ def _refuse_inputs(
     if GROUPS in ours:
         raise CorpusError(f"{GROUPS}: a shard of the corpus has the name of the table of groups; rename it")
     output.refuse_detours(ours)
-    for path in scores.inputs:
-        try:
-            found = find_shards(path)
-        except (CorpusError, OSError) as error:
-            if may_pass(error):
-                raise
-            continue  # it is gone: nothing to write over
-        refuse_overlap(output, path, found)
+    refuse_overlap_with_inputs(output, scores.inputs)
     # A folder with other files would become a mixture of two corpora; and files of these names may be another corpus.
     ours |= {MANIFEST, CLAIM, GROUPS, *form.texts, *(scores.corpus.sidecars if form.has_sidecars else ())}
     there = [path for path in output.files() if not path.endswith(TEMPORARY_SUFFIX)]

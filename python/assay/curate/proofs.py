@@ -16,6 +16,8 @@ from assay.corpus.scores_folder import Scores, open_scores
 from assay.corpus.storage import Store
 
 PROOF = "proof.json"
+RANDOM = "random"
+"""The control that every score has: as many random rows."""
 
 
 class _Part(BaseModel):
@@ -109,7 +111,7 @@ def check_proof(
     if claim.keep != (end := end_of(scores, by, keep)):
         raise CorpusError(f"{option}: tells of {by}'s {claim.keep} end, not of its {end} one")
     if not claim.proved:
-        gain = claim.gains["random"]
+        gain = claim.gains[RANDOM]
         raise CorpusError(
             f"{option}: {by} is not better than random rows (held-out loss lower by {gain.estimate:.4g}, 95 %: "
             f"{gain.low:.4g} to {gain.high:.4g}); select by another score, or leave out --proved"

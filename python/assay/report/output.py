@@ -6,8 +6,8 @@ import os
 
 from assay.corpus.errors import CorpusError
 from assay.corpus.scores_folder import Scores
-from assay.corpus.shards import find_shards, refuse_overlap
-from assay.corpus.storage import Store, may_pass
+from assay.corpus.shards import refuse_overlap, refuse_overlap_with_inputs
+from assay.corpus.storage import Store
 from assay.report.html import Html
 
 # The page's beginning, by which it is known again.
@@ -29,14 +29,7 @@ def open_output(url: str, scores: Scores) -> tuple[Store, str]:
     refuse_overlap(page, scores.corpus_path, scores.corpus, [""])
     if scores.store.holds(page):
         raise CorpusError(f"--out {url}: lies among the scores {scores.store.url}; expected a file elsewhere")
-    for path in scores.inputs:
-        try:
-            found = find_shards(path)
-        except (CorpusError, OSError) as error:
-            if may_pass(error):
-                raise
-            continue  # it is gone: nothing to write over
-        refuse_overlap(page, path, found, [""])
+    refuse_overlap_with_inputs(page, scores.inputs, [""])
     if store.exists(name):
         with store.open(name) as file:
             if file.read(len(MARK)) != MARK.encode():

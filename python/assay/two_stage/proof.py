@@ -15,7 +15,7 @@ import pyarrow as pa
 from assay import select
 from assay.corpus.scores_folder import Scores, open_scores
 from assay.corpus.storage import Store
-from assay.curate.proofs import PROOF, Claim, Gain, Proof, end_of, scores_digest
+from assay.curate.proofs import PROOF, RANDOM, Claim, Gain, Proof, end_of, scores_digest
 from assay.curate.whole import read_whole
 from assay.engine.progress import Progress
 from assay.recipe.errors import EngineError
@@ -25,7 +25,6 @@ from assay.two_stage.laboratory import Laboratory, Rows, Trainee, laboratory
 from assay.two_stage.training import Training
 
 log = logging.getLogger("assay")
-RANDOM = "random"
 CONTROLS = ("reference_loss", "*_reference_loss", "bm25*", "dsir*", "ngram_classifier*")
 """Scores that people trust and that cost little: what a score has to be better than to be worth its price."""
 POOL = 0.5
@@ -93,7 +92,9 @@ def prove(
         names = list(dict.fromkeys([*comparison.by, *controls]))
         table = read_whole(recipe.output, names).table
         chosen = [_choices(table, names, comparison, pool) for pool in range(comparison.pools)]
-        on_cost(_cost(lab, chosen))
+        began = time.perf_counter()
+        untrained = lab.untrained().loss
+        on_cost(_cost(lab, chosen, time.perf_counter() - began))
         losses = {
             name: [lab.trial(name, pool, own[name]).last.loss for pool, own in enumerate(chosen)]
             for name in (RANDOM, *names)
@@ -103,7 +104,7 @@ def prove(
             for name in comparison.by
         }
         basis = {**asdict(training), **asdict(comparison), "against": controls, "trained": trainee.model}
-        basis |= {"samples": len(chosen[0][RANDOM]), "held_out": len(lab.held_out), "untrained": lab.untrained().loss}
+        basis |= {"samples": len(chosen[0][RANDOM]), "held_out": len(lab.held_out), "untrained": untrained}
         proof = Proof(scores=scores_digest(scores), claims=claims, losses=losses, basis=basis)
         output.write_text(PROOF, json.dumps(proof.model_dump(), indent=1) + "\n")
     return proof
@@ -129,15 +130,12 @@ def _choices(table: pa.Table, names: Sequence[str], comparison: Comparison, pool
     return {name: places[mask] for name, mask in found.items()}
 
 
-def _cost(lab: Laboratory, chosen: Sequence[Mapping[str, Rows]]) -> Cost:
-    """Of all trainings; a step is timed on a few of them, and the evaluation with the held-out samples."""
+def _cost(lab: Laboratory, chosen: Sequence[Mapping[str, Rows]], evaluation: float) -> Cost:
+    """Of all trainings, of which each evaluation takes so many seconds; a step is timed on a few of them."""
     todo = [(pool, rows) for pool, own in enumerate(chosen) for rows in own.values() if not lab.is_known(pool, rows)]
     trainings = sum(map(len, chosen))
     if not todo:
         return Cost(trainings, trainings, 0.0)
-    began = time.perf_counter()
-    lab.untrained()
-    evaluation = time.perf_counter() - began
     step = lab.seconds_per_step(todo[0][1], _TRIED_STEPS)
     each = lab.training.steps * step + len(lab.training.stops) * evaluation
     return Cost(trainings, trainings - len(todo), len(todo) * each)

@@ -92,13 +92,13 @@ def fold(
     """Run the model over the batches and add their gradients to ``sums``.
 
     Args:
-        drawn: with labels drawn from the model, the same whenever the same batches come.
+        drawn: with labels drawn from the model, the same whenever the same samples come, in whatever batches.
     """
     folded = Folded()
     probe = Probe(model, task, reductions={"sums": sums}, logits=False, skip_unsupported=skip_unsupported)
-    for i, batch in enumerate(batches):
+    for batch in batches:
         if drawn:
-            probe.task = Sampled(task, seed=i)
+            probe.task = Sampled(task, first=folded.samples)
         signals = probe(batch)
         with_loss = ~signals.losses.isnan()
         folded.samples += len(with_loss)

@@ -16,8 +16,8 @@ help:
 	@echo "make demo        score, select and train on digits with wrong labels (under 90 s after set-up)"
 	@echo "make demo-text   find planted junk in text with SmolLM2-135M"
 	@echo "make test        lint, types, native tests under sanitizers, test suite"
-	@echo "make test-long   both compile tables, the slow tests, and the suite under OpenBLAS's kernels for four processors"
-	@echo "                 and two of assay's instruction sets (hours)"
+	@echo "make test-long   both compile tables, all instruction sets under sanitizers, the slow tests, and the suite under"
+	@echo "                 OpenBLAS's kernels for four processors and two of assay's instruction sets (hours)"
 	@echo "make compile-table  compile every GPU kernel for sm_80, 90 and 100; registers, spills, shared memory (no GPU)"
 	@echo "make compile-table-36  the same with Triton 3.6, and both versions' inner loops side by side"
 	@echo "make bench       roofline table of the kernels"
@@ -55,8 +55,9 @@ chromium:
 	@command -v chromium > /dev/null || \
 	  { echo "make test needs Chromium: apt-get install --no-install-recommends chromium"; exit 1; }
 
-# Most tests have one thread's work, so two processes share it; files stay whole, for their fixtures' sake.
-SUITE := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 20
+# Most tests have one thread's work, so two processes share it: each has half of the tests in their order, files whole for
+# their fixtures' sake, and takes from the other's end when it is done.
+SUITE := $(BIN)/python -m pytest -n 2 --dist worksteal --durations 20
 test: chromium setup
 	$(MAKE) -j 2 --output-sync=target --no-print-directory lint native-sanitize
 	OMP_NUM_THREADS=1 $(SUITE) -m "not slow"
@@ -67,6 +68,7 @@ SETTINGS := $(addprefix OPENBLAS_CORETYPE=,Haswell SkylakeX Zen Prescott) $(addp
 TABLE := tests/kernels/test_compile.py::test_every_kernel_compiles_without_spills
 RUNS_HERE := import numpy, assay; assay.ops.build_info(); numpy.ones((99, 99)) @ numpy.ones((99, 99))
 test-long: setup compile-table-36
+	$(MAKE) native-sanitize SANITIZED=0
 	OMP_NUM_THREADS=1 $(SUITE) -m slow
 	@failed=; for setting in $(SETTINGS); do \
 	  if ! env $$setting $(BIN)/python -c "$(RUNS_HERE)" 2> /dev/null; then echo "$$setting: not on this processor"; \
@@ -86,8 +88,10 @@ stubs: setup
 	$(BIN)/stubgen -q -m assay._native -m assay._cuda -o python
 	$(BIN)/ruff format -q python/assay/_native.pyi python/assay/_cuda.pyi
 
-# Of what this processor cannot run there is nothing to sanitize; the package itself is built for everything.
-ISAS := import assay._native as n; print(*(name for name, runs in n.instruction_sets() if runs and name != "scalar"), sep=";")
+# Of what this processor cannot run there is nothing to sanitize; the package itself is built for everything. The widest
+# of the rest, beside scalar code; `make test-long` has all of them.
+SANITIZED ?= -1
+ISAS := import assay._native as n; print(*[name for name, runs in n.instruction_sets() if runs and name != "scalar"][$(SANITIZED):], sep=";")
 native-sanitize: setup
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCMAKE_BUILD_TYPE=Debug \
 	  -DASSAY_ISAS="$$($(BIN)/python -c '$(ISAS)')" -DASSAY_NATIVE_TESTS=ON -DASSAY_WERROR=ON -DASSAY_SANITIZE=address,undefined > /dev/null

@@ -350,6 +350,7 @@ def wait_for(condition) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_no_worker_outlives_the_process_that_started_it(project, monkeypatch):
     """Workers start here as they do for everybody."""
     monkeypatch.setattr(processes, "START", "spawn")
@@ -402,7 +403,8 @@ class Killer(threading.Thread):
                 self.left -= 1
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [4, 20])
 def test_kills_at_random_moments_lose_nothing_and_double_nothing(project, small_blocks, monkeypatch, kills):
     for i in range(3 * kills):
         project.write_shard(f"part{i % 3}/{i:03}.jsonl", make_rows(30, 100 + i))

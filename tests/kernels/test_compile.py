@@ -30,6 +30,7 @@ def compiling(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], cwd=root, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_kernel_compiles_without_spills() -> None:
     """``make test-long`` compiles every kernel with every tile and pair of types for every target."""

@@ -74,6 +74,7 @@ def test_mixed_types(shape: tuple[int, int, int, int], types: tuple[torch.dtype,
     check(*draw(*shape, types))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU runs its own generation's tiles")
 @pytest.mark.parametrize("generation", [8, 9, 10, 12])
 @pytest.mark.parametrize("types", TYPES[:2])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from tests.kernels.sass import parse, per_logit
 from tests.kernels.test_compile import compiling
 
@@ -74,6 +76,7 @@ print(json.dumps([sass.per_logit(code, columns, 32 * launch.num_warps), names.co
 """
 
 
+@pytest.mark.slow
 def test_two_models_logits_cost_thirty_two_instructions_together_in_the_second_sweep() -> None:
     """On Hopper, every field with labels, beside the one loop of both products."""
     run = compiling("-c", PAIR)
@@ -83,6 +86,7 @@ def test_two_models_logits_cost_thirty_two_instructions_together_in_the_second_s
     assert (by_descriptor, by_address) == (4, 0)
 
 
+@pytest.mark.slow
 def test_a_logit_of_the_first_sweep_costs_twelve_instructions_at_most() -> None:
     """On Hopper, beside its product, whose loop has both operands loaded by descriptors."""
     run = compiling("-c", COUNTING)

@@ -114,6 +114,34 @@ def test_what_is_wrong_is_named(project: Project) -> None:
     assert sorted(path.name for path in out.iterdir()) == ["note.txt"]
 
 
+def test_no_target_that_the_scores_depend_on_is_written_over(project: Project) -> None:
+    """A folder of them, one that holds them, a glob that would match the tables, and a link that leads there."""
+    targets, globbed, linked = (project.root / name for name in ("targets", "globbed", "linked"))
+    project.write_shard("../targets/t.jsonl", [{"id": "t", "text": "one two three"}])
+    project.write_shard("../globbed/g.parquet", [{"id": "g", "text": "four five six"}])
+    paths = {"t": {"path": "targets"}, "g": {"path": "globbed/*.parquet"}}
+    methods = [{"method": "minhash"}, {"method": "dsir"}]
+    other = project.write_recipe(methods=methods, targets=paths, output="with targets")
+    run(load_recipe(str(other)))
+    project.write_recipe()
+    linked.mkdir()
+    (linked / "b").symlink_to(targets)
+    before = sorted(project.root.rglob("*"))
+    for out, said in (
+        (targets, "targets must not lie in each other"),
+        (targets / "in", "targets must not lie in each other"),
+        (globbed, r"globbed/\*\.parquet must not lie in each other"),
+        (linked, "out of"),
+    ):
+        with pytest.raises(CorpusError, match=said):
+            find_duplicates(str(project.root / "with targets"), str(out))
+    assert sorted(project.root.rglob("*")) == before
+    out = project.root / "of targets"
+    find_duplicates(str(project.root / "with targets"), str(out))
+    with pytest.raises(CorpusError, match="targets must not lie in each other"):  # they are remembered
+        curate(str(out), "copies", RuleOptions(top="1.0", by="copies").rule(), str(targets))
+
+
 def test_the_command_line_finds_and_selects(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     """Beside the scores of another recipe over the same corpus."""
     other = project.write_recipe(methods=[{"method": "dsir"}], targets={"t": {"path": "data/a.jsonl"}}, output="others")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from typing import NamedTuple
 
+from assay._version import __version__
 from assay.corpus.errors import CorpusError
-from assay.corpus.footer import Identity, Manifest, open_table
-from assay.corpus.layout import MANIFEST, quarantine_path
+from assay.corpus.footer import Identity, Manifest, TableColumn, canonical_hash, open_table
+from assay.corpus.layout import MANIFEST, quarantine_path, table_path
 from assay.corpus.named_files import changed_file
 from assay.corpus.quarantine import read_quarantine
 from assay.corpus.shards import Corpus, Shard, find_shards
@@ -83,6 +86,38 @@ def read_manifest(store: Store) -> Manifest:
         raise CorpusError(f"{store.url}: no {MANIFEST}; expected a folder of `assay score`") from error
     except ValueError as error:
         raise CorpusError(f"{store.full(MANIFEST)}: not a manifest of `assay score`") from error
+
+
+def write_manifest(
+    output: Store,
+    identity: Identity,
+    corpus_path: str,
+    inputs: Sequence[str],
+    columns: Sequence[TableColumn],
+    shards: Sequence[Shard],
+) -> None:
+    """Write what a scores folder says about all of its tables: the inverse of `read_manifest`.
+
+    Args:
+        identity: what its scores follow from.
+        corpus_path: the corpus that they are about, with these ``shards``.
+        inputs: the paths of all other corpora that they depend on.
+        columns: the scores of every table.
+    """
+    manifest = {
+        "format": 1,
+        "version": __version__,
+        "corpus": corpus_path,
+        "inputs": sorted(inputs),
+        "recipe": identity.recipe,
+        "recipe_hash": canonical_hash(identity.recipe),
+        "models": identity.models,
+        **({"corpora": identity.corpora} if identity.corpora else {}),
+        "seed": identity.recipe["seed"],
+        "columns": [column.model_dump() for column in columns],
+        "shards": [{"path": shard.path, "table": table_path(shard)} for shard in shards],
+    }
+    output.write_text(MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
 
 
 def find_corpus(now: str | None, then: str) -> Corpus:

@@ -12,20 +12,18 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from assay._version import __version__
 from assay.corpus.claim import claim
 from assay.corpus.errors import CorpusError
 from assay.corpus.footer import Footer, Identity, TableColumn, canonical_hash, find_table
 from assay.corpus.layout import MANIFEST, quarantine_path, table_path
 from assay.corpus.quarantine import list_digest
 from assay.corpus.score_files import ScoreWriter
-from assay.corpus.scores_folder import Scores, State, open_scores
-from assay.corpus.shards import Shard, refuse_overlap
+from assay.corpus.scores_folder import Scores, State, open_scores, write_manifest
+from assay.corpus.shards import Shard, refuse_overlap, refuse_overlap_with_inputs
 from assay.corpus.storage import Store
 from assay.corpus.tables import count_nan
 from assay.curate.rows import Tables, read_batches
@@ -96,16 +94,15 @@ def find_duplicates(
     scores = open_scores(scores_url, corpus_path)
     tables, rows = scored_shards(scores), _rows_of_a_band(scores, name)
     output = Store.at(output_url)
-    refuse_overlap(output, scores.corpus_path, scores.corpus, [table_path(shard) for shard, _ in tables])
-    if output.holds(scores.store) or scores.store.holds(output):
-        raise CorpusError(f"{output.url}: is the folder of the scores, or in it; choose another output")
+    _refuse_inputs(output, scores)
     identity = _identity(scores, tables, name)
     _refuse_others(output, identity)
     signatures = _read(scores, tables, name, rows)
     copies, similarity = _copies(signatures), _similarity(signatures, rows)
     similarity[copies > 0] = 1
     with claim(output, canonical_hash(identity.recipe)):
-        output.write_text(MANIFEST, json.dumps(_manifest(scores, identity), indent=2, ensure_ascii=False) + "\n")
+        shards = [status.shard for status in scores.shards]
+        write_manifest(output, identity, scores.corpus_path, scores.inputs, COLUMNS, shards)
         start = 0
         for shard, table in tables:
             own = slice(start, start := start + table.scored)
@@ -141,6 +138,16 @@ def _identity(scores: Scores, tables: Tables, name: str) -> Identity:
         "seed": scores.identity.recipe.get("seed", 0),
     }
     return Identity(recipe=recipe, models={}, corpora={"corpus": canonical_hash(seen)})
+
+
+def _refuse_inputs(output: Store, scores: Scores) -> None:
+    """CorpusError if what is written would fall on the scores, or on a corpus that they are about or depend on."""
+    if output.holds(scores.store) or scores.store.holds(output):
+        raise CorpusError(f"{output.url}: is the folder of the scores, or in it; choose another output")
+    written = [path(status.shard) for status in scores.shards for path in (table_path, quarantine_path)]
+    refuse_overlap(output, scores.corpus_path, scores.corpus, written)
+    refuse_overlap_with_inputs(output, scores.inputs, written)
+    output.refuse_detours(written)
 
 
 def _refuse_others(output: Store, identity: Identity) -> None:
@@ -232,23 +239,6 @@ def _groups(keys: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.int64], npt.ND
     new = np.concatenate([[True], ordered[1:] != ordered[:-1]])[: len(order)]
     starts = np.maximum.accumulate(np.where(new, np.arange(len(order)), 0)) if len(order) else order
     return order, starts
-
-
-def _manifest(scores: Scores, identity: Identity) -> dict[str, Any]:
-    shards = [status.shard for status in scores.shards]
-    return {
-        "format": 1,
-        "version": __version__,
-        "corpus": scores.corpus_path,
-        "inputs": [],
-        "recipe": identity.recipe,
-        "recipe_hash": canonical_hash(identity.recipe),
-        "models": {},
-        "corpora": identity.corpora,
-        "seed": identity.recipe["seed"],
-        "columns": [column.model_dump() for column in COLUMNS],
-        "shards": [{"path": shard.path, "table": table_path(shard)} for shard in shards],
-    }
 
 
 def _write(

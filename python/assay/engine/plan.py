@@ -6,11 +6,10 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
-from assay._version import __version__
+from assay.corpus import scores_folder
 from assay.corpus.errors import CorpusError
-from assay.corpus.footer import Identity, Manifest, Table, Tally, canonical_hash, open_table
+from assay.corpus.footer import Identity, Manifest, Table, TableColumn, Tally, open_table
 from assay.corpus.layout import MANIFEST, RESOLVED_RECIPE, files_path, quarantine_path, table_path
 from assay.corpus.named_files import changed_file
 from assay.corpus.shards import Corpus, Shard, find_shards, refuse_overlap
@@ -169,18 +168,7 @@ def write_manifest(plan: Plan, columns: Sequence[Column]) -> None:
     A CorpusError if files of these names are there that no run wrote.
     """
     refuse_strangers(plan.output)
-    manifest: dict[str, Any] = {
-        "format": 1,
-        "version": __version__,
-        "corpus": plan.recipe.corpus.path,
-        "inputs": sorted(plan.recipe.fitted_to().values()),
-        "recipe": plan.identity.recipe,
-        "recipe_hash": canonical_hash(plan.identity.recipe),
-        "models": plan.identity.models,
-        **({"corpora": plan.identity.corpora} if plan.identity.corpora else {}),
-        "seed": plan.recipe.seed,
-        "columns": [vars(column) for column in columns],
-        "shards": [{"path": shard.path, "table": table_path(shard)} for shard in plan.corpus.shards],
-    }
-    plan.output.write_text(MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
-    plan.output.write_text(RESOLVED_RECIPE, plan.recipe.to_yaml())
+    recipe, named = plan.recipe, [TableColumn(**vars(column)) for column in columns]
+    inputs = list(recipe.fitted_to().values())
+    scores_folder.write_manifest(plan.output, plan.identity, recipe.corpus.path, inputs, named, plan.corpus.shards)
+    plan.output.write_text(RESOLVED_RECIPE, recipe.to_yaml())

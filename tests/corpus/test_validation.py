@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import shutil
@@ -15,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from assay.cli import main
-from assay.corpus import table_checks
+from assay.corpus import storage, table_checks
 from assay.corpus.claim import CLAIM, claim
 from assay.corpus.errors import CorpusError
 from assay.corpus.footer import Footer, Identity, InputFacts, RowCounts, TableColumn
@@ -322,6 +324,68 @@ def test_numbers_of_lists(kind):
     count = table_checks._check_numbers("x", array, np.arange(10, 15), faults)
     assert count == (3 if pa.types.is_fixed_size_list(kind) else 1)
     assert faults.lines() == ["x is infinite: in row 12, and 1 more"]
+
+
+class Failing(io.BytesIO):
+    """An open file that cannot be read just now."""
+
+    def read(self, size=-1):
+        raise OSError(errno.EIO, "planted")
+
+    readinto = readline = read1 = read
+
+
+@pytest.fixture
+def plant(monkeypatch):
+    """A fault of storage: of a file that is opened, or read, or read when its footer has been; or of a folder that is
+    listed."""
+    opened, files, faulty = storage._open_regular, Store.files, {}
+
+    def open_regular(full):
+        how = next((how for end, how in faulty.items() if full.endswith(end)), None)
+        if how == "opened":
+            raise TimeoutError(errno.ETIMEDOUT, "planted", full)
+        if how == "rows":
+            faulty[next(end for end in faulty if full.endswith(end))] = "read"
+        return Failing() if how == "read" else opened(full)
+
+    def listed(store):
+        if any(how == "listed" and store.root.endswith(end) for end, how in faulty.items()):
+            raise OSError(errno.ESTALE, "planted", store.root)
+        return files(store)
+
+    monkeypatch.setattr(storage, "_open_regular", open_regular)
+    monkeypatch.setattr(Store, "files", listed)
+    return faulty
+
+
+@pytest.mark.parametrize(
+    ("end", "how", "named"),
+    [
+        ("scores/a.parquet", "opened", "a.parquet: could not be checked ([Errno 110] planted"),
+        ("scores/a.parquet", "rows", "a.parquet: could not be checked ([Errno 5] planted"),
+        ("data/a.parquet", "opened", "a.parquet: could not be checked ([Errno 110] planted"),
+        ("data/deep/b.jsonl", "read", "deep/b.parquet: could not be checked ([Errno 5] planted"),
+        ("quarantine/torn.jsonl", "opened", "torn.parquet: could not be checked ([Errno 110] planted"),
+        ("scores", "listed", "scores: what lies about besides could not be listed ([Errno 116] planted"),
+    ],
+)
+def test_storage_that_fails_costs_one_table_and_the_rest_is_checked(copied, plant, capsys, end, how, named):
+    edit(copied, "bad.parquet", with_value("loss", 2, np.inf))
+    plant[end] = how
+    arguments = ["validate", str(copied / "scores"), "--corpus", str(copied / "data")]
+    assert main(arguments) == 1
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    assert sum(named in line and line.endswith("; validate again") for line in lines) == 1
+    assert "bad.parquet: loss is infinite: in row 2" in lines
+    assert said.err.endswith("scores: 2 problems\n")
+    assert ("1 tables could not be checked" in said.out) == (how != "listed")
+    plant[end] = how
+    assert main([*arguments, "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["unchecked"] == (how != "listed")
+    plant.clear()
+    assert problems(copied) == ["bad.parquet: loss is infinite: in row 2"]
 
 
 def test_the_command(copied, capsys, monkeypatch):

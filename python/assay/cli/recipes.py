@@ -118,4 +118,6 @@ def _say_found(scores: str, found: Validated, listed: int) -> None:
         say("a run is writing into this folder: what it has not done yet counts as missing")
     rows = f"rows {found.scored + found.quarantined:,} = scored {found.scored:,} + quarantined {found.quarantined:,}"
     shards = f"{found.shards:,} shards ({found.unreadable:,} unreadable)"
+    if found.unchecked:
+        say(f"{found.unchecked:,} tables could not be checked: storage failed, and may answer when it is asked again")
     say(f"{scores}: {'' if found.problems else 'fine; '}{shards}, {rows}")

@@ -41,6 +41,8 @@ class Checked:
     quarantined: int = 0
     unreadable: bool = False
     """The shard could not be read when it was scored: a list says so in place of a table."""
+    unchecked: str = ""
+    """Why it could not be looked at to its end, if storage failed in a way that may pass."""
 
 
 class _Faults:
@@ -67,7 +69,7 @@ class _Faults:
 def check_shard(store: Store, shard: Shard, manifest: Manifest) -> Checked:
     """Look at a shard, its score table under ``store`` and its list of quarantined rows."""
     problems: list[str] = []
-    faults, table = _Faults(), None
+    faults, table, unchecked = _Faults(), None, ""
     try:
         table = find_table(store, shard)
         if table is None:
@@ -81,12 +83,13 @@ def check_shard(store: Store, shard: Shard, manifest: Manifest) -> Checked:
         problems.append(str(error).removeprefix(f"{store.full(table_path(shard))}: "))
     except (pa.ArrowException, OSError, ValueError) as error:
         if may_pass(error):
-            raise
-        problems.append(f"cannot be read to its end ({_one_line(error)}); move it away to have it made again")
+            unchecked = _one_line(error)
+        else:
+            problems.append(f"cannot be read to its end ({_one_line(error)}); move it away to have it made again")
     problems += faults.lines()
     if table is None:
-        return Checked(problems)
-    return Checked(problems, table.file.rows, table.footer.rows.quarantined)
+        return Checked(problems, unchecked=unchecked)
+    return Checked(problems, table.file.rows, table.footer.rows.quarantined, unchecked=unchecked)
 
 
 def _without_table(store: Store, shard: Shard) -> Checked:
@@ -115,6 +118,8 @@ def _input_problems(store: Store, shard: Shard, table: Table) -> Iterator[str]:
         elif changed := changed_file(store, shard, table.footer.input.files):
             yield f"{shard.path}: {changed}"
     except OSError as error:
+        if may_pass(error):
+            raise
         yield f"{shard.path} cannot be looked at: {error.strerror or _one_line(error)}"
 
 
@@ -143,6 +148,8 @@ def _check_rows(
         try:
             _compare(parquet, shard, read_quarantine(store, shard), table, faults)
         except ShardError as error:
+            if (cause := error.__cause__) is not None and may_pass(cause):
+                raise cause from None
             faults.add("the shard cannot be read", str(error))
 
 

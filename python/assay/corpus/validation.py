@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 from assay.corpus.claim import CLAIM, is_claimed
 from assay.corpus.errors import CorpusError
@@ -14,7 +15,7 @@ from assay.corpus.footer import Manifest
 from assay.corpus.layout import MANIFEST, files_path, quarantine_path, table_path
 from assay.corpus.scores_folder import find_corpus, read_manifest
 from assay.corpus.shards import Corpus
-from assay.corpus.storage import ABANDONED_AFTER_SECONDS, Store
+from assay.corpus.storage import ABANDONED_AFTER_SECONDS, Store, may_pass
 from assay.corpus.table_checks import check_shard
 from assay.corpus.tables import score_schema
 
@@ -36,7 +37,10 @@ class Problem:
 
 @dataclass
 class Validated:
-    """What was looked at: ``scored`` and ``quarantined`` rows, and ``unreadable`` shards, which a list names whole."""
+    """What was looked at: ``scored`` and ``quarantined`` rows, and ``unreadable`` shards, which a list names whole.
+
+    Of the ``problems``, ``unchecked`` are of shards that nothing is known of: storage failed, and may answer later.
+    """
 
     shards: int
     running: bool | None
@@ -44,6 +48,7 @@ class Validated:
     scored: int = 0
     quarantined: int = 0
     unreadable: int = 0
+    unchecked: int = 0
     problems: int = 0
 
 
@@ -57,7 +62,8 @@ def validate_scores(
     Args:
         url: the folder.
         corpus_path: where the corpus is now, if it has moved.
-        on_problem: is called with each as it is found.
+        on_problem: is called with each as it is found. Where storage fails in a way that may pass, that is a problem of
+            the table or folder that was looked at, and the next ones are looked at all the same.
 
     Raises:
         CorpusError: it is no scores folder, or its corpus is not there.
@@ -82,13 +88,21 @@ def validate_scores(
         checked = check_shard(store, shard, manifest)
         for what in checked.problems:
             report(table_path(shard), what)
+        if checked.unchecked:
+            report(table_path(shard), f"could not be checked ({checked.unchecked}); validate again")
         result.scored += checked.scored
         result.quarantined += checked.quarantined
         result.unreadable += checked.unreadable
-    for problem in _leftovers(store, result.running):
-        report(problem.path, problem.what)
-    for problem in _strays(store, corpus):
-        report(problem.path, problem.what)
+        result.unchecked += bool(checked.unchecked)
+    try:
+        for problem in chain(_leftovers(store, result.running), _strays(store, corpus)):
+            report(problem.path, problem.what)
+    except OSError as error:
+        if not may_pass(error):
+            raise
+        report(
+            store.url, f"what lies about besides could not be listed ({' '.join(str(error).split())}); validate again"
+        )
     return result
 
 

@@ -155,5 +155,5 @@ def test_many_files_are_asked_for_at_once_where_each_costs_a_request(store):
     assert [next(answers) for _ in range(300)] == list(range(300))
     with pytest.raises(OSError, match="no answer"):
         next(answers)
-    assert (most == 1) == store.is_local
-    assert len(begun) < 500
+    assert most > 1
+    assert len(begun) < (2000 if store.is_local else 500)

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
@@ -32,6 +33,7 @@ ABANDONED_AFTER_SECONDS = 3600.0
 # A manifest of 200,000 shards has some 30 MB.
 MAX_TEXT_BYTES = 256 << 20
 _REQUESTS_AT_ONCE = 16
+_THREADS_HERE, _FILES_AT_ONCE = 4, 64
 # Of a file itself: it is not there, not to be had, or none. Others, as EIO, ESTALE and EMFILE, may pass.
 _OF_FILE = (errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)  # the last one of a socket
 
@@ -201,20 +203,26 @@ class Store:
             return file.read(size)
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        """The function of each item, in order. It asks for files of this folder: elsewhere than here, where the answers
-        take their time, several are asked for at once, and a little ahead."""
-        if self.is_local:
-            yield from map(function, items)
+        """The function of each item, in order. It asks for files of this folder: several are asked for at once, and a
+        little ahead, for elsewhere than here, and where a folder here is mounted over a net, answers take their time.
+
+        What is handed to a thread is large enough here that handing over costs little beside it."""
+        threads, share = (_THREADS_HERE, _FILES_AT_ONCE) if self.is_local else (_REQUESTS_AT_ONCE, 1)
+        coming = iter(items)
+        shares = iter(lambda: list(islice(coming, share)), [])
+        first = next(shares, [])
+        if len(first) < share:  # not worth a thread
+            yield from map(function, first)
             return
-        pool = ThreadPoolExecutor(_REQUESTS_AT_ONCE)
+        pool = ThreadPoolExecutor(threads)
         try:
-            waiting: deque[Future[R]] = deque()
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) > 4 * _REQUESTS_AT_ONCE:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+            waiting: deque[Future[list[R | Exception]]] = deque()
+            for part in chain([first], shares, [[]] * 4 * threads):  # the last ones push out what still waits
+                waiting.append(pool.submit(_until_error, function, part))
+                for answer in waiting.popleft().result() if len(waiting) > 4 * threads else ():
+                    if isinstance(answer, Exception):
+                        raise answer
+                    yield answer
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -295,6 +303,17 @@ class Store:
                     if time.time() - os.lstat(full).st_mtime > older_than:
                         found.append(self.relative(full))
         return sorted(found)
+
+
+def _until_error(function: Callable[[T], R], items: Iterable[T]) -> list[R | Exception]:
+    """The function of each item, up to the first that raises an exception, which is the last of the answers."""
+    answers: list[R | Exception] = []
+    try:
+        for item in items:
+            answers.append(function(item))  # noqa: PERF401
+    except Exception as error:
+        answers.append(error)
+    return answers
 
 
 def may_pass(error: BaseException) -> bool:

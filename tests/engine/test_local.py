@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
+import sys
 import threading
 
 import fsspec
@@ -45,6 +47,33 @@ def test_a_run_writes_one_table_per_shard(project):
     assert table["id"].to_pylist() == [f"s1-{i}" for i in range(30)]
     assert {"mimic", "loss", "reference_loss", "rho", "ensemble_nll"} <= set(table.schema.names)
     assert table.schema.field("reference_loss").metadata[b"keep"] == b"low"
+
+
+SCORE_AND_WATCH = """
+import sys
+
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "pandas":
+            print("pandas is imported", file=sys.stderr)
+
+sys.meta_path.insert(0, Watch())
+from assay.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_run_does_not_wait_for_pandas(project):
+    """Which pyarrow imports in its first conversion of Python's values, or to numpy: as long as 10,000 rows take.
+
+    Of JSON lines it has to guess the types from values."""
+    (project.root / "data/deep/b.jsonl").unlink()
+    project.write_shard("c.parquet", [*make_rows(3, 7), {"id": "null", "pixels": None, "label": None}])
+    command = [sys.executable, "-c", SCORE_AND_WATCH, "score", str(project.path), "--quiet"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stderr.startswith("assay: not everything was scored"), run.stderr
+    assert len(project.tables()) == 2
 
 
 def test_the_footer_answers_what_made_the_table(project):

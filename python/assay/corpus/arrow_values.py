@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from assay.corpus.arrow_numpy import numbers_of
 from assay.corpus.errors import ShardError
 
 EXTENSION_KEY = b"ARROW:extension:name"
@@ -97,7 +98,7 @@ def _plain(array: pa.Array) -> pa.Array:
 def run_places(array: pa.RunEndEncodedArray) -> npt.NDArray[np.int64]:
     """For each row the place of its value among the values of a run-end encoded array."""
     rows = np.arange(array.offset, array.offset + len(array))
-    return np.searchsorted(array.run_ends.to_numpy(), rows, side="right")
+    return np.searchsorted(numbers_of(array.run_ends), rows, side="right")
 
 
 def dense_type(kind: pa.DataType) -> pa.DataType:
@@ -132,9 +133,11 @@ def is_any(kind: pa.DataType, *names: str) -> bool:
 
 def _numeric_lists(array: pa.Array) -> list[npt.NDArray[Any] | None]:
     """Views into one flat array: an object per number would cost more than scoring. Nulls are NaN."""
-    flat = array.flatten().to_numpy(zero_copy_only=False)
+    flat = numbers_of(array.flatten())
     if flat.dtype == object:  # how pyarrow hands out Booleans with nulls
         flat = flat.astype(np.float32)
+    if pa.types.is_fixed_size_list(array.type) and not array.null_count:
+        return list(flat.reshape(len(array), array.type.list_size))
     sizes = pc.list_value_length(array).to_pylist()
     ends = np.cumsum([size or 0 for size in sizes])
     return [None if size is None else flat[end - size : end] for size, end in zip(sizes, ends.tolist(), strict=True)]

@@ -131,6 +131,20 @@ def check_features(name: str, value: object, size: int) -> npt.NDArray[np.float3
     return features
 
 
+def stacked_features(values: Sequence[object], size: int) -> npt.NDArray[np.float32] | None:
+    """(n, size): what `check_features` makes of n values, finite or not; None unless all are arrays of numbers, of this
+    size and of one shape and type."""
+    first = values[0] if values else None
+    if not isinstance(first, np.ndarray) or first.dtype.kind not in "biuf" or first.size != size:
+        return None
+    kind = (first.shape, first.dtype)
+    arrays = [v for v in values if isinstance(v, np.ndarray) and (v.shape, v.dtype) == kind]
+    if len(arrays) < len(values):
+        return None
+    with np.errstate(over="ignore"):
+        return np.stack(arrays).astype(np.float32).reshape(len(arrays), size)
+
+
 def check_id(name: str, value: object) -> str:
     """A string or an integer (or UUID), as a string."""
     if value is None:

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from assay.corpus import format as limits
+from assay.corpus.arrow_numpy import array_of, filled_numbers_of, numbers_of
 from assay.corpus.arrow_values import dense_type, is_any, run_places, values_of
 from assay.corpus.dotted import Path, paths_of
 from assay.corpus.errors import ShardError
@@ -177,7 +178,7 @@ def _row_bytes(array: pa.Array) -> npt.NDArray[np.int64]:
     if isinstance(array, pa.ExtensionArray):
         return _row_bytes(array.storage)
     if pa.types.is_dictionary(kind):
-        indices = array.indices.fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+        indices = _filled(array.indices)
         of_values = _row_bytes(array.dictionary)
         return of_values[indices] if len(of_values) else np.zeros(len(array), np.int64)
     if pa.types.is_run_end_encoded(kind):
@@ -191,7 +192,9 @@ def _row_bytes(array: pa.Array) -> npt.NDArray[np.int64]:
         return _filled(pc.binary_length(array))
     if is_any(kind, "list", "large_list", "map", "list_view", "large_list_view"):
         mean = -(-array.values.nbytes // max(1, len(array.values)))
-        lengths = pa.array(np.diff(array.offsets)) if not _is_list_view(kind) else pc.list_value_length(array)
+        lengths = (
+            array_of(np.diff(numbers_of(array.offsets))) if not _is_list_view(kind) else pc.list_value_length(array)
+        )
         return _filled(lengths) * np.int64(mean)
     if pa.types.is_struct(kind):
         return _sum([_row_bytes(array.field(i)) for i in range(kind.num_fields)], len(array))
@@ -203,7 +206,7 @@ def _is_list_view(kind: pa.DataType) -> bool:
 
 
 def _filled(lengths: pa.Array) -> npt.NDArray[np.int64]:
-    filled: npt.NDArray[np.int64] = lengths.fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+    filled: npt.NDArray[np.int64] = filled_numbers_of(lengths).astype(np.int64)
     return filled
 
 

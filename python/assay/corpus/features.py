@@ -19,6 +19,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from assay.corpus.arrow_numpy import array_of, numbers_of, strings_of
 from assay.corpus.errors import CorpusError
 from assay.corpus.footer import differences
 from assay.corpus.storage import Store, may_pass
@@ -140,10 +141,10 @@ class FeatureWriter:
                 f"features: expected {'no' if spec.extra is None else f'({count},)'} extra numbers, got {found}"
             )
         stored, scales = self._convert(features.detach().cpu())
-        column = pa.FixedSizeListArray.from_arrays(pa.array(_bits(stored).reshape(-1)), type=self._schema.field(2).type)
-        columns = [pa.array(row_array), pa.array(ids, pa.string()), column]
+        column = pa.FixedSizeListArray.from_arrays(array_of(_bits(stored).reshape(-1)), type=self._schema.field(2).type)
+        columns = [array_of(row_array), strings_of(ids), column]
         extra = None if extra is None else extra.detach().cpu().float()
-        columns += [pa.array(t.numpy(), from_pandas=False) for t in (scales, extra) if t is not None]
+        columns += [array_of(t.numpy()) for t in (scales, extra) if t is not None]
         self._held.append(pa.RecordBatch.from_arrays(columns, schema=self._schema))
         self.rows += count
         if sum(batch.num_rows for batch in self._held) >= spec.batch_rows:
@@ -182,7 +183,7 @@ class FeatureWriter:
         whole = table.num_rows if last else table.num_rows // size * size
         for batch in table.slice(0, whole).to_batches(max_chunksize=size):
             # Arrow writes a slice of strings with the bytes that follow it, up to its padding; a copy has none.
-            ids = batch.column("id").take(pa.array(np.arange(batch.num_rows)))
+            ids = batch.column("id").take(array_of(np.arange(batch.num_rows)))
             self._stream.write_batch(batch.set_column(1, self._schema.field("id"), ids))
         self._held = table.slice(whole).to_batches()
 
@@ -400,7 +401,7 @@ def _unpack(batch: pa.RecordBatch, spec: FeatureSpec, where: str) -> FeatureBatc
         features = features.view(torch.bfloat16)
     scales = _tensor(batch.column("scale")) if spec.dtype == "int8" else None
     extra = None if spec.extra is None else _tensor(batch.column(spec.extra))
-    return FeatureBatch(features.reshape(-1, spec.dim), scales, batch.column("row").to_numpy(), ids, extra)
+    return FeatureBatch(features.reshape(-1, spec.dim), scales, numbers_of(batch.column("row")), ids, extra)
 
 
 def _tensor(numbers: pa.Array) -> Tensor:

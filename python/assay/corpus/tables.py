@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from assay.corpus.arrow_numpy import array_of, strings_of
+
 METADATA_KEY = b"assay"
 ROW_AND_ID = (pa.field("row", pa.int64(), nullable=False), pa.field("id", pa.string(), nullable=False))
 
@@ -62,7 +64,7 @@ def make_table(
     lengths = {"row": len(row_array), "id": len(ids)} | {name: len(scores[name]) for name in wanted}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"columns of a score table differ in length: {lengths}")
-    arrays = [pa.array(row_array), pa.array(ids, pa.string())]
+    arrays = [array_of(row_array), ids.cast(pa.string()) if isinstance(ids, pa.Array) else strings_of(ids)]
     arrays += [_array(scores[c.name], c) for c in columns]
     return pa.Table.from_arrays(arrays, schema=schema)
 
@@ -89,11 +91,10 @@ def _array(values: npt.NDArray[Any], column: ScoreColumn) -> pa.Array:
     if values.shape[1:] != shape or (width is None and values.ndim != 2):
         expected = "(N,)" if width == 1 else f"(N, {'T' if width is None else width})"
         raise ValueError(f"score {column.name!r} has shape {values.shape}; expected {expected}")
-    # from_pandas=False: a NaN score is a score that is not a number, not a missing one.
     if width == 1:
-        return pa.array(values, from_pandas=False)
+        return array_of(values)
     if width is not None:
-        return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel(), from_pandas=False), width)
+        return pa.FixedSizeListArray.from_arrays(array_of(values.ravel()), width)
     held = ~np.isnan(values)
     lengths = np.where(held.any(1), values.shape[1] - held[:, ::-1].argmax(1), 0) if values.size else held.sum(1)
     return _lists([row[:length] for row, length in zip(values, lengths.tolist(), strict=True)])
@@ -102,7 +103,7 @@ def _array(values: npt.NDArray[Any], column: ScoreColumn) -> pa.Array:
 def _lists(rows: Sequence[npt.NDArray[np.float32]]) -> pa.Array:
     offsets = np.cumsum([0, *map(len, rows)]).astype(np.int32)
     flat = np.concatenate([np.empty(0, np.float32), *rows])
-    return pa.ListArray.from_arrays(offsets, pa.array(flat, from_pandas=False))
+    return pa.ListArray.from_arrays(array_of(offsets), array_of(flat))
 
 
 def read_metadata(schema: pa.Schema) -> dict[str, Any]:

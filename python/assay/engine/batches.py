@@ -90,8 +90,9 @@ def score_samples(
             elif len(batch) > 1:
                 budget.ran_out(padded)
         if result is not None:
+            places = np.array(batch)
             for name, values in result.items():
-                _put(scores[name], columns[name], batch, values.numpy(), samples)
+                _put(scores[name], columns[name], places, values.numpy(), samples)
         elif len(batch) == 1:
             failed[batch[0]] = f"ran out of memory on its own, at length {samples[batch[0]].encoded.length}"
         else:
@@ -115,10 +116,14 @@ def _no_scores(column: Column, count: int) -> npt.NDArray[Any]:
 
 
 def _put(
-    scores: npt.NDArray[Any], column: Column, batch: Sequence[int], values: npt.NDArray[Any], samples: Sequence[Sample]
+    scores: npt.NDArray[Any],
+    column: Column,
+    batch: npt.NDArray[np.int64],
+    values: npt.NDArray[Any],
+    samples: Sequence[Sample],
 ) -> None:
     """A batch's scores at its samples' places, without those of padding."""
-    lengths = [samples[i].encoded.length for i in batch]
+    lengths = [samples[i].encoded.length for i in batch] if column.width is None else [0]
     per_token = (len(batch), max(lengths))
     if values.shape != (per_token if column.width is None else (len(batch), *scores.shape[1:])):
         raise ValueError(f"{column.name}: {values.shape} scores for a batch of {len(batch)} samples")
@@ -136,7 +141,8 @@ def make_batches(samples: Sequence[Encoded], limits: BatchSpec) -> list[list[int
     """
     batches: list[list[int]] = []
     first: Encoded | None = None
-    for i in sorted(range(len(samples)), key=lambda i: (-samples[i].length, samples[i].shape)):
+    keys = [(-sample.length, sample.shape) for sample in samples]
+    for i in sorted(range(len(samples)), key=keys.__getitem__):
         own, batch = samples[i], batches[-1] if batches else []
         is_full = len(batch) == limits.samples or (first and first.length * (len(batch) + 1) > limits.tokens)
         if first is None or is_full or own.shape != first.shape:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from assay.corpus.checks import SeenIds, check_id
 from assay.corpus.errors import BadRow
@@ -18,8 +18,7 @@ from assay.recipe.tasks import Encoded, Encoder, ReadsFiles, attempt
 ROWS_AT_ONCE = 128
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """A row that is ready to be scored."""
 
     row: int
@@ -27,8 +26,7 @@ class Sample:
     encoded: Encoded
 
 
-@dataclass(frozen=True)
-class Rejected:
+class Rejected(NamedTuple):
     """A row that is not, and why."""
 
     row: int
@@ -83,11 +81,11 @@ class RowReader:
 
     def _encoded(self, chunk: Chunk, offsets: Sequence[int]) -> Iterator[Encoded | BadRow]:
         """The chunk's rows at these offsets, in order."""
+        columns = [chunk.columns[name] for name in self._encoder.columns]
         for start in range(0, len(offsets), ROWS_AT_ONCE):
             part = offsets[start : start + ROWS_AT_ONCE]
-            yield from self._encoder.encode(
-                [tuple(chunk.columns[name][i] for name in self._encoder.columns) for i in part]
-            )
+            values = [[column[i] for i in part] for column in columns]
+            yield from self._encoder.encode(list(zip(*values, strict=True)))
 
     def _ids(self, chunk: Chunk) -> list[str | BadRow]:
         if self._id_column is None:

@@ -47,11 +47,16 @@ class Share:
 
     def holds(self, row: int) -> bool:
         """Whether the row is in this part."""
-        return _block(row) % self.count == self.index
+        return self.count == 1 or _block(row) % self.count == self.index
 
 
 def _block(row: int) -> int:
     return row // (BLOCK_WINDOWS * WINDOW_ROWS)
+
+
+def _end_of_block(row: int) -> int:
+    """The first row of the block after that of ``row``."""
+    return (_block(row) + 1) * BLOCK_WINDOWS * WINDOW_ROWS
 
 
 @dataclass(frozen=True)
@@ -195,9 +200,11 @@ def _size(window: Window) -> int:
 def _scored(window: Window, samples: Sequence[Sample], scores: Scores, failed: Mapping[int, str]) -> Scored:
     rejected = [row for row in window.rows if isinstance(row, Rejected)]
     rejected += [Rejected(samples[i].row, samples[i].id, reason) for i, reason in failed.items()]
-    good = [i for i in range(len(samples)) if i not in failed]
-    rows, ids = [samples[i].row for i in good], [samples[i].id for i in good]
-    kept = {name: values[good] for name, values in scores.items()}
+    kept = scores
+    if failed:
+        good = [i for i in range(len(samples)) if i not in failed]
+        samples, kept = [samples[i] for i in good], {name: values[good] for name, values in scores.items()}
+    rows, ids = [sample.row for sample in samples], [sample.id for sample in samples]
     return Scored(window, rows, ids, kept, sorted(rejected, key=lambda bad: bad.row))
 
 
@@ -263,7 +270,7 @@ def _windows(
 ) -> Generator[Window, None, None]:
     """The share's rows, those of a few chunks at a time, and never of two blocks."""
     window: list[Sample | Rejected] = []
-    held = 0
+    held = end = 0
     with closing(read(shard, reader.columns, reader.optional)) as chunks:
         while True:
             with times.measure("read"):
@@ -274,11 +281,12 @@ def _windows(
             began = time.perf_counter()
             for row in rows:
                 # By bytes within a chunk, too: a thousand paths of images become as many images.
-                if window and (_block(row.row) != _block(window[0].row) or held >= WINDOW_BYTES):
+                if window and (row.row >= end or held >= WINDOW_BYTES):
                     times.encode += time.perf_counter() - began
                     yield Window(window, held, chunk.progress)
                     began = time.perf_counter()  # whoever took the window may have waited
                     window, held = [], 0
+                end = end if window else _end_of_block(row.row)
                 window.append(row)
                 held += row.encoded.nbytes + bytes_per_row if isinstance(row, Sample) else 0
             times.encode += time.perf_counter() - began

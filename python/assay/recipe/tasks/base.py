@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from torch import nn
 
@@ -23,8 +22,7 @@ T = TypeVar("T")
 Columns = Mapping[str, ColumnFacts]
 
 
-@dataclass(frozen=True)
-class Encoded:
+class Encoded(NamedTuple):
     """A row as its task wants it: what it costs in a batch, in tokens, and in memory while it waits. Samples of other
     ``shape``s share no batch."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -81,7 +80,9 @@ class LabelledEncoder:
         if isinstance(own, BadRow):
             return own
         label = attempt(self._labels.encode, value)
-        return label if isinstance(label, BadRow) else replace(own, data=(own.data, label))
+        if isinstance(label, BadRow):
+            return label
+        return Encoded((own.data, label), own.length, own.nbytes, own.shape)
 
     apart = False
 

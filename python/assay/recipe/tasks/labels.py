@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
+from functools import cached_property
 from typing import Annotated, Any
 
 import numpy as np
@@ -208,6 +209,8 @@ class ClassLabels:
 
     def encode(self, value: Any) -> int:
         """The class of a value. BadRow if it has none."""
+        if type(value) is int and self._is_index and 0 <= value < self.classes:
+            return value
         if isinstance(value, Decimal) and value.is_finite() and value == value.to_integral_value():
             value = int(value)
         if self.names is not None:
@@ -217,6 +220,11 @@ class ClassLabels:
             if self.places is None or not isinstance(value, str):
                 return check_label(self.column, value, self.classes)
         return self._place(value)
+
+    @cached_property
+    def _is_index(self) -> bool:
+        """Whether an integer is the class itself."""
+        return self.names is None and (self.places is None or self.ordered)
 
     def _place(self, value: Any) -> int:
         assert self.places is not None

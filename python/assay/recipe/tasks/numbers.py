@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from assay.corpus.checks import check_features
+from assay.corpus.checks import check_features, stacked_features
 from assay.corpus.errors import BadRow
 from assay.recipe.errors import EngineError
 from assay.recipe.tasks.base import Encoded, Models, attempt
@@ -39,7 +39,17 @@ class NumberInputs:
         return {}
 
     def encode(self, rows: Sequence[tuple[Any, ...]]) -> list[Encoded | BadRow]:
-        return [attempt(self._encode_row, *row) for row in rows]
+        """At once where all rows are arrays of one kind, and one by one those with a fault."""
+        values = [value for (value,) in rows]
+        together = stacked_features(values, self._size)
+        if together is None:
+            return [attempt(self._encode_row, value) for value in values]
+        whole: list[bool] = np.isfinite(together).all(1).tolist()  # type: ignore[assignment]
+        return [
+            # A copy: a view of one row would hold all of them.
+            Encoded(features.copy(), 1, features.nbytes) if is_whole else attempt(self._encode_row, value)
+            for features, is_whole, value in zip(together, whole, values, strict=True)
+        ]
 
     def _encode_row(self, value: Any) -> Encoded:
         features = check_features(self.columns[0], value, self._size)

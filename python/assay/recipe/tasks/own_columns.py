@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from assay.corpus.errors import BadRow
@@ -52,7 +52,7 @@ class WithColumns:
             return result
         more = sum(len(row[i]) for i in self._more if isinstance(row[i], str | bytes))
         data = _Row(result.data, tuple(row[i] for i in self._places))
-        return replace(result, data=data, nbytes=result.nbytes + more)
+        return result._replace(data=data, nbytes=result.nbytes + more)
 
     def collate(self, data: Sequence[_Row]) -> Views:
         raw = {column: [row.raw[i] for row in data] for i, column in enumerate(self._raw)}

@@ -1,0 +1,49 @@
+"""Between Arrow and numpy without pyarrow's own conversions: the first of these in a process imports pandas, if it is
+installed, which takes as long as ten thousand rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+_MOST_BYTES = (1 << 31) - 1  # that the offsets of Arrow's strings can count
+
+
+def numbers_of(array: pa.Array) -> npt.NDArray[Any]:
+    """The numbers of an array, a view of it where none is null. Otherwise nulls are NaN, of Booleans None."""
+    numeric = pa.types.is_integer(array.type) or pa.types.is_floating(array.type)
+    if numeric and not array.null_count:
+        view: npt.NDArray[Any] = np.from_dlpack(array)
+        return view
+    converted: npt.NDArray[Any] = array.to_numpy(zero_copy_only=False)
+    return converted
+
+
+def filled_numbers_of(array: pa.Array) -> npt.NDArray[Any]:
+    """The numbers of an array, with 0 in place of nulls."""
+    if not array.null_count:
+        return numbers_of(array)
+    is_valid = numbers_of(array.is_valid().cast(pa.uint8()))
+    held = pa.Array.from_buffers(array.type, len(array), [None, array.buffers()[1]], 0, array.offset)
+    return np.where(is_valid, numbers_of(held), 0)
+
+
+def array_of(numbers: npt.NDArray[Any]) -> pa.Array:
+    """(N,) numbers, no Booleans, as an array that views them where they lie one after another. NaN is not null."""
+    whole = np.ascontiguousarray(numbers)
+    return pa.Array.from_buffers(pa.from_numpy_dtype(whole.dtype), len(whole), [None, pa.py_buffer(whole)])
+
+
+def strings_of(texts: Sequence[str]) -> pa.Array:
+    """Texts, none of them null. A UnicodeEncodeError for a lone surrogate."""
+    encoded = [text.encode() for text in texts]
+    ends = [0, *accumulate(map(len, encoded))]
+    if ends[-1] > _MOST_BYTES:
+        return pa.array(texts, pa.string())  # which says that they are too many
+    offsets, content = np.array(ends, np.int32), b"".join(encoded)
+    return pa.StringArray.from_buffers(len(texts), pa.py_buffer(offsets), pa.py_buffer(content))

@@ -18,11 +18,12 @@ import torch
 
 from assay.corpus.errors import CorpusError
 from assay.corpus.storage import Store
-from assay.engine import crew, processes, shard, units
+from assay.engine import crew, local, messages, processes, shard, units, worker
 from assay.engine.crew import DIED_TWICE
 from assay.engine.local import run
 from assay.engine.progress import Progress
 from assay.engine.shard import BLOCK_WINDOWS
+from assay.engine.timing import Times
 from assay.recipe import models
 from assay.recipe.errors import EngineError
 from assay.recipe.recipe import load_recipe
@@ -193,6 +194,69 @@ def test_a_shard_on_which_two_die_is_quarantined(project, monkeypatch, split):
     again = score(project, TWO)
     assert (again.done_before, again.scored, again.clean) == (2, 1, True)
     assert project.quarantine() == []
+
+
+class Obedient:
+    """A worker of this process, which does what it is told at once and is heard when the staff says so."""
+
+    device = "cpu"
+
+    def __init__(self, place, dies):
+        self.place, self.words, self.dies = place, [], dies
+
+    def tell(self, message):
+        if isinstance(message, messages.Setup):
+            self.workshop, self.output = worker.open_for(message)
+            self.words.append(messages.Ready(self.workshop.columns, None, Times()))
+        else:
+            done = None if self.dies else worker.work(self.workshop, self.output, message, lambda said: None)
+            self.words += [messages.Began(), done]
+
+    def hear(self):
+        return self.words.pop(0)
+
+    def end_of(self):
+        return "killed", True
+
+
+class Cluster:
+    """Hears its workers one at a time, first who has but one word to say, in the order in which they were hired; the
+    first one dies of its first unit."""
+
+    sees_local_files, advice, keeps = True, "", 1
+
+    def __init__(self):
+        self.hired, self.gone = [], []
+
+    def hire(self, place):
+        self.hired.append(Obedient(place, dies=not self.hired))
+        return self.hired[-1]
+
+    def wait(self, hands, seconds):
+        return [min((hand for hand in hands if hand.words), key=lambda hand: len(hand.words))]
+
+    def let_go(self, hand):
+        self.gone.append(self.hired.index(hand))
+
+    def dismiss(self):
+        assert len(self.hired) - len(self.gone) == 2  # and one of them has died
+
+    def end(self):
+        pass
+
+
+def test_who_has_nothing_left_to_do_leaves_and_whoever_dies_then_has_a_successor(project, monkeypatch):
+    """The first worker has one of two shards, the second the other: the third leaves before it has started. The first
+    one dies, its successor takes its shard, and the second, when it has done its own, leaves too."""
+    score(project, "run.devices=cpu", "output=alone")
+    cluster = Cluster()
+    monkeypatch.setattr(local, "Processes", lambda: cluster)
+    monkeypatch.setattr(local, "units_at_most", lambda *_: 3)
+    summary = score(project, "run.devices='cpu,cpu,cpu'")
+    assert (summary.workers, summary.scored, summary.clean) == (3, 2, True)
+    assert len(cluster.hired) == 4
+    assert cluster.gone == [2, 1]
+    assert written(project.scores) == written(project.root / "alone")
 
 
 def test_a_worker_that_cannot_start_is_one_line(project, monkeypatch, capfd):

@@ -214,7 +214,18 @@ class _Crew:
             for each in self._workers:
                 if each.ready and each.job is None and self._waiting:
                     self._hand_out(each, self._waiting.popleft())
+            self._let_go()
             self._listen()
+
+    def _let_go(self) -> None:
+        """End those for whom no unit is left, first those who have not even started, but as many as the staff keeps:
+        what they hold is wanted elsewhere, and a cluster may give their nodes back. Who dies now has a successor."""
+        if self._staff.keeps is None or self._waiting:
+            return
+        idle = sorted((each for each in self._workers if each.job is None), key=lambda each: each.ready is not None)
+        for each in idle[: max(0, len(self._workers) - self._staff.keeps)]:
+            self._workers.remove(each)
+            self._staff.let_go(each.hand)
 
     def _hand_out(self, to: _Worker, job: Job) -> None:
         job.path = self.stage() if job.share.count > 1 else None

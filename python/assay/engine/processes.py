@@ -52,6 +52,7 @@ class Processes:
     """Starts them, and sees that they end."""
 
     sees_local_files = True
+    keeps: int | None = None
     advice = "what it printed stands above. A script that runs a recipe does so under `if __name__ == '__main__':`"
 
     def __init__(self) -> None:
@@ -74,6 +75,9 @@ class Processes:
     def wait(self, hands: Sequence[WorkerProcess], seconds: float) -> Sequence[WorkerProcess]:
         heard = wait([hand.connection for hand in hands], timeout=seconds)
         return [hand for hand in hands if hand.connection in heard]
+
+    def let_go(self, hand: WorkerProcess) -> None:
+        """All stay: here nobody else wants their places."""
 
     def dismiss(self) -> None:
         for hand in self._hired:

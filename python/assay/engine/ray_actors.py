@@ -26,6 +26,8 @@ log = logging.getLogger("assay")
 OLDEST = (2, 57)
 # After so long without a worker it is said that there is none.
 _QUIET_SECONDS = 60.0
+# So often it is seen whether this process's own node is still there while nobody says anything.
+_LOOK_SECONDS = 10.0
 
 
 class Actor:
@@ -116,6 +118,7 @@ class RayActors:
         self._class = self._ray.remote(max_restarts=0, num_cpus=spec.cpus, num_gpus=spec.gpus)(Actor)
         self._hired: list[RayWorker] = []
         self._works = False
+        self._said = time.monotonic()
 
     def places(self) -> list[str]:
         """One for each worker that is asked for, or that the cluster's CPUs and GPUs make."""
@@ -141,9 +144,11 @@ class RayActors:
         if ready := [hand for hand in hands if hand.heard]:
             return ready
         calls = {hand.call: hand for hand in hands if hand.call is not None}
-        done, _ = self._ray.wait(list(calls), num_returns=1, timeout=min(seconds, _QUIET_SECONDS))
+        timeout = min(seconds, _QUIET_SECONDS, _LOOK_SECONDS)
+        done, _ = self._ray.wait(list(calls), num_returns=1, timeout=timeout)
         self._works = self._works or bool(done)
-        if not self._works:
+        if not self._works and time.monotonic() - self._said >= _QUIET_SECONDS:
+            self._said = time.monotonic()
             log.warning(
                 "no worker has started yet, each wants %g CPUs and %g GPUs; free in the cluster: %s",
                 *(self._spec.cpus, self._spec.gpus, self._ray.available_resources()),
@@ -159,6 +164,14 @@ class RayActors:
                 "run.ray: the node that this process runs on has left the cluster, so that no worker can be heard; "
                 "what is written stays, and the same command goes on from there"
             )
+
+    @property
+    def keeps(self) -> int:
+        return self._spec.min_workers
+
+    def let_go(self, hand: RayWorker) -> None:
+        self._hired.remove(hand)
+        self._ray.kill(hand.actor, no_restart=True)
 
     def dismiss(self) -> None:
         """They have nothing to tidy up, and end when they are killed."""

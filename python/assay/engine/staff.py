@@ -35,11 +35,18 @@ class Staff(Protocol[H]):
     advice: str
     """What is to be said of a worker that cannot start."""
 
+    @property
+    def keeps(self) -> int | None:
+        """How many stay to the end, also if no unit is left for them; None: all."""
+
     def hire(self, place: str) -> H:
         """Start one. EngineError if there can be none."""
 
     def wait(self, hands: Sequence[H], seconds: float) -> Sequence[H]:
         """Those who have something to say; after so many seconds perhaps none."""
+
+    def let_go(self, hand: H) -> None:
+        """End one that has nothing to do, where not all stay."""
 
     def dismiss(self) -> None:
         """Let those who were hired end by themselves."""

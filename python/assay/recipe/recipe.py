@@ -52,11 +52,13 @@ class RaySpec(Part):
     Attributes:
         address: of the cluster, as ``ray.init`` takes it; None: that of RAY_ADDRESS, or one started on this machine.
         workers: at most so many; None: as many as the cluster has room for when the run begins.
+        min_workers: so many stay until the end; the others go when no unit is left for them.
         cpus, gpus: of each. A part of a GPU is shared by several, on which each holds the models.
     """
 
     address: str | None = None
     workers: Annotated[int, Field(ge=1)] | None = None
+    min_workers: Annotated[int, Field(ge=1)] = 1
     cpus: Annotated[float, Field(gt=0)] = 1.0
     gpus: Annotated[float, Field(ge=0, le=1)] = 0.0
 

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -147,16 +147,25 @@ class World:
             raise RuntimeError(f"benchmarks.faults: {what}")
 
 
-def killed(world: World, times: int, *more: str, children: bool = False) -> Found:
-    """SIGKILL of the whole tree, or of a random child, after a random number of tables."""
-    fault = Found(f"SIGKILL of {'a worker' if children else 'the process tree'}{' under Ray' if 'ray' in more else ''}")
+# What stands in the command line of a worker process, of an actor that scores, and of what keeps a node of Ray's.
+WORKERS, ACTORS, RAYLETS = ("assay-worker", "multiprocessing.spawn"), ("ray::Actor",), ("raylet/raylet",)
+
+
+def killed(world: World, times: int, what: str, *more: str, children: Sequence[str] = ()) -> Found:
+    """SIGKILL of the whole tree, or of one of these children, after a random number of tables."""
+    fault = Found(f"SIGKILL of {what}")
+    runs = 0
     with world.output("killed") as out:
         while fault.times < times:
+            runs += 1
+            world.expect(runs <= 3 * times + 3, f"{what} was met {fault.times} times in {runs - 1} runs")
             for path in world.rng.sample(world.tables(out), len(world.tables(out)) // 2):
                 path.unlink()
             process, before = world.start(out, *more), len(world.tables(out))
             wanted = before + world.rng.randint(0, 4)
             while process.poll() is None and len(world.tables(out)) < wanted:
+                time.sleep(0.01)
+            while children and process.poll() is None and not _below(process, children):
                 time.sleep(0.01)
             fault.times += _kill(process, world.rng, children)
             process.wait()
@@ -165,18 +174,27 @@ def killed(world: World, times: int, *more: str, children: bool = False) -> Foun
         return world.compare(fault, out)
 
 
-def _kill(process: subprocess.Popen[bytes], rng: random.Random, children: bool) -> int:
-    """How many were killed."""
+def _kill(process: subprocess.Popen[bytes], rng: random.Random, children: Sequence[str] = ()) -> int:
+    """How many were killed: one of the children, or if none are named, the tree."""
     with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
         if not children:
             os.killpg(process.pid, signal.SIGKILL)
             return 1
-        names = ("assay-worker", "multiprocessing.spawn", "ray::")
-        below = psutil.Process(process.pid).children(recursive=True)
-        if workers := [p for p in below if any(name in " ".join(p.cmdline()) for name in names)]:
-            rng.choice(workers).kill()
+        if found := _below(process, children):
+            rng.choice(found).kill()
             return 1
     return 0
+
+
+def _below(process: subprocess.Popen[bytes], names: Sequence[str]) -> list[psutil.Process]:
+    """The processes below it whose command line has one of these names in it."""
+    found = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if any(name in " ".join(child.cmdline()) for name in names):
+                    found.append(child)
+    return found
 
 
 def failing_writes(world: World, times: int) -> Found:
@@ -255,7 +273,7 @@ def edited_recipe(world: World, times: int) -> Found:
             process = world.start(out)
             while process.poll() is None and len(world.tables(out)) < 3:
                 time.sleep(0.01)
-            _kill(process, world.rng, children=False)
+            _kill(process, world.rng)
             process.wait()
             if len(world.tables(out)) < SHARDS:
                 world.expect(world.score(out, recipe=other) != 0, "another recipe went on with the tables of one")
@@ -273,7 +291,7 @@ def clocks(world: World, times: int) -> Found:
             process = world.start(out)
             while process.poll() is None and len(world.tables(out)) < 3:
                 time.sleep(0.01)
-            _kill(process, world.rng, children=False)
+            _kill(process, world.rng)
             process.wait()
             for path in [p for p in (world.root / out).rglob("*") if p.is_file()]:
                 os.utime(path, (time.time() + 86_400 * days,) * 2)
@@ -284,15 +302,17 @@ def clocks(world: World, times: int) -> Found:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--times", type=int, default=50, help="SIGKILLs of the process tree; a fifth of the others")
-    parser.add_argument("--ray", type=int, default=0, metavar="TIMES", help="SIGKILLs of Ray's workers, too")
+    parser.add_argument(
+        "--times", type=int, default=50, help="SIGKILLs of the process tree; a fifth of the others; 0: none"
+    )
+    parser.add_argument("--ray", type=int, default=0, metavar="TIMES", help="SIGKILLs of Ray's actors and raylets")
     options = parser.parse_args()
     few = max(2, options.times // 5)
     with tempfile.TemporaryDirectory() as folder:
         world = World(Path(folder))
         faults: list[Callable[[], Found]] = [
-            lambda: killed(world, options.times),
-            lambda: killed(world, few, "--devices", "cpu,cpu", children=True),
+            lambda: killed(world, options.times, "the process tree"),
+            lambda: killed(world, few, "a worker", "--devices", "cpu,cpu", children=WORKERS),
             lambda: failing_writes(world, few),
             lambda: full_disk(world, few),
             lambda: cut_shards(world, few),
@@ -300,15 +320,20 @@ def main() -> None:
             lambda: edited_recipe(world, few),
             lambda: clocks(world, few),
         ]
+        faults = faults if options.times else []
         if options.ray:
-            faults.append(lambda: killed(world, options.ray, "--engine", "ray", children=True))
+            ray = ("--engine", "ray", "--set", "run.ray.workers=2")
+            faults += [
+                lambda: killed(world, options.ray, "an actor of Ray", *ray, children=ACTORS),
+                lambda: killed(world, options.ray, "the raylet", *ray, children=RAYLETS),
+            ]
         table = Printed("fault", "times", "rows lost", "doubled", "changed", "quarantined", "note")
         found = []
         for fault in faults:
             found.append(fault())
             table.add_row(*map(str, asdict(found[-1]).values()))
             print(found[-1], flush=True)
-            path = timing.write("faults", [asdict(one) for one in found])
+            path = timing.write("faults" if options.times else "faults-ray", [asdict(one) for one in found])
     Console().print(table)
     print("written to", path.relative_to(timing.RESULTS.parent.parent))
     if any(one.lost or one.doubled or one.changed for one in found):

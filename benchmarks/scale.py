@@ -1,9 +1,11 @@
 """Rows a second and memory as a corpus grows, and with Ray: ``python -m benchmarks.scale [--rows 10000 …] [--ray]``.
 
 A small MLP scores vectors of 64 numbers, so that what is timed is the engine: reading, batches, tables. Every run is a
-process of its own; its peak memory is the system's count, and its time the run's own, without imports and the loading
-of the model. Ray's actors
-score the same corpus, one and two of them in turn, beside ``ray.data.map_batches`` with the same model written by hand.
+process of its own, and its peak memory the system's count. What a process takes before it scores (imports, the model,
+what is made when it is first used) is timed apart: it scores a single row first, and that is its start.
+
+Ray's actors score a corpus, one and two of them in turn, beside ``ray.data.map_batches`` with the same model written by
+hand. Each way also does a tenth of the rows, and what the others take beyond that tells its rate, without its start.
 """
 
 from __future__ import annotations
@@ -11,12 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,23 +37,26 @@ from benchmarks import timing
 
 SIZE, CLASSES, SHARD_ROWS = 64, 10, 100_000
 RUN = """
-import json, sys, time
+import time
+began = time.perf_counter()
+import json, sys
 from assay.engine import run
 from assay.recipe import load_recipe
-recipe = load_recipe(sys.argv[1], json.loads(sys.argv[2]))
-began = time.perf_counter()
-summary = run(recipe, engine=sys.argv[3])
-seconds = time.perf_counter() - began
-print(json.dumps({"seconds": seconds, "load": summary.times.load, "rows": summary.rows_scored}))
+seconds = []
+for recipe, overrides in json.loads(sys.argv[1]):
+    summary = run(load_recipe(recipe, overrides), engine=sys.argv[2])
+    seconds.append(time.perf_counter() - began)
+    began += seconds[-1]
+print(json.dumps({"seconds": seconds, "rows": summary.rows_scored}))
 """
 
 
-def make(root: Path, rows: int) -> Path:
+def make(root: Path, rows: int, shard_rows: int = SHARD_ROWS) -> Path:
     """A corpus of so many rows in shards, a model, and the recipe."""
     rng, corpus = np.random.default_rng(0), root / f"corpus-{rows}"
     corpus.mkdir()
-    for i, start in enumerate(range(0, rows, SHARD_ROWS)):
-        count = min(SHARD_ROWS, rows - start)
+    for i, start in enumerate(range(0, rows, shard_rows)):
+        count = min(shard_rows, rows - start)
         values = pa.array(rng.normal(size=count * SIZE).astype(np.float32))
         vectors = pa.FixedSizeListArray.from_arrays(values, SIZE)
         table = pa.table({"x": vectors, "y": rng.integers(0, CLASSES, count)})
@@ -75,16 +81,17 @@ def model() -> nn.Module:
     return nn.Sequential(nn.Linear(SIZE, 128), nn.ReLU(), nn.Linear(128, CLASSES))
 
 
-def run(recipe: Path, output: Path, engine: str = "local", **settings: Any) -> dict[str, float]:
-    """Seconds, rows and the peak of the process' memory in MiB; of Ray the driver's."""
-    overrides = [f"output={output}", "run.devices=cpu", *(f"{key}={value}" for key, value in settings.items())]
-    command = [sys.executable, "-c", RUN, str(recipe), json.dumps(overrides), engine]
+def run(recipes: Sequence[Path], output: Path, engine: str = "local", **settings: Any) -> dict[str, Any]:
+    """Recipes one after another in one process -> seconds of each, the first with all imports; the rows of the last;
+    the peak of the process' memory in MiB, of Ray the driver's."""
+    options = ["run.devices=cpu", *(f"{key}={value}" for key, value in settings.items())]
+    work = [(str(recipe), [f"output={output}-{i}", *options]) for i, recipe in enumerate(recipes)]
     with tempfile.TemporaryFile("w+") as printed:
-        process = subprocess.Popen(command, stdout=printed)
+        process = subprocess.Popen([sys.executable, "-c", RUN, json.dumps(work), engine], stdout=printed)
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
-            raise RuntimeError(f"exit status {process.returncode} of {' '.join(command[3:])}")
+            raise RuntimeError(f"exit status {process.returncode} of {work}")
         printed.seek(0)
         found = json.loads(printed.read().splitlines()[-1])
     return {**found, "peak_mib": used.ru_maxrss / 1024}
@@ -107,7 +114,8 @@ class ByHand:
         return {"loss": losses.numpy()}
 
 
-def by_hand(root: Path, rows: int, actors: int, output: Path) -> dict[str, float]:
+def by_hand(root: Path, rows: int, actors: int, output: Path) -> float:
+    """The seconds that it takes."""
     import ray
 
     began = time.perf_counter()
@@ -118,40 +126,58 @@ def by_hand(root: Path, rows: int, actors: int, output: Path) -> dict[str, float
         compute=ray.data.ActorPoolStrategy(size=actors),
     )
     scored.write_parquet(str(output))
-    return {"seconds": time.perf_counter() - began, "rows": float(rows)}
+    return time.perf_counter() - began
 
 
 def growing(root: Path, sizes: list[int]) -> list[dict[str, Any]]:
-    cases = []
+    cases, first = [], make(root, 1)
     for rows in sizes:
         recipe = make(root, rows)
-        found = [run(recipe, root / f"scores-{rows}-{i}") for i in range(3 if rows < 5_000_000 else 1)]
-        seconds = statistics.median(one["seconds"] - one["load"] for one in found)
+        found = []
+        for i in range(5 if rows < 1_000_000 else 3 if rows < 5_000_000 else 1):
+            found.append(run([first, recipe], root / f"scores-{rows}-{i}"))
+            if found[-1]["rows"] != rows:
+                raise RuntimeError(f"{found[-1]['rows']} of {rows} rows were scored")
+        start, seconds = (statistics.median(one["seconds"][part] for one in found) for part in (0, 1))
         peak = max(one["peak_mib"] for one in found)
-        cases.append({"rows": rows, "seconds": seconds, "rows_per_second": rows / seconds, "peak_mib": peak})
+        rates = {"rows_per_second": rows / seconds, "rows_per_second_with_start": rows / (start + seconds)}
+        cases.append({"rows": rows, "start": start, "seconds": seconds, **rates, "peak_mib": peak})
+        shutil.rmtree(root / f"corpus-{rows}")
     return cases
 
 
 def with_ray(root: Path, rows: int) -> list[dict[str, Any]]:
-    """Each way in turn, in one cluster of two cores; the seconds of every round."""
+    """Each way in turn, in one cluster of two cores, with all rows and with a tenth of them."""
     import ray
 
-    recipe = make(root, rows)
+    # As many shards of either corpus, and enough that two actors have as much to do.
+    recipes = {count: make(root, count, -(-count // 20)) for count in (rows // 10, rows)}
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     address = ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR").address_info
-    settings = {"run.ray.address": address["address"]}
-    ways: dict[str, Callable[[Path], dict[str, float]]] = {
-        f"assay, {n} actors": lambda out, n=n: run(recipe, out, "ray", **settings, **{"run.ray.workers": n})
-        for n in (1, 2)
-    } | {f"by hand, {n} actors": lambda out, n=n: by_hand(root, rows, n, out) for n in (1, 2)}
-    rounds: dict[str, list[float]] = {name: [] for name in ways}
+
+    def assay(actors: int, count: int, output: Path) -> float:
+        settings = {"run.ray.address": address["address"], "run.ray.workers": actors}
+        seconds: float = run([recipes[count]], output, "ray", **settings)["seconds"][0]
+        return seconds
+
+    ways: dict[str, Callable[[int, Path], float]] = {
+        f"assay, {n} actors": lambda count, out, n=n: assay(n, count, out) for n in (1, 2)
+    } | {f"by hand, {n} actors": lambda count, out, n=n: by_hand(root, count, n, out) for n in (1, 2)}
+    rounds: dict[tuple[str, int], list[float]] = {(name, count): [] for name in ways for count in recipes}
     for i in range(3):
-        for name, way in ways.items():
-            rounds[name].append(way(root / f"{name}-{i}".replace(", ", "-").replace(" ", "-"))["seconds"])
+        for place, (name, count) in enumerate(rounds):
+            rounds[name, count].append(ways[name](count, root / f"ray-{place}-{i}"))
     ray.shutdown()
-    return [
-        {"way": name, "rows": rows, "seconds": statistics.median(each), "rounds": each} for name, each in rounds.items()
-    ]
+    return [_way(name, *((count, rounds[name, count]) for count in recipes)) for name in ways]
+
+
+def _way(name: str, few: tuple[int, list[float]], all_: tuple[int, list[float]]) -> dict[str, Any]:
+    """Its rate, from what more rows take more; what is left of its seconds is its start."""
+    (little, fast), (rows, slow) = few, all_
+    seconds = statistics.median(slow)
+    rate = (rows - little) / (seconds - statistics.median(fast))
+    facts = {"way": name, "rows": rows, "seconds": seconds, "rows_per_second": rate, "start": seconds - rows / rate}
+    return {**facts, "rounds": {str(little): fast, str(rows): slow}}
 
 
 def main() -> None:
@@ -162,13 +188,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         cases = growing(Path(folder), options.rows)
         actors = with_ray(Path(folder), options.ray) if options.ray else []
-    table = Table("rows", "rows / s", "peak MiB", title="one process")
-    for case in cases:
-        table.add_row(f"{case['rows']:,}", f"{case['rows_per_second']:,.0f}", f"{case['peak_mib']:,.0f}")
+    title = "rows / s of scoring, beside the start: imports, the model, a first row"
+    table = Table("", "rows", "rows / s", "start, s", "all, s", "peak MiB", title=title)
+    for case in [*cases, *actors]:
+        all_ = case["seconds"] if "way" in case else case["start"] + case["seconds"]
+        numbers = (f"{case['rows']:,}", f"{case['rows_per_second']:,.0f}", f"{case['start']:.2f}", f"{all_:.2f}")
+        table.add_row(case.get("way", "one process"), *numbers, f"{case.get('peak_mib', 0):,.0f}")
     Console().print(table)
-    for case in actors:
-        print(f"{case['way']}: {case['seconds']:.1f} s for {case['rows']:,} rows, with what it takes to start them")
-    print("written to", timing.write("scale", [*cases, *actors]).relative_to(timing.RESULTS.parent.parent))
+    path = timing.write("scale" if cases else "scale-ray", [*cases, *actors])
+    print("written to", path.relative_to(timing.RESULTS.parent.parent))
 
 
 if __name__ == "__main__":

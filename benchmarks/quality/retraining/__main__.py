@@ -1,0 +1,43 @@
+"""``python -m benchmarks.quality.retraining [NAME ...] [--quick]``: forgetting, merging, subsampling, choosing.
+
+Each takes minutes of one core and writes ``results/quality-retraining-NAME.json``; ``--quick`` is small and writes
+nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import time
+
+from rich.console import Console
+
+from benchmarks.timing import RESULTS, machine
+
+NAMES = ("forgetting", "merging", "subsampling", "choosing")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NAMES))
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    if unknown := sorted(set(options.names) - set(NAMES)):
+        parser.error(f"{', '.join(unknown)}: expected {', '.join(NAMES)}")
+    for name in options.names or NAMES:
+        experiment = importlib.import_module(f"benchmarks.quality.retraining.{name}")
+        began = time.perf_counter()
+        found = experiment.run(options.quick)
+        seconds = time.perf_counter() - began
+        console = Console(width=110)
+        console.print(experiment.table(found))
+        console.print(f"{seconds:.0f} s")
+        if not options.quick:
+            facts = {**machine(), "seconds": round(seconds, 1), **found}
+            path = RESULTS / f"quality-retraining-{name}.json"
+            path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,7 @@
-"""``python -m benchmarks.quality.retraining [NAME ...] [--quick]``: forgetting, merging, subsampling, choosing.
+"""Methods that train models to know: ``python -m benchmarks.quality.retraining [NAME ...] [--quick]``.
 
-Each takes minutes of one core and writes ``results/quality-retraining-NAME.json``; ``--quick`` is small and writes
-nothing.
+The names are forgetting, merging, subsampling, choosing, clusters; all of them if none is given. Each takes minutes of
+one core and writes ``results/quality-retraining-NAME.json``; ``--quick`` is small and writes nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rich.console import Console
 
 from benchmarks.timing import RESULTS, machine
 
-NAMES = ("forgetting", "merging", "subsampling", "choosing")
+NAMES = ("forgetting", "merging", "subsampling", "choosing", "clusters")
 
 
 def main() -> None:

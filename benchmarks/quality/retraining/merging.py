@@ -1,8 +1,8 @@
 """Averages of models of parts against models of their union: byte models of Python's standard library.
 
 A network that predicts the next byte from the twelve before is first trained on the beginnings of all packages; then,
-from that one start, once through each of eight packages' next 60,000 bytes, and once through the union of every pair
-and of 28 triples of them. Held-out text is of two kinds: prose (the manual's topics) and code (other packages). Does
+from that one start, once through each of eight packages' next 30,000 bytes, and once through the union of every pair
+and of 20 triples of them. Held-out text is of two kinds: prose (the manual's topics) and code (other packages). Does
 the loss of the parts' average rank the mixes as the loss of the union's model does? The control needs no merging: the
 mean of the parts' own losses.
 """
@@ -26,9 +26,9 @@ from assay.retrain import ablate
 
 PARTS = ("asyncio", "email", "encodings", "idlelib", "multiprocessing", "pydoc_data", "unittest", "xml")
 HELD_OUT = {"prose": ("pydoc_data",), "code": ("logging", "json", "http", "importlib")}
-SEED, SIZE, JUDGED = 20_000, 60_000, 30_000  # bytes: of the start, of a part, of a kind that is held out
+SEED, SIZE, JUDGED = 20_000, 30_000, 30_000  # bytes: of the start, of a part, of a kind that is held out
 CONTEXT, WIDTH, BATCH, RATE = 12, 96, 128, 0.002
-TRIPLES = 28
+TRIPLES = 20
 
 
 def text(package: str) -> bytes:

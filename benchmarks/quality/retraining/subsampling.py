@@ -106,7 +106,7 @@ def one(noise: float, seed: int) -> dict[str, Any]:
 
 
 def run(quick: bool) -> dict[str, Any]:
-    seeds = 1 if quick else 10
+    seeds = 1 if quick else 5
     return {f"{noise:g}": [one(noise, seed) for seed in range(seeds)] for noise in NOISE}
 
 

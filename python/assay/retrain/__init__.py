@@ -1,4 +1,5 @@
-"""What has to train models to know: cross-fitted predictions, datamodels, derivatives through whole runs."""
+"""What has to train models to know: cross-fitted predictions, datamodels, derivatives through whole runs, forgetting,
+ablations by merging, subsets and models chosen by training a few."""
 
 from assay.retrain.choosing import Choice, choose_model, leep
 from assay.retrain.datamodel import SmallModelDatamodel

@@ -7,6 +7,7 @@ import copy
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,7 @@ def merge_files(
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(_opened(folder)) for folder in folders]
         shares = _shares(opened, weights)
-        temporary = out.with_name(f".{out.name}.tmp")
+        temporary = out.with_name(f".{uuid.uuid4().hex}.tmp")
         temporary.mkdir(parents=True)
         try:
             for file, names in opened[0].files.items():

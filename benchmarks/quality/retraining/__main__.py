@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import re
 import time
 
 from rich.console import Console
@@ -36,7 +37,12 @@ def main() -> None:
         if not options.quick:
             facts = {**machine(), "seconds": round(seconds, 1), **found}
             path = RESULTS / f"quality-retraining-{name}.json"
-            path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+            path.write_text(_rows_on_a_line(json.dumps(facts, indent=1)) + "\n", encoding="utf-8")
+
+
+def _rows_on_a_line(text: str) -> str:
+    """Lists of plain values without their line breaks."""
+    return re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found[0].split()), text)
 
 
 if __name__ == "__main__":

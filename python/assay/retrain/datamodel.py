@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from assay._lazy import require
-from assay.retrain.samples import short, to_numpy
+from assay.retrain.checks import Floats, fraction, numbers, whole
+from assay.retrain.samples import short
 
-Floats = npt.NDArray[np.float64]
 Kind = Literal["ridge", "lasso"]
 Train = Callable[[npt.NDArray[np.int64], int], npt.ArrayLike]
 """(indices of the training samples, seed) -> (T,) outputs on the targets, higher is better: margins or −losses."""
@@ -44,7 +44,7 @@ class SmallModelDatamodel:
 
     def predict(self, subsets: npt.ArrayLike) -> Floats:
         """(m, N) membership, or (N,) -> (m, T) outputs, or (T,); samples without a score add nothing."""
-        members = _numbers(subsets, "subsets")
+        members = numbers(subsets, "subsets")
         if members.ndim not in (1, 2) or members.shape[-1] != len(self.scores):
             raise ValueError(f"subsets: expected membership (m, {len(self.scores)}), got shape {members.shape}")
         out: Floats = members @ np.nan_to_num(self.scores) + self.intercepts
@@ -79,14 +79,14 @@ class SmallModelDatamodel:
         """
         members = random_subsets(samples, subsets, share, seed)
         _check_fit(len(members), HELD_OUT, seed, kind)
-        _whole("seeds", seeds, 1)
+        whole("seeds", seeds, 1)
         if not callable(train):
             raise ValueError(f"train: expected a function (indices, seed) -> outputs, got {type(train).__name__}")
         outputs: list[Floats] = []
         for number, row in enumerate(members):
             runs: list[Floats] = []
             for s in range(seeds):
-                run = np.atleast_1d(_numbers(train(np.flatnonzero(row), seed + s), "train"))
+                run = np.atleast_1d(numbers(train(np.flatnonzero(row), seed + s), "train"))
                 known = (outputs or runs or [run])[0].shape
                 if run.ndim != 1 or not run.size or run.shape != known:
                     raise ValueError(f"train: expected outputs (T,) of one length, got {run.shape}, first {known}")
@@ -121,7 +121,7 @@ class SmallModelDatamodel:
             ValueError: shapes that do not match, subsets that are no membership or all alike, outputs that are not
                 finite, fewer than 10 subsets.
         """
-        x, y = _numbers(subsets, "subsets"), _numbers(outputs, "outputs")
+        x, y = numbers(subsets, "subsets"), numbers(outputs, "outputs")
         y = y[:, None] if y.ndim == 1 else y
         if x.ndim != 2 or y.ndim != 2 or len(x) != len(y) or not x.size or not y.size:
             raise ValueError(f"expected subsets (m, N) and outputs (m, T), got {x.shape} and {y.shape}")
@@ -145,10 +145,10 @@ class SmallModelDatamodel:
 
 def random_subsets(samples: int, subsets: int, share: float, seed: int = 0) -> npt.NDArray[np.bool_]:
     """(subsets, samples) membership of uniform draws without replacement, ``share`` of the samples each."""
-    _whole("samples", samples, 1)
-    _whole("subsets", subsets, 1)
-    _whole("seed", seed, 0)
-    size = round(_fraction("share", share) * samples)
+    whole("samples", samples, 1)
+    whole("subsets", subsets, 1)
+    whole("seed", seed, 0)
+    size = round(fraction("share", share) * samples)
     if not 0 < size < samples:
         raise ValueError(f"share={share}: leaves {size} of {samples} samples; expected some, and not all")
     keys = np.random.default_rng(seed).random((subsets, samples))
@@ -161,35 +161,13 @@ def _check_fit(subsets: int, held_out: float, seed: int, kind: str) -> int:
     """How many subsets are held out, or what is wrong with the fit's settings."""
     if kind not in get_args(Kind):
         raise ValueError(f"kind {kind!r}; expected 'ridge' or 'lasso'")
-    _whole("seed", seed, 0)
-    if not 0 < _fraction("held_out", held_out) < 1:
+    whole("seed", seed, 0)
+    if not 0 < fraction("held_out", held_out) < 1:
         raise ValueError(f"held_out: expected a share of the subsets between 0 and 1, got {held_out}")
     held = max(round(held_out * subsets), 3)
     if subsets < 10 or held > subsets - 5:
         raise ValueError(f"expected at least 10 subsets, 5 of them not held out, got {subsets} with {held} held out")
     return held
-
-
-def _whole(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}: expected an integer of at least {least}, got {short(value)}")
-
-
-def _fraction(name: str, value: Any) -> float:
-    if not isinstance(value, (int, float, np.number)) or not np.isfinite(value):
-        raise ValueError(f"{name}: expected a number between 0 and 1, got {short(value)}")
-    return float(value)
-
-
-def _numbers(values: Any, name: str) -> Floats:
-    """An array of float64, or an error that names the argument."""
-    try:
-        array = np.asarray(to_numpy(values))
-    except (TypeError, ValueError):
-        array = np.empty(0, dtype=object)
-    if array.dtype.kind not in "biuf":
-        raise ValueError(f"{name}: expected an array of numbers, got {type(values).__name__} {short(values)}")
-    return array.astype(np.float64)
 
 
 def _regress(x: Floats, y: Floats, kind: str) -> tuple[Floats, Floats, Floats]:

@@ -1,0 +1,1 @@
+"""Experiments of methods that train models to know, each with its controls."""

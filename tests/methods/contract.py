@@ -26,7 +26,7 @@ from assay.methods.targets import Targets
 from assay.ops import Kronecker, Sketch
 from assay.recipe.methods import LIVE, METHODS
 from assay.recipe.signatures import Given
-from assay.tasks import CausalLM, Classification, Task
+from assay.tasks import CausalLM, Classification, Judge, Task
 
 SAMPLES = 24
 BROKEN = 5  # the sample whose data are damaged, where a check damages one
@@ -107,6 +107,8 @@ class World:
             return next(modules)
         known = {
             Task: self.task,
+            CausalLM: self.task,
+            Judge: self.task,
             Targets: self.targets,
             Targets | None: self.targets,
             Sequence[nn.Module]: self.models[:2],
@@ -169,12 +171,46 @@ def columns() -> World:
     return World(None, (), samples, lambda samples: Views(None, raw={"text": list(samples)}), None)
 
 
-WORLDS: dict[str, Callable[[], World]] = {"classification": classification, "texts": texts, "columns": columns}
+def responses() -> World:
+    """Texts that begin with a prompt of a token or two."""
+    world, generator = texts(), torch.Generator().manual_seed(5)
+    samples = [torch.cat([torch.randint(11, (3,), generator=generator), sample]) for sample in world.samples]
+
+    def collate(samples: Sequence[Tensor]) -> dict[str, Tensor]:
+        batch = world.collate(samples)
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        for own in labels:
+            own[: 1 + int(own[0]) % 2] = -100
+        return batch | {"labels": labels}
+
+    return replace(world, samples=samples, collate=collate)
+
+
+def questions() -> World:
+    """Texts behind which a judge says 1 or 2, or 3."""
+    world = texts()
+    answers = {"yes": torch.tensor([1, 2]), "no": torch.tensor([3])}
+    nothing = torch.zeros(0, dtype=torch.int64)
+    return replace(world, task=Judge(), collate=lambda samples: world.collate(samples) | answers, broken=nothing)
+
+
+WORLDS: dict[str, Callable[[], World]] = {
+    "classification": classification,
+    "texts": texts,
+    "columns": columns,
+    "responses": responses,
+    "questions": questions,
+}
+OF_ONE_TASK = {CausalLM: "responses", Judge: "questions"}
+"""The worlds of methods whose constructors name one task."""
 
 
 def lives_in(method: type[Any], world: str) -> bool:
     """Whether a world has what the method looks at."""
-    takes_models = {nn.Module, Sequence[nn.Module]} & set(get_type_hints(method.__init__).values())
+    hints = get_type_hints(method.__init__)
+    if hints.get("task") in OF_ONE_TASK or world in OF_ONE_TASK.values():
+        return OF_ONE_TASK.get(hints.get("task")) == world
+    takes_models = {nn.Module, Sequence[nn.Module]} & set(hints.values())
     return (world == "columns") != bool(takes_models)
 
 
@@ -347,7 +383,7 @@ def its_constructor_is_its_recipes_keys(method: type[Any], world: World) -> None
     values = {
         p.name: next(names) if hints[p.name] is nn.Module else in_recipe[hints[p.name]]
         for p in parameters
-        if p.default is p.empty and hints[p.name] not in (Task, Targets) and p.name not in options
+        if p.default is p.empty and p.name != "task" and hints[p.name] is not Targets and p.name not in options
     }
     made = spec.model_validate({"method": method.__module__.rpartition(".")[2], **values, **options}).build(
         Given(models, world.task, world.targets, seed=0)

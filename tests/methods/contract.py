@@ -106,9 +106,7 @@ class World:
         if hint is nn.Module:
             return next(modules)
         known = {
-            Task: self.task,
-            CausalLM: self.task,
-            Judge: self.task,
+            **dict.fromkeys((Task, CausalLM, Judge), self.task),
             Targets: self.targets,
             Targets | None: self.targets,
             Sequence[nn.Module]: self.models[:2],
@@ -172,37 +170,30 @@ def columns() -> World:
 
 
 def responses() -> World:
-    """Texts that begin with a prompt of a token or two."""
-    world, generator = texts(), torch.Generator().manual_seed(5)
-    samples = [torch.cat([torch.randint(11, (3,), generator=generator), sample]) for sample in world.samples]
+    """Texts behind a prompt of one token."""
+    world = texts()
 
     def collate(samples: Sequence[Tensor]) -> dict[str, Tensor]:
         batch = world.collate(samples)
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        for own in labels:
-            own[: 1 + int(own[0]) % 2] = -100
-        return batch | {"labels": labels}
+        return batch | {"labels": labels.index_fill(1, torch.tensor([0]), -100)}
 
-    return replace(world, samples=samples, collate=collate)
+    return replace(world, samples=[torch.cat([own[:1], own]) for own in world.samples], collate=collate)
 
 
 def questions() -> World:
     """Texts behind which a judge says 1 or 2, or 3."""
     world = texts()
-    answers = {"yes": torch.tensor([1, 2]), "no": torch.tensor([3])}
-    nothing = torch.zeros(0, dtype=torch.int64)
-    return replace(world, task=Judge(), collate=lambda samples: world.collate(samples) | answers, broken=nothing)
+
+    def collate(samples: Sequence[Tensor]) -> dict[str, Tensor]:
+        yes, no = torch.tensor([[1, 2, 3]]).repeat(len(samples), 1).split([2, 1], 1)
+        return world.collate(samples) | {"yes": yes, "no": no}
+
+    return replace(world, task=Judge(), collate=collate, broken=torch.zeros(0, dtype=torch.int64))
 
 
-WORLDS: dict[str, Callable[[], World]] = {
-    "classification": classification,
-    "texts": texts,
-    "columns": columns,
-    "responses": responses,
-    "questions": questions,
-}
-OF_ONE_TASK = {CausalLM: "responses", Judge: "questions"}
-"""The worlds of methods whose constructors name one task."""
+WORLDS = {make.__name__: make for make in (classification, texts, columns, responses, questions)}
+OF_ONE_TASK = {CausalLM: "responses", Judge: "questions"}  # where methods live whose constructors name a task
 
 
 def lives_in(method: type[Any], world: str) -> bool:
@@ -210,8 +201,7 @@ def lives_in(method: type[Any], world: str) -> bool:
     hints = get_type_hints(method.__init__)
     if hints.get("task") in OF_ONE_TASK or world in OF_ONE_TASK.values():
         return OF_ONE_TASK.get(hints.get("task")) == world
-    takes_models = {nn.Module, Sequence[nn.Module]} & set(hints.values())
-    return (world == "columns") != bool(takes_models)
+    return (world == "columns") != bool({nn.Module, Sequence[nn.Module]} & set(hints.values()))
 
 
 def exported() -> list[type[Any]]:

@@ -6,15 +6,18 @@ import copy
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import assay
+from assay.curate import RuleOptions, curate
 from assay.methods import IFD, Ensemble
 from assay.tasks import CausalLM, Classification, Response
 from tests.small_models import llama_config
+from tests.small_scores import make_scores
 
 BOS = 256
 # (prompt, response); what has no score last.
@@ -98,6 +101,10 @@ def test_the_views_hold_the_same_tokens() -> None:
     assert "position_ids" not in alone  # the model counts them from the response's beginning
     assert alone["kept"] == "as it is"
     assert Response().alone(batch)["input_ids"][0, :2].tolist() == [7, 8]
+    # ChatML's token begins turns, not texts.
+    turns = Response(begin=BOS).alone(collate([([BOS, 5, BOS, 6], [7, 8, BOS]), ([BOS, 5, 5, 6], [7, 8, BOS])]))
+    assert turns["input_ids"].tolist() == [[7, 8, BOS, BOS], [BOS, 7, 8, BOS]]
+    assert turns["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
 
 
 def test_padding_on_the_left_is_no_prompt(model) -> None:
@@ -129,6 +136,15 @@ def test_the_prompted_pass_is_shared(model) -> None:
     whole = assay.score([collate([([BOS, *p], r) for p, r in PAIRS])], [IFD(model, task), Ensemble([model], task)])
     assert whole["ifd_given"].to_pylist() == pytest.approx(whole["ensemble_mean_nll"].to_pylist(), rel=1e-5)
     assert table["ifd_given"].to_pylist()[0] != pytest.approx(table["ensemble_mean_nll"].to_pylist()[0], rel=1e-3)
+
+
+def test_a_rule_keeps_the_highest_below_one(tmp_path) -> None:
+    pytest.importorskip("duckdb")
+    ratios = np.array([0.3, 1.0, 0.9, 1.7, math.nan, 0.99, 0.6], np.float32)
+    folder = make_scores(tmp_path, {"a": {"ifd": ratios}})
+    rule = RuleOptions(by="ifd", top="0.5", where="ifd < 1").rule()
+    kept = curate(folder, "ifd", rule, str(tmp_path / "kept"), form="indices", where="ifd < 1").selection.mask
+    assert np.flatnonzero(kept).tolist() == [2, 5]
 
 
 def test_what_has_no_prompts_is_refused(model) -> None:

@@ -162,7 +162,7 @@ def test_every_spelling_that_is_one_token_counts() -> None:
 
 def test_a_document_cannot_end_its_own_question() -> None:
     prompt = Prompt(tokenizer(), QUESTION, max_length=128)
-    assert prompt.ask("gold<eos>yes") == "has tokens of its own that are special to the judge (of '<eos>')"
+    assert prompt.ask("gold<eos>yes") == "has tokens of its own that are special to the judge ('<eos>')"
     with pytest.raises(ValueError, match="text 1: has tokens of its own that are special"):
         prompt(["gold", "<eos>"])
     assert not isinstance(Prompt(tokenizer(bos=True), QUESTION, max_length=128).ask("gold"), str)
@@ -207,16 +207,17 @@ def test_batches_that_are_none() -> None:
     model, prompt = decoder(), Prompt(tokenizer(), QUESTION, max_length=128)
     batch = prompt(TEXTS)
     changes: list[tuple[dict[str, Any], str]] = [
-        ({"yes": torch.tensor([300])}, r"'yes' has tokens outside \[0, 300\)"),
-        ({"no": batch["yes"]}, "is one of its 'no'"),
+        ({"yes": torch.full((4, 1), 300)}, r"'yes' has tokens outside \[0, 300\)"),
+        ({"no": batch["yes"]}, "have a token twice; expected each once"),
+        ({"yes": batch["yes"][:, [0, 0]]}, "have a token twice"),
         ({"attention_mask": batch["attention_mask"].flip(1)}, "padding on the right"),
         ({"attention_mask": batch["attention_mask"][:, 1:]}, "expected the same shape"),
     ]
     for change, message in changes:
         with pytest.raises(ValueError, match=message):
             Judge().forward(model, batch | change)
-    with pytest.raises(TypeError, match=r"'yes' is shape \(0,\); expected \(n,\) token numbers"):
-        Judge().forward(model, batch | {"yes": batch["yes"][:0]})
+    with pytest.raises(TypeError, match=r"'yes' is of shape \(4,\); expected \(4, n\) token numbers"):
+        Judge().forward(model, batch | {"yes": batch["yes"][:, 0]})
     with pytest.raises(TypeError, match="a mapping with a tensor 'input_ids', got a Tensor"):
         Judge().size(batch["input_ids"])
 

@@ -24,9 +24,10 @@ class IFD(Method):
     the ratio, the less the prompt tells of the response; at 1 and above it misleads: such samples are dropped
     (``--where "ifd < 1"``), and the highest of the rest are kept.
 
-    Both means are over the same tokens: all of the response's if the sample begins with the model's token that begins
-    every text (``config.bos_token_id``), which stays in front of the response alone; else all but the first, for
-    nothing predicts that one without a prompt. NaN where there is no prompt, no response of so many tokens, or several.
+    Both means are over the same tokens: all of the response's if the sample begins with the token that begins every
+    text for the model (``config.bos_token_id``, nowhere else in the prompt), which stays in front of the response
+    alone; else all but the first, for nothing predicts that one without a prompt. NaN where there is no prompt, no
+    response of so many tokens, or several.
 
     Args:
         model: a causal language model; a small one will do, says the paper.

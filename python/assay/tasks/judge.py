@@ -21,8 +21,8 @@ YES = 0
 @dataclass(frozen=True)
 class Judge:
     """The first token of a model's answer. Batches are mappings, as ``Prompt`` makes them: ``input_ids`` and
-    ``attention_mask``, (B, T), of questions that are padded on the right, and ``yes`` and ``no``, (n,) each, the tokens
-    that say so.
+    ``attention_mask``, (B, T), of questions that are padded on the right, and ``yes`` and ``no``, (B, n) each, the
+    tokens that say so.
 
     Models are causal language models, which answer behind the question, or encoder–decoders of transformers, whose
     decoder answers behind its ``decoder_start_token_id``. The output layer runs for the answer's position alone where
@@ -54,9 +54,9 @@ class Judge:
     def forward(self, model: nn.Module, batch: Any) -> Outputs:
         mask = self.mask(batch)
         logits = self._answers(model, batch, mask)
-        yes, no = (_tokens(batch, name, logits.shape[1]) for name in ("yes", "no"))
-        if bool(torch.isin(yes, no).any()):
-            raise ValueError("Judge: a token of the batch's 'yes' is one of its 'no', too; expected two answers")
+        yes, no = (_tokens(batch, name, *logits.shape) for name in ("yes", "no"))
+        if bool((torch.cat([yes, no], 1).sort(1).values.diff(dim=1) == 0).any()):
+            raise ValueError("Judge: the batch's 'yes' and 'no' have a token twice; expected each once, in one of them")
         answers = _log_probabilities(logits, yes, no)
         answers = torch.where(mask.any(1)[:, None], answers, torch.nan)
         losses = -answers[:, YES]
@@ -82,6 +82,8 @@ class Judge:
             logits = _checked(logits_of(model(**arguments)), len(ids), None)
         if chosen and logits.shape[1] == 1:
             return logits[:, 0]
+        if chosen:  # it did more with them than to hand them on
+            logits = _checked(logits_of(model(**arguments)), len(ids), None)
         if logits.shape[1] != ids.shape[1]:
             raise ValueError(
                 f"Judge: logits of shape {tuple(logits.shape)} for input_ids of shape {tuple(ids.shape)}; expected "
@@ -130,12 +132,13 @@ def _checked(logits: Tensor, samples: int, positions: int | None) -> Tensor:
     return logits
 
 
-def _tokens(batch: Mapping[str, Any], name: str, classes: int) -> Tensor:
-    """The tokens that say ``name``, checked."""
+def _tokens(batch: Mapping[str, Any], name: str, samples: int, classes: int) -> Tensor:
+    """The tokens that say ``name``, (B, n), checked."""
     tokens = batch.get(name)
-    if not isinstance(tokens, Tensor) or tokens.ndim != 1 or not len(tokens) or tokens.is_floating_point():
-        found = f"shape {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else describe(tokens)
-        raise TypeError(f"Judge: the batch's {name!r} is {found}; expected (n,) token numbers, one at least")
+    fits = isinstance(tokens, Tensor) and tokens.ndim == 2 and len(tokens) == samples and tokens.shape[1] > 0
+    if not isinstance(tokens, Tensor) or not fits or tokens.is_floating_point():
+        found = f"of shape {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else describe(tokens)
+        raise TypeError(f"Judge: the batch's {name!r} is {found}; expected ({samples}, n) token numbers, n at least 1")
     if int(tokens.min()) < 0 or int(tokens.max()) >= classes:
         raise ValueError(f"Judge: the batch's {name!r} has tokens outside [0, {classes}), the model's vocabulary")
     return tokens.long()
@@ -144,8 +147,7 @@ def _tokens(batch: Mapping[str, Any], name: str, classes: int) -> Tensor:
 def _log_probabilities(logits: Tensor, yes: Tensor, no: Tensor) -> Tensor:
     """(B, C) -> (B, 3) log-probabilities of the two sets of tokens and of all others, summed in float64."""
     z = logits.double()
-    either = torch.cat([yes, no])
-    rest = z.index_fill(1, either, -torch.inf)
-    sums = torch.stack([z[:, yes].logsumexp(1), z[:, no].logsumexp(1), rest.logsumexp(1)], 1)
+    rest = z.scatter(1, torch.cat([yes, no], 1), -torch.inf)
+    sums = torch.stack([*(z.gather(1, tokens).logsumexp(1) for tokens in (yes, no)), rest.logsumexp(1)], 1)
     answers = sums - z.logsumexp(1, keepdim=True)
     return answers if logits.dtype == torch.float64 else answers.float()

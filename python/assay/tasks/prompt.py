@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ ASK_LLM = (
     "world, and strictly NOT have any harmful, racist, sexist, etc. content.\n\n"
     "OPTIONS:\n- yes\n- no"
 )
-"""Ask-LLM's question (2402.09668, figure 3)."""
+"""Ask-LLM's question (2402.09668, page 4)."""
 
 CUE = "\n\nANSWER:"
 """What a model that only goes on with a text needs behind a question, for an answer to be what comes next."""
@@ -87,7 +88,7 @@ class Prompt:
         if set(self.yes) & set(self.no):
             raise ValueError(f"Prompt: {yes!r} and {no!r} are the same answer; expected two")
         bare = self._tokens([""])[0]
-        self._own = sum(i in self._special for i in bare.ids)
+        self._own = self._specials(bare.ids)
         if len(bare.ids) + _ROOM > max_length:
             raise ValueError(
                 f"max_length is {max_length}, and the question alone has {len(bare.ids)} tokens; expected at least "
@@ -103,13 +104,14 @@ class Prompt:
         return self.collate([own.ids for own in asked if not isinstance(own, str)])
 
     def collate(self, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        """Token numbers of B questions -> ``input_ids``, ``attention_mask`` (B, T), ``yes`` and ``no``."""
+        """Token numbers of B questions -> ``input_ids`` and ``attention_mask``, (B, T), ``yes`` and ``no``, (B, n)."""
         ids = torch.zeros(len(rows), max(map(len, rows), default=0), dtype=torch.int64)
         mask = torch.zeros_like(ids)
         for i, row in enumerate(rows):
             ids[i, : len(row)] = torch.as_tensor(row)
             mask[i, : len(row)] = 1
-        return {"input_ids": ids, "attention_mask": mask, "yes": torch.tensor(self.yes), "no": torch.tensor(self.no)}
+        yes, no = (torch.tensor(own).repeat(len(rows), 1) for own in (self.yes, self.no))
+        return {"input_ids": ids, "attention_mask": mask, "yes": yes, "no": no}
 
     def ask(self, text: str) -> Asked | str:
         """The question about a document, or why it cannot be asked."""
@@ -120,10 +122,9 @@ class Prompt:
         return [self._fitted(text, own) for text, own in zip(texts, self._tokens(texts), strict=True)]
 
     def _fitted(self, text: str, encoded: Any) -> Asked | str:
-        words = [i for i in encoded.ids if i in self._special]
-        if len(words) != self._own:
-            named = sorted({self._tokenizer.convert_ids_to_tokens(i) for i in words})
-            return f"has tokens of its own that are special to the judge (of {', '.join(map(repr, named))})"
+        if found := self._specials(encoded.ids) - self._own:
+            named = sorted(self._tokenizer.convert_ids_to_tokens(list(found)))
+            return f"has tokens of its own that are special to the judge ({', '.join(map(repr, named))})"
         while (over := len(encoded.ids) - self._max_length) > 0:
             begin, end = len(self._before), len(self._before) + len(text)
             starts = [a for a, b in encoded.offsets if begin <= a < b <= end]
@@ -131,6 +132,9 @@ class Prompt:
             text = text[: min(cut, len(text) - 1)]
             (encoded,) = self._tokens([text])
         return Asked(list(encoded.ids), len(text))
+
+    def _specials(self, ids: Sequence[int]) -> Counter[int]:
+        return Counter(i for i in ids if i in self._special)
 
     def _tokens(self, texts: Sequence[str]) -> list[Any]:
         """Of the library: ``ids`` and ``offsets`` of each question."""

@@ -67,7 +67,8 @@ class Response:
         fits = (counted.sum(1) == length) & (length > 0) & (first > start)
         begins = torch.zeros_like(fits)
         if self.begin is not None:
-            begins = fits & (batch["input_ids"].gather(1, start[:, None])[:, 0] == self.begin)
+            found = (batch["input_ids"] == self.begin) & mask & (positions < first[:, None])
+            begins = fits & found.gather(1, start[:, None])[:, 0] & (found.sum(1) == 1)
         own = torch.where(fits, length + begins, 1)
         place = positions[: max(1, int(own.max()))] - begins[:, None].long()
         taken = torch.where(place < 0, start[:, None], (first[:, None] + place).clamp(max=mask.shape[1] - 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ import yaml
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 import assay
+from assay.corpus.storage import Store
 from assay.engine import make_plan, open_workshop, run
 from assay.methods import IFD, AskLLM
 from assay.recipe.errors import EngineError, RecipeError
 from assay.recipe.recipe import load_recipe
 from assay.tasks import CausalLM, Judge, Prompt
 from assay.tasks.prompt import ASK_LLM, CUE
+from assay.two_stage.laboratory import Trainee, laboratory
+from assay.two_stage.training import Training
 from tests.recipe.tasks.chat_tokenizers import PLAIN, word_tokenizer
 from tests.small_models import byte_tokenizer, llama_config, save_model
 
@@ -78,7 +82,7 @@ def test_what_is_no_sample_says_why(tmp_path, models) -> None:
     (path,) = (tmp_path / "scores/quarantine").rglob("*.jsonl")
     reasons = {row["row"]: row["reason"] for row in map(json.loads, path.read_text().splitlines())}
     assert reasons[1] == "text is longer than task.max_length, 48 tokens with the question"
-    assert reasons[3] == "text has tokens of its own that are special to the judge (of '</s>', '<s>')"
+    assert reasons[3] == "text has tokens of its own that are special to the judge ('</s>')"
     assert sorted(reasons) == [1, 3, 4]
 
 
@@ -113,7 +117,18 @@ def test_recipes_that_ask_nothing(tmp_path, models) -> None:
         open_workshop(make_plan(load_recipe(path, ["task={kind: causal_lm, max_length: 48}"])))
 
 
-PAIRS = [("gold? ", "yes."), ("is it ore here?", "no"), ("dig", " here. dig here. It is gold")]
+def test_nobody_is_trained_to_say_yes(tmp_path, models) -> None:
+    path = write(tmp_path, models / "decoder")
+    (tmp_path / "held.jsonl").write_text('{"text": "gold"}\n')
+    output, trainee = Store.at(str(tmp_path / "out")), Trainee("judge", str(tmp_path / "held.jsonl"))
+    with (
+        pytest.raises(EngineError, match="train: nobody is trained on a task of kind judge; select by its scores"),
+        laboratory(load_recipe(path), trainee, output, Training(steps=1)),
+    ):
+        pass
+
+
+PAIRS = [("gold? ", "yes."), ("is it ore here?", "no"), ("dig", " here. dig here. It is gold"), ("", "yes.")]
 
 
 @pytest.mark.parametrize("bos", [False, True])
@@ -135,7 +150,9 @@ def test_ifd_of_a_recipe_is_that_of_its_tokens(tmp_path, bos) -> None:
     table = pq.read_table(tmp_path / "scores/a.parquet")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
     tokens, begin = byte_tokenizer(), [256] if bos else []
-    for i, (ask, answer) in enumerate(PAIRS):
+    # Without a prompt the ratio is 1, or there is none.
+    assert table["ifd"].to_pylist()[3] == pytest.approx(1 if bos else math.nan, abs=1e-6, nan_ok=True)
+    for i, (ask, answer) in enumerate(PAIRS[:3]):
         prompt, response = [*begin, *tokens(ask)["input_ids"]], [*tokens(answer)["input_ids"], 256]
         ids = torch.tensor([[*prompt, *response]])
         labels = ids.clone()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -44,6 +44,8 @@ class JudgeSpec(TaskSpec):
     chat: bool = False
     max_length: Annotated[int, Field(ge=2)] = 1024
     truncate: Literal["right", "drop"] = "right"
+
+    teaches: ClassVar[bool] = False
 
     @model_validator(mode="before")
     @classmethod

@@ -101,8 +101,15 @@ CONDITIONS = [
     ("x < sum(abs(x)) / 50", lambda x, y, z: x < np.nansum(abs(x)) / 50, "x"),
     ("rank(x) <= 10", lambda x, y, z: np.array([(x < v).sum() + 1 <= 10 for v in x]), "x"),
     ("percent_rank(-x) < 0.2", lambda x, y, z: np.array([(x > v).sum() / ((x == x).sum() - 1) < 0.2 for v in x]), "x"),
+    ("percent_rank(x) between 0.25 and 0.75", lambda x, y, z: _middle(x, 0.5), "x"),
     ("rank(x - y) > rank(x)", lambda x, y, z: _ranks(x - y) > _ranks(x), "xy"),
 ]
+
+
+def _middle(values, rate):
+    """The band of this rate around the median."""
+    ranks = (_ranks(values) - 1) / ((values == values).sum() - 1)
+    return (ranks >= 0.5 - rate / 2) & (ranks <= 0.5 + rate / 2)
 
 
 def _ranks(values):
@@ -281,6 +288,20 @@ def test_every_form_takes_a_condition(folder, tmp_path, form):
     folders = {"indices": "indices", "weights": "weights", "datasets": "data", "shards": ""}
     rows = sum(pq.read_table(tmp_path / folders[form] / f"{name}.parquet").num_rows for name in SIZES)
     assert rows == curated.kept > 0
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.3, 0.5])
+def test_a_band_keeps_its_rate_around_the_median(tmp_path, rate):
+    """Perplexity bands (2405.20541): perplexities are exp(loss), which stand in the same order."""
+    loss = np.random.default_rng(0).permutation(np.linspace(1, 6, 101)).astype(np.float32)
+    shards = {"a": {"loss": np.append(loss, NAN), "perplexity": np.append(np.exp(loss), NAN)}}
+    rows = Rows((scores := open_scores(make_scores(tmp_path, shards))).store, scored_shards(scores))
+    low, high = np.quantile(loss, [0.5 - rate / 2, 0.5 + rate / 2])
+    wanted = np.flatnonzero((loss >= low - 1e-6) & (loss <= high + 1e-6))
+    assert abs(len(wanted) - rate * 101) <= 1
+    for name in ("loss", "perplexity"):
+        text = f"percent_rank({name}) between {0.5 - rate / 2:g} and {0.5 + rate / 2:g}"
+        np.testing.assert_array_equal(passing(rows, text), wanted)
 
 
 def test_the_same_quantile_as_the_rule(folder, tmp_path):

@@ -26,7 +26,7 @@ from assay.methods.targets import Targets
 from assay.ops import Kronecker, Sketch
 from assay.recipe.methods import LIVE, METHODS
 from assay.recipe.signatures import Given
-from assay.tasks import CausalLM, Classification, Task
+from assay.tasks import CausalLM, Classification, Judge, Task
 
 SAMPLES = 24
 BROKEN = 5  # the sample whose data are damaged, where a check damages one
@@ -106,7 +106,7 @@ class World:
         if hint is nn.Module:
             return next(modules)
         known = {
-            Task: self.task,
+            **dict.fromkeys((Task, CausalLM, Judge), self.task),
             Targets: self.targets,
             Targets | None: self.targets,
             Sequence[nn.Module]: self.models[:2],
@@ -169,13 +169,39 @@ def columns() -> World:
     return World(None, (), samples, lambda samples: Views(None, raw={"text": list(samples)}), None)
 
 
-WORLDS: dict[str, Callable[[], World]] = {"classification": classification, "texts": texts, "columns": columns}
+def responses() -> World:
+    """Texts behind a prompt of one token."""
+    world = texts()
+
+    def collate(samples: Sequence[Tensor]) -> dict[str, Tensor]:
+        batch = world.collate(samples)
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        return batch | {"labels": labels.index_fill(1, torch.tensor([0]), -100)}
+
+    return replace(world, samples=[torch.cat([own[:1], own]) for own in world.samples], collate=collate)
+
+
+def questions() -> World:
+    """Texts behind which a judge says 1 or 2, or 3."""
+    world = texts()
+
+    def collate(samples: Sequence[Tensor]) -> dict[str, Tensor]:
+        yes, no = torch.tensor([[1, 2, 3]]).repeat(len(samples), 1).split([2, 1], 1)
+        return world.collate(samples) | {"yes": yes, "no": no}
+
+    return replace(world, task=Judge(), collate=collate, broken=torch.zeros(0, dtype=torch.int64))
+
+
+WORLDS = {make.__name__: make for make in (classification, texts, columns, responses, questions)}
+OF_ONE_TASK = {CausalLM: "responses", Judge: "questions"}  # where methods live whose constructors name a task
 
 
 def lives_in(method: type[Any], world: str) -> bool:
     """Whether a world has what the method looks at."""
-    takes_models = {nn.Module, Sequence[nn.Module]} & set(get_type_hints(method.__init__).values())
-    return (world == "columns") != bool(takes_models)
+    hints = get_type_hints(method.__init__)
+    if hints.get("task") in OF_ONE_TASK or world in OF_ONE_TASK.values():
+        return OF_ONE_TASK.get(hints.get("task")) == world
+    return (world == "columns") != bool({nn.Module, Sequence[nn.Module]} & set(hints.values()))
 
 
 def exported() -> list[type[Any]]:
@@ -347,7 +373,7 @@ def its_constructor_is_its_recipes_keys(method: type[Any], world: World) -> None
     values = {
         p.name: next(names) if hints[p.name] is nn.Module else in_recipe[hints[p.name]]
         for p in parameters
-        if p.default is p.empty and hints[p.name] not in (Task, Targets) and p.name not in options
+        if p.default is p.empty and p.name != "task" and hints[p.name] is not Targets and p.name not in options
     }
     made = spec.model_validate({"method": method.__module__.rpartition(".")[2], **values, **options}).build(
         Given(models, world.task, world.targets, seed=0)

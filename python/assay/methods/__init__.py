@@ -1,5 +1,6 @@
 """Methods: one file each, named as its paper names it. Signals in, named scores out."""
 
+from assay.methods.ask_llm import AskLLM
 from assay.methods.base import Column, Method, Need, Views
 from assay.methods.bm25 import BM25
 from assay.methods.clip_powered import sample_diversity, semantic_alignment
@@ -14,6 +15,7 @@ from assay.methods.ensemble import Ensemble, ensemble_scores
 from assay.methods.grad_mimic import GradMimic
 from assay.methods.gradient_cosine import GradientCosine
 from assay.methods.grand import GraNd
+from assay.methods.ifd import IFD
 from assay.methods.in_run import InRunInfluence
 from assay.methods.influence import Influence, Kernel
 from assay.methods.influence_distillation import InfluenceDistillation
@@ -35,9 +37,11 @@ __all__ = [
     "DSIR",
     "EKFAC",
     "EKFACCG",
+    "IFD",
     "LESS",
     "TRAK",
     "AdamState",
+    "AskLLM",
     "Column",
     "Density",
     "DsDm",

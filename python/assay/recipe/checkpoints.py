@@ -173,9 +173,11 @@ def _auto_class(config_file: str, config: Any, name: str) -> Any:
             return transformers.AutoModelForTextEncoding
     auto_class = getattr(transformers, name, None)
     if auto_class is None or type(config) not in auto_class._model_mapping:
+        judges = name == "AutoModelForCausalLM" and getattr(config, "is_encoder_decoder", False)
+        hint = "; an encoder with a decoder can be a judge (task.kind: judge, judge: encoder_decoder)" if judges else ""
         raise EngineError(
             f"{config_file}: transformers has no model of the architecture {shortened([config.model_type])} for this "
-            f"task ({name})"
+            f"task ({name}){hint}"
         )
     if name == "AutoModel" and getattr(config, "is_encoder_decoder", False):
         raise EngineError(

@@ -169,7 +169,7 @@ def derived(kind: str, method: type[Any]) -> type[DerivedSpec]:
     fields: dict[str, Any] = {"method": (Literal[kind], ...)}
     if issubclass(method, Keeper):  # new targets can be scored from stored features
         fields["keep_features"] = (Literal["float32", "float16", "bfloat16", "int8"] | None, None)
-    spec = derive(method, DerivedSpec, ROLES, (Task, "seed", *LIVE), **fields)
+    spec = derive(method, DerivedSpec, ROLES, (Task, "task", "seed", *LIVE), **fields)
     spec.uses_pool = getattr(method, "uses_pool", False)
     spec.needs_target = any(key.role is TARGETS and key.required for key in spec.keys)
     return spec

@@ -8,9 +8,12 @@ its batch.
 from assay.tasks.base import IGNORE, Outputs, Task
 from assay.tasks.causal_lm import CausalLM
 from assay.tasks.contrastive import Contrastive
+from assay.tasks.judge import Judge
 from assay.tasks.losses import row_losses
 from assay.tasks.margin import Margin
 from assay.tasks.output_layer import OutputLayer
+from assay.tasks.prompt import Prompt
+from assay.tasks.response import Response
 from assay.tasks.sampled import Sampled
 from assay.tasks.supervised import Classification, Regression
 from assay.tasks.token_classification import TokenClassification
@@ -20,10 +23,13 @@ __all__ = [
     "CausalLM",
     "Classification",
     "Contrastive",
+    "Judge",
     "Margin",
     "OutputLayer",
     "Outputs",
+    "Prompt",
     "Regression",
+    "Response",
     "Sampled",
     "Task",
     "TokenClassification",

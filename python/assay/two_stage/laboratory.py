@@ -117,6 +117,10 @@ def laboratory(
         raise EngineError(f"train: no model is called {trainee.model!r}; the recipe has {', '.join(recipe.models)}")
     if not recipe.task.asks_models:
         raise EngineError(f"train: nothing is predicted in a task of kind {recipe.task.kind}; expected another kind")
+    if not recipe.task.teaches:
+        raise EngineError(
+            f"train: nobody is trained on a task of kind {recipe.task.kind}; select by its scores, and train elsewhere"
+        )
     if recipe.task.group_rows is not None:
         raise EngineError("train: samples of a contrastive task share their losses, and are not trained on here")
     corpus, held_out = find_shards(recipe.corpus.path), find_shards(trainee.held_out)

@@ -120,6 +120,8 @@ class TaskSpec(Part):
 
     asks_models: ClassVar[bool] = True
     """Whether a model has a loss on its samples."""
+    teaches: ClassVar[bool] = True
+    """Whether a model is trained on its samples."""
 
     def column_keys(self) -> dict[str, str]:
         """By key the columns that the task reads, which are looked for before a model loads."""

@@ -84,20 +84,11 @@ def subsample(
         ValueError: columns of different lengths, sizes that do not fit, settings out of range; fewer samples with a
             score than a round has to take.
     """
-    columns = [samples.inputs(column) for column in data]
+    columns, others = ([samples.inputs(column) for column in given] for given in (data, validation))
     count = _length(columns, "data")
-    held_out = _batches(
-        [samples.inputs(c) for c in validation], np.arange(_length(validation, "validation")), batch_size
-    )
-    whole("size", size, 2)
-    first = max(1, size // 5) if first is None else whole("first", first, 1)
-    whole("rounds", rounds, 1)
+    held_out = _batches(others, np.arange(_length(others, "validation")), batch_size)
+    first = _first(count, size, first, rounds)
     whole("seed", seed, 0)
-    if not first < size <= count or size - first < rounds:
-        raise ValueError(
-            f"expected first < size ≤ N, and a sample per round at least, got first={first}, size={size}, N={count}, "
-            f"rounds={rounds}"
-        )
     if not 0 <= fraction("explore", explore) <= 1:
         raise ValueError(f"explore: expected a number from 0 to 1, got {explore}")
     rng = np.random.default_rng(seed)
@@ -121,6 +112,19 @@ def subsample(
         sizes.append(len(rows))
     losses, predicted, residuals, explored = (np.array(column) for column in zip(*facts, strict=True))
     return Subsample(rows, np.array(sizes), losses, predicted, residuals, explored)
+
+
+def _first(count: int, size: int, first: int | None, rounds: int) -> int:
+    """How many samples to start from, or what is wrong with the sizes."""
+    whole("size", size, 2)
+    whole("rounds", rounds, 1)
+    first = max(1, size // 5) if first is None else whole("first", first, 1)
+    if not first < size <= count or size - first < rounds:
+        raise ValueError(
+            f"expected first < size ≤ N, and a sample per round at least, got first={first}, size={size}, N={count}, "
+            f"rounds={rounds}"
+        )
+    return first
 
 
 def predicted_drops(

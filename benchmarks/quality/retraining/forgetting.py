@@ -1,8 +1,8 @@
 """Datamodel matching on digits: KLOM to models that were trained without, beside doing nothing and gradient ascent.
 
-300 digits train MLPs; a set of 15 is to be forgotten: random ones, or half of one class. Datamodels of all logits are
-fitted to trainings on random halves. Each of the original models (a seed each) is tuned to its own predicted outputs.
-The controls are tuned with a rate and a number of steps of a grid, that with the least KLOM to the very oracles of the
+300 digits train MLPs; a set of 15 is to be forgotten: random ones, or of one class. Datamodels of all logits are fitted
+to trainings on random halves. Each of the original models (a seed each) is tuned to its own predicted outputs. The
+controls are tuned with a rate and a number of steps of a grid, that with the least KLOM to the very oracles of the
 table: in their favour.
 """
 
@@ -49,7 +49,7 @@ def tuned(weights: Weights, x: Tensor, y: Tensor, rate: float, steps: int, sign:
 
 def forget_sets(y: Tensor) -> dict[str, np.ndarray[Any, Any]]:
     own = np.flatnonzero(y.numpy() == CLASS)[:FORGET]
-    return {"random": np.random.default_rng(0).permutation(len(y))[:FORGET], f"half of the {CLASS}s": own}
+    return {"random": np.random.default_rng(0).permutation(len(y))[:FORGET], f"{FORGET} of the {CLASS}s": own}
 
 
 def best_of_grid(judge: Callable[[Weights], float], tune: Callable[[float, int], Weights]) -> dict[str, Any]:

@@ -347,7 +347,10 @@ def plant(monkeypatch):
             raise TimeoutError(errno.ETIMEDOUT, "planted", full)
         if how == "rows":
             faulty[next(end for end in faulty if full.endswith(end))] = "read"
-        return Failing() if how == "read" else opened(full)
+        if how != "read":
+            return opened(full)
+        with opened(full) as file:
+            return Failing(file.read())
 
     def listed(store):
         if any(how == "listed" and store.root.endswith(end) for end, how in faulty.items()):

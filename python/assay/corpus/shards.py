@@ -52,10 +52,9 @@ class Shard:
         """The path, of a file without its suffixes: what is written about it carries the same."""
         if self.is_folder:
             return self.path
-        stem = self.path
-        if self.compression:
-            stem = os.path.splitext(stem)[0]
-        return os.path.splitext(stem)[0]
+        # It has its suffixes, or it were no shard. A plan asks for this some million times.
+        stem = self.path.rpartition(".")[0]
+        return stem.rpartition(".")[0] if self.compression else stem
 
     @property
     def folder(self) -> str:

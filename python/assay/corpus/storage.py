@@ -242,7 +242,7 @@ class Store:
     def refuse_detours(self, paths: Iterable[str]) -> None:
         """CorpusError if a link leads out of this folder on the way to one of ``paths``: what is written there would
         land in somebody else's. A link in the last place is harmless, for it is replaced and not followed."""
-        for folder in sorted({os.path.dirname(path) for path in paths}):
+        for folder in sorted({path.rpartition("/")[0] for path in paths}):
             if not self.holds(self, folder):
                 raise CorpusError(
                     f"{self.full(folder)}: leads to {self.real(folder)}, out of {self.url}; remove the link, "

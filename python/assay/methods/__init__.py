@@ -28,6 +28,8 @@ from assay.methods.minhash import MinHash
 from assay.methods.ngram_classifier import NGramClassifier
 from assay.methods.rds_plus import RDSPlus
 from assay.methods.scorer import Scorer
+from assay.methods.source import SOURCE
+from assay.methods.tracin import TracIn
 from assay.methods.trackstar import TrackStar
 from assay.methods.trak import TRAK
 from assay.probe import AdamState
@@ -39,6 +41,7 @@ __all__ = [
     "EKFACCG",
     "IFD",
     "LESS",
+    "SOURCE",
     "TRAK",
     "AdamState",
     "AskLLM",
@@ -63,6 +66,7 @@ __all__ = [
     "Need",
     "RDSPlus",
     "Scorer",
+    "TracIn",
     "TrackStar",
     "Views",
     "ensemble_scores",

@@ -1,6 +1,7 @@
 """Methods: one file each, named as its paper names it. Signals in, named scores out."""
 
 from assay.methods.ask_llm import AskLLM
+from assay.methods.astra import ASTRA
 from assay.methods.base import Column, Method, Need, Views
 from assay.methods.bm25 import BM25
 from assay.methods.clip_powered import sample_diversity, semantic_alignment
@@ -35,6 +36,7 @@ from assay.methods.trak import TRAK
 from assay.probe import AdamState
 
 __all__ = [
+    "ASTRA",
     "BM25",
     "DSIR",
     "EKFAC",

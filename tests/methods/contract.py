@@ -29,7 +29,7 @@ from assay.recipe.signatures import Given
 from assay.tasks import CausalLM, Classification, Judge, Task
 
 SAMPLES = 24
-QUICK = {"steps": 3}  # parameters that cost time alone, by name
+QUICK = {"steps": 3, "iterations": 5}  # parameters that cost time alone, by name
 BROKEN = 5  # the sample whose data are damaged, where a check damages one
 
 

@@ -48,8 +48,8 @@ class EKFACCG(EKFAC):
         task: its loss is differentiated; of logits or predictions.
         targets: batches by name.
         damping: λ in units of G's mean eigenvalue (which eight products with random signs tell), above 0; None: 2.
-        rate_sum: the training's learning rates over 1 − momentum, added up: λ is 1/``rate_sum`` instead, so that a
-            direction counts about as far as SGD has gone along it (2507.14740; see ``SOURCE``).
+        rate_sum: of SGD, the training's learning rates over 1 − momentum, added up: λ is 1/``rate_sum`` instead, so
+            that a direction counts about as far as SGD has gone along it (2507.14740; see ``SOURCE``). Not Adam's.
         iterations: at most; fewer where the residual is below 1e-3 of the gradient.
         layers, name, skip_unsupported: as in ``Influence``.
     """

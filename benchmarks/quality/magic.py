@@ -6,9 +6,10 @@ correlation over seeded drops of 5 and 10 % of Σ_{i dropped} score_i with the r
 the interval is a bootstrap over drops × queries, the same resamples for every method. QLD: the rise of a query's loss
 after the 1 % that a method ranks highest for it were dropped.
 
-Controls: random numbers, each sample's own loss, gradient cosine, EK-FAC and the whole
-Gauss–Newton matrix that it starts from; MAGIC of another start and order, which is
-what knowing the data but not the run is worth; a rate so large that metasmoothness says that no derivative can tell.
+Controls: random numbers, each sample's own loss, gradient dot and cosine; of the end alone EK-FAC, its Shampoo basis
+and the whole Gauss–Newton matrix by both of its solvers; of six checkpoints TracIn and SOURCE; MAGIC of another start
+and order, which is what knowing the data but not the run is worth; a rate so large that metasmoothness says that no
+derivative can tell.
 """
 
 from __future__ import annotations
@@ -28,14 +29,16 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from assay.methods import EKFAC, EKFACCG, Influence, Kernel
+import assay
+from assay.methods import ASTRA, EKFAC, EKFACCG, SOURCE, AdamState, Influence, Kernel, TracIn
 from assay.retrain import SGD, Adam, Magic, Training, magic
+from assay.retrain.magic_training import running
 from assay.tasks import Classification
-from benchmarks.quality.lds import EXACT, interval, lds, scores
+from benchmarks.quality.lds import EXACT, interval, lds
 from benchmarks.timing import RESULTS, machine
 
 Array = NDArray[np.float64]
-BATCH = 50
+BATCH, CHECKPOINTS = 50, 6
 
 
 @dataclass(frozen=True)
@@ -165,24 +168,58 @@ def all_scores(setting: Setting, world: World, run: Training) -> tuple[dict[str,
     own: Magic = timed("MAGIC", lambda: magic(run, targets))
     other = training(setting, world, 1)
     other_found: Magic = timed("MAGIC, other start and order", lambda: magic(other, targets, directions=0))
-    model = nn.Sequential(nn.Linear(64, 32), setting.activation(), nn.Linear(32, 10))
-    model.load_state_dict(own.parameters)
-    task, kernel = Classification(), Kernel(normalize=True)
-    influence = timed("EK-FAC", lambda: scores(EKFAC(model, task, targets), world, names))  # type: ignore[arg-type]
-    solved = EKFACCG(model, task, targets)
-    cosine = Influence([model], task, targets, kernel=kernel, sketch=EXACT)
-    found = {
-        "MAGIC": own.scores.numpy(),
-        "MAGIC, other start and order": other_found.scores.numpy(),
-        "EK-FAC + CG": timed("EK-FAC + CG", lambda: scores(solved, world, names)),  # type: ignore[arg-type]
-        "EK-FAC": influence,
-        "gradient cosine": timed("gradient cosine", lambda: scores(cosine, world, names)),  # type: ignore[arg-type]
-        "random": np.random.default_rng(0).standard_normal((setting.train, setting.queries)),
+    models, states, rates = checkpoints(setting, run)
+    model, task, adam = models[-1], Classification(), states or None
+
+    batches = list(zip(world.x.split(100), world.y.split(100), strict=True))
+
+    def of(label: str, method: Any) -> Array:
+        pool = batches if isinstance(method, ASTRA) else [(world.x, world.y)]
+        table = timed(label, lambda: assay.score(pool, [method.fit(pool)]))
+        return np.stack([table[f"{method.name}_{name}"].to_numpy() for name in names], 1).astype(float)
+
+    def dot(normalize: bool) -> Influence:
+        return Influence([model], task, targets, kernel=Kernel(normalize=normalize), sketch=EXACT)
+
+    methods = {
+        "SOURCE": SOURCE(models, task, targets, rates, optimizers=adam),
+        "SOURCE, EK-FAC's curvature": SOURCE(models, task, targets, rates, optimizers=adam, curvature="ekfac"),
+        "EK-FAC + CG": EKFACCG(model, task, targets),
+        "EK-FAC + CG, λ = 1/Ση": EKFACCG(model, task, targets, rate_sum=sum(rates)),
+        "ASTRA, 200 steps of 100": ASTRA(model, task, targets),
+        "EK-FAC": EKFAC(model, task, targets),
+        "EK-FAC in Shampoo's basis": EKFAC(model, task, targets, basis="shampoo"),
+        "TracIn": TracIn(models, task, targets, rates),
+        "gradient dot": dot(False),
+        "gradient cosine": dot(True),
     }
+    found = {"MAGIC": own.scores.numpy(), "MAGIC, other start and order": other_found.scores.numpy()}
+    found |= {label: of(label, method) for label, method in methods.items()}
+    found["random"] = np.random.default_rng(0).standard_normal((setting.train, setting.queries))
     with torch.no_grad():
         loss = losses(model, (world.x, world.y)).double().numpy()
     found["sample's own loss"] = np.repeat(loss[:, None], setting.queries, 1)
     return found, own, seconds
+
+
+def checkpoints(setting: Setting, run: Training) -> tuple[list[nn.Module], list[AdamState], list[float]]:
+    """Six of a run, the last its end; Adam's states there; the rates of each one's steps over 1 − momentum."""
+    ends = [run.steps * (k + 1) // CHECKPOINTS for k in range(CHECKPOINTS)]
+    models, states, weights = [], [], run.weights(None)
+    with running():
+        state = run.initial()
+        for step in range(run.steps):
+            state = run.advance(state, step, weights)
+            if step + 1 in ends:
+                named = [{name: part.clone() for name, part in run.named(own).items()} for own in state]
+                models.append(nn.Sequential(nn.Linear(64, 32), setting.activation(), nn.Linear(32, 10)))
+                models[-1].load_state_dict(named[0])
+                if isinstance(run.optimizer, Adam):
+                    states.append(AdamState(*named[1:], run.optimizer.betas, run.optimizer.eps, step + 1))
+    kept = run.optimizer.momentum if isinstance(run.optimizer, SGD) else 0.0
+    begins = [0, *ends[:-1]]
+    rates = [float(sum(run.rates[begin:end])) / (1 - kept) for begin, end in zip(begins, ends, strict=True)]
+    return models, states, rates
 
 
 def one(setting: Setting) -> dict[str, Any]:
@@ -199,7 +236,9 @@ def one(setting: Setting) -> dict[str, Any]:
         for label, score in found.items():
             value, draws[label] = lds(score, drops, rise)
             table[label][f"lds_{share:g}"] = {"value": round(value, 4), "interval": interval(draws[label])}
-            table[label][f"lds_{share:g}"]["magic_minus_this"] = interval(draws["MAGIC"] - draws[label])
+        for label, own_draws in draws.items():
+            for other, key in (("MAGIC", "magic_minus_this"), ("EK-FAC", "ek_fac_minus_this")):
+                table[label][f"lds_{share:g}"][key] = interval(draws[other] - own_draws)
         guess = np.stack([found["MAGIC"][rows].sum(0) for rows in drops.numpy()])
         table["MAGIC"][f"lds_{share:g}"]["slope_of_truth"] = round(float((guess * rise).sum() / (guess**2).sum()), 3)
     for label, score in found.items():

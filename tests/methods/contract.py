@@ -29,6 +29,7 @@ from assay.recipe.signatures import Given
 from assay.tasks import CausalLM, Classification, Judge, Task
 
 SAMPLES = 24
+QUICK = {"steps": 3, "iterations": 5}  # parameters that cost time alone, by name
 BROKEN = 5  # the sample whose data are damaged, where a check damages one
 
 
@@ -100,7 +101,8 @@ class World:
         modules = iter(self.models)
         needed = [p.name for p in parameters if p.default is p.empty or hints[p.name] == Targets | None]
         arguments = {name: self._argument(hints[name], modules) for name in needed if name not in options}
-        return method(**arguments, **options)
+        quick = {name: value for name, value in QUICK.items() if name in hints}
+        return method(**{**arguments, **quick, **options})
 
     def _argument(self, hint: Any, modules: Iterator[nn.Module]) -> Any:
         if hint is nn.Module:
@@ -112,6 +114,7 @@ class World:
             Sequence[nn.Module]: self.models[:2],
             Sequence[AdamState] | None: self.states[:2],
             AdamState: next(iter(self.states), None),
+            Sequence[float]: [0.5, 1.0],
             Sketch: Kronecker(4, 4),
             Kernel: Kernel(damping=0.1),
         }
@@ -364,11 +367,13 @@ def its_constructor_is_its_recipes_keys(method: type[Any], world: World) -> None
     models, hints = {f"m{i}": model for i, model in enumerate(world.models)}, get_type_hints(method.__init__)
     keys = [p.name for p in parameters if p.name not in ("task", "seed") and hints[p.name] not in LIVE]
     assert [key.name for key in spec.keys] == keys
-    names, options = iter(models), {"optimizers": None} if "optimizers" in hints else {}
+    names = iter(models)
+    options = {name: value for name, value in {"optimizers": None, **QUICK}.items() if name in hints}
     in_recipe = {
         Sequence[nn.Module]: ["m0", "m1"],
         Sketch: {"kind": "kronecker", "rows": 4, "cols": 4},
         Kernel: {"damping": 0.1},
+        Sequence[float]: [0.5, 1.0],
     }
     values = {
         p.name: next(names) if hints[p.name] is nn.Module else in_recipe[hints[p.name]]

@@ -65,7 +65,7 @@ def tags() -> World:
 # By world the methods that need a class per row, or a distribution to draw labels from, and say so.
 WORLDS: dict[Callable[[], World], tuple[str, ...]] = {
     soft_labels: ("Ensemble", "TRAK", "DsDm"),
-    regression: ("TRAK", "DsDm", "EKFAC", "EKFACCG"),
+    regression: ("TRAK", "DsDm", "EKFAC", "EKFACCG", "ASTRA"),
     tags: (),
 }
 

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 import assay
 from assay.methods import EKFAC, GradientCosine, Scorer
+from assay.methods.ekfac import _of_gradients
 from assay.methods.influence import damping_units
 from assay.tasks import CausalLM, Classification
-from tests.methods.small_problem import POOL, gradients, run
+from tests.methods.small_problem import POOL, gradients, run, split
 
 
 def test_ekfac_of_a_layer_whose_curvature_factors_is_exact() -> None:
@@ -32,6 +33,36 @@ def test_ekfac_of_a_layer_whose_curvature_factors_is_exact() -> None:
     inverse = rotation @ torch.diag(1 / (values + 0.1 * values.mean())) @ rotation.T
     torch.testing.assert_close(got["ekfac"], phi @ inverse @ phi[:5].mean(0), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(got["ekfac_self"], ((phi @ inverse) * phi).sum(1), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("positions", [2, 5])
+def test_shampoos_eigenvectors_are_those_of_whole_gradients(positions: int) -> None:
+    """On either side of the choice between Gram matrices over positions and gradients multiplied out (5² > 3 · 4)."""
+    torch.manual_seed(0)
+    x, y = torch.randn(30, positions, 4, dtype=torch.float64), torch.randn(30, positions, 3, dtype=torch.float64)
+    whole = torch.einsum("bto,bti->boi", y, x)
+    left, right = _of_gradients(y, x)
+    torch.testing.assert_close(left, torch.einsum("boi,bpi->op", whole, whole))
+    torch.testing.assert_close(right, torch.einsum("boi,boj->ij", whole, whole))
+
+
+def test_shampoo_damps_as_ekfac_in_a_basis_of_its_own(problem) -> None:
+    models, pool, target = problem
+    model = models[0].double()
+    pool, target = (pool[0].double(), pool[1]), (target[0].double(), target[1])
+    method = EKFAC(model, Classification(), {"t": [target]}, basis="shampoo", true_fisher=False)
+    got = run(method, pool)["ekfac"]
+    phi, aim = (split(model, gradients(model, *data))[0] for data in (pool, target))
+    basis, rotation = method._bases["0.weight"], torch.linalg.eigh(torch.einsum("boi,bpi->op", phi, phi)).eigenvectors
+    torch.testing.assert_close((basis.left.T @ rotation).abs(), torch.eye(5).double(), rtol=0, atol=1e-6)
+    values = (basis.left.T @ phi @ basis.right).square().mean(0)
+    want = basis.left @ ((basis.left.T @ aim.mean(0) @ basis.right) / (values + 0.1 * values.mean())) @ basis.right.T
+    torch.testing.assert_close(method._directions["t"]["0.weight"], want)
+    assert not torch.allclose(
+        got, run(EKFAC(model, Classification(), {"t": [target]}, true_fisher=False), pool)["ekfac"]
+    )
+    with pytest.raises(ValueError, match="basis 'soap'; expected 'kfac' or 'shampoo'"):
+        EKFAC(model, Classification(), {"t": [target]}, basis="soap")
 
 
 def test_ekfac_of_a_float64_model_is_float64() -> None:

@@ -11,8 +11,7 @@ from torch.func import functional_call, jacrev, vmap
 
 import assay
 from assay.methods import EKFACCG, Scorer
-from assay.methods.ekfac_cg import _trace
-from assay.methods.gauss_newton import GaussNewton
+from assay.methods.gauss_newton import GaussNewton, trace_of
 from assay.tasks import CausalLM, Classification, Regression
 from tests.methods.small_problem import POOL, gradients, run
 
@@ -33,9 +32,9 @@ def test_it_is_the_dense_solve(problem: Any) -> None:
     got = run(method, (x, y))
     matrix, phi = gauss_newton(models[0], x), gradients(models[0], x, y)
     like = {name: torch.zeros_like(p) for name, p in models[0].named_parameters()}
-    trace = _trace(GaussNewton(models[0], Classification(), list(like), [(x, y)]), like)
-    assert trace == pytest.approx(float(matrix.trace()), rel=0.3)
-    damping = 2 * trace / len(matrix)
+    total = trace_of(GaussNewton(models[0], Classification(), list(like), [(x, y)]), like)
+    assert total == pytest.approx(float(matrix.trace()), rel=0.3)
+    damping = 2 * total / len(matrix)
     inverse = torch.linalg.inv(matrix + damping * torch.eye(len(matrix), dtype=torch.float64))
     for name, batch in (("a", target), ("b", (x[:2], y[:2]))):
         want = phi @ inverse @ gradients(models[0], *batch).mean(0)
@@ -88,13 +87,23 @@ def test_the_matrix_is_whole_where_a_target_or_the_pool_does_not_reach_a_layer(p
     matrix, _ = _dense(model, x[given], y[given])
     like = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     used = [p.numel() for name, p in like.items() if pool == "all" or not name.startswith("extra")]
-    damping = 2 * _trace(GaussNewton(model, Classification(), list(like), [(x[given], y[given])]), like) / sum(used)
+    damping = 2 * trace_of(GaussNewton(model, Classification(), list(like), [(x[given], y[given])]), like) / sum(used)
     inverse = torch.linalg.inv(matrix + damping * torch.eye(len(matrix), dtype=torch.float64))
     for name, (batch,) in targets.items():
         want = _dense(model, x, y)[1] @ inverse @ _dense(model, *batch)[1].mean(0)
         got = torch.tensor(table[f"ekfac_cg_{name}"].to_pylist()).double()
         assert float((got - want).norm() / want.norm()) < 5e-3, name
     assert float(method.metadata()["residual"]) <= 1e-3
+
+
+def test_a_training_damps_by_how_far_it_went(problem: Any) -> None:
+    models, pool, target = problem
+    method = EKFACCG(models[0], Classification(), {"t": [target]}, rate_sum=20.0, iterations=60)
+    got, matrix = run(method, pool)["ekfac_cg"], gauss_newton(models[0], pool[0])
+    inverse = torch.linalg.inv(matrix + torch.eye(len(matrix), dtype=torch.float64) / 20)
+    want = gradients(models[0], *pool) @ inverse @ gradients(models[0], *target).mean(0)
+    assert float((got - want).norm() / want.norm()) < 5e-3
+    assert method.metadata()["damping"] == "1/20"
 
 
 def test_a_solution_that_is_none_is_told_of(problem: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -172,7 +181,9 @@ def test_a_batch_with_a_broken_sample_is_left_out_and_counted(problem: Any) -> N
 def test_what_is_refused(problem: Any) -> None:
     models, _, target = problem
     for words, options in (
-        ("damping: expected a number above 0, got 0", {"damping": 0}),
+        ("damping: expected a finite number above 0, got 0", {"damping": 0}),
+        ("rate_sum: expected a finite number above 0, got -1", {"rate_sum": -1}),
+        ("ekfac_cg: expected damping or rate_sum, of which λ is made, not both", {"damping": 1.0, "rate_sum": 1.0}),
         ("damping: expected a finite number", {"damping": float("nan")}),
         ("iterations: expected a finite number of at least 1, got 0", {"iterations": 0}),
     ):

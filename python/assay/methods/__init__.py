@@ -1,6 +1,7 @@
 """Methods: one file each, named as its paper names it. Signals in, named scores out."""
 
 from assay.methods.ask_llm import AskLLM
+from assay.methods.astra import ASTRA
 from assay.methods.base import Column, Method, Need, Views
 from assay.methods.bm25 import BM25
 from assay.methods.clip_powered import sample_diversity, semantic_alignment
@@ -28,17 +29,21 @@ from assay.methods.minhash import MinHash
 from assay.methods.ngram_classifier import NGramClassifier
 from assay.methods.rds_plus import RDSPlus
 from assay.methods.scorer import Scorer
+from assay.methods.source import SOURCE
+from assay.methods.tracin import TracIn
 from assay.methods.trackstar import TrackStar
 from assay.methods.trak import TRAK
 from assay.probe import AdamState
 
 __all__ = [
+    "ASTRA",
     "BM25",
     "DSIR",
     "EKFAC",
     "EKFACCG",
     "IFD",
     "LESS",
+    "SOURCE",
     "TRAK",
     "AdamState",
     "AskLLM",
@@ -63,6 +68,7 @@ __all__ = [
     "Need",
     "RDSPlus",
     "Scorer",
+    "TracIn",
     "TrackStar",
     "Views",
     "ensemble_scores",

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from assay.methods.base import Column, Method, Need
-from assay.methods.checks import check_at_least
+from assay.methods.checks import check_at_least, check_one_of
 from assay.methods.influence import damping_units
 from assay.methods.sums import Folded, Sums, fold
 from assay.methods.targets import Targets, TargetSet
@@ -53,6 +53,8 @@ class EKFAC(Method):
         self_influence: give ``ekfac_self`` too.
         damping: λ in units of each parameter's mean Λ (see ``influence.damping_units``); 0.1 in the paper.
         absolute_damping: ``damping`` is λ itself, the same for all parameters (kronfluence's 1e-8, say).
+        basis: ``"kfac"``; or ``"shampoo"`` for the eigenvectors of E[ggᵀ] and E[gᵀg] with g the matrix of a sample's
+            gradient (EC-Shampoo: its positions count together). Λ is the same of either.
         true_fisher: take the second moments with labels drawn from the model (the Gauss-Newton matrix), as the paper
             does; False: with the data's own labels.
         layers, name, skip_unsupported: as in ``Influence``.
@@ -70,6 +72,7 @@ class EKFAC(Method):
         self_influence: bool = False,
         damping: float = 0.1,
         absolute_damping: bool = False,
+        basis: Literal["kfac", "shampoo"] = "kfac",
         true_fisher: bool = True,
         layers: str | Sequence[str] | None = None,
         name: str = "ekfac",
@@ -80,6 +83,8 @@ class EKFAC(Method):
         if not self.targets and not self_influence:
             raise ValueError(f"{name}: nothing to compute; give targets, or self_influence=True")
         check_at_least("damping", damping, 0)
+        check_one_of("basis", basis, ("kfac", "shampoo"))
+        self.basis = basis
         self.damping, self.absolute_damping, self.true_fisher = damping, absolute_damping, true_fisher
         self.layers, self.skip_unsupported = layers, skip_unsupported
         self.parameters = tapped_parameters(model, layers, skip_unsupported=skip_unsupported)
@@ -116,10 +121,10 @@ class EKFAC(Method):
         Raises:
             ValueError: a pool or a target without samples, or none of them with a loss and a finite gradient.
         """
-        batches, moments = list(pool), _Moments(self.parameters)
+        batches, moments = list(pool), Moments(self.parameters, together=self.basis == "shampoo")
         self._run(moments, batches, drawn=self.true_fisher)
         bases = moments.bases()
-        eigenvalues = _Eigenvalues(self.parameters, bases)
+        eigenvalues = Eigenvalues(self.parameters, bases)
         folded = self._run(eigenvalues, batches, drawn=self.true_fisher)
         folded.check(f"{self.name}: the pool that fit() was given", self.parameters)
         means = [basis.average(folded.count(name)) for name, basis in bases.items()]
@@ -208,19 +213,33 @@ class Basis:
         self.values[self.values == 0] = torch.inf
 
     def precondition(self, gradient: Tensor) -> Tensor:
-        """H⁻¹ gradient."""
+        """H⁻¹ gradient; 0 where the parameter is never used."""
+        return torch.zeros_like(gradient) if self.values is None else self.apply(torch.reciprocal, gradient)
+
+    def apply(self, function: Callable[[Tensor], Tensor], gradient: Tensor) -> Tensor:
+        """function(H) gradient, for a function of the eigenvalues; H is 0 where the parameter is never used."""
         if self.values is None:
-            return torch.zeros_like(gradient)
-        rotated = self.rotate(gradient.to(self.values).reshape(self.values.shape)) / self.values
+            return gradient * function(torch.zeros_like(gradient))
+        rotated = self.rotate(gradient.to(self.values).reshape(self.values.shape)) * function(self.values)
         if self.left is not None and self.right is not None:
             rotated = self.left @ rotated @ self.right.T
         return rotated.reshape(gradient.shape).to(gradient)
 
+    def diagonal(self, like: Tensor) -> Tensor:
+        """H's diagonal in the parameter's own coordinates, of the shape of ``like``."""
+        if self.values is None:
+            return torch.zeros_like(like)
+        if self.left is None or self.right is None:
+            return self.values.reshape(like.shape).to(like)
+        return (self.left.square() @ self.values @ self.right.square().T).reshape(like.shape).to(like)
+
 
 @dataclass
-class _Moments(Sums):
-    """Adds up the second moments of both factors, over positions that have a gradient."""
+class Moments(Sums):
+    """Adds up the second moments of both factors, over positions that have a gradient; or, ``together``, those of each
+    sample's whole gradient, from either side."""
 
+    together: bool = False
     left: dict[str, Tensor] = field(default_factory=dict)
     right: dict[str, Tensor] = field(default_factory=dict)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
@@ -233,11 +252,10 @@ class _Moments(Sums):
         both = [wide(side) for side in (factors.left, factors.right)]
         energies = [side.square().flatten(1).sum(1) for side in both]  # bounds of the moments, which must be finite
         finite = (energies[0] * energies[1]).isfinite()
-        left, right = (side[finite].flatten(0, 1) for side in both)
-        has_gradient = (left != 0).any(1) & (right != 0).any(1)
-        for sums, rows in ((self.left, left[has_gradient]), (self.right, right[has_gradient])):
-            moment = (rows.T @ rows).double()
-            sums[parameter] = sums[parameter] + moment if parameter in sums else moment
+        left, right = (side[finite] for side in both)
+        made = _of_gradients(left, right) if self.together else _of_positions(left, right)
+        for sums, moment in zip((self.left, self.right), made, strict=True):
+            sums[parameter] = sums[parameter] + moment.double() if parameter in sums else moment.double()
         self.dtypes[parameter] = left.dtype
         return finite
 
@@ -249,8 +267,34 @@ class _Moments(Sums):
         return bases
 
 
+def _of_positions(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ over samples and positions of the outer products of (B, T, O) rows, and of (B, T, I) ones."""
+    left, right = left.flatten(0, 1), right.flatten(0, 1)
+    has_gradient = (left != 0).any(1) & (right != 0).any(1)
+    left, right = left[has_gradient], right[has_gradient]
+    return left.T @ left, right.T @ right
+
+
+def _of_gradients(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ_b M_b M_bᵀ and Σ_b M_bᵀ M_b with M_b = Σ_t left_tᵀ right_t, never more than ``_ELEMENTS`` numbers at a time."""
+    positions, sizes = left.shape[1], (left.shape[2], right.shape[2])
+    sums = (left.new_zeros(sizes[0], sizes[0]), left.new_zeros(sizes[1], sizes[1]))
+    by_position = positions**2 <= sizes[0] * sizes[1]
+    samples = max(1, _ELEMENTS // (positions**2 if by_position else sizes[0] * sizes[1]))
+    for a, b in zip(torch.split(left, samples), torch.split(right, samples), strict=True):
+        if by_position:  # M Mᵀ = aᵀ (b bᵀ) a
+            sums[0].addmm_(a.flatten(0, 1).T, (b @ b.mT @ a).flatten(0, 1))
+            sums[1].addmm_(b.flatten(0, 1).T, (a @ a.mT @ b).flatten(0, 1))
+        else:
+            whole = a.mT @ b
+            rows, columns = whole.flatten(0, 1), whole.mT.flatten(0, 1)
+            sums[0].addmm_(columns.T, columns)
+            sums[1].addmm_(rows.T, rows)
+    return sums
+
+
 @dataclass
-class _Eigenvalues(Sums):
+class Eigenvalues(Sums):
     """Adds up Λ, in place in the bases."""
 
     bases: Mapping[str, Basis]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,19 +14,16 @@ from torch import Tensor, nn
 from assay.methods.base import Column
 from assay.methods.checks import check_at_least
 from assay.methods.ekfac import EKFAC, Basis
-from assay.methods.gauss_newton import GaussNewton
+from assay.methods.gauss_newton import GaussNewton, trace_of
+from assay.methods.krylov import Vector, add, dot
 from assay.methods.targets import Targets
 from assay.tasks import Task
 from assay.tasks.base import wide
-
-Vector = Mapping[str, Tensor]
 
 _log = logging.getLogger("assay")
 
 # Of the residual, relative to the gradient: more digits change no rank, and what is not solved.
 _ENOUGH, _FAR = 1e-3, 0.5
-
-_SIGNS = 8
 
 
 class EKFACCG(EKFAC):
@@ -48,10 +47,14 @@ class EKFACCG(EKFAC):
         model: trained, θ.
         task: its loss is differentiated; of logits or predictions.
         targets: batches by name.
-        damping: λ in units of G's mean eigenvalue (which eight products with random signs tell), above 0.
+        damping: λ in units of G's mean eigenvalue (which eight products with random signs tell), above 0; None: 2.
+        rate_sum: of SGD, the training's learning rates over 1 − momentum, added up: λ is 1/``rate_sum`` instead, so
+            that a direction counts about as far as SGD has gone along it (2507.14740; see ``SOURCE``). Not Adam's.
         iterations: at most; fewer where the residual is below 1e-3 of the gradient.
         layers, name, skip_unsupported: as in ``Influence``.
     """
+
+    counted: ClassVar[str] = "iterations"
 
     def __init__(
         self,
@@ -59,20 +62,25 @@ class EKFACCG(EKFAC):
         task: Task,
         targets: Targets,
         *,
-        damping: float = 2.0,
+        damping: float | None = None,
+        rate_sum: float | None = None,
         iterations: int = 20,
         layers: str | Sequence[str] | None = None,
         name: str = "ekfac_cg",
         skip_unsupported: bool = False,
     ) -> None:
+        if damping is not None and rate_sum is not None:
+            raise ValueError(f"{name}: expected damping or rate_sum, of which λ is made, not both")
+        units = 2.0 if damping is None else damping
         super().__init__(
-            model, task, targets, damping=damping, layers=layers, name=name, skip_unsupported=skip_unsupported
+            model, task, targets, damping=units, layers=layers, name=name, skip_unsupported=skip_unsupported
         )
         self.targets.required()
-        if not damping > 0:
-            raise ValueError(f"damping: expected a number above 0, got {damping}")
+        for argument, value in (("damping", units), ("rate_sum", 1.0 if rate_sum is None else rate_sum)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"{argument}: expected a finite number above 0, got {value}")
         check_at_least("iterations", iterations, 1)
-        self.iterations = iterations
+        self.rate_sum, self.iterations = rate_sum, iterations
         self._facts: dict[str, str] = {}
 
     @property
@@ -80,7 +88,8 @@ class EKFACCG(EKFAC):
         return self.targets.columns("Gauss-Newton influence")
 
     def metadata(self) -> dict[str, str]:
-        return super().metadata() | {"damping": f"{self.damping} mean eigenvalues", **self._facts}
+        damping = f"{self.damping} mean eigenvalues" if self.rate_sum is None else f"1/{self.rate_sum:g}"
+        return super().metadata() | {"damping": damping, **self._facts}
 
     def _solve(
         self, bases: Mapping[str, Basis], means: Sequence[float], gradients: Mapping[str, Vector], pool: Sequence[Any]
@@ -89,24 +98,29 @@ class EKFACCG(EKFAC):
         product = GaussNewton(self.model, self.task, list(wanted[0]), pool)
         size = sum(basis.values.numel() for basis in bases.values() if basis.values is not None)
         try:
-            trace = _trace(product, wanted[0])
+            trace = trace_of(product, wanted[0])
             if not trace > 0:
                 raise ValueError("the pool's curvature is 0, so that there is nothing to damp in units of")
-            damping = self.damping * trace / size
+            damping = self.damping * trace / size if self.rate_sum is None else 1 / self.rate_sum
             _scale(bases, trace, damping)
             for name, gradient in wanted[0].items():
                 if bases[name].values is None:
                     bases[name].values = torch.full_like(gradient, damping)
-            solved, residual, made = _conjugate_gradients(product, damping, bases, wanted, self.iterations)
+            solved, residual, made = self._solved(System(product, damping, bases, wanted), pool)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
-        self._facts = {"iterations": str(made), "residual": f"{residual:.2g}", "left_out": str(len(product.left_out))}
+        self._facts = {self.counted: str(made), "residual": f"{residual:.2g}", "left_out": str(len(product.left_out))}
         if residual > _FAR:
-            self._facts["warning"] = "far from solved; give more iterations or a larger damping"
+            self._facts["warning"] = f"far from solved; give more {self.counted} or a larger damping"
             _log.warning(
-                "%s: the residual is %.2g after %d iterations: %s", self.name, residual, made, self._facts["warning"]
-            )
+                "%s: the residual is %.2g after %d %s: %s",
+                self.name, residual, made, self.counted, self._facts["warning"],
+            )  # fmt: skip
         return dict(zip(gradients, solved, strict=True))
+
+    def _solved(self, system: System, pool: Sequence[Any]) -> tuple[list[dict[str, Tensor]], float, int]:
+        """x by target; the largest relative residual; the iterations made."""
+        return _conjugate_gradients(system, self.iterations)
 
     def _wanted(self, bases: Mapping[str, Basis], gradients: Mapping[str, Vector]) -> list[dict[str, Tensor]]:
         """Each target's gradient in every parameter that the pool or a target uses. The matrix is whole: x is not 0
@@ -115,16 +129,6 @@ class EKFACCG(EKFAC):
         used |= {name for name, basis in bases.items() if basis.values is not None}
         zeros = {name: wide(torch.zeros_like(p)) for name, p in self.model.named_parameters() if name in used}
         return [{name: gradient.get(name, zero) for name, zero in zeros.items()} for gradient in gradients.values()]
-
-
-def _trace(product: GaussNewton, like: Vector) -> float:
-    """The trace of G, from products with random signs (Hutchinson)."""
-    generator = torch.Generator().manual_seed(0)
-    signs = [
-        {name: (2 * torch.randint(2, g.shape, generator=generator) - 1).to(g) for name, g in like.items()}
-        for _ in range(_SIGNS)
-    ]
-    return sum(_dot(v, own) for v, own in zip(signs, product(signs), strict=True)) / _SIGNS
 
 
 def _scale(bases: Mapping[str, Basis], trace: float, damping: float) -> None:
@@ -136,42 +140,44 @@ def _scale(bases: Mapping[str, Basis], trace: float, damping: float) -> None:
         basis.damp(damping)
 
 
-def _conjugate_gradients(
-    product: GaussNewton, damping: float, bases: Mapping[str, Basis], wanted: Sequence[Vector], iterations: int
-) -> tuple[list[dict[str, Tensor]], float, int]:
-    """x of (G + λ)x = g for each g, first along EK-FAC's; the largest relative residual, and the iterations made."""
+@dataclass(frozen=True)
+class System:
+    """(G + λ)x = g for each g of ``wanted``, and EK-FAC's as near as it is, ``bases``, damped."""
 
-    def applied(vectors: Sequence[Vector]) -> list[dict[str, Tensor]]:
-        return [_add(own, vector, damping) for own, vector in zip(product(vectors), vectors, strict=True)]
+    product: GaussNewton
+    damping: float
+    bases: Mapping[str, Basis]
+    wanted: Sequence[Vector]
 
-    def preconditioned(vectors: Sequence[Vector]) -> list[dict[str, Tensor]]:
-        return [{name: bases[name].precondition(v) for name, v in vector.items()} for vector in vectors]
+    def applied(self, vectors: Sequence[Vector], product: GaussNewton | None = None) -> list[dict[str, Tensor]]:
+        """(G + λ) of each, G of other samples where another ``product`` is given."""
+        made = (product or self.product)(vectors)
+        return [add(own, vector, self.damping) for own, vector in zip(made, vectors, strict=True)]
 
-    x = [{name: torch.zeros_like(v) for name, v in g.items()} for g in wanted]
-    rest = [dict(g) for g in wanted]
-    ahead = preconditioned(rest)
-    along, height, made = ahead, [_dot(r, z) for r, z in zip(rest, ahead, strict=True)], 0
-    while made < iterations and _residual(rest, wanted) > _ENOUGH:
-        moved = applied(along)
+    def preconditioned(self, vectors: Sequence[Vector]) -> list[dict[str, Tensor]]:
+        return [{name: self.bases[name].precondition(v) for name, v in vector.items()} for vector in vectors]
+
+    def residual(self, rest: Sequence[Vector]) -> float:
+        """The largest length of what is left, relative to its g."""
+        pairs = zip(rest, self.wanted, strict=True)
+        return max((dot(r, r) / norm) ** 0.5 if (norm := dot(g, g)) else 0.0 for r, g in pairs)
+
+
+def _conjugate_gradients(system: System, iterations: int) -> tuple[list[dict[str, Tensor]], float, int]:
+    """x for each g, first along EK-FAC's; the largest relative residual, and the iterations made."""
+    x = [{name: torch.zeros_like(v) for name, v in g.items()} for g in system.wanted]
+    rest = [dict(g) for g in system.wanted]
+    ahead = system.preconditioned(rest)
+    along, height, made = ahead, [dot(r, z) for r, z in zip(rest, ahead, strict=True)], 0
+    while made < iterations and system.residual(rest) > _ENOUGH:
+        moved = system.applied(along)
         for k, (p, q) in enumerate(zip(along, moved, strict=True)):
-            bend = _dot(p, q)
+            bend = dot(p, q)
             width = height[k] / bend if bend > 0 else 0.0  # 0/0: this one is solved
-            x[k], rest[k] = _add(x[k], p, width), _add(rest[k], q, -width)
-        ahead, before = preconditioned(rest), height
-        height = [_dot(r, z) for r, z in zip(rest, ahead, strict=True)]
+            x[k], rest[k] = add(x[k], p, width), add(rest[k], q, -width)
+        ahead, before = system.preconditioned(rest), height
+        height = [dot(r, z) for r, z in zip(rest, ahead, strict=True)]
         shares = [new / old if old > 0 else 0.0 for new, old in zip(height, before, strict=True)]
-        along = [_add(z, p, share) for z, p, share in zip(ahead, along, shares, strict=True)]
+        along = [add(z, p, share) for z, p, share in zip(ahead, along, shares, strict=True)]
         made += 1
-    return x, _residual(rest, wanted), made
-
-
-def _add(a: Vector, b: Vector, times: float) -> dict[str, Tensor]:
-    return {name: v.add(b[name], alpha=times) for name, v in a.items()}
-
-
-def _dot(a: Vector, b: Vector) -> float:
-    return float(torch.stack([(v.double() * b[name].double()).sum() for name, v in a.items()]).sum())
-
-
-def _residual(rest: Sequence[Vector], wanted: Sequence[Vector]) -> float:
-    return max((_dot(r, r) / norm) ** 0.5 if (norm := _dot(g, g)) else 0.0 for r, g in zip(rest, wanted, strict=True))
+    return x, system.residual(rest), made

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -14,6 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from assay.probe.quiet import undisturbed
 from assay.tasks import Outputs, Task
 from assay.tasks.base import unfused
+
+_SIGNS = 8
 
 
 class GaussNewton:
@@ -79,6 +81,23 @@ class GaussNewton:
             (bent,) = torch.autograd.grad((slope * moved).sum(), z, retain_graph=True, materialize_grads=True)
             found.append(torch.autograd.grad((z * bent).sum(), inputs, retain_graph=True, materialize_grads=True))
         return int(with_loss.sum()), found
+
+
+def trace_of(
+    product: Callable[[Sequence[Mapping[str, Tensor]]], Sequence[Mapping[str, Tensor]]], like: Mapping[str, Tensor]
+) -> float:
+    """The trace of G, from products with random signs (Hutchinson); ``like`` has the parameters' shapes and types."""
+    generator = torch.Generator().manual_seed(0)
+    signs = [
+        {name: (2 * torch.randint(2, g.shape, generator=generator) - 1).to(g) for name, g in like.items()}
+        for _ in range(_SIGNS)
+    ]
+    dots = [
+        (own[name].double() * g.double()).sum()
+        for v, own in zip(signs, product(signs), strict=True)
+        for name, g in v.items()
+    ]
+    return float(torch.stack(dots).sum()) / _SIGNS
 
 
 class _Run(nn.Module):

@@ -284,12 +284,48 @@ class Influence(Keeper):
         self._check(features, extras)
         total = torch.zeros(())
         for k, (mine, queries, weight) in enumerate(zip(features, fitted, self.weights, strict=True)):
-            roots = None if self._roots is None else self._roots[k]
-            wide = self._transformed(mine if mine.dtype == torch.float64 else mine.float(), roots)
+            wide = self._row(k, mine)
             total = total.to(wide.device) + weight * (wide @ queries.to(wide).T)  # (B, targets)
         if extras is not None:
             total = total * torch.stack([d.to(total) for d in extras]).mean(0)[:, None]
         return self.targets.scores(total)
+
+    def scan_rows(self, features: Sequence[Tensor], extras: Sequence[Tensor] | None = None) -> Tensor:
+        """Samples as a plain scan takes them: their inner products with ``scan_queries`` are their scores.
+
+        The roots of the second moments, lengths and doubts are in the rows already, the checkpoints side by side. With
+        a ``whiten`` kernel rows therefore depend on the samples that ``fit`` saw, and with a ``target_share`` on the
+        targets: rows that are stored for targets to come need ``target_share=0`` and one fit's method.
+
+        Args:
+            features, extras: as in ``score_features``.
+
+        Returns:
+            (B, K · size) float32, or float64 of such features. NaN for samples without a score.
+
+        Raises:
+            RuntimeError, ValueError: as in ``score_features``.
+        """
+        self._fitted()
+        self._check(features, extras)
+        rows = torch.cat([self._row(k, mine) for k, mine in enumerate(features)], 1)
+        if extras is not None:
+            rows = rows * torch.stack([d.to(rows) for d in extras]).mean(0)[:, None]
+        return rows
+
+    def scan_queries(self) -> Tensor:
+        """(targets, K · size) float32: the targets, the inverse second moment and the checkpoints' weights applied.
+
+        ``ops.topk_scan(rows, queries, k)`` ranks by their mean; its ``reduce="max"`` is for ``across="max"``.
+
+        Raises:
+            RuntimeError: ``fit`` has not run.
+        """
+        return torch.cat([weight * q for q, weight in zip(self._fitted(), self.weights, strict=True)], 1).float()
+
+    def _row(self, k: int, features: Tensor) -> Tensor:
+        wide = features if features.dtype == torch.float64 else features.float()
+        return self._transformed(wide, None if self._roots is None else self._roots[k])
 
     def _fitted(self) -> list[Tensor]:
         if self._queries is None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import assay
 from assay.cli import main
 from tests.small_scores import make_scores
 
@@ -64,3 +66,47 @@ def test_another_run_stands_beside(scores, tmp_path, capsys):
     other = make_scores(tmp_path, {"a": {"mimic": np.array([1, 1, 1, 1], np.float32)}}, name="other")
     assert main(["select", scores, "--where", "mimic > b.mimic", "--with", f"b={other}", "--out", "out"]) == 0
     assert pq.read_table(tmp_path / "out/a.parquet")["id"].to_pylist() == ["a-3"]
+
+
+def test_coverage_of_every_difficulty_from_the_command_line(tmp_path, monkeypatch, capsys):
+    """`--ccs` keeps what `select.ccs` keeps of all shards together, and says so in the manifest and to `explain`."""
+    monkeypatch.chdir(tmp_path)
+    loss = np.random.default_rng(0).exponential(size=(2, 100)).astype(np.float32)
+    loss[0, 5] = np.nan
+    scores = make_scores(tmp_path, {name: {"loss": loss[i]} for i, name in enumerate("ab")})
+    command = ["select", scores, "--by", "loss", "--ccs", "0.3", "--hard", "high"]
+    assert main([*command, "--drop", "0.2", "--seed", "3", "--out", "out"]) == 0
+    expected = assay.select.ccs(pa.table({"loss": loss.reshape(-1)}), "loss", 0.3, 3, hard="high", drop=0.2)
+    assert expected.summary() in capsys.readouterr().out
+    fates = [row for name in "ab" for row in pq.read_table(tmp_path / f"out/_selection/{name}.parquet").to_pylist()]
+    assert [row["kept"] for row in fates] == expected.mask.tolist()
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert manifest["rule"] == "loss, 0.3 by 50 strata without the hardest 0.2, seed 3"
+    assert manifest["facts"] == expected.facts
+    assert manifest["facts"]["hardest_dropped"] == 40
+    hardest = int(np.nanargmax(loss[0]))
+    assert main(["explain", scores, f"a-{hardest}", "--selection", "out"]) == 0
+    assert "among the hardest, or not drawn" in capsys.readouterr().out
+    assert main([*command, "--out", "default"]) == 0
+    assert json.loads((tmp_path / "default/manifest.json").read_text())["facts"]["hardest_dropped"] == 20
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--ccs", "2"], "--hard is missing: --ccs needs to know which end of the score is hard"),
+        (["--ccs", "2", "--hard", "up"], "--hard up: expected high or low"),
+        (["--ccs", "2", "--hard", "low", "--keep", "high"], "--keep high: has no effect with --ccs"),
+        (["--ccs", "2", "--hard", "low", "--group", "shard"], "--group shard: has no effect with --ccs"),
+        (["--ccs", "2", "--hard", "low", "--drop", "1.5"], "drop=1.5: expected a share"),
+        (["--ccs", "4", "--hard", "low"], "amount=4: 4 rows, but 3 of 4 are left"),
+        (["--ccs", "x", "--hard", "low"], "'x' is no amount"),
+        (["--top", "2", "--hard", "low"], "--hard low: has no effect with --top; expected with --ccs"),
+        (["--top", "2", "--drop", "0.2"], "--drop 0.2: has no effect with --top; expected with --ccs"),
+        (["--where", "loss > 0", "--drop", "0.2"], "--drop 0.2: has no effect with --where alone"),
+        (["--top", "2", "--ccs", "2"], "got --top, --ccs"),
+    ],
+)
+def test_options_of_coverage_that_are_refused(scores, options, message, capsys):
+    assert main(["select", scores, "--by", "mimic", *options, "--out", "out"]) == 2
+    assert message in capsys.readouterr().err

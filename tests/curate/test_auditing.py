@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -139,9 +140,49 @@ def test_the_command_says_it_in_one_line(scores, tmp_path, monkeypatch, capsys):
     assert "42 labels, 4 of them on rows that no cut keeps" in line
     assert main(["select", scores, "--by", "s", "--top", "1", "--beta", "2", "--out", "o"]) == 2
     assert "--beta 2.0: has no effect with --top" in capsys.readouterr().err
-    assert main([*audited, "--group", "shard"]) == 2
-    assert "--group shard: has no effect with --audit" in capsys.readouterr().err
+    assert main([*audited, "--group", "shard"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("audit: ")]
+    assert lines[0].startswith("audit: shard a.parquet: s cut at 0.")
+    assert lines[1].startswith("audit: shard without a cut of its own, as all labels together: s cut at 0.")
+    assert lines[2:] == ["audit: fewer than 20 labels, or of one kind: deep/b.parquet (11)"]
+    assert main(["explain", scores, "deep/b-5", "--selection", "out"]) == 0
+    assert "the cut of its shard" in capsys.readouterr().out
     assert main([*audited[:-1], "weighed", "--format", "weights", "--temperature", "1"]) == 0
     weights = pq.read_table(tmp_path / "weighed/weights/a.parquet")["weight"].to_numpy()
     assert len(weights)
     assert (weights > 0).all()
+
+
+def test_each_group_is_cut_by_its_own_labels(tmp_path):
+    """What is good in one source is not in the other; the labels of quarantined rows count in no group."""
+    rng = np.random.default_rng(1)
+    values, source = rng.normal(size=(2, 80)).astype(np.float32), np.array([["wiki", "web"] * 40, ["web", "wiki"] * 40])
+    shards = {name: {"s": values[i]} for i, name in enumerate("ab")}
+    (tmp_path / "data").mkdir()
+    for i, name in enumerate("ab"):
+        columns = {"id": [f"{name}-{row}" for row in range(80)], "source": source[i].tolist()}
+        pq.write_table(pa.table(columns), tmp_path / f"data/{name}.parquet")
+    scores = make_scores(tmp_path, shards, without={"a": [3]})
+    good = values > np.where(source == "wiki", 0.5, -0.5)
+    rows = [(i, row) for i in range(2) for row in range(80) if row % 4 != 1]
+    lines = [f"{'ab'[i]}.parquet,{row},{int(good[i, row])}" for i, row in rows]
+    (tmp_path / "labels.csv").write_text("\n".join(["shard,row,label", *lines]) + "\n")
+    labels = read_labels(str(tmp_path / "labels.csv"))
+    rule = RuleOptions(by="s", audit=labels, group="source").rule()
+    curated = curate(scores, "s", rule, str(tmp_path / "out"), group="source")
+    assert {name: cut.f for name, cut in curated.cut.cuts.items()} == {"wiki": 1, "web": 1}
+    limits = {
+        name: min(values[i, row] for i, row in rows if source[i, row] == name and good[i, row] and (i, row) != (0, 3))
+        for name in ("wiki", "web")
+    }
+    assert {name: cut.threshold for name, cut in curated.cut.cuts.items()} == limits
+    assert sum(cut.rows for cut in curated.cut.cuts.values()) == len(rows) - 1 == curated.cut.pooled.rows - 1
+    told = json.loads((tmp_path / "out/manifest.json").read_text())["audit"]
+    assert {entry["group"]: entry["threshold"] for entry in told["groups"]} == limits
+    assert all(len(entry["threshold_interval"]) == 2 for entry in told["groups"])
+    assert (told["rows"], told["pooled_for"], told["least"]) == (len(rows), [], 20)
+    groups = {entry["group"]: entry for entry in pq.read_table(tmp_path / "out/_groups.parquet").to_pylist()}
+    for name, limit in limits.items():
+        assert groups[name]["threshold"] == limit
+    fates = pq.read_table(tmp_path / "out/_selection/b.parquet").to_pylist()
+    assert [fate["kept"] for fate in fates] == [bool(v >= limits[s]) for v, s in zip(values[1], source[1], strict=True)]

@@ -96,3 +96,37 @@ def test_a_seed_makes_the_same_interval():
 def test_labels_that_make_no_cut(values, good, beta, message):
     with pytest.raises(ValueError, match=message):
         select.fbeta_cut(table(values), "s", good, beta)
+
+
+def test_each_group_has_the_cut_of_its_own_rows() -> None:
+    """Scores of two classes lie apart, so that no one cut serves both; a class of few labels, or of one kind, is cut
+    where all are."""
+    values, good = sample(300, 3)
+    names = np.array(["cat", "dog", "emu"])[np.random.default_rng(0).choice(3, 300, p=[0.5, 0.46, 0.04])].tolist()
+    values = values + np.float32(3) * np.array([name == "dog" for name in names], np.float32)
+    names[7], names[8] = None, "gnu"
+    held = table(values)
+    found = select.fbeta_cuts(held, "s", good, names, 1, draws=20)
+    assert found.pooled == select.fbeta_cut(held, "s", good, 1, draws=20)
+    assert set(found.cuts) == {"cat", "dog"}
+    for name, cut in found.cuts.items():
+        its = np.array([own == name for own in names])
+        assert cut == select.fbeta_cut(table(values[its]), "s", good[its], 1, draws=20)
+        assert cut.threshold_interval[0] <= cut.threshold <= cut.threshold_interval[1]
+    assert found.cuts["dog"].threshold > found.cuts["cat"].threshold + 2
+    assert found.few == {"emu": names.count("emu"), None: 1, "gnu": 1}
+    assert found.threshold("emu") == found.threshold("never seen") == found.pooled.threshold
+    with_groups = held.append_column("kind", [names])
+    chosen = select.cut_groups(with_groups, "s", found, "kind")
+    limits = np.array([found.threshold(name) for name in names])
+    np.testing.assert_array_equal(chosen.mask, values >= limits)
+    kept_by_one = values >= found.pooled.threshold
+    assert f_beta(good, chosen.mask, 1) > f_beta(good, kept_by_one, 1) + 0.05
+    all_good = select.fbeta_cuts(held, "s", good, ["x" if own else "y" for own in good], draws=2)
+    assert set(all_good.few) == {"x", "y"}  # of one kind each
+    mirrored = select.fbeta_cuts(table(-values, "low"), "s", good, names, 1, draws=20)
+    low = select.cut_groups(table(-values, "low").append_column("kind", [names]), "s", mirrored, "kind")
+    np.testing.assert_array_equal(low.mask, chosen.mask)
+    np.testing.assert_array_equal(low.limits, -chosen.limits)
+    with pytest.raises(ValueError, match="groups: expected one for each of the 300 rows, got 2"):
+        select.fbeta_cuts(held, "s", good, names[:2])

@@ -11,7 +11,9 @@ import typer
 from assay.cli.terminal import BAD, INCOMPLETE, OK, CorpusNow, ScoresFolder, clean, fail, say
 
 if TYPE_CHECKING:
-    from assay.select import Cut
+    from collections.abc import Iterator
+
+    from assay.select import Cut, GroupCuts
 
 
 def select(
@@ -43,6 +45,19 @@ def select(
     quantile: Annotated[
         float | None, typer.Option(help="From this quantile of worth on: 0.9 is the best tenth.")
     ] = None,
+    ccs: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AMOUNT",
+            help="So many from 50 strata of difficulty alike, without the hardest; see --hard, --drop.",
+        ),
+    ] = None,
+    hard: Annotated[
+        str | None, typer.Option(metavar="high|low", help="For --ccs: which end of the score is hard.")
+    ] = None,
+    drop: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="For --ccs: how many of the hardest are dropped first. [0.1]")
+    ] = None,
     gmm: Annotated[bool, typer.Option("--gmm", help="The better of two Gaussians.")] = False,
     kmeans: Annotated[bool, typer.Option("--kmeans", help="The better of two groups of least squared error.")] = False,
     sample: Annotated[str | None, typer.Option(metavar="AMOUNT", help="Draw in proportion to the score.")] = None,
@@ -70,7 +85,7 @@ def select(
     keep: Annotated[
         str | None, typer.Option(metavar="high|low", help="Which end is better, if not as the table says.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="For --sample, --random, --mix and --gmm.")] = 0,
+    seed: Annotated[int, typer.Option(help="For --sample, --random, --mix, --ccs and --gmm.")] = 0,
     temperature: Annotated[
         float | None, typer.Option(help="For --sample and --format weights: softmax(worth / temperature).")
     ] = None,
@@ -112,6 +127,9 @@ def select(
         group=group,
         audit=None if audit is None else read_labels(audit),
         beta=beta,
+        ccs=ccs,
+        hard=hard,
+        drop=drop,
     )
     try:
         curated = curate(scores, by, options.rule(), out, corpus, form, where, _beside(beside or []), group, mixed)
@@ -121,8 +139,8 @@ def select(
     if curated.where:
         say(f"where {curated.where.condition.line}: {curated.where.summary()}")
     say(curated.selection.summary())
-    if curated.cut is not None:
-        say(_audited(curated.cut, by or ""))
+    for line in _audited(curated.cut, by or "", group):
+        say(line)
     if curated.groups is not None:
         say(f"groups of {group}: {len(curated.groups):,}, each with its counts in {out}/_groups.parquet")
     print(
@@ -132,11 +150,33 @@ def select(
     return fail(curated.missing, INCOMPLETE) if curated.missing else OK
 
 
-def _audited(cut: Cut, by: str) -> str:
-    """What the labels say of the cut, in one line."""
+_MOST_LINES = 20
+
+
+def _audited(cut: Cut | GroupCuts | None, by: str, group: str | None) -> Iterator[str]:
+    """What the labels say of the cuts, one line for each."""
+    if cut is None:
+        return
+    from assay.select import GroupCuts
+    from assay.select.auditing import LEAST
+
+    if not isinstance(cut, GroupCuts):
+        yield f"audit: {_told(cut, by)}"
+        return
+    for name, own in list(cut.cuts.items())[:_MOST_LINES]:
+        yield f"audit: {group} {name}: {_told(own, by)}"
+    if (more := len(cut.cuts) - _MOST_LINES) > 0:
+        yield f"audit: and {more:,} more of {group}, which the manifest has"
+    few = ", ".join(f"{name} ({rows})" for name, rows in list(cut.few.items())[:_MOST_LINES])
+    yield f"audit: {group} without a cut of its own, as all labels together: {_told(cut.pooled, by)}"
+    if few:
+        yield f"audit: fewer than {LEAST} labels, or of one kind: {few}{', …' if len(cut.few) > _MOST_LINES else ''}"
+
+
+def _told(cut: Cut, by: str) -> str:
     low, high = cut.threshold_interval
     held_out = "" if math.isnan(cut.f_held_out) else f"; on labels held out {cut.f_held_out:.3f}"
-    line = f"audit: {by} cut at {cut.threshold:.6g} (95 %: {low:.6g} to {high:.6g}), F{cut.beta:g} {cut.f:.3f} "
+    line = f"{by} cut at {cut.threshold:.6g} (95 %: {low:.6g} to {high:.6g}), F{cut.beta:g} {cut.f:.3f} "
     line += f"(95 %: {cut.f_interval[0]:.3f} to {cut.f_interval[1]:.3f}{held_out}), "
     line += f"precision {cut.precision:.3f}, recall {cut.recall:.3f}, {cut.rows:,} labels"
     return line + (f", {cut.unscored:,} of them on rows that no cut keeps" if cut.unscored else "")

@@ -23,7 +23,8 @@ from assay.corpus.storage import Store
 from assay.curate.dataset import SHARD
 from assay.curate.rows import read_batches
 from assay.curate.whole import place_of, quarantined_rows
-from assay.select import Cut, Selection
+from assay.select import Cut, GroupCuts, Selection
+from assay.select.groups import Groups
 
 Rule = Callable[[pa.Table], Selection]
 Key = str | tuple[str, int]
@@ -54,7 +55,8 @@ def _shown(key: Key) -> str:
 
 @dataclass(frozen=True)
 class Audit:
-    """The rule that cuts score ``by`` where F_β is greatest on labelled rows; see `select.fbeta_cut`."""
+    """The rule that cuts score ``by`` where F_β is greatest on labelled rows, see `select.fbeta_cut`; with ``group``,
+    the column of the rule's table that has the groups, in each of them."""
 
     labels: Labels
     by: str
@@ -62,6 +64,7 @@ class Audit:
     seed: int = 0
     keep: Literal["high", "low"] | None = None
     weighed: Callable[[Rule], Rule] = lambda rule: rule
+    group: str | None = None
 
     def bind(
         self,
@@ -69,13 +72,15 @@ class Audit:
         tables: Sequence[tuple[Shard, Scored]],
         scored: pa.Table,
         passes: npt.NDArray[np.bool_] | None,
-    ) -> tuple[Cut, Rule]:
-        """The cut, and the rule that makes it.
+        groups: Groups | None = None,
+    ) -> tuple[Cut | GroupCuts, Rule]:
+        """The cut, or that of each group, and the rule that makes it.
 
         Args:
             store, tables: the score tables.
             scored: the scores of all their rows, shards after one another.
             passes: the rows among which the rule will choose, if not all: no cut keeps another.
+            groups: of all scored rows. A labelled row in quarantine is of none: it counts in the cut of all together.
         """
         places = np.array(list(find_labelled(store, tables, self.labels)), np.int64)
         there = places >= 0
@@ -84,21 +89,36 @@ class Audit:
         values = np.full(len(places), np.nan, np.float32)
         values[there] = scored[self.by].take(pa.array(places[there])).to_numpy()
         sample = pa.Table.from_arrays([pa.array(values, from_pandas=False)], schema=scored.select([self.by]).schema)
-        good = list(self.labels.labels.values())
+        good = np.array(list(self.labels.labels.values()))
+        options = (self.beta, self.seed, self.keep)
         try:
-            cut = select.fbeta_cut(sample, self.by, good, self.beta, self.seed, self.keep)
+            if self.group is None or groups is None:
+                cut: Cut | GroupCuts = select.fbeta_cut(sample, self.by, good, *options)
+            else:
+                cut = self._of_groups(sample, good, places, groups)
         except ValueError as error:
             raise CorpusError(f"--audit {self.labels.url}: {error}") from error
 
         def rule(table: pa.Table) -> Selection:
+            if isinstance(cut, GroupCuts):
+                return select.cut_groups(table, self.by, cut, self.group or "", self.keep)
             chosen = select.threshold(table, self.by, cut.threshold, self.keep)
             told = f"{self.by}, cut at {cut.threshold:.6g} by F{self.beta:g} of {cut.rows:,} labels"
             return replace(chosen, rule=told)
 
         return cut, self.weighed(rule)
 
-    def to_json(self, cut: Cut) -> dict[str, Any]:
-        """For the manifest: the labels, and the cut that they make."""
+    def _of_groups(
+        self, sample: pa.Table, good: npt.NDArray[np.bool_], places: npt.NDArray[np.int64], groups: Groups
+    ) -> GroupCuts:
+        """The groups' cuts by the rows that have one, beside that of all."""
+        options = (self.beta, self.seed, self.keep)
+        pooled, there = select.fbeta_cut(sample, self.by, good, *options), np.flatnonzero(places >= 0)
+        names = groups.names.take(pa.array(groups.codes[places[there]])).to_pylist()
+        return select.fbeta_cuts(sample.take(pa.array(there)), self.by, good[there], names, *options, pooled=pooled)
+
+    def to_json(self, cut: Cut | GroupCuts) -> dict[str, Any]:
+        """For the manifest: the labels, and the cuts that they make."""
         return {"labels": self.labels.url, "labels_sha256": self.labels.sha256, **cut.to_json()}
 
 

@@ -35,7 +35,7 @@ from assay.curate.rows import KEPT, Beside, Rows, open_beside, read_batches
 from assay.curate.rules import group_column
 from assay.curate.where import Answer, ask, parse_condition
 from assay.curate.whole import RowCheck, scored_shards
-from assay.select import Cut, Selection
+from assay.select import Cut, GroupCuts, Selection
 from assay.select.groups import Groups
 
 log = logging.getLogger("assay")
@@ -74,8 +74,8 @@ class Curated:
     """What the condition says of each scored row, if one was given."""
     groups: Groups | None = None
     """Of the scored rows, where the rule looks at groups."""
-    cut: Cut | None = None
-    """Where the rule is an audit."""
+    cut: Cut | GroupCuts | None = None
+    """Where the rule is an audit; of one in groups, their cuts."""
 
     @property
     def missing(self) -> str:
@@ -143,7 +143,7 @@ def curate(
     cut = None
     if isinstance(rule, Audit):
         passes = None if answer is None else answer.passes
-        audit, (cut, rule) = rule, rule.bind(scores.store, tables, table, passes)
+        audit, (cut, rule) = rule, rule.bind(scores.store, tables, table, passes, groups)
     selection, shards = _select(scores, tables, table, rule, answer, groups, group_column(group or "", by or ""))
     own = [chosen.shard for chosen in shards]
     written.check(selection, own)

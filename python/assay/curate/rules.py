@@ -16,12 +16,13 @@ from assay.curate.auditing import Audit, Labels, Rule
 from assay.curate.mixes import Mix
 from assay.select import Selection
 
-_WITHIN_GROUPS = ("top", "quantile", "sample", "random", "mix")
+_WITHIN_GROUPS = ("top", "quantile", "sample", "random", "mix", "audit")
 
 
 @dataclass(frozen=True)
 class RuleOptions:
-    """Exactly one of the first seven, ``mix`` or ``audit``, says which rule. Amounts are texts: 1 and 1.0 differ."""
+    """Exactly one of the first seven, ``mix``, ``audit`` or ``ccs``, says which rule. Amounts are texts: 1 and 1.0
+    differ."""
 
     top: str | None = None
     threshold: float | None = None
@@ -43,15 +44,17 @@ class RuleOptions:
     """Choose within groups; the rule's table has them in a column `group_column`."""
     audit: Labels | None = None
     beta: float | None = None
+    ccs: str | None = None
+    hard: str | None = None
+    drop: float | None = None
 
     def rule(self) -> Rule | Audit:
         """The rule that was asked for. CorpusError unless it is one, and complete."""
-        kinds = ("top", "threshold", "quantile", "gmm", "kmeans", "sample", "random", "mix", "audit")
+        kinds = ("top", "threshold", "quantile", "gmm", "kmeans", "sample", "random", "mix", "audit", "ccs")
         # By identity: a threshold of 0.0 is a threshold.
         given = [kind for kind in kinds if getattr(self, kind) is not None and getattr(self, kind) is not False]
         if self.where is not None and not given:
-            if self.beta is not None:
-                raise CorpusError(f"--beta {self.beta}: has no effect with --where alone; expected with --audit")
+            self._check_owners("where")
             self._check_group("where")
             return self._all_that_pass()
         if len(given) != 1:
@@ -68,12 +71,19 @@ class RuleOptions:
                 f"--temperature {self.temperature}: has no effect with --{given[0]}; expected with --sample, or "
                 "--format weights"
             )
-        if self.beta is not None and given != ["audit"]:
-            raise CorpusError(f"--beta {self.beta}: has no effect with --{given[0]}; expected with --audit")
+        self._check_owners(given[0])
         if self.audit is not None:
             return self._audit(self.audit, keep)
         rule = self._rule(self.by or "", keep)
         return self._weighed(rule, given[0], keep) if self.weigh else rule
+
+    def _check_owners(self, kind: str) -> None:
+        """CorpusError for an option of another rule."""
+        for option, owner in (("beta", "audit"), ("hard", "ccs"), ("drop", "ccs")):
+            value = getattr(self, option)
+            if value is not None and kind != owner:
+                alone = " alone" if kind == "where" else ""
+                raise CorpusError(f"--{option} {value}: has no effect with --{kind}{alone}; expected with --{owner}")
 
     def _check_group(self, kind: str) -> None:
         by_group = self.mix is not None and isinstance(self.mix.rates, Mapping)
@@ -91,7 +101,8 @@ class RuleOptions:
             )
 
     def _audit(self, labels: Labels, keep: Literal["high", "low"] | None) -> Audit:
-        audit = Audit(labels, self.by or "", 1.0 if self.beta is None else self.beta, self.seed, keep)
+        by, group = self.by or "", None if self.group is None else group_column(self.group, self.by or "")
+        audit = Audit(labels, by, 1.0 if self.beta is None else self.beta, self.seed, keep, group=group)
         if not self.weigh:
             return audit
         self._weighed(_everything, "audit", keep)  # whether it can be
@@ -145,9 +156,21 @@ class RuleOptions:
         if self.random is not None:
             uniform = parse_amount(self.random)
             return lambda table: select.random(table, uniform, self.seed, group)
+        if self.ccs is not None:
+            return self._ccs(by, parse_amount(self.ccs))
         if self.gmm:
             return lambda table: select.gmm(table, by, keep, self.seed)
         return lambda table: select.kmeans(table, by, keep)
+
+    def _ccs(self, by: str, amount: int | float) -> Rule:
+        if self.hard is None:
+            raise CorpusError("--hard is missing: --ccs needs to know which end of the score is hard, high or low")
+        if self.keep is not None:
+            raise CorpusError(f"--keep {self.keep}: has no effect with --ccs; --hard says which end is which")
+        if self.hard not in ("high", "low"):
+            raise CorpusError(f"--hard {self.hard}: expected high or low")
+        hard, drop = cast("Literal['high', 'low']", self.hard), 0.1 if self.drop is None else self.drop
+        return lambda table: select.ccs(table, by, amount, self.seed, hard=hard, drop=drop)
 
 
 def group_column(group: str, by: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from assay.select.best import spans
+from assay.select.groups import groups_of
 from assay.select.rules import Keep
-from assay.select.selection import Floats, Mask, oriented
+from assay.select.selection import Floats, Mask, Selection, oriented
 
 DRAWS = 1000
+LEAST = 20
+"""Labels of both kinds that a group needs for a cut of its own."""
 _TAIL = 0.025
 
 
@@ -110,6 +114,87 @@ def fbeta_cut(
         draws,
         seed,
     )
+
+
+@dataclass(frozen=True)
+class GroupCuts:
+    """A cut for each group: classes, sources.
+
+    Attributes:
+        pooled: of all labelled rows, whatever their group.
+        cuts: of each group with at least `LEAST` labelled rows, of both kinds.
+        few: the labelled rows of each other group that has any: these, and groups that have none, are cut where all
+            labelled rows together are.
+    """
+
+    pooled: Cut
+    cuts: Mapping[str | None, Cut]
+    few: Mapping[str | None, int]
+
+    def threshold(self, group: str | None) -> float:
+        """Where a group is cut, in the score's own units."""
+        return self.cuts.get(group, self.pooled).threshold
+
+    def to_json(self) -> dict[str, Any]:
+        """The pooled cut, and those of the groups; a group without a name is null."""
+        own = [{"group": name, **cut.to_json()} for name, cut in self.cuts.items()]
+        few = [{"group": name, "rows": rows} for name, rows in self.few.items()]
+        return {**self.pooled.to_json(), "groups": own, "pooled_for": few, "least": LEAST}
+
+
+def fbeta_cuts(
+    table: pa.Table,
+    by: str,
+    labels: npt.ArrayLike,
+    groups: Sequence[str | None],
+    beta: float = 1.0,
+    seed: int = 0,
+    keep: Keep | None = None,
+    draws: int = DRAWS,
+    pooled: Cut | None = None,
+) -> GroupCuts:
+    """The cut of each group, by its own labelled rows alone, without iteration (2210.10221); see `fbeta_cut`.
+
+    Args:
+        table, labels: as there.
+        groups: (n,) which group each labelled row is of.
+        pooled: the cut of groups with too few labels, if it is not that of these rows.
+
+    Raises:
+        ValueError: as there, of all rows together; a group's own rows are never too few.
+    """
+    pooled = fbeta_cut(table, by, labels, beta, seed, keep, draws) if pooled is None else pooled
+    good = np.asarray(labels, bool)
+    if len(groups) != len(good):
+        raise ValueError(f"groups: expected one for each of the {len(good)} rows, got {len(groups)}")
+    rows: dict[str | None, list[int]] = {}
+    for row, name in enumerate(groups):
+        rows.setdefault(name, []).append(row)
+    cuts: dict[str | None, Cut] = {}
+    few: dict[str | None, int] = {}
+    valid = oriented(table, by, keep).valid
+    for name, its in rows.items():
+        own = good[its]
+        if len(its) < LEAST or own.all() or not (own & valid[its]).any():
+            few[name] = len(its)
+        else:
+            cuts[name] = fbeta_cut(table.take(pa.array(its)), by, own, beta, seed, keep, draws)
+    return GroupCuts(pooled, cuts, few)
+
+
+def cut_groups(table: pa.Table, by: str, cuts: GroupCuts, group: str, keep: Keep | None = None) -> Selection:
+    """Rows whose score is as good as the cut of their group, a column of the table, or better."""
+    score, groups = oriented(table, by, keep), groups_of(table, group)
+    names = groups.names.to_pylist()
+    limits = np.array([score.sign * cuts.threshold(name) for name in names], np.float64)
+    mask = np.zeros(table.num_rows, bool)
+    for span in spans(len(mask)):
+        mask[span] = score.values[span] >= limits[groups.codes[span]]
+    side = ("at least", "below") if score.sign > 0 else ("at most", "above")
+    kept, dropped = (f"{by} {word} the cut of its {group}" for word in side)
+    own = sum(name in cuts.cuts for name in names)
+    told = f"{by}, cut by F{cuts.pooled.beta:g} of {cuts.pooled.rows:,} labels in {own:,} of {len(names):,} {group}"
+    return score.select(mask, told, kept, dropped, limits=score.sign * limits)
 
 
 class _Curve:

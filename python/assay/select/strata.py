@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from assay.select.rules import Amount, Keep, amount_rows, uniform
-from assay.select.selection import Selection, oriented
+from assay.select.best import best, parts_of, spans
+from assay.select.groups import Groups, best_of_each
+from assay.select.rules import Amount, Keep, amount_rows, uniforms
+from assay.select.selection import Floats, Mask, Selection, oriented
 
 
 def ccs(
@@ -40,23 +44,19 @@ def ccs(
     if hard not in ("high", "low"):
         raise ValueError(f"hard={hard!r}: expected 'high' or 'low'")
     score = oriented(table, by, hard)
-    scored = np.flatnonzero(score.valid)
-    hardest = int(drop * len(scored) + 0.5)
-    left = scored[np.argsort(-score.values[scored], kind="stable")[hardest:]]
-    wanted = amount_rows(amount, table.num_rows)
-    if wanted > len(left):
+    scored = int(np.count_nonzero(score.valid))
+    hardest = int(drop * scored + 0.5)
+    left = score.valid & ~best(lambda: parts_of(score.values), table.num_rows, hardest)
+    wanted, there = amount_rows(amount, table.num_rows), scored - hardest
+    if wanted > there:
         raise ValueError(
-            f"amount={amount}: {wanted:,} rows, but {len(left):,} of {table.num_rows:,} are left without the hardest "
+            f"amount={amount}: {wanted:,} rows, but {there:,} of {table.num_rows:,} are left without the hardest "
             f"{hardest:,} by {by} and those that have no score; lower amount or drop"
         )
-    worth = score.values[left].astype(np.float64)
-    if not np.isfinite(worth).all():
-        raise ValueError(f"by={by!r}: infinite scores lie in no stratum; leave those rows out first")
-    place = _strata(worth, strata)
-    sizes = np.bincount(place, minlength=strata)
-    kept = _draw(left, place, shares(sizes, wanted), uniform(table.num_rows, seed))
-    mask = np.zeros(table.num_rows, bool)
-    mask[kept] = True
+    place = _strata(score.values, left, strata, by)
+    groups = Groups(place, pa.array(range(strata)))
+    sizes = groups.counts(left)
+    mask = best_of_each(lambda: _keys(left, seed), groups, shares(sizes, wanted))
     rule = f"{by}, {amount} by {strata} strata without the hardest {drop:g}, seed {seed}"
     facts = {"hardest_dropped": float(hardest), "strata_with_rows": float((sizes > 0).sum())}
     return score.select(mask, rule, f"drawn from its stratum of {by}", "among the hardest, or not drawn", facts=facts)
@@ -72,25 +72,28 @@ def shares(sizes: npt.NDArray[np.int64], wanted: int) -> npt.NDArray[np.int64]:
     return given
 
 
-def _strata(values: npt.NDArray[Any], strata: int) -> npt.NDArray[np.int64]:
-    if not len(values) or values.min() == values.max():
-        return np.zeros(len(values), np.int64)
-    halves = 0.5 * values.astype(np.float64)  # whose differences are finite
-    steps = (halves - halves.min()) / (halves.max() - halves.min()) * strata
-    place: npt.NDArray[np.int64] = np.minimum(steps.astype(np.int64), strata - 1)
+def _strata(values: npt.NDArray[Any], left: Mask, strata: int, by: str) -> npt.NDArray[np.int32]:
+    """(N,), the stratum of each row that is left; 0 of the others."""
+    place, ends = np.zeros(len(values), np.int32), [math.inf, -math.inf]
+    for span in spans(len(values)):
+        halves = _halves(values[span], left[span])
+        if not np.isfinite(halves).all():
+            raise ValueError(f"by={by!r}: infinite scores lie in no stratum; leave those rows out first")
+        ends = [min(ends[0], halves.min(initial=math.inf)), max(ends[1], halves.max(initial=-math.inf))]
+    if ends[0] < ends[1]:
+        for span in spans(len(values)):
+            steps = (_halves(values[span], left[span]) - ends[0]) / (ends[1] - ends[0]) * strata
+            place[span][left[span]] = np.minimum(steps.astype(np.int32), strata - 1)
     return place
 
 
-def _draw(
-    rows: npt.NDArray[np.int64],
-    place: npt.NDArray[np.int64],
-    given: npt.NDArray[np.int64],
-    keys: npt.NDArray[np.float64],
-) -> npt.NDArray[np.int64]:
-    """Of each stratum as many rows as it is given, those with the least keys."""
-    order = np.lexsort((keys[rows], place))
-    ordered = place[order]
-    starts = np.searchsorted(ordered, np.arange(len(given)))
-    rank = np.arange(len(order)) - starts[ordered]
-    drawn: npt.NDArray[np.int64] = rows[order[rank < given[ordered]]]
-    return drawn
+def _halves(values: npt.NDArray[Any], left: Mask) -> Floats:
+    """Half of each score that is left, in float64: their differences are finite."""
+    halves: Floats = 0.5 * values[left].astype(np.float64)
+    return halves
+
+
+def _keys(left: Mask, seed: int) -> Iterator[Floats]:
+    """By which rows are drawn, the greatest first; NaN where a row is not left."""
+    for span, noise in zip(spans(len(left)), uniforms(len(left), seed), strict=True):
+        yield np.where(left[span], -noise, math.nan)

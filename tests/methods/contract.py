@@ -26,10 +26,11 @@ from assay.methods.targets import Targets
 from assay.ops import Kronecker, Sketch
 from assay.recipe.methods import LIVE, METHODS
 from assay.recipe.signatures import Given
-from assay.tasks import CausalLM, Classification, Judge, Task
+from assay.tasks import CausalLM, Classification, Judge, Regression, Task
 
 SAMPLES = 24
 QUICK = {"steps": 3, "iterations": 5}  # parameters that cost time alone, by name
+NOTHING = torch.full((5,), torch.nan)
 BROKEN = 5  # the sample whose data are damaged, where a check damages one
 
 
@@ -108,7 +109,7 @@ class World:
         if hint is nn.Module:
             return next(modules)
         known = {
-            **dict.fromkeys((Task, CausalLM, Judge), self.task),
+            **dict.fromkeys((Task, CausalLM, Judge, Regression), self.task),
             Targets: self.targets,
             Targets | None: self.targets,
             Sequence[nn.Module]: self.models[:2],
@@ -146,7 +147,7 @@ def classification() -> World:
         _models(Classifier),
         list(zip(x, y, strict=True)),
         lambda samples: (torch.stack([x for x, _ in samples]), torch.stack([y for _, y in samples])),
-        (torch.full((5,), torch.nan), y[BROKEN]),
+        (NOTHING, y[BROKEN]),
     )
 
 
@@ -195,8 +196,23 @@ def questions() -> World:
     return replace(world, task=Judge(), collate=collate, broken=torch.zeros(0, dtype=torch.int64))
 
 
-WORLDS = {make.__name__: make for make in (classification, texts, columns, responses, questions)}
-OF_ONE_TASK = {CausalLM: "responses", Judge: "questions"}  # where methods live whose constructors name a task
+class Regressor(Classifier):
+    """One number per sample."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[:, 0]
+
+
+def numbers() -> World:
+    world, generator = classification(), torch.Generator().manual_seed(5)
+    y = torch.randn(SAMPLES, generator=generator)
+    samples = [(x, own) for (x, _), own in zip(world.samples, y, strict=True)]
+    return replace(world, task=Regression(), models=_models(Regressor), samples=samples, broken=(NOTHING, y[BROKEN]))
+
+
+WORLDS = {make.__name__: make for make in (classification, texts, columns, responses, questions, numbers)}
+# Where methods live whose constructors name a task.
+OF_ONE_TASK = {CausalLM: "responses", Judge: "questions", Regression: "numbers"}
 
 
 def lives_in(method: type[Any], world: str) -> bool:

@@ -15,8 +15,6 @@ from assay.tasks import Classification, Regression, TokenClassification
 from tests.methods import contract
 from tests.methods.contract import BROKEN, SAMPLES, World
 
-_NOTHING = torch.full((5,), torch.nan)
-
 
 class Tagger(nn.Module):
     """Every token sees the whole of its text, and nothing of the padding."""
@@ -35,16 +33,14 @@ def soft_labels() -> World:
     world, generator = contract.classification(), torch.Generator().manual_seed(9)
     p = torch.randn(SAMPLES, 3, generator=generator).softmax(1)
     samples = [(x, own) for (x, _), own in zip(world.samples, p, strict=True)]
-    return replace(
-        world, task=Classification(soft=True), samples=samples, broken=(torch.full((5,), torch.nan), p[BROKEN])
-    )
+    return replace(world, task=Classification(soft=True), samples=samples, broken=(contract.NOTHING, p[BROKEN]))
 
 
 def regression() -> World:
     world, generator = contract.classification(), torch.Generator().manual_seed(9)
     y = torch.randn(SAMPLES, 3, generator=generator)
     samples = [(x, own) for (x, _), own in zip(world.samples, y, strict=True)]
-    return replace(world, task=Regression(), samples=samples, broken=(_NOTHING, y[BROKEN]))
+    return replace(world, task=Regression(), samples=samples, broken=(contract.NOTHING, y[BROKEN]))
 
 
 def tags() -> World:

@@ -27,12 +27,14 @@ from assay.methods.leverage import Leverage
 from assay.methods.logra import LoGra
 from assay.methods.minhash import MinHash
 from assay.methods.ngram_classifier import NGramClassifier
+from assay.methods.ood_filter import OODFilter
 from assay.methods.rds_plus import RDSPlus
 from assay.methods.scorer import Scorer
 from assay.methods.source import SOURCE
 from assay.methods.tracin import TracIn
 from assay.methods.trackstar import TrackStar
 from assay.methods.trak import TRAK
+from assay.methods.triage import TRIAGE
 from assay.probe import AdamState
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "LESS",
     "SOURCE",
     "TRAK",
+    "TRIAGE",
     "AdamState",
     "AskLLM",
     "Column",
@@ -66,6 +69,7 @@ __all__ = [
     "MinHash",
     "NGramClassifier",
     "Need",
+    "OODFilter",
     "RDSPlus",
     "Scorer",
     "TracIn",

@@ -13,6 +13,7 @@ from assay.tasks.losses import row_losses
 from assay.tasks.margin import Margin
 from assay.tasks.output_layer import OutputLayer
 from assay.tasks.prompt import Prompt
+from assay.tasks.residual import Residual
 from assay.tasks.response import Response
 from assay.tasks.sampled import Sampled
 from assay.tasks.supervised import Classification, Regression
@@ -29,6 +30,7 @@ __all__ = [
     "Outputs",
     "Prompt",
     "Regression",
+    "Residual",
     "Response",
     "Sampled",
     "Task",

@@ -1,0 +1,116 @@
+"""The out-of-distribution filter of simulated data: how far is a sample from the nearest real ones?
+
+*When to Trust Your Data: Enhancing Dyna-Style Model-Based Reinforcement Learning With Data Filter*, 2410.12160.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from assay.methods.base import Column, Method, Need
+from assay.methods.embedding import Embedder, Pooling
+from assay.methods.nearest import Held
+from assay.methods.targets import Targets, TargetSet
+from assay.probe import Signals
+from assay.tasks import Task
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class OODFilter(Method):
+    """A sample's distance to real data, in a space that real data standardise, and where it stands among theirs.
+
+    Columns, both keep low: ``ood_distance``, the mean Euclidean distance to the ``neighbours`` nearest real samples, of
+    embeddings divided coordinate by coordinate by the real ones' standard deviation; and ``ood_distance_rank``, the
+    share of the real samples that are nearer to the *other* real ones than that. A cut of the rank at 0.95 trusts what
+    is no farther off than 95 % of real samples are from one another, whatever the units; at 1 it keeps all.
+    ``select.trust`` moves it with a schedule, as the paper does. NaN where the embedding is not finite, or there is
+    nothing to predict.
+
+    ``fit`` must run first: it holds the embeddings of the real samples, (n, D) float64, and makes n² distances.
+
+    Args:
+        model: a forward pass of it, and n distances, are what a sample costs.
+        task: what a sample is.
+        targets: the real data, all targets together; a copy of one of them has the distance 0.
+        neighbours: whose distances are averaged.
+        at, pooling: as in ``EmbeddingSimilarity``. ``at`` the first layer's name compares what the model is given: of a
+            dynamics model the pair of state and action, as in the paper.
+        name: of the first column, and prefix of the other.
+
+    Raises:
+        ValueError: no target, a number below 1, or no such layer.
+    """
+
+    gathers: ClassVar[int | None] = 0
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        targets: Targets,
+        *,
+        neighbours: int = 1,
+        at: str | None = None,
+        pooling: Pooling = "mean",
+        name: str = "ood_distance",
+    ) -> None:
+        if neighbours < 1:
+            raise ValueError(f"{name}: neighbours: expected at least 1, got {neighbours}")
+        self.name, self.model, self.task, self.neighbours = name, model, task, neighbours
+        self.targets = TargetSet(name, targets).required()
+        self.embedder = Embedder(name, model, task, at, pooling)
+        self._real: Held | None = None
+        self._own = torch.empty(0)  # (n,) ascending: real samples' distances to the other real ones
+
+    @property
+    def columns(self) -> Sequence[Column]:
+        return [
+            Column(self.name, "low", "distance of embeddings to the nearest real samples"),
+            Column(f"{self.name}_rank", "low", "share of real samples that are nearer to the other real ones"),
+        ]
+
+    def needs(self) -> Mapping[str, Need]:
+        return {"model": self.embedder.need()}
+
+    def fit(self, pool: Iterable[Any] = ()) -> Self:
+        """Hold the real samples' embeddings; the pool is not looked at.
+
+        Raises:
+            ValueError: fewer than two real samples have a finite embedding.
+        """
+        parts = [self.embedder.finite(batches) for batches in self.targets.batches.values()]
+        known = torch.cat([part for part in parts if len(part)] or parts[:1])
+        if len(known) < 2:
+            raise ValueError(
+                f"{self.name}: {len(known)} real samples ({self.targets}) have a finite embedding; expected at least 2"
+            )
+        self._real = Held.of(known)
+        own, _ = self._real.nearest(known, self.neighbours, but_itself=True)
+        self._own = own.mean(1).sort().values
+        return self
+
+    def score(self, signals: Mapping[str, Signals]) -> dict[str, Tensor]:
+        if self._real is None:
+            raise RuntimeError(f"{self.name}: call fit() before scoring")
+        embeddings = self.embedder.embeddings(signals["model"]).to(self._own.device)
+        fine = embeddings.isfinite().all(1)
+        distance = torch.full((len(embeddings),), torch.nan, dtype=torch.float64, device=embeddings.device)
+        distance[fine] = self._real.nearest(embeddings[fine], self.neighbours)[0].mean(1)
+        rank = torch.searchsorted(self._own, distance).double() / len(self._own)
+        return {self.name: distance, f"{self.name}_rank": rank.masked_fill(~fine, torch.nan)}
+
+    def metadata(self) -> dict[str, str]:
+        pooled = self.embedder.pooled
+        facts = {
+            "real": str(self.targets),
+            "embedding": f"input of layer {pooled.layer!r}, {pooled.weights} over positions",
+        }
+        if self._real is not None:
+            facts |= {"real_samples": str(len(self._real)), "median_distance": f"{float(self._own.median()):.6g}"}
+        return facts

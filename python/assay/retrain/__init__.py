@@ -13,12 +13,14 @@ from assay.retrain.magic_training import Diverged, Training
 from assay.retrain.merging import Ablations, ablate, average, merge_files
 from assay.retrain.model_specific import Subsample, predicted_drops, subsample
 from assay.retrain.out_of_fold import OutOfFold, out_of_fold
+from assay.retrain.readout_switching import CodeLengths, SwitchingCode, readout_switching
 
 __all__ = [
     "SGD",
     "Ablations",
     "Adam",
     "Choice",
+    "CodeLengths",
     "Distilled",
     "Diverged",
     "Forgotten",
@@ -27,6 +29,7 @@ __all__ = [
     "Plan",
     "SmallModelDatamodel",
     "Subsample",
+    "SwitchingCode",
     "Training",
     "ablate",
     "average",
@@ -45,5 +48,6 @@ __all__ = [
     "out_of_fold",
     "outputs_without",
     "predicted_drops",
+    "readout_switching",
     "subsample",
 ]

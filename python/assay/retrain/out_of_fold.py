@@ -84,7 +84,7 @@ def out_of_fold(
         raise ValueError("x: expected samples, got none")
     if len(labels) != n:
         raise ValueError(f"y: expected one label per sample, shape ({n},), got {labels.shape}")
-    _check_members(members)
+    check_members(members)
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size!r}")
     fold_of = _assign(labels, folds, seed)
@@ -101,23 +101,26 @@ def out_of_fold(
             train, held_out = np.flatnonzero(fold_of != fold), np.flatnonzero(fold_of == fold)
             where = f"members[{k}], fold {fold}"
             model = (
-                member[fold] if _is_trained(member) else _train(member, samples.take(x, train), labels[train], where)
+                member[fold]
+                if _is_trained(member)
+                else train_member(member, samples.take(x, train), labels[train], where)
             )
             trained[k].append(model)
-            predicted = _predict(model, x, held_out, classes, batch_size, where)
+            predicted = predict_member(model, x, held_out, classes, batch_size, where)
             if broken := int((~predicted.logsumexp(1).isfinite()).sum()):
                 _log.warning("out_of_fold: %s gives no probabilities in %d of %d rows", where, broken, len(held_out))
             logits[k, held_out] = predicted
     return OutOfFold(logits, fold_of, trained, torch.from_numpy(labels), classes)
 
 
-def _check_members(members: Any) -> None:
+def check_members(members: Any, trained: bool = True) -> None:
+    """TypeError or ValueError unless each can be trained or, where that will do, is one trained model per fold."""
     if not isinstance(members, Sequence) or isinstance(members, str):
         raise TypeError(f"members: expected a list of models to train, got {type(members).__name__}; write [model]")
     if not members:
         raise ValueError("members: expected at least one, got none")
     for k, member in enumerate(members):
-        if _is_trained(member) or _is_classifier(member):
+        if (trained and _is_trained(member)) or _is_classifier(member):
             continue
         found = f"the class {member.__name__}; give an instance" if isinstance(member, type) else type(member).__name__
         if hasattr(member, "fit") and not isinstance(member, type):
@@ -126,10 +129,9 @@ def _check_members(members: Any) -> None:
             found += ", a single network: it can't be judged which samples it has seen"
         elif callable(member) and not isinstance(member, type):
             continue
-        raise TypeError(
-            f"members[{k}]: expected a scikit-learn classifier, a function fit(x, y), or a list of trained models, one "
-            f"per fold; got {found}"
-        )
+        expected = "a scikit-learn classifier, a function fit(x, y)"
+        expected = f"{expected}, or a list of trained models, one per fold" if trained else expected
+        raise TypeError(f"members[{k}]: expected {expected}; got {found}")
 
 
 def _is_trained(member: Any) -> bool:
@@ -199,7 +201,8 @@ def _check_training(labels: NDArray[np.int64], fold_of: NDArray[np.int64], class
         )
 
 
-def _train(member: Any, x: Any, y: NDArray[np.int64], where: str) -> Any:
+def train_member(member: Any, x: Any, y: NDArray[np.int64], where: str) -> Any:
+    """A model trained on these rows alone; the member itself stays untrained. ``where`` begins errors."""
     if _is_classifier(member):
         fresh = require("sklearn.base", "cli").clone(member, safe=False)
         return _asked(where, fresh.fit, _features(x, where), y)
@@ -227,7 +230,9 @@ def _features(x: Any, where: str) -> Any:
     return samples.to_numpy(x)
 
 
-def _predict(model: Any, x: Any, rows: NDArray[np.int64], classes: NDArray[Any], batch_size: int, where: str) -> Tensor:
+def predict_member(
+    model: Any, x: Any, rows: NDArray[np.int64], classes: NDArray[Any], batch_size: int, where: str
+) -> Tensor:
     """(n, C) logits of one trained model."""
     if hasattr(model, "predict_proba"):
         return _log_probabilities(model, _features(samples.take(x, rows), where), classes, where)

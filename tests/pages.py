@@ -90,6 +90,10 @@ def learn_from_small_models(root: Path) -> None:
     save_model(root / "models/small-b", seed=2, config=llama_config(hidden_size=8, num_hidden_layers=1))
 
 
+def other_data(root: Path) -> None:
+    """It takes scikit-learn's digits and diabetes, and makes a log of students up."""
+
+
 def train_with_accelerate(root: Path) -> None:
     """It takes scikit-learn's digits."""
     pytest.importorskip("accelerate")

@@ -1,0 +1,98 @@
+"""docs/systems.md names files, recipe keys, Python names, commands, tests and results: all of them exist, and its
+numbers are those of the results that it names."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from assay.recipe.methods import METHODS
+
+ROOT = Path(__file__).parent.parent
+COLUMNS = ["system", "file", "key or name", "test of its property", "experiment, beside its control"]
+
+
+def rows() -> list[list[str]]:
+    lines = (ROOT / "docs/systems.md").read_text(encoding="utf-8").splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if line.startswith("|")]
+    return [row for row in cells if row != COLUMNS and not row[0].startswith("---")]
+
+
+ROWS = [pytest.param(row, id=row[0].split(" (")[0]) for row in rows()]
+
+
+def numbers(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], float]]:
+    """Every number of a result, by its keys; places in lists are no keys, so that seeds and runs come together. And the
+    mean of each list of numbers, under a key of its own."""
+    if isinstance(value, dict):
+        for key, own in value.items():
+            yield from numbers(own, (*path, key))
+    elif isinstance(value, list):
+        if value and all(isinstance(own, float) for own in value):
+            yield (*path, "mean", str(len(value)), str(value[0])), sum(value) / len(value)
+        for own in value:
+            yield from numbers(own, path)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield path, float(value)
+
+
+def measured(path: Path) -> set[float]:
+    """The numbers of a result, and their means by keys."""
+    by_path: dict[tuple[str, ...], list[float]] = defaultdict(list)
+    for keys, value in numbers(json.loads(path.read_text(encoding="utf-8"))):
+        by_path[keys].append(value)
+    means = {sum(values) / len(values) for values in by_path.values()}
+    return means | {value for values in by_path.values() for value in values}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_what_a_row_names_exists(row) -> None:
+    assert len(row) == len(COLUMNS), row
+    _, files, names, tests, experiment = row
+    if "not there yet" in row:
+        assert row[1:4] == ["not there yet"] * 3
+        assert experiment == "**missing**"
+        return
+    for path in re.findall(r"`([^`]+)`", files):
+        assert (ROOT / path).is_file(), path
+    for name in re.findall(r"`([^`]+)`", names):
+        assert _exists(name), name
+    for place in re.findall(r"`([^`]+)`", tests):
+        path, _, test = place.partition("::")
+        assert f"\ndef {test}(" in (ROOT / path).read_text(encoding="utf-8"), place
+    assert all("`" in cell for cell in (files, names, tests))
+    results = re.findall(r"`(benchmarks/results/[^`]+)`", experiment)
+    assert results or "**missing**" in experiment, "an experiment, or what is missing"
+    found = {value for path in results for value in measured(ROOT / path)}
+    for text in re.findall(r"(?<![\w.])-?\d*\.\d+", re.sub(r"`[^`]*`|\([^)]*\)", "", experiment)):
+        digits = len(text.partition(".")[2])
+        close = [value for value in found if abs(value - float(text)) <= 0.5000001 * 10**-digits]
+        assert close, f"{text} is no number of {results}"
+
+
+def _exists(name: str) -> bool:
+    if name.startswith("method: "):
+        return name.removeprefix("method: ") in METHODS._specs
+    if name.startswith("assay."):
+        module, _, attribute = name.rpartition(".")
+        return hasattr(importlib.import_module(module), attribute)
+    command, _, option = name.removeprefix("assay ").partition(" ")
+    text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "python/assay/cli").glob("*.py"))
+    known = re.search(rf"def {command}\(", text) is not None
+    return name.startswith("assay ") and known and (not option or f"{option.lstrip('-')}: Annotated" in text)
+
+
+def test_a_wrong_name_and_a_wrong_number_are_found() -> None:
+    good = next(row for row in rows() if row[0].startswith("BM25"))
+    for at, bad in ((1, "`python/assay/none.py`"), (2, "`method: none`"), (3, "`tests/test_docs.py::test_none`")):
+        with pytest.raises(AssertionError):
+            test_what_a_row_names_exists([*good[:at], bad, *good[at + 1 :]])
+    with pytest.raises(AssertionError, match=r"is no number of"):
+        test_what_a_row_names_exists([*good[:4], good[4].replace(".916", ".917")])

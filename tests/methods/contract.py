@@ -394,7 +394,7 @@ def its_constructor_is_its_recipes_keys(method: type[Any], world: World) -> None
     values = {
         p.name: next(names) if hints[p.name] is nn.Module else in_recipe[hints[p.name]]
         for p in parameters
-        if p.default is p.empty and p.name != "task" and hints[p.name] is not Targets and p.name not in options
+        if p.default is p.empty and p.name != "task" and hints[p.name] != Targets and p.name not in options
     }
     made = spec.model_validate({"method": method.__module__.rpartition(".")[2], **values, **options}).build(
         Given(models, world.task, world.targets, seed=0)

@@ -3,8 +3,8 @@ numbers are those of the results that it names."""
 
 from __future__ import annotations
 
-import importlib
 import json
+import pkgutil
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -81,8 +81,10 @@ def _exists(name: str) -> bool:
     if name.startswith("method: "):
         return name.removeprefix("method: ") in METHODS._specs
     if name.startswith("assay."):
-        module, _, attribute = name.rpartition(".")
-        return hasattr(importlib.import_module(module), attribute)
+        try:
+            return pkgutil.resolve_name(name) is not None
+        except (ImportError, AttributeError):
+            return False
     command, _, option = name.removeprefix("assay ").partition(" ")
     text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "python/assay/cli").glob("*.py"))
     known = re.search(rf"def {command}\(", text) is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 import assay
 from assay.methods import EKFAC, GradientCosine, Scorer
-from assay.methods.ekfac import _of_gradients
+from assay.methods.eigenbases import _of_gradients
 from assay.methods.influence import damping_units
 from assay.tasks import CausalLM, Classification
 from tests.methods.small_problem import POOL, gradients, run, split
@@ -52,17 +53,93 @@ def test_shampoo_damps_as_ekfac_in_a_basis_of_its_own(problem) -> None:
     pool, target = (pool[0].double(), pool[1]), (target[0].double(), target[1])
     method = EKFAC(model, Classification(), {"t": [target]}, basis="shampoo", true_fisher=False)
     got = run(method, pool)["ekfac"]
-    phi, aim = (split(model, gradients(model, *data))[0] for data in (pool, target))
+    phi, aim = (
+        torch.cat([weight, bias[:, :, None]], 2)
+        for weight, bias, *_ in (split(model, gradients(model, *data)) for data in (pool, target))
+    )
     basis, rotation = method._bases["0.weight"], torch.linalg.eigh(torch.einsum("boi,bpi->op", phi, phi)).eigenvectors
     torch.testing.assert_close((basis.left.T @ rotation).abs(), torch.eye(5).double(), rtol=0, atol=1e-6)
     values = (basis.left.T @ phi @ basis.right).square().mean(0)
     want = basis.left @ ((basis.left.T @ aim.mean(0) @ basis.right) / (values + 0.1 * values.mean())) @ basis.right.T
-    torch.testing.assert_close(method._directions["t"]["0.weight"], want)
+    torch.testing.assert_close(method._directions["t"]["0.weight"], want[:, :-1])
+    torch.testing.assert_close(method._directions["t"]["0.bias"], want[:, -1])
     assert not torch.allclose(
         got, run(EKFAC(model, Classification(), {"t": [target]}, true_fisher=False), pool)["ekfac"]
     )
     with pytest.raises(ValueError, match="basis 'soap'; expected 'kfac' or 'shampoo'"):
         EKFAC(model, Classification(), {"t": [target]}, basis="soap")
+
+
+class WithOne(nn.Module):
+    """A layer's bias as the weight of an input that is always 1, in a layer without bias."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.layer = nn.Linear(weight.shape[1] + 1, len(weight), bias=False)
+        self.layer.weight.data = torch.cat([weight, bias[:, None]], 1).detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(torch.cat([x, torch.ones_like(x[..., :1])], -1))
+
+
+class Windows(nn.Module):
+    """An image's 2 × 2 windows, (B, 1, 4, 4) -> (B, 9, 4)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.unfold(x, 2).mT
+
+
+class Channels(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mT.flatten(1)
+
+
+class Mean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1)
+
+
+def with_biases(kind: str) -> tuple[nn.Module, nn.Module]:
+    """A model, and the same without biases."""
+    first, last = nn.Linear(4, 4), nn.Linear(36 if kind == "conv" else 4, 3)
+    if kind == "conv":
+        conv = nn.Conv2d(1, 4, 2)
+        plain = nn.Sequential(conv, nn.Flatten(), nn.Tanh(), last)
+        own = [Windows(), WithOne(conv.weight.flatten(1), conv.bias), Channels(), nn.Tanh()]
+        return plain, nn.Sequential(*own, WithOne(last.weight, last.bias))
+    own = [WithOne(first.weight, first.bias), nn.Tanh(), Mean()]
+    if kind == "conv1d":
+        transposed = pytest.importorskip("transformers.pytorch_utils").Conv1D(4, 4)
+        transposed.weight.data, transposed.bias.data = first.weight.data.T.clone(), first.bias.data
+        first = transposed
+    return nn.Sequential(first, nn.Tanh(), Mean(), last), nn.Sequential(*own, WithOne(last.weight, last.bias))
+
+
+@pytest.mark.parametrize("basis", ["kfac", "shampoo"])
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "conv"])
+def test_a_bias_is_the_weight_of_an_input_that_is_always_1(kind: str, basis: Any) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(40, *((1, 4, 4) if kind == "conv" else (5, 4))).relu(), torch.randint(3, (40,))
+    x[3] = 0  # a sample without inputs still moves biases
+    target = {"t": [(x[:5], y[:5])]}
+    plain, wide = (
+        run(EKFAC(model, Classification(), target, self_influence=True, basis=basis), (x, y))
+        for model in with_biases(kind)
+    )
+    for column in ("ekfac", "ekfac_self"):
+        torch.testing.assert_close(plain[column], wide[column], rtol=1e-4, atol=1e-5)
+
+
+def test_a_bias_that_is_not_only_its_layers_is_apart() -> None:
+    """It is the bias of another layer too: its gradient is not the sum of the weight's output gradients."""
+    torch.manual_seed(0)
+    x, y = torch.randn(40, 4), torch.randint(4, (40,))
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    model[2].bias = model[0].bias
+    method = EKFAC(model, Classification(), {"t": [(x[:5], y[:5])]}, self_influence=True).fit([(x, y)])
+    assert {name: basis.values.shape for name, basis in method._bases.items()} == {
+        "0.weight": (4, 4), "0.bias": (4,), "2.weight": (4, 4)
+    }  # fmt: skip
 
 
 def test_ekfac_of_a_float64_model_is_float64() -> None:
@@ -87,8 +164,10 @@ def test_ekfac_with_an_absolute_damping(problem) -> None:
     ).fit([(x, y)])
     assert method.metadata()["damping"] == "0.001 absolute"
     phi = gradients(models[0], x, y)
-    bias, third = method._bases["2.bias"].values, phi[:, -3:]  # the last parameter; the diagonal E[g²]
-    torch.testing.assert_close(bias.double(), third.square().mean(0) + 1e-3, rtol=1e-5, atol=1e-7)
+    # The trace of E[g gᵀ] over the last layer's weight and bias, in any basis.
+    values, own = method._bases["2.weight"].values, torch.cat([phi[:, -18:-3].view(-1, 3, 5), phi[:, -3:, None]], 2)
+    assert values.shape == (3, 6)
+    torch.testing.assert_close(values.double().sum(), own.square().mean(0).sum() + 18e-3, rtol=1e-5, atol=1e-7)
     for wrong in (-0.1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="damping: expected a finite number of at least 0, got"):
             EKFAC(models[0], Classification(), {"t": [target]}, damping=wrong)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from assay.methods.base import Column
 from assay.methods.checks import check_at_least
-from assay.methods.ekfac import EKFAC, Basis
+from assay.methods.eigenbases import Bases
+from assay.methods.ekfac import EKFAC
 from assay.methods.gauss_newton import GaussNewton, trace_of
 from assay.methods.krylov import Vector, add, dot
 from assay.methods.targets import Targets
@@ -92,7 +93,7 @@ class EKFACCG(EKFAC):
         return super().metadata() | {"damping": damping, **self._facts}
 
     def _solve(
-        self, bases: Mapping[str, Basis], means: Sequence[float], gradients: Mapping[str, Vector], pool: Sequence[Any]
+        self, bases: Bases, means: Sequence[float], gradients: Mapping[str, Vector], pool: Sequence[Any]
     ) -> dict[str, dict[str, Tensor]]:
         wanted = self._wanted(bases, gradients)
         product = GaussNewton(self.model, self.task, list(wanted[0]), pool)
@@ -104,7 +105,7 @@ class EKFACCG(EKFAC):
             damping = self.damping * trace / size if self.rate_sum is None else 1 / self.rate_sum
             _scale(bases, trace, damping)
             for name, gradient in wanted[0].items():
-                if bases[name].values is None:
+                if name in bases and bases[name].values is None:
                     bases[name].values = torch.full_like(gradient, damping)
             solved, residual, made = self._solved(System(product, damping, bases, wanted), pool)
         except ValueError as error:
@@ -122,16 +123,16 @@ class EKFACCG(EKFAC):
         """x by target; the largest relative residual; the iterations made."""
         return _conjugate_gradients(system, self.iterations)
 
-    def _wanted(self, bases: Mapping[str, Basis], gradients: Mapping[str, Vector]) -> list[dict[str, Tensor]]:
+    def _wanted(self, bases: Bases, gradients: Mapping[str, Vector]) -> list[dict[str, Tensor]]:
         """Each target's gradient in every parameter that the pool or a target uses. The matrix is whole: x is not 0
         where only a target's gradient is. Where the pool's is, the matrix is, and x = g/λ."""
         used = {name for gradient in gradients.values() for name in gradient}
-        used |= {name for name, basis in bases.items() if basis.values is not None}
+        used |= bases.used()
         zeros = {name: wide(torch.zeros_like(p)) for name, p in self.model.named_parameters() if name in used}
         return [{name: gradient.get(name, zero) for name, zero in zeros.items()} for gradient in gradients.values()]
 
 
-def _scale(bases: Mapping[str, Basis], trace: float, damping: float) -> None:
+def _scale(bases: Bases, trace: float, damping: float) -> None:
     """Λ becomes as large as G, damped. Of a mean over T tokens with labels drawn for each it is T times smaller."""
     own = sum(float(basis.values.double().sum()) for basis in bases.values() if basis.values is not None)
     for basis in bases.values():
@@ -146,7 +147,7 @@ class System:
 
     product: GaussNewton
     damping: float
-    bases: Mapping[str, Basis]
+    bases: Bases
     wanted: Sequence[Vector]
 
     def applied(self, vectors: Sequence[Vector], product: GaussNewton | None = None) -> list[dict[str, Tensor]]:
@@ -155,7 +156,7 @@ class System:
         return [add(own, vector, self.damping) for own, vector in zip(made, vectors, strict=True)]
 
     def preconditioned(self, vectors: Sequence[Vector]) -> list[dict[str, Tensor]]:
-        return [{name: self.bases[name].precondition(v) for name, v in vector.items()} for vector in vectors]
+        return [self.bases.precondition(vector) for vector in vectors]
 
     def residual(self, rest: Sequence[Vector]) -> float:
         """The largest length of what is left, relative to its g."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from assay.methods.checkpoints import AlongTraining, Gradients
 from assay.methods.checks import check_at_least, check_one_of
-from assay.methods.ekfac import Basis, Eigenvalues, Moments
+from assay.methods.eigenbases import Bases, Eigenvalues, Moments
 from assay.methods.gauss_newton import GaussNewton, trace_of
 from assay.methods.krylov import Vector
 from assay.methods.targets import Targets
@@ -191,7 +191,7 @@ class _Curvature:
             return Eigenbasis(rate, bases)
 
         def product(vectors: Sequence[Vector]) -> list[dict[str, Tensor]]:
-            return [{name: bases[name].apply(lambda values: values, g) for name, g in v.items()} for v in vectors]
+            return [bases.apply(lambda values: values, v) for v in vectors]
 
         return Products(rate, product, roots, method.iterations)
 
@@ -214,7 +214,7 @@ class _Curvature:
         models = [self._method.models[k] for k in places]
         return _Mean(self, [GaussNewton(m, self._method.task, list(self._zeros), self._batches) for m in models])
 
-    def _bases(self, places: range) -> dict[str, Basis]:
+    def _bases(self, places: range) -> Bases:
         """EK-FAC's, of the segment's mean; Λ as large as the Gauss–Newton matrix."""
         method, drawn, moments = self._method, True, Moments(list(self._zeros))
         for k in places:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from assay.methods.ekfac import Basis
+from assay.methods.eigenbases import Bases
 from assay.methods.krylov import Vector, functions_of
 
 
@@ -41,12 +41,11 @@ class Eigenbasis(Segment):
     """H in its eigenbasis, parameter by parameter."""
 
     rate: float
-    bases: Mapping[str, Basis]
+    bases: Bases
 
     def unrolled(self, gradients: Sequence[Vector]) -> Unrolled:
         integrated, before = (
-            [{name: self.bases[name].apply(function, g) for name, g in gradient.items()} for gradient in gradients]
-            for function in _functions(self.rate)
+            [self.bases.apply(function, gradient) for gradient in gradients] for function in _functions(self.rate)
         )
         return Unrolled(integrated, before)
 

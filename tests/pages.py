@@ -127,7 +127,7 @@ def prove_a_score(root: Path) -> None:
     """Half of the labels are wrong, and the model that scores learned from right ones: its loss finds them."""
     from tests.two_stage.noisy_labels import make_noisy_labels
 
-    make_noisy_labels(root)
+    make_noisy_labels(root, 240)
     (root / "data").rename(root / "corpus")
     (root / "models/large.safetensors").rename(root / "models/fresh.safetensors")
 

@@ -14,15 +14,15 @@ from torch import nn
 from tests.small_project import CLASSES, SIZE, make_project, make_rows, save_mlp
 
 
-def make_noisy_labels(root: Path) -> None:
-    """Half of the corpus's labels are wrong; the small model has seen right ones alone."""
+def make_noisy_labels(root: Path, rows: int = 60) -> None:
+    """Half of the labels are wrong, of each of two files of so many rows; the small model has seen right ones alone."""
     project = make_project(root)
     rng = np.random.default_rng(0)
     for name, seed in (("a.parquet", 0), ("deep/b.jsonl", 1)):
-        rows = make_rows(60, seed)
-        for row in rows[::2]:
+        own = make_rows(rows, seed)
+        for row in own[::2]:
             row["label"] = int((row["label"] + rng.integers(1, CLASSES)) % CLASSES)
-        project.write_shard(name, rows)
+        project.write_shard(name, own)
     held_out = root / "held-out/test.jsonl"
     held_out.parent.mkdir()
     held_out.write_text("".join(json.dumps(row) + "\n" for row in make_rows(50, 3)))

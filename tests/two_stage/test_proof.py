@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from assay.cli import main
+from assay.cli.experiments import _ends
 from assay.corpus.errors import CorpusError
 from assay.curate import check_proof
 from assay.recipe import load_recipe
 from assay.recipe.errors import EngineError
 from assay.two_stage import Comparison, Trainee, Training, laboratory, prove
+from assay.two_stage.intervals import paired_interval
+from assay.two_stage.proof import _choices, _parts
+from tests.two_stage.noisy_labels import make_noisy_labels
 
 BRIEF = Training(steps=40, batch_size=8, learning_rate=0.05, evaluations=1)
 GOOD, NOTHING = "ensemble_nll", "ensemble_vote_entropy"
@@ -21,8 +28,15 @@ COMPARISON = Comparison([GOOD, NOTHING], pools=6, keep=ENDS)
 
 
 @pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("two-stage")
+    make_noisy_labels(root, 240)
+    return root
+
+
+@pytest.fixture(scope="module")
 def proved(root, tmp_path_factory):
-    """Of one model the votes never differ: their entropy is 0 everywhere, and the first rows are chosen."""
+    """Of one model the votes never differ: their entropy is 0 everywhere."""
     folder = tmp_path_factory.mktemp("proved")
     recipe = load_recipe(root / "recipe.yaml", [f"output={folder / 'scores'}"])
     costs = []
@@ -44,14 +58,46 @@ def test_a_score_is_proved_that_leaves_wrong_labels_out(proved):
     assert {len(losses) for losses in proof.losses.values()} == {6}
 
 
-def test_halves_are_chosen_from_by_the_best_of_each(proved, root):
+def test_parts_are_chosen_from_by_the_best_of_each(proved, root):
     folder, _, _, proof, _ = proved
     lines = [json.loads(line) for line in (folder / "proof/trials.jsonl").read_text().splitlines()]
     assert [(line["data"], line["seed"]) for line in lines] == [
         (name, pool) for name in ("random", GOOD, NOTHING) for pool in range(6)
     ]
-    assert {line["rows"] for line in lines} == {30}
-    assert proof.basis["samples"] == 30
+    assert {line["rows"] for line in lines} == {40}
+    assert proof.basis["samples"] == 40
+
+
+def a_corpus(**scores) -> pa.Table:
+    rows = len(next(iter(scores.values())))
+    return pa.table({"row": np.arange(rows), **scores})
+
+
+def test_each_row_is_in_one_part_and_equal_scores_are_chosen_from_at_random():
+    parts = _parts(a_corpus(same=np.zeros(600, np.float32)), 6)
+    assert sorted(row for part in parts for row in part["row"].to_pylist()) == list(range(600))
+    for pool, part in enumerate(parts):
+        found = _choices(part, {"same": "high"}, Comparison(["same"], pools=6), pool)
+        assert {len(rows) for rows in found.values()} == {50}
+        assert set(found["same"]) != set(found["random"])
+        for rows in found.values():
+            assert (np.diff(rows) > 0).all()
+            assert 15 < (rows < 300).sum() < 35  # the first 50 of a part's 100 rows would be nearly all of these
+
+
+def test_a_score_that_knows_nothing_is_proved_as_seldom_as_the_interval_says():
+    """2.1 % of 12 parts'. From random halves, which overlap, it would be more than 10 %: its best rows are the same in
+    each, and so is their luck."""
+    rng = np.random.default_rng(0)
+    comparison, proved = Comparison(["noise"], pools=12), 0
+    for _ in range(300):
+        worth = rng.normal(size=360)
+        gains = []
+        for pool, part in enumerate(_parts(a_corpus(noise=rng.normal(size=360).astype(np.float32)), 12)):
+            found = _choices(part, {"noise": "high"}, comparison, pool)
+            gains.append(worth[found["noise"]].mean() - worth[found["random"]].mean())
+        proved += paired_interval(gains).low > 0
+    assert proved < 0.05 * 300
 
 
 def test_what_is_trained_is_not_trained_again(proved, monkeypatch):
@@ -104,19 +150,30 @@ def test_select_takes_what_is_proved_and_refuses_what_is_not(proved, tmp_path, c
 def test_a_proof_is_of_its_own_scores_alone(proved, root, tmp_path):
     folder = proved[0]
     scores, proof = str(folder / "scores"), str(folder / "proof")
-    for by, message in ((None, "choose it with --by"), ("ensemble_margin", f"tells of {GOOD}, {NOTHING}, not of ")):
+    for by, message in (
+        (None, "choose by it, with --by and a rule"),
+        ("ensemble_margin", f"tells of {GOOD}, {NOTHING}, not of "),
+    ):
         with pytest.raises(CorpusError, match=message):
             check_proof(proof, scores, by)
     with pytest.raises(CorpusError, match=r"no proof\.json"):
         check_proof(scores, scores, GOOD)
     with pytest.raises(CorpusError, match=f"tells of {NOTHING}'s low end, not of its high one"):
         check_proof(proof, scores, NOTHING, keep="high")
+    with pytest.raises(CorpusError, match=f"{NOTHING}'s low end, and the score names none; add --keep low"):
+        check_proof(proof, scores, NOTHING)
     other = load_recipe(root / "recipe.yaml", [f"output={tmp_path / 'other'}", "seed=5"])
     from assay.engine import run
 
     run(other)
     with pytest.raises(CorpusError, match="is about other scores"):
         check_proof(proof, str(tmp_path / "other"), GOOD)
+    with (
+        changed(folder / "scores/a.parquet", GOOD, lambda values: -values),
+        pytest.raises(CorpusError, match="is about other scores"),
+    ):
+        check_proof(proof, scores, GOOD)
+    check_proof(proof, scores, GOOD)
     (tmp_path / "proof.json").write_text("{}")
     with pytest.raises(CorpusError, match="is not what `assay prove` writes"):
         check_proof(str(tmp_path), scores, GOOD)
@@ -137,17 +194,47 @@ def test_the_command_says_cost_gains_and_verdict(proved, root, capsys, tmp_path)
     assert "expected at least 6" in capsys.readouterr().err
 
 
-def test_a_score_that_has_too_few_numbers_is_refused(proved, root, monkeypatch):
-    """A choice of fewer rows than the others' would be compared with them."""
+def test_a_rule_that_looks_at_no_score_is_not_of_the_proof(proved, tmp_path, capsys):
+    folder = proved[0]
+    command = ["select", str(folder / "scores"), "--by", GOOD, "--proved", str(folder / "proof")]
+    for rule in (["--random", "9"], ["--where", "ensemble_margin < 0"]):
+        assert main([*command, *rule, "--out", str(tmp_path / "out")]) == 2
+        assert "choose by it, with --by and a rule such as --top" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_both_ends_of_a_score_are_not_one(root, tmp_path, capsys):
+    command = ["prove", str(root / "recipe.yaml"), "--train", "large", "--held-out", str(root / "held-out"), "--quiet"]
+    assert main([*command, "--out", str(tmp_path), "--by", f"{GOOD}=high", "--against", f"{GOOD}=low"]) == 2
+    assert f"{GOOD}: both ends of it are named" in capsys.readouterr().err
+    assert _ends([f"{GOOD}=low", GOOD]) == {GOOD: "low"}
+
+
+def test_what_says_nothing_is_refused_before_anything_is_trained(proved, tmp_path, monkeypatch):
+    """A choice of fewer rows than the others' would be compared with them; one of all rows chooses nothing."""
     folder, recipe, trainee, _, _ = proved
-    path = folder / "scores/a.parquet"
-    table = pq.read_table(path)
-    kept = path.read_bytes()
-    values = table[GOOD].to_numpy().copy()
-    values[:] = float("nan")
+    monkeypatch.setattr(laboratory, "train", lambda *_: pytest.fail("it trains"))
+
+    def refused(match: str, by: list[str], **details):
+        with pytest.raises(EngineError, match=match):
+            prove(recipe, trainee, Comparison(by, pools=6, **details), str(tmp_path / "out"), BRIEF)
+
+    refused("top: 1000 takes all of 80 rows, one of 6 parts of the corpus", [GOOD], top=1000)
+    refused(f"{GOOD}: chooses none of 80 rows", [GOOD], top=0.0)
+    refused(f"{NOTHING}: does not say which end of it is better; expected {NOTHING}=high or", [NOTHING])
+    with changed(folder / "scores/a.parquet", GOOD, lambda values: values * np.float32("nan")):
+        refused(rf"{GOOD}: chooses \d+ of 80 rows.* where {NOTHING} chooses 60", [GOOD, NOTHING], top=60, keep=ENDS)
+    with pytest.raises(ValueError, match="random: names the random rows"):
+        Comparison([GOOD], against=["random"])
+
+
+@contextmanager
+def changed(path, name: str, change):
+    """One score of a table, by hand."""
+    kept, table = path.read_bytes(), pq.read_table(path)
+    place = table.schema.get_field_index(name)
     try:
-        pq.write_table(table.set_column(table.schema.get_field_index(GOOD), table.field(GOOD), [values]), path)
-        with pytest.raises(EngineError, match=f"{NOTHING}: chooses 30 rows where another score has only"):
-            prove(recipe, trainee, Comparison([GOOD, NOTHING], top=30, pools=6, keep=ENDS), str(folder / "nan"), BRIEF)
+        pq.write_table(table.set_column(place, table.field(name), [change(table[name].to_numpy())]), path)
+        yield
     finally:
         path.write_bytes(kept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -74,8 +75,8 @@ def prove(
             "where the recipe has them.",
         ),
     ] = None,
-    top: Annotated[str, typer.Option(metavar="AMOUNT", help="How much of each half of the corpus is chosen.")] = "0.5",
-    pools: Annotated[int, typer.Option(help="Random halves of the corpus to choose from; 6 at least.")] = 8,
+    top: Annotated[str, typer.Option(metavar="AMOUNT", help="How much of each part of the corpus is chosen.")] = "0.5",
+    pools: Annotated[int, typer.Option(help="Random parts to divide the corpus into; 6 at least.")] = 8,
     steps: Annotated[int, typer.Option(help="Steps of every training.")] = 200,
     batch_size: Annotated[int, typer.Option(help="Samples per step.")] = 16,
     learning_rate: Annotated[float, typer.Option(help="AdamW's, at its highest.")] = 1e-3,
@@ -94,9 +95,8 @@ def prove(
     from assay.two_stage import Comparison, Trainee, Training
     from assay.two_stage import prove as try_out
 
-    ends = dict(_score_and_end(text) for text in (*by, *(against or ())))
     scores, controls = ([_score_and_end(text)[0] for text in names] for names in (by, against or ()))
-    keep = {name: end for name, end in ends.items() if end is not None}
+    keep = _ends((*by, *(against or ())))
     comparison = Comparison(scores, None if against is None else controls, parse_amount(top), pools, keep)
     training = Training(steps, batch_size, learning_rate, evaluations=1)
     loaded = load_recipe(recipe, overrides or (), trust or ())
@@ -113,6 +113,14 @@ def _score_and_end(text: str) -> tuple[str, Literal["high", "low"] | None]:
     return name, parse_end(end if equals else None)
 
 
+def _ends(texts: Sequence[str]) -> dict[str, Literal["high", "low"]]:
+    ends: dict[str, Literal["high", "low"]] = {}
+    for name, end in map(_score_and_end, texts):
+        if end is not None and ends.setdefault(name, end) != end:
+            raise ValueError(f"{name}: both ends of it are named; prove one, and the other in a folder of its own")
+    return ends
+
+
 def _say_cost(cost: Cost) -> None:
     done = f", {cost.done} of them done before" if cost.done else ""
     say(f"{cost.trainings} trainings{done}; the others take about {cost.seconds / 60:.1f} min")
@@ -120,7 +128,7 @@ def _say_cost(cost: Cost) -> None:
 
 def _say_proof(proof: Proof, out: str) -> None:
     for name, losses in proof.losses.items():
-        say(f"held-out loss after {name}: {sum(losses) / len(losses):.4f}, mean of {len(losses)} halves")
+        say(f"held-out loss after {name}: {sum(losses) / len(losses):.4f}, mean of {len(losses)} parts")
     for name, claim in proof.claims.items():
         for control, gain in claim.gains.items():
             say(f"{name} over {control}: {gain.estimate:+.4f} (95 %: {gain.low:+.4f} to {gain.high:+.4f})")

@@ -106,8 +106,6 @@ def select(
     """Write the part of the corpus that is worth keeping, with a manifest and a reason per row."""
     from assay.curate import ExpressionError, RuleOptions, check_proof, curate, read_labels, read_mix
 
-    if proved is not None:
-        check_proof(proved, scores, by, corpus, keep)
     mixed = None if mix is None else read_mix(mix)
     options = RuleOptions(
         top,
@@ -131,8 +129,11 @@ def select(
         hard=hard,
         drop=drop,
     )
+    rule = options.rule()
+    if proved is not None:
+        check_proof(proved, scores, by if options.judges else None, corpus, keep)
     try:
-        curated = curate(scores, by, options.rule(), out, corpus, form, where, _beside(beside or []), group, mixed)
+        curated = curate(scores, by, rule, out, corpus, form, where, _beside(beside or []), group, mixed)
     except ExpressionError as error:
         return _point(error)
     dropped = curated.rows - curated.kept - curated.quarantined

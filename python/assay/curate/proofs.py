@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict
 
 from assay.corpus.errors import CorpusError
 from assay.corpus.footer import canonical_hash
 from assay.corpus.layout import table_path
-from assay.corpus.score_files import score_field
+from assay.corpus.score_files import score_field, stream_score
 from assay.corpus.scores_folder import Scores, open_scores
 from assay.corpus.storage import Store
 
 PROOF = "proof.json"
+End = Literal["high", "low"]
 RANDOM = "random"
 """The control that every score has: as many random rows."""
 
@@ -34,10 +35,11 @@ class Gain(_Part):
 
 class Claim(_Part):
     """The gains over its controls of the end of a score that was kept, and whether the one over random rows is surely
-    above 0."""
+    above 0. ``values``: which numbers the score had, as `values_digest` has them."""
 
     proved: bool
-    keep: str
+    keep: End
+    values: str
     gains: dict[str, Gain]
 
     @property
@@ -81,11 +83,22 @@ def _identity(scores: Scores) -> dict[str, Any]:
     return {"recipe": own.recipe, "models": own.models, "corpora": own.corpora}
 
 
-def end_of(scores: Scores, name: str, keep: str | None) -> str:
-    """Which end of a score is kept: ``keep``, or what its tables say."""
+def values_digest(scores: Scores, name: str) -> str:
+    """Changes with any of a score's numbers. A CorpusError unless it is one number per row."""
+    digest = hashlib.sha256()
+    for status in scores.shards:
+        if status.table is not None:
+            for part in stream_score(scores.store, table_path(status.shard), name):
+                digest.update(part.tobytes())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def end_of(scores: Scores, name: str, keep: str | None) -> End | None:
+    """Which end of a score is kept: ``keep``, or what its tables say; None if those do not."""
     shard = next(status.shard for status in scores.shards if status.table is not None)
     stored = score_field(scores.store, table_path(shard), name).metadata or {}
-    return keep or stored.get(b"keep", b"").decode()
+    end = keep or stored.get(b"keep", b"").decode()
+    return cast("End", end) if end in ("high", "low") else None
 
 
 def check_proof(
@@ -95,7 +108,7 @@ def check_proof(
     random rows."""
     store, option = Store.at(folder), f"--proved {folder}"
     if by is None:
-        raise CorpusError(f"{option}: a proof is of one score; choose it with --by")
+        raise CorpusError(f"{option}: a proof is of one score; choose by it, with --by and a rule such as --top")
     try:
         proof = Proof.model_validate_json(store.read_text(PROOF))
     except FileNotFoundError as error:
@@ -106,10 +119,11 @@ def check_proof(
     if claim is None:
         raise CorpusError(f"{option}: tells of {', '.join(proof.claims)}, not of {by}; prove it, or select by those")
     scores = open_scores(scores_url, corpus_path)
-    if proof.scores != scores_digest(scores):
+    if proof.scores != scores_digest(scores) or claim.values != values_digest(scores, by):
         raise CorpusError(f"{option}: is about other scores than {scores_url} has now; prove them again")
     if claim.keep != (end := end_of(scores, by, keep)):
-        raise CorpusError(f"{option}: tells of {by}'s {claim.keep} end, not of its {end} one")
+        other = f"not of its {end} one" if end else f"and the score names none; add --keep {claim.keep}"
+        raise CorpusError(f"{option}: tells of {by}'s {claim.keep} end, {other}")
     if not claim.proved:
         gain = claim.gains[RANDOM]
         raise CorpusError(

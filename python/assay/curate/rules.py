@@ -16,6 +16,7 @@ from assay.curate.auditing import Audit, Labels, Rule
 from assay.curate.mixes import Mix
 from assay.select import Selection
 
+_KINDS = ("top", "threshold", "quantile", "gmm", "kmeans", "sample", "random", "mix", "audit", "ccs")
 _WITHIN_GROUPS = ("top", "quantile", "sample", "random", "mix", "audit")
 
 
@@ -48,11 +49,19 @@ class RuleOptions:
     hard: str | None = None
     drop: float | None = None
 
+    @property
+    def judges(self) -> bool:
+        """Whether the score decides anything; it does not with ``random``, nor with ``where`` alone."""
+        return self.weigh or any(kind != "random" for kind in self._given)
+
+    @property
+    def _given(self) -> list[str]:
+        # By identity: a threshold of 0.0 is a threshold.
+        return [kind for kind in _KINDS if getattr(self, kind) is not None and getattr(self, kind) is not False]
+
     def rule(self) -> Rule | Audit:
         """The rule that was asked for. CorpusError unless it is one, and complete."""
-        kinds = ("top", "threshold", "quantile", "gmm", "kmeans", "sample", "random", "mix", "audit", "ccs")
-        # By identity: a threshold of 0.0 is a threshold.
-        given = [kind for kind in kinds if getattr(self, kind) is not None and getattr(self, kind) is not False]
+        given = self._given
         if self.where is not None and not given:
             self._check_owners("where")
             self._check_group("where")
@@ -60,7 +69,7 @@ class RuleOptions:
         if len(given) != 1:
             got = ", ".join(f"--{kind}" for kind in given) or "none"
             raise CorpusError(
-                f"expected exactly one of {', '.join(f'--{kind}' for kind in kinds)}, or --where; got {got}"
+                f"expected exactly one of {', '.join(f'--{kind}' for kind in _KINDS)}, or --where; got {got}"
             )
         self._check_group(given[0])
         keep = parse_end(self.keep)

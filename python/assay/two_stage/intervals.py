@@ -25,7 +25,7 @@ def paired_interval(differences: Sequence[float], level: float = 0.95) -> Interv
     any symmetric distribution (Hollander and Wolfe, *Nonparametric Statistical Methods*, 3.2 and 3.3).
 
     Args:
-        differences: at least `LEAST` finite numbers, independent of one another.
+        differences: at least `LEAST` finite numbers, independent of one another: of samples that share no row.
         level: how often such an interval holds the centre, at least.
 
     Raises:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import pickle
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -43,7 +44,7 @@ class Laboratory:
 
     Attributes:
         samples: those of the corpus that the model can train on, by row: rows of all shards, counted one after another.
-        held_out: the samples that every training is judged on.
+        held_out: the samples that every training is judged on; none of them is one of the corpus.
     """
 
     learner: Learner
@@ -109,7 +110,7 @@ def laboratory(
     """Score the corpus, and get the model and all samples ready.
 
     Raises:
-        EngineError: no such model, a held-out sample's file that is the corpus's too.
+        EngineError: no such model; held-out samples that are trained on, or that a score is fitted to.
         CorpusError: an output that lies in the corpus.
     """
     spec = recipe.models.get(trainee.model)
@@ -124,7 +125,7 @@ def laboratory(
     if recipe.task.group_rows is not None:
         raise EngineError("train: samples of a contrastive task share their losses, and are not trained on here")
     corpus, held_out = find_shards(recipe.corpus.path), find_shards(trainee.held_out)
-    _refuse_leaks(corpus, held_out)
+    _refuse_leaks(recipe, corpus, held_out)
     for path, shards in ((recipe.corpus.path, corpus), (trainee.held_out, held_out)):
         refuse_overlap(output, path, shards)
     run(recipe, progress=progress or Progress())
@@ -137,14 +138,41 @@ def laboratory(
             "task": json.loads(json.dumps(recipe.task.model_dump())),
             "version": __version__,
         }
-        samples, judged = _samples("corpus", corpus, learner), list(_samples("held-out", held_out, learner).values())
-        yield Laboratory(learner, samples, judged, training, _Trials(output, basis))
+        samples, judged = _samples("corpus", corpus, learner), _samples("held-out", held_out, learner)
+        yield Laboratory(learner, samples, _unseen(judged, samples), training, _Trials(output, basis))
 
 
-def _refuse_leaks(corpus: Corpus, held_out: Corpus) -> None:
-    own = {corpus.store.real(shard.path) for shard in corpus.shards}
-    if shared := sorted(own.intersection(held_out.store.real(shard.path) for shard in held_out.shards)):
-        raise EngineError(f"held-out: {shared[0]} is part of the corpus; expected samples that nobody trains on")
+def _refuse_leaks(recipe: Recipe, corpus: Corpus, held_out: Corpus) -> None:
+    """EngineError if a file of held-out samples is trained on, or a score has seen it."""
+    judged = {held_out.store.real(shard.path) for shard in held_out.shards}
+    fitted = {name: find_shards(path) for name, path in recipe.fitted_to().items()}
+    for name, other in {"the corpus": corpus, **fitted}.items():
+        if shared := sorted(judged.intersection(other.store.real(shard.path) for shard in other.shards)):
+            nobody = "nobody trains on" if other is corpus else "no score is fitted to"
+            raise EngineError(f"held-out: {shared[0]} is part of {name}; expected samples that {nobody}")
+
+
+def _unseen(held_out: Mapping[int, Encoded], samples: Mapping[int, Encoded]) -> list[Encoded]:
+    """The held-out samples that are not in the corpus too, in files of other names."""
+    contents = {row: _content(sample) for row, sample in held_out.items()}
+    known = set(contents.values())
+    seen = {content for sample in samples.values() if (content := _content(sample)) in known}
+    found = [sample for row, sample in held_out.items() if contents[row] not in seen]
+    if not found:
+        raise EngineError(
+            f"held-out: all of its {len(held_out):,} samples are in the corpus too; expected some that nobody trains on"
+        )
+    if len(found) < len(held_out):
+        log.warning(
+            "held-out: %d of %d samples are in the corpus too; nothing is judged on them",
+            len(held_out) - len(found),
+            len(held_out),
+        )
+    return found
+
+
+def _content(sample: Encoded) -> bytes:
+    return hashlib.sha256(pickle.dumps(sample.data)).digest()
 
 
 def _learner(recipe: Recipe, name: str, corpus: Corpus) -> Learner:

@@ -8,18 +8,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
-from typing import Literal
 
+import numpy as np
 import pyarrow as pa
 
 from assay import select
 from assay.corpus.scores_folder import Scores, open_scores
 from assay.corpus.storage import Store
-from assay.curate.proofs import PROOF, RANDOM, Claim, Gain, Proof, end_of, scores_digest
+from assay.curate.proofs import PROOF, RANDOM, Claim, End, Gain, Proof, end_of, scores_digest, values_digest
 from assay.curate.whole import read_whole
 from assay.engine.progress import Progress
 from assay.recipe.errors import EngineError
 from assay.recipe.recipe import Recipe
+from assay.select.rules import uniform
 from assay.two_stage.intervals import LEAST, paired_interval
 from assay.two_stage.laboratory import Laboratory, Rows, Trainee, laboratory
 from assay.two_stage.training import Training
@@ -27,7 +28,6 @@ from assay.two_stage.training import Training
 log = logging.getLogger("assay")
 CONTROLS = ("reference_loss", "*_reference_loss", "bm25*", "dsir*", "ngram_classifier*")
 """Scores that people trust and that cost little: what a score has to be better than to be worth its price."""
-POOL = 0.5
 _TRIED_STEPS = 3
 
 
@@ -48,19 +48,21 @@ class Comparison:
         by: the scores that are to be proved.
         keep: by score, which end is better, if not as the score says.
         against: scores to compare them with, besides random rows; None for those of `CONTROLS` that are there.
-        top: how much of each pool is chosen: a share, or a number of rows.
-        pools: how many random halves of the scored rows there are to choose from; 6 at least.
+        top: how much of each part is chosen: a share, or a number of rows.
+        pools: how many random parts the scored rows are divided into, to choose from each; 6 at least.
     """
 
     by: Sequence[str]
     against: Sequence[str] | None = None
     top: int | float = 0.5
     pools: int = 8
-    keep: Mapping[str, Literal["high", "low"]] = field(default_factory=dict)
+    keep: Mapping[str, End] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.by:
             raise ValueError("by: expected the name of a score, found none")
+        if RANDOM in (*self.by, *(self.against or ())):
+            raise ValueError(f"{RANDOM}: names the random rows that every score is compared with; expected a score")
         if self.pools < LEAST:
             raise ValueError(f"pools: expected at least {LEAST}, with fewer nothing is sure; found {self.pools}")
 
@@ -74,15 +76,19 @@ def prove(
     progress: Progress | None = None,
     on_cost: Callable[[Cost], None] = lambda cost: None,
 ) -> Proof:
-    """Train a model on what each score chooses from random halves of the corpus, on what its controls choose from the
-    same halves, and on random rows of them, all as many and for as many steps; compare held-out losses half by half.
+    """Divide the corpus at random; train a model on what each score chooses from each part, on what its controls choose
+    from the same parts, and on random rows of them, all as many and for as many steps; compare held-out losses part by
+    part.
+
+    No row is in two parts: the gain of a score that knows nothing has either sign alike in each part, whatever the
+    other parts' are, so that such a score is proved no more often than the interval says.
 
     A score is proved if its gain over random rows, by Wilcoxon's interval of 95 %, is above 0. Under ``out`` lie
     ``proof.json``, which `assay select --proved` asks, and ``trials.jsonl``: called again, only what is missing is
     trained. ``on_cost`` is told before the first training.
 
     Raises:
-        EngineError: as of `two_stage`; or a score that chooses nothing from a half.
+        EngineError: as of `two_stage`; a score that chooses nothing from a part, or all of it.
         CorpusError: no such score, or an output that lies in the corpus.
     """
     training, output = training or Training(), Store.at(out)
@@ -91,7 +97,9 @@ def prove(
         controls = list(_controls(scores) if comparison.against is None else comparison.against)
         names = list(dict.fromkeys([*comparison.by, *controls]))
         table = read_whole(recipe.output, names).table
-        chosen = [_choices(table, names, comparison, pool) for pool in range(comparison.pools)]
+        values = {name: values_digest(scores, name) for name in names}
+        ends = {name: _end(scores, name, comparison.keep.get(name)) for name in names}
+        chosen = [_choices(part, ends, comparison, pool) for pool, part in enumerate(_parts(table, comparison.pools))]
         began = time.perf_counter()
         untrained = lab.untrained().loss
         on_cost(_cost(lab, chosen, time.perf_counter() - began))
@@ -99,9 +107,10 @@ def prove(
             name: [lab.trial(name, pool, own[name]).last.loss for pool, own in enumerate(chosen)]
             for name in (RANDOM, *names)
         }
+        gains = {name: _gains(name, losses, [RANDOM, *controls]) for name in comparison.by}
         claims = {
-            name: _claim(name, end_of(scores, name, comparison.keep.get(name)), losses, [RANDOM, *controls])
-            for name in comparison.by
+            name: Claim(proved=own[RANDOM].low > 0, keep=ends[name], values=values[name], gains=own)
+            for name, own in gains.items()
         }
         basis = {**asdict(training), **asdict(comparison), "against": controls, "trained": trainee.model}
         basis |= {"samples": len(chosen[0][RANDOM]), "held_out": len(lab.held_out), "untrained": untrained}
@@ -114,20 +123,37 @@ def _controls(scores: Scores) -> list[str]:
     return [name for name in scores.columns if any(fnmatchcase(name, pattern) for pattern in CONTROLS)]
 
 
-def _choices(table: pa.Table, names: Sequence[str], comparison: Comparison, pool: int) -> dict[str, Rows]:
-    """By score, and of random rows, the rows that it chooses of a random half."""
-    rows = table["row"].to_numpy()
-    half = select.random(table, POOL, 2 * pool).mask
-    own, places = table.filter(pa.array(half)), rows[half]
-    found = {name: select.top(own, name, comparison.top, comparison.keep.get(name)).mask for name in names}
-    fewest = min(mask.sum() for mask in found.values())
-    for name, mask in found.items():
-        if not mask.any():
-            raise EngineError(f"{name}: chooses no row of a half of the corpus; it has {len(rows):,} rows with scores")
-        if mask.sum() != fewest:
-            raise EngineError(f"{name}: chooses {mask.sum():,} rows where another score has only {fewest:,} numbers")
-    found[RANDOM] = select.random(own, int(fewest), 2 * pool + 1).mask
-    return {name: places[mask] for name, mask in found.items()}
+def _end(scores: Scores, name: str, keep: End | None) -> End:
+    end = end_of(scores, name, keep)
+    if end is None:
+        raise EngineError(f"{name}: does not say which end of it is better; expected {name}=high or {name}=low")
+    return end
+
+
+def _parts(table: pa.Table, pools: int) -> list[pa.Table]:
+    """Each row in one of them, in random order: of equal scores none is chosen for where its row lies in the corpus."""
+    order = uniform(table.num_rows, 0).argsort()
+    return [table.take(pa.array(order[pool::pools])) for pool in range(pools)]
+
+
+def _choices(part: pa.Table, ends: Mapping[str, End], comparison: Comparison, pool: int) -> dict[str, Rows]:
+    """By score, and of random rows, the rows that it chooses of a part."""
+    found = {name: select.top(part, name, comparison.top, end).mask for name, end in ends.items()}
+    counts = {name: int(mask.sum()) for name, mask in found.items()}
+    least, most = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
+    where = f"{part.num_rows:,} rows, one of {comparison.pools} parts of the corpus"
+    if not counts[least]:
+        raise EngineError(f"{least}: chooses none of {where}; expected a larger top, or a score of more rows")
+    if counts[least] != counts[most]:
+        raise EngineError(
+            f"{least}: chooses {counts[least]:,} of {where}, where {most} chooses {counts[most]:,}: the other rows' "
+            f"{least} is NaN; take a smaller top, or leave the score out"
+        )
+    if counts[least] == part.num_rows:
+        raise EngineError(f"top: {comparison.top} takes all of {where}, so that nothing is chosen; take a smaller one")
+    found[RANDOM] = select.random(part, counts[least], pool + 1).mask
+    rows = part["row"].to_numpy()
+    return {name: np.sort(rows[mask]) for name, mask in found.items()}
 
 
 def _cost(lab: Laboratory, chosen: Sequence[Mapping[str, Rows]], evaluation: float) -> Cost:
@@ -141,10 +167,10 @@ def _cost(lab: Laboratory, chosen: Sequence[Mapping[str, Rows]], evaluation: flo
     return Cost(trainings, trainings - len(todo), len(todo) * each)
 
 
-def _claim(name: str, keep: str, losses: Mapping[str, Sequence[float]], controls: Sequence[str]) -> Claim:
+def _gains(name: str, losses: Mapping[str, Sequence[float]], controls: Sequence[str]) -> dict[str, Gain]:
     gains = {}
     for control in controls:
         if control != name:
             found = paired_interval([theirs - own for own, theirs in zip(losses[name], losses[control], strict=True)])
             gains[control] = Gain(**asdict(found))
-    return Claim(proved=gains[RANDOM].low > 0, keep=keep, gains=gains)
+    return gains

@@ -118,7 +118,8 @@ def evaluate(learner: Learner, model: nn.Module, held_out: Sequence[Encoded], st
             right, labelled = right + own, labelled + all_
     loss = total / len(held_out)
     if not math.isfinite(loss):
-        raise EngineError(f"held-out: the loss after step {step} is {loss}; take a smaller learning rate")
+        advice = "take a smaller learning rate" if step else "expected finite losses of the untrained model"
+        raise EngineError(f"held-out: the loss after step {step} is {loss}; {advice}")
     return Evaluation(step, loss, right / labelled if labelled else None)
 
 

@@ -1,0 +1,54 @@
+"""What a training is judged on, nobody has trained on or fitted a score to."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+
+from assay.corpus.storage import Store
+from assay.recipe import load_recipe
+from assay.recipe.errors import EngineError
+from assay.recipe.recipe import BatchSpec
+from assay.recipe.tasks import Encoded
+from assay.tasks.base import Outputs
+from assay.two_stage import Comparison, Trainee, Training, laboratory, prove
+from assay.two_stage.training import Learner, evaluate
+
+
+def test_held_out_samples_are_nobodys(root, tmp_path, caplog):
+    """Neither in files of other names nor as a score's target."""
+    recipe = load_recipe(root / "recipe.yaml", [f"output={tmp_path / 'scores'}"])
+    copied = tmp_path / "copied"
+    copied.mkdir()
+    (copied / "b.jsonl").write_bytes((root / "data/deep/b.jsonl").read_bytes())
+
+    def judged() -> int:
+        trainee, out = Trainee("large", str(copied)), Store.at(str(tmp_path / "o"))
+        with laboratory.laboratory(recipe, trainee, out, Training()) as lab:
+            return len(lab.held_out)
+
+    with pytest.raises(EngineError, match="held-out: all of its 60 samples are in the corpus too"):
+        judged()
+    (copied / "c.jsonl").write_bytes((root / "held-out/test.jsonl").read_bytes())
+    assert judged() == 50
+    assert "60 of 110 samples are in the corpus too" in caplog.text
+    own = yaml.safe_load((root / "recipe.yaml").read_text())
+    own |= {"targets": {"mine": {"path": "held-out"}}, "output": str(tmp_path / "towards")}
+    own["methods"] = [{"method": "gradient_cosine", "model": "small", "targets": ["mine"]}]
+    (root / "towards.yaml").write_text(yaml.safe_dump(own))
+    towards, trainee = load_recipe(root / "towards.yaml"), Trainee("large", str(root / "held-out"))
+    with pytest.raises(EngineError, match=r"test\.jsonl is part of targets\.mine; expected samples that no score is"):
+        prove(towards, trainee, Comparison(["gradient_cosine"]), str(tmp_path / "o"))
+
+
+@pytest.mark.parametrize(("step", "advice"), [(0, "of the untrained model"), (7, "take a smaller learning rate")])
+def test_a_loss_without_end_says_what_to_do(step, advice):
+    found = Outputs(torch.tensor([torch.inf]), None, None)
+    task = SimpleNamespace(to=lambda batch, device: batch, forward=lambda *_: found)
+    encoder = SimpleNamespace(collate=lambda samples: samples)
+    learner = Learner(torch.nn.Linear(1, 1), task, encoder, BatchSpec())
+    with pytest.raises(EngineError, match=f"the loss after step {step} is inf; .*{advice}"):
+        evaluate(learner, learner.model, [Encoded(None, 1, 0)], step)

@@ -36,8 +36,8 @@ class Joint:
         return torch.cat([weight.reshape(len(weight), -1), bias.unsqueeze(self.axis)], self.axis)
 
     def parted(self, whole: Tensor) -> tuple[Tensor, Tensor]:
-        weight, bias = whole.split([whole.shape[self.axis] - 1, 1], self.axis)
-        return weight, bias.squeeze(self.axis)
+        last = whole.shape[self.axis] - 1
+        return whole.narrow(self.axis, 0, last), whole.select(self.axis, last)
 
 
 @dataclass

@@ -1,0 +1,128 @@
+"""What scores are worth: by retraining, by one more step, by planted facts. Intervals and paired differences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from benchmarks.quality.lds import interval, lds
+from benchmarks.quality.leaderboard.bank import Rows
+from benchmarks.quality.leaderboard.board import Board
+from benchmarks.quality.leaderboard.truth import losses_without
+
+Array = NDArray[np.float64]
+RESAMPLES = 1000
+TAIL = 10  # rows whose steps are taken, one by one
+AGAINST = ("EK-FAC", "BM25")  # what every row is compared with, beside its rivals
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What retraining says of a board.
+
+    Attributes:
+        drops: (R, n) rows, drawn once.
+        rises: (R, Q) of the queries' losses after them.
+        base: (Q,) losses of the run.
+    """
+
+    drops: torch.Tensor
+    rises: Array
+    base: Array
+
+
+def truth_of(board: Board, at_once: int) -> Truth:
+    """From the bank, or trained."""
+    generator, size = torch.Generator().manual_seed(1), max(1, round(board.share * board.size))
+    drops = torch.stack([torch.randperm(board.size, generator=generator)[:size] for _ in range(board.drops)])
+    found = losses_without(board, [(), *(_rows(row) for row in drops)], at_once)
+    return Truth(drops, found[1:] - found[0], found[0])
+
+
+def judged(
+    board: Board, truth: Truth, scores: Mapping[str, Array], tails: Array, rivals: Mapping[str, Sequence[str]], n: int
+) -> dict[str, dict[str, Any]]:
+    """By label what its scores are worth.
+
+    Args:
+        tails: (N, Q), see ``truth.tail_patches``.
+        rivals: labels that a label is compared with.
+        n: processes that retrain for the QLD; 0: this one.
+    """
+    rises = _top_rises(board, truth, scores, n)
+    rows: dict[str, dict[str, Any]] = {}
+    draws: dict[str, dict[str, Array]] = {}
+    for label, score in scores.items():
+        value, of_lds = lds(score, truth.drops, truth.rises, RESAMPLES // 5)
+        of_qld = _means(rises[label])
+        best = np.argsort(-score, 0, kind="stable")[:TAIL]
+        of_tail = np.take_along_axis(tails, best, 0).mean(0)
+        draws[label] = {"lds": of_lds, "qld": of_qld}
+        rows[label] = {
+            "lds": {"value": round(value, 4), "interval": interval(of_lds)},
+            "qld": {"value": round(float(rises[label].mean()), 5), "interval": _interval(of_qld)},
+            "tail": {"value": float(f"{of_tail.mean():.4g}"), "interval": _interval(_means(of_tail), 9)},
+            **({"recall": recall(score, board.gold)} if board.gold else {}),
+        }
+    for label, row in rows.items():
+        others = [other for other in (*AGAINST, *rivals.get(label, ())) if other in rows and other != label]
+        row["minus"] = {
+            other: {
+                measure: {
+                    "value": round(row[measure]["value"] - rows[other][measure]["value"], 5),
+                    "interval": _interval(draws[label][measure] - draws[other][measure]),
+                }
+                for measure in ("lds", "qld")
+            }
+            for other in others
+        }
+    return rows
+
+
+def _top_rises(board: Board, truth: Truth, scores: Mapping[str, Array], at_once: int) -> dict[str, Array]:
+    """By label (Q,): the rise of each query's loss after training without its own best 1 %."""
+    size = max(1, board.size // 100)
+    tops = {
+        label: [_rows(column) for column in np.argsort(-score, 0, kind="stable")[:size].T]
+        for label, score in scores.items()
+    }
+    found = losses_without(board, [rows for each in tops.values() for rows in each], at_once)
+    split = found.reshape(len(tops), board.count, board.count)
+    return {label: own.diagonal() - truth.base for label, own in zip(tops, split, strict=True)}
+
+
+def recall(score: Array, gold: Mapping[int, Sequence[int]]) -> dict[str, float]:
+    """Of the rows that state a query's fact: the mean reciprocal rank of the first, how often one is first, and the
+    share of them among as many best rows as there are. Ties in the rows' order."""
+    firsts, shares = [], []
+    for query, rows in gold.items():
+        order = np.argsort(-score[:, query], kind="stable")
+        ranks = np.flatnonzero(np.isin(order, rows)) + 1
+        firsts.append(int(ranks[0]))
+        shares.append(float((ranks <= len(rows)).mean()))
+    reciprocal = [1 / rank for rank in firsts]
+    return {
+        "mrr": round(float(np.mean(reciprocal)), 4),
+        "first": round(float(np.mean([rank == 1 for rank in firsts])), 4),
+        "share": round(float(np.mean(shares)), 4),
+    }
+
+
+def _rows(values: Any) -> Rows:
+    return tuple(sorted(int(v) for v in values))
+
+
+def _means(values: Array) -> Array:
+    """(resamples,) means over queries, the same queries for every method."""
+    rng = np.random.default_rng(0)
+    found: Array = values[rng.integers(len(values), size=(RESAMPLES, len(values)))].mean(1)
+    return found
+
+
+def _interval(draws: Array, digits: int = 5) -> list[float]:
+    return [round(float(q), digits) for q in np.quantile(draws, (0.025, 0.975))]

@@ -1,0 +1,162 @@
+"""The leaderboard at its smallest: its truth trains the run, methods come in order, its bank refuses others'."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import assay.methods
+from benchmarks.quality.leaderboard import digits
+from benchmarks.quality.leaderboard.__main__ import QUICK, measure
+from benchmarks.quality.leaderboard.bank import Bank
+from benchmarks.quality.leaderboard.entries import Entry, register
+from benchmarks.quality.leaderboard.forks import Job, forked
+from benchmarks.quality.leaderboard.judging import judged, recall, truth_of
+from benchmarks.quality.leaderboard.truth import losses_without
+
+SMALL = replace(digits.QUICK, members=1, steps=28, drops=20, queries=5)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("bank")
+
+
+@pytest.fixture(scope="module")
+def case(root: Path) -> dict[str, Any]:
+    entries = register()
+    return measure(digits.build(SMALL, root), {label: entries[label] for label in QUICK}, at_once=0)
+
+
+def test_methods_come_in_the_order_of_what_they_know(case: dict[str, Any]) -> None:
+    lds = {label: row["lds"]["value"] for label, row in case["methods"].items()}
+    assert not case["absent"]
+    assert min(case["metasmoothness"]) > 0.95
+    assert lds["MAGIC"] > 0.95
+    assert lds["MAGIC"] > lds["EK-FAC"] + 0.03
+    assert lds["EK-FAC"] > lds["TRAK, K = 1"] + 0.1  # projected to 64 numbers
+    assert lds["TRAK, K = 1"] > lds["random"] + 0.1
+    assert lds["EK-FAC + CG"] > lds["random"] + 0.3
+    worth = case["methods"]["MAGIC"]
+    assert worth["minus"]["EK-FAC"]["lds"]["interval"][0] > 0  # paired, for intervals alone overlap
+    for measure_ in ("qld", "tail"):
+        assert worth[measure_]["interval"][0] > case["methods"]["random"][measure_]["interval"][1]
+
+
+def test_the_truths_loop_trains_the_run(root: Path, case: dict[str, Any]) -> None:
+    board = digits.build(SMALL, root)
+    with torch.no_grad():
+        own = digits.losses(board.model, board.queries).numpy()
+    (base,) = losses_without(board, [()], 0)
+    np.testing.assert_allclose(base, own, atol=1e-5)
+
+
+def test_a_new_method_costs_its_own_retrainings_alone(
+    root: Path, case: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[int, ...]] = []
+    from benchmarks.quality.leaderboard import truth
+
+    real = truth.losses_of
+    monkeypatch.setattr(truth, "losses_of", lambda board, rows: (made.extend(rows), real(board, rows))[1])
+    board = digits.build(SMALL, root)
+    known = truth_of(board, 0)
+    assert len(made) == 1  # the one that is made again, to see that the bank is not stale
+    scores = {"rows in their order": np.repeat(-np.arange(200.0)[:, None], board.count, 1)}
+    before = len(made)
+    rows = judged(board, known, scores, np.zeros((200, board.count)), {}, 0)
+    assert len(made) == before + 2  # rows 0 and 1, for all queries, and again one that was there
+    assert set(rows["rows in their order"]) == {"lds", "qld", "tail", "minus"}
+
+
+def test_a_bank_of_another_board_is_refused(tmp_path: Path) -> None:
+    facts = {"board": "b", "run": "1", "members": "", "queries": "", "optimizer": "", "torch": "2"}
+    mine, other = Bank(tmp_path, facts), Bank(tmp_path, facts | {"run": "2"})
+    assert mine.folder != other.folder
+    other.tensors("run", lambda: {"states": torch.zeros(2)})
+    (other.folder / "run.safetensors").rename(mine.folder / "run.safetensors")
+    with pytest.raises(ValueError, match=r"another board's trainings gave: run found '2', expected '1'; delete"):
+        mine.tensors("run", dict)
+    (mine.folder / "run.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="cannot be read"):
+        mine.tensors("run", dict)
+
+
+def test_a_stale_bank_is_refused(tmp_path: Path) -> None:
+    setting = replace(SMALL, steps=8, queries=2)
+    board = digits.build(setting, tmp_path)
+    losses_without(board, [()], 0)
+    path = board.bank.folder / "retrainings.safetensors"
+    kept = load_file(path)
+    save_file({**kept, "losses": kept["losses"] + 0.01}, path, {"key": board.bank.key})
+    with pytest.raises(ValueError, match="stale; delete the folder"):
+        losses_without(digits.build(setting, tmp_path), [()], 0)
+
+
+def test_another_order_is_another_bank(tmp_path: Path) -> None:
+    folders = {
+        digits.build(replace(SMALL, **change), tmp_path).bank.folder for change in ({}, {"rate": 0.02}, {"steps": 24})
+    }
+    assert len(folders) == 3
+
+
+def test_recall_counts_the_rows_that_state_a_fact() -> None:
+    score = np.array([[5.0, 0], [4, 1], [3, 2], [2, 9], [1, 8]])
+    assert recall(score, {0: [1, 2], 1: [3, 4]}) == {"mrr": 0.75, "first": 0.5, "share": 0.75}
+
+
+def test_scores_of_another_shape_or_without_a_number_are_refused(root: Path) -> None:
+    board = digits.build(SMALL, root)
+    with pytest.raises(ValueError, match=r"expected scores \(200, 5\), got \(5, 200\)"):
+        Entry("x", lambda board: np.zeros((5, 200)), "assay")(board)
+    with pytest.raises(ValueError, match="no row has one"):
+        Entry("x", lambda board: np.full(200, np.nan), "assay")(board)
+    partly = np.arange(200.0)
+    partly[3] = np.nan
+    assert (Entry("x", lambda board: partly, "assay")(board)[3] == 0).all()  # the least
+
+
+def test_a_peer_that_is_not_installed_is_named() -> None:
+    assert (
+        Entry("x", lambda board: np.zeros(1), "peer", module="no_such_peer").missing == "no_such_peer is not installed"
+    )
+
+
+def test_a_job_that_fails_or_dies_is_its_own_row() -> None:
+    def fail() -> None:
+        raise RuntimeError("this one\nand more")
+
+    def spin() -> None:
+        while True:
+            pass
+
+    jobs = {"fine": Job(lambda: 3), "fails": Job(fail), "dies": Job(lambda: os._exit(1)), "spins": Job(spin)}
+    done = dict(forked(jobs, 2, limit=1))
+    assert (done["fine"].value, done["fine"].error) == (3, None)
+    assert done["fails"].error == "RuntimeError: this one"
+    assert done["dies"].error == "its process died (1)"
+    assert done["spins"].error == "took too long"
+
+
+def test_every_method_with_targets_is_on_the_board() -> None:
+    register()
+    modules = [
+        importlib.import_module(f"benchmarks.quality.leaderboard.{name}") for name in ("along", "gradients", "cheap")
+    ]
+    missing = [
+        name
+        for name in assay.methods.__all__
+        if inspect.isclass(kind := getattr(assay.methods, name))
+        and "targets" in inspect.signature(kind).parameters
+        and not any(hasattr(module, name) for module in modules)
+    ]
+    assert not missing

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import multiprocessing
+import pickle
 import resource
 import signal
 import time
@@ -91,7 +92,7 @@ def forked(
 
 def _received(receiver: Connection, job: _Running) -> Done:
     try:
-        done = receiver.recv()
+        done = pickle.loads(receiver.recv_bytes())
         assert isinstance(done, Done)
     except EOFError:
         job.process.join()
@@ -116,7 +117,7 @@ def _child(job: Job, sender: Connection, limit: int) -> None:
     done = _done(job)
     if before is not None:
         done = Done(done.value, done.error, done.seconds, max(_kilobytes("VmHWM") - before, 0) / 1024)
-    sender.send(done)
+    sender.send_bytes(pickle.dumps(done))  # plainly: torch would send tensors as files that end with this process
     sender.close()
 
 

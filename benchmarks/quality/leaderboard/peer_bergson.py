@@ -47,7 +47,8 @@ def _collected(model: Any, ids: Tensor, dim: int, moments: bool) -> Any:
     from datasets import Dataset
 
     with tempfile.TemporaryDirectory() as folder:
-        config = IndexConfig(run_path=folder, projection_dim=dim, loss_reduction="mean")
+        config = IndexConfig(run_path=f"{folder}/run", projection_dim=dim, loss_reduction="mean")
+        config.partial_run_path.mkdir()
         data = Dataset.from_dict({"input_ids": ids.tolist(), "length": [ids.shape[1]] * len(ids)})
         collector = InMemoryCollector(
             model=model.inner,

@@ -14,6 +14,7 @@ from benchmarks.timing import RESULTS, machine
 
 STEM = "quality-leaderboard"
 PAGE = Path(__file__).parents[3] / "docs/leaderboard.md"
+PICTURE = f"![LDS and QLD of every row](../benchmarks/results/{STEM}.png)\n"
 COLOURS = {"assay": "tab:blue", "peer": "tab:orange", "control": "tab:gray"}
 
 
@@ -144,6 +145,8 @@ def write(cases: Sequence[Mapping[str, Any]], seconds: float, some: bool) -> Non
 def page(cases: Sequence[Mapping[str, Any]]) -> None:
     """Put each board's tables between the page's marks for it, if it has some."""
     text = PAGE.read_text(encoding="utf-8")
+    if PICTURE not in text:
+        text = text.replace("<!-- figure -->\n", f"<!-- figure -->\n{PICTURE}")
     for case in cases:
         begin, end = f"<!-- {case['name']} -->\n", f"<!-- end of {case['name']} -->"
         if begin in text:

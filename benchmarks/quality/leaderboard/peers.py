@@ -216,7 +216,7 @@ def dattri_ekfac(board: Board) -> Array:
 @entry("dattri CG, regularization 0.1", "peer", module="dattri")
 def dattri_cg(board: Board) -> Array:
     if board.texts is not None:
-        raise NotHere("products with the whole Hessian at 43,000 parameters and 16 queries take too long here")
+        raise NotHere("products with the whole Hessian of every query take too long here")
     return _inverse(board, "IFAttributorCG", regularization=0.1)
 
 

@@ -106,7 +106,7 @@ def figure(cases: Sequence[Mapping[str, Any]], path: Path) -> None:
             axis.set_yticks(range(len(rows)), [label for label, _ in rows] if measure == "lds" else [], fontsize=7)
         axes[0, 2 * i].set_title(case["name"])
     handles = [plt.Line2D([], [], color=colour, marker="o", label=kind) for kind, colour in COLOURS.items()]
-    axes[0, 0].legend(handles=handles, fontsize=7, loc="lower right")
+    axes[0, 1].legend(handles=handles, fontsize=7, loc="lower right")
     panels.savefig(path, dpi=110)
     plt.close(panels)
 

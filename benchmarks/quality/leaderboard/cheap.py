@@ -17,6 +17,7 @@ from assay.methods import (
     Ensemble,
     Leverage,
     NGramClassifier,
+    OODFilter,
     RDSPlus,
     knn_shapley,
 )
@@ -70,6 +71,11 @@ def last_hidden(board: Board, batch: Any) -> Tensor:
     with torch.no_grad():
         hidden: Tensor = board.model[:-1](batch[0])
     return hidden
+
+
+@entry("nearness to the queries (OODFilter)")
+def nearness(board: Board) -> Array:
+    return -scored(board, OODFilter(board.model, board.task, board.targets), "ood_distance")
 
 
 @entry("ensemble's disagreement")

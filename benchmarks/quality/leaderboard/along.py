@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from assay.methods import LESS, Influence, InRunInfluence, Kernel
+from assay.methods import LESS, InRunInfluence
 from assay.ops import Kronecker
 from assay.retrain import Adam, SmallModelDatamodel, magic
 from assay.retrain.magic_training import running
@@ -43,12 +43,6 @@ def datamodel(board: Board) -> Array:
     parts = [drops[i : i + board.at_once] for i in range(0, SUBSETS, board.at_once)]
     losses = np.concatenate([losses_of(board, part) for part in parts])
     return np.asarray(SmallModelDatamodel.fit(members, -losses).scores)
-
-
-@entry("TracIn, checkpoints of all epochs", rivals=["dattri TracIn"])
-def tracin(board: Board) -> Array:
-    models, rates = [c.model for c in board.checkpoints], [c.rate for c in board.checkpoints]
-    return scored(board, Influence(models, board.task, board.targets, Kernel(), EXACT, weights=rates))
 
 
 @entry("In-Run, every step")

@@ -110,6 +110,6 @@ def classifier_head(model: nn.Module) -> nn.Linear:
 
 def register() -> dict[str, Entry]:
     """All rows, in the order of the table."""
-    for name in ("along", "gradients", "cheap", "peers", "peer_bergson"):
+    for name in ("along", "unrolled", "gradients", "cheap", "peers", "peer_bergson"):
         importlib.import_module(f"benchmarks.quality.leaderboard.{name}")
     return REGISTRY

@@ -100,7 +100,7 @@ def _batches(rows: int, size: int, steps: int) -> list[Tensor]:
 def text(root: Path) -> Setting:
     from tests.small_models import byte_tokenizer, llama_config
 
-    data = corpus.build(4000, 400, 200, 16, 0)
+    data = corpus.build(8000, 400, 200, 16, 0)
     for folder, pieces in (("corpus", data.pool), ("held-out", data.validation), ("docstrings", data.target)):
         (root / folder).mkdir()
         texts = [bytes(piece).decode(errors="replace") for piece in pieces.to(torch.uint8).numpy()]

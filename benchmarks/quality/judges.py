@@ -119,7 +119,7 @@ def ifd(count: int, seed: int) -> dict[str, Any]:
     task = {"kind": "causal_lm", "messages_column": "messages", "loss_on": "assistant", "max_length": 512}
     own = scored(rows, task, {"method": "ifd", "model": "smollm2"})
     below = own["ifd"] < 1
-    best = np.flatnonzero(below)[np.argsort(-own["ifd"][below], kind="stable")][: max(1, round(KEPT * len(rows)))]
+    best = np.flatnonzero(below)[np.argsort(-own["ifd"][below], kind="stable")][: max(1, round(KEPT * below.sum()))]
     scores = {
         "IFD": own["ifd"],
         "answer's loss, given the question (control)": own["ifd_given"],

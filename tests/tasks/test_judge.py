@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import processors
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -53,15 +54,17 @@ def encoder_decoder() -> Any:
     return random(T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=3, pad_token_id=0)))
 
 
-def by_hand(model: Any, prompt: Prompt, text: str) -> Tensor:
-    """p(yes), p(yes) / (p(yes) + p(no)), p(yes) + p(no) of one document alone, in float64."""
-    (asked,) = prompt.ask_all([text])
-    ids, model = torch.tensor([asked.ids]), copy.deepcopy(model).double()  # type: ignore[union-attr]
+def by_hand(model: Any, prompt: Prompt, *texts: str) -> Tensor:
+    """p(yes), p(yes) / (p(yes) + p(no)), p(yes) + p(no) of each document alone, in float64."""
+    model, found = copy.deepcopy(model).double(), []
     start = {"decoder_input_ids": torch.tensor([[3]])} if model.config.is_encoder_decoder else {}
-    with torch.no_grad():
-        p = model(input_ids=ids, **start).logits[0, -1].softmax(0)
-    yes, no = p[prompt.yes].sum(), p[prompt.no].sum()
-    return torch.stack([yes, yes / (yes + no), yes + no])
+    for asked in prompt.ask_all(texts):
+        ids = torch.tensor([asked.ids])  # type: ignore[union-attr]
+        with torch.no_grad():
+            p = model(input_ids=ids, **start).logits[0, -1].softmax(0)
+        yes, no = p[prompt.yes].sum(), p[prompt.no].sum()
+        found.append(torch.stack([yes, yes / (yes + no), yes + no]))
+    return torch.stack(found)
 
 
 def scores(model: nn.Module, prompt: Prompt, *batches: list[str]) -> Tensor:
@@ -72,7 +75,7 @@ def scores(model: nn.Module, prompt: Prompt, *batches: list[str]) -> Tensor:
 @pytest.mark.parametrize("make", [decoder, encoder_decoder])
 def test_the_answer_is_the_models_own_in_float64_in_any_batch(make) -> None:
     model, prompt = make(), Prompt(tokenizer(), QUESTION, max_length=128)
-    expected = torch.stack([by_hand(model, prompt, text) for text in TEXTS])
+    expected = by_hand(model, prompt, *TEXTS)
     assert float((expected[:, 0].max() - expected[:, 0].min()) / expected[:, 0].mean()) > 0.01  # they differ
     for batches in ([TEXTS], [[text] for text in TEXTS], [TEXTS[:3], TEXTS[3:]]):
         got = scores(model, prompt, *batches)
@@ -96,7 +99,7 @@ def test_a_softened_decoders_output_layer_runs_for_one_position() -> None:
         model.lm_head.register_forward_hook(lambda _, args, out, shapes=shapes: shapes.append(out.shape))
         got = scores(model, prompt, TEXTS)
         assert shapes == [(4, 1, 300)]
-        expected = torch.stack([by_hand(model, prompt, text) for text in TEXTS])
+        expected = by_hand(model, prompt, *TEXTS)
         torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-8)
         assert "forward" not in vars(model.lm_head)
 
@@ -122,12 +125,14 @@ def test_a_panel_of_judges_is_an_ensemble() -> None:
     prompt = Prompt(tokenizer(), QUESTION, max_length=128)
     panel = [decoder(), encoder_decoder()]
     table = assay.score([prompt(TEXTS)], [Ensemble(panel, Judge())])
-    each = torch.stack([by_hand(model, prompt, text)[0] for model in panel for text in TEXTS]).view(2, -1)
+    each = torch.stack([by_hand(model, prompt, *TEXTS)[:, 0] for model in panel])
     got = torch.tensor(table["ensemble_nll"].to_pylist()).double()
     torch.testing.assert_close(got, -each.mean(0).log(), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("text", ["gold " * 60, "金" * 60, "🥇" * 40, "a" + "é" * 80])
+@pytest.mark.parametrize(
+    "text", ["gold " * 60, "金" * 60, "🥇" * 40, "a" + "é" * 80], ids=["ascii", "ideographs", "emoji", "accents"]
+)
 def test_a_long_document_is_cut_where_it_fits_and_the_question_never(text) -> None:
     cutting = tokenizer()
     prompt = Prompt(cutting, QUESTION, max_length=80)
@@ -166,6 +171,22 @@ def test_a_document_cannot_end_its_own_question() -> None:
     with pytest.raises(ValueError, match="text 1: has tokens of its own that are special"):
         prompt(["gold", "<eos>"])
     assert not isinstance(Prompt(tokenizer(bos=True), QUESTION, max_length=128).ask("gold"), str)
+
+
+def test_a_decoder_does_not_answer_behind_the_end_of_a_text() -> None:
+    ending, ends = tokenizer(), ("<eos>", 256)
+    ending.backend_tokenizer.post_processor = processors.TemplateProcessing("<eos> $A <eos>", special_tokens=[ends])
+    own = tokenizer(bos=True)(QUESTION.format(document="gold"))["input_ids"]
+    for judge, tokens in (("decoder", own), ("encoder_decoder", [*own, 256])):
+        prompt = Prompt(ending, QUESTION, judge=judge, max_length=64)  # type: ignore[arg-type]
+        assert prompt.ask("gold").ids == tokens  # type: ignore[union-attr]
+        assert prompt.ask("gold<eos>") == "has tokens of its own that are special to the judge ('<eos>')"
+        long = prompt.ask("gold " * 60)
+        assert len(long.ids) == 64  # type: ignore[union-attr]
+        assert long.ids[-10:] == tokens[-10:]  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match=r"ends every text with '<eos>', .*expected judge='encoder_decoder' or judge="):
+        Prompt(ending, QUESTION, max_length=64)
+    assert Prompt(ending, QUESTION, chat=lambda text: text, max_length=64).ask("gold").ids == own[1:]  # type: ignore[union-attr]
 
 
 def test_chat_templates() -> None:
@@ -228,4 +249,4 @@ def test_no_question_no_answer() -> None:
     batch["attention_mask"][1] = 0
     got = assay.score([batch], [AskLLM(decoder(), Judge())])
     assert got["ask_llm"].to_pylist()[1] != got["ask_llm"].to_pylist()[1]
-    assert got["ask_llm"].to_pylist()[0] == pytest.approx(float(by_hand(decoder(), prompt, TEXTS[0])[0]), rel=1e-4)
+    assert got["ask_llm"].to_pylist()[0] == pytest.approx(float(by_hand(decoder(), prompt, TEXTS[0])[0, 0]), rel=1e-4)

@@ -113,6 +113,8 @@ class Method(Protocol):
     name: str
     uses_pool: ClassVar[bool] = False
     """Whether ``fit`` looks at the pool, so that scores depend on it."""
+    needs_prompts: ClassVar[bool] = False
+    """Whether it says nothing of samples all of whose tokens count."""
     gathers: ClassVar[int | None] = None
     """How many of a shard's first samples ``metadata`` speaks of: 0 if it says the same before anything is scored; None
     if of all, so that no shard is scored in parts. A method that leaves ``metadata`` alone gathers nothing."""

@@ -7,7 +7,7 @@ Quantity to Quality* (2308.12032).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,8 @@ class IFD(Method):
     Raises:
         ValueError: another task.
     """
+
+    needs_prompts: ClassVar[bool] = True
 
     def __init__(self, model: nn.Module, task: CausalLM, *, name: str = "ifd") -> None:
         if not isinstance(task, CausalLM):

@@ -85,6 +85,8 @@ class MethodSpec(Part):
 
     uses_pool: ClassVar[bool] = False
     """Whether ``fit`` looks at the pool's sample, so that scores depend on it."""
+    needs_prompts: ClassVar[bool] = False
+    """Whether it says nothing of samples all of whose tokens count."""
     needs_target: ClassVar[bool] = False
 
     def models_used(self) -> dict[tuple[str | int, ...], str]:
@@ -171,6 +173,7 @@ def derived(kind: str, method: type[Any]) -> type[DerivedSpec]:
         fields["keep_features"] = (Literal["float32", "float16", "bfloat16", "int8"] | None, None)
     spec = derive(method, DerivedSpec, ROLES, (Task, "task", "seed", *LIVE), **fields)
     spec.uses_pool = getattr(method, "uses_pool", False)
+    spec.needs_prompts = getattr(method, "needs_prompts", False)
     spec.needs_target = any(key.role is TARGETS and key.required for key in spec.keys)
     return spec
 

@@ -140,6 +140,13 @@ class Recipe(Part):
         if reading and not asking and self.task.asks_models:
             message = f"{self.task.kind} is about models, and no method runs one; expected text"
             raise located(("task", "kind"), message, self.task.kind)
+        prompting = [i for i, method in enumerate(self.methods) if method.needs_prompts]
+        if prompting and not self.task.has_prompts:
+            message = (
+                "is about responses behind prompts, and every token of a sample counts (task.loss_on: all); expected "
+                "task.prompt_column with completion_column, or messages_column, and loss_on: completion"
+            )
+            raise located(("methods", prompting[0], "method"), message)
         if reading and self.task.group_rows is not None:
             message = f"scores rows one by one, and {self.task.kind} by groups of them; give it a recipe of its own"
             raise located(("methods", reading[0], "method"), message)

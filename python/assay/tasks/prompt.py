@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,10 +34,17 @@ class Asked(NamedTuple):
     read: int
 
 
+class _Tokens(NamedTuple):
+    """Token numbers, and which characters each is."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+
 class Prompt:
     """Documents to batches of ``Judge``.
 
-    A document that does not fit is cut behind its last character that does, and asked about as if it ended there; no
+    A document that does not fit loses tokens from its end until it does, and is asked about as if it ended there; no
     part of the question is ever cut. A document in which the tokenizer finds special tokens (one that ends a text or a
     turn, say) is refused: it could end its own question.
 
@@ -49,6 +56,9 @@ class Prompt:
             that are several tokens are not.
         chat: the question is what the user says, in the tokenizer's chat template, and the assistant's turn begins; a
             function puts it into a template itself.
+        judge: what the batches are for. Of a tokenizer that ends texts with a token of its own this must be said, if
+            there is no ``chat``: an ``encoder_decoder`` reads that token, and a ``decoder`` would answer behind it,
+            where the text is over, so that it gets none.
         max_length: the most tokens of a question with its document.
 
     Attributes:
@@ -56,7 +66,8 @@ class Prompt:
 
     Raises:
         ValueError: a question without one place for the document, or for which ``max_length`` has no room; an answer
-            that is no single token; a tokenizer that has no template, or does not tell which characters a token is.
+            that is no single token; a tokenizer that has no template, or does not tell which characters a token is, or
+            that ends texts, and no ``judge``.
     """
 
     def __init__(
@@ -67,6 +78,7 @@ class Prompt:
         no: str = "no",
         *,
         chat: bool | Callable[[str], str] = False,
+        judge: Literal["decoder", "encoder_decoder"] | None = None,
         max_length: int = 1024,
     ) -> None:
         if not getattr(tokenizer, "is_fast", False):
@@ -83,6 +95,7 @@ class Prompt:
             )
         self._before, self._after = self.question.split(PLACE)
         self._tokenizer, self._max_length, self._ends = tokenizer, max_length, render is None
+        self._behind = self._added_behind(judge)
         self._special = _special(tokenizer)
         self.yes, self.no = spellings(tokenizer, yes), spellings(tokenizer, no)
         if set(self.yes) & set(self.no):
@@ -121,7 +134,7 @@ class Prompt:
         """``ask`` of each."""
         return [self._fitted(text, own) for text, own in zip(texts, self._tokens(texts), strict=True)]
 
-    def _fitted(self, text: str, encoded: Any) -> Asked | str:
+    def _fitted(self, text: str, encoded: _Tokens) -> Asked | str:
         if found := self._specials(encoded.ids) - self._own:
             named = sorted(self._tokenizer.convert_ids_to_tokens(list(found)))
             return f"has tokens of its own that are special to the judge ({', '.join(map(repr, named))})"
@@ -131,16 +144,33 @@ class Prompt:
             cut = starts[-over] - begin if over <= len(starts) else 0
             text = text[: min(cut, len(text) - 1)]
             (encoded,) = self._tokens([text])
-        return Asked(list(encoded.ids), len(text))
+        return Asked(encoded.ids, len(text))
 
     def _specials(self, ids: Sequence[int]) -> Counter[int]:
         return Counter(i for i in ids if i in self._special)
 
-    def _tokens(self, texts: Sequence[str]) -> list[Any]:
-        """Of the library: ``ids`` and ``offsets`` of each question."""
+    def _tokens(self, texts: Sequence[str]) -> list[_Tokens]:
+        """Of each question, without what is added behind it and no judge reads."""
+        cut = [(own, len(own.ids) - self._behind) for own in self._encoded(texts)]
+        return [_Tokens(own.ids[:end], own.offsets[:end]) for own, end in cut]
+
+    def _encoded(self, texts: Sequence[str]) -> list[Any]:
         whole = [f"{self._before}{text}{self._after}" for text in texts]
         encoded = self._tokenizer(whole, add_special_tokens=self._ends, return_offsets_mapping=True)
         return [encoded.encodings[i] for i in range(len(whole))]
+
+    def _added_behind(self, judge: str | None) -> int:
+        """How many tokens the tokenizer adds behind a question that are none of it."""
+        (encoded,) = self._encoded([""])
+        owners = encoded.sequence_ids[::-1]
+        added = next((i for i, owner in enumerate(owners) if owner is not None), len(owners))
+        if added and judge is None:
+            end = self._tokenizer.convert_ids_to_tokens(encoded.ids[-1])
+            raise ValueError(
+                f"Prompt: the tokenizer ends every text with {end!r}, which an encoder–decoder reads, and behind which "
+                "a decoder has nothing to answer; expected judge='encoder_decoder' or judge='decoder'"
+            )
+        return 0 if judge == "encoder_decoder" else added
 
 
 def check_question(question: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from tokenizers import processors
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 import assay
 from assay.corpus.storage import Store
 from assay.engine import make_plan, open_workshop, run
+from assay.engine.workshop import open_encoder
 from assay.methods import IFD, AskLLM
 from assay.recipe.errors import EngineError, RecipeError
 from assay.recipe.recipe import load_recipe
@@ -62,8 +65,7 @@ def write(root: Path, model: Path, **task: Any) -> str:
     return str(root / "recipe.yaml")
 
 
-@pytest.mark.parametrize("kind", ["decoder", "encoder_decoder"])
-@pytest.mark.parametrize("chat", [False, True], ids=["plain", "chat"])
+@pytest.mark.parametrize(("kind", "chat"), [("decoder", False), ("decoder", True), ("encoder_decoder", False)])
 def test_a_recipe_asks_as_python_does(tmp_path, models, kind, chat) -> None:
     summary = run(load_recipe(write(tmp_path, models / kind, judge=kind, chat=chat)))
     assert (summary.rows_scored, summary.rows_quarantined) == (4, 2)
@@ -75,6 +77,16 @@ def test_a_recipe_asks_as_python_does(tmp_path, models, kind, chat) -> None:
     for name in expected.column_names[2:]:
         assert table[name].to_pylist() == pytest.approx(expected[name].to_pylist(), rel=1e-4)
     assert len(set(table["ask_llm"].to_pylist())) == 4
+
+
+def test_a_tokenizer_that_ends_texts_does_not_end_a_decoders_question(tmp_path, models) -> None:
+    ending = word_tokenizer(PLAIN)
+    ends = [("<s>", 0), ("</s>", 1)]
+    ending.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=ends)
+    shutil.copytree(models / "decoder", tmp_path / "model")
+    ending.save_pretrained(tmp_path / "model")
+    (asked,) = open_encoder(load_recipe(write(tmp_path, tmp_path / "model"))).encode([("gold",)])
+    assert asked.data.tolist() == word_tokenizer(PLAIN)("Is gold gold?\n")["input_ids"]
 
 
 def test_what_is_no_sample_says_why(tmp_path, models) -> None:
@@ -126,6 +138,21 @@ def test_nobody_is_trained_to_say_yes(tmp_path, models) -> None:
         laboratory(load_recipe(path), trainee, output, Training(steps=1)),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        {"text_column": "text"},
+        {"messages_column": "talk", "loss_on": "all"},
+        {"prompt_column": "ask", "completion_column": "answer", "loss_on": "all"},
+    ],
+    ids=lambda task: next(iter(task)),
+)
+def test_ifd_needs_prompts(tmp_path, models, task) -> None:
+    path, change = write(tmp_path, models / "decoder"), {"kind": "causal_lm", **task}
+    with pytest.raises(RecipeError, match=r"methods\.0\.method: is about responses behind prompts, and every token"):
+        load_recipe(path, [f"task={change}", "methods=[{method: ifd, model: judge}]"])
 
 
 PAIRS = [("gold? ", "yes."), ("is it ore here?", "no"), ("dig", " here. dig here. It is gold"), ("", "yes.")]

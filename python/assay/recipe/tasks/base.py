@@ -136,6 +136,11 @@ class TaskSpec(Part):
         return self
 
     @property
+    def has_prompts(self) -> bool:
+        """Whether a sample may have tokens that do not count."""
+        return True
+
+    @property
     def group_rows(self) -> int | None:
         """How many rows after one another share a loss; None where every sample has its own."""
         return None

@@ -108,6 +108,10 @@ class CausalLMSpec(TaskSpec):
         return self.model_copy(update={"conversational": True}) if told else self
 
     @property
+    def has_prompts(self) -> bool:
+        return self.loss_on != "all"
+
+    @property
     def auto_class(self) -> str:
         return "AutoModelForCausalLM"
 

@@ -81,7 +81,9 @@ class JudgeSpec(TaskSpec):
             chat = _asked_by_user(ChatTemplate(f"models.{name}", tokenizer))
         assert self.question is not None
         with refusing(f"task.question: cannot be put to models.{name}"):
-            prompt = Prompt(tokenizer, self.question, self.yes, self.no, chat=chat, max_length=self.max_length)
+            prompt = Prompt(
+                tokenizer, self.question, self.yes, self.no, chat=chat, judge=self.judge, max_length=self.max_length
+            )
         return lambda models: self._encoder(models, tokenizer, prompt)
 
     def _encoder(self, models: Mapping[str, nn.Module], tokenizer: Any, prompt: Prompt) -> Encoder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -102,6 +103,36 @@ def test_a_softened_decoders_output_layer_runs_for_one_position() -> None:
         expected = by_hand(model, prompt, *TEXTS)
         torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-8)
         assert "forward" not in vars(model.lm_head)
+
+
+class Shaping(nn.Module):
+    """A language model that counts on its logits' positions."""
+
+    def __init__(self, model: Any, shape: Callable[[Tensor, int], Tensor]) -> None:
+        super().__init__()
+        self.model, self.shape = model, shape
+
+    def get_output_embeddings(self) -> Any:
+        return self.model.lm_head
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.shape(self.model(input_ids, attention_mask=attention_mask).logits, input_ids.shape[1])
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        lambda logits, length: logits.reshape(-1, length, 300),
+        lambda logits, length: logits[:, torch.arange(length)],
+        lambda logits, length: logits + torch.arange(length)[None, :, None] * torch.linspace(0, 1, 300),
+    ],
+    ids=["reshaped", "indexed", "shifted"],
+)
+def test_a_decoder_that_counts_on_all_positions_gets_them(shape) -> None:
+    model, batch = Shaping(decoder(), shape), Prompt(tokenizer(), QUESTION, max_length=128)(TEXTS)
+    expected = Judge().forward(model, batch).logits.detach()
+    with torch.no_grad():
+        torch.testing.assert_close(Judge().forward(model, batch).logits, expected)
 
 
 def test_losses_have_gradients_of_the_full_pass() -> None:

@@ -66,6 +66,7 @@ class Judge:
     def _answers(self, model: nn.Module, batch: Mapping[str, Tensor], mask: Tensor) -> Tensor:
         """(B, C): the logits of each sample's first token of an answer."""
         ids, config = self._ids(batch), getattr(model, "config", None)
+        logits: Tensor | None = None
         arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": False}
         if getattr(config, "is_encoder_decoder", False):
             start = getattr(config, "decoder_start_token_id", None)
@@ -79,11 +80,17 @@ class Judge:
             arguments = {name: value for name, value in arguments.items() if name in parameters}
         layer = None if torch.is_grad_enabled() else find_output_layer(model, None)
         with _at(layer, last) as chosen:
-            logits = _checked(logits_of(model(**arguments)), len(ids), None)
-        if chosen and logits.shape[1] == 1:
-            return logits[:, 0]
-        if chosen:  # it did more with them than to hand them on
-            logits = _checked(logits_of(model(**arguments)), len(ids), None)
+            try:
+                logits = logits_of(model(**arguments))
+            except Exception:
+                if not chosen:
+                    raise
+        if chosen:
+            if logits is not None and logits.ndim == 3 and logits.shape[:2] == (len(ids), 1):
+                return logits[:, 0]
+            logits = logits_of(model(**arguments))  # it does more with them than to hand them on
+        assert logits is not None
+        logits = _checked(logits, len(ids), None)
         if logits.shape[1] != ids.shape[1]:
             raise ValueError(
                 f"Judge: logits of shape {tuple(logits.shape)} for input_ids of shape {tuple(ids.shape)}; expected "

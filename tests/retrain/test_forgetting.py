@@ -125,6 +125,27 @@ def test_klom_clips() -> None:
     np.testing.assert_array_equal(klom(np.array([[1e9], [500.0]]), np.array([[101.0], [np.inf]])), [0])
 
 
+def test_klom_of_a_range_of_fewer_numbers_than_bins() -> None:
+    step = 1 + np.finfo(np.float64).eps
+    found = klom(np.array([[step], [step]]), np.array([[1.0], [step]]), bins=20)
+    rest = 18 * 1e-5
+    p, q = (np.array([low, high]) + 1e-5 for low, high in ((0, 1), (0.5, 0.5)))
+    total = 1 + 20 * 1e-5
+    assert p.sum() + rest == pytest.approx(total)
+    assert found == pytest.approx((p / total * np.log(p / q)).sum())
+
+
+def test_margins_of_narrow_logits_are_as_good_as_wide_ones() -> None:
+    logits, labels = (4 * torch.randn(50, 10)).bfloat16(), torch.arange(50) % 10
+    torch.testing.assert_close(margins(logits, labels), margins(logits.float(), labels), rtol=0, atol=0)
+
+
+def test_no_effect_is_no_reason_to_warn(caplog) -> None:
+    with caplog.at_level(logging.WARNING, "assay"):
+        found = forget(nn.Linear(2, 2), torch.randn(5, 2), np.zeros((5, 5, 2)), [1], steps=1)
+    assert (found.before, found.after, caplog.text) == (0, 0, "")
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -135,6 +156,8 @@ def test_klom_clips() -> None:
         (lambda: outputs_without(np.zeros(4), np.zeros((5, 4)), [0.5]), "removed: expected row numbers"),
         (lambda: outputs_without([np.nan, 0.0], np.zeros((5, 2)), [1]), "outputs: 1 of 2 are not finite"),
         (lambda: outputs_without(np.zeros(2), np.full((5, 2), np.nan), [3]), "effects: those of removed sample 3"),
+        (lambda: outputs_without(np.zeros(2), np.ma.masked_all((5, 2)), [3]), "effects: those of removed sample 3"),
+        (lambda: outputs_without(np.zeros(2), np.zeros((5, 2)), [[1], [1, 2]]), "removed: expected row numbers"),
         (lambda: klom(np.zeros((3, 2)), np.zeros((3, 1))), r"got \(3, 2\) and \(3, 1\)"),
         (lambda: klom(np.zeros((1, 2)), np.zeros((3, 2))), "of two models or more each"),
         (lambda: klom(np.full((3, 2), np.nan), np.zeros((3, 2))), "unlearned: 6 of 6 margins are NaN"),

@@ -64,6 +64,29 @@ def test_a_cluster_of_one_is_its_sample_and_effects_are_of_real_trainings() -> N
         np.testing.assert_allclose(effects[k], (losses[1] - losses[0]).numpy(), rtol=0, atol=2e-5)
 
 
+def test_what_is_frozen_is_held_and_modes_are_eval() -> None:
+    """Effects of a model with a frozen layer and dropout, in training mode, are of trainings of the other layer."""
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 2), torch.tensor([0, 0, 1, 1, 0, 1])
+    model = nn.Sequential(nn.Linear(2, 3), nn.Dropout(0.5), nn.Linear(3, 2))
+    model[0].requires_grad_(False)
+    state = {name: p.detach().clone() for name, p in model.named_parameters()}
+    found = distil(model, [state], x, y, np.arange(6), sweeps=1, learning_rate=1e-9)
+    assert found.before < 1e-10
+    effects = cluster_effects(model, state, found, (x, y), steps=20, learning_rate=0.5)
+    assert model[1].training
+    assert [p.requires_grad for p in model.parameters()] == [False, False, True, True]
+    hidden = model[0](x)
+    ends = [descended(model[2], hidden, y, 20, kept=torch.tensor(kept))[-1] for kept in (range(6), range(1, 6))]
+    losses = [
+        nn.functional.cross_entropy(torch.func.functional_call(model[2], end, hidden), y, reduction="none")
+        for end in ends
+    ]
+    np.testing.assert_allclose(effects[0], (losses[1] - losses[0]).detach().numpy(), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="nothing to train"):
+        distil(model.requires_grad_(False), [state], x, y, np.arange(6))
+
+
 def test_matching_brings_gradients_together() -> None:
     x, y = small_digits()
     torch.manual_seed(0)
@@ -123,5 +146,12 @@ def test_a_run_that_diverges_is_refused() -> None:
     x, y = small_digits(4)
     model = nn.Linear(64, 5)
     distilled = Distilled(x * torch.inf, y, torch.ones(4, dtype=torch.int64), 0.0, 0.0)
+    state = dict(model.named_parameters())
     with pytest.raises(ValueError, match="a run diverged"):
-        cluster_effects(model, dict(model.named_parameters()), distilled, (x, y), steps=2)
+        cluster_effects(model, state, distilled, (x, y), steps=2)
+    with pytest.raises(ValueError, match="the matching diverged"):
+        distil(model, [state], x, y, np.arange(4), learning_rate=1e25)
+    with pytest.raises(ValueError, match="expected two clusters at least"):
+        cluster_effects(model, state, distil(model, [state], x[:1], y[:1], [0], sweeps=1), (x, y))
+    with pytest.raises(ValueError, match="got nan in row 1"):
+        clusters_by_class(x[:2], [0.0, np.nan])

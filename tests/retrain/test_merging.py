@@ -20,11 +20,11 @@ def network(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
     return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_the_mean_of_equal_models_is_the_model_to_the_bit(dtype) -> None:
     state = network(dtype=dtype).state_dict()
     for copies in (1, 2, 3, 7, 10):
-        for weights in (None, [0.5] * copies):
+        for weights in (None, [0.5] * copies, [0.1 * (k + 1) for k in range(copies)]):
             found = average([state] * copies, weights)
             assert list(found) == list(state)
             assert all(
@@ -52,6 +52,9 @@ def test_weights_are_scaled_and_zero_leaves_a_model_out() -> None:
     a, b = {"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([5.0, torch.inf])}
     assert average([a, b], [3, 1])["w"].tolist() == [2.0, torch.inf]
     assert average([a, b], [2, 0])["w"].tolist() == [1.0, 2.0]
+    c = {"w": torch.tensor([3.0, -torch.inf])}
+    for weight in (1e308, 5e-324):
+        assert average([a, c], [weight, weight])["w"].tolist() == [2.0, -torch.inf]
 
 
 def save_folder(path: Path, model: nn.Module, files: int = 2, **config: object) -> Path:
@@ -149,6 +152,47 @@ def test_tied_tensors_may_be_in_a_file_once(tmp_path: Path) -> None:
         ablate(model, paths, lambda m: 0.0, [(0, 1)])
 
 
+def test_a_model_that_ties_what_its_parts_do_not_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    model[1].weight = model[0].weight
+    tied = [{"0.weight": torch.full((2, 2), k), "1.weight": torch.full((2, 2), k)} for k in (0.0, 1.0)]
+    assert ablate(model, tied, lambda m: m[0].weight.sum().item(), [(0, 1)]).losses.tolist() == [2.0]
+    untied = [{**part, "1.weight": torch.full((2, 2), 5.0)} for part in tied]
+    with pytest.raises(ValueError, match=r"ties '1\.weight' to '0\.weight', which differ in the parts"):
+        ablate(model, untied, lambda m: 0.0, [(0, 1)])
+
+
+def test_what_is_quantised_has_no_mean(tmp_path: Path) -> None:
+    for k in range(2):
+        (tmp_path / f"{k}").mkdir()
+        state = {"w": torch.full((2,), 1.0 + k).to(torch.float8_e4m3fn), "w_scale": torch.tensor(2.0 - k)}
+        save_file(state, tmp_path / f"{k}/model.safetensors")
+    with pytest.raises(ValueError, match=r"tensor 'w' of torch\.float8_e4m3fn is quantised"):
+        merge_files([tmp_path / "0", tmp_path / "1"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_links_parts_of_configurations_and_what_lies_beside(tmp_path: Path) -> None:
+    """As in the cache of a hub: a snapshot's files are links."""
+    blobs = [save_folder(tmp_path / f"b{k}", network(k), text_config={"_name_or_path": str(k), "n": 1}) for k in (0, 1)]
+    for name in ("modeling_small.py", "source.spm"):
+        (blobs[0] / name).write_text("beside")
+    folders = []
+    for blob in blobs:
+        folders.append(tmp_path / f"snapshot-{blob.name}")
+        folders[-1].mkdir()
+        for file in blob.iterdir():
+            (folders[-1] / file.name).symlink_to(file)
+    before = {file: file.read_bytes() for blob in blobs for file in blob.iterdir()}
+    out = merge_files(folders, tmp_path / "out")
+    assert {file.name for file in out.iterdir()} == {file.name for file in blobs[0].iterdir()}
+    assert not any(file.is_symlink() for file in out.iterdir())
+    assert {file: file.read_bytes() for blob in blobs for file in blob.iterdir()} == before
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="is there already"):
+        merge_files(folders, tmp_path / "dangling")
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -163,6 +207,7 @@ def test_tied_tensors_may_be_in_a_file_once(tmp_path: Path) -> None:
         ),
         (lambda s, n: ablate(n, [s], lambda m: 0.0, [(0,)]), "parts: expected two models at least"),
         (lambda s, n: ablate(n, [s, s], lambda m: 0.0, [(0, 2)]), r"mixes\[0\]: row 2 lies outside 0\.\.1"),
+        (lambda s, n: ablate(n, [s, s], lambda m: 0.0, [0, 1]), r"mixes\[0\]: expected row numbers"),
         (lambda s, n: ablate(n, [s, s], lambda m: 0.0, [()]), r"mixes\[0\]: expected row numbers"),
         (lambda s, n: ablate(n, [s, s], lambda m: torch.nan, [(0,)]), r"loss: of parts \[0\] expected a finite number"),
         (lambda s, n: ablate(n, [s, s], lambda m: 0.0, [(0,)], weights=[1, 0]), "weights: expected 2 numbers above 0"),

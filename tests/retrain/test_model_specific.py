@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from assay.methods.gauss_newton import GaussNewton
 from assay.retrain import predicted_drops, subsample
+from assay.retrain.model_specific import _solve, _validation_gradient
 from assay.tasks import Classification, Regression
 
 PENALTY = 3.0  # of the sum: it does not grow with the samples
@@ -116,7 +118,8 @@ def test_a_set_is_grown_by_the_best_and_by_random_ones() -> None:
     inverse = np.linalg.inv(2 * x[seen[0]].T @ x[seen[0]] / 10 + 0.1 * np.eye(4))
     scores = 2 * x[rest] * (x[rest] @ w - y[rest])[:, None] @ inverse @ gradient / 11
     assert set(found.rows[10:20]) == set(rest[np.argsort(-scores)[:10]])
-    assert found.predicted[0] == pytest.approx(np.sort(scores)[-10:].sum(), rel=1e-4)
+    # Ten together: each has one part in twenty of the new mean, not one in eleven.
+    assert found.predicted[0] == pytest.approx(np.sort(scores)[-10:].sum() * 11 / 20, rel=1e-4)
     assert found.explored.tolist() == [0, 0, 0, 0]
     explored = subsample(
         train, batch(x, y), batch(*validation), Regression(), 50, penalty=0.1, first=10, rounds=4, explore=0.5, seed=3
@@ -146,6 +149,78 @@ def test_of_a_classifier_the_curvature_is_the_loss_own() -> None:
     expected = (losses @ solved / 26).numpy()
     found, _, _ = predicted_drops(model, Classification(), *([own] for own in sets), penalty=0.05)
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_what_many_should_bring_together_approaches_their_refit() -> None:
+    """A tenth as many again each time: what is promised is first-order in the new samples' share of all."""
+    validation, errors = problem(200, 1), []
+    for size, added in ((400, 200), (400, 40), (400, 8)):
+        x, y = problem(size + added)
+        seen: list[np.ndarray] = []
+
+        def train(rows, seed, x=x, y=y, seen=seen):
+            seen.append(rows)
+            return linear(ridge(x[rows], y[rows]))
+
+        found = subsample(
+            train,
+            batch(x, y),
+            batch(*validation),
+            Regression(),
+            size + added,
+            penalty=PENALTY / size,
+            first=size,
+            rounds=1,
+            explore=0.0,
+        )
+
+        def loss(w):
+            return float(np.square(validation[0] @ w - validation[1]).mean())
+
+        truth = loss(ridge(x[seen[0]], y[seen[0]])) - loss(ridge(x, y))
+        errors.append(abs(found.predicted[0] - truth) / abs(truth))
+    assert errors[2] < errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_residual_is_the_real_one(dtype) -> None:
+    """A curvature that is nearly singular, in numbers so narrow that the iteration's own residual goes on falling."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).to(dtype)
+    sets = [(torch.randn(n, 4).to(dtype), torch.randint(3, (n,))) for n in (30, 30)]
+    names = [name for name, _ in model.named_parameters()]
+    gradient, _ = _validation_gradient(model, Classification(), [sets[1]], names)
+    curvature = GaussNewton(model, Classification(), names, [sets[0]])
+    solved, residual = _solve(curvature, gradient, 1e-4, 60)
+    (product,) = curvature([solved])
+    left = [gradient[name].double() - product[name].double() - 1e-4 * solved[name].double() for name in names]
+    length = torch.cat([gradient[name].double().flatten() for name in names]).norm()
+    assert residual == pytest.approx(float(torch.cat([p.flatten() for p in left]).norm() / length), rel=1e-2)
+    assert {v.dtype for v in solved.values()} == {torch.float32}
+
+
+def test_samples_without_a_loss_are_not_counted(caplog) -> None:
+    (x, y), validation, candidates = problem(30), [batch(*problem(50, 1))], [batch(*problem(17, 2))]
+    model = linear(ridge(x, y))
+
+    def drops(*chosen):
+        return predicted_drops(model, Regression(), chosen, validation, candidates, penalty=0.1)[0]
+
+    plain = drops(batch(x, y))
+    np.testing.assert_allclose(drops(batch(x, y), batch(x, y * np.nan)), plain, rtol=1e-9)
+    assert not caplog.text
+    np.testing.assert_allclose(drops(batch(x, y), batch(x * np.inf, y)), plain, rtol=1e-9)
+    assert "1 of 2 batches of the chosen samples is not finite" in caplog.text
+
+
+def test_what_is_no_model_and_no_samples_are_refused() -> None:
+    (one,) = [batch(*problem(5))]
+    with pytest.raises(TypeError, match=r"expected a trained torch\.nn\.Module, got NoneType"):
+        subsample(lambda rows, seed: None, one, one, Regression(), 5, penalty=1.0, rounds=1)  # type: ignore[arg-type]
+    model = linear(np.ones(4))
+    for name, chosen, candidates in (("chosen", [], [one]), ("candidates", [one], [])):
+        with pytest.raises(ValueError, match=f"{name}: expected batches"):
+            predicted_drops(model, Regression(), chosen, [one], candidates, penalty=1.0)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from rich.table import Table
 from sklearn.datasets import load_digits
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from assay.retrain import subsample
@@ -42,15 +41,23 @@ def world(noise: float, seed: int) -> tuple[Labelled, NDArray[np.bool_], Labelle
 
 
 def fitted(x: Tensor, y: Tensor) -> nn.Module:
-    """Mean loss + PENALTY/2 ‖W‖²; scikit-learn's C multiplies the sum of losses, and its intercept is not penalised."""
-    found = LogisticRegression(C=1 / (PENALTY * len(x)), max_iter=2000, tol=1e-6).fit(x.numpy(), y.numpy())
-    model = nn.Linear(64, 10)
-    with torch.no_grad():
-        model.weight.zero_()
-        model.bias.fill_(-20.0)  # classes that the rows do not have
-        model.weight[found.classes_] = torch.tensor(found.coef_, dtype=torch.float32)
-        model.bias[found.classes_] = torch.tensor(found.intercept_, dtype=torch.float32)
-    return model
+    """Mean loss + PENALTY/2 ‖θ‖², weight and bias, of ten classes whether the rows have them or not."""
+    model, own = nn.Linear(64, 10).double(), x.double()
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    optimizer = torch.optim.LBFGS(
+        model.parameters(), max_iter=1000, tolerance_grad=1e-7, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def objective() -> Tensor:
+        optimizer.zero_grad()
+        size = torch.stack([p.square().sum() for p in model.parameters()]).sum()
+        loss = nn.functional.cross_entropy(model(own), y) + PENALTY / 2 * size
+        loss.backward()
+        return loss
+
+    optimizer.step(objective)
+    return model.float()
 
 
 def accuracy(model: nn.Module, test: Labelled) -> float:

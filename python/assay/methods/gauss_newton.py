@@ -26,6 +26,7 @@ class GaussNewton:
 
     Attributes:
         left_out: the numbers of such batches.
+        samples: how many samples the last product was the mean over; 0 before the first.
     """
 
     def __init__(self, model: nn.Module, task: Task, parameters: Sequence[str], batches: Sequence[Any]) -> None:
@@ -33,6 +34,7 @@ class GaussNewton:
         known = dict(model.named_parameters())
         self._parameters = {name: known[name] for name in parameters}
         self.left_out: set[int] = set()
+        self.samples = 0
 
     def __call__(self, vectors: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
         """Gv of each vector, by parameter.
@@ -56,6 +58,7 @@ class GaussNewton:
                         total[name] += p.to(total[name])
         if not count:
             raise ValueError("the pool has no batch whose samples all have finite derivatives")
+        self.samples = count
         return [{name: t / count for name, t in total.items()} for total in totals]
 
     def _products(self, batch: Any, vectors: Sequence[Mapping[str, Tensor]]) -> tuple[int, list[tuple[Tensor, ...]]]:

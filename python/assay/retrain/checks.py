@@ -35,13 +35,15 @@ def positive(name: str, value: Any) -> float:
 
 
 def numbers(values: Any, name: str) -> Floats:
-    """An array of float64, or an error that names the argument."""
+    """An array of float64, NaN where it is masked, or an error that names the argument."""
     try:
         array = np.asarray(to_numpy(values))
     except (TypeError, ValueError):
         array = np.empty(0, dtype=object)
     if array.dtype.kind not in "biuf":
         raise ValueError(f"{name}: expected an array of numbers, got {type(values).__name__} {short(values)}")
+    if np.ma.is_masked(values):
+        return np.asarray(values.astype(np.float64).filled(np.nan))
     return array.astype(np.float64)
 
 
@@ -55,7 +57,10 @@ def finite(values: Any, name: str) -> Floats:
 
 def rows_of(values: Any, samples: int, name: str) -> Rows:
     """Row numbers, each once, in their order, of a list of them or of a mask (samples,)."""
-    array = np.asarray(to_numpy(values))
+    try:
+        array = np.asarray(to_numpy(values))
+    except (TypeError, ValueError):  # lists of several lengths
+        array = np.empty(0, dtype=object)
     if array.dtype == bool and array.shape == (samples,):
         array = np.flatnonzero(array)
     if array.ndim != 1 or not array.size or array.dtype.kind not in "iu":

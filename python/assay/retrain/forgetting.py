@@ -102,7 +102,7 @@ def forget(
     _tune(tuned, run, x, target, _batches(len(target), steps, batch_size, seed), learning_rate)
     before = _distance(own, target)
     after = _distance(_all_outputs(run, tuned, x, batch_size), target)
-    if not after < before:
+    if before and not after < before:
         _log.warning(
             "forget: tuning brought the outputs no nearer to those that are wanted (%.3g, before %.3g); take more "
             "steps or a smaller learning_rate",
@@ -113,12 +113,12 @@ def forget(
 
 
 def margins(logits: Tensor, labels: Tensor) -> Tensor:
-    """z_y − log Σ_{c≠y} exp z_c, the log odds of the label: (..., N, C) and (N,) -> (..., N)."""
+    """z_y − log Σ_{c≠y} exp z_c, the log odds of the label: (..., N, C) and (N,) -> (..., N), float32 or wider."""
     if logits.ndim < 2 or labels.shape != logits.shape[-2:-1]:
         raise ValueError(
             f"expected logits (..., N, C) and labels (N,), got {tuple(logits.shape)} and {tuple(labels.shape)}"
         )
-    classes = logits.shape[-1]
+    logits, classes = wide(logits), logits.shape[-1]
     if labels.is_floating_point() or bool(((labels < 0) | (labels >= classes)).any()):
         raise ValueError(f"labels: expected integers 0..{classes - 1}, got {samples.short(labels.tolist())}")
     own = nn.functional.one_hot(labels.long(), classes).bool().expand_as(logits)
@@ -161,15 +161,16 @@ def klom(
     ours, theirs = (np.clip(values, -clip, clip) for values in both)
     found = np.empty(ours.shape[1])
     for t, (a, b) in enumerate(zip(ours.T, theirs.T, strict=True)):
-        span = (min(a.min(), b.min()), max(a.max(), b.max()))
-        p, q = (_shares(values, bins, span, floor) for values in (a, b))
+        low, high = min(a.min(), b.min()), max(a.max(), b.max())
+        p, q = (_shares(values, bins, low, high, floor) for values in (a, b))
         found[t] = (p * np.log(p / q)).sum()
     return found
 
 
-def _shares(values: Floats, bins: int, span: tuple[float, float], floor: float) -> Floats:
-    counts, _ = np.histogram(values, bins, span)
-    shares = counts / len(values) + floor
+def _shares(values: Floats, bins: int, low: float, high: float, floor: float) -> Floats:
+    # Not np.histogram, which refuses a range of fewer numbers than bins.
+    own = np.minimum((values - low) / (high - low if high > low else 1.0) * bins, bins - 1).astype(np.int64)
+    shares = np.bincount(own, minlength=bins) / len(values) + floor
     return np.asarray(shares / shares.sum(), dtype=np.float64)
 
 
@@ -180,7 +181,7 @@ def _effect(effects: npt.ArrayLike, removed: npt.ArrayLike, shape: tuple[int, ..
         raise ValueError(f"effects: expected what each of N samples adds to outputs {shape}, (N, ...), got {known}")
     rows = rows_of(removed, known[0], "removed")
     beta = numbers(
-        effects[torch.from_numpy(rows)] if isinstance(effects, Tensor) else np.asarray(effects)[rows], "effects"
+        effects[torch.from_numpy(rows)] if isinstance(effects, Tensor) else np.asanyarray(effects)[rows], "effects"
     )
     if not np.isfinite(beta).all():
         row = rows[int(np.flatnonzero(~np.isfinite(beta).all(tuple(range(1, beta.ndim))))[0])]

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from assay._lazy import require
+from assay.probe.quiet import undisturbed
 from assay.retrain.checks import Floats, Rows, finite, positive, whole
-from assay.retrain.samples import short, to_numpy
+from assay.retrain.samples import class_numbers, short, to_numpy
 
 State = dict[str, Tensor]
 
@@ -45,7 +46,7 @@ def clusters_by_class(features: npt.ArrayLike, labels: npt.ArrayLike, per_class:
 
     A class of fewer samples has as many clusters as it has samples; numbers follow the classes.
     """
-    x, y = finite(features, "features"), np.asarray(to_numpy(labels))
+    x, (y, _) = finite(features, "features"), class_numbers(labels)
     whole("per_class", per_class, 1)
     if x.ndim != 2 or y.shape != x.shape[:1] or not len(x):
         raise ValueError(f"expected features (N, D) and labels (N,), got {x.shape} and {y.shape}")
@@ -75,7 +76,8 @@ def distil(
     takes one step of Adam down Σ_k ‖∇ℓ(s_k) − mean_{i∈k} ∇ℓ_i‖² / Σ_k ‖mean_{i∈k} ∇ℓ_i‖².
 
     Args:
-        model: logits (B, C) of inputs (B, ...), in eval mode; its own parameters do not matter.
+        model: logits (B, C) of inputs (B, ...); run in eval mode, with its own buffers. Its own parameters do not
+            matter, but for which of them require gradients: the others are held.
         states: its parameters by name, from the run's start to its end, at some of its steps.
         inputs: (N, ...) floating.
         labels: (N,) int64; the loss is cross entropy.
@@ -84,27 +86,29 @@ def distil(
 
     Raises:
         ValueError: no state, shapes that do not match, a cluster that is empty or of several classes; gradients that
-            are all 0 or not finite.
+            are all 0 or not finite; nothing to train; a matching that diverges.
     """
     whole("sweeps", sweeps, 1)
     positive("learning_rate", learning_rate)
     own, sizes, classes = _clusters(inputs, labels, clusters)
-    path = [_state(model, state, number) for number, state in enumerate(states)]
+    path = [_point(model, state, number) for number, state in enumerate(states)]
     if not path:
         raise ValueError("states: expected the parameters at some of the run's steps, got none")
     members = [torch.nonzero(own == k)[:, 0] for k in range(len(sizes))]
     parts = [(inputs[rows], labels[rows]) for rows in members]
     start = torch.stack([x.mean(0) for x, _ in parts])
-    wanted = [_cluster_gradients(model, state, parts) for state in path]
     synthetic = start.clone().requires_grad_()
     optimizer = torch.optim.Adam([synthetic], learning_rate)
-    with torch.enable_grad():
+    with undisturbed(model), torch.enable_grad():
+        wanted = [_cluster_gradients(point, parts) for point in path]
         for _ in range(sweeps):
-            for state, target in zip(reversed(path), reversed(wanted), strict=True):
+            for point, target in zip(reversed(path), reversed(wanted), strict=True):
                 optimizer.zero_grad()
-                _mismatch(model, state, synthetic, classes, target).backward()  # type: ignore[no-untyped-call]
+                _mismatch(point, synthetic, classes, target).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
-    both = [_over_states(model, path, x, classes, wanted) for x in (start, synthetic.detach())]
+        both = [_over_states(path, x, classes, wanted) for x in (start, synthetic.detach())]
+    if not np.isfinite(both).all():
+        raise ValueError("distil: the matching diverged; take a smaller learning_rate")
     return Distilled(synthetic.detach(), classes, sizes, *both)
 
 
@@ -130,76 +134,87 @@ def cluster_effects(
         steps, learning_rate: of these runs.
 
     Raises:
-        ValueError: shapes that do not match, or a run that diverges.
+        ValueError: shapes that do not match, a single cluster, or a run that diverges.
     """
     whole("steps", steps, 1)
     positive("learning_rate", learning_rate)
-    first = _state(model, start, 0)
+    first = _point(model, start, 0)
     count = len(distilled.labels)
-    shares = distilled.sizes.to(distilled.inputs.dtype).expand(count + 1, count) * ~torch.cat(
-        [torch.eye(count, dtype=torch.bool), torch.zeros(1, count, dtype=torch.bool)]
-    )
+    if count < 2:
+        raise ValueError("distilled: expected two clusters at least; without a single one nothing is left")
+    left = ~torch.eye(count + 1, count, dtype=torch.bool, device=distilled.sizes.device)  # the last row: all
+    shares = (distilled.sizes * left).to(distilled.inputs.dtype)
     shares = shares / shares.sum(1, keepdim=True)
-    runs = {name: p.expand(count + 1, *p.shape).clone() for name, p in first.items()}
+    runs = {name: p.expand(count + 1, *p.shape).clone() for name, p in first.own.items()}
 
-    def loss(state: State, weights: Tensor) -> Tensor:
-        return weights @ _losses(model, state, distilled.inputs, distilled.labels)
+    def loss(own: State, weights: Tensor) -> Tensor:
+        return weights @ first.losses(own, distilled.inputs, distilled.labels)
 
     slopes = vmap(grad(loss))
-    for _ in range(steps):
-        found = slopes(runs, shares)
-        runs = {name: p - learning_rate * found[name] for name, p in runs.items()}
-    with torch.no_grad():
-        losses = vmap(lambda state: _losses(model, state, *targets))(runs).double()
+    with undisturbed(model):
+        for _ in range(steps):
+            found = slopes(runs, shares)
+            runs = {name: p - learning_rate * found[name] for name, p in runs.items()}
+        with torch.no_grad():
+            losses = vmap(lambda own: first.losses(own, *targets))(runs).double()
     if not bool(losses.isfinite().all()):
         raise ValueError("cluster_effects: a run diverged; take a smaller learning_rate")
     effects: Floats = (losses[:-1] - losses[-1]).cpu().numpy()
     return effects
 
 
-def _losses(model: nn.Module, state: State, x: Tensor, y: Tensor) -> Tensor:
-    """(B,)."""
-    return nn.functional.cross_entropy(functional_call(model, state, (x,)), y, reduction="none")
+@dataclass(frozen=True)
+class _Point:
+    """A state of the run: the parameters that are trained, cut off from any graph, and those that are held."""
+
+    model: nn.Module
+    own: State
+    held: State
+
+    def losses(self, own: State, x: Tensor, y: Tensor) -> Tensor:
+        """(B,) with these in the place of its own."""
+        return nn.functional.cross_entropy(functional_call(self.model, self.held | own, (x,)), y, reduction="none")
 
 
-def _cluster_gradients(model: nn.Module, state: State, parts: Sequence[tuple[Tensor, Tensor]]) -> State:
+def _cluster_gradients(point: _Point, parts: Sequence[tuple[Tensor, Tensor]]) -> State:
     """By parameter (K, ...): the clusters' mean gradients."""
-    slope = grad(lambda parameters, x, y: _losses(model, parameters, x, y).mean())
-    each = [slope(state, x, y) for x, y in parts]
-    found = {name: torch.stack([own[name] for own in each]).detach() for name in state}
+    slope = grad(lambda own, x, y: point.losses(own, x, y).mean())
+    each = [slope(point.own, x, y) for x, y in parts]
+    found = {name: torch.stack([one[name] for one in each]).detach() for name in point.own}
     length = _square(found.values())
     if not bool(length > 0) or not bool(length.isfinite()):
         raise ValueError(f"states: the clusters' gradients have the squared length {float(length):.3g} at one of them")
     return found
 
 
-def _mismatch(model: nn.Module, state: State, x: Tensor, y: Tensor, wanted: State) -> Tensor:
+def _mismatch(point: _Point, x: Tensor, y: Tensor, wanted: State) -> Tensor:
     """Of the synthetic samples' gradients, relative."""
 
-    def loss(parameters: State, one: Tensor, label: Tensor) -> Tensor:
-        return _losses(model, parameters, one[None], label[None])[0]
+    def loss(own: State, one: Tensor, label: Tensor) -> Tensor:
+        return point.losses(own, one[None], label[None])[0]
 
-    found = vmap(grad(loss), (None, 0, 0))(state, x, y)
+    found = vmap(grad(loss), (None, 0, 0))(point.own, x, y)
     return _square(found[name] - target for name, target in wanted.items()) / _square(wanted.values())
 
 
-def _over_states(model: nn.Module, path: Sequence[State], x: Tensor, y: Tensor, wanted: Sequence[State]) -> float:
-    return float(np.mean([float(_mismatch(model, s, x, y, w)) for s, w in zip(path, wanted, strict=True)]))
+def _over_states(path: Sequence[_Point], x: Tensor, y: Tensor, wanted: Sequence[State]) -> float:
+    return float(np.mean([float(_mismatch(point, x, y, w)) for point, w in zip(path, wanted, strict=True)]))
 
 
 def _square(parts: Iterable[Tensor]) -> Tensor:
     return torch.stack([part.square().sum() for part in parts]).sum()
 
 
-def _state(model: nn.Module, given: Mapping[str, Tensor], number: int) -> State:
-    """The trainable parameters of a state, cut off from any graph."""
-    found = {}
+def _point(model: nn.Module, given: Mapping[str, Tensor], number: int) -> _Point:
+    found = _Point(model, {}, {})
     for name, own in model.named_parameters():
         tensor = given.get(name)
         if not isinstance(tensor, Tensor) or tensor.shape != own.shape:
             what = tuple(tensor.shape) if isinstance(tensor, Tensor) else "none"
             raise ValueError(f"states[{number}]: expected parameter {name!r} {tuple(own.shape)}, found {what}")
-        found[name] = tensor.detach().clone()
+        (found.own if own.requires_grad else found.held)[name] = tensor.detach().clone()
+    if not found.own:
+        raise ValueError("model: has no parameter that requires a gradient; nothing to train")
     return found
 
 
@@ -218,4 +233,4 @@ def _clusters(inputs: Any, labels: Any, clusters: npt.ArrayLike) -> tuple[Tensor
     classes[own] = labels.long().cpu()
     if wrong := torch.nonzero(classes[own] != labels.cpu()).flatten().tolist():
         raise ValueError(f"clusters: cluster {int(own[wrong[0]])} has samples of several classes")
-    return own, sizes, classes
+    return own, sizes.to(inputs.device), classes.to(inputs.device)

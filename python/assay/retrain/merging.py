@@ -25,8 +25,8 @@ Source = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
 """A model, its state, a .safetensors file, or a folder with model.safetensors or an index of several such files."""
 
 _WEIGHTS, _INDEX, _CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
-_NO_MATTER = {"_name_or_path", "transformers_version"}  # keys of a configuration that decide nothing
-_BESIDE = (".json", ".txt", ".model", ".jinja", ".tiktoken")  # what belongs to a model beside its weights
+_NO_MATTER = {"_name_or_path", "transformers_version"}  # keys of a configuration that decide nothing, at any depth
+_BESIDE = (".json", ".txt", ".model", ".spm", ".jinja", ".tiktoken", ".py")  # what belongs to a model beside weights
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Ablations:
 def average(sources: Sequence[Source], weights: Sequence[float] | None = None) -> dict[str, Tensor]:
     """The mean of models, tensor by tensor, on the host: summed in float64 in the order given, in the tensors' dtype.
 
-    Of models that are files only one tensor at a time is in memory. Integer tensors, a counter of batches say, must be
-    the same in all.
+    Of models that are files only one tensor at a time is in memory. What is equal in all stays to the bit. Integer
+    tensors, a counter of batches say, must be equal.
 
     Args:
         sources: of one architecture, and trained from one start: see the method's page.
@@ -58,7 +58,7 @@ def average(sources: Sequence[Source], weights: Sequence[float] | None = None) -
 
     Raises:
         TypeError, ValueError: no sources or something that is none, weights that are none, tensors of other names,
-            shapes or dtypes, files that are not what their names say.
+            shapes or dtypes, floats of one byte, files that are not what their names say.
     """
     return dict(_averaged(sources, weights))
 
@@ -68,13 +68,13 @@ def merge_files(
 ) -> Path:
     """Average folders of models into a new folder: one weights file of the first is in memory at a time.
 
-    Weights are cut into files as the first folder's are; its configuration and tokenizer are copied.
+    Weights are cut into files as the first folder's are; its configuration, tokenizer and code are copied.
 
     Raises:
         ValueError: as ``average``; configurations that differ; an ``out`` that is there already.
     """
     out, folders = Path(out), [Path(os.fspath(source)) for source in sources]
-    if out.exists():
+    if os.path.lexists(out):  # also a link to nothing
         raise ValueError(f"out: {out} is there already; give the name of a new folder")
     for folder in folders:
         if not folder.is_dir():
@@ -124,7 +124,7 @@ def ablate(
     count = len(parts)
     if count < 2:
         raise ValueError(f"parts: expected two models at least, got {count}")
-    chosen = tuple(tuple(rows_of(list(mix), count, f"mixes[{m}]").tolist()) for m, mix in enumerate(mixes))
+    chosen = tuple(tuple(rows_of(mix, count, f"mixes[{m}]").tolist()) for m, mix in enumerate(mixes))
     sizes = [1.0] * count if weights is None else finite(weights, "weights").tolist()
     if len(sizes) != count or min(sizes) <= 0:
         raise ValueError(f"weights: expected {count} numbers above 0, got {short(weights)}")
@@ -171,7 +171,7 @@ def _averaged(sources: Sequence[Source], weights: Sequence[float] | None) -> Ite
 
 
 def _shares(opened: Sequence[_Opened], weights: Sequence[float] | None) -> list[float]:
-    """The weights, not scaled, of models of the same names."""
+    """The weights of models of the same names, the largest 1: their sum neither overflows nor vanishes."""
     if not opened:
         raise ValueError("sources: expected one model at least, got none")
     first = set(opened[0].names)
@@ -180,24 +180,31 @@ def _shares(opened: Sequence[_Opened], weights: Sequence[float] | None) -> list[
             raise ValueError(f"{other.what}: has other tensors than {opened[0].what}: {short(differ)} in one alone")
     if weights is None:
         return [1.0] * len(opened)
-    shares: list[float] = finite(weights, "weights").tolist()
-    if len(shares) != len(opened) or min(shares) < 0 or not sum(shares) > 0:
+    shares = finite(weights, "weights")
+    if shares.shape != (len(opened),) or shares.min() < 0 or not shares.max() > 0:
         raise ValueError(f"weights: expected {len(opened)} numbers of at least 0, not all 0, got {short(weights)}")
-    return shares
+    scaled: list[float] = (shares / shares.max()).tolist()
+    return scaled
 
 
 def _mean(name: str, opened: Sequence[_Opened], shares: Sequence[float]) -> Tensor:
-    """Σ w x / Σ w in float64: of equal models exactly x, of which the mean by shares of 1/K would not be."""
+    """Σ w x / Σ w in float64; x itself where all are equal, which the rounding of sums may miss."""
     first = opened[0].get(name)
+    if first.is_floating_point() and first.dtype.itemsize == 1:
+        raise ValueError(
+            f"{opened[0].what}: tensor {name!r} of {first.dtype} is quantised and has no mean apart from its scale; "
+            "turn the models into bfloat16 or wider before"
+        )
     if not first.is_floating_point():
         for other in opened[1:]:
             if not torch.equal(first, other.get(name)):
                 raise ValueError(
-                    f"{other.what}: tensor {name!r} of {first.dtype} differs from {opened[0].what}'s, and integers "
-                    "have no mean; set it to one value in all models before"
+                    f"{other.what}: tensor {name!r} of {first.dtype} differs from {opened[0].what}'s, and has no "
+                    "mean; set it to one value in all models before"
                 )
         return first.clone()
-    total = torch.zeros(first.shape, dtype=torch.float64)
+    total, alike = torch.zeros(first.shape, dtype=torch.float64), torch.ones(first.shape, dtype=torch.bool)
+    kept: Tensor | None = None
     for model, share in zip(opened, shares, strict=True):
         own = model.get(name)
         if own.shape != first.shape or own.dtype != first.dtype:
@@ -207,16 +214,24 @@ def _mean(name: str, opened: Sequence[_Opened], shares: Sequence[float]) -> Tens
             )
         if share:  # 0 · ∞ is no number
             total += own.double() * share
-    return (total / sum(shares)).to(first.dtype)
+            kept = own if kept is None else kept
+            alike &= own == kept
+    mean = (total / sum(shares)).to(first.dtype)
+    return mean if kept is None else torch.where(alike, kept, mean)
 
 
 def _load(model: nn.Module, tensors: Iterator[tuple[str, Tensor]]) -> None:
     """Into the model's own storage, one tensor at a time."""
     own, loaded = model.state_dict(), set()
+    places: dict[tuple[int, int], str] = {}
     for name, tensor in tensors:
         if name not in own or own[name].shape != tensor.shape:
             found = f"{tuple(own[name].shape)}" if name in own else "no such tensor"
             raise ValueError(f"model: expected tensor {name!r} {tuple(tensor.shape)} as in the parts, found {found}")
+        place = (own[name].data_ptr(), tensor.numel())
+        before = places.setdefault(place, name) if place[0] and place[1] else name
+        if before != name and not torch.equal(own[name].cpu(), tensor.to(own[name].dtype)):
+            raise ValueError(f"model: ties {name!r} to {before!r}, which differ in the parts; give one that does not")
         own[name].copy_(tensor)
         loaded.add(name)
     filled = {own[name].data_ptr() for name in loaded}
@@ -281,8 +296,14 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _check_configurations(folders: Sequence[Path]) -> None:
-    known = [_json(folder / _CONFIG) if (folder / _CONFIG).is_file() else {} for folder in folders]
+    known = [_decisive(_json(folder / _CONFIG)) if (folder / _CONFIG).is_file() else {} for folder in folders]
     for folder, own in zip(folders[1:], known[1:], strict=True):
-        keys = (known[0].keys() | own.keys()) - _NO_MATTER
-        if differ := sorted(key for key in keys if known[0].get(key) != own.get(key)):
+        if differ := sorted(key for key in known[0].keys() | own.keys() if known[0].get(key) != own.get(key)):
             raise ValueError(f"{folder / _CONFIG}: differs from {folders[0] / _CONFIG} in {', '.join(differ)}")
+
+
+def _decisive(config: Any) -> Any:
+    """Without the keys that decide nothing, of parts' configurations as well."""
+    if not isinstance(config, dict):
+        return config
+    return {key: _decisive(value) for key, value in config.items() if key not in _NO_MATTER}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from assay.probe.summed import summed_gradient
 from assay.retrain import samples
 from assay.retrain.checks import Floats, Rows, fraction, positive, whole
 from assay.tasks import Task
+from assay.tasks.base import wide
+
+_log = logging.getLogger("assay")
 
 Train = Callable[[Rows, int], nn.Module]
 """(rows of the training samples, seed) -> a model trained on them: mean loss + λ/2 ‖θ‖²."""
@@ -32,7 +36,9 @@ class Subsample:
         rows: (size,) row numbers, in the order in which they were taken.
         sizes: (rounds + 1,) how many there were when the models were trained.
         losses: (rounds,) each round's mean validation loss, of the model trained on its first ``sizes`` rows.
-        predicted: (rounds,) by how much the samples taken next should lower it, their drops' sum.
+        predicted: (rounds,) by how much the samples T taken next should lower it, all at once and to first order:
+            ∇L_valᵀ H_S⁻¹ Σ_{z∈T} ∇ℓ(z) / (|S| + |T|). Far too much where T is not small beside S: see the
+            method's page.
         residuals: (rounds,) of the inverse–vector product, relative: 1 where nothing is solved.
         explored: (rounds,) how many of the samples taken next were drawn at random.
     """
@@ -97,17 +103,17 @@ def subsample(
     for number, part in enumerate(np.array_split(np.arange(size - first), rounds)):
         model = train(rows.copy(), seed + number)
         rest = np.setdiff1d(np.arange(count), rows)
-        scored, loss, residual = predicted_drops(
+        slopes, known, loss, residual = _slopes(
             model,
             task,
             _batches(columns, rows, batch_size),
             held_out,
             _batches(columns, rest, batch_size),
-            penalty=penalty,
-            iterations=iterations,
+            penalty,
+            iterations,
         )
-        taken, drawn = _take(scored, len(part), explore, rng)
-        facts.append((loss, float(np.nansum(scored[taken])), residual, drawn))
+        taken, drawn = _take(slopes, len(part), explore, rng)
+        facts.append((loss, float(slopes[taken].sum()) / (known + len(taken)), residual, drawn))
         rows = np.concatenate([rows, rest[taken]])
         sizes.append(len(rows))
     losses, predicted, residuals, explored = (np.array(column) for column in zip(*facts, strict=True))
@@ -151,24 +157,49 @@ def predicted_drops(
 
     Returns:
         (candidates,) drops, NaN for a sample without a loss; the mean validation loss; what is left of the residual,
-        relative.
+        relative. |S| counts samples with a loss; a batch of S whose curvature is not finite is left out, and warned of.
 
     Raises:
-        ValueError: no samples, a validation loss or a gradient that is not finite.
+        TypeError, ValueError: no model; no samples, a validation loss or a gradient that is not finite.
     """
+    slopes, number, loss, residual = _slopes(model, task, chosen, validation, candidates, penalty, iterations)
+    return slopes / (number + 1), loss, residual
+
+
+def _slopes(
+    model: nn.Module,
+    task: Task,
+    chosen: Sequence[Any],
+    validation: Sequence[Any],
+    candidates: Sequence[Any],
+    penalty: float,
+    iterations: int,
+) -> tuple[Floats, int, float, float]:
+    """∇L_valᵀ H⁻¹ ∇ℓ(z) of every candidate, |S|, the validation loss and the residual."""
     positive("penalty", penalty)
     whole("iterations", iterations, 1)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a trained torch.nn.Module, got {type(model).__name__}")
+    for name, batches in (("chosen", chosen), ("candidates", candidates)):
+        if not len(batches):
+            raise ValueError(f"{name}: expected batches of samples, got none")
     names = list(tapped_parameters(model, None))
     gradient, loss = _validation_gradient(model, task, validation, names)
     curvature = GaussNewton(model, task, names, chosen)
-    number = sum(task.size(batch) for batch in chosen)
     solved, residual = _solve(curvature, gradient, penalty, iterations)
+    if curvature.left_out:
+        _log.warning(
+            "model-specific subsampling: the curvature of %d of %d batches of the chosen samples is not finite; they "
+            "are left out of it",
+            len(curvature.left_out),
+            len(chosen),
+        )
     probe = Probe(model, task, factors=(), reductions={"drop": Dot(solved)}, logits=False)
     found = []
     for batch in candidates:
         signals = probe(batch)
         found.append(signals.reduced["drop"].double().masked_fill(signals.losses.isnan(), torch.nan).cpu())
-    return torch.cat(found).numpy() / (number + 1), loss, residual
+    return torch.cat(found).numpy(), curvature.samples, loss, residual
 
 
 def _validation_gradient(
@@ -180,7 +211,7 @@ def _validation_gradient(
     probe = Probe(model, task, factors=(), logits=False)
     for batch in batches:
         own, with_loss = summed_gradient(model, task, batch, names)
-        total = {name: total[name] + g if total else g for name, g in own.items()}
+        total = {name: total[name] + g if total else wide(g) for name, g in own.items()}
         count += int(with_loss)
         losses.append(probe(batch).losses.double().nansum())
     if not count:
@@ -195,21 +226,27 @@ def _validation_gradient(
 def _solve(
     curvature: GaussNewton, gradient: Mapping[str, Tensor], penalty: float, iterations: int
 ) -> tuple[dict[str, Tensor], float]:
-    """x of (G + λI) x = g by conjugate gradients from 0, and ‖residual‖ / ‖g‖."""
+    """x of (G + λI) x = g by conjugate gradients from 0, and ‖g − (G + λI) x‖ / ‖g‖."""
+
+    def product(v: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        (found,) = curvature([v])
+        return {name: p + penalty * v[name] for name, p in found.items()}
+
     length = _dot(gradient, gradient)
     x = {name: torch.zeros_like(g) for name, g in gradient.items()}
     rest, along, height = dict(gradient), dict(gradient), length
     for _ in range(iterations):
         if not height > _ENOUGH**2 * length:
             break
-        (product,) = curvature([along])
-        moved = {name: p + penalty * along[name] for name, p in product.items()}
+        moved = product(along)
         width = height / _dot(along, moved)
         x = {name: v + width * along[name] for name, v in x.items()}
         rest = {name: r - width * moved[name] for name, r in rest.items()}
         before, height = height, _dot(rest, rest)
         along = {name: r + height / before * along[name] for name, r in rest.items()}
-    return x, math.sqrt(height / length) if length else 0.0
+    # Made anew: what the iteration takes for its residual goes on falling where rounding has stopped the real one.
+    rest = {name: gradient[name] - p for name, p in product(x).items()}
+    return x, math.sqrt(_dot(rest, rest) / length) if length else 0.0
 
 
 def _dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from assay.corpus import arrow_numpy
-from assay.corpus.arrow_numpy import array_of, filled_numbers_of, numbers_of, strings_of
+from assay.corpus.arrow_numpy import array_of, filled_numbers_of, ids_of, numbers_of, strings_of
 
 NUMBERS = ["int8", "uint8", "int16", "uint32", "int64", "uint64", "float16", "float32", "float64"]
 
@@ -54,3 +54,23 @@ def test_texts(texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert strings_of(texts).equals(made)
     with pytest.raises(UnicodeEncodeError):
         strings_of(["\ud800"])
+
+
+def test_numbers_of_another_byte_order_and_what_is_no_number() -> None:
+    assert array_of(np.array([1, 2.5, np.nan], ">f4")).to_pylist()[:2] == [1, 2.5]
+    assert array_of(np.array([1, -2], ">i8")).to_pylist() == [1, -2]
+    for other in (np.array([True, False]), np.array(["2020-01-01"], "M8[s]"), np.array([1j])):
+        with pytest.raises(TypeError, match="expected integers or floats"):
+            array_of(other)
+
+
+def test_an_array_of_none_may_have_no_memory() -> None:
+    none = pa.Array.from_buffers(pa.int32(), 0, [None, None])
+    assert (numbers_of(none).tolist(), filled_numbers_of(none).tolist()) == ([], [])
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
+def test_ids_are_texts_or_an_array_of_them(kind: pa.DataType) -> None:
+    ids = pa.array(["x", "a", "ä"], kind)
+    assert ids_of(ids[1:]).equals(ids_of(["a", "ä"]))
+    assert ids_of(ids).type == pa.string()

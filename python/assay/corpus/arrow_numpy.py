@@ -17,7 +17,8 @@ _MOST_BYTES = (1 << 31) - 1  # that the offsets of Arrow's strings can count
 def numbers_of(array: pa.Array) -> npt.NDArray[Any]:
     """The numbers of an array, a view of it where none is null. Otherwise nulls are NaN, of Booleans None."""
     numeric = pa.types.is_integer(array.type) or pa.types.is_floating(array.type)
-    if numeric and not array.null_count:
+    # DLPack in older pyarrow goes through a null pointer where an array without numbers has no memory.
+    if numeric and not array.null_count and array.buffers()[1] is not None:
         view: npt.NDArray[Any] = np.from_dlpack(array)
         return view
     converted: npt.NDArray[Any] = array.to_numpy(zero_copy_only=False)
@@ -35,7 +36,9 @@ def filled_numbers_of(array: pa.Array) -> npt.NDArray[Any]:
 
 def array_of(numbers: npt.NDArray[Any]) -> pa.Array:
     """(N,) numbers, no Booleans, as an array that views them where they lie one after another. NaN is not null."""
-    whole = np.ascontiguousarray(numbers)
+    whole = np.ascontiguousarray(numbers, numbers.dtype.newbyteorder("="))
+    if whole.dtype.kind not in "iuf":
+        raise TypeError(f"expected integers or floats, got {whole.dtype}")
     return pa.Array.from_buffers(pa.from_numpy_dtype(whole.dtype), len(whole), [None, pa.py_buffer(whole)])
 
 
@@ -47,3 +50,8 @@ def strings_of(texts: Sequence[str]) -> pa.Array:
         return pa.array(texts, pa.string())  # which says that they are too many
     offsets, content = np.array(ends, np.int32), b"".join(encoded)
     return pa.StringArray.from_buffers(len(texts), pa.py_buffer(offsets), pa.py_buffer(content))
+
+
+def ids_of(ids: Sequence[str] | pa.Array) -> pa.Array:
+    """`strings_of` ids, or an array of them as strings."""
+    return ids.cast(pa.string()) if isinstance(ids, pa.Array) else strings_of(ids)

@@ -19,7 +19,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from assay.corpus.arrow_numpy import array_of, numbers_of, strings_of
+from assay.corpus.arrow_numpy import array_of, ids_of, numbers_of
 from assay.corpus.errors import CorpusError
 from assay.corpus.footer import differences
 from assay.corpus.storage import Store, may_pass
@@ -142,7 +142,7 @@ class FeatureWriter:
             )
         stored, scales = self._convert(features.detach().cpu())
         column = pa.FixedSizeListArray.from_arrays(array_of(_bits(stored).reshape(-1)), type=self._schema.field(2).type)
-        columns = [array_of(row_array), strings_of(ids), column]
+        columns = [array_of(row_array), ids_of(ids), column]
         extra = None if extra is None else extra.detach().cpu().float()
         columns += [array_of(t.numpy()) for t in (scales, extra) if t is not None]
         self._held.append(pa.RecordBatch.from_arrays(columns, schema=self._schema))

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from assay.corpus.arrow_numpy import array_of, strings_of
+from assay.corpus.arrow_numpy import array_of, ids_of
 
 METADATA_KEY = b"assay"
 ROW_AND_ID = (pa.field("row", pa.int64(), nullable=False), pa.field("id", pa.string(), nullable=False))
@@ -64,7 +64,7 @@ def make_table(
     lengths = {"row": len(row_array), "id": len(ids)} | {name: len(scores[name]) for name in wanted}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"columns of a score table differ in length: {lengths}")
-    arrays = [array_of(row_array), ids.cast(pa.string()) if isinstance(ids, pa.Array) else strings_of(ids)]
+    arrays = [array_of(row_array), ids_of(ids)]
     arrays += [_array(scores[c.name], c) for c in columns]
     return pa.Table.from_arrays(arrays, schema=schema)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 
 import datasets
 import numpy as np
@@ -297,6 +298,24 @@ def test_no_name_of_the_corpus_leads_to_its_being_written_over(project, corpus, 
     with pytest.raises(CorpusError, match="must not lie in each other"):
         curate(str(project.scores), "mimic", top(0.5), str(project.root / out))
     assert contents(project.root / "data") == before
+
+
+def test_what_a_selection_writes_is_no_part_of_a_corpus_named_by_a_glob(project):
+    (project.root / "data/a.parquet").rename(project.root / "data/deep/a.parquet")
+    run(load_recipe(str(project.path), ["corpus.path=data/**/a.parquet"]))
+    with pytest.raises(CorpusError, match="must not lie in each other"):
+        curate(str(project.scores), "mimic", top(0.5), str(project.root / "data/kept"))
+    assert not (project.root / "data/kept").exists()
+
+
+def test_a_corpus_that_was_copied_is_not_written_over_either(project):
+    scores, copied = scored(project), project.root / "copied"
+    shutil.copytree(project.root / "data", copied)
+    before = contents(project.root / "data")
+    with pytest.raises(CorpusError, match="data must not lie in each other"):
+        curate(scores, "mimic", top(0.5), str(project.root / "data/in"), corpus_path=str(copied))
+    assert contents(project.root / "data") == before
+    curate(scores, "mimic", top(0.5), str(project.root / "out"), corpus_path=str(copied))
 
 
 @pytest.mark.parametrize("folder", ["deep", "_selection", "_selection/deep"])

@@ -6,6 +6,7 @@ import json
 import os
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -102,6 +103,23 @@ def test_misuse_is_named(runs, tmp_path):
     dotted = make_scores(tmp_path, {n: {"b.x": np.zeros(r, np.float32)} for n, r in ROWS.items()}, name="dotted")
     with pytest.raises(CorpusError, match=r"--with b: .* has a score b\.x; take another name"):
         curate(dotted, None, rule, out, where="b.x > 0", beside={"b": other})
+
+
+def test_no_corpus_of_the_other_run_is_written_over(runs, tmp_path):
+    """Neither that which it is about by its own account, nor its targets, be they a folder or a glob."""
+    ours, other, _ = runs
+    for folder in ("copy", "targets", "globbed/one"):
+        (tmp_path / folder).mkdir(parents=True)
+        pq.write_table(pa.table({"id": ["t"]}), tmp_path / folder / "a.parquet")
+    path, inputs = tmp_path / "other/manifest.json", [str(tmp_path / "targets"), str(tmp_path / "globbed/*/a.parquet")]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"corpus": str(tmp_path / "copy"), "inputs": inputs}))
+    before = sorted(tmp_path.rglob("*"))
+    rule, where = RuleOptions(where="x < b.x").rule(), "x < b.x"
+    for out in ("copy", "copy/in", "targets", "targets/in", "globbed/two"):
+        with pytest.raises(CorpusError, match=f"{out.split('/')[0]}.* must not lie in each other"):
+            curate(ours, None, rule, str(tmp_path / out), where=where, beside={"b": other})
+    assert sorted(tmp_path.rglob("*")) == before
+    curate(ours, None, rule, str(tmp_path / "globbed/two"), where=where, beside={"b": other}, form="indices")
 
 
 def test_rows_of_the_other_run_must_ascend(runs, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -15,7 +15,7 @@ from assay.corpus.footer import Identity, Manifest, TableColumn, canonical_hash,
 from assay.corpus.layout import MANIFEST, quarantine_path, table_path
 from assay.corpus.named_files import changed_file
 from assay.corpus.quarantine import read_quarantine
-from assay.corpus.shards import Corpus, Shard, find_shards
+from assay.corpus.shards import Corpus, Shard, find_shards, refuse_overlap, refuse_overlap_with_inputs
 from assay.corpus.storage import Fingerprint, Store
 
 
@@ -56,7 +56,7 @@ class Scores:
     store: Store
     corpus_path: str
     corpus: Corpus
-    identity: Identity
+    identity: Manifest
     columns: tuple[str, ...]
     inputs: tuple[str, ...]
     """The paths of the corpora that the scores depend on beside it, as they were then."""
@@ -128,6 +128,19 @@ def find_corpus(now: str | None, then: str) -> Corpus:
         if now is not None:
             raise
         raise CorpusError(f"{error}; if the corpus has moved, say where it is with --corpus") from error
+
+
+def refuse_corpora(output: Store, scores: Scores, written: Sequence[str], others: Iterable[str] = ()) -> None:
+    """CorpusError if what is written would fall on a corpus, or be taken for part of it next time: on that which scores
+    are about, where it is or where it was, on one that they depend on, or on ``others``.
+
+    Args:
+        written: what is written, relative to ``output``.
+        others: paths of other corpora.
+    """
+    refuse_overlap(output, scores.corpus_path, scores.corpus, written)
+    paths = {scores.identity.corpus, *scores.inputs, *others} - {scores.corpus_path}
+    refuse_overlap_with_inputs(output, sorted(paths), written)
 
 
 def _status(store: Store, identity: Identity, shard: Shard) -> ShardStatus:

@@ -20,8 +20,8 @@ from assay.corpus.errors import CorpusError, ShardError
 from assay.corpus.layout import MANIFEST, selection_path, table_path
 from assay.corpus.listing import summarise_left_out
 from assay.corpus.score_files import score_field
-from assay.corpus.scores_folder import Scored, Scores, State, open_scores
-from assay.corpus.shards import Shard, refuse_overlap, refuse_overlap_with_inputs
+from assay.corpus.scores_folder import Scored, Scores, State, open_scores, refuse_corpora
+from assay.corpus.shards import Shard
 from assay.corpus.storage import TEMPORARY_SUFFIX, Store, may_pass
 from assay.curate.auditing import Audit, Rule
 from assay.curate.chosen import ShardSelection, write_fates
@@ -248,16 +248,15 @@ def _firsts(scores: Scores) -> dict[str, int | None]:
 def _refuse_inputs(
     output: Store, scores: Scores, shards: Sequence[Shard], form: Form, beside: Mapping[str, Beside]
 ) -> None:
-    """CorpusError if what is written would fall on the corpus, the scores or somebody's files."""
-    refuse_overlap(output, scores.corpus_path, scores.corpus)
+    """CorpusError if what is written would fall on a corpus, scores or somebody's files."""
+    ours = {path for shard in shards for path in (*form.files(shard), selection_path(shard))}
+    refuse_corpora(output, scores, sorted(ours), [path for other in beside.values() for path in other.corpora])
     for store in (scores.store, *(other.store for other in beside.values())):
         if output.holds(store) or store.holds(output):
             raise CorpusError(f"{output.url}: the output and {store.url} must not lie in each other")
-    ours = {path for shard in shards for path in (*form.files(shard), selection_path(shard))}
     if GROUPS in ours:
         raise CorpusError(f"{GROUPS}: a shard of the corpus has the name of the table of groups; rename it")
     output.refuse_detours(ours)
-    refuse_overlap_with_inputs(output, scores.inputs)
     # A folder with other files would become a mixture of two corpora; and files of these names may be another corpus.
     ours |= {MANIFEST, CLAIM, GROUPS, *form.texts, *(scores.corpus.sidecars if form.has_sidecars else ())}
     there = [path for path in output.files() if not path.endswith(TEMPORARY_SUFFIX)]

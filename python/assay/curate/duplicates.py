@@ -22,8 +22,8 @@ from assay.corpus.footer import Footer, Identity, TableColumn, canonical_hash, f
 from assay.corpus.layout import MANIFEST, quarantine_path, table_path
 from assay.corpus.quarantine import list_digest
 from assay.corpus.score_files import ScoreWriter
-from assay.corpus.scores_folder import Scores, State, open_scores, write_manifest
-from assay.corpus.shards import Shard, refuse_overlap, refuse_overlap_with_inputs
+from assay.corpus.scores_folder import Scores, State, open_scores, refuse_corpora, write_manifest
+from assay.corpus.shards import Shard
 from assay.corpus.storage import Store
 from assay.corpus.tables import count_nan
 from assay.curate.rows import Tables, read_batches
@@ -145,8 +145,7 @@ def _refuse_inputs(output: Store, scores: Scores) -> None:
     if output.holds(scores.store) or scores.store.holds(output):
         raise CorpusError(f"{output.url}: is the folder of the scores, or in it; choose another output")
     written = [path(status.shard) for status in scores.shards for path in (table_path, quarantine_path)]
-    refuse_overlap(output, scores.corpus_path, scores.corpus, written)
-    refuse_overlap_with_inputs(output, scores.inputs, written)
+    refuse_corpora(output, scores, written)
     output.refuse_detours(written)
 
 

@@ -37,12 +37,14 @@ class Beside:
         path: a shard's table in ``store``.
         types: its columns, without `row` and `id`.
         facts: which run or selection it is, as a manifest has it.
+        corpora: the paths of those that a run's scores are about, or depend on.
     """
 
     store: Store
     path: Callable[[Shard], str]
     types: Mapping[str, pa.DataType]
     facts: Mapping[str, Any]
+    corpora: tuple[str, ...] = ()
 
     def to_json(self, tables: Tables) -> dict[str, Any]:
         """Which run or selection it is, and the tables that were read."""
@@ -180,7 +182,8 @@ def _open_run(scores: Scores, tables: Tables, store: Store, option: str) -> Besi
         raise CorpusError(f"{option}: not of the same shards: it could not read {missing[0]}")
     types = {name: kind for name, kind in _types(store, tables[0][0]).items() if name not in ("row", "id")}
     identity = other.identity
-    return Beside(store, table_path, types, {"scores": store.url, "recipe": identity.recipe, "models": identity.models})
+    facts = {"scores": store.url, "recipe": identity.recipe, "models": identity.models}
+    return Beside(store, table_path, types, facts, (identity.corpus, *other.inputs))
 
 
 def _open_selection(scores: Scores, tables: Tables, store: Store, option: str) -> Beside:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 
 from assay.corpus.errors import CorpusError
-from assay.corpus.scores_folder import Scores
-from assay.corpus.shards import refuse_overlap, refuse_overlap_with_inputs
+from assay.corpus.scores_folder import Scores, refuse_corpora
 from assay.corpus.storage import Store
 from assay.report.html import Html
 
@@ -26,10 +25,9 @@ def open_output(url: str, scores: Scores) -> tuple[Store, str]:
     store, name = Store(page.fs, os.path.dirname(page.root) or "/"), os.path.basename(page.root)
     if not name or url.endswith("/") or page.fs.isdir(page.root):
         raise CorpusError(f"--out {url}: is a folder; expected a file, such as page.html")
-    refuse_overlap(page, scores.corpus_path, scores.corpus, [""])
+    refuse_corpora(page, scores, [""])
     if scores.store.holds(page):
         raise CorpusError(f"--out {url}: lies among the scores {scores.store.url}; expected a file elsewhere")
-    refuse_overlap_with_inputs(page, scores.inputs, [""])
     if store.exists(name):
         with store.open(name) as file:
             if file.read(len(MARK)) != MARK.encode():

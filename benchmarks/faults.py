@@ -307,6 +307,8 @@ def main() -> None:
     )
     parser.add_argument("--ray", type=int, default=0, metavar="TIMES", help="SIGKILLs of Ray's actors and raylets")
     options = parser.parse_args()
+    if not options.times and not options.ray:
+        parser.error("nothing to do: expected --times or --ray above 0")
     few = max(2, options.times // 5)
     with tempfile.TemporaryDirectory() as folder:
         world = World(Path(folder))

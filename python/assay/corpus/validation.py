@@ -39,7 +39,8 @@ class Problem:
 class Validated:
     """What was looked at: ``scored`` and ``quarantined`` rows, and ``unreadable`` shards, which a list names whole.
 
-    Of the ``problems``, ``unchecked`` are of shards that nothing is known of: storage failed, and may answer later.
+    Of the ``problems``, ``unchecked`` are of tables that were not seen to their end, of which the rows of their footers
+    count: storage failed, and may answer later.
     """
 
     shards: int

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+from assay.corpus.errors import CorpusError
 from assay.corpus.storage import Store
 from assay.recipe import load_recipe
 from assay.recipe.errors import EngineError
@@ -16,6 +17,7 @@ from assay.recipe.tasks import Encoded
 from assay.tasks.base import Outputs
 from assay.two_stage import Comparison, Trainee, Training, laboratory, prove
 from assay.two_stage.training import Learner, evaluate
+from tests.small_project import make_rows
 
 
 def test_held_out_samples_are_nobodys(root, tmp_path, caplog):
@@ -52,3 +54,19 @@ def test_a_loss_without_end_says_what_to_do(step, advice):
     learner = Learner(torch.nn.Linear(1, 1), task, encoder, BatchSpec())
     with pytest.raises(EngineError, match=f"the loss after step {step} is inf; .*{advice}"):
         evaluate(learner, learner.model, [Encoded(None, 1, 0)], step)
+
+
+def test_what_is_found_is_not_written_among_targets(project):
+    project.write_shard("../target/a.jsonl", make_rows(9, 9))
+    project.write_shard("../held/h.jsonl", make_rows(9, 8))
+    sketch = {"kind": "kronecker", "rows": 2, "cols": 2}
+    methods = [{"method": "trak", "models": ["a"], "sketch": sketch}]
+    project.write_recipe(methods=methods, targets={"t": {"path": "target"}})
+    recipe = load_recipe(str(project.path))
+    for out in ("target", "target/in", "held"):
+        opened = laboratory.laboratory(
+            recipe, Trainee("a", str(project.root / "held")), Store.at(str(project.root / out)), Training()
+        )
+        with pytest.raises(CorpusError, match="must not lie in each other"), opened:
+            pass
+    assert not project.scores.exists()

@@ -111,7 +111,7 @@ def laboratory(
 
     Raises:
         EngineError: no such model; held-out samples that are trained on, or that a score is fitted to.
-        CorpusError: an output that lies in the corpus.
+        CorpusError: an output that lies in the corpus, the held-out samples or targets.
     """
     spec = recipe.models.get(trainee.model)
     if spec is None:
@@ -126,8 +126,9 @@ def laboratory(
         raise EngineError("train: samples of a contrastive task share their losses, and are not trained on here")
     corpus, held_out = find_shards(recipe.corpus.path), find_shards(trainee.held_out)
     _refuse_leaks(recipe, corpus, held_out)
-    for path, shards in ((recipe.corpus.path, corpus), (trainee.held_out, held_out)):
-        refuse_overlap(output, path, shards)
+    corpora = {recipe.corpus.path: corpus, trainee.held_out: held_out}
+    for path in (*corpora, *recipe.fitted_to().values()):
+        refuse_overlap(output, path, corpora.get(path) or find_shards(path), [TRIALS])
     run(recipe, progress=progress or Progress())
     with claim(output, "an experiment"):
         learner = _learner(recipe, trainee.model, corpus)

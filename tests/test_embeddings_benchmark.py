@@ -1,9 +1,10 @@
-"""The experiments on embeddings: one seed of a quick one, and the kernel that sums are compared with."""
+"""The experiments on embeddings and on diversity: one seed of the quick ones."""
 
 from __future__ import annotations
 
 import torch
 
+from benchmarks.quality.diversity import POOL, semdedup
 from benchmarks.quality.embeddings import kernel, leverage
 
 
@@ -12,6 +13,14 @@ def test_what_is_unlike_the_rest_is_found() -> None:
     assert numbers["leverage"]["AUROC"] > 0.9
     assert abs(numbers["random (control)"]["AUROC"] - 0.5) < 0.15
     assert numbers["the highest"]["worth of a tenth"] < numbers["drawn by leverage"]["worth of a tenth"]
+
+
+def test_nearly_every_copy_goes_and_every_digit_stays() -> None:
+    numbers = semdedup(0)
+    whole = numbers["without clusters"]
+    assert whole["digits"] == POOL
+    assert whole["copies"] < 30
+    assert numbers["as many at random (control)"]["copies"] > 100
 
 
 def test_the_kernel_of_all_pairs() -> None:

@@ -29,7 +29,7 @@ from assay.recipe.signatures import Given
 from assay.tasks import CausalLM, Classification, Judge, Regression, Task
 
 SAMPLES = 24
-QUICK = {"steps": 3, "iterations": 5}  # parameters that cost time alone, by name
+QUICK = {"steps": 1, "iterations": 2}  # parameters that cost time alone, by name
 NOTHING = torch.full((5,), torch.nan)
 BROKEN = 5  # the sample whose data are damaged, where a check damages one
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from torch import nn
 
-from assay.methods import Column, Method, Need
+from assay.methods import ASTRA, Column, Method, Need, TracIn
 from assay.tasks import Task
 from tests.methods.contract import (
     CHECKS,
@@ -17,7 +19,16 @@ from tests.methods.contract import (
     metadata_is_text,
 )
 
-LIVES = [pytest.param(m, w, id=f"{m.__name__}-{w}") for m in exported() for w in WORLDS if lives_in(m, w)]
+# Whose every part but fit is another's that is held to it in both worlds: EKFACCG's and SOURCE's.
+_ALIKE = {ASTRA, TracIn}
+
+
+def _life(method: type[Method], world: str) -> Any:
+    marks = [pytest.mark.slow] if method in _ALIKE and world == "texts" else []
+    return pytest.param(method, world, id=f"{method.__name__}-{world}", marks=marks)
+
+
+LIVES = [_life(method, world) for method in exported() for world in WORLDS if lives_in(method, world)]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)

@@ -9,6 +9,7 @@ import torch
 
 from assay.methods import ASTRA, EKFACCG
 from assay.tasks import Classification
+from tests.methods.contract import texts
 from tests.methods.small_problem import POOL
 
 
@@ -52,6 +53,14 @@ def test_its_draws_follow_from_the_seed(problem: Any) -> None:
 
     assert torch.equal(direction(0), direction(0))
     assert not torch.equal(direction(0), direction(1))
+
+
+def test_batches_are_drawn_by_their_samples_with_a_loss() -> None:
+    """Texts of a token have none; a batch of them has no curvature to descend on."""
+    world = texts()
+    nothing = world.collate([world.broken, world.broken])
+    several = world.make(ASTRA, steps=40).fit([*world.pool, nothing])._directions["a"]
+    torch.testing.assert_close(several, world.make(ASTRA, steps=40).fit(world.pool)._directions["a"])
 
 
 def test_what_runs_away_is_refused_and_leaves_the_last_fit(problem: Any) -> None:

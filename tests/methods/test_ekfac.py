@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import assay
 from assay.methods import EKFAC, GradientCosine, Scorer
 from assay.methods.eigenbases import _of_gradients
-from assay.methods.influence import damping_units
+from assay.methods.second_moments import damping_units
 from assay.tasks import CausalLM, Classification
 from tests.methods.small_problem import POOL, gradients, run, split
 

@@ -16,6 +16,7 @@ import assay
 from assay.methods import EKFAC, SOURCE, AdamState, TracIn
 from assay.methods.eigenbases import Bases, Basis
 from assay.methods.krylov import functions_of
+from assay.methods.sums import Total
 from assay.methods.unrolling import Eigenbasis
 from assay.retrain import SGD, Adam, Training, magic
 from assay.retrain.magic_training import running
@@ -160,7 +161,7 @@ def loaded(model: nn.Module, training: Training, state: Any) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("kind", ["sgd", "adam"])
+@pytest.mark.parametrize("kind", ["sgd", pytest.param("adam", marks=pytest.mark.slow)])
 def test_on_digits_it_ranks_much_more_as_the_derivative_does_than_gradients_do(kind: str) -> None:
     world, steps, size = noisy_digits(0.0, size=154), 60, 150
     x, y = (world.x / 4, world.given)
@@ -217,6 +218,32 @@ def test_it_takes_losses_without_labels(checkpoints: Any) -> None:
         SOURCE(models, Regression(), {"t": [(aim, y[:3])]}, RATES, curvature="ekfac").fit([(x, y)])
 
 
+def test_every_checkpoint_draws_labels_of_its_own(checkpoints: Any) -> None:
+    """Gradients of drawn labels are 0 in expectation: the mean over many equal checkpoints is nearer to it."""
+    models, (x, y), target = checkpoints
+    method, sums = TracIn(models[:1] * 16, Classification(), {"t": [target]}, [1.0] * 16), []
+    for k in range(16):
+        whole, parts = Total(method.parameters), Total(method.parameters)
+        method._run(k, whole, [(x, y)], drawn=True)
+        method._run(k, parts, list(zip(x.split(7), y.split(7), strict=True)), drawn=True)
+        sums.append(flat(whole.sums, models[0]))
+        torch.testing.assert_close(flat(parts.sums, models[0]), sums[-1])
+    lengths = torch.stack([own.norm() for own in sums])
+    assert float(torch.stack(sums).mean(0).norm()) < 0.5 * float(lengths.mean())
+
+
+def test_a_target_that_is_all_but_certain_spoils_no_other() -> None:
+    """Its gradient is 1e-41 long, and the inverse of that is beyond float32."""
+    model = nn.Linear(1, 2, bias=False)
+    model.weight.data = torch.tensor([[46.0], [-46.0]])
+    sure, unsure = (torch.ones(1, 1), torch.tensor([0])), (0.01 * torch.ones(1, 1), torch.tensor([0]))
+    pool = 0.1 * torch.arange(4.0)[:, None], torch.tensor([0, 0, 1, 1])
+    both = run(SOURCE([model], Classification(), {"sure": [sure], "unsure": [unsure]}, [1.0]), pool)
+    alone = run(SOURCE([model], Classification(), {"t": [unsure]}, [1.0]), pool)
+    assert 0 < float(both["source_sure"].abs().max()) < 1e-38
+    torch.testing.assert_close(both["source_unsure"], alone["source"])
+
+
 def test_what_it_cannot_be_made_of_is_refused(checkpoints: Any, caplog: pytest.LogCaptureFixture) -> None:
     models, pool, target = checkpoints
     task, targets = Classification(), {"t": [target]}
@@ -226,6 +253,9 @@ def test_what_it_cannot_be_made_of_is_refused(checkpoints: Any, caplog: pytest.L
         SOURCE(models, task, targets, RATES, iterations=0)
     with pytest.raises(ValueError, match="source: expected one optimiser state per checkpoint, 4, got 1"):
         SOURCE(models, task, targets, RATES, optimizers=states(models)[:1])
+    for curvature in ("gauss_newton", "ekfac"):
+        with pytest.raises(ValueError, match=r"source: the pool that fit\(\) was given has no samples"):
+            SOURCE(models, task, targets, RATES, curvature=curvature).fit([])
     unknown = [AdamState(state.first, state.second) for state in states(models)]
     with pytest.raises(ValueError, match="source: the optimiser's state at checkpoint 0 does not say how many steps"):
         SOURCE(models, task, targets, RATES, optimizers=unknown)

@@ -22,9 +22,9 @@ class ASTRA(EKFACCG):
     """⟨∇ℓ_target, (G + λI)⁻¹ ∇ℓ_i⟩, what training on sample i takes off the target's loss: keep high.
 
     x ← x − α P⁻¹[(G_B + λ)x − ∇ℓ_target] with P EK-FAC's matrix, damped, from x = P⁻¹∇ℓ_target (section 4 of the
-    paper). G_B is of one of the batches given to ``fit``, drawn in proportion to its samples. ``EKFACCG`` solves the
-    same equation over all of them, to more digits in fewer products and without a step size; this one is for pools of
-    which an iteration should see a part only.
+    paper). G_B is of one of the batches given to ``fit``, drawn in proportion to its samples with a loss. ``EKFACCG``
+    solves the same equation over all of them, to more digits in fewer products and without a step size; this one is for
+    pools of which an iteration should see a part only.
 
     A step size is too large where EK-FAC takes a direction's curvature for much smaller than a batch's is. Then the
     iteration runs away, which is refused: over all batches the residual must not be larger than where it began, or than
@@ -77,13 +77,12 @@ class ASTRA(EKFACCG):
         return self.targets.columns("Gauss-Newton influence (ASTRA)")
 
     def _solved(self, system: System, pool: Sequence[Any]) -> tuple[list[dict[str, Tensor]], float, int]:
-        usable = [batch for number, batch in enumerate(pool) if number not in system.product.left_out]
-        sizes = torch.tensor([self.task.size(batch) for batch in usable], dtype=torch.float64)
-        drawn = torch.multinomial(sizes, self.steps, True, generator=torch.Generator().manual_seed(self.seed))
         x = system.preconditioned(system.wanted)
         start = max(1.0, system.residual(_rest(system, x, system.product)))
+        sizes = torch.tensor([system.product.counts.get(n, 0) for n in range(len(pool))], dtype=torch.float64)
+        drawn = torch.multinomial(sizes, self.steps, True, generator=torch.Generator().manual_seed(self.seed))
         for step, number in enumerate(drawn.tolist(), 1):
-            own = GaussNewton(self.model, self.task, list(x[0]), [usable[number]])
+            own = GaussNewton(self.model, self.task, list(x[0]), [pool[number]])
             moves = system.preconditioned(_rest(system, x, own))
             x = [add(each, move, self.step_size) for each, move in zip(x, moves, strict=True)]
             if not all(map(partial(_may_be_a_solution, system.damping), x, system.wanted)):

@@ -109,4 +109,6 @@ class AlongTraining(Method):
         return self.targets.gradients(lambda sums, batches: self._run(k, sums, batches), self.parameters)
 
     def _run(self, k: int, sums: Sums, batches: Iterable[Any], drawn: bool = False) -> Folded:
-        return fold(self.models[k], self.task, sums, batches, skip_unsupported=self.skip_unsupported, drawn=drawn)
+        """``drawn``: each checkpoint's labels are its own, so that a mean over checkpoints is of more draws."""
+        seed = k if drawn else None
+        return fold(self.models[k], self.task, sums, batches, skip_unsupported=self.skip_unsupported, drawn=seed)

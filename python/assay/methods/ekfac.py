@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from assay.methods.base import Column, Method, Need
 from assay.methods.checks import check_at_least, check_one_of
 from assay.methods.eigenbases import Bases, Eigenvalues, Moments
-from assay.methods.influence import damping_units
+from assay.methods.second_moments import damping_units
 from assay.methods.sums import Folded, Sums, fold
 from assay.methods.targets import Targets, TargetSet
 from assay.probe import Dot, PerSampleGradient, Reduction, Signals, tapped_parameters
@@ -47,7 +47,7 @@ class EKFAC(Method):
         task: its loss is differentiated.
         targets: batches by name; None: self-influence only.
         self_influence: give ``ekfac_self`` too.
-        damping: λ in units of each matrix' mean Λ (see ``influence.damping_units``); 0.1 in the paper.
+        damping: λ in units of each matrix' mean Λ (see ``second_moments.damping_units``); 0.1 in the paper.
         absolute_damping: ``damping`` is λ itself, the same for all parameters (kronfluence's 1e-8, say).
         basis: ``"kfac"``; or ``"shampoo"`` for the eigenvectors of E[ggᵀ] and E[gᵀg] with g the matrix of a sample's
             gradient (EC-Shampoo: its positions count together). Λ is the same of either.
@@ -118,10 +118,11 @@ class EKFAC(Method):
             ValueError: a pool or a target without samples, or none of them with a loss and a finite gradient.
         """
         batches, moments = list(pool), Moments(self.parameters, together=self.basis == "shampoo")
-        self._run(moments, batches, drawn=self.true_fisher)
+        drawn = 0 if self.true_fisher else None
+        self._run(moments, batches, drawn)
         bases = moments.bases()
         eigenvalues = Eigenvalues(self.parameters, bases)
-        folded = self._run(eigenvalues, batches, drawn=self.true_fisher)
+        folded = self._run(eigenvalues, batches, drawn)
         folded.check(f"{self.name}: the pool that fit() was given", self.parameters)
         means = [basis.average(folded.count(name)) for name, basis in bases.items()]
         gradients, left_out = self.targets.gradients(self._run, self.parameters)
@@ -142,7 +143,7 @@ class EKFAC(Method):
             basis.damp(self.damping * unit)
         return {target: bases.precondition(gradient) for target, gradient in gradients.items()}
 
-    def _run(self, sums: Sums, batches: Iterable[Any], drawn: bool = False) -> Folded:
+    def _run(self, sums: Sums, batches: Iterable[Any], drawn: int | None = None) -> Folded:
         return fold(self.model, self.task, sums, batches, skip_unsupported=self.skip_unsupported, drawn=drawn)
 
     def score(self, signals: Mapping[str, Signals]) -> dict[str, Tensor]:

@@ -27,6 +27,7 @@ class GaussNewton:
     Attributes:
         left_out: the numbers of such batches.
         samples: how many samples the last product was the mean over; 0 before the first.
+        counts: by number of the others, the samples with a loss; known from the first product on.
     """
 
     def __init__(self, model: nn.Module, task: Task, parameters: Sequence[str], batches: Sequence[Any]) -> None:
@@ -35,6 +36,7 @@ class GaussNewton:
         self._parameters = {name: known[name] for name in parameters}
         self.left_out: set[int] = set()
         self.samples = 0
+        self.counts: dict[int, int] = {}
 
     def __call__(self, vectors: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
         """Gv of each vector, by parameter.
@@ -43,7 +45,6 @@ class GaussNewton:
             ValueError: losses that are not made of logits or predictions; no batch whose products are finite.
         """
         totals = [{name: torch.zeros_like(v) for name, v in vector.items()} for vector in vectors]
-        count = 0
         with _exactly(self._run.model):
             for number, batch in enumerate(self._batches):
                 if number in self.left_out:
@@ -51,12 +52,13 @@ class GaussNewton:
                 samples, products = self._products(batch, vectors)
                 if not all(bool(p.isfinite().all()) for product in products for p in product):
                     self.left_out.add(number)
+                    self.counts.pop(number, None)
                     continue
-                count += samples
+                self.counts[number] = samples
                 for total, product in zip(totals, products, strict=True):
                     for name, p in zip(total, product, strict=True):
                         total[name] += p.to(total[name])
-        if not count:
+        if not (count := sum(self.counts.values())):
             raise ValueError("the pool has no batch whose samples all have finite derivatives")
         self.samples = count
         return [{name: t / count for name, t in total.items()} for total in totals]

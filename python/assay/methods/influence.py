@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from assay.methods.base import Column, Keeper, Kept, Need
 from assay.methods.checks import check_at_least, check_one_of, difference
+from assay.methods.second_moments import SecondMoments, damping_units, inverse_root, solved
 from assay.methods.targets import Targets, TargetSet
 from assay.methods.weights import shares
 from assay.ops import Mask, Sketch
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 
 # Second moments are held in double: this much of them at most. Factoring one takes as much again.
 MOMENT_BYTES = 8 << 30
-# λ's unit is at least this share of the largest mean in the same layer.
-LAYER_FLOOR = 1e-4
 
 
 @dataclass(frozen=True)
@@ -175,7 +174,7 @@ class Influence(Keeper):
             for k, blocks in enumerate(moments if share else []):
                 moments[k] = [(1 - share) * r + share * t for r, t in zip(blocks, self._target_moments(k), strict=True)]
             roots = [
-                [_inverse_root(r, λ) for r, λ in zip(blocks, self._dampings(blocks), strict=True)] for blocks in moments
+                [inverse_root(r, λ) for r, λ in zip(blocks, self._dampings(blocks), strict=True)] for blocks in moments
             ]
             self._queries = [self._target_means(k, own) for k, own in enumerate(roots)]
             self._roots = roots
@@ -192,7 +191,7 @@ class Influence(Keeper):
     def _pool_moments(self, batches: Iterable[Any]) -> tuple[list[list[Tensor]], int]:
         """Per checkpoint and block ΦᵀΦ/n in float64, and n."""
         probes = [self._probe(k, target=False) for k in range(len(self.models))]
-        sums = [_Moments(self._blocks()) for _ in probes]
+        sums = [SecondMoments(self._blocks()) for _ in probes]
         for batch in batches:
             for probe, moments in zip(probes, sums, strict=True):
                 moments.add(self._features(probe, batch))
@@ -201,7 +200,7 @@ class Influence(Keeper):
         return [moments.mean() for moments in sums], sums[0].count
 
     def _target_moments(self, k: int) -> list[Tensor]:
-        probe, moments = self._probe(k, target=True), _Moments(self._blocks())
+        probe, moments = self._probe(k, target=True), SecondMoments(self._blocks())
         for batches in self.targets.batches.values():
             for batch in batches:
                 moments.add(self._features(probe, batch))
@@ -215,7 +214,7 @@ class Influence(Keeper):
 
     def _solve(self, queries: Tensor, blocks: list[Tensor]) -> Tensor:
         places, dampings = self._blocks(), self._dampings(blocks)
-        parts = [_solve(r, queries[:, place], λ) for place, r, λ in zip(places, blocks, dampings, strict=True)]
+        parts = [solved(r, queries[:, place], λ) for place, r, λ in zip(places, blocks, dampings, strict=True)]
         return torch.cat(parts, 1)
 
     def _dampings(self, blocks: list[Tensor]) -> list[float]:
@@ -362,26 +361,6 @@ def sample_features(signals: Signals) -> Tensor:
     return signals.reduced["feature"].masked_fill(signals.losses.isnan()[:, None], torch.nan)
 
 
-class _Moments:
-    """Σ φ φᵀ by block, in float64; samples without a finite gradient are left out."""
-
-    def __init__(self, blocks: list[slice]) -> None:
-        self.blocks, self.count = blocks, 0
-        self.sums: list[Tensor] = []
-
-    def add(self, features: Tensor) -> None:
-        features = features[features.isfinite().all(1)].double()
-        parts = [features[:, place] for place in self.blocks]
-        if not self.sums:
-            self.sums = [features.new_zeros(p.shape[1], p.shape[1]) for p in parts]
-        for total, part in zip(self.sums, parts, strict=True):
-            total.addmm_(part.T, part)
-        self.count += len(features)
-
-    def mean(self) -> list[Tensor]:
-        return [total / max(self.count, 1) for total in self.sums]
-
-
 def doubt(signals: Signals) -> Tensor:
     """Q = 1 − p of the sample's labels, averaged over its predicted positions -> (B,)."""
     losses, labels = signals.row_losses, signals.labels
@@ -405,44 +384,3 @@ def parameter_shapes(model: nn.Module, parameters: Sequence[str]) -> dict[str, t
     """By name, in the order of ``parameters``."""
     by_name = dict(model.named_parameters())
     return {name: tuple(by_name[name].shape) for name in parameters}
-
-
-def damping_units(parameters: Iterable[str], means: Sequence[float]) -> list[float]:
-    """What λ is measured in, per parameter: the mean of its block, but at least 1e-4 of the largest among the same
-    layer's parameters; 0 where the block is 0 throughout.
-
-    Some gradients are 0 but for rounding, an attention key's bias for one (the softmax does not see it). In units of
-    its own mean such noise would weigh as much as any other block. Beside the layer's other gradients it stays noise.
-    The whole model's largest block is no such measure: in a fresh BERT the queries' mean is 1e-12 of it, and the key
-    bias's noise, in float32, 1e-13 of the queries'. A block above a hundredth of its layer's gradient keeps its mean.
-    """
-    layers = [name.rpartition(".")[0] for name in parameters]
-    largest: dict[str, float] = {}
-    for layer, mean in zip(layers, means, strict=True):
-        largest[layer] = max(largest.get(layer, 0.0), mean)
-    floors = [LAYER_FLOOR * largest[layer] for layer in layers]
-    return [max(mean, floor) if mean > 0 else 0.0 for mean, floor in zip(means, floors, strict=True)]
-
-
-def _damped(moment: Tensor, damping: float) -> Tensor:
-    """moment + λI; a layer whose gradient is 0 throughout gets I."""
-    identity = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-    return moment + damping * identity if bool((moment.diagonal() > 0).any()) else identity
-
-
-def _solve(moment: Tensor, queries: Tensor, damping: float) -> Tensor:
-    factor, failed = torch.linalg.cholesky_ex(_damped(moment, damping))
-    if int(failed):
-        raise ValueError(
-            f"the second moment of {len(moment)} numbers is singular with damping {damping} (λ): give a larger one, a "
-            "smaller sketch, or more samples of the pool"
-        )
-    solved: Tensor = torch.cholesky_solve(queries.T, factor)
-    return solved.transpose(0, 1)
-
-
-def _inverse_root(moment: Tensor, damping: float) -> Tensor:
-    values, vectors = torch.linalg.eigh(_damped(moment, damping))
-    least = 1e-12 * float(values[-1])  # relative: the gradients of a converged model are small
-    root: Tensor = (vectors * values.clamp(min=least).rsqrt()) @ vectors.mT
-    return root

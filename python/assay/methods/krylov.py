@@ -57,7 +57,7 @@ class _Space:
     @classmethod
     def of(cls, start: Vector) -> _Space:
         norm = dot(start, start) ** 0.5
-        return cls(norm, [_scaled(start, 1 / norm if norm > 0 else 0.0)])
+        return cls(norm, [_over(start, norm)])
 
     def grow(self, moved: Vector) -> None:
         """Add M times the last vector."""
@@ -69,7 +69,7 @@ class _Space:
         length = dot(rest, rest) ** 0.5
         exhausted = not length > 1e-6 * before  # the space is all that M makes of the start
         self.beside.append(0.0 if exhausted else length)
-        self.basis.append(_scaled(rest, 0.0 if exhausted else 1 / length))
+        self.basis.append(_over(rest, 0.0 if exhausted else length))
 
     def change(self, function: Function) -> float:
         """Of a result by the last product, relative to it."""
@@ -95,8 +95,9 @@ class _Space:
         return found
 
 
-def _scaled(a: Vector, factor: float) -> dict[str, Tensor]:
-    return {name: part * factor for name, part in a.items()}
+def _over(a: Vector, length: float) -> dict[str, Tensor]:
+    """a / length, 0 if that is 0. Divided: the inverse of a tiny length is beyond float32."""
+    return {name: part / length if length > 0 else torch.zeros_like(part) for name, part in a.items()}
 
 
 def add(a: Vector, b: Vector, times: float) -> dict[str, Tensor]:

@@ -47,8 +47,9 @@ class SOURCE(AlongTraining):
     products per segment at most, which go through the samples given to ``fit`` at each of its checkpoints, at about
     four backward passes and three more per target; as many vectors as iterations are kept per target. Or it is
     EK-FAC's, as in the paper: eigenvectors of the factors added up over the segment, Λ in their basis over its
-    checkpoints. Λ counts absolutely, so that it is scaled to the Gauss–Newton matrix' trace, which eight products with
-    random signs tell: of a mean over T tokens with a label drawn for each, Λ would be T times too small.
+    checkpoints, of which each draws its samples' labels anew. Λ counts absolutely, so that it is scaled to the
+    Gauss–Newton matrix' trace, which eight products with random signs tell: of a mean over T tokens with a label drawn
+    for each, Λ would be T times too small.
 
     With Adam's states, steps are multiplied with P = 1/(√v̂ + ε), its mean over the segment's checkpoints, and H and P
     are not taken to commute: e^(−aPH) is found in Krylov spaces for either H.
@@ -174,6 +175,8 @@ class _Curvature:
 
     def __init__(self, method: SOURCE, batches: Sequence[Any], parameters: Sequence[str]) -> None:
         self._method, self._batches, self.without = method, batches, 0
+        if not batches:
+            raise ValueError(f"{method.name}: the pool that fit() was given has no samples")
         known = dict(method.models[0].named_parameters())
         self._zeros = {name: wide(torch.zeros_like(known[name], requires_grad=False)) for name in parameters}
 
@@ -216,13 +219,13 @@ class _Curvature:
 
     def _bases(self, places: range) -> Bases:
         """EK-FAC's, of the segment's mean; Λ as large as the Gauss–Newton matrix."""
-        method, drawn, moments = self._method, True, Moments(list(self._zeros))
+        method, moments = self._method, Moments(list(self._zeros))
         for k in places:
-            method._run(k, moments, self._batches, drawn=drawn)
+            method._run(k, moments, self._batches, drawn=True)
         bases = moments.bases()
         eigenvalues, counts = Eigenvalues(list(self._zeros), bases), dict.fromkeys(self._zeros, 0)
         for k in places:
-            folded = method._run(k, eigenvalues, self._batches, drawn=drawn)
+            folded = method._run(k, eigenvalues, self._batches, drawn=True)
             folded.check(f"{method.name}: the pool that fit() was given", self._zeros)
             counts = {name: count + folded.count(name) for name, count in counts.items()}
         for name, basis in bases.items():

@@ -87,18 +87,25 @@ class Folded:
 
 
 def fold(
-    model: nn.Module, task: Task, sums: Sums, batches: Iterable[Any], *, skip_unsupported: bool, drawn: bool = False
+    model: nn.Module,
+    task: Task,
+    sums: Sums,
+    batches: Iterable[Any],
+    *,
+    skip_unsupported: bool,
+    drawn: int | None = None,
 ) -> Folded:
     """Run the model over the batches and add their gradients to ``sums``.
 
     Args:
-        drawn: with labels drawn from the model, the same whenever the same samples come, in whatever batches.
+        drawn: with labels drawn from the model by this seed, the same whenever the same samples come, in whatever
+            batches; None: with their own.
     """
     folded = Folded()
     probe = Probe(model, task, reductions={"sums": sums}, logits=False, skip_unsupported=skip_unsupported)
     for batch in batches:
-        if drawn:
-            probe.task = Sampled(task, first=folded.samples)
+        if drawn is not None:
+            probe.task = Sampled(task, drawn, first=folded.samples)
         signals = probe(batch)
         with_loss = ~signals.losses.isnan()
         folded.samples += len(with_loss)

@@ -90,6 +90,43 @@ def test_rows_of_which_nothing_is_known_and_mistakes() -> None:
         fitted(real, 0)
 
 
+class Shares(nn.Module):
+    """An embedding of one input and of a sum that is 1 but for float32's rounding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.shares, self.head = nn.Linear(4, 50), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.stack([x[:, 0], self.shares(x).softmax(1).sum(1)], 1))
+
+
+def test_rounding_is_no_distance() -> None:
+    real, other = torch.randn(100, 4), torch.randn(20, 4)
+    method = OODFilter(Shares(), Regression(), {"a": [(real, torch.zeros(100, 2))]}).fit()
+    distance, _ = columns(method, other)
+    np.testing.assert_allclose(columns(method, *other.split(1))[0], distance, atol=1e-5)
+    first = real[:, 0].double()
+    nearest = (other[:, 0, None].double() - first).abs().min(1).values / first.std(correction=0)
+    np.testing.assert_allclose(distance, nearest.numpy(), atol=1e-5)
+
+
+def test_a_row_far_out_does_not_make_the_others_alike() -> None:
+    real = torch.cat([torch.randn(30, 2), torch.full((1, 2), 1e20)])
+    distance = columns(fitted(real), torch.randn(9, 2))[0]
+    assert (distance > 0).all()
+
+
+def test_a_limit_keeps_the_ranks_that_it_names() -> None:
+    """6 of 10 is .6, and no float32 is."""
+    table = assay.score([(points(300, 1), torch.zeros(300, 2))], [fitted(points(10, 0))])
+    rank = table["ood_distance_rank"].to_numpy()
+    for tenth in range(11):
+        kept = assay.select.trust(table, "ood_distance_rank", 0, [(0, tenth / 10)]).mask
+        np.testing.assert_array_equal(kept, np.round(10 * rank) <= tenth)
+
+
 @pytest.mark.parametrize(
     ("progress", "schedule", "message"),
     [

@@ -176,7 +176,7 @@ def test_what_is_refused() -> None:
         TRIAGE([], Regression(), {"a": []})
     with pytest.raises(ValueError, match="neighbours: expected at least 1, got 0"):
         TRIAGE([Zero()], Regression(), {"a": []}, neighbours=0)
-    with pytest.raises(ValueError, match=r"triage: 1 of the 1 calibration samples \(a\) have a finite embedding"):
-        TRIAGE([Zero()], Regression(), {"a": [(x[:1], y[:1])]}).fit()
+    with pytest.raises(ValueError, match=r"triage: 3 of the 3 calibration samples \(a\) have a finite embedding"):
+        TRIAGE([Zero()], Regression(), {"a": [(x[:3], y[:3])]}).fit()  # one to rank by: all would have the place 1/2
     with pytest.raises(ValueError, match=r"predictions of shape \(4, 2\); expected one number per sample"):
         TRIAGE([nn.Linear(3, 2)], Regression(), {"a": [(x, torch.zeros(4, 2))]}).fit()

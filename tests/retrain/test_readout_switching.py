@@ -65,6 +65,20 @@ def test_it_follows_the_readout_that_is_better_now() -> None:
     assert whole > -float(rows.log().amax(1).sum())
 
 
+def test_without_switches_it_is_the_bayesian_mixture_however_long_a_readout_was_bad() -> None:
+    early, late = torch.tensor([[0.99, 1e-5]]).double(), torch.tensor([[1e-5, 0.99]]).double()
+    rows = torch.cat([early.expand(100, 2), late.expand(200, 2)]).log()  # a weight of 1e-500 in between
+    exact = -float(torch.logsumexp(rows.sum(0) - math.log(2), 0))
+    code = SwitchingCode(2, 1)
+    first = code.code(rows[:150])
+    code = SwitchingCode.resume(json.loads(json.dumps(code.state(), allow_nan=False)))
+    assert float(first.sum() + code.code(rows[150:]).sum()) == pytest.approx(exact, rel=1e-9)
+    never = SwitchingCode(2, 1)
+    assert float(never.code(torch.tensor([[0.0, -math.inf], [-2000.0, -1.0]]).double())[1]) == pytest.approx(2000)
+    again = SwitchingCode.resume(json.loads(json.dumps(never.state(), allow_nan=False)))
+    np.testing.assert_array_equal(again.weights, [1, 0])
+
+
 def test_rows_of_which_nothing_is_known_teach_nothing() -> None:
     rows = logs(10, 2)
     odd = torch.cat([rows[:4], torch.tensor([[math.nan, -1.0]]).double(), rows[4:]])
@@ -73,8 +87,10 @@ def test_rows_of_which_nothing_is_known_teach_nothing() -> None:
     assert torch.equal(lengths[[*range(4), *range(5, 11)]], SwitchingCode(2).code(rows))
     half = torch.tensor([[-math.inf, -1.0]]).double()
     assert float(SwitchingCode(2).code(half)) == pytest.approx(1 + math.log(2))
-    with pytest.raises(ValueError, match="row 0: every readout gives it probability 0; smooth them"):
-        SwitchingCode(2).code(torch.full((1, 2), -math.inf))
+    code = SwitchingCode(2)
+    with pytest.raises(ValueError, match="row 4: every readout gives it probability 0; smooth them"):
+        code.code(torch.cat([rows[:4], torch.full((1, 2), -math.inf).double()]))
+    assert torch.equal(code.code(rows), SwitchingCode(2).code(rows))  # none of those four counted
     with pytest.raises(ValueError, match=r"expected shape \(T, 2\), got \(3, 1\)"):
         SwitchingCode(2).code(torch.zeros(3, 1))
     with pytest.raises(ValueError, match=r"expected at most 0, got 0\.5"):
@@ -110,6 +126,8 @@ def test_what_the_first_rows_cost_is_known() -> None:
     smoothed = (3 * p + 1) / 6 if (counts > 0).sum() > 1 else p
     expected = np.r_[np.full(3, math.log(3)), -np.log(smoothed[y[order[3:]]])]
     np.testing.assert_allclose(found.lengths.numpy()[order], expected, rtol=1e-5)
+    once = readout_switching([DummyClassifier()], np.zeros((6, 1)), y, first=3, growth=1e308, orders=1)
+    assert torch.equal(once.lengths, found.lengths)  # one block for all that is left
 
 
 @pytest.mark.parametrize(
@@ -118,6 +136,8 @@ def test_what_the_first_rows_cost_is_known() -> None:
         ({"y": [0, 0, 0]}, "y: expected at least two classes, got 1"),
         ({"y": [0, 1]}, r"y: expected one label per sample, shape \(3,\)"),
         ({"first": 0}, "expected first and orders of at least 1, got 0 and 4"),
+        ({"first": 1.5}, "expected first and orders of at least 1, got 1.5 and 4"),
+        ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
         ({"growth": 1}, "growth: expected a finite number above 1, got 1"),
         (
             {"members": [[GaussianNB()]]},

@@ -90,6 +90,9 @@ def test_a_seed_makes_the_same_interval():
         ([1, math.nan], [0, 1], 1, "none of the 1 rows that are worth keeping has a number in s"),
         ([1, 2], [0, 1], 0, "beta=0: expected a positive number"),
         ([1, 2], [0, 1], math.inf, "beta=inf"),
+        ([1, 2], [0, 1], -1, "beta=-1"),
+        ([1, 2], [0, 1], 1e160, "beta=1e\\+160: expected a positive number whose square is one"),
+        ([1, 2], [0, 1], 1e-200, "beta=1e-200: expected a positive number whose square is one"),
         ([1, 2], [0], 1, r"shape \(1,\); expected \(2,\)"),
     ],
 )

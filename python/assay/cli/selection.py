@@ -85,7 +85,7 @@ def select(
     keep: Annotated[
         str | None, typer.Option(metavar="high|low", help="Which end is better, if not as the table says.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="For --sample, --random, --mix, --ccs and --gmm.")] = 0,
+    seed: Annotated[int, typer.Option(help="For --sample, --random, --mix, --ccs, --gmm and --audit.")] = 0,
     temperature: Annotated[
         float | None, typer.Option(help="For --sample and --format weights: softmax(worth / temperature).")
     ] = None,

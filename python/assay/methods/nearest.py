@@ -1,4 +1,4 @@
-"""The nearest of some samples that are held, by standardised embeddings."""
+"""The nearest of some samples that are held, by embeddings in units of the held ones' spread."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from torch import Tensor
 
 # So many distances are made at once.
 _DISTANCES = 1 << 22
+# Of a coordinate's size: what spreads less is the rounding of float32, which another batch makes otherwise.
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -16,12 +18,11 @@ class Held:
     """Samples that others are compared with, float64.
 
     Attributes:
-        centre, spread: (D,) by which embeddings are standardised: the held ones' mean and standard deviation, which is
-            1 where they all agree.
-        points: (m, D), the standardised embeddings.
+        spread: (D,) by which embeddings are divided: the held ones' standard deviation, 1 where they agree but for
+            float32's rounding.
+        points: (m, D), the embeddings divided by it.
     """
 
-    centre: Tensor
     spread: Tensor
     points: Tensor
 
@@ -30,9 +31,8 @@ class Held:
         """x: (m, D) finite, at least one."""
         wide = x.double()
         spread = wide.std(0, correction=0)
-        spread = torch.where(spread > 0, spread, 1.0)
-        centre = wide.mean(0)
-        return cls(centre, spread, (wide - centre) / spread)
+        spread = torch.where(spread > _ROUNDING * wide.abs().amax(0), spread, 1.0)
+        return cls(spread, wide / spread)
 
     def __len__(self) -> int:
         return len(self.points)
@@ -49,7 +49,7 @@ class Held:
         """
         k, start = min(count, len(self) - but_itself), 0
         distances, places = [], []
-        standard = (x.double() - self.centre) / self.spread
+        standard = x.double() / self.spread
         for part in torch.split(standard, max(1, _DISTANCES // len(self))):
             # No matrix product: its sums would depend on the batch, and lose the digits of what is near.
             apart = torch.cdist(part, self.points, compute_mode="donot_use_mm_for_euclid_dist")

@@ -102,7 +102,9 @@ class OODFilter(Method):
         fine = embeddings.isfinite().all(1)
         distance = torch.full((len(embeddings),), torch.nan, dtype=torch.float64, device=embeddings.device)
         distance[fine] = self._real.nearest(embeddings[fine], self.neighbours)[0].mean(1)
-        rank = torch.searchsorted(self._own, distance).double() / len(self._own)
+        exact = torch.searchsorted(self._own, distance).double() / len(self._own)
+        rank = exact.float()  # not above what it rounds: a cut at .6 keeps ranks of 6 in 10
+        rank = torch.where(rank > exact, rank.nextafter(torch.zeros_like(rank)), rank)
         return {self.name: distance, f"{self.name}_rank": rank.masked_fill(~fine, torch.nan)}
 
     def metadata(self) -> dict[str, str]:

@@ -29,8 +29,9 @@ class TRIAGE(Method):
     T_e is the conformal p-value P(Q ≤ y) at checkpoint e of the scaled residual α = (y − ŷ)/σ, σ the mean |residual| of
     the nearest calibration samples by the checkpoint's embeddings. Every second calibration sample gives σ; of the n
     others' scaled residuals the i-th smallest has T = i/(n + 1), between two of them T lies on the straight line, and
-    beyond them it is 1/(n + 1) or n/(n + 1). So a sample that is exchangeable with them has T ≤ i/(n + 1) with the
-    probability i/(n + 1), exactly, and T does not jump with the last digit of a residual.
+    beyond them it is 1/(n + 1) or n/(n + 1). So where no two are equal, a sample that is exchangeable with them has
+    T ≤ i/(n + 1) with the probability i/(n + 1), exactly, for i < n, and T does not jump with the last digit of a
+    residual. Equal ones share the middle of their places.
 
     Columns: ``triage`` = |C − ½|, keep low; ``triage_confidence`` C = mean_e T_e, low where the model over-estimates
     the target and high where it under-estimates it; ``triage_variability``, the T_e's standard deviation (of E, not
@@ -91,7 +92,8 @@ class TRIAGE(Method):
         """Run the checkpoints on the calibration samples; the pool is not looked at.
 
         Raises:
-            ValueError: fewer than two calibration samples have a finite embedding and residual.
+            ValueError: fewer than four calibration samples have a finite embedding and residual: two to give σ, two
+                to rank.
         """
         self._calibrations = [self._calibrate(e) for e in range(len(self.models))]
         return self
@@ -104,10 +106,10 @@ class TRIAGE(Method):
                 residuals.append(signals.losses.double())
         x, r = (torch.cat(parts) if parts else torch.empty(0) for parts in (embeddings, residuals))
         fine = r.isfinite() & x.isfinite().all(-1) if len(r) else torch.zeros(0, dtype=torch.bool)
-        if (count := int(fine.sum())) < 2:
+        if (count := int(fine.sum())) < 4:
             raise ValueError(
                 f"{self.name}: {count} of the {len(fine)} calibration samples ({self.targets}) have a finite embedding "
-                f"and residual under model {e}; expected at least 2, and some hundred to tell much"
+                f"and residual under model {e}; expected at least 4, and some hundred to tell much"
             )
         return _Calibration.of(x[fine], r[fine], self.neighbours)
 

@@ -85,8 +85,7 @@ def out_of_fold(
     if len(labels) != n:
         raise ValueError(f"y: expected one label per sample, shape ({n},), got {labels.shape}")
     check_members(members)
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {batch_size!r}")
+    check_batch_size(batch_size)
     fold_of = _assign(labels, folds, seed)
     count = int(fold_of.max()) + 1
     if not all(_is_trained(member) for member in members):
@@ -111,6 +110,12 @@ def out_of_fold(
                 _log.warning("out_of_fold: %s gives no probabilities in %d of %d rows", where, broken, len(held_out))
             logits[k, held_out] = predicted
     return OutOfFold(logits, fold_of, trained, torch.from_numpy(labels), classes)
+
+
+def check_batch_size(batch_size: Any) -> None:
+    """ValueError unless it is a number of rows."""
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size!r}")
 
 
 def check_members(members: Any, trained: bool = True) -> None:

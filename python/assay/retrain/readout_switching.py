@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from assay.retrain import samples
-from assay.retrain.out_of_fold import check_members, predict_member, train_member
+from assay.retrain.out_of_fold import check_batch_size, check_members, predict_member, train_member
 
 
 class SwitchingCode:
@@ -26,7 +26,7 @@ class SwitchingCode:
     π_1 = 1/K. Behind row t the weights are π′ ∝ π_t p_k(y_t), of which the share α_t = min(1, (switches − 1)/t) is
     dealt out among all readouts alike: the sum of the lengths is that of the mixture of all sequences of readouts in
     which one stays with 1 − α_t + α_t/K and each other takes over with α_t/K. (The form of α_t is second-hand; with 1
-    it is the plain Bayesian mixture, which never changes its mind about a readout that was bad early on.)
+    it is the plain Bayesian mixture, in which a readout that was bad early on has all of that to make good.)
 
     What a row costs follows from the rows before it, not from how they are cut into batches. Not from another order,
     either: whoever shuffles says so.
@@ -49,46 +49,59 @@ class SwitchingCode:
         if not 1 <= switches < math.inf:
             raise ValueError(f"switches: expected a finite number of at least 1, got {switches}")
         self.switches, self.seen = float(switches), 0
-        self.weights = np.full(readouts, 1.0 / readouts)
+        self._logs = np.full(readouts, -math.log(readouts))  # of the weights, which without switches vanish
+
+    @property
+    def weights(self) -> NDArray[np.float64]:
+        return np.exp(self._logs)
 
     def code(self, log_probabilities: Tensor) -> Tensor:
         """(T, K) log-probabilities that the readouts gave the next T rows' labels *before* they learned from them ->
         (T,) float64. A row with a NaN costs NaN and teaches nothing.
 
         Raises:
-            ValueError: another shape, a probability above 1, or a row that all readouts call impossible.
+            ValueError: another shape, a probability above 1, or a row that all readouts call impossible; then none of
+                the rows has been coded.
         """
         rows = log_probabilities.detach().cpu().double().numpy()
-        if rows.ndim != 2 or rows.shape[1] != len(self.weights):
-            raise ValueError(f"log_probabilities: expected shape (T, {len(self.weights)}), got {rows.shape}")
+        if rows.ndim != 2 or rows.shape[1] != len(self._logs):
+            raise ValueError(f"log_probabilities: expected shape (T, {len(self._logs)}), got {rows.shape}")
         if (rows > 1e-6).any():
             raise ValueError(f"log_probabilities: expected at most 0, got {float(np.nanmax(rows)):g}")
         lengths = np.full(len(rows), math.nan)
+        before = self._logs, self.seen
         for i, row in enumerate(rows):
-            if not np.isnan(row).any():
-                lengths[i] = self._step(row, i)
+            if np.isnan(row).any():
+                continue
+            lengths[i] = self._step(row)
+            if lengths[i] == math.inf:
+                self._logs, self.seen = before
+                raise ValueError(f"log_probabilities: row {i}: every readout gives it probability 0; smooth them")
         return torch.from_numpy(lengths)
 
-    def _step(self, row: NDArray[np.float64], place: int) -> float:
-        top = row[self.weights > 0].max()
-        if top == -math.inf:
-            raise ValueError(f"log_probabilities: row {place}: every readout gives it probability 0; smooth them")
-        own = self.weights * np.exp(row - top)
-        whole = float(own.sum())
+    def _step(self, row: NDArray[np.float64]) -> float:
+        """What the row costs; infinite of one that is impossible, which is not to be gone on from."""
+        joint = self._logs + row
+        whole = float(np.logaddexp.reduce(joint))
         self.seen += 1
+        if whole == -math.inf:
+            return math.inf
         share = min(1.0, (self.switches - 1) / self.seen)
-        self.weights = (1 - share) * own / whole + share / len(own)
-        return -(float(top) + math.log(whole))
+        kept = joint - whole
+        self._logs = np.log((1 - share) * np.exp(kept) + share / len(row)) if share > 0 else kept
+        return -whole
 
     def state(self) -> dict[str, Any]:
-        """What another one goes on from, as plain JSON."""
-        return {"switches": self.switches, "seen": self.seen, "weights": self.weights.tolist()}
+        """What another one goes on from, as plain JSON; a weight of 0 has no logarithm and is null."""
+        logs = [None if log == -math.inf else log for log in self._logs.tolist()]
+        return {"switches": self.switches, "seen": self.seen, "log_weights": logs}
 
     @classmethod
     def resume(cls, state: Mapping[str, Any]) -> SwitchingCode:
         """The one whose ``state`` it was: the same bits from here on."""
-        made = cls(len(state["weights"]), state["switches"])
-        made.seen, made.weights = int(state["seen"]), np.array(state["weights"], np.float64)
+        logs = [-math.inf if log is None else log for log in state["log_weights"]]
+        made = cls(len(logs), state["switches"])
+        made.seen, made._logs = int(state["seen"]), np.array(logs, np.float64)
         return made
 
 
@@ -143,6 +156,7 @@ def readout_switching(
     x = samples.inputs(x)
     labels, classes = samples.class_numbers(y)
     _check(members, x, labels, first, growth, orders)
+    check_batch_size(batch_size)
     lengths, totals, alone, weights = torch.zeros(len(labels), dtype=torch.float64), [], [], []
     for order in _orders(len(labels), orders, seed):
         code = SwitchingCode(len(members), switches)
@@ -165,7 +179,7 @@ def _check(members: Any, x: Any, labels: NDArray[np.int64], first: int, growth: 
         raise ValueError(f"y: expected one label per sample, shape ({samples.count(x)},), got {labels.shape}")
     if len(np.unique(labels)) < 2:
         raise ValueError(f"y: expected at least two classes, got {len(np.unique(labels))}")
-    if first < 1 or orders < 1:
+    if not all(isinstance(count, int | np.integer) and count > 0 for count in (first, orders)):
         raise ValueError(f"expected first and orders of at least 1, got {first} and {orders}")
     if not 1 < growth < math.inf:
         raise ValueError(f"growth: expected a finite number above 1, got {growth}")
@@ -184,7 +198,7 @@ def _blocks(
     start, end = 0, first
     while start < len(order):
         yield order[:start], order[start:end]
-        start, end = end, max(end + 1, math.ceil(end * growth))
+        start, end = end, max(end + 1, math.ceil(min(end * growth, len(order))))
 
 
 def _predicted(

@@ -86,8 +86,8 @@ def fbeta_cut(
     score = oriented(table, by, keep)
     if good.shape != (table.num_rows,):
         raise ValueError(f"labels have shape {good.shape}; expected ({table.num_rows},), one for each row")
-    if not (beta > 0 and math.isfinite(beta)):
-        raise ValueError(f"beta={beta}: expected a positive number")
+    if not (beta > 0 and 0 < beta * beta < math.inf):
+        raise ValueError(f"beta={beta}: expected a positive number whose square is one, too")
     if good.all() or not good.any():
         raise ValueError(f"labels: all {len(good)} are {int(good.any())}; expected both 1 (keep) and 0 (drop)")
     if not (good & score.valid).any():

@@ -53,7 +53,8 @@ class SwitchingCode:
 
     @property
     def weights(self) -> NDArray[np.float64]:
-        return np.exp(self._logs)
+        weights: NDArray[np.float64] = np.exp(self._logs)
+        return weights
 
     def code(self, log_probabilities: Tensor) -> Tensor:
         """(T, K) log-probabilities that the readouts gave the next T rows' labels *before* they learned from them ->

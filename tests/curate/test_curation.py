@@ -170,6 +170,8 @@ def test_a_folder_with_other_files_is_refused(project):
     (project.root / "out/old.parquet").write_bytes(b"")
     with pytest.raises(CorpusError, match=r"holds 1 files that this selection would not write \(old\.parquet\)"):
         curate(scores, "mimic", top(0.5), str(project.root / "out"))
+    with pytest.raises(CorpusError, match=r"out/old\.parquet: is a file; choose an empty folder"):
+        curate(scores, "mimic", top(0.5), str(project.root / "out/old.parquet"))
 
 
 @pytest.mark.parametrize("out", ["data", "data/out", "."])

@@ -260,6 +260,8 @@ def _refuse_inputs(
     # A folder with other files would become a mixture of two corpora; and files of these names may be another corpus.
     ours |= {MANIFEST, CLAIM, GROUPS, *form.texts, *(scores.corpus.sidecars if form.has_sidecars else ())}
     there = [path for path in output.files() if not path.endswith(TEMPORARY_SUFFIX)]
+    if "" in there:
+        raise CorpusError(f"{output.url}: is a file; choose an empty folder")
     ours |= {path for path in there if path.startswith(form.prefix) and _repeats(path[len(form.prefix) :], ours, form)}
     strangers = [path for path in there if path not in ours and not any(_is_own(shard, path, form) for shard in shards)]
     if strangers:

@@ -55,8 +55,8 @@ chromium:
 	@command -v chromium > /dev/null || \
 	  { echo "make test needs Chromium: apt-get install --no-install-recommends chromium"; exit 1; }
 
-# Most tests have one thread's work, so two processes share it: each has half of the tests in their order, files whole for
-# their fixtures' sake, and takes from the other's end when it is done.
+# Most tests have one thread's work, so two processes share it: each has half of the tests in their order, so that files
+# mostly stay whole for their fixtures' sake, and takes from the other's end when it is done.
 SUITE := $(BIN)/python -m pytest -n 2 --dist worksteal --durations 20
 test: chromium setup
 	$(MAKE) -j 2 --output-sync=target --no-print-directory lint native-sanitize

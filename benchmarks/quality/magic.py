@@ -1,7 +1,7 @@
 """Do derivatives through training predict what removals do? ``python -m benchmarks.quality.magic [--quick]``.
 
 A small network on digits. The truth is retraining with samples' weights set to 0 in the same batches from the same
-start, by a loop of this file's own that trains all retrainings as one tensor. LDS: for each query, Spearman's
+start, by a loop that shares no code with MAGIC and trains them all as one tensor. LDS: for each query, Spearman's
 correlation over seeded drops of 5 and 10 % of Σ_{i dropped} score_i with the rise of its loss, averaged over queries;
 the interval is a bootstrap over drops × queries, the same resamples for every method. QLD: the rise of a query's loss
 after the 1 % that a method ranks highest for it were dropped.
@@ -35,6 +35,7 @@ from assay.retrain import SGD, Adam, Magic, Training, magic
 from assay.retrain.magic_training import running
 from assay.tasks import Classification
 from benchmarks.quality.lds import EXACT, interval, lds
+from benchmarks.quality.leaderboard.truth import step
 from benchmarks.timing import RESULTS, machine
 
 Array = NDArray[np.float64]
@@ -108,7 +109,7 @@ def losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 def retrained(run: Training, weights: Tensor, batches: Any = None) -> dict[str, Tensor]:
     """(R, N) weights -> the parameters of R trainings, stacked: all in one tensor, by a loop of its own."""
-    x, y, o = *run.data, run.optimizer
+    x, y = run.data
     theta = {n: p.detach().expand(len(weights), *p.shape).clone() for n, p in run.model.named_parameters()}
 
     def loss(theta: dict[str, Tensor], w: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -117,16 +118,8 @@ def retrained(run: Training, weights: Tensor, batches: Any = None) -> dict[str, 
     gradient = vmap(grad(loss), (0, 0, None, None))
     m, v = ({n: torch.zeros_like(p) for n, p in theta.items()} for _ in range(2))
     for t, rows in enumerate(run.rows if batches is None else batches):
-        rate = run.rates[t]
-        for n, g in gradient(theta, weights[:, rows], x[rows], y[rows]).items():
-            if isinstance(o, SGD):
-                m[n] = o.momentum * m[n] + g + o.weight_decay * theta[n]
-                theta[n] = theta[n] - rate * m[n]
-            else:
-                m[n] = o.betas[0] * m[n] + (1 - o.betas[0]) * g
-                v[n] = o.betas[1] * v[n] + (1 - o.betas[1]) * g * g
-                mean, square = (k / (1 - b ** (t + 1)) for k, b in zip((m[n], v[n]), o.betas, strict=True))
-                theta[n] = (1 - rate * o.weight_decay) * theta[n] - rate * mean / ((square + o.eps_root).sqrt() + o.eps)
+        g = gradient(theta, weights[:, rows], x[rows], y[rows])
+        theta, m, v = step(run.optimizer, theta, m, v, g, t, run.rates[t])
     return theta
 
 

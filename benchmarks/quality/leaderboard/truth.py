@@ -32,7 +32,7 @@ def retrained(board: Board, weights: Tensor) -> Named:
     m, v = ({n: torch.zeros_like(p) for n, p in theta.items()} for _ in range(2))
     for t, rows in enumerate(run.rows):
         g = _gradients(board, theta, weights[:, rows], run.batch(rows))
-        theta, m, v = _step(run.optimizer, theta, m, v, g, t, run.rates[t])
+        theta, m, v = step(run.optimizer, theta, m, v, g, t, run.rates[t])
     return theta
 
 
@@ -48,7 +48,7 @@ def _gradients(board: Board, theta: Named, weights: Tensor, batch: Any) -> Named
     return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))
 
 
-def _step(
+def step(
     o: Any, theta: Named, m: Named, v: Named, gradient: Mapping[str, Tensor], t: int, rate: float
 ) -> tuple[Named, Named, Named]:
     """SGD with momentum and coupled decay, or AdamW, by the book."""
@@ -118,7 +118,7 @@ def tail_patches(board: Board) -> Array:
     rises = []
     for row in range(board.size):
         g = _gradients(board, theta, torch.ones(1, 1), run.batch(np.array([row])))
-        after, _, _ = _step(run.optimizer, theta, m, v, g, run.steps, rate)
+        after, _, _ = step(run.optimizer, theta, m, v, g, run.steps, rate)
         rises.append(np.exp(-query_losses(board, after))[0] - before[0])
     found: Array = np.stack(rises)
     return found - found.mean(0)

@@ -99,6 +99,22 @@ class Task(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class OfTask:
+    """What a task that is made of another has from it: its batches."""
+
+    task: Task
+
+    def size(self, batch: Any) -> int:
+        return self.task.size(batch)
+
+    def to(self, batch: Any, device: torch.device) -> Any:
+        return self.task.to(batch, device)
+
+    def mask(self, batch: Any) -> Tensor | None:
+        return self.task.mask(batch)
+
+
 def base_task(task: Task) -> Task:
     """The task that runs the model.
 
@@ -214,6 +230,16 @@ def to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, (tuple, list)):
         return tuple(to_device(item, device) for item in value)
     return value
+
+
+def token_ids(task: str, batch: Any) -> Tensor:
+    """A batch's ``input_ids``, (B, T), checked."""
+    if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
+        raise TypeError(f"{task}: a batch is a mapping with a tensor 'input_ids', got {describe(batch)}")
+    ids: Tensor = batch["input_ids"]
+    if ids.ndim != 2:
+        raise ValueError(f"{task}: input_ids of shape {tuple(ids.shape)}; expected (B, T)")
+    return ids
 
 
 def describe(value: Any) -> str:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from assay.tasks.base import IGNORE, Outputs, as_bool, check_range, describe, logits_of, outside_range, to_device
+from assay.tasks.base import IGNORE, Outputs, as_bool, check_range, logits_of, outside_range, to_device, token_ids
 from assay.tasks.losses import row_losses, sample_losses
 from assay.tasks.output_layer import OutputLayer, find_output_layer, fused, remember_changed
 
@@ -44,7 +44,7 @@ class CausalLM:
             raise ValueError(f"CausalLM: reduction {self.reduction!r}; expected 'mean' or 'sum'")
 
     def size(self, batch: Any) -> int:
-        return self._ids(batch).shape[0]
+        return token_ids("CausalLM", batch).shape[0]
 
     def to(self, batch: Any, device: torch.device) -> Any:
         return to_device(batch, device)
@@ -110,7 +110,7 @@ class CausalLM:
 
     def relabelled(self, batch: Mapping[str, Any], labels: Tensor) -> dict[str, Any]:
         """The label of row (b, t) is the token at t + 1."""
-        ids = self._ids(batch)
+        ids = token_ids("CausalLM", batch)
         moved = torch.full_like(ids, IGNORE, dtype=torch.int64)
         moved[:, 1:] = labels.view(ids.shape)[:, :-1]
         return {**batch, "labels": moved}
@@ -121,7 +121,7 @@ class CausalLM:
         return F.pad(rows[:, :-1], (1, 0), value=torch.nan)
 
     def mask(self, batch: Any) -> Tensor:
-        ids = self._ids(batch)
+        ids = token_ids("CausalLM", batch)
         given = batch.get("attention_mask")
         if given is None:
             return torch.ones_like(ids, dtype=torch.bool)
@@ -132,17 +132,9 @@ class CausalLM:
             )
         return as_bool(given)
 
-    def _ids(self, batch: Any) -> Tensor:
-        if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
-            raise TypeError(f"CausalLM: a batch is a mapping with a tensor 'input_ids', got {describe(batch)}")
-        ids: Tensor = batch["input_ids"]
-        if ids.ndim != 2:
-            raise ValueError(f"CausalLM: input_ids of shape {tuple(ids.shape)}; expected (B, T)")
-        return ids
-
     def _next_tokens(self, batch: Mapping[str, Tensor]) -> Tensor:
         """(B, T): the token that each position has to predict, -100 where none."""
-        ids, mask = self._ids(batch), self.mask(batch)
+        ids, mask = token_ids("CausalLM", batch), self.mask(batch)
         given = batch.get("labels", ids)
         if given.shape != ids.shape:
             raise ValueError(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from assay.tasks.base import Outputs, as_bool, describe, logits_of, to_device
+from assay.tasks.base import Outputs, as_bool, describe, logits_of, to_device, token_ids
 from assay.tasks.output_layer import find_output_layer
 
 YES = 0
@@ -33,13 +33,13 @@ class Judge:
     """
 
     def size(self, batch: Any) -> int:
-        return len(self._ids(batch))
+        return len(token_ids("Judge", batch))
 
     def to(self, batch: Any, device: torch.device) -> Any:
         return to_device(batch, device)
 
     def mask(self, batch: Any) -> Tensor:
-        ids = self._ids(batch)
+        ids = token_ids("Judge", batch)
         given = batch.get("attention_mask")
         if given is None:
             return torch.ones_like(ids, dtype=torch.bool)
@@ -65,7 +65,7 @@ class Judge:
 
     def _answers(self, model: nn.Module, batch: Mapping[str, Tensor], mask: Tensor) -> Tensor:
         """(B, C): the logits of each sample's first token of an answer."""
-        ids, config = self._ids(batch), getattr(model, "config", None)
+        ids, config = token_ids("Judge", batch), getattr(model, "config", None)
         logits: Tensor | None = None
         arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": False}
         if getattr(config, "is_encoder_decoder", False):
@@ -97,14 +97,6 @@ class Judge:
                 "(B, T, vocabulary)"
             )
         return logits[torch.arange(len(ids), device=logits.device), last]
-
-    def _ids(self, batch: Any) -> Tensor:
-        if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
-            raise TypeError(f"Judge: a batch is a mapping with a tensor 'input_ids', got {describe(batch)}")
-        ids: Tensor = batch["input_ids"]
-        if ids.ndim != 2:
-            raise ValueError(f"Judge: input_ids of shape {tuple(ids.shape)}; expected (B, T)")
-        return ids
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from assay.tasks.base import IGNORE, Outputs, Task, unfused, wide
+from assay.tasks.base import IGNORE, OfTask, Outputs, unfused, wide
 from assay.tasks.supervised import Regression
 
 # Of a language model's tokens, 1 − p below this is taken for this: it comes from log p, which is exact only to float32.
@@ -17,7 +17,7 @@ _LEAST = 1e-6
 
 
 @dataclass(frozen=True)
-class Margin:
+class Margin(OfTask):
     """A task whose "losses" are the *negative* margins −f of another task's rows, f = Σ_t log(p_t / (1 − p_t)).
 
     With p the probability of the label (2303.14186, equation 9, and 2401.12926 for the tokens of a language model,
@@ -29,8 +29,6 @@ class Margin:
     Raises:
         ValueError: the task's labels are probabilities or numbers, so that there is no margin.
     """
-
-    task: Task
 
     def __post_init__(self) -> None:
         if getattr(self.task, "soft", False):
@@ -44,15 +42,6 @@ class Margin:
             f"Margin: {type(self.task).__name__} has no probability of one label per row; use Classification with "
             "classes, TokenClassification or CausalLM"
         )
-
-    def size(self, batch: Any) -> int:
-        return self.task.size(batch)
-
-    def to(self, batch: Any, device: torch.device) -> Any:
-        return self.task.to(batch, device)
-
-    def mask(self, batch: Any) -> Tensor | None:
-        return self.task.mask(batch)
 
     def unfused(self) -> Margin:
         return Margin(unfused(self.task))

@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from assay.tasks.base import Outputs, Task
+from assay.tasks.base import OfTask, Outputs
 from assay.tasks.supervised import Regression
 
 
 @dataclass(frozen=True)
-class Residual:
+class Residual(OfTask):
     """A regression whose "losses" are the residuals y − ŷ, (B,): above 0 where the prediction is too low.
 
     Args:
@@ -23,23 +22,12 @@ class Residual:
         ValueError: another task; from ``forward`` also of several numbers per sample.
     """
 
-    task: Task
-
     def __post_init__(self) -> None:
         if not isinstance(self.task, Regression):
             raise ValueError(
                 f"Residual: {type(self.task).__name__} has no prediction to subtract; expected Regression, of one "
                 "number per sample"
             )
-
-    def size(self, batch: Any) -> int:
-        return self.task.size(batch)
-
-    def to(self, batch: Any, device: torch.device) -> Any:
-        return self.task.to(batch, device)
-
-    def mask(self, batch: Any) -> Tensor | None:
-        return self.task.mask(batch)
 
     def forward(self, model: nn.Module, batch: Any) -> Outputs:
         return self.read(self.task.forward(model, batch))

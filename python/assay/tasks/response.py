@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from assay.tasks.base import IGNORE, Outputs
+from assay.tasks.base import IGNORE, OfTask, Outputs
 from assay.tasks.causal_lm import CausalLM
 
 
 @dataclass(frozen=True)
-class Response:
+class Response(OfTask):
     """Batches of ``CausalLM`` with ``labels``, of which the model sees the response alone: the tokens with a label,
     which must follow one another behind a prompt, the tokens before them.
 
@@ -27,12 +27,6 @@ class Response:
 
     task: CausalLM = field(default_factory=CausalLM)
     begin: int | None = None
-
-    def size(self, batch: Any) -> int:
-        return self.task.size(batch)
-
-    def to(self, batch: Any, device: torch.device) -> Any:
-        return self.task.to(batch, device)
 
     def mask(self, batch: Any) -> Tensor:
         return self.task.mask(self.alone(batch))

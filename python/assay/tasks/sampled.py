@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from assay.ops.philox import make_key, philox4x32
-from assay.tasks.base import IGNORE, Outputs, Relabels, Task, unfused
+from assay.tasks.base import IGNORE, OfTask, Outputs, Relabels, unfused
 
 
 @dataclass(frozen=True)
-class Sampled:
+class Sampled(OfTask):
     """Another task with every label replaced by a draw from the model's own prediction.
 
     The second moment of its gradients is the Fisher information, which for cross entropy is the Gauss-Newton matrix;
@@ -27,19 +27,9 @@ class Sampled:
         plain: whether the losses of the drawn labels are taken from the model's own logits. The draws are the same.
     """
 
-    task: Task
     seed: int = 0
     first: int = 0
     plain: bool = False
-
-    def size(self, batch: Any) -> int:
-        return self.task.size(batch)
-
-    def to(self, batch: Any, device: torch.device) -> Any:
-        return self.task.to(batch, device)
-
-    def mask(self, batch: Any) -> Tensor | None:
-        return self.task.mask(batch)
 
     def unfused(self) -> Sampled:
         return replace(self, plain=True)

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "portable.h"
+
 namespace assay::cuda {
 
 struct BlockCrew {
@@ -27,7 +29,12 @@ struct BlockCrew {
   __device__ T shuffle_xor(T x, int offset) const {
     return __shfl_xor_sync(0xffffffffu, x, offset);
   }
-  __device__ void atomic_min(int* p, int value) const { atomicMin(p, value); }
+  // Of a warp; NaN if any is.
+  __device__ float warp_max(float x) const {
+    return from_ordered(__reduce_max_sync(0xffffffffu, to_ordered(x)));
+  }
+  __device__ int warp_min(int x) const { return __reduce_min_sync(0xffffffffu, x); }
+  __device__ void atomic_min(uint32_t* p, uint32_t value) const { atomicMin(p, value); }
   __device__ void sync_warp() const { __syncwarp(); }
   __device__ void sync_block() const { __syncthreads(); }
   __device__ void sync() const { __syncthreads(); }

@@ -21,6 +21,18 @@ const void* kernel(DType dtype, Path path, Sweeps sweeps) {
   return nullptr;
 }
 
+const void* finish_kernel(DType dtype) {
+  switch (dtype) {
+    case DType::f32:
+      return finish_kernel_of<float>();
+    case DType::bf16:
+      return finish_kernel_of<bf16>();
+    case DType::f16:
+      return finish_kernel_of<f16>();
+  }
+  return nullptr;
+}
+
 #define ASSAY_RETURN_ON_ERROR(call)                              \
   do {                                                           \
     if (const cudaError_t e = (call); e != cudaSuccess) return e; \
@@ -85,8 +97,10 @@ struct Setup {
   const void* kernel;
   cudaLaunchConfig_t config;
   cudaLaunchAttribute attributes[1];
-  int64_t crews;          // of blocks; each takes a tile of rows at a time
-  int64_t models_bytes, counters_bytes, workspace_bytes;
+  int64_t crews;  // of blocks; each takes a tile of rows at a time
+  int64_t rows;   // of a launch: as many as there is room for in the workspace
+  SumsLayout sums;
+  int64_t models_bytes, counters_bytes, scratch_bytes, workspace_bytes;
 };
 
 cudaError_t set_up(const EnsembleArgs& a, Setup* s) {
@@ -95,11 +109,18 @@ cudaError_t set_up(const EnsembleArgs& a, Setup* s) {
   ASSAY_RETURN_ON_ERROR(current_device(&facts));
   const int itemsize = itemsize_of(a.dtype);
   const Plan plan = make_plan(a.K, a.C, itemsize, facts.device);
-  const int64_t tiles = ceil_div(a.N, plan.rows());
   const bool global = plan.path == Path::TWICE_GLOBAL;
 
   *s = Setup{};
   s->plan = plan;
+  s->rows = a.N;
+  s->sums = make_sums(a.K, plan.slices, plan.rows());
+  if (plan.path != Path::NARROW) {
+    const int64_t most = SUMS_BYTES / make_sums(a.K, plan.slices, 1).bytes;
+    s->rows = a.N < most ? a.N : most < 1 ? 1 : most;
+    s->sums = make_sums(a.K, plan.slices, s->rows);
+  }
+  const int64_t tiles = ceil_div(s->rows, plan.rows());
   s->todo = wants(a.fields, a.labels != nullptr, a.K);
   s->kernel = kernel(a.dtype, plan.path, sweeps(s->todo));
   if (!s->kernel) return cudaErrorInvalidValue;
@@ -147,8 +168,8 @@ cudaError_t set_up(const EnsembleArgs& a, Setup* s) {
   const auto aligned = [](int64_t bytes) { return ceil_div(bytes, 256) * 256; };
   s->models_bytes = a.K > INLINE_MODELS ? aligned(a.K * static_cast<int64_t>(sizeof(ModelLogits))) : 0;
   s->counters_bytes = global ? aligned(s->crews * static_cast<int64_t>(sizeof(unsigned))) : 0;
-  s->workspace_bytes =
-      s->models_bytes + s->counters_bytes + (global ? s->crews * plan.slices * s->layout.bytes : 0);
+  s->scratch_bytes = global ? aligned(s->crews * plan.slices * s->layout.bytes) : 0;
+  s->workspace_bytes = s->models_bytes + s->counters_bytes + s->scratch_bytes + (plan.path == Path::NARROW ? 0 : s->sums.bytes);
   return cudaSuccess;
 }
 
@@ -184,14 +205,8 @@ cudaError_t place_models(const EnsembleArgs& a, void* g_workspace, cudaStream_t 
   return cudaSuccess;
 }
 
-cudaError_t run(const EnsembleArgs& a, void* g_workspace, size_t bytes, cudaStream_t stream) {
-  if (a.N == 0) return cudaSuccess;
-  Setup s;
-  ASSAY_RETURN_ON_ERROR(set_up(a, &s));
-  if (bytes < static_cast<size_t>(s.workspace_bytes)) return cudaErrorInvalidValue;
-  Launch launch{};
-  Problem& p = launch.problem;
-  ASSAY_RETURN_ON_ERROR(place_models(a, g_workspace, stream, &p));
+Problem problem_of(const EnsembleArgs& a, const Setup& s) {
+  Problem p{};
   p.N = a.N;
   p.K = static_cast<int32_t>(a.K);
   p.C = static_cast<int32_t>(a.C);
@@ -203,16 +218,44 @@ cudaError_t run(const EnsembleArgs& a, void* g_workspace, size_t bytes, cudaStre
   p.g_prediction = a.prediction;
   p.plan = s.plan;
   p.layout = s.layout;
-  if (s.counters_bytes) {
-    char* g_counters = static_cast<char*>(g_workspace) + s.models_bytes;
-    ASSAY_RETURN_ON_ERROR(cudaMemsetAsync(g_counters, 0, static_cast<size_t>(s.counters_bytes), stream));
-    launch.g_counters = reinterpret_cast<unsigned*>(g_counters);
-    launch.g_scratch = g_counters + s.counters_bytes;
-    launch.scratch_stride = s.layout.bytes;
-  }
-  s.config.stream = stream;
+  p.sums_layout = s.sums;
+  return p;
+}
+
+// The rows from launch.problem.first on: their sums, then their fields.
+cudaError_t run_rows(const EnsembleArgs& a, const Setup& s, Launch& launch) {
+  Problem& p = launch.problem;
+  p.rows = a.N - p.first < s.rows ? a.N - p.first : s.rows;
+  const bool narrow = s.plan.path == Path::NARROW;
+  if (s.counters_bytes)
+    ASSAY_RETURN_ON_ERROR(cudaMemsetAsync(launch.g_counters, 0, static_cast<size_t>(s.counters_bytes), s.config.stream));
+  if (!narrow && s.todo.tops)  // above every column
+    ASSAY_RETURN_ON_ERROR(cudaMemsetAsync(p.sums.tops, 0xff, static_cast<size_t>(s.sums.mixtures - s.sums.tops), s.config.stream));
   void* arguments[] = {&launch};
-  return cudaLaunchKernelExC(&s.config, s.kernel, arguments);
+  ASSAY_RETURN_ON_ERROR(cudaLaunchKernelExC(&s.config, s.kernel, arguments));
+  if (narrow) return cudaSuccess;
+  void* problem[] = {&p};
+  return cudaLaunchKernel(finish_kernel(a.dtype), dim3(static_cast<unsigned>(ceil_div(p.rows, FINISH_THREADS))),
+                          dim3(FINISH_THREADS), problem, 0, s.config.stream);
+}
+
+cudaError_t run(const EnsembleArgs& a, void* g_workspace, size_t bytes, cudaStream_t stream) {
+  if (a.N == 0) return cudaSuccess;
+  Setup s;
+  ASSAY_RETURN_ON_ERROR(set_up(a, &s));
+  if (bytes < static_cast<size_t>(s.workspace_bytes)) return cudaErrorInvalidValue;
+  s.config.stream = stream;
+  Launch launch{};
+  launch.problem = problem_of(a, s);
+  ASSAY_RETURN_ON_ERROR(place_models(a, g_workspace, stream, &launch.problem));
+  char* const g_counters = static_cast<char*>(g_workspace) + s.models_bytes;
+  launch.g_counters = reinterpret_cast<unsigned*>(g_counters);
+  launch.g_scratch = g_counters + s.counters_bytes;
+  launch.scratch_stride = s.layout.bytes;
+  if (s.plan.path != Path::NARROW)
+    launch.problem.sums = sums_at(launch.g_scratch + s.scratch_bytes, s.sums, s.rows);
+  for (Problem& p = launch.problem; p.first < a.N; p.first += s.rows) ASSAY_RETURN_ON_ERROR(run_rows(a, s, launch));
+  return cudaSuccess;
 }
 
 }  // namespace

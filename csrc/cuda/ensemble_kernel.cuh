@@ -7,6 +7,14 @@
 
 namespace assay::cuda {
 
+// Rows whose sums are in the workspace: a thread each.
+constexpr int FINISH_THREADS = 128;
+template <class T>
+__global__ void __launch_bounds__(FINISH_THREADS) finish_kernel(const __grid_constant__ Problem p) {
+  const int64_t n = int64_t{blockIdx.x} * FINISH_THREADS + threadIdx.x;
+  if (n < p.rows) FinishRow<T>(p, p.sums, n, n).run();
+}
+
 struct Launch {
   Problem problem;
   char* g_scratch;         // TWICE_GLOBAL: a part per block
@@ -15,11 +23,11 @@ struct Launch {
 };
 
 constexpr int max_threads(Path path) {
-  return path == Path::NARROW ? NARROW_THREADS : path == Path::WARP ? 32 * WARP_ROWS : 32 * WIDE_MAX_WARPS;
+  return path == Path::NARROW ? NARROW_THREADS : 32 * (path == Path::WARP ? WARP_ROWS : max_warps(path));
 }
 // Blocks that the registers of an SM must have room for: with fewer, too few loads are in flight.
 constexpr int min_blocks(Path path) {
-  return path == Path::NARROW ? 6 : path == Path::WARP ? 5 : path == Path::ONCE || path == Path::KEPT ? 3 : 2;
+  return path == Path::NARROW ? 6 : path == Path::WARP ? 5 : max_warps(path) > 8 ? 1 : path == Path::ONCE || path == Path::KEPT ? 3 : 2;
 }
 
 template <class T, Path PATH, Sweeps SWEEPS>
@@ -70,16 +78,23 @@ const void* kernel_for(Path path, Sweeps sweeps) {
     case Path::TWICE_GLOBAL:
       return kernel_of<T, Path::TWICE_GLOBAL>(sweeps);
     case Path::TWICE:
-      if (sweeps == Sweeps::TWO) return kernel_of<T, Path::TWICE>(sweeps);
-      [[fallthrough]];  // without a second sweep there is nothing to keep or to read twice
+      return kernel_of<T, Path::TWICE>(sweeps);
     case Path::KEPT:
       return kernel_of<T, Path::KEPT>(sweeps);
   }
   return nullptr;
 }
 
+template <class T>
+const void* finish_kernel_of() {
+  return reinterpret_cast<const void*>(&finish_kernel<T>);
+}
+
 extern template const void* kernel_for<float>(Path, Sweeps);
 extern template const void* kernel_for<bf16>(Path, Sweeps);
 extern template const void* kernel_for<f16>(Path, Sweeps);
+extern template const void* finish_kernel_of<float>();
+extern template const void* finish_kernel_of<bf16>();
+extern template const void* finish_kernel_of<f16>();
 
 }  // namespace assay::cuda

@@ -7,12 +7,18 @@ namespace assay::cuda {
 
 // ---- dispatch: every limit and its reason ---------------------------------------------------------------------------
 
-// Narrow rows: many rows per block, each up to 32 columns to a lane, eight of them at a time: what a row costs at its end,
-// once per lane, is as much as many columns. Fewer where many models' logits would fill the shared memory.
+// Narrow rows: many rows per block, copied to shared memory as they lie, each up to 32 columns to a lane, eight of them at
+// a time: what a row costs at its end is as much as many columns. Fewer where many models' logits would fill that memory.
 constexpr int NARROW_MAX_C = 256;
-constexpr int NARROW_COLUMNS_PER_LANE[] = {32, 16, 8}, NARROW_COLUMNS = 8;
+#ifndef V_NARROW
+#define V_NARROW 32
+#endif
+constexpr int NARROW_COLUMNS_PER_LANE[] = {V_NARROW, 16, 8}, NARROW_COLUMNS = 8;
 // Four warps: enough rows for coalesced results, small enough that five blocks and more share an SM.
-constexpr int NARROW_THREADS = 128;
+#ifndef V_NT
+#define V_NT 128
+#endif
+constexpr int NARROW_THREADS = V_NT;
 
 // Wide rows: a warp takes chunks of 512 (float32) or 1024 columns; eight warps hide each other's loads, and three such
 // blocks fit an SM's registers.
@@ -32,15 +38,29 @@ constexpr int ONCE_FEW_WARPS = 4;
 // keep a block's part within 72 KB, so that three blocks are on an SM (227 KB) and one loads while others mix; with the
 // most blocks a part may grow to 110 KB, two blocks on an SM. Beyond, blocks would wait for each other with the memory
 // idle: reading twice through L2 is the better half.
-constexpr int64_t KEPT_BYTES = 72 << 10, KEPT_BYTES_LAST = 110 << 10;
+#ifndef V_KEPT
+#define V_KEPT 72
+#endif
+constexpr int64_t KEPT_BYTES = V_KEPT << 10, KEPT_BYTES_LAST = 110 << 10;
 // Blocks per row: a power of two up to the cluster size. 8 is portable; 16 needs the device's consent.
 constexpr int CLUSTER_SIZES[] = {1, 2, 4, 8, 16};
 
 // Rows that are read twice: 16 blocks each (8 where clusters end there), so that few rows are in flight and their logits
 // still lie in L2 when the second sweep comes. Rows in flight hold at most this share of L2; the rest is for what
 // streams through besides.
+#ifndef V_TWICE_SHARE
+#define V_TWICE_SHARE 0.8
+#endif
 constexpr int TWICE_SLICES = 16;
-constexpr double TWICE_L2_SHARE = 0.6;
+constexpr double TWICE_L2_SHARE = V_TWICE_SHARE;
+// Of rows so long that an SM has a single block of them, which then has more warps. On an H100, 8 warps took 0.90 of 16
+// warps' time at 2.5 MB a row, 1.19 at 4 MB.
+constexpr int64_t TWICE_LONG_BYTES = 3 << 20;
+constexpr int TWICE_MAX_WARPS = 16;
+
+// Rows that are not narrow are finished by a kernel of its own, which finds their sums in the workspace: so many rows to
+// a launch that these take about as much.
+constexpr int64_t SUMS_BYTES = 64 << 20;
 
 // Models whose addresses and weights travel as kernel arguments; more are written to the workspace first.
 constexpr int INLINE_MODELS = 32;
@@ -70,11 +90,11 @@ ASSAY_HD constexpr Sweeps sweeps(const Wants& todo) {
   return todo.mixture ? Sweeps::TWO : todo.squares ? Sweeps::SQUARES : Sweeps::ONE;
 }
 
-// What follows from a path. TWICE without a second sweep is KEPT: there is nothing to read twice.
+// What follows from a path.
 ASSAY_HD constexpr bool is_packed(Path path) { return path == Path::NARROW || path == Path::WARP; }
 ASSAY_HD constexpr bool keeps_logits(Path path) { return is_packed(path) || path == Path::KEPT; }
 ASSAY_HD constexpr bool has_kernel(Path path, Sweeps sweeps) {
-  return sweeps == Sweeps::ONE       ? path != Path::TWICE
+  return sweeps == Sweeps::ONE       ? true
          : sweeps == Sweeps::SQUARES ? is_packed(path) || path == Path::ONCE
                                      : path != Path::ONCE;
 }
@@ -86,16 +106,18 @@ struct Plan {
   int row_groups;  // groups of a block that share a row: 1 if narrow, else all
   int slices;      // blocks that share a row
   int chunks;      // chunks per group and model
-  int words;       // of 16 bytes that a lane keeps of a chunk
+  int tile_bytes;  // of a block's narrow rows of a model, at any alignment
 
   ASSAY_HD int threads() const { return lanes * groups; }
   ASSAY_HD int rows() const { return groups / row_groups; }  // per block
   ASSAY_HD bool packed() const { return is_packed(path); }
   ASSAY_HD bool keeps() const { return keeps_logits(path); }
   ASSAY_HD bool twice() const { return path == Path::TWICE || path == Path::TWICE_GLOBAL; }
-  // The row's chunk that is a group's j-th: a slice's chunks are neighbours.
+  // The chunk of a wide row that is a group's j-th: a slice's chunks are neighbours.
   ASSAY_HD int chunk(int slice, int j, int row_group) const { return (slice * chunks + j) * row_groups + row_group; }
 };
+
+constexpr int64_t padded(int64_t bytes) { return ceil_div(bytes, 16) * 16; }
 
 constexpr int power_of_two_from(int64_t n) {
   int p = 1;
@@ -103,62 +125,80 @@ constexpr int power_of_two_from(int64_t n) {
   return p;
 }
 
-inline Plan narrow_plan(int64_t C, int threads, int columns_per_lane = NARROW_COLUMNS_PER_LANE[0]) {
+inline Plan narrow_plan(int64_t C, int itemsize, int threads, int columns_per_lane = NARROW_COLUMNS_PER_LANE[0]) {
   const int lanes = power_of_two_from(ceil_div(C, columns_per_lane));
-  const int64_t columns = ceil_div(C, lanes), chunks = ceil_div(columns, NARROW_COLUMNS);
-  const int quads = columns <= 4 ? 1 : NARROW_COLUMNS / 4;
-  return {Path::NARROW, lanes, threads / lanes, 1, 1, static_cast<int>(chunks), quads};
+  const int64_t chunks = ceil_div(ceil_div(C, lanes), NARROW_COLUMNS), bytes = threads / lanes * C * itemsize;
+  return {Path::NARROW, lanes, threads / lanes, 1, 1, static_cast<int>(chunks), static_cast<int>(padded(bytes + 15))};
 }
 
 constexpr int VECTORS = 4;  // of 16 bytes: a lane's part of a chunk
 
-inline Plan warp_plan(int warp, int rows) { return {Path::WARP, warp, rows, 1, 1, 1, VECTORS}; }
+inline Plan warp_plan(int warp, int rows) { return {Path::WARP, warp, rows, 1, 1, 1, 0}; }
+
+constexpr int max_warps(Path path) {
+  return path == Path::TWICE || path == Path::TWICE_GLOBAL ? TWICE_MAX_WARPS : WIDE_MAX_WARPS;
+}
 
 // slot_count: a lane's columns in a chunk
 inline Plan wide_plan(Path path, int64_t C, int slot_count, int slices, int warp, int max_warps) {
   const int64_t per_slice = ceil_div(ceil_div(C, warp * slot_count), slices);
   const int64_t chunks = ceil_div(per_slice, max_warps), warps = ceil_div(per_slice, chunks);
-  return {path, warp, static_cast<int>(warps), static_cast<int>(warps), slices, static_cast<int>(chunks), VECTORS};
+  return {path, warp, static_cast<int>(warps), static_cast<int>(warps), slices, static_cast<int>(chunks), 0};
 }
-
-// What the first two meetings say about a row.
-struct RowVerdict {
-  float highest;  // probability of the mixture
-  bool divergence, defined;
-};
 
 // Where things are in a block's memory: shared, or its part of the workspace. Offsets in bytes, made on the host, so that
 // they are constants to the kernel and take no registers.
 struct Layout {
-  int64_t logits;    // Granule (K, chunks, words, threads): empty if they are not kept
-  int64_t states;    // State (rows, K, row_groups)
-  int64_t mixtures;  // Mixture (rows, row_groups)
-  int64_t refined;   // Refined (rows, row_groups)
-  int64_t models;    // Model (rows, K)
-  int64_t firsts;    // int (K, groups): the group's first chunk with its maximum
-  int64_t tops;      // int (rows, K): lowest column of this block's slice with the model's maximum
-  int64_t votes;     // int (K,): the same of a whole wide row
-  int64_t verdicts;  // RowVerdict (rows,)
+  int64_t logits;  // narrow rows', as they are (K, tile_bytes); else Granule (K, chunks, VECTORS, threads), if kept
+  int64_t states;  // State (2, K, row_groups): of a wide row, and of the one before, which other blocks may still read
+  int64_t mixers;  // Mixer (rows, K)
+  int64_t firsts;  // int (K, row_groups): of a wide row, the group's first chunk with its maximum; of narrow ones, where
+                   // the model's tile begins
+  int64_t parts;   // Mixture (row_groups): of the wide row before
+  int64_t mixed_row;  // int64_t: which that was, or -1
+  int64_t sums;    // the Sums of narrow rows
   int64_t bytes;
 };
 
+// What is known of a row when its logits have been gone through, for finish_row: in a block's memory if narrow, else in
+// the workspace, where a kernel with a thread per row takes it up.
+struct Sums {
+  State* models;      // (K, rows)
+  uint32_t* tops;     // (K, rows): the lowest column with the model's maximum
+  Mixture* mixtures;  // (slices, rows)
+  int64_t rows;
+};
+struct SumsLayout {
+  int64_t models, tops, mixtures, bytes;
+};
+
+inline SumsLayout make_sums(int64_t K, int64_t slices, int64_t rows) {
+  SumsLayout l{};
+  l.tops = padded(K * rows * static_cast<int64_t>(sizeof(State)));
+  l.mixtures = l.tops + padded(K * rows * static_cast<int64_t>(sizeof(uint32_t)));
+  l.bytes = l.mixtures + padded(slices * rows * static_cast<int64_t>(sizeof(Mixture)));
+  return l;
+}
+ASSAY_HD Sums sums_at(char* memory, const SumsLayout& l, int64_t rows) {
+  return {reinterpret_cast<State*>(memory + l.models), reinterpret_cast<uint32_t*>(memory + l.tops),
+          reinterpret_cast<Mixture*>(memory + l.mixtures), rows};
+}
+
 inline Layout make_layout(const Plan& p, int64_t K, bool keep) {
   int64_t end = 0;
-  const auto take = [&](int64_t count, size_t size) {
+  const auto take = [&](int64_t bytes) {
     const int64_t at = end;
-    end += ceil_div(count * static_cast<int64_t>(size), 16) * 16;
+    end += padded(bytes);
     return at;
   };
   Layout l{};
-  l.logits = take(keep ? K * p.chunks * p.words * p.threads() : 0, 16);
-  l.states = take(p.groups * K, sizeof(State));
-  l.mixtures = take(p.groups, sizeof(Mixture));
-  l.refined = take(p.groups, sizeof(Refined));
-  l.models = take(p.rows() * K, sizeof(Model));
-  l.firsts = take(p.packed() ? 0 : K * p.groups, sizeof(int));
-  l.tops = take(p.rows() * K, sizeof(int));
-  l.votes = take(p.packed() ? 0 : K, sizeof(int));
-  l.verdicts = take(p.rows(), sizeof(RowVerdict));
+  l.logits = take(p.path == Path::NARROW ? K * p.tile_bytes : keep ? K * p.chunks * VECTORS * p.threads() * 16 : 0);
+  l.states = take(p.packed() ? 0 : 2 * K * p.row_groups * static_cast<int64_t>(sizeof(State)));
+  l.mixers = take(p.rows() * K * static_cast<int64_t>(sizeof(Mixer)));
+  l.firsts = take(K * p.row_groups * static_cast<int64_t>(sizeof(int)));
+  l.parts = take(p.packed() ? 0 : p.row_groups * static_cast<int64_t>(sizeof(Mixture)));
+  l.mixed_row = take(p.packed() ? 0 : static_cast<int64_t>(sizeof(int64_t)));
+  l.sums = take(p.path == Path::NARROW ? make_sums(K, 1, p.rows()).bytes : 0);
   l.bytes = end;
   return l;
 }
@@ -166,7 +206,10 @@ inline Layout make_layout(const Plan& p, int64_t K, bool keep) {
 // The same for every N and every mask of fields.
 inline Plan make_plan(int64_t K, int64_t C, int itemsize, const Device& device) {
   const int slot_count = 16 * VECTORS / itemsize;
-  const auto wide = [&](Path path, int slices) { return wide_plan(path, C, slot_count, slices, 32, WIDE_MAX_WARPS); };
+  const int warps = K * C * itemsize > TWICE_LONG_BYTES ? TWICE_MAX_WARPS : WIDE_MAX_WARPS;
+  const auto wide = [&](Path path, int slices) {
+    return wide_plan(path, C, slot_count, slices, 32, path == Path::KEPT ? WIDE_MAX_WARPS : warps);
+  };
   const auto twice = [&](Path path, int most) {  // no more slices than chunks: an empty block would only wait
     const int slices = power_of_two_from(ceil_div(C, 32 * slot_count));
     return wide(path, slices < most ? slices : most);
@@ -177,7 +220,7 @@ inline Plan make_plan(int64_t K, int64_t C, int itemsize, const Device& device) 
   if (K <= INLINE_MODELS) {
     for (int columns : NARROW_COLUMNS_PER_LANE)
       if (C <= NARROW_MAX_C)
-        if (const Plan p = narrow_plan(C, NARROW_THREADS, columns); fits(p, KEPT_BYTES)) return p;
+        if (const Plan p = narrow_plan(C, itemsize, NARROW_THREADS, columns); fits(p, KEPT_BYTES)) return p;
     if (C <= 32 * slot_count)
       if (const Plan p = warp_plan(32, WARP_ROWS); fits(p, KEPT_BYTES_LAST)) return p;
     if (K == 1) {

@@ -1,58 +1,39 @@
 // The computation of ensemble_stats for a crew of threads, on a GPU or emulated.
 //
 // A crew is the threads of one block, or of the blocks ("slices") that share a row. Its groups of lanes take a row's
-// columns in chunks. Three meetings per row:
-//   1. every model's (max, sum) states are merged into its softmax                        -> log p_y, entropies
-//   2. the groups mix the models over their own columns, and the parts are merged         -> the mixture's fields
-//   3. only if asked for: the highest column's index, a small mutual information summed as a divergence
-// A single model is its own mixture: its first sweep leaves the label's column out, and finds what else is wanted.
-// Every merge follows an order given by the plan: the same bits on every run.
+// columns in chunks. The logits are gone through twice at most:
+//   1. every model's softmax is summed; the parts of a wide row meet, once per row
+//   2. the groups mix the models over their own columns
+// and finish_row makes the fields of the sums: a block's own threads, if rows are narrow, else another kernel, so that no
+// row waits for what a single thread does. A single model is its own mixture: its sweep leaves the label's column out.
+// A group's lanes share one maximum, so that their sums are added as they are. Every sum has an order given by the plan:
+// the same bits on every run.
 #pragma once
-#include "ensemble_plan.h"
-#include "logits.h"
+#include "ensemble_finish.h"
 
 namespace assay::cuda {
-
-struct ModelLogits {
-  const void* g_logits;  // (N, C)
-  int64_t row_stride, col_stride;
-  float weight;
-};
-
-struct Problem {
-  ModelLogits inline_models[INLINE_MODELS];
-  const ModelLogits* g_models;  // null: inline
-  int64_t N;
-  int32_t K, C;
-  const int64_t* g_labels;
-  int64_t ignore_index;
-  uint32_t fields;
-  Wants todo;             // of fields
-  float* g_out;           // (NUM_FLOAT_FIELDS, N)
-  int64_t* g_prediction;  // (N,)
-  Plan plan;
-  Layout layout;
-
-  ASSAY_HD const ModelLogits& model(int k) const { return g_models ? g_models[k] : inline_models[k]; }
-};
 
 template <class T, Path PATH, Sweeps SWEEPS, class Crew>
 class EnsembleRows {
   static constexpr bool NARROW = PATH == Path::NARROW, PACKED = is_packed(PATH);
   static constexpr bool MIXTURE = SWEEPS == Sweeps::TWO, SQUARES = SWEEPS == Sweeps::SQUARES;
-  static constexpr bool KEEP = MIXTURE && keeps_logits(PATH);
+  static constexpr bool KEEP = MIXTURE && !NARROW && keeps_logits(PATH);
   static constexpr int V = NARROW ? 1 : 16 / static_cast<int>(sizeof(T)), U = NARROW ? NARROW_COLUMNS : VECTORS;
   using S = Slots<V, U>;
-  static constexpr int SLOTS = S::COUNT;
+  // A lane mixes so many columns at a time: their probabilities and logarithms fit registers.
+  static constexpr int PIECE = NARROW ? NARROW_COLUMNS : 16, PIECES = S::COUNT / PIECE, PIECE_VECTORS = PIECE / V;
 
-  // A lane's part of a chunk: as it is in memory, until it is used.
+  // A lane's part of a chunk, or of a piece: as it is in memory, until it is used.
+  template <int COUNT>
   struct Vectors {
-    Granule g[U];
+    Granule g[COUNT];
   };
   struct Columns {
     float z[U];
+    int count;  // of which there may be columns, for any lane
   };
-  using Part = std::conditional_t<NARROW, Columns, Vectors>;
+  using Part = std::conditional_t<NARROW, Columns, Vectors<U>>;
+  using Piece = std::conditional_t<NARROW, Columns, Vectors<NARROW ? U : PIECE_VECTORS>>;
 
  public:
   ASSAY_HD EnsembleRows(const Problem& problem, const Crew& its_crew, char* its_memory)
@@ -64,143 +45,128 @@ class EnsembleRows {
         lane(crew.thread % lanes),
         group(crew.thread / lanes),
         row(PACKED ? group : 0),
-        row_group(PACKED ? 0 : group),
-        item_lanes(PACKED ? 1 : Crew::WARP) {}
+        row_group(PACKED ? 0 : group) {}
 
   ASSAY_HD void run() {
+    if (MIXTURE && !PACKED && crew.thread == (plan.row_groups - 1) * lanes) mixed_row() = -1;
     n = static_cast<int64_t>(crew.first_tile()) * plan.rows() + row;
-    for (; first_row() < p.N; n += static_cast<int64_t>(crew.tile_step()) * plan.rows()) run_tile();
+    for (; n - row < p.rows; n += static_cast<int64_t>(crew.tile_step()) * plan.rows()) run_tile();
     crew.sync();  // nobody leaves while others read its shared memory
+    if constexpr (MIXTURE && !PACKED) pass_on();
   }
 
  private:
-  // ---- one tile: rows first_row() .. first_row() + plan.rows() - 1 ----------------------------------------------------
-
-  ASSAY_HD int64_t first_row() const { return n - row; }
-
   ASSAY_HD void run_tile() {
+    if constexpr (NARROW) copy_tiles();
     const Part r_part = fetch(0, 0);  // on its way while the label comes
     label = NO_LABEL;
-    const bool live = n < p.N && read_label(n, label);
-    if (!PACKED && !live) {  // the same for the whole crew
-      if (leads(0)) write_undefined(n);
-      return;
-    }
-    const int first_item = crew.thread / item_lanes;
-    const float r_zy = label_logit(first_item);  // on its way while the rest comes
+    const bool live = n < p.rows && p.read_label(n, label);
+    if (!PACKED && !live) return;  // the same for the whole crew
     sweep_models(r_part);
-    crew.sync();
-    each_item(plan.rows() * p.K, [&](int i) { finish_model_of(i, i == first_item ? r_zy : label_logit(i)); });
-    crew.sync_block();
-    if (!PACKED && p.todo.tops) find_tops();
-    if constexpr (MIXTURE) sweep_mixture();
-    crew.sync();
-    each_item(plan.rows(), [&](int r) { finish_row(r, first_row() + r); });
-    crew.sync_block();
-    if constexpr (MIXTURE) {
-      if (p.todo.information || p.todo.prediction) {
-        look_again();
-        crew.sync();
-        each_item(plan.rows(), [&](int r) { finish_refined(r, first_row() + r); });
+    if constexpr (PACKED) {
+      crew.sync_warp();
+      ASSAY_NO_UNROLL
+      for (int k = lane; k < p.K; k += lanes) {
+        const State all = joined(k);
+        publish(k, all);
       }
+      crew.sync_warp();
+    } else {
+      crew.sync();
+      ASSAY_NO_UNROLL
+      for (int k = row_group; k < p.K; k += plan.row_groups) {
+        const State all = gathered(k);
+        if (lane == 0) publish(k, all);
+      }
+      if constexpr (MIXTURE) pass_on();
+      crew.sync_block();
+      if (p.todo.tops) find_tops();
     }
-  }
-
-  // Calls f(i) for each i < count with the lanes of an item together: one thread each if packed, else one warp.
-  template <class F>
-  ASSAY_HD void each_item(int count, const F& f) const {
-    ASSAY_NO_UNROLL
-    for (int i = crew.thread / item_lanes; i < count; i += crew.threads / item_lanes) f(i);
-  }
-  // Merges `count` parts (i-th: part(i)) over an item's lanes; the result is lane 0's.
-  template <class Sum, class F>
-  ASSAY_HD Sum gather(int count, Sum sum, const F& part) const {
-    ASSAY_NO_UNROLL
-    for (int i = PACKED ? 0 : lane; i < count; i += item_lanes) sum = merge(sum, part(i));
-    ASSAY_NO_UNROLL
-    for (int offset = item_lanes / 2; offset > 0; offset /= 2) sum = merge(sum, shuffled(sum, offset));
-    return sum;
-  }
-  ASSAY_HD bool leads(int item) const { return crew.slice == 0 && crew.thread == item * item_lanes; }
-
-  ASSAY_HD State shuffled(const State& x, int offset) const {
-    return {crew.shuffle_xor(x.m, offset), crew.shuffle_xor(x.d, offset), crew.shuffle_xor(x.s, offset),
-            SQUARES ? crew.shuffle_xor(x.q, offset) : 0};
-  }
-  ASSAY_HD Mixture shuffled(const Mixture& x, int offset) const {
-    return {crew.shuffle_xor(x.entropy, offset), crew.shuffle_xor(x.rest, offset), crew.shuffle_xor(x.squares, offset),
-            crew.shuffle_xor(x.top_other, offset), crew.shuffle_xor(x.p_label, offset)};
-  }
-  ASSAY_HD Refined shuffled(const Refined& x, int offset) const {
-    return {crew.shuffle_xor(x.information, offset), crew.shuffle_xor(x.best, offset)};
-  }
-  template <class Sum>  // over a group's lanes
-  ASSAY_HD Sum reduce(Sum x) const {
-    ASSAY_NO_UNROLL
-    for (int offset = lanes / 2; offset > 0; offset /= 2) x = merge(x, shuffled(x, offset));
-    return x;
-  }
-
-  // False: the row counts for nothing (ignored, or its label is no class, which a captured graph cannot report otherwise).
-  ASSAY_HD bool read_label(int64_t row_index, int& to) const {
-    if (!p.g_labels) return true;
-    const int64_t y = p.g_labels[row_index];
-    if (y == p.ignore_index || y < 0 || y >= p.C) return false;
-    to = static_cast<int>(y);
-    return true;
-  }
-  // The label of the tile's r-th row; NO_LABEL if that counts for nothing.
-  ASSAY_HD int label_of(int r) const {
-    int y = PACKED ? NO_LABEL : label;
-    if (PACKED && first_row() + r < p.N) read_label(first_row() + r, y);
-    return y;
-  }
-  // An item's: row i / K, model i % K. NaN without a label.
-  ASSAY_HD float label_logit(int item) const {
-    if (item >= plan.rows() * p.K) return NaN;
-    const int r = item / p.K, y = label_of(r);
-    if (y < 0) return NaN;
-    const ModelLogits& model = p.model(item % p.K);
-    return to_float(static_cast<const T*>(model.g_logits)[(first_row() + r) * model.row_stride + y * model.col_stride]);
+    if constexpr (MIXTURE) sweep_mixture();
+    parity ^= 1;
+    if constexpr (NARROW) {
+      crew.sync_block();
+      const int64_t it = n - row + crew.thread;
+      if (crew.thread < plan.rows() && it < p.rows) FinishRow<T>(p, sums(), crew.thread, it).run();
+      crew.sync_block();
+    }
   }
 
   // ---- the logits -----------------------------------------------------------------------------------------------------
 
-  ASSAY_HD int first_column(int j) const { return plan.chunk(crew.slice, j, row_group) * S::columns(lanes); }
+  ASSAY_HD int first_column(int j) const {
+    return (PACKED ? j : plan.chunk(crew.slice, j, row_group)) * S::columns(lanes);
+  }
   ASSAY_HD int column(int j, int slot) const { return first_column(j) + S::column(lane, lanes, slot); }
   // Whether the group's j-th chunk has columns. The same for its lanes.
   ASSAY_HD bool holds(int j) const { return j < plan.chunks && first_column(j) < p.C; }
 
-  // Model k's j-th chunk; rows past the end, of a packed tile, are all -inf.
+  // Narrow rows are copied first, as they lie: a model's tile where its rows are adjacent, else number by number.
+  ASSAY_HD void copy_tiles() const {
+    const int64_t first = n - row, left = p.rows - first;
+    const int count = static_cast<int>(left < plan.rows() ? left : plan.rows()) * p.C;
+    ASSAY_NO_UNROLL
+    for (int k = 0; k < p.K; ++k) {
+      const ModelLogits model = p.model(k);
+      const T* g_from = p.row<T>(model, first);
+      const bool adjacent = model.col_stride == 1 && model.row_stride == p.C;
+      // As far from a multiple of 16 bytes as it is in memory.
+      const int misaligned = adjacent ? static_cast<int>(reinterpret_cast<uintptr_t>(g_from) & 15) : 0;
+      const int begin = static_cast<int>(p.layout.logits) + k * plan.tile_bytes + misaligned;
+      T* const s_to = reinterpret_cast<T*>(memory + begin);
+      if (crew.thread == 0) tile_begin(k) = begin;
+      if (adjacent) {
+        copy_numbers(s_to, g_from, count, crew.thread, crew.threads);
+        continue;
+      }
+      ASSAY_NO_UNROLL
+      for (int i = crew.thread; i < count; i += crew.threads)
+        s_to[i] = g_from[i / p.C * model.row_stride + i % p.C * model.col_stride];
+    }
+    wait_for_copies();
+    crew.sync_block();
+  }
+
+  // Model k's j-th chunk. Of a packed tile's rows past the end: -inf, or, narrow, whatever there is.
   ASSAY_HD Part fetch(int k, int j) const {
-    const ModelLogits& model = p.model(k);
-    const bool inside = !PACKED || n < p.N;
-    const T* g_row = static_cast<const T*>(model.g_logits) + (inside ? n : 0) * model.row_stride;
-    const int C = inside ? p.C : 0;
     Part r;
     if constexpr (NARROW) {
-      load_columns(g_row, model.col_stride, C, first_column(j) + lane, lanes, r.z);
+      const int left = p.C - first_column(j);
+      const T* s_row = reinterpret_cast<const T*>(memory + tile_begin(k)) + row * p.C + first_column(j);
+      r.count = (left + lanes - 1) / lanes;
+      if (left >= U * lanes) {
+        load_columns(s_row + lane, lanes, r.z);
+      } else {
+        load_columns(s_row, left, lane, lanes, r.z);
+      }
     } else {
-      load_vectors(g_row, model.col_stride, C, first_column(j), lane, lanes, r.g);
+      load(k, j, 0, r.g);
     }
     return r;
+  }
+  template <int COUNT>
+  ASSAY_HD void load(int k, int j, int vector, Granule (&r_g)[COUNT]) const {
+    const bool inside = !PACKED || n < p.rows;
+    const ModelLogits model = p.model(k);
+    load_vectors(p.row<T>(model, inside ? n : 0), model.col_stride, inside ? p.C : 0, first_column(j) + vector * lanes * V,
+                 lane, lanes, r_g);
   }
 
   // f(slot, logit), a vector at a time: a whole chunk's floats would take too many registers.
   template <class F>
-  ASSAY_HD void each_logit(const Part& r, const F& f) const {
-    if constexpr (NARROW) {
+  ASSAY_HD void each_logit(const Columns& r, const F& f) const {
+    ASSAY_UNROLL
+    for (int i = 0; i < U; ++i)
+      if (i / 4 * 4 < r.count) f(i, r.z[i]);  // the same for all lanes
+  }
+  template <int COUNT, class F>
+  ASSAY_HD void each_logit(const Vectors<COUNT>& r, const F& f) const {
+    ASSAY_UNROLL
+    for (int u = 0; u < COUNT; ++u) {
+      float r_z[V];
+      unpack(r.g[u], r_z, T{});
       ASSAY_UNROLL
-      for (int i = 0; i < SLOTS; ++i)
-        if (i < 4 * plan.words) f(i, r.z[i]);
-    } else {
-      ASSAY_UNROLL
-      for (int u = 0; u < U; ++u) {
-        float r_z[V];
-        unpack(r.g[u], r_z, T{});
-        ASSAY_UNROLL
-        for (int v = 0; v < V; ++v) f(u * V + v, r_z[v]);
-      }
+      for (int v = 0; v < V; ++v) f(u * V + v, r_z[v]);
     }
   }
   ASSAY_HD static float highest_of(const Part& r) {
@@ -223,40 +189,33 @@ class EnsembleRows {
   ASSAY_HD X* at(int64_t offset) const {
     return reinterpret_cast<X*>(memory + offset);
   }
-  ASSAY_HD State* states() const { return at<State>(p.layout.states); }
-  ASSAY_HD Mixture* mixtures() const { return at<Mixture>(p.layout.mixtures); }
-  ASSAY_HD Refined* refined() const { return at<Refined>(p.layout.refined); }
-  ASSAY_HD Model* models() const { return at<Model>(p.layout.models); }
-  ASSAY_HD int* tops() const { return at<int>(p.layout.tops); }
-  ASSAY_HD int* votes() const { return at<int>(p.layout.votes); }
-  ASSAY_HD RowVerdict* verdicts() const { return at<RowVerdict>(p.layout.verdicts); }
-  ASSAY_HD int& first_chunk(int k) const { return at<int>(p.layout.firsts)[k * plan.groups + group]; }
-  ASSAY_HD Granule& kept(int k, int j, int w) const {
-    return at<Granule>(p.layout.logits)[((k * plan.chunks + j) * plan.words + w) * crew.threads + crew.thread];
+  ASSAY_HD State* states(int k) const { return at<State>(p.layout.states) + (parity * p.K + k) * plan.row_groups; }
+  ASSAY_HD Mixer& mixer(int k) const { return at<Mixer>(p.layout.mixers)[row * p.K + k]; }
+  ASSAY_HD State& joined(int k) const { return at<State>(p.layout.mixers)[row * p.K + k]; }  // of a packed row, until mixer(k)
+  ASSAY_HD int& first_chunk(int k) const { return at<int>(p.layout.firsts)[k * plan.row_groups + row_group]; }
+  ASSAY_HD int& tile_begin(int k) const { return at<int>(p.layout.firsts)[k]; }
+  ASSAY_HD Mixture* parts() const { return at<Mixture>(p.layout.parts); }
+  ASSAY_HD int64_t& mixed_row() const { return *at<int64_t>(p.layout.mixed_row); }  // of parts(): one thread's
+  ASSAY_HD Sums sums() const { return NARROW ? sums_at(memory + p.layout.sums, p.sums_layout, plan.rows()) : p.sums; }
+  ASSAY_HD int64_t place() const { return NARROW ? row : n; }  // of this row in sums
+  ASSAY_HD bool past_the_end() const { return PACKED && !NARROW && n >= p.rows; }
+  ASSAY_HD Granule& kept(int k, int j, int u) const {
+    return at<Granule>(p.layout.logits)[((k * plan.chunks + j) * VECTORS + u) * crew.threads + crew.thread];
   }
-  ASSAY_HD void keep(int k, int j, const Part& r) const {
-    ASSAY_UNROLL
-    for (int w = 0; w < VECTORS; ++w) {
-      if constexpr (!NARROW) {
-        kept(k, j, w) = r.g[w];
-      } else if (4 * w < SLOTS && w < plan.words) {
-        kept(k, j, w) = {{float_to_bits(r.z[4 * w % SLOTS]), float_to_bits(r.z[(4 * w + 1) % SLOTS]),
-                          float_to_bits(r.z[(4 * w + 2) % SLOTS]), float_to_bits(r.z[(4 * w + 3) % SLOTS])}};
-      }
-    }
-  }
-  // The chunk once more.
-  ASSAY_HD Part again(int k, int j) const {
-    if constexpr (!KEEP) return fetch(k, j);
-    Part r;
+  // A piece of the chunk once more.
+  ASSAY_HD Piece again(int k, int j, int piece) const {
     if constexpr (NARROW) {
-      ASSAY_UNROLL
-      for (int i = 0; i < SLOTS; ++i) r.z[i] = i / 4 < plan.words ? bits_to_float(kept(k, j, i / 4).word[i % 4]) : -INF;
+      return fetch(k, j);
     } else {
-      ASSAY_UNROLL
-      for (int u = 0; u < U; ++u) r.g[u] = kept(k, j, u);
+      Piece r;
+      if constexpr (KEEP) {
+        ASSAY_UNROLL
+        for (int u = 0; u < PIECE_VECTORS; ++u) r.g[u] = kept(k, j, piece * PIECE_VECTORS + u);
+      } else {
+        load(k, j, piece * PIECE_VECTORS, r.g);
+      }
+      return r;
     }
-    return r;
   }
 
   // ---- first sweep: each model's softmax ------------------------------------------------------------------------------
@@ -265,24 +224,60 @@ class EnsembleRows {
   ASSAY_HD void sweep_models(Part r_next) {
     ASSAY_NO_UNROLL
     for (int k = 0; k < p.K; ++k) {
-      State r_state = EMPTY_STATE;
+      Growing r_sum = NOTHING;
       int first = 0;
       ASSAY_NO_UNROLL
       for (int j = 0; j == 0 || holds(j); ++j) {
         Part r_part = r_next;
         const bool more = holds(j + 1);
         if (more || k + 1 < p.K) r_next = fetch(more ? k : k + 1, more ? j + 1 : 0);
-        if constexpr (KEEP) keep(k, j, r_part);
-        if (p.K == 1) take_label_out(j, r_part);
-        const float m = highest_of(r_part);
-        if (!(m <= r_state.m)) {  // higher, or NaN
-          r_state = rescaled(r_state, max_nan(r_state.m, m));
-          first = PACKED && p.todo.tops ? column(j, first_slot(r_part, m)) : j;
+        if constexpr (KEEP) {
+          ASSAY_UNROLL
+          for (int u = 0; u < VECTORS; ++u) kept(k, j, u) = r_part.g[u];
         }
-        add_chunk(r_part, r_state);
+        if (p.K == 1) take_label_out(j, r_part);
+        const float highest = highest_of(r_part), m = group_max(highest);
+        if (!(m <= r_sum.m)) {  // higher, or NaN
+          r_sum = rescaled(r_sum, max_nan(r_sum.m, m));
+          first = !PACKED ? j : p.todo.tops && highest == m ? column(j, first_slot(r_part, m)) : NO_COLUMN;
+        }
+        add_chunk(r_part, r_sum);
       }
-      join(k, r_state, first);
+      join(k, r_sum, first);
     }
+  }
+
+  ASSAY_HD float group_max(float x) const {
+    if constexpr (NARROW) {
+      ASSAY_NO_UNROLL
+      for (int offset = lanes / 2; offset > 0; offset /= 2) x = max_nan(x, crew.shuffle_xor(x, offset));
+      return x;
+    } else {
+      return crew.warp_max(x);
+    }
+  }
+  ASSAY_HD int group_min(int x) const {
+    if constexpr (NARROW) {
+      ASSAY_NO_UNROLL
+      for (int offset = lanes / 2; offset > 0; offset /= 2) {
+        const int other = crew.shuffle_xor(x, offset);
+        x = other < x ? other : x;
+      }
+      return x;
+    } else {
+      return crew.warp_min(x);
+    }
+  }
+  template <class X>
+  ASSAY_HD X group_sum(X x) const {
+    if constexpr (NARROW) {
+      ASSAY_NO_UNROLL
+      for (int offset = lanes / 2; offset > 0; offset /= 2) x += crew.shuffle_xor(x, offset);
+    } else {
+      ASSAY_UNROLL
+      for (int offset = Crew::WARP / 2; offset > 0; offset /= 2) x += crew.shuffle_xor(x, offset);
+    }
+    return x;
   }
 
   ASSAY_HD void take_label_out(int j, Part& r_part) const {
@@ -290,7 +285,7 @@ class EnsembleRows {
     if (label < 0 || y < 0 || y >= S::columns(lanes)) return;
     const int mine = S::slot(lane, lanes, y);
     ASSAY_UNROLL
-    for (int i = 0; i < SLOTS; ++i) {
+    for (int i = 0; i < S::COUNT; ++i) {
       if (i != mine) continue;
       if constexpr (NARROW) {
         r_part.z[i] = -INF;
@@ -300,66 +295,65 @@ class EnsembleRows {
     }
   }
 
-  // r_state.m is the chunk's maximum, or higher.
-  ASSAY_HD void add_chunk(const Part& r_part, State& r_state) const {
-    const float origin = r_state.m > -INF ? r_state.m : 0.f;  // nothing but -inf so far: -inf - 0 gives e = 0
-    float r_d[2] = {0, 0}, r_s[2] = {0, 0}, r_q[2] = {0, 0};
+  // r_sum.m is the chunk's maximum, or higher.
+  ASSAY_HD void add_chunk(const Part& r_part, Growing& r_sum) const {
+    const float origin = r_sum.m > -INF ? r_sum.m : 0.f;  // nothing but -inf so far: -inf - 0 gives e = 0
+    float r_d[4] = {0, 0, 0, 0}, r_s[4] = {0, 0, 0, 0}, r_q[4] = {0, 0, 0, 0};
     each_logit(r_part, [&](int i, float z) {
       const float x = fmaxf(z - origin, FAR), e = exp2_approx(x * LOG2E);
-      r_d[i % 2] += e;
-      r_s[i % 2] = fmaf(x, e, r_s[i % 2]);
-      if constexpr (SQUARES) r_q[i % 2] = fmaf(e, e, r_q[i % 2]);
+      r_d[i % 4] += e;
+      r_s[i % 4] = fmaf(x, e, r_s[i % 4]);
+      if constexpr (SQUARES) r_q[i % 4] = fmaf(e, e, r_q[i % 4]);
     });
-    r_state.d += static_cast<double>(r_d[0] + r_d[1]);
-    r_state.s += static_cast<double>(r_s[0] + r_s[1]);
-    if constexpr (SQUARES) r_state.q += static_cast<double>(r_q[0] + r_q[1]);
+    r_sum.d += static_cast<double>((r_d[0] + r_d[1]) + (r_d[2] + r_d[3]));
+    r_sum.s += static_cast<double>((r_s[0] + r_s[1]) + (r_s[2] + r_s[3]));
+    if constexpr (SQUARES) r_sum.q += static_cast<double>((r_q[0] + r_q[1]) + (r_q[2] + r_q[3]));
   }
 
-  // The lanes' states of model k become the group's. first: where a lane has met its maximum first, a column of a packed
-  // row, a chunk of a wide one.
-  ASSAY_HD void join(int k, State r_state, int first) const {
-    float m = r_state.m;
-    ASSAY_NO_UNROLL
-    for (int offset = lanes / 2; offset > 0; offset /= 2) m = max_nan(m, crew.shuffle_xor(m, offset));
-    if (p.todo.tops) {
-      first = r_state.m == m ? first : NO_TOP;
-      ASSAY_NO_UNROLL
-      for (int offset = lanes / 2; offset > 0; offset /= 2) {
-        const int other = crew.shuffle_xor(first, offset);
-        first = other < first ? other : first;
-      }
-      if (lane == 0) (PACKED ? tops()[row * p.K + k] : first_chunk(k)) = first;
+  // The lanes' sums of model k become the group's. first: where it has met the maximum first, a lane's column of a packed
+  // row, the chunk of a wide one.
+  ASSAY_HD void join(int k, const Growing& r_sum, int first) const {
+    State all = rounded(r_sum);
+    all.d = group_sum(all.d);
+    all.s = group_sum(all.s);
+    if constexpr (SQUARES) all.q = group_sum(all.q);
+    if constexpr (!PACKED) {
+      if (lane == 0) states(k)[row_group] = all, first_chunk(k) = first;
+    } else {
+      if (lane == 0) joined(k) = all;
+      if (!p.todo.tops) return;
+      first = group_min(first);
+      if (lane == 0 && !past_the_end()) sums().tops[k * sums().rows + place()] = static_cast<uint32_t>(first);
     }
-    r_state = rescaled(r_state, m);
-    ASSAY_NO_UNROLL
-    for (int offset = lanes / 2; offset > 0; offset /= 2) {
-      r_state.d += crew.shuffle_xor(r_state.d, offset);
-      r_state.s += crew.shuffle_xor(r_state.s, offset);
-      if constexpr (SQUARES) r_state.q += crew.shuffle_xor(r_state.q, offset);
-    }
-    if (lane == 0) states()[(row * p.K + k) * plan.row_groups + row_group] = r_state;
   }
 
-  ASSAY_HD void finish_model_of(int item, float zy) const {
-    const int parts = plan.row_groups;
-    const State sum = gather(parts * plan.slices, EMPTY_STATE,
-                             [&](int i) { return crew.peer(states(), i / parts)[item * parts + i % parts]; });
-    if (!PACKED && lane != 0) return;
-    const int r = item / p.K, y = label_of(r);
-    const bool apart = p.K == 1 && y >= 0;  // the label's column is not in `sum`
-    const Model model = finish_model(apart ? merge(sum, State{zy, 1, 0, 1}) : sum, zy);
-    models()[item] = model;
-    if constexpr (SQUARES) mixtures()[r] = mixture_of_one(sum, model, zy);
-    if (PACKED && p.todo.tops && apart && zy == model.m)
-      tops()[item] = zy > sum.m || y < tops()[item] ? y : tops()[item];
-    if (!PACKED) tops()[item] = apart && zy == model.m ? y : NO_TOP;
+  // The parts of a wide row's model, by one warp: its lanes take a group of a slice each, then of later slices.
+  ASSAY_HD State gathered(int k) const {
+    const int at_once = Crew::WARP / plan.row_groups, first = lane / plan.row_groups;
+    Growing sum = NOTHING;
+    ASSAY_NO_UNROLL
+    for (int slice = first; slice < plan.slices && first < at_once; slice += at_once) {
+      const State part = crew.peer(states(k), slice)[lane % plan.row_groups];
+      sum = rescaled(sum, max_nan(sum.m, part.m));
+      add(sum, part);
+    }
+    sum = rescaled(sum, crew.warp_max(sum.m));
+    sum.d = group_sum(sum.d);
+    sum.s = group_sum(sum.s);
+    if constexpr (SQUARES) sum.q = group_sum(sum.q);
+    return rounded(sum);
+  }
+
+  ASSAY_HD void publish(int k, const State& all) const {
+    mixer(k) = mixer_of(all, p.model(k).weight);
+    if (crew.slice == 0 && !past_the_end()) sums().models[k * sums().rows + place()] = all;
   }
 
   // ---- argmax per model -----------------------------------------------------------------------------------------------
 
   // The first slot that holds m; SLOTS if none does.
   ASSAY_HD int first_slot(const Part& r_part, float m) const {
-    int slot = SLOTS;
+    int slot = S::COUNT;
     each_logit(r_part, [&](int i, float z) { slot = z == m && i < slot ? i : slot; });
     return slot;
   }
@@ -368,219 +362,158 @@ class EnsembleRows {
   ASSAY_HD void find_tops() const {
     ASSAY_NO_UNROLL
     for (int k = 0; k < p.K; ++k) {
-      const float m = models()[k].m;
-      if (states()[k * plan.row_groups + row_group].m != m) continue;
+      const float m = mixer(k).m;
+      if (states(k)[row_group].m != m) continue;
       const int j = first_chunk(k);
-      const int slot = first_slot(again(k, j), m);
-      if (slot < SLOTS) crew.atomic_min(&tops()[k], column(j, slot));
-    }
-  }
-
-  // The lowest column of all slices, per model; called by one warp.
-  ASSAY_HD const int* gather_tops() const {
-    ASSAY_NO_UNROLL
-    for (int k = lane; p.todo.tops && k < p.K; k += lanes) {
-      int top = NO_TOP;
       ASSAY_NO_UNROLL
-      for (int slice = 0; slice < plan.slices; ++slice) {
-        const int other = crew.peer(tops(), slice)[k];
-        top = other < top ? other : top;
+      for (int piece = 0; piece < PIECES; ++piece) {
+        int slot = PIECE;
+        each_logit(again(k, j, piece), [&](int i, float z) { slot = z == m && i < slot ? i : slot; });
+        if (slot < PIECE) crew.atomic_min(&p.sums.tops[k * p.sums.rows + n], static_cast<uint32_t>(column(j, piece * PIECE + slot)));
       }
-      votes()[k] = top;
     }
-    crew.sync_warp();
-    return votes();
   }
 
   // ---- second sweep: the mixture --------------------------------------------------------------------------------------
 
-  // Adds a chunk's probabilities under model k, times its weight. The same logits give the same bits in every column.
-  ASSAY_HD void mix_model(int k, const Part& r_part, float (&r_p)[SLOTS]) const {
-    const Model& model = models()[row * p.K + k];
-    const float m = model.m, scale = p.model(k).weight * model.inverse;
-    each_logit(r_part, [&](int i, float z) { r_p[i] = fmaf(exp2_approx((z - m) * LOG2E), scale, r_p[i]); });
-  }
-
-  // r_p: the mixture's probabilities of the j-th chunk
-  ASSAY_HD void mix_chunk(int j, float (&r_p)[SLOTS]) const {
-    ASSAY_UNROLL
-    for (int i = 0; i < SLOTS; ++i) r_p[i] = 0.f;
-    if constexpr (KEEP) {
-      ASSAY_NO_UNROLL
-      for (int k = 0; k < p.K; ++k) mix_model(k, again(k, j), r_p);
-    } else {
-      Part r_next = fetch(0, j);
-      ASSAY_NO_UNROLL
-      for (int k = 0; k < p.K; ++k) {
-        const Part r_part = r_next;
-        if (k + 1 < p.K) r_next = fetch(k + 1, j);
-        mix_model(k, r_part, r_p);
-      }
-    }
-  }
+  // A lane's sums over its columns, times powers of 2^origin.
+  struct Mixed {
+    double information = 0, rest = 0, squares = 0;
+    float p_label = 0, top = 0;
+    int top_column = NO_COLUMN;
+  };
 
   ASSAY_HD void sweep_mixture() {
-    Mixture r_mix = EMPTY_MIXTURE;
+    float bits = 0;
+    ASSAY_NO_UNROLL
+    for (int k = 0; k < p.K; ++k) bits += mixer(k).bits;
+    const float origin = origin_of(bits);
+    Mixed r_mixed;
     ASSAY_NO_UNROLL
     for (int j = 0; holds(j); ++j) {
-      float r_p[SLOTS];
-      mix_chunk(j, r_p);
-      add_mixture(j, r_p, r_mix);
-    }
-    highest = r_mix.top_other > r_mix.p_label ? r_mix.top_other : r_mix.p_label;
-    r_mix = reduce(r_mix);
-    if (lane == 0) mixtures()[row * plan.row_groups + row_group] = r_mix;
-  }
-
-  ASSAY_HD void add_mixture(int j, float (&r_p)[SLOTS], Mixture& r_mix) const {
-    if (p.todo.logs) {  // 0 log 0 = 0
-      float r_e[2] = {0, 0}, r_h[2] = {0, 0};
-      ASSAY_UNROLL
-      for (int i = 0; i < SLOTS; ++i) {
-        const Log2 log = log2_of(fmaxf(r_p[i], TINY));
-        r_e[i % 2] = fmaf(-r_p[i], log.exponent, r_e[i % 2]);
-        r_h[i % 2] = fmaf(-r_p[i], log.rest, r_h[i % 2]);
-      }
-      r_mix.entropy += static_cast<double>(r_e[0] + r_e[1]) + static_cast<double>(r_h[0] + r_h[1]);
-    }
-    const int y = label - first_column(j);
-    if (label >= 0 && y >= 0 && y < S::columns(lanes)) {  // take the label's column out
-      const int mine = S::slot(lane, lanes, y);
-      ASSAY_UNROLL
-      for (int i = 0; i < SLOTS; ++i) {
-        if (i != mine) continue;
-        r_mix.p_label = r_p[i];
-        r_p[i] = 0.f;
-      }
-    }
-    float r_rest[4] = {0, 0, 0, 0}, r_squares[4] = {0, 0, 0, 0};
-    ASSAY_UNROLL
-    for (int i = 0; i < SLOTS; ++i) {
-      r_rest[i % 4] += r_p[i];
-      r_squares[i % 4] = fmaf(r_p[i], r_p[i], r_squares[i % 4]);
-      r_mix.top_other = fmaxf(r_p[i], r_mix.top_other);
-    }
-    r_mix.rest += static_cast<double>((r_rest[0] + r_rest[1]) + (r_rest[2] + r_rest[3]));
-    r_mix.squares += static_cast<double>((r_squares[0] + r_squares[1]) + (r_squares[2] + r_squares[3]));
-  }
-
-  // ---- results --------------------------------------------------------------------------------------------------------
-
-  ASSAY_HD void finish_row(int r, int64_t row_index) const {
-    Mixture mix = EMPTY_MIXTURE;
-    const int parts = plan.row_groups;
-    if constexpr (MIXTURE)
-      mix = gather(parts * plan.slices, EMPTY_MIXTURE,
-                   [&](int i) { return crew.peer(mixtures(), i / parts)[r * parts + i % parts]; });
-    if constexpr (SQUARES) mix = mixtures()[r];
-    const int* s_tops = PACKED ? tops() + r * p.K : gather_tops();
-    if (!(PACKED || lane == 0)) return;
-    if (row_index >= p.N) {  // the last rows of a packed tile
-      verdicts()[r] = RowVerdict{0, false, false};
-      return;
-    }
-    const int y = label_of(r);
-    const bool alive = y >= 0 || !p.g_labels;
-    const Model* s_models = models() + r * p.K;
-    const ModelFields own = combine_models(s_models, s_tops, p.K, [&](int k) { return p.model(k).weight; }, y,
-                                           p.todo.tops);
-    const bool defined = alive && own.defined;
-    float information = 0.f, confidence = s_models[0].inverse;
-    double entropy = own.expected_entropy;
-    if (MIXTURE && p.K > 1) {
-      entropy = entropy_of(mix);
-      information = static_cast<float>(entropy - own.expected_entropy);
-      confidence = fmaxf(mix.top_other, mix.p_label);
-    }
-    const bool divergence = defined && p.todo.information && information < SMALL_INFORMATION * (1.f + static_cast<float>(entropy));
-    verdicts()[r] = RowVerdict{confidence, divergence, defined};
-    if (crew.slice != 0) return;
-    if (!defined) return write_undefined(row_index);
-    const auto put = [&](Field f, float value) { write(f, row_index, value); };
-    const bool labelled = p.g_labels != nullptr;
-    put(NLL, labelled ? own.nll : NaN);
-    put(MEAN_NLL, labelled ? own.mean_nll : NaN);
-    put(MARGIN, labelled ? mix.p_label - mix.top_other : NaN);
-    put(AGREEMENT, labelled ? own.agreement : NaN);
-    put(EL2N, labelled ? el2n(mix) : NaN);
-    put(ENTROPY, static_cast<float>(entropy));
-    put(EXPECTED_ENTROPY, static_cast<float>(own.expected_entropy));
-    put(MUTUAL_INFORMATION, information);  // for now, if `divergence`
-    put(CONFIDENCE, confidence);
-    put(VOTE_ENTROPY, own.vote_entropy);
-    if (p.K == 1) write_prediction(row_index, s_tops[0]);
-  }
-
-  ASSAY_HD void write(Field f, int64_t row_index, float value) const {
-    if (p.fields & bit(f)) p.g_out[f * p.N + row_index] = value;
-  }
-  ASSAY_HD void write_prediction(int64_t row_index, int64_t value) const {
-    if (p.fields & bit(PREDICTION)) p.g_prediction[row_index] = value;
-  }
-  ASSAY_HD void write_undefined(int64_t row_index) const {
-    ASSAY_NO_UNROLL
-    for (int f = 0; f < NUM_FLOAT_FIELDS; ++f) write(static_cast<Field>(f), row_index, NaN);
-    write_prediction(row_index, -1);
-  }
-
-  // ---- second look ----------------------------------------------------------------------------------------------------
-
-  ASSAY_HD void look_again() const {
-    const RowVerdict verdict = verdicts()[row];
-    Refined r_sum = EMPTY_REFINED;
-    const bool rivals = verdict.defined && p.todo.prediction && highest >= verdict.highest;
-    ASSAY_NO_UNROLL
-    for (int j = 0; (rivals || (verdict.defined && verdict.divergence)) && holds(j); ++j) {
-      float r_p[SLOTS];
-      mix_chunk(j, r_p);
-      if (rivals) {
-        ASSAY_UNROLL
-        for (int i = SLOTS - 1; i >= 0; --i) {
-          const uint64_t best = make_best(r_p[i], column(j, i));
-          r_sum.best = r_p[i] >= verdict.highest && best > r_sum.best ? best : r_sum.best;
+      ASSAY_NO_UNROLL
+      for (int piece = 0; piece < PIECES; ++piece) {
+        float r_p[PIECE], r_bits[PIECE];
+        if (p.todo.logs) {
+          mix<true>(j, piece, origin, r_p, r_bits);
+          add_information(r_p, r_bits, r_mixed);
+        } else {
+          mix<false>(j, piece, origin, r_p, r_bits);
         }
+        take_label(j, piece, r_p, r_mixed);
+        add_piece(j, piece, r_p, r_mixed);
       }
-      if (verdict.divergence) add_divergence(j, r_p, r_sum);
     }
-    r_sum = reduce(r_sum);
-    if (lane == 0) refined()[row * plan.row_groups + row_group] = r_sum;
+    join_mixed(r_mixed, origin);
   }
 
-  ASSAY_HD void add_divergence(int j, const float (&r_p)[SLOTS], Refined& r_sum) const {
+  // r_p: the mixture's probabilities of a piece; r_bits: sums of its models' p log2 p. The same logits give the same bits
+  // in every column.
+  template <bool LOGS>
+  ASSAY_HD void mix(int j, int piece, float origin, float (&r_p)[PIECE], float (&r_bits)[PIECE]) const {
+    ASSAY_UNROLL
+    for (int i = 0; i < PIECE; ++i) r_p[i] = r_bits[i] = 0.f;
+    constexpr bool AHEAD = !KEEP && !NARROW;  // what comes from L2 is asked for before its turn
+    Piece r_next;
+    if constexpr (AHEAD) r_next = again(0, j, piece);
     ASSAY_NO_UNROLL
     for (int k = 0; k < p.K; ++k) {
-      const Model& model = models()[row * p.K + k];
-      const float m = model.m, inverse = model.inverse, weight = p.model(k).weight;
-      float sum = 0;
-      each_logit(again(k, j), [&](int i, float z) {
-        if (!(r_p[i] > 1e-37f)) return;
-        const float q = exp2_approx((z - m) * LOG2E) * inverse / r_p[i];
-        sum = fmaf(r_p[i], fmaxf(divergence_term(weight, q), 0.f), sum);
+      const Piece r_piece = AHEAD ? r_next : again(k, j, piece);
+      if (AHEAD && k + 1 < p.K) r_next = again(k + 1, j, piece);
+      const Mixer by = mixer(k);
+      const float m = by.m, shift = (by.whole + origin) + by.rest;
+      each_logit(r_piece, [&](int i, float z) {
+        const float x = fmaxf(fmaf(z - m, LOG2E, shift), FAR), e = exp2_approx(x);
+        r_p[i] += e;
+        if constexpr (LOGS) r_bits[i] = fmaf(e, x, r_bits[i]);
       });
-      r_sum.information += static_cast<double>(sum);
     }
   }
 
-  ASSAY_HD void finish_refined(int r, int64_t row_index) const {
-    const int parts = plan.row_groups;
-    const Refined sum = gather(parts * plan.slices, EMPTY_REFINED,
-                               [&](int i) { return crew.peer(refined(), i / parts)[r * parts + i % parts]; });
-    if (!(PACKED || lane == 0) || crew.slice != 0 || row_index >= p.N || !verdicts()[r].defined) return;
-    if (verdicts()[r].divergence) write(MUTUAL_INFORMATION, row_index, static_cast<float>(sum.information));
-    if (p.todo.prediction) write_prediction(row_index, best_column(sum.best));
+  ASSAY_HD void add_information(const float (&r_p)[PIECE], const float (&r_bits)[PIECE], Mixed& r_mixed) const {
+    float r_sum[4] = {0, 0, 0, 0};
+    ASSAY_UNROLL
+    for (int i = 0; i < PIECE; ++i) r_sum[i % 4] += fmaf(-r_p[i], log2_approx(fmaxf(r_p[i], TINY)), r_bits[i]);  // 0 log 0 = 0
+    r_mixed.information += static_cast<double>((r_sum[0] + r_sum[1]) + (r_sum[2] + r_sum[3]));
   }
 
-  static constexpr int NO_LABEL = -1;
-  static constexpr int NO_TOP = std::numeric_limits<int>::max();
+  ASSAY_HD void take_label(int j, int piece, float (&r_p)[PIECE], Mixed& r_mixed) const {
+    const int y = label - first_column(j);
+    if (label < 0 || y < 0 || y >= S::columns(lanes)) return;
+    const int mine = S::slot(lane, lanes, y) - piece * PIECE;
+    ASSAY_UNROLL
+    for (int i = 0; i < PIECE; ++i) {
+      if (i != mine) continue;
+      r_mixed.p_label = r_p[i];
+      r_p[i] = 0.f;
+    }
+  }
+
+  ASSAY_HD void add_piece(int j, int piece, const float (&r_p)[PIECE], Mixed& r_mixed) const {
+    float r_rest[4] = {0, 0, 0, 0}, r_squares[4] = {0, 0, 0, 0}, top = 0;
+    int slot = 0;
+    ASSAY_UNROLL
+    for (int i = 0; i < PIECE; ++i) {
+      r_rest[i % 4] += r_p[i];
+      r_squares[i % 4] = fmaf(r_p[i], r_p[i], r_squares[i % 4]);
+    }
+    r_mixed.rest += static_cast<double>((r_rest[0] + r_rest[1]) + (r_rest[2] + r_rest[3]));
+    r_mixed.squares += static_cast<double>((r_squares[0] + r_squares[1]) + (r_squares[2] + r_squares[3]));
+    ASSAY_UNROLL
+    for (int i = 0; i < PIECE; ++i) {
+      slot = r_p[i] > top ? i : slot;
+      top = fmaxf(r_p[i], top);
+    }
+    if (!(top > r_mixed.top)) return;
+    r_mixed.top = top;
+    r_mixed.top_column = column(j, piece * PIECE + slot);
+  }
+
+  ASSAY_HD void join_mixed(const Mixed& r_mixed, float origin) {
+    const float unit = power_of_two(-origin);
+    Mixture all{static_cast<float>(r_mixed.information) * unit, static_cast<float>(r_mixed.rest) * unit,
+                static_cast<float>(r_mixed.squares) * unit * unit, r_mixed.p_label * unit, r_mixed.top * unit,
+                r_mixed.top_column};
+    all.information = group_sum(all.information);
+    all.rest = group_sum(all.rest);
+    all.squares = group_sum(all.squares);
+    all.p_label = group_sum(all.p_label);  // one lane's
+    ASSAY_NO_UNROLL
+    for (int offset = lanes / 2; offset > 0; offset /= 2)
+      take_higher(all.top, all.top_column, crew.shuffle_xor(all.top, offset), crew.shuffle_xor(all.top_column, offset));
+    if (lane != 0 || past_the_end()) return;
+    if constexpr (PACKED) {
+      sums().mixtures[place()] = all;
+    } else {
+      parts()[row_group] = all;
+      if (row_group == plan.row_groups - 1) mixed_row() = n;
+    }
+  }
+
+  // The block's parts of the wide row before, merged by its last warp once a barrier has been met since: none waits for it.
+  ASSAY_HD void pass_on() {
+    if (row_group != plan.row_groups - 1 || lane != 0 || mixed_row() < 0) return;
+    Mixture all = parts()[0];
+    ASSAY_NO_UNROLL
+    for (int i = 1; i < plan.row_groups; ++i) {
+      const Mixture x = parts()[i];
+      all.information += x.information;
+      all.rest += x.rest;
+      all.squares += x.squares;
+      all.p_label += x.p_label;
+      take_higher(all.top, all.top_column, x.top, x.top_column);
+    }
+    p.sums.mixtures[crew.slice * p.sums.rows + mixed_row()] = all;
+    mixed_row() = -1;
+  }
 
   const Problem& p;
   const Plan& plan;
   const Crew crew;
   char* const memory;
-  const int lanes, lane, group, row, row_group, item_lanes;
-  int64_t n = 0;  // this thread's row
-  int label = NO_LABEL;
-  float highest = 0.f;  // this thread's highest probability of the mixture
+  const int lanes, lane, group, row, row_group;
+  int64_t n = 0;  // this thread's row, of the launch's
+  int parity = 0, label = NO_LABEL;
 };
 
 }  // namespace assay::cuda

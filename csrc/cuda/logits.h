@@ -151,6 +151,11 @@ struct Slots {
 ASSAY_HD uint32_t bits_of(float x) { return float_to_bits(x); }
 ASSAY_HD uint32_t bits_of(bf16 x) { return x.bits; }
 ASSAY_HD uint32_t bits_of(f16 x) { return x.bits; }
+template <class T>
+ASSAY_HD Granule nothing(T type) {
+  const uint32_t word = sizeof(T) == 4 ? minus_infinity(type) : minus_infinity(type) << 16 | minus_infinity(type);
+  return {{word, word, word, word}};
+}
 // A vector of which only `count` columns are there, one by one; -inf in the others.
 template <class T>
 ASSAY_HD Granule gather(const T* g, int64_t stride, int count) {
@@ -187,7 +192,11 @@ ASSAY_HD void load_vectors(const T* g_row, int64_t stride, int C, int first, int
     ASSAY_UNROLL
     for (int u = 0; u < U; ++u) {  // the row's last chunk: whole vectors but for one
       const int c = first + S::column(lane, lanes, u * V);
-      r_g[u] = c + V <= C ? load_granule(g_bytes + u * lanes * 16) : gather(g_row + c, 1, C - c);
+      if (c >= C) {
+        r_g[u] = nothing(T{});
+      } else {
+        r_g[u] = c + V <= C ? load_granule(g_bytes + u * lanes * 16) : gather(g_row + c, 1, C - c);
+      }
     }
     return;
   }
@@ -212,14 +221,33 @@ ASSAY_HD void load_vectors(const T* g_row, int64_t stride, int C, int first, int
   }
 }
 
-// r_z[i] = logit of column first + i * step, -inf from column C on: of rows of so few columns that vectors are not aligned.
+// r_z[i] = logit of column first + i * step of a row in shared memory, -inf from column C on.
 template <class T, int U>
-ASSAY_HD void load_columns(const T* g_row, int64_t stride, int C, int first, int step, float (&r_z)[U]) {
+ASSAY_HD void load_columns(const T* s_row, int C, int first, int step, float (&r_z)[U]) {
   ASSAY_UNROLL
   for (int i = 0; i < U; ++i) {
     const int c = first + i * step;
-    r_z[i] = c < C ? to_float(g_row[c * stride]) : -INF;
+    r_z[i] = c < C ? to_float(s_row[c]) : -INF;
   }
+}
+template <class T, int U>  // all of them are there
+ASSAY_HD void load_columns(const T* s_first, int step, float (&r_z)[U]) {
+  ASSAY_UNROLL
+  for (int i = 0; i < U; ++i) r_z[i] = to_float(s_first[i * step]);
+}
+
+// `count` adjacent numbers to shared memory, by `threads` threads of which this is one: 16 bytes at a time but for the ends.
+// Both begin equally far from a multiple of 16 bytes. They are there after wait_for_copies and a barrier.
+template <class T>
+ASSAY_HD void copy_numbers(T* s_to, const T* g_from, int count, int thread, int threads) {
+  constexpr int V = 16 / static_cast<int>(sizeof(T));
+  const int misaligned = static_cast<int>((reinterpret_cast<uintptr_t>(g_from) & 15) / sizeof(T));
+  const int before = (V - misaligned) % V, head = before < count ? before : count;
+  const int vectors = (count - head) / V, tail = head + vectors * V;
+  ASSAY_NO_UNROLL
+  for (int i = thread; i < vectors; i += threads) copy_16_bytes(s_to + head + i * V, g_from + head + i * V);
+  for (int i = thread; i < head; i += threads) s_to[i] = g_from[i];
+  for (int i = tail + thread; i < count; i += threads) s_to[i] = g_from[i];
 }
 
 }  // namespace assay::cuda

@@ -13,9 +13,11 @@
 #endif
 #ifdef __CUDA_ARCH__
 #define ASSAY_UNROLL _Pragma("unroll")
+#define ASSAY_UNROLL_4 _Pragma("unroll 4")
 #define ASSAY_NO_UNROLL _Pragma("unroll 1")
 #else
 #define ASSAY_UNROLL
+#define ASSAY_UNROLL_4
 #define ASSAY_NO_UNROLL
 #endif
 
@@ -97,12 +99,34 @@ ASSAY_HD float max_nan(float a, float b) {
 #endif
 }
 
+// Floats as integers of the same order; NaN, as max_nan makes it, is above all.
+ASSAY_HD int32_t to_ordered(float x) {
+  const auto bits = static_cast<int32_t>(float_to_bits(x));
+  return bits >= 0 ? bits : bits ^ 0x7fffffff;
+}
+ASSAY_HD float from_ordered(int32_t i) { return bits_to_float(static_cast<uint32_t>(i >= 0 ? i : i ^ 0x7fffffff)); }
+
 // 32 bits of the 64-bit word high:low, from bit `shift` (0..31) on.
 ASSAY_HD uint32_t funnel_shift_right(uint32_t low, uint32_t high, uint32_t shift) {
 #ifdef __CUDA_ARCH__
   return __funnelshift_r(low, high, shift);
 #else
   return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> shift);
+#endif
+}
+
+// 16 bytes of global memory to shared memory, both aligned, without a register: there once wait_for_copies has returned.
+ASSAY_HD void copy_16_bytes(void* s_to, const void* g_from) {
+#ifdef __CUDA_ARCH__
+  const auto s_address = static_cast<uint32_t>(__cvta_generic_to_shared(s_to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(s_address), "l"(g_from) : "memory");
+#else
+  std::memcpy(s_to, g_from, 16);
+#endif
+}
+ASSAY_HD void wait_for_copies() {
+#ifdef __CUDA_ARCH__
+  asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
 }
 

@@ -2,6 +2,7 @@
 // CUDA thread, barriers where CUDA has them, shuffles through memory. A barrier that not all of its threads reach hangs
 // here as it does there; a missing one is a race that ThreadSanitizer sees.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -78,8 +79,16 @@ struct Crew {
     warp.wait();
     return other;
   }
-  void atomic_min(int* p, int value) const {
-    int old = __atomic_load_n(p, __ATOMIC_RELAXED);
+  float warp_max(float x) const {
+    for (int offset = WARP / 2; offset > 0; offset /= 2) x = assay::cuda::max_nan(x, shuffle_xor(x, offset));
+    return assay::cuda::from_ordered(assay::cuda::to_ordered(x));  // as the GPU's integers have it
+  }
+  int warp_min(int x) const {
+    for (int offset = WARP / 2; offset > 0; offset /= 2) x = std::min(x, shuffle_xor(x, offset));
+    return x;
+  }
+  void atomic_min(uint32_t* p, uint32_t value) const {
+    uint32_t old = __atomic_load_n(p, __ATOMIC_RELAXED);
     while (value < old && !__atomic_compare_exchange_n(p, &old, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
     }
   }
@@ -94,15 +103,22 @@ struct Crew {
   }
 };
 
-// Every row of the problem, by `crews` crews in turn, as the kernels of csrc/cuda/ensemble.cu do.
+// Every row of the problem, by `crews` crews in turn and a thread per row after them, as csrc/cuda/ensemble.cu does.
 template <class T, assay::cuda::Path PATH, assay::cuda::Sweeps SWEEPS, int WARP>
 void run(assay::cuda::Problem p, int crews) {
-  p.layout = assay::cuda::make_layout(p.plan, p.K, SWEEPS == assay::cuda::Sweeps::TWO && p.plan.keeps());
+  using namespace assay::cuda;
+  constexpr bool NARROW = PATH == Path::NARROW;
+  p.layout = make_layout(p.plan, p.K, SWEEPS == Sweeps::TWO && p.plan.keeps());
+  p.sums_layout = make_sums(p.K, p.plan.slices, NARROW ? p.plan.rows() : p.rows);
+  const std::unique_ptr<char, decltype(&std::free)> sums(
+      static_cast<char*>(std::aligned_alloc(16, static_cast<size_t>(p.sums_layout.bytes))), &std::free);
+  std::memset(sums.get(), 0xff, static_cast<size_t>(p.sums_layout.bytes));  // tops begin so; the rest is as good as garbage
+  p.sums = sums_at(sums.get(), p.sums_layout, p.rows);
   for (int crew = 0; crew < crews; ++crew) {
     Hardware hardware(WARP, p.plan.threads(), p.plan.slices, p.layout.bytes);
     const auto body = [&](int slice, int thread) {
       const Crew<WARP> c{&hardware, thread, p.plan.threads(), slice, p.plan.slices, crew, crews};
-      assay::cuda::EnsembleRows<T, PATH, SWEEPS, Crew<WARP>>(p, c, hardware.memory[static_cast<size_t>(slice)]).run();
+      EnsembleRows<T, PATH, SWEEPS, Crew<WARP>>(p, c, hardware.memory[static_cast<size_t>(slice)]).run();
     };
     if (p.plan.threads() * p.plan.slices == 1) {
       body(0, 0);
@@ -113,6 +129,7 @@ void run(assay::cuda::Problem p, int crews) {
       for (int t = 0; t < p.plan.threads(); ++t) threads.emplace_back(body, s, t);
     for (std::thread& t : threads) t.join();
   }
+  for (int64_t n = 0; !NARROW && n < p.rows; ++n) FinishRow<T>(p, p.sums, n, n).run();
 }
 
 }  // namespace emulated

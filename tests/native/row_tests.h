@@ -210,7 +210,7 @@ void test_rows(const Case& c, std::mt19937& rng) {
   constexpr float UNTOUCHED = -12345.f;
   std::vector<float> out(static_cast<size_t>(NUM_FLOAT_FIELDS * N), UNTOUCHED);
   if (K > INLINE_MODELS) p.g_models = table.data();
-  p.N = N;
+  p.N = p.rows = N;
   p.K = static_cast<int32_t>(K);
   p.C = static_cast<int32_t>(C);
   p.g_labels = c.labelled ? labels.data() : nullptr;
@@ -275,13 +275,13 @@ void test_dtype(std::mt19937& rng) {
     for (int64_t C : {1, 2, 3, 10, 63, 64, 65, 200, 1000}) {
       for (Path path : paths(K))
         test_rows<T, 1>({"one thread", K, C, wide_plan(path, C, SLOTS, 1, 1, 1), K % 2, C == 10 ? 2 : 1, K % 3, 1, ALL, true}, rng);
-      if (C <= 32) test_rows<T, 1>({"one lane per row", K, C, narrow_plan(C, 1), 0, 1, 0, 2, ALL, true}, rng);
+      if (C <= 32) test_rows<T, 1>({"one lane per row", K, C, narrow_plan(C, sizeof(T), 1), 0, 1, 0, 2, ALL, true}, rng);
     }
   // Real shapes in small: warps of 4 or 8 lanes, several warps, several blocks.
   for (int64_t K : {1, 3}) {
     for (int64_t C : {1, 5, 10, 33, 64, 200}) {
-      test_rows<T, 8>({"narrow", K, C, narrow_plan(C, 16), K, 1, 1, 2, ALL, true}, rng);
-      test_rows<T, 8>({"narrow, one sweep", K, C, narrow_plan(C, 16), 0, 2, 0, 1, ONE_SWEEP, true}, rng);
+      test_rows<T, 8>({"narrow", K, C, narrow_plan(C, sizeof(T), 16), K, 1, 1, 2, ALL, true}, rng);
+      test_rows<T, 8>({"narrow, one sweep", K, C, narrow_plan(C, sizeof(T), 16), 0, 2, 0, 1, ONE_SWEEP, true}, rng);
     }
     for (int64_t C : {4 * SLOTS - 1, 4 * SLOTS + 1, 11 * SLOTS + 3, 40 * SLOTS + 1})
       for (Path path : paths(K)) {
@@ -296,7 +296,7 @@ void test_dtype(std::mt19937& rng) {
       test_rows<T, 8>({"warps, no labels", K, C, warp_plan(8, 4), 0, 1, 0, 1, ALL, false}, rng);
       test_rows<T, 8>({"warps, one sweep", K, C, warp_plan(8, 2), 0, 2, 0, 1, ONE_SWEEP, true}, rng);
     }
-    test_rows<T, 8>({"narrow, no labels", K, 20, narrow_plan(20, 16), 0, 1, 0, 1, ALL, false}, rng);
+    test_rows<T, 8>({"narrow, no labels", K, 20, narrow_plan(20, sizeof(T), 16), 0, 1, 0, 1, ALL, false}, rng);
   }
   test_rows<T, 4>({"many models", 40, 300, wide_plan(Path::TWICE_GLOBAL, 300, SLOTS, 2, 4, 2), 0, 1, 0, 1, ALL, true}, rng);
   // Entropies of 8 to 11 nats, of which mutual information is what is left.

@@ -33,6 +33,7 @@ struct BlockCrew {
   __device__ float warp_max(float x) const {
     return from_ordered(__reduce_max_sync(0xffffffffu, to_ordered(x)));
   }
+  __device__ uint32_t ballot(bool yes) const { return __ballot_sync(0xffffffffu, yes); }
   __device__ int warp_min(int x) const { return __reduce_min_sync(0xffffffffu, x); }
   __device__ void atomic_min(uint32_t* p, uint32_t value) const { atomicMin(p, value); }
   __device__ void sync_warp() const { __syncwarp(); }

@@ -88,7 +88,7 @@ class FinishRow {
   ASSAY_HD void add_models() {
     float highest = -INF, sum = 0;  // the mixture's probability of the label is sum e^highest
     double shares = 0;
-    ASSAY_UNROLL_4  // so many models' loads at once
+    ASSAY_UNROLL_2  // so many models' loads at once
     for (int k = 0; k < p.K; ++k) {
       const ModelLogits model = p.model(k);
       const float w = model.weight, zy = label_logit(model);

@@ -10,7 +10,7 @@ namespace assay::cuda {
 // Rows whose sums are in the workspace: a thread each.
 constexpr int FINISH_THREADS = 128;
 template <class T>
-__global__ void __launch_bounds__(FINISH_THREADS) finish_kernel(const __grid_constant__ Problem p) {
+__global__ void __launch_bounds__(FINISH_THREADS, 8) finish_kernel(const __grid_constant__ Problem p) {
   const int64_t n = int64_t{blockIdx.x} * FINISH_THREADS + threadIdx.x;
   if (n < p.rows) FinishRow<T>(p, p.sums, n, n).run();
 }

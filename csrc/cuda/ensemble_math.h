@@ -112,7 +112,7 @@ ASSAY_HD void take_higher(float& top, int& column, float other, int others_colum
 }
 
 // 1 - p_y is the sum of the other columns, never a difference: confident rows keep their digits.
-ASSAY_HD float el2n(double rest, double squares) { return static_cast<float>(std::sqrt(fma(rest, rest, squares))); }
+ASSAY_HD float el2n(double rest, double squares) { return std::sqrt(static_cast<float>(fma(rest, rest, squares))); }
 
 ASSAY_HD constexpr uint32_t bit(Field f) { return 1u << f; }
 constexpr uint32_t LABEL_FIELDS = 1u << NLL | 1u << MEAN_NLL | 1u << MARGIN | 1u << AGREEMENT | 1u << EL2N;

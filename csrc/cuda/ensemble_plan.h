@@ -10,15 +10,9 @@ namespace assay::cuda {
 // Narrow rows: many rows per block, copied to shared memory as they lie, each up to 32 columns to a lane, eight of them at
 // a time: what a row costs at its end is as much as many columns. Fewer where many models' logits would fill that memory.
 constexpr int NARROW_MAX_C = 256;
-#ifndef V_NARROW
-#define V_NARROW 32
-#endif
-constexpr int NARROW_COLUMNS_PER_LANE[] = {V_NARROW, 16, 8}, NARROW_COLUMNS = 8;
+constexpr int NARROW_COLUMNS_PER_LANE[] = {32, 16, 8}, NARROW_COLUMNS = 8;
 // Four warps: enough rows for coalesced results, small enough that five blocks and more share an SM.
-#ifndef V_NT
-#define V_NT 128
-#endif
-constexpr int NARROW_THREADS = V_NT;
+constexpr int NARROW_THREADS = 128;
 
 // Wide rows: a warp takes chunks of 512 (float32) or 1024 columns; eight warps hide each other's loads, and three such
 // blocks fit an SM's registers.
@@ -38,21 +32,15 @@ constexpr int ONCE_FEW_WARPS = 4;
 // keep a block's part within 72 KB, so that three blocks are on an SM (227 KB) and one loads while others mix; with the
 // most blocks a part may grow to 110 KB, two blocks on an SM. Beyond, blocks would wait for each other with the memory
 // idle: reading twice through L2 is the better half.
-#ifndef V_KEPT
-#define V_KEPT 72
-#endif
-constexpr int64_t KEPT_BYTES = V_KEPT << 10, KEPT_BYTES_LAST = 110 << 10;
+constexpr int64_t KEPT_BYTES = 72 << 10, KEPT_BYTES_LAST = 110 << 10;
 // Blocks per row: a power of two up to the cluster size. 8 is portable; 16 needs the device's consent.
 constexpr int CLUSTER_SIZES[] = {1, 2, 4, 8, 16};
 
 // Rows that are read twice: 16 blocks each (8 where clusters end there), so that few rows are in flight and their logits
 // still lie in L2 when the second sweep comes. Rows in flight hold at most this share of L2; the rest is for what
 // streams through besides.
-#ifndef V_TWICE_SHARE
-#define V_TWICE_SHARE 0.8
-#endif
 constexpr int TWICE_SLICES = 16;
-constexpr double TWICE_L2_SHARE = V_TWICE_SHARE;
+constexpr double TWICE_L2_SHARE = 0.95;
 // Of rows so long that an SM has a single block of them, which then has more warps. On an H100, 8 warps took 0.90 of 16
 // warps' time at 2.5 MB a row, 1.19 at 4 MB.
 constexpr int64_t TWICE_LONG_BYTES = 3 << 20;

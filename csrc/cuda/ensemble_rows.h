@@ -20,8 +20,8 @@ class EnsembleRows {
   static constexpr bool KEEP = MIXTURE && !NARROW && keeps_logits(PATH);
   static constexpr int V = NARROW ? 1 : 16 / static_cast<int>(sizeof(T)), U = NARROW ? NARROW_COLUMNS : VECTORS;
   using S = Slots<V, U>;
-  // A lane mixes so many columns at a time: their probabilities and logarithms fit registers.
-  static constexpr int PIECE = NARROW ? NARROW_COLUMNS : 16, PIECES = S::COUNT / PIECE, PIECE_VECTORS = PIECE / V;
+  // A lane mixes so many columns at a time: their probabilities and logarithms fit registers, beside vectors on their way.
+  static constexpr int PIECE = NARROW || (!KEEP && V == 4) ? 8 : 16, PIECES = S::COUNT / PIECE, PIECE_VECTORS = PIECE / V;
 
   // A lane's part of a chunk, or of a piece: as it is in memory, until it is used.
   template <int COUNT>
@@ -30,7 +30,7 @@ class EnsembleRows {
   };
   struct Columns {
     float z[U];
-    int count;  // of which there may be columns, for any lane
+    int left;  // columns of the row from this chunk's first on
   };
   using Part = std::conditional_t<NARROW, Columns, Vectors<U>>;
   using Piece = std::conditional_t<NARROW, Columns, Vectors<NARROW ? U : PIECE_VECTORS>>;
@@ -131,13 +131,12 @@ class EnsembleRows {
   ASSAY_HD Part fetch(int k, int j) const {
     Part r;
     if constexpr (NARROW) {
-      const int left = p.C - first_column(j);
       const T* s_row = reinterpret_cast<const T*>(memory + tile_begin(k)) + row * p.C + first_column(j);
-      r.count = (left + lanes - 1) / lanes;
-      if (left >= U * lanes) {
+      r.left = p.C - first_column(j);
+      if (r.left >= U * lanes) {
         load_columns(s_row + lane, lanes, r.z);
       } else {
-        load_columns(s_row, left, lane, lanes, r.z);
+        load_columns(s_row, r.left, lane, lanes, r.z);
       }
     } else {
       load(k, j, 0, r.g);
@@ -157,7 +156,7 @@ class EnsembleRows {
   ASSAY_HD void each_logit(const Columns& r, const F& f) const {
     ASSAY_UNROLL
     for (int i = 0; i < U; ++i)
-      if (i / 4 * 4 < r.count) f(i, r.z[i]);  // the same for all lanes
+      if (i / 4 * 4 * lanes < r.left) f(i, r.z[i]);  // the same for all lanes
   }
   template <int COUNT, class F>
   ASSAY_HD void each_logit(const Vectors<COUNT>& r, const F& f) const {
@@ -235,7 +234,9 @@ class EnsembleRows {
           ASSAY_UNROLL
           for (int u = 0; u < VECTORS; ++u) kept(k, j, u) = r_part.g[u];
         }
-        if (p.K == 1) take_label_out(j, r_part);
+        if constexpr (!MIXTURE) {
+          if (p.K == 1) take_label_out(j, r_part);
+        }
         const float highest = highest_of(r_part), m = group_max(highest);
         if (!(m <= r_sum.m)) {  // higher, or NaN
           r_sum = rescaled(r_sum, max_nan(r_sum.m, m));
@@ -329,11 +330,11 @@ class EnsembleRows {
 
   // The parts of a wide row's model, by one warp: its lanes take a group of a slice each, then of later slices.
   ASSAY_HD State gathered(int k) const {
-    const int at_once = Crew::WARP / plan.row_groups, first = lane / plan.row_groups;
+    const int at_once = Crew::WARP / plan.row_groups, first = quotient_of_small(lane, plan.row_groups);
     Growing sum = NOTHING;
     ASSAY_NO_UNROLL
     for (int slice = first; slice < plan.slices && first < at_once; slice += at_once) {
-      const State part = crew.peer(states(k), slice)[lane % plan.row_groups];
+      const State part = crew.peer(states(k), slice)[lane - first * plan.row_groups];
       sum = rescaled(sum, max_nan(sum.m, part.m));
       add(sum, part);
     }
@@ -361,16 +362,21 @@ class EnsembleRows {
   // Of a wide row: the groups that met a model's maximum look for it again in the first chunk where they did.
   ASSAY_HD void find_tops() const {
     ASSAY_NO_UNROLL
-    for (int k = 0; k < p.K; ++k) {
-      const float m = mixer(k).m;
-      if (states(k)[row_group].m != m) continue;
-      const int j = first_chunk(k);
+    for (int k0 = 0; k0 < p.K; k0 += Crew::WARP) {
+      const int mine = k0 + lane;
+      uint32_t met = crew.ballot(mine < p.K && states(mine)[row_group].m == mixer(mine).m);
       ASSAY_NO_UNROLL
-      for (int piece = 0; piece < PIECES; ++piece) {
-        int slot = PIECE;
-        each_logit(again(k, j, piece), [&](int i, float z) { slot = z == m && i < slot ? i : slot; });
-        if (slot < PIECE) crew.atomic_min(&p.sums.tops[k * p.sums.rows + n], static_cast<uint32_t>(column(j, piece * PIECE + slot)));
-      }
+      for (int k = k0; met != 0; ++k, met >>= 1)
+        if (met & 1) find_top(k, mixer(k).m);
+    }
+  }
+  ASSAY_HD void find_top(int k, float m) const {
+    const int j = first_chunk(k);
+    ASSAY_NO_UNROLL
+    for (int piece = 0; piece < PIECES; ++piece) {
+      int slot = PIECE;
+      each_logit(again(k, j, piece), [&](int i, float z) { slot = z == m && i < slot ? i : slot; });
+      if (slot < PIECE) crew.atomic_min(&p.sums.tops[k * p.sums.rows + n], static_cast<uint32_t>(column(j, piece * PIECE + slot)));
     }
   }
 

@@ -13,10 +13,12 @@
 #endif
 #ifdef __CUDA_ARCH__
 #define ASSAY_UNROLL _Pragma("unroll")
+#define ASSAY_UNROLL_2 _Pragma("unroll 2")
 #define ASSAY_UNROLL_4 _Pragma("unroll 4")
 #define ASSAY_NO_UNROLL _Pragma("unroll 1")
 #else
 #define ASSAY_UNROLL
+#define ASSAY_UNROLL_2
 #define ASSAY_UNROLL_4
 #define ASSAY_NO_UNROLL
 #endif
@@ -128,6 +130,11 @@ ASSAY_HD void wait_for_copies() {
 #ifdef __CUDA_ARCH__
   asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
+}
+
+// a / b for 0 <= a < 32 and b from 1 to 32.
+ASSAY_HD int quotient_of_small(int a, int b) {
+  return static_cast<int>((static_cast<float>(a) + 0.5f) / static_cast<float>(b));
 }
 
 ASSAY_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

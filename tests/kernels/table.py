@@ -37,7 +37,7 @@ WORTH = (
     Worth(r"head\.sweep .*unbiased", "sm_90", 72, "128×128 takes 1.02 to 1.03 of the time of 128×256"),
     Worth(r"head\.mix .*mixture of three$", "sm_90", 96, "0.77 of 128×64's time, measured with two models"),
     Worth(
-        r"ensemble_kernel<(bf16|f16), (once|kept|twice|twice_global), ",
+        r"ensemble_kernel<(bf16|f16|float), (once|kept|twice|twice_global), ",
         "sm_100",
         36,
         "the row's number and the like: stored once, read at a row's beginning and end, by SASS in no loop over logits",

@@ -178,6 +178,8 @@ void test_states() {
   for (float x : {-INF, -3.f, -0.f, 0.f, 1e-30f, 2.f, INF}) check(from_ordered(to_ordered(x)) == x, "ordered and back");
   check(to_ordered(-3) < to_ordered(-2) && to_ordered(-2) < to_ordered(1) && to_ordered(INF) < to_ordered(max_nan(NaN, 1)),
         "as integers, floats have their order");
+  for (int a = 0; a < 32; ++a)
+    for (int b = 1; b <= 32; ++b) check(quotient_of_small(a, b) == a / b, "the quotient of small numbers");
   // The work that masks ask for
   const uint32_t all = (1u << NUM_FIELDS) - 1;
   check(wants(all, true, 1).squares && !wants(all, false, 1).squares && !wants(all, true, 1).mixture, "one model");

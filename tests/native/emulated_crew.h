@@ -83,6 +83,11 @@ struct Crew {
     for (int offset = WARP / 2; offset > 0; offset /= 2) x = assay::cuda::max_nan(x, shuffle_xor(x, offset));
     return assay::cuda::from_ordered(assay::cuda::to_ordered(x));  // as the GPU's integers have it
   }
+  uint32_t ballot(bool yes) const {
+    uint32_t votes = yes ? 1u << thread % WARP : 0u;
+    for (int offset = WARP / 2; offset > 0; offset /= 2) votes |= shuffle_xor(votes, offset);
+    return votes;
+  }
   int warp_min(int x) const {
     for (int offset = WARP / 2; offset > 0; offset /= 2) x = std::min(x, shuffle_xor(x, offset));
     return x;

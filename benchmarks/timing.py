@@ -9,7 +9,7 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -32,8 +32,22 @@ class Timing:
     rounds: int
 
 
+@dataclass(frozen=True)
+class Ratio:
+    """A variant's time ÷ another's in the same round: the median and the extremes of the rounds."""
+
+    median: float
+    least: float
+    most: float
+
+
 def interleave(variants: Mapping[str, Callable[[], Any]], *, rounds: int = 15, warmup: int = 2) -> dict[str, Timing]:
-    """Time every variant once per round, after ``warmup`` uncounted rounds.
+    """Time every variant once per round, after ``warmup`` uncounted rounds."""
+    return {name: summary(values) for name, values in in_turn(variants, rounds=rounds, warmup=warmup).items()}
+
+
+def in_turn(variants: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: int) -> dict[str, list[float]]:
+    """Milliseconds of every variant, round by round.
 
     Each round has an order of its own: whoever always came after the one that takes most memory would pay for it.
     """
@@ -50,7 +64,13 @@ def interleave(variants: Mapping[str, Callable[[], Any]], *, rounds: int = 15, w
             elapsed = time.perf_counter() - start
             if i >= warmup:
                 samples[name].append(1e3 * elapsed)
-    return {name: summary(values) for name, values in samples.items()}
+    return samples
+
+
+def ratio(values: Sequence[float], beside: Sequence[float]) -> Ratio:
+    """Of two variants of ``in_turn``."""
+    each = sorted(value / other for value, other in zip(values, beside, strict=True))
+    return Ratio(statistics.median(each), each[0], each[-1])
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -112,6 +132,6 @@ def write(name: str, cases: list[dict[str, Any]]) -> Path:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Timing):
+    if isinstance(value, Timing | Ratio):
         return {k: round(v, 4) for k, v in asdict(value).items()}
     raise TypeError(f"{type(value).__name__} does not go into JSON")

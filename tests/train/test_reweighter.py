@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from assay.methods import TRAK, Ensemble, GradMimic, GraNd
-from assay.probe import Probe, SqNorm
+from assay.methods import TRAK, Ensemble, GradMimic, GraNd, direction
+from assay.probe import PerSampleGradient, Probe, SqNorm
 from assay.tasks import Classification
 from assay.train import Reweighter
 from tests.train.small_models import moved
@@ -129,6 +129,30 @@ def test_equal_weights_are_an_ordinary_step(models, data) -> None:
     reweighter = Reweighter(model, GradMimic(model, reference, TASK), mode="filter", keep=1.0)
     reweighter.backward(losses_of(model, data))
     close_gradients(model, {name: p.grad for name, p in plain.named_parameters()})
+
+
+def test_a_step_makes_each_direction_once_and_each_gradient_once(models, data, monkeypatch) -> None:
+    made, given = [], {}
+    step, weighted = direction._step, PerSampleGradient.weighted
+
+    def counted(ours: Tensor, theirs: Tensor) -> Tensor:
+        made.append(ours)
+        return step(ours, theirs)
+
+    def noted(gradient: PerSampleGradient, factors: Tensor) -> Tensor:
+        found = weighted(gradient, factors)
+        given[found.data_ptr()] = found.shape
+        return found
+
+    model, reference = models
+    reweighter = Reweighter(model, GradMimic(model, reference, TASK))
+    reweighter.backward(losses_of(model, data))  # the first step looks at all of them, for its check
+    model.zero_grad()
+    monkeypatch.setattr(direction, "_step", counted)
+    monkeypatch.setattr(PerSampleGradient, "weighted", noted)
+    reweighter.backward(losses_of(model, data))
+    assert sorted(map(id, made)) == sorted(map(id, model.parameters()))
+    assert {p.grad.data_ptr(): p.grad.shape for p in model.parameters()} == given  # taken, not copied
 
 
 class Bare(nn.Module):

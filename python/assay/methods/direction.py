@@ -10,6 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from assay.methods.checks import difference
+from assay.probe.terms import sum_of
+
+# Squares that are added up in float32.
+_ROW = 256
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,11 @@ class Moving(Mapping[str, Tensor]):
 
     def __init__(self, model: nn.Module, reference: nn.Module, parameters: Sequence[str]) -> None:
         self._model, self._reference = model, reference
-        self._names = list(parameters)
+        self._names = dict.fromkeys(parameters)
         self._squares: dict[str, Tensor] = {}  # of what was read since the norm was last asked for
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # a Mapping looks by reading, which would make it
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
@@ -89,7 +96,7 @@ class Moving(Mapping[str, Tensor]):
         with torch.no_grad():
             ours = self._model.get_parameter(name)  # as it is now: loading a state may put another in its place
             step = _step(ours, self._reference.get_parameter(name))
-            self._squares[name] = step.square().sum(dtype=torch.float64)
+            self._squares[name] = square_of_length(step)
             return step
 
     def __iter__(self) -> Iterator[str]:
@@ -106,6 +113,14 @@ class Moving(Mapping[str, Tensor]):
         squares, self._squares = self._squares, {}
         each = [squares[name] for name in self._names if name not in without]
         return root_of_sum(each)
+
+
+def square_of_length(step: Tensor) -> Tensor:
+    """‖step‖² of a float32 tensor, () float64: float32 within rows of 256 numbers, double beyond, and no copy of it."""
+    flat = step.flatten()
+    whole = len(flat) - len(flat) % _ROW
+    lengths = [torch.linalg.vector_norm(part, dim=-1) for part in (flat[:whole].view(-1, _ROW), flat[whole:])]
+    return sum_of([length.double().square().sum() for length in lengths])
 
 
 def root_of_sum(squares: Sequence[Tensor]) -> float:

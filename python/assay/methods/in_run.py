@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from assay.methods.base import Column, Method, Need
-from assay.methods.direction import root_of_sum
+from assay.methods.direction import root_of_sum, square_of_length
 from assay.methods.targets import Targets, TargetSet
 from assay.probe import Dot, Signals, tapped_parameters
 from assay.probe.learning_rates import LearningRates
@@ -177,7 +177,7 @@ class _Direction(Mapping[str, Tensor]):
     def take(self, steps: dict[str, Tensor]) -> float:
         """Another one -> its length."""
         self._steps = steps
-        self._squares = {name: step.square().sum(dtype=torch.float64) for name, step in steps.items()}
+        self._squares = {name: square_of_length(step) for name, step in steps.items()}
         return self.norm(())
 
     def norm(self, without: Collection[str]) -> float:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from assay.probe.company import Company, signature
 from assay.probe.gradient import PerSampleGradient
+from assay.probe.holding import Held, add_weighted
 from assay.probe.layouts import Layout, choices
 from assay.probe.packing import Packing
 from assay.probe.quiet import is_looked_at, other_leaves
@@ -25,20 +26,6 @@ from assay.probe.wrappers import check_can_be_tapped, looks_for_unused, refuse_s
 
 _HELD = "\0held"  # the key of the taps' own reduction: no user's key
 BatchSize = Callable[[tuple[Any, ...], dict[str, Any]], int]
-
-
-@dataclass
-class Held:
-    """A reduction that keeps the per-sample gradients themselves, as factors, and gives zeros."""
-
-    parameters: Collection[str]
-    like: Tensor  # (B,)
-    gradients: dict[str, PerSampleGradient] = field(default_factory=dict)
-    degree: ClassVar[int] = 1  # they are held as they come
-
-    def __call__(self, parameter: str, gradient: PerSampleGradient) -> Tensor:
-        self.gradients[parameter] = gradient
-        return torch.zeros_like(self.like)  # where the losses are: no copy to a GPU has to be waited for
 
 
 @dataclass(frozen=True)
@@ -326,13 +313,10 @@ class TrainingTaps:
         with torch.autocast(losses.device.type, enabled=False):
             torch.autograd.backward(losses, scale, inputs=[tapped[name] for name in parameters])
 
-    def add(self, gradients: Mapping[str, Tensor]) -> None:
-        """Add to the ``.grad`` of parameters, with all hooks that a backward pass runs."""
+    def add(self, held: Mapping[str, PerSampleGradient], factors: Tensor) -> None:
+        """Add Σ_b factors_b · gradient_b to the ``.grad`` of parameters, with all hooks that a backward pass runs."""
         tapped = self._tapped()
-        parameters = [tapped[name] for name in gradients]
-        each = [g.to(p.device, p.dtype) for g, p in zip(gradients.values(), parameters, strict=True)]
-        if each:
-            torch.autograd.backward(parameters, each)
+        add_weighted([(tapped[name], gradient) for name, gradient in held.items()], factors)
 
     def _tapped(self) -> dict[str, nn.Parameter]:
         owned = dict(self._model.named_parameters())

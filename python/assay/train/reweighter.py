@@ -281,7 +281,7 @@ class Reweighter:
     def _add(self, losses: Tensor, scales: Tensor, weights: _Weights, held: Mapping[str, PerSampleGradient]) -> None:
         """The reweighted parameters' gradients."""
         factors = weights.local * weights.correction
-        self._taps.add({name: gradient.weighted(factors) for name, gradient in held.items()})
+        self._taps.add(held, factors)
         rest = [name for name in self._parameters if name not in held]
         if self.recompute and rest:
             self._taps.weighted_pass(losses, scales * factors.to(scales), rest)

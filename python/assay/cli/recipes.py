@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from assay._json import dumps
 from assay.cli.terminal import INCOMPLETE, OK, CorpusNow, Overrides, Trust, fail, log_to_stderr, say
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def _validate_scores(scores: str, corpus: str | None, as_json: bool) -> int:
 
     found = validate_scores(scores, corpus, on_problem)
     if as_json:
-        print(json.dumps({**vars(found), "problems": [vars(problem) for problem in problems]}, indent=2))
+        print(dumps({**vars(found), "problems": [vars(problem) for problem in problems]}, indent=2))
     else:
         _say_found(scores, found, len(problems))
     return fail(f"{scores}: {found.problems:,} problems", INCOMPLETE) if found.problems else OK

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections import Counter
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from assay._json import dumps
 from assay.cli.terminal import INCOMPLETE, OK, CorpusNow, ScoresFolder, Trust, clean, fail, log_to_stderr
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def list_scores(
     pace = measure_pace(found)
     if as_json:
         shards = [_line(status) | {"detail": status.detail} for status in found.shards]
-        print(json.dumps({**vars(pace), **_rows(found), "shards": shards}, indent=2))
+        print(dumps({**vars(pace), **_rows(found), "shards": shards}, indent=2))
         return OK
     from rich.console import Console
     from rich.table import Table
@@ -114,7 +114,7 @@ def show(
     ranking = rank(found, by, best=best or 0, worst=worst or 0, without=nan, keep=keep)
     cards = make_cards(found, ranking, tokens, trust or ())
     if as_json:
-        print(json.dumps([card.as_json() for card in cards], indent=2))
+        print(dumps([card.as_json() for card in cards], indent=2))
     else:
         width = min(max(shutil.get_terminal_size((100, 24)).columns, 40), 160)
         for line in ranking_lines(ranking, cards, width):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from typing import NamedTuple
 
+from assay._json import dumps
 from assay._version import __version__
 from assay.corpus.errors import CorpusError
 from assay.corpus.footer import Identity, Manifest, TableColumn, canonical_hash, open_table
@@ -117,7 +117,7 @@ def write_manifest(
         "columns": [column.model_dump() for column in columns],
         "shards": [{"path": shard.path, "table": table_path(shard)} for shard in shards],
     }
-    output.write_text(MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    output.write_text(MANIFEST, dumps(manifest, indent=2, ensure_ascii=False) + "\n")
 
 
 def find_corpus(now: str | None, then: str) -> Corpus:

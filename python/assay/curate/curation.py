@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from assay._json import dumps
 from assay._version import __version__
 from assay.corpus.claim import CLAIM, claim
 from assay.corpus.copying import copy_sidecars
@@ -168,7 +168,7 @@ def curate(
             manifest["audit"] = audit.to_json(cut)
         if mix is not None:
             manifest["mix"] = mix.to_json()
-        output.write_text(MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+        output.write_text(MANIFEST, dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     return curated
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from assay._json import dumps
 from assay.corpus import scores_folder
 from assay.corpus.errors import CorpusError
 from assay.corpus.footer import Identity, Manifest, Table, TableColumn, Tally, open_table
@@ -101,7 +102,7 @@ def make_plan(
 def identity_of(recipe: Recipe, corpora: Mapping[str, Corpus]) -> Identity:
     """What makes two runs the same, of a recipe with what its ``corpora`` tell."""
     return Identity(
-        recipe=json.loads(json.dumps(recipe.identity())),  # through JSON, as it comes back from a footer
+        recipe=json.loads(dumps(recipe.identity())),  # through JSON, as it comes back from a footer
         models=fingerprints(recipe.models_used),
         corpora=_fitted_fingerprints(recipe, corpora) or None,
     )

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from assay._json import dumps
 from assay._version import __version__
 from assay.corpus.claim import claim
 from assay.corpus.footer import canonical_hash
@@ -136,7 +137,7 @@ def laboratory(
             "model": fingerprints({trainee.model: spec}),
             "held_out": corpus_fingerprint(held_out),
             "corpus": corpus_fingerprint(corpus),
-            "task": json.loads(json.dumps(recipe.task.model_dump())),
+            "task": json.loads(dumps(recipe.task.model_dump())),
             "version": __version__,
         }
         samples, judged = _samples("corpus", corpus, learner), _samples("held-out", held_out, learner)
@@ -217,7 +218,7 @@ class _Trials:
 
     def add(self, key: str, trial: Trial) -> None:
         self.evaluations[key] = list(trial.evaluations)
-        self._lines.append(json.dumps({"key": key, **asdict(trial)}))
+        self._lines.append(dumps({"key": key, **asdict(trial)}))
         self._output.write_text(TRIALS, "".join(f"{line}\n" for line in self._lines))
 
 

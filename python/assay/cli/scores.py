@@ -35,7 +35,7 @@ def list_scores(
     if as_json:
         shards = [_line(status) | {"detail": status.detail} for status in found.shards]
         print(dumps({**vars(pace), **_rows(found), "shards": shards}, indent=2))
-        return OK
+        return _looked(found)
     from rich.console import Console
     from rich.table import Table
 
@@ -55,7 +55,17 @@ def list_scores(
     if states.keys() & {"missing", "changed"}:
         console.print(_pace_line(pace))
     console.print(clean(f"scores: {', '.join(found.columns)}"))
-    return OK
+    return _looked(found)
+
+
+def _looked(found: Scores) -> int:
+    """The exit code: whether every shard could be looked at."""
+    from assay.corpus.scores_folder import State
+
+    unknown = {status.shard.path: status.detail for status in found.of(State.UNKNOWN)}
+    if not unknown:
+        return OK
+    return fail(f"{len(unknown)} shards could not be looked at; try again ({_first(unknown)})", INCOMPLETE)
 
 
 def _rows(found: Scores) -> dict[str, int]:

@@ -16,7 +16,7 @@ from assay.corpus.layout import MANIFEST, quarantine_path, table_path
 from assay.corpus.named_files import changed_file
 from assay.corpus.quarantine import read_quarantine
 from assay.corpus.shards import Corpus, Shard, find_shards, refuse_overlap, refuse_overlap_with_inputs
-from assay.corpus.storage import Fingerprint, Store
+from assay.corpus.storage import Fingerprint, Store, may_pass
 
 
 class State(Enum):
@@ -27,6 +27,8 @@ class State(Enum):
     """It was scored, but its file has changed since, or the recipe or a model has."""
     UNREADABLE = "unreadable"
     MISSING = "missing"
+    UNKNOWN = "unknown"
+    """Storage failed in a way that may pass: who asks again may be told."""
 
 
 class Scored(NamedTuple):
@@ -68,7 +70,11 @@ class Scores:
 
 
 def open_scores(url: str, corpus_path: str | None = None) -> Scores:
-    """Read a scores folder. ``corpus_path`` says where the corpus is now, if it moved since it was scored."""
+    """Read a scores folder. ``corpus_path`` says where the corpus is now, if it moved since it was scored.
+
+    Where storage fails in a way that may pass, the shard that was looked at is `State.UNKNOWN`, and the others are
+    looked at all the same. A CorpusError for no scores folder, no corpus, or a table that is none.
+    """
     store = Store.at(url)
     manifest = read_manifest(store)
     corpus = find_corpus(corpus_path, manifest.corpus)
@@ -144,6 +150,15 @@ def refuse_corpora(output: Store, scores: Scores, written: Sequence[str], others
 
 
 def _status(store: Store, identity: Identity, shard: Shard) -> ShardStatus:
+    try:
+        return _look(store, identity, shard)
+    except OSError as error:
+        if not may_pass(error):
+            raise
+        return ShardStatus(shard, State.UNKNOWN, detail=f"storage failed ({' '.join(str(error).split())})")
+
+
+def _look(store: Store, identity: Identity, shard: Shard) -> ShardStatus:
     table = open_table(store, shard)
     if table is None:
         entry = next(read_quarantine(store, shard), None)
@@ -158,6 +173,8 @@ def _status(store: Store, identity: Identity, shard: Shard) -> ShardStatus:
     try:
         same = table.input_is(shard.as_found())
     except OSError as error:
+        if may_pass(error):
+            raise
         return ShardStatus(shard, State.CHANGED, scored, f"the file cannot be looked at: {error.strerror}")
     if not same:
         return ShardStatus(shard, State.CHANGED, scored, "the file has changed since it was scored")

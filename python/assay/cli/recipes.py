@@ -32,9 +32,12 @@ def init(
     out: Annotated[str, typer.Option(metavar="FILE", help="Where the recipe goes.")] = "recipe.yaml",
 ) -> int:
     """Look at data and a model, and write a recipe for them. Nothing is loaded, run or downloaded."""
+    from assay.corpus.scores_folder import refuse_scores
+    from assay.corpus.storage import Store
     from assay.recipe import load_recipe
     from assay.recipe.draft import draft_recipe
 
+    refuse_scores(Store.at(out))
     if os.path.lexists(out):
         raise FileExistsError(f"{out}: is there already; choose another name with --out")
     draft = draft_recipe(data, model, reference, target, out)

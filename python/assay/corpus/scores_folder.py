@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from assay._json import dumps
@@ -147,6 +148,31 @@ def refuse_corpora(output: Store, scores: Scores, written: Sequence[str], others
     refuse_overlap(output, scores.corpus_path, scores.corpus, written)
     paths = {scores.identity.corpus, *scores.inputs, *others} - {scores.corpus_path}
     refuse_overlap_with_inputs(output, sorted(paths), written)
+
+
+def refuse_scores(output: Store, *used: Store, itself: bool = True) -> None:
+    """CorpusError if what is written would lie among scores: of a folder that is ``used`` (it may be yet to be made),
+    or of any other that ``output`` is or, by whatever links, lies in.
+
+    Args:
+        itself: False for what makes scores folders: the output may be one, and lies in none.
+    """
+    above = Path(output.real()).parents if output.is_local else PurePosixPath(output.root).parents
+    folders = [output] if itself else []
+    folders += [Store(output.fs, str(folder)) for folder in above if folder.name]  # the root is nobody's scores
+    found = next((store for store in used if store.holds(output)), None) or next(filter(_is_scores, folders), None)
+    if found is not None:
+        raise CorpusError(f"{output.url}: lies among the scores {found.url}; choose another output")
+
+
+def _is_scores(store: Store) -> bool:
+    try:
+        read_manifest(store)
+    except (OSError, ValueError) as error:
+        if may_pass(error):
+            raise
+        return False
+    return True
 
 
 def _status(store: Store, identity: Identity, shard: Shard) -> ShardStatus:

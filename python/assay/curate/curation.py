@@ -20,7 +20,7 @@ from assay.corpus.errors import CorpusError, ShardError
 from assay.corpus.layout import MANIFEST, selection_path, table_path
 from assay.corpus.listing import summarise_left_out
 from assay.corpus.score_files import score_field
-from assay.corpus.scores_folder import Scored, Scores, State, open_scores, refuse_corpora
+from assay.corpus.scores_folder import Scored, Scores, State, open_scores, refuse_corpora, refuse_scores
 from assay.corpus.shards import Shard
 from assay.corpus.storage import TEMPORARY_SUFFIX, Store, may_pass
 from assay.curate.auditing import Audit, Rule
@@ -251,9 +251,10 @@ def _refuse_inputs(
     """CorpusError if what is written would fall on a corpus, scores or somebody's files."""
     ours = {path for shard in shards for path in (*form.files(shard), selection_path(shard))}
     refuse_corpora(output, scores, sorted(ours), [path for other in beside.values() for path in other.corpora])
-    for store in (scores.store, *(other.store for other in beside.values())):
-        if output.holds(store) or store.holds(output):
-            raise CorpusError(f"{output.url}: the output and {store.url} must not lie in each other")
+    used = [scores.store, *(other.store for other in beside.values())]
+    refuse_scores(output, *used)
+    if held := next((store for store in used if output.holds(store)), None):
+        raise CorpusError(f"{output.url}: the output and {held.url} must not lie in each other")
     if GROUPS in ours:
         raise CorpusError(f"{GROUPS}: a shard of the corpus has the name of the table of groups; rename it")
     output.refuse_detours(ours)

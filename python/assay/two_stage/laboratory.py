@@ -20,6 +20,7 @@ from assay._json import dumps
 from assay._version import __version__
 from assay.corpus.claim import claim
 from assay.corpus.footer import canonical_hash
+from assay.corpus.scores_folder import refuse_scores
 from assay.corpus.shards import Corpus, find_shards, refuse_overlap
 from assay.corpus.storage import Store
 from assay.engine import run
@@ -112,7 +113,7 @@ def laboratory(
 
     Raises:
         EngineError: no such model; held-out samples that are trained on, or that a score is fitted to.
-        CorpusError: an output that lies in the corpus, the held-out samples or targets.
+        CorpusError: an output that lies in the corpus, the held-out samples or targets, or among scores.
     """
     spec = recipe.models.get(trainee.model)
     if spec is None:
@@ -130,6 +131,7 @@ def laboratory(
     corpora = {recipe.corpus.path: corpus, trainee.held_out: held_out}
     for path in (*corpora, *recipe.fitted_to().values()):
         refuse_overlap(output, path, corpora.get(path) or find_shards(path), [TRIALS])
+    refuse_scores(output, Store.at(recipe.output))
     run(recipe, progress=progress or Progress())
     with claim(output, "an experiment"):
         learner = _learner(recipe, trainee.model, corpus)

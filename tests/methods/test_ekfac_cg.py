@@ -106,6 +106,22 @@ def test_a_training_damps_by_how_far_it_went(problem: Any) -> None:
     assert method.metadata()["damping"] == "1/20"
 
 
+def test_a_pool_without_curvature_is_damped_by_a_training_all_the_same() -> None:
+    """Of a model that is sure of every sample S is 0, and right or wrong G is: x = g/λ is left."""
+    model = nn.Linear(2, 3).double()
+    x = torch.randn(8, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = torch.tensor([0, 1] * 4)  # class 2 is what it is sure of
+    with torch.no_grad():
+        model.weight.zero_()
+        model.bias.copy_(torch.tensor([0.0, 0.0, 2000.0]))
+    target = {"t": [(x[:3], y[:3])]}
+    got = run(EKFACCG(model, Classification(), target, rate_sum=20.0), (x, y))["ekfac_cg"]
+    want = 20 * gradients(model, x, y) @ gradients(model, x[:3], y[:3]).mean(0)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=0)
+    with pytest.raises(ValueError, match=r"the pool's curvature is 0, .*; give rate_sum"):
+        run(EKFACCG(model, Classification(), target), (x, y))
+
+
 def test_a_solution_that_is_none_is_told_of(problem: Any, caplog: pytest.LogCaptureFixture) -> None:
     models, pool, target = problem
     method = EKFACCG(models[0], Classification(), {"t": [target]}, damping=1e-6, iterations=1).fit([pool])

@@ -242,6 +242,20 @@ def token_ids(task: str, batch: Any) -> Tensor:
     return ids
 
 
+def token_mask(task: str, batch: Mapping[str, Any]) -> Tensor:
+    """(B, T) bool: which of a batch's tokens hold data; all where it has no ``attention_mask``. ValueError for one of
+    another shape than ``input_ids``."""
+    ids, given = token_ids(task, batch), batch.get("attention_mask")
+    if given is None:
+        return torch.ones_like(ids, dtype=torch.bool)
+    if given.shape != ids.shape:
+        raise ValueError(
+            f"{task}: attention_mask of shape {tuple(given.shape)} for input_ids of shape {tuple(ids.shape)}; expected "
+            "the same shape, one value per token"
+        )
+    return as_bool(given)
+
+
 def describe(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"a {type(value).__name__} with keys {sorted(map(str, value))}"

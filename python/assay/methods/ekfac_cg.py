@@ -39,8 +39,8 @@ class EKFACCG(EKFAC):
     them all their weight. On digits an exact solve with 0.1 is worse than EK-FAC with 0.1; 1 to 3 are best.
 
     ``fit`` goes through its samples as EK-FAC's does, once more for G's trace and once per iteration, at about four
-    backward passes and three more per target. Logits are made, also where losses are fused. A batch with a sample of
-    which no derivative is finite is left out of G.
+    backward passes and three more per target. Logits are made, also where losses are fused. A sample of which no
+    derivative is finite is left out of G; ``left_out`` in the metadata counts them.
 
     Columns: ``ekfac_cg``, and one per target if there are several.
 
@@ -111,7 +111,7 @@ class EKFACCG(EKFAC):
             solved, residual, made = self._solved(System(product, damping, bases, wanted), pool)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
-        self._facts = {self.counted: str(made), "residual": f"{residual:.2g}", "left_out": str(len(product.left_out))}
+        self._facts = {self.counted: str(made), "residual": f"{residual:.2g}", "left_out": str(product.left_out)}
         if residual > _FAR:
             self._facts["warning"] = f"far from solved; give more {self.counted} or a larger damping"
             _log.warning(

@@ -37,6 +37,7 @@ from rich.table import Table as Printed
 from safetensors.torch import save_file
 from torch import nn
 
+from assay._json import dumps
 from benchmarks import timing
 
 SHARDS, ROWS, SIZE, CLASSES = 60, 200, 16, 3
@@ -79,7 +80,7 @@ class World:
         ]
         if i % 2:
             path = self.corpus / f"{i:03}.jsonl"
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            path.write_text("".join(dumps(row) + "\n" for row in rows))
         else:
             path = self.corpus / f"{i:03}.parquet"
             pq.write_table(pa.Table.from_pylist(rows), path)

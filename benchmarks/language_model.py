@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from assay._json import dumps
 from assay.methods import Ensemble, GradMimic, Scorer
 from assay.methods.base import Method
 from assay.tasks import CausalLM
@@ -122,7 +123,7 @@ def main() -> None:
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        print(json.dumps(run(arguments.one[0], arguments.one[1] == "fused")))
+        print(dumps(run(arguments.one[0], arguments.one[1] == "fused")))
         return
     if arguments.speed:
         measured = speed(arguments.speed, getattr(torch, arguments.dtype), arguments.rounds)

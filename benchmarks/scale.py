@@ -33,6 +33,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from assay._json import dumps
 from benchmarks import timing
 
 SIZE, CLASSES, SHARD_ROWS = 64, 10, 100_000
@@ -40,6 +41,7 @@ RUN = """
 import time
 began = time.perf_counter()
 import json, sys
+from assay._json import dumps
 from assay.engine import run
 from assay.recipe import load_recipe
 seconds = []
@@ -87,7 +89,7 @@ def run(recipes: Sequence[Path], output: Path, engine: str = "local", **settings
     options = ["run.devices=cpu", *(f"{key}={value}" for key, value in settings.items())]
     work = [(str(recipe), [f"output={output}-{i}", *options]) for i, recipe in enumerate(recipes)]
     with tempfile.TemporaryFile("w+") as printed:
-        process = subprocess.Popen([sys.executable, "-c", RUN, json.dumps(work), engine], stdout=printed)
+        process = subprocess.Popen([sys.executable, "-c", RUN, dumps(work), engine], stdout=printed)
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:

@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
+from assay._json import dumps
 from assay.corpus.footer import Footer, Identity, InputFacts, RowCounts
 from assay.corpus.score_files import ROW_GROUP_ROWS
 from assay.corpus.shards import find_shards
@@ -95,7 +96,7 @@ def make(root: Path, rows: int) -> Path:
                 )
                 writer.write_table(part)
     columns = [{"name": column.name, "keep": "high"} for column in COLUMNS]
-    store.write_text("manifest.json", json.dumps(identity.model_dump() | {"corpus": str(corpus), "columns": columns}))
+    store.write_text("manifest.json", dumps(identity.model_dump() | {"corpus": str(corpus), "columns": columns}))
     return scores
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import random
 import re
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 
+from assay._json import dumps
 from benchmarks.case import Case, dtype_name
 
 RESULTS = Path(__file__).parent / "results"
@@ -127,7 +127,7 @@ def write(name: str, cases: list[dict[str, Any]]) -> Path:
     slug = re.sub(r"[^a-z0-9]+", "-", f"{facts['processor']}-{facts['threads']}-threads".lower()).strip("-")
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{slug}-{name}.json"
-    path.write_text(json.dumps({"machine": facts, "cases": cases}, indent=1, default=_plain) + "\n")
+    path.write_text(dumps({"machine": facts, "cases": cases}, indent=1, default=_plain) + "\n")
     return path
 
 

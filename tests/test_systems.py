@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.main import get_command
 
+from assay.cli import app
 from assay.recipe.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
+COMMANDS = get_command(app).commands
 COLUMNS = ["system", "file", "key or name", "test of its property", "experiment, beside its control"]
 
 
@@ -86,9 +89,8 @@ def _exists(name: str) -> bool:
         except (ImportError, AttributeError):
             return False
     command, _, option = name.removeprefix("assay ").partition(" ")
-    text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "python/assay/cli").glob("*.py"))
-    known = re.search(rf"def {command}\(", text) is not None
-    return name.startswith("assay ") and known and (not option or f"{option.lstrip('-')}: Annotated" in text)
+    found = COMMANDS.get(command) if name.startswith("assay ") else None
+    return found is not None and (not option or any(option in parameter.opts for parameter in found.params))
 
 
 def test_a_wrong_name_and_a_wrong_number_are_found() -> None:
@@ -96,5 +98,8 @@ def test_a_wrong_name_and_a_wrong_number_are_found() -> None:
     for at, bad in ((1, "`python/assay/none.py`"), (2, "`method: none`"), (3, "`tests/test_docs.py::test_none`")):
         with pytest.raises(AssertionError):
             test_what_a_row_names_exists([*good[:at], bad, *good[at + 1 :]])
+    assert _exists("assay select --ccs")
+    assert not _exists("assay prove --ccs")  # another command's
+    assert not _exists("assay progress_of")  # a function beside the commands
     with pytest.raises(AssertionError, match=r"is no number of"):
         test_what_a_row_names_exists([*good[:4], good[4].replace(".916", ".917")])

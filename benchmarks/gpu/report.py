@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import subprocess
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 
+from assay._json import dumps
 from benchmarks.case import REHEARSAL, Target
 from benchmarks.gpu.ceilings import Ceilings
 
@@ -94,7 +94,7 @@ def write(
         "baseline": baseline,
     }
     paths = [folder / f"{slug(facts)}-kernels.json", folder / f"{slug(facts)}-kernels.md"]
-    paths[0].write_text(json.dumps(document, indent=1, ensure_ascii=False, default=list) + "\n")
+    paths[0].write_text(dumps(document, indent=1, ensure_ascii=False, default=list) + "\n")
     paths[1].write_text(markdown(facts, ceilings, cases, problems))
     if not ceilings or not cases:
         return paths  # no roof to draw

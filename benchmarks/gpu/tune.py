@@ -9,7 +9,6 @@ A variant is constants of the kernels with other values. What is fastest, and by
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -20,6 +19,7 @@ from unittest import mock
 
 import torch
 
+from assay._json import dumps
 from assay.kernels import dot, head_launch, head_tiles, rademacher, scan, sketch, sketch_fused, sqnorm
 from assay.kernels._common import Tile
 from assay.ops import _sparse
@@ -228,7 +228,7 @@ def main(words: list[str]) -> None:
         for case, values in chosen(*words[1:]):
             results = sorted(time_variants(case, values), key=lambda r: r.get("ms", 1e9))
             for result in results:
-                file.write(json.dumps(result, ensure_ascii=False) + "\n")
+                file.write(dumps(result, ensure_ascii=False) + "\n")
             file.flush()
             print(
                 case.name,

@@ -10,7 +10,6 @@ that are flagged, the real similarity to the most similar file before them, coun
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import tempfile
@@ -25,6 +24,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from assay._json import dumps
 from assay.curate import find_duplicates
 from assay.engine import run
 from assay.ops import ngram_hashes
@@ -59,7 +59,7 @@ def scored(folder: Path, texts: Mapping[str, Sequence[str]]) -> tuple[dict[str, 
     """By shard the rows of what is found, and the seconds that both steps took."""
     (folder / "data").mkdir()
     for name, own in texts.items():
-        lines = [json.dumps({"text": text}) for text in own]
+        lines = [dumps({"text": text}) for text in own]
         (folder / f"data/{name}.jsonl").write_text("\n".join(lines) + "\n")
     recipe = {"version": 1, "corpus": {"path": "data"}, "task": {"kind": "text"}, "output": "scores"}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"methods": [{"method": "minhash"}]}))
@@ -109,7 +109,7 @@ def main() -> None:
     console.print(table)
     console.print({key: value for key, value in result.items() if key != "kinds"})
     if not quick:
-        (RESULTS / "quality-duplicates.json").write_text(json.dumps(machine() | result, indent=1) + "\n")
+        (RESULTS / "quality-duplicates.json").write_text(dumps(machine() | result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from rich.table import Table
 from sklearn.metrics import roc_auc_score
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
+from assay._json import dumps
 from assay.corpus.images import ImageLimits, decode_image
 from assay.engine.local import run
 from assay.recipe.preprocessor import parse
@@ -303,7 +304,7 @@ def main(folder: str | None = None) -> None:
             cases[-1] |= {"scores": judged(scores, wrong), "seconds": round(time.perf_counter() - began)}
             show(cases[-1])
     path = RESULTS / "quality-emoji.json"
-    path.write_text(json.dumps({"machine": machine(), "packages": VERSION, "cases": cases}, indent=1) + "\n")
+    path.write_text(dumps({"machine": machine(), "packages": VERSION, "cases": cases}, indent=1) + "\n")
     print("written to", path.name)
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import json
 import sysconfig
 import tempfile
 import time
@@ -27,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from sklearn.metrics import roc_auc_score
 
+from assay._json import dumps
 from assay.demo.text import find_model
 from assay.engine import Workshop, make_plan, open_workshop, run
 from assay.recipe.recipe import load_recipe
@@ -78,7 +78,7 @@ def score(root: Path, shards: Mapping[str, Sequence[Chat]]) -> Path:
     """Score every token of some conversations; returns the recipe."""
     (root / "data").mkdir()
     for name, chats in shards.items():
-        lines = [json.dumps({"messages": chat}) + "\n" for chat in chats]
+        lines = [dumps({"messages": chat}) + "\n" for chat in chats]
         (root / "data" / f"{name}.jsonl").write_text("".join(lines))
     recipe = {
         "version": 1,

@@ -15,7 +15,6 @@ method keeps.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -31,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from sklearn.metrics import roc_auc_score
 
+from assay._json import dumps
 from assay.demo.text import KINDS, clean_documents, find_model
 from assay.engine import run
 from assay.recipe.recipe import load_recipe
@@ -61,7 +61,7 @@ def scored(rows: Sequence[Mapping[str, Any]], task: Mapping[str, Any], method: M
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         (root / "data").mkdir()
-        (root / "data/a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (root / "data/a.jsonl").write_text("".join(dumps(row) + "\n" for row in rows))
         recipe = {
             "version": 1,
             "corpus": {"path": "data"},

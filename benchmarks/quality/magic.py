@@ -14,7 +14,6 @@ derivative can tell.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 import assay
+from assay._json import dumps
 from assay.methods import ASTRA, EKFAC, EKFACCG, SOURCE, AdamState, Influence, Kernel, TracIn
 from assay.retrain import SGD, Adam, Magic, Training, magic
 from assay.retrain.magic_training import running
@@ -271,7 +271,7 @@ def main() -> None:
         show(Console(width=120), cases[-1])
     if not quick:
         result = {"machine": machine(), "seconds": round(time.perf_counter() - begun, 1), "cases": cases}
-        (RESULTS / "quality-magic.json").write_text(json.dumps(result, indent=1) + "\n")
+        (RESULTS / "quality-magic.json").write_text(dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

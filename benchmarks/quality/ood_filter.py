@@ -16,7 +16,6 @@ all steps of the rollouts, by error in units of the real steps' spread:
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from typing import Any
@@ -31,6 +30,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 import assay
+from assay._json import dumps
 from assay.methods import OODFilter
 from assay.tasks import Regression
 from benchmarks.timing import RESULTS, machine
@@ -167,7 +167,7 @@ def main() -> None:
         console.print(table)
     settings = {"seeds": SEEDS, "rounds": ROUNDS, "real_per_round": REAL, "rollouts": ROLLOUTS, "length": LENGTH}
     found = {**machine(), **settings, "schedule": SCHEDULE, "seconds": time.perf_counter() - began, "runs": runs}
-    (RESULTS / "quality-ood-filter.json").write_text(json.dumps(found, indent=1) + "\n")
+    (RESULTS / "quality-ood-filter.json").write_text(dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ more images. β = 1 and 0.5, ten seeds.
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from typing import Any
@@ -26,6 +25,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import fbeta_score
 
 from assay import select
+from assay._json import dumps
 from benchmarks.timing import RESULTS, machine
 
 SEEDS, LABELLED, AUDITED, TEST, SHIFT = 10, 60, 400, 400, 0.3
@@ -87,7 +87,7 @@ def main() -> None:
             console.print(table)
     settings = {"seeds": SEEDS, "labelled": LABELLED, "audited": AUDITED}
     found = {**machine(), **settings, "seconds": time.perf_counter() - began, "runs": results}
-    (RESULTS / "quality-pseudo-labels.json").write_text(json.dumps(found, indent=1) + "\n")
+    (RESULTS / "quality-pseudo-labels.json").write_text(dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ mixture's), the same in the sample's own training set, its place in the order, a
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from typing import Any
@@ -27,6 +26,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.naive_bayes import GaussianNB
 from sklearn.neighbors import KNeighborsClassifier
 
+from assay._json import dumps
 from assay.methods import ensemble_scores
 from assay.retrain import out_of_fold, readout_switching
 from benchmarks.timing import RESULTS, machine
@@ -109,7 +109,7 @@ def main() -> None:
     console.print(table)
     found = {**machine(), "seeds": SEEDS, "rows": ROWS, "noise": NOISE, "seconds": time.perf_counter() - began}
     found |= {"samples": samples, "features": features}
-    (RESULTS / "quality-readout-switching.json").write_text(json.dumps(found, indent=1) + "\n")
+    (RESULTS / "quality-readout-switching.json").write_text(dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ the installation's standard library.
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import sysconfig
@@ -34,6 +33,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 import assay
+from assay._json import dumps
 from assay.methods import BM25, DSIR, NGramClassifier, Views
 from assay.ops import Terms, least_hashes, ngram_counts, ngram_hashes
 from benchmarks.quality.multiplier import corpus
@@ -200,7 +200,7 @@ def main() -> None:
         table.add_row(name, f"{row['median']:.0f}", f"{row['best']:.0f}")
     console.print(table)
     if not quick:
-        (RESULTS / "quality-texts.json").write_text(json.dumps(machine() | result, indent=1) + "\n")
+        (RESULTS / "quality-texts.json").write_text(dumps(machine() | result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ EL2N and gradient length. That variability or forgetting points the other way is
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import time
@@ -31,6 +30,7 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
+from assay._json import dumps
 from assay.methods import Dynamics, GraNd, Method
 from assay.tasks import Classification
 from assay.train import Reweighter, trajectories
@@ -165,7 +165,7 @@ def main() -> None:
     if not quick:
         settings = {"train": TRAIN, "noise": NOISE, "batch": BATCH, "epochs": EPOCHS, "first_epochs": EARLY}
         result = {**machine(), **settings, "seconds": time.perf_counter() - began, "auroc": found}
-        (RESULTS / "quality-trajectories.json").write_text(json.dumps(result, indent=1) + "\n")
+        (RESULTS / "quality-trajectories.json").write_text(dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ the lowest mean |residual|, at random, and without the moved ones.
 from __future__ import annotations
 
 import copy
-import json
 import statistics
 import time
 from typing import Any
@@ -27,6 +26,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 import assay
+from assay._json import dumps
 from assay.methods import TRIAGE
 from assay.tasks import Regression
 from benchmarks.timing import RESULTS, machine
@@ -134,7 +134,7 @@ def main() -> None:
             console.print(table)
     settings = {"seeds": SEEDS, "share": SHARE, "shift": SHIFT, "checkpoints": CHECKPOINTS, "steps": STEPS}
     found = {**machine(), **settings, "seconds": time.perf_counter() - began, "results": results}
-    (RESULTS / "quality-triage.json").write_text(json.dumps(found, indent=1) + "\n")
+    (RESULTS / "quality-triage.json").write_text(dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,12 +5,12 @@ The two smooth settings of ``benchmarks.quality.magic`` and all of its methods, 
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import replace
 
 from rich.console import Console
 
+from assay._json import dumps
 from benchmarks.quality.magic import SETTINGS, one, show
 from benchmarks.timing import RESULTS, machine
 
@@ -21,7 +21,7 @@ def main() -> None:
         cases.append(one(replace(setting, queries=16)))
         show(Console(width=120), cases[-1])
     result = {"machine": machine(), "seconds": round(time.perf_counter() - begun, 1), "cases": cases}
-    (RESULTS / "quality-unrolling.json").write_text(json.dumps(result, indent=1) + "\n")
+    (RESULTS / "quality-unrolling.json").write_text(dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ nothing.
 from __future__ import annotations
 
 import copy
-import json
 import statistics
 import sys
 import time
@@ -31,6 +30,7 @@ from rich.table import Table
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+from assay._json import dumps
 from assay.ops import ensemble_stats
 from assay.train.losses import confidence, distillation_of_logits, performance_gap_recovered, ramp
 from benchmarks.quality.online.classification import accuracy
@@ -178,7 +178,7 @@ def main() -> None:
     if not quick:
         facts = {key: [run[key] for run in runs] for key in ("weak", "right", "agreed")}
         found = {**machine(), "steps": steps, "seconds": time.perf_counter() - began, **facts, "results": summary(runs)}
-        (RESULTS / "quality-weak-to-strong.json").write_text(json.dumps(found, indent=1) + "\n")
+        (RESULTS / "quality-weak-to-strong.json").write_text(dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

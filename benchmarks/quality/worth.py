@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import time
@@ -20,6 +19,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 import assay
+from assay._json import dumps
 from assay.methods.base import Method
 from benchmarks.timing import RESULTS, machine
 
@@ -85,7 +85,7 @@ def experiment(name: str, parts: Mapping[str, tuple[Callable[[int], Numbers], in
         show(console, f"{part}, {len(runs)} seeds, {time.perf_counter() - began:.0f} s so far", result[part])
     if not quick:
         found = {**machine(), "seconds": time.perf_counter() - began, **result}
-        (RESULTS / f"quality-{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+        (RESULTS / f"quality-{name}.json").write_text(dumps(found, indent=1) + "\n")
 
 
 def show(console: Console, title: str, found: Mapping[str, Mapping[str, list[float]]]) -> None:

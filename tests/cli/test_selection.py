@@ -11,7 +11,7 @@ import pytest
 
 import assay
 from assay.cli import main
-from tests.small_scores import make_scores
+from tests.small_scores import Column, make_scores
 
 
 @pytest.fixture
@@ -86,9 +86,25 @@ def test_coverage_of_every_difficulty_from_the_command_line(tmp_path, monkeypatc
     assert manifest["facts"]["hardest_dropped"] == 40
     hardest = int(np.nanargmax(loss[0]))
     assert main(["explain", scores, f"a-{hardest}", "--selection", "out"]) == 0
-    assert "among the hardest, or not drawn" in capsys.readouterr().out
+    assert "dropped: among the 40 hardest by loss" in capsys.readouterr().out
     assert main([*command, "--out", "default"]) == 0
     assert json.loads((tmp_path / "default/manifest.json").read_text())["facts"]["hardest_dropped"] == 20
+
+
+def test_what_covers_every_difficulty_is_weighed_by_the_end_that_is_kept(tmp_path, monkeypatch, capsys):
+    """A score that says no end to keep, of which `--hard` says which is hard and `--keep` which is worth more."""
+    monkeypatch.chdir(tmp_path)
+    loss = np.arange(10, dtype=np.float32)
+    scores = make_scores(tmp_path, {"a": {"loss": loss}}, {"loss": Column("loss", "none")})
+    command = ["select", scores, "--by", "loss", "--ccs", "4", "--hard", "high", "--format", "weights"]
+    assert main([*command, "--temperature", "1", "--out", "out"]) == 2
+    assert "does not say which end of it to keep" in capsys.readouterr().err
+    assert main([*command, "--temperature", "1", "--keep", "low", "--out", "out"]) == 0
+    (path,) = (tmp_path / "out/weights").iterdir()
+    written = pq.read_table(path)
+    kept = np.array([int(name.split("-")[1]) for name in written["id"].to_pylist()])
+    expected = np.exp(-loss[kept].astype(np.float64))
+    np.testing.assert_allclose(written["weight"].to_numpy(), 4 * expected / expected.sum(), rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -157,3 +157,10 @@ def test_many_files_are_asked_for_at_once_where_each_costs_a_request(store):
         next(answers)
     assert most > 1
     assert len(begun) < (2000 if store.is_local else 500)
+
+
+@pytest.mark.parametrize("count", [3, 1000])
+def test_an_exception_that_is_the_answer_is_not_raised(store, count):
+    answers = list(store.map(lambda i: OSError(i) if i % 7 == 2 else i, range(count)))
+    assert [i for i, answer in enumerate(answers) if isinstance(answer, OSError)] == list(range(2, count, 7))
+    assert [answer for answer in answers if not isinstance(answer, OSError)] == [i for i in range(count) if i % 7 != 2]

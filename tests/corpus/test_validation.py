@@ -22,6 +22,7 @@ from assay.corpus.claim import CLAIM, claim
 from assay.corpus.errors import CorpusError
 from assay.corpus.footer import Footer, Identity, InputFacts, RowCounts, TableColumn
 from assay.corpus.score_files import ScoreWriter
+from assay.corpus.scores_folder import State, open_scores
 from assay.corpus.shards import find_shards
 from assay.corpus.storage import Store
 from assay.corpus.validation import validate_scores
@@ -389,6 +390,37 @@ def test_storage_that_fails_costs_one_table_and_the_rest_is_checked(copied, plan
     assert json.loads(capsys.readouterr().out)["unchecked"] == (how != "listed")
     plant.clear()
     assert problems(copied) == ["bad.parquet: loss is infinite: in row 2"]
+
+
+@pytest.mark.parametrize(
+    ("end", "how", "shard"),
+    [
+        ("scores/a.parquet", "opened", "a.parquet"),
+        ("scores/deep/b.parquet", "read", "deep/b.jsonl"),
+        ("quarantine/torn.jsonl", "opened", "torn.parquet"),
+        ("quarantine/bad.jsonl", "opened", "bad.parquet"),
+    ],
+)
+def test_what_reads_a_folder_goes_on_too_and_what_decides_by_it_does_not(copied, plant, capsys, end, how, shard):
+    plant[end] = how
+    url, by, there = str(copied / "scores"), ["--by", "loss", "--keep", "low"], ["--corpus", str(copied / "data")]
+    scores = open_scores(url, there[1])
+    (unknown,) = scores.of(State.UNKNOWN)
+    assert unknown.shard.path == shard
+    assert "planted" in unknown.detail
+    assert len(scores.of(State.DONE)) + len(scores.of(State.UNREADABLE)) == 3
+    assert main(["ls", url, *there]) == 1
+    said = capsys.readouterr()
+    assert "1 unknown" in said.out
+    assert f"1 shards could not be looked at; try again ({shard}: storage failed" in said.err
+    assert main(["show", url, *by, "--best", "1", *there]) == 1
+    assert f" shards are not in it ({shard}: storage failed" in capsys.readouterr().err
+    command = ["select", url, *by, "--top", "3", "--out", str(copied / "out"), *there]
+    assert main(command) == 2
+    assert f"1 of 4 shards could not be looked at; try again ({shard}: storage failed" in capsys.readouterr().err
+    assert not (copied / "out").exists()
+    plant.clear()
+    assert main(command) == 1  # of one shard that cannot be read
 
 
 def test_the_command(copied, capsys, monkeypatch):

@@ -337,7 +337,7 @@ def test_the_scores_are_never_written_over(project, out):
     scores = scored(project)
     (project.root / "scores_alias").symlink_to("scores")
     before = contents(project.scores)
-    with pytest.raises(CorpusError, match="must not lie in each other"):
+    with pytest.raises(CorpusError, match="lies among the scores"):
         curate(scores, "mimic", top(0.5), str(project.root / out))
     assert contents(project.scores) == before
 

@@ -134,7 +134,7 @@ def test_the_command_shows_it(folder, tmp_path, capsys):
     assert sample["selection"]["kept"] is False
     assert sample["selection"]["distance"] > 0
     assert main(["explain", url, "a-2", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["samples"][0]["scores"]["mimic"]["value"] is None
+    assert json.loads(capsys.readouterr().out)["samples"][0]["scores"]["mimic"]["value"] == "NaN"
     dropped = next(i for i in range(30) if loss[i] >= np.median(loss) and i not in (worst, 5))
     assert main(["explain", url, f"a-{dropped}", "--selection", out]) == 0
     said = capsys.readouterr().out

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 
+from assay.corpus import storage
 from assay.engine.columns import with_columns
 from assay.engine.local import run
 from assay.engine.plan import find_corpora
@@ -38,6 +41,19 @@ def test_a_targets_columns_are_looked_for_too(project):
     )
     with pytest.raises(EngineError, match=r"task\.label_column: t\.jsonl of targets\.good has no column 'label', only"):
         run(load_recipe(str(project.path)))
+
+
+def test_another_shard_does_not_tell_in_place_of_one_that_storage_withholds(project, monkeypatch):
+    opened = storage._open_regular
+
+    def withheld(full):
+        if full.endswith("data/a.parquet"):
+            raise OSError(errno.EIO, "planted", full)
+        return opened(full)
+
+    monkeypatch.setattr(storage, "_open_regular", withheld)
+    with pytest.raises(EngineError, match=r"a\.parquet: storage failed \(.*planted.*\); run again"):
+        looked_at(project)
 
 
 def test_shards_that_cannot_be_read_or_are_empty_are_passed_over(project):

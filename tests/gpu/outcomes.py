@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from assay._json import dumps
+
 FILE = "outcomes.jsonl"
 STATES = (
     "planned",  # is to come
@@ -72,7 +74,7 @@ class Journal:
 
     def write(self, outcomes: Iterable[Outcome]) -> None:
         """In one append, which other processes' do not come between."""
-        lines = [json.dumps(asdict(o), ensure_ascii=False, default=str).encode() + b"\n" for o in outcomes]
+        lines = [dumps(asdict(o), ensure_ascii=False, default=str).encode() + b"\n" for o in outcomes]
         if lines:
             os.write(self._file, b"".join(lines))
             os.fsync(self._file)

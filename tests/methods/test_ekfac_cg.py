@@ -106,6 +106,22 @@ def test_a_training_damps_by_how_far_it_went(problem: Any) -> None:
     assert method.metadata()["damping"] == "1/20"
 
 
+def test_a_pool_without_curvature_is_damped_by_a_training_all_the_same() -> None:
+    """Of a model that is sure of every sample S is 0, and right or wrong G is: x = g/λ is left."""
+    model = nn.Linear(2, 3).double()
+    x = torch.randn(8, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = torch.tensor([0, 1] * 4)  # class 2 is what it is sure of
+    with torch.no_grad():
+        model.weight.zero_()
+        model.bias.copy_(torch.tensor([0.0, 0.0, 2000.0]))
+    target = {"t": [(x[:3], y[:3])]}
+    got = run(EKFACCG(model, Classification(), target, rate_sum=20.0), (x, y))["ekfac_cg"]
+    want = 20 * gradients(model, x, y) @ gradients(model, x[:3], y[:3]).mean(0)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=0)
+    with pytest.raises(ValueError, match=r"the pool's curvature is 0, .*; give rate_sum"):
+        run(EKFACCG(model, Classification(), target), (x, y))
+
+
 def test_a_solution_that_is_none_is_told_of(problem: Any, caplog: pytest.LogCaptureFixture) -> None:
     models, pool, target = problem
     method = EKFACCG(models[0], Classification(), {"t": [target]}, damping=1e-6, iterations=1).fit([pool])
@@ -163,19 +179,46 @@ def test_a_language_model_with_attention_and_texts_without_tokens() -> None:
     )  # five tokens, four of them predicted
 
 
-def test_a_batch_with_a_broken_sample_is_left_out_and_counted(problem: Any) -> None:
+def test_a_broken_sample_is_left_out_and_counted_and_its_batch_is_not(problem: Any) -> None:
     models, (x, y), target = problem
-    half = POOL // 2
+    half, kept = POOL // 2, torch.arange(POOL) != POOL // 2 + 1
     broken = x.clone()
     broken[half + 1] = torch.inf
-    method = EKFACCG(models[0], Classification(), {"t": [target]}).fit(
-        [(broken[:half], y[:half]), (broken[half:], y[half:])]
-    )
-    assert method.metadata()["left_out"] == "1"
-    table = assay.score([(x, y)], [method])
-    assert bool(torch.tensor(table["ekfac_cg"].to_pylist()).isfinite().all())
-    with pytest.raises(ValueError, match="ekfac_cg: the pool has no batch whose samples all have finite derivatives"):
-        EKFACCG(models[0], Classification(), {"t": [target]}).fit([(broken, y)])
+    found = []
+    for pool in ([(broken[:half], y[:half]), (broken[half:], y[half:])], [(x[kept], y[kept])]):
+        method = EKFACCG(models[0], Classification(), {"t": [target]}, iterations=60).fit(pool)
+        assert method.metadata()["left_out"] == str(len(pool) - 1)
+        found.append(torch.tensor(assay.score([(x, y)], [method])["ekfac_cg"].to_pylist()))
+    assert float((found[0] - found[1]).norm() / found[1].norm()) < 5e-3
+
+
+class _Centred(nn.Linear):
+    """Its samples are not apart."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x - x.mean(0))
+
+
+def test_products_are_without_the_samples_that_have_none(problem: Any) -> None:
+    models, (x, y), _ = problem
+    names = [name for name, _ in models[0].named_parameters()]
+    vector = [{name: torch.ones_like(p) for name, p in models[0].named_parameters()}]
+    bad = torch.tensor([0, 3, 4])
+    kept = torch.ones(POOL, dtype=torch.bool).index_fill(0, bad, False)
+    product = GaussNewton(models[0], Classification(), names, [(x.index_fill(0, bad, torch.nan), y)])
+    (want,) = GaussNewton(models[0], Classification(), names, [(x[kept], y[kept])])(vector)
+    for _ in range(2):
+        (got,) = product(vector)
+        assert (product.left_out, product.samples) == (3, POOL - 3)
+        for name, own in got.items():
+            torch.testing.assert_close(own, want[name])
+    with pytest.raises(ValueError, match="no sample with a loss and finite derivatives"):
+        GaussNewton(models[0], Classification(), names, [(torch.full_like(x, torch.nan), y)])(vector)
+    centred = _Centred(x.shape[1], int(y.max()) + 1)
+    batches = [(x, y), (x.index_fill(0, bad, torch.nan), y)]
+    product = GaussNewton(centred, Classification(), ["weight"], batches)
+    product([{"weight": torch.ones_like(centred.weight)}])
+    assert (product.left_out, product.samples) == (POOL, POOL)
 
 
 def test_what_is_refused(problem: Any) -> None:

@@ -86,6 +86,29 @@ def test_the_ratio_is_transformers_own_in_any_batch(model, begin) -> None:
         assert got[4, 0] == pytest.approx(1, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        (256, "256"),
+        ([256], "256"),
+        (None, "the config has no bos_token_id"),
+        ([1, 2], "bos_token_id is [1, 2], which is no token"),
+        (True, "bos_token_id is True, which is no token"),
+        (-1, "bos_token_id is -1, and the model has 257 tokens"),
+        (10**6, "bos_token_id is 1000000, and the model has 257 tokens"),
+    ],
+)
+def test_what_begins_a_text_is_a_token_of_the_model(model, named, said) -> None:
+    """Where the config names none, a text that begins with 1, say, is taken as it is; and the metadata says so."""
+    own = copy.deepcopy(model)
+    object.__setattr__(own.config, "bos_token_id", named)
+    assert IFD(own, CausalLM()).metadata()["begin"] == said
+    rows = [([BOS if said == "256" else 1, *prompt], response) for prompt, response in PAIRS]
+    expected = torch.tensor([by_hand(model, *row) for row in rows])[:, 0]
+    got = torch.tensor(assay.score([collate(rows)], [IFD(own, CausalLM())])["ifd"].to_pylist())
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
 def test_what_does_not_count_behind_a_response_changes_nothing(model) -> None:
     plain, longer = (assay.score([collate(PAIRS, tail)], [IFD(model, CausalLM())]) for tail in (0, 2))
     for name in plain.column_names[2:]:

@@ -86,7 +86,7 @@ def test_rows_of_which_nothing_is_known_and_mistakes() -> None:
     assert columns(flat, torch.cat([real[:1, :3], torch.tensor([[3.0]])], 1))[0] == pytest.approx(2)
     with pytest.raises(ValueError, match=r"ood_distance: 1 real samples \(a, b\) have a finite embedding; expected at"):
         fitted(torch.cat([real[:1], torch.full((5, 4), torch.nan)]))
-    with pytest.raises(ValueError, match="neighbours: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="neighbours: expected a finite number of at least 1, got 0"):
         fitted(real, 0)
 
 

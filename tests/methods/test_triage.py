@@ -174,7 +174,7 @@ def test_what_is_refused() -> None:
         TRIAGE([Zero()], Regression(), {})
     with pytest.raises(ValueError, match="models: expected at least one checkpoint"):
         TRIAGE([], Regression(), {"a": []})
-    with pytest.raises(ValueError, match="neighbours: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="neighbours: expected a finite number of at least 1, got 0"):
         TRIAGE([Zero()], Regression(), {"a": []}, neighbours=0)
     with pytest.raises(ValueError, match=r"triage: 3 of the 3 calibration samples \(a\) have a finite embedding"):
         TRIAGE([Zero()], Regression(), {"a": [(x[:3], y[:3])]}).fit()  # one to rank by: all would have the place 1/2

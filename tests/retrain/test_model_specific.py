@@ -210,7 +210,7 @@ def test_samples_without_a_loss_are_not_counted(caplog) -> None:
     np.testing.assert_allclose(drops(batch(x, y), batch(x, y * np.nan)), plain, rtol=1e-9)
     assert not caplog.text
     np.testing.assert_allclose(drops(batch(x, y), batch(x * np.inf, y)), plain, rtol=1e-9)
-    assert "1 of 2 batches of the chosen samples is not finite" in caplog.text
+    assert "the curvature of 30 chosen samples is not finite" in caplog.text
 
 
 def test_what_is_no_model_and_no_samples_are_refused() -> None:

@@ -48,7 +48,7 @@ def test_rows_without_a_score_and_mistakes() -> None:
     table = scored([1, np.nan, 3, 4], [1, 2, np.nan, 0])
     selection = clip_powered(table, "sas", "sds", 1.0)
     assert list(selection.indices) == [0, 3]
-    assert selection.reasons[1] == "dropped: sas or sds is NaN"
+    assert selection.reasons[1] == "dropped: sas + 1 · sds is NaN"
     assert clip_powered(table.slice(0, 0), "sas", "sds", 1.0, beta=1, sgd=True).mask.shape == (0,)
     for options, message in (
         ({"sgd": True}, "sgd: needs a beta"),

@@ -262,8 +262,8 @@ def test_batches_that_are_none() -> None:
         ({"yes": torch.full((4, 1), 300)}, r"'yes' has tokens outside \[0, 300\)"),
         ({"no": batch["yes"]}, "have a token twice; expected each once"),
         ({"yes": batch["yes"][:, [0, 0]]}, "have a token twice"),
-        ({"attention_mask": batch["attention_mask"].flip(1)}, "padding on the right"),
-        ({"attention_mask": batch["attention_mask"][:, 1:]}, "expected the same shape"),
+        ({"attention_mask": batch["attention_mask"].flip(1)}, r"padding before a token; expected .* on the right"),
+        ({"attention_mask": batch["attention_mask"][:, 1:]}, r"Judge: attention_mask of .*; expected the same shape"),
     ]
     for change, message in changes:
         with pytest.raises(ValueError, match=message):

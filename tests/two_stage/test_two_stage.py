@@ -120,6 +120,9 @@ def test_mistakes_are_one_line_before_anything_is_trained(root, recipe, tmp_path
         two_stage(recipe, question(root, held_out=str(root / "data/*.parquet")), out, BRIEF)
     with pytest.raises(CorpusError, match="must not lie in each other"):
         two_stage(recipe, question(root), str(root / "data/out"), BRIEF)
+    for among in (recipe.output, f"{recipe.output}/out"):
+        with pytest.raises(CorpusError, match="lies among the scores"):
+            two_stage(recipe, question(root), among, BRIEF)
     with pytest.raises(CorpusError, match="has no score 'nll'"):
         two_stage(recipe, question(root, by="nll"), out, BRIEF)
     with pytest.raises(EngineError, match=r"the loss of step .* is nan; take a smaller learning rate"):

@@ -8,7 +8,6 @@ the rows that it dropped, whichever method asked for it.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -19,6 +18,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from assay._json import dumps
 
 Rows = tuple[int, ...]
 """Rows dropped, ascending."""
@@ -40,7 +41,7 @@ class Bank:
 
     def __init__(self, root: Path, facts: Mapping[str, str]) -> None:
         self.facts = {**facts, "loop": str(LOOP)}
-        self.key = hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()
+        self.key = hashlib.sha256(dumps(self.facts, sort_keys=True).encode()).hexdigest()
         self.folder = root / f"{facts['board']}-{self.key[:12]}"
         self.folder.mkdir(parents=True, exist_ok=True)
         self._losses: dict[Rows, NDArray[np.float64]] | None = None

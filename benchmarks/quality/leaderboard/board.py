@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from assay._json import dumps
 from assay.methods import AdamState, Views
 from assay.retrain import SGD, Adam, Training
 from assay.tasks import Task
@@ -200,7 +200,7 @@ def _of(run: Training) -> str:
 def _digest(parts: Sequence[str | bytes]) -> str:
     found = hashlib.sha256()
     for part_ in parts:
-        found.update(json.dumps(part_).encode() if isinstance(part_, str) else part_)
+        found.update(dumps(part_).encode() if isinstance(part_, str) else part_)
     return found.hexdigest()[:16]
 
 

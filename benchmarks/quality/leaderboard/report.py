@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from assay._json import dumps
 from benchmarks.timing import RESULTS, machine
 
 STEM = "quality-leaderboard"
@@ -134,7 +135,7 @@ def write(cases: Sequence[Mapping[str, Any]], seconds: float, some: bool) -> Non
             methods = {label: row for label, row in there["methods"].items() if label not in case["absent"]}
             whole = {**there, "absent": absent | case["absent"], "methods": methods | case["methods"]}
         kept[case["name"]] = whole
-    path.write_text(json.dumps({"seconds": round(seconds, 1), "cases": list(kept.values())}, indent=1) + "\n")
+    path.write_text(dumps({"seconds": round(seconds, 1), "cases": list(kept.values())}, indent=1) + "\n")
     figure(list(kept.values()), path.with_suffix(".png"))
     page(list(kept.values()))
 

@@ -13,7 +13,6 @@ steps are made of a few samples each.)
 from __future__ import annotations
 
 import copy
-import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +29,7 @@ from sklearn.metrics import f1_score
 from torch import Tensor, nn
 
 from assay import select
+from assay._json import dumps
 from assay.corpus.tables import make_table
 from assay.methods import Column, GradMimic, GraNd, InRunInfluence
 from assay.tasks import Classification
@@ -239,4 +239,4 @@ def compared(
     if file is not None:
         steps = len(runs[0]["curves"]["SGD"]) * runs[0]["every"]
         found = {**machine(), "steps": steps, "cpu_seconds": time.process_time() - began, "results": results}
-        (RESULTS / file).write_text(json.dumps(found, indent=1) + "\n")
+        (RESULTS / file).write_text(dumps(found, indent=1) + "\n")

@@ -14,7 +14,6 @@ beside the reference's mean loss in the same batches (the control).
 from __future__ import annotations
 
 import copy
-import json
 import math
 import statistics
 import time
@@ -28,6 +27,7 @@ from rich.console import Console
 from sklearn.metrics import f1_score, roc_auc_score
 from torch import Tensor, nn
 
+from assay._json import dumps
 from assay.methods import GradMimic
 from assay.tasks import Contrastive
 from assay.train import Reweighter
@@ -218,4 +218,4 @@ def main(pictures: Pictures, quick: bool) -> None:
     if not quick:
         found = {**machine(), "steps": steps, "cpu_seconds": time.process_time() - began, "rows": summary(runs, PLAIN)}
         found |= by_seed | {"reference": [run["reference"] for run in runs]}
-        (RESULTS / "quality-online-clip.json").write_text(json.dumps(found, indent=1) + "\n")
+        (RESULTS / "quality-online-clip.json").write_text(dumps(found, indent=1) + "\n")

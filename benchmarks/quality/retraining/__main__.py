@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import re
 import time
 
 from rich.console import Console
 
+from assay._json import dumps
 from benchmarks.timing import RESULTS, machine
 
 NAMES = ("forgetting", "merging", "subsampling", "choosing", "clusters")
@@ -37,7 +37,7 @@ def main() -> None:
         if not options.quick:
             facts = {**machine(), "seconds": round(seconds, 1), **found}
             path = RESULTS / f"quality-retraining-{name}.json"
-            path.write_text(_rows_on_a_line(json.dumps(facts, indent=1)) + "\n", encoding="utf-8")
+            path.write_text(_rows_on_a_line(dumps(facts, indent=1)) + "\n", encoding="utf-8")
 
 
 def _rows_on_a_line(text: str) -> str:

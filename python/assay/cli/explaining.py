@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from assay._json import dumps
 from assay.cli.terminal import INCOMPLETE, OK, CorpusNow, ScoresFolder, fail, say
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def explain(
 
     found = look_up(open_scores(scores, corpus), sample, selection)
     if as_plain_json:
-        print(json.dumps(_plain(found), indent=2))
+        print(dumps(_plain(found), indent=2))
     else:
         for i, one in enumerate(found.samples):
             for line in ([""] if i else []) + list(_lines(one, selection, found.rows)):
@@ -93,7 +93,7 @@ def _comparison_lines(fate: Fate) -> Iterator[str]:
 
 
 def _plain(found: Explanation) -> Any:
-    """As plain JSON, in which what is not a number is null."""
+    """As what JSON has."""
     from assay.cli.values import as_json
 
     samples = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from assay._json import dumps
 from assay.cli.terminal import INCOMPLETE, OK, CorpusNow, Overrides, Trust, fail, log_to_stderr, say
 
 if TYPE_CHECKING:
@@ -32,9 +32,12 @@ def init(
     out: Annotated[str, typer.Option(metavar="FILE", help="Where the recipe goes.")] = "recipe.yaml",
 ) -> int:
     """Look at data and a model, and write a recipe for them. Nothing is loaded, run or downloaded."""
+    from assay.corpus.scores_folder import refuse_scores
+    from assay.corpus.storage import Store
     from assay.recipe import load_recipe
     from assay.recipe.draft import draft_recipe
 
+    refuse_scores(Store.at(out))
     if os.path.lexists(out):
         raise FileExistsError(f"{out}: is there already; choose another name with --out")
     draft = draft_recipe(data, model, reference, target, out)
@@ -105,7 +108,7 @@ def _validate_scores(scores: str, corpus: str | None, as_json: bool) -> int:
 
     found = validate_scores(scores, corpus, on_problem)
     if as_json:
-        print(json.dumps({**vars(found), "problems": [vars(problem) for problem in problems]}, indent=2))
+        print(dumps({**vars(found), "problems": [vars(problem) for problem in problems]}, indent=2))
     else:
         _say_found(scores, found, len(problems))
     return fail(f"{scores}: {found.problems:,} problems", INCOMPLETE) if found.problems else OK

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections import Counter
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from assay._json import dumps
 from assay.cli.terminal import INCOMPLETE, OK, CorpusNow, ScoresFolder, Trust, clean, fail, log_to_stderr
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ def list_scores(
     pace = measure_pace(found)
     if as_json:
         shards = [_line(status) | {"detail": status.detail} for status in found.shards]
-        print(json.dumps({**vars(pace), **_rows(found), "shards": shards}, indent=2))
-        return OK
+        print(dumps({**vars(pace), **_rows(found), "shards": shards}, indent=2))
+        return _looked(found)
     from rich.console import Console
     from rich.table import Table
 
@@ -55,7 +55,17 @@ def list_scores(
     if states.keys() & {"missing", "changed"}:
         console.print(_pace_line(pace))
     console.print(clean(f"scores: {', '.join(found.columns)}"))
-    return OK
+    return _looked(found)
+
+
+def _looked(found: Scores) -> int:
+    """The exit code: whether every shard could be looked at."""
+    from assay.corpus.scores_folder import State
+
+    unknown = {status.shard.path: status.detail for status in found.of(State.UNKNOWN)}
+    if not unknown:
+        return OK
+    return fail(f"{len(unknown)} shards could not be looked at; try again ({_first(unknown)})", INCOMPLETE)
 
 
 def _rows(found: Scores) -> dict[str, int]:
@@ -114,7 +124,7 @@ def show(
     ranking = rank(found, by, best=best or 0, worst=worst or 0, without=nan, keep=keep)
     cards = make_cards(found, ranking, tokens, trust or ())
     if as_json:
-        print(json.dumps([card.as_json() for card in cards], indent=2))
+        print(dumps([card.as_json() for card in cards], indent=2))
     else:
         width = min(max(shutil.get_terminal_size((100, 24)).columns, 40), 160)
         for line in ranking_lines(ranking, cards, width):

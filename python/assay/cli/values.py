@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 from rich.cells import cell_len
 
+from assay._json import dumps
 from assay.cli.terminal import clean
 from assay.corpus.errors import BadRow
 from assay.corpus.images import image_facts
@@ -199,7 +199,7 @@ def image_words(value: Any) -> str | None:
 
 
 def as_json(value: Any, depth: int = 0) -> Any:
-    """A value as JSON has it: bytes by their number, arrays as lists, what is not a number as null."""
+    """A value of what JSON has: bytes by their number, arrays as lists."""
     if depth > _MOST_JSON_DEPTH:
         return "…"
     if isinstance(value, bytes):
@@ -208,14 +208,12 @@ def as_json(value: Any, depth: int = 0) -> Any:
         return as_json(value.tolist(), depth)
     if isinstance(value, np.generic):
         return as_json(value.item())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
     if isinstance(value, dict):
         return {json_key(key): as_json(item, depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [as_json(item, depth + 1) for item in value]
-    return value if value is None or isinstance(value, str | int | bool) else str(value)
+    return value if value is None or isinstance(value, str | int | float | bool) else str(value)
 
 
 def json_key(key: Any) -> str:
-    return key if isinstance(key, str) else json.dumps(key, default=str)
+    return key if isinstance(key, str) else dumps(key, default=str)

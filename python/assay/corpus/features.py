@@ -19,6 +19,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from assay._json import dumps
 from assay.corpus.arrow_numpy import array_of, ids_of, numbers_of
 from assay.corpus.errors import CorpusError
 from assay.corpus.footer import differences
@@ -86,7 +87,7 @@ class FeatureSpec:
             columns.append(pa.field("scale", pa.float32(), nullable=False))
         if self.extra is not None:
             columns.append(pa.field(self.extra, pa.float32(), nullable=False))
-        footer = json.dumps(metadata, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+        footer = dumps(metadata, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
         return pa.schema(columns, metadata={METADATA_KEY: footer.encode()})
 
 
@@ -412,7 +413,7 @@ def _tensor(numbers: pa.Array) -> Tensor:
 
 def _differences(metadata: Mapping[str, Any], expect: Mapping[str, Any]) -> Iterator[str]:
     """What a footer lacks of what is expected, as ``features of … (key is …, expected …)``."""
-    for key, value in json.loads(json.dumps(expect)).items():
+    for key, value in json.loads(dumps(expect)).items():
         for difference in differences(metadata.get(key), value, key, extra=False):
             yield f"{_DIFFERENT.get(key, 'features of another run')} ({difference})"
 

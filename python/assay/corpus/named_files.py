@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from pydantic import BaseModel, ConfigDict
 
+from assay._json import dumps
 from assay.corpus.errors import CorpusError
 from assay.corpus.layout import files_path
 from assay.corpus.shards import Shard
@@ -39,7 +40,7 @@ def save_files(output: Store, shard: Shard, files: NamedFiles) -> FileFacts | No
     with output.write(path) as file:
         for name, found in sorted(files.items()):
             # json escapes whatever is not ASCII, as in a list of quarantined rows.
-            file.write(json.dumps({"path": name, **(found.to_json() if found else {})}).encode() + b"\n")
+            file.write(dumps({"path": name, **(found.to_json() if found else {})}).encode() + b"\n")
     return FileFacts(count=len(files), sha256=output.sha256(path))
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import IO, Any, BinaryIO, cast
 
+from assay._json import dumps
 from assay.corpus.errors import CorpusError
 from assay.corpus.layout import quarantine_path
 from assay.corpus.shards import Shard
@@ -72,7 +73,7 @@ class QuarantineWriter:
         if self._first:
             entry = asdict(self._first) | ({} if self._last == self._first.row else {"last": self._last})
             # json escapes whatever is not ASCII: no control character of the data reaches a terminal through cat.
-            self._spool.write(json.dumps(entry).encode() + b"\n")
+            self._spool.write(dumps(entry).encode() + b"\n")
             self._entries += 1
             self._first = None
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from assay._json import dumps
 from assay.corpus.errors import CorpusError
 from assay.corpus.facts import features_of
 from assay.corpus.storage import Store, may_pass
@@ -68,4 +69,4 @@ def _changed(name: str, text: str, rule: str) -> str:
     if name == INFO:
         for stale in ("splits", "dataset_size", "size_in_bytes", "download_size"):
             content.pop(stale, None)
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    return dumps(content, indent=2, ensure_ascii=False) + "\n"

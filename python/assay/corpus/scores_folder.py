@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from assay._json import dumps
 from assay._version import __version__
 from assay.corpus.errors import CorpusError
 from assay.corpus.footer import Identity, Manifest, TableColumn, canonical_hash, open_table
@@ -16,7 +17,7 @@ from assay.corpus.layout import MANIFEST, quarantine_path, table_path
 from assay.corpus.named_files import changed_file
 from assay.corpus.quarantine import read_quarantine
 from assay.corpus.shards import Corpus, Shard, find_shards, refuse_overlap, refuse_overlap_with_inputs
-from assay.corpus.storage import Fingerprint, Store
+from assay.corpus.storage import Fingerprint, Store, may_pass
 
 
 class State(Enum):
@@ -27,6 +28,8 @@ class State(Enum):
     """It was scored, but its file has changed since, or the recipe or a model has."""
     UNREADABLE = "unreadable"
     MISSING = "missing"
+    UNKNOWN = "unknown"
+    """Storage failed in a way that may pass: who asks again may be told."""
 
 
 class Scored(NamedTuple):
@@ -68,7 +71,11 @@ class Scores:
 
 
 def open_scores(url: str, corpus_path: str | None = None) -> Scores:
-    """Read a scores folder. ``corpus_path`` says where the corpus is now, if it moved since it was scored."""
+    """Read a scores folder. ``corpus_path`` says where the corpus is now, if it moved since it was scored.
+
+    Where storage fails in a way that may pass, the shard that was looked at is `State.UNKNOWN`, and the others are
+    looked at all the same. A CorpusError for no scores folder, no corpus, or a table that is none.
+    """
     store = Store.at(url)
     manifest = read_manifest(store)
     corpus = find_corpus(corpus_path, manifest.corpus)
@@ -117,7 +124,7 @@ def write_manifest(
         "columns": [column.model_dump() for column in columns],
         "shards": [{"path": shard.path, "table": table_path(shard)} for shard in shards],
     }
-    output.write_text(MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    output.write_text(MANIFEST, dumps(manifest, indent=2, ensure_ascii=False) + "\n")
 
 
 def find_corpus(now: str | None, then: str) -> Corpus:
@@ -143,7 +150,41 @@ def refuse_corpora(output: Store, scores: Scores, written: Sequence[str], others
     refuse_overlap_with_inputs(output, sorted(paths), written)
 
 
+def refuse_scores(output: Store, *used: Store, itself: bool = True) -> None:
+    """CorpusError if what is written would lie among scores: of a folder that is ``used`` (it may be yet to be made),
+    or of any other that ``output`` is or, by whatever links, lies in.
+
+    Args:
+        itself: False for what makes scores folders: the output may be one, and lies in none.
+    """
+    above = Path(output.real()).parents if output.is_local else PurePosixPath(output.root).parents
+    folders = [output] if itself else []
+    folders += [Store(output.fs, str(folder)) for folder in above if folder.name]  # the root is nobody's scores
+    found = next((store for store in used if store.holds(output)), None) or next(filter(_is_scores, folders), None)
+    if found is not None:
+        raise CorpusError(f"{output.url}: lies among the scores {found.url}; choose another output")
+
+
+def _is_scores(store: Store) -> bool:
+    try:
+        read_manifest(store)
+    except (OSError, ValueError) as error:
+        if may_pass(error):
+            raise
+        return False
+    return True
+
+
 def _status(store: Store, identity: Identity, shard: Shard) -> ShardStatus:
+    try:
+        return _look(store, identity, shard)
+    except OSError as error:
+        if not may_pass(error):
+            raise
+        return ShardStatus(shard, State.UNKNOWN, detail=f"storage failed ({' '.join(str(error).split())})")
+
+
+def _look(store: Store, identity: Identity, shard: Shard) -> ShardStatus:
     table = open_table(store, shard)
     if table is None:
         entry = next(read_quarantine(store, shard), None)
@@ -158,6 +199,8 @@ def _status(store: Store, identity: Identity, shard: Shard) -> ShardStatus:
     try:
         same = table.input_is(shard.as_found())
     except OSError as error:
+        if may_pass(error):
+            raise
         return ShardStatus(shard, State.CHANGED, scored, f"the file cannot be looked at: {error.strerror}")
     if not same:
         return ShardStatus(shard, State.CHANGED, scored, "the file has changed since it was scored")

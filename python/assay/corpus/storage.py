@@ -216,13 +216,14 @@ class Store:
             return
         pool = ThreadPoolExecutor(threads)
         try:
-            waiting: deque[Future[list[R | Exception]]] = deque()
+            waiting: deque[Future[tuple[list[R], Exception | None]]] = deque()
             for part in chain([first], shares, [[]] * 4 * threads):  # the last ones push out what still waits
                 waiting.append(pool.submit(_until_error, function, part))
-                for answer in waiting.popleft().result() if len(waiting) > 4 * threads else ():
-                    if isinstance(answer, Exception):
-                        raise answer
-                    yield answer
+                if len(waiting) > 4 * threads:
+                    answers, error = waiting.popleft().result()
+                    yield from answers
+                    if error is not None:
+                        raise error
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -305,15 +306,15 @@ class Store:
         return sorted(found)
 
 
-def _until_error(function: Callable[[T], R], items: Iterable[T]) -> list[R | Exception]:
-    """The function of each item, up to the first that raises an exception, which is the last of the answers."""
-    answers: list[R | Exception] = []
+def _until_error(function: Callable[[T], R], items: Iterable[T]) -> tuple[list[R], Exception | None]:
+    """The function of each item, up to the first that raises an exception; and that exception."""
+    answers: list[R] = []
     try:
         for item in items:
             answers.append(function(item))  # noqa: PERF401
     except Exception as error:
-        answers.append(error)
-    return answers
+        return answers, error
+    return answers, None
 
 
 def may_pass(error: BaseException) -> bool:

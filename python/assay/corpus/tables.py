@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from assay._json import dumps
 from assay.corpus.arrow_numpy import array_of, ids_of
 
 METADATA_KEY = b"assay"
@@ -39,7 +40,7 @@ def score_schema(columns: Sequence[ScoreColumn], metadata: Mapping[str, Any]) ->
             raise ValueError(f"score column {name!r} appears twice; each score of a table needs its own name")
         taken.add(name)
     scores = [pa.field(c.name, _type(c), metadata={"keep": c.keep, "description": c.description}) for c in columns]
-    footer = json.dumps(metadata, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    footer = dumps(metadata, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return pa.schema([*ROW_AND_ID, *scores], metadata={METADATA_KEY: footer.encode()})
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from assay._json import dumps
 from assay._version import __version__
 from assay.corpus.claim import CLAIM, claim
 from assay.corpus.copying import copy_sidecars
@@ -20,7 +20,7 @@ from assay.corpus.errors import CorpusError, ShardError
 from assay.corpus.layout import MANIFEST, selection_path, table_path
 from assay.corpus.listing import summarise_left_out
 from assay.corpus.score_files import score_field
-from assay.corpus.scores_folder import Scored, Scores, State, open_scores, refuse_corpora
+from assay.corpus.scores_folder import Scored, Scores, State, open_scores, refuse_corpora, refuse_scores
 from assay.corpus.shards import Shard
 from assay.corpus.storage import TEMPORARY_SUFFIX, Store, may_pass
 from assay.curate.auditing import Audit, Rule
@@ -168,7 +168,7 @@ def curate(
             manifest["audit"] = audit.to_json(cut)
         if mix is not None:
             manifest["mix"] = mix.to_json()
-        output.write_text(MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+        output.write_text(MANIFEST, dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     return curated
 
 
@@ -251,9 +251,10 @@ def _refuse_inputs(
     """CorpusError if what is written would fall on a corpus, scores or somebody's files."""
     ours = {path for shard in shards for path in (*form.files(shard), selection_path(shard))}
     refuse_corpora(output, scores, sorted(ours), [path for other in beside.values() for path in other.corpora])
-    for store in (scores.store, *(other.store for other in beside.values())):
-        if output.holds(store) or store.holds(output):
-            raise CorpusError(f"{output.url}: the output and {store.url} must not lie in each other")
+    used = [scores.store, *(other.store for other in beside.values())]
+    refuse_scores(output, *used)
+    if held := next((store for store in used if output.holds(store)), None):
+        raise CorpusError(f"{output.url}: the output and {held.url} must not lie in each other")
     if GROUPS in ours:
         raise CorpusError(f"{GROUPS}: a shard of the corpus has the name of the table of groups; rename it")
     output.refuse_detours(ours)

@@ -22,7 +22,7 @@ from assay.corpus.footer import Footer, Identity, TableColumn, canonical_hash, f
 from assay.corpus.layout import MANIFEST, quarantine_path, table_path
 from assay.corpus.quarantine import list_digest
 from assay.corpus.score_files import ScoreWriter
-from assay.corpus.scores_folder import Scores, State, open_scores, refuse_corpora, write_manifest
+from assay.corpus.scores_folder import Scores, State, open_scores, refuse_corpora, refuse_scores, write_manifest
 from assay.corpus.shards import Shard
 from assay.corpus.storage import Store
 from assay.corpus.tables import count_nan
@@ -142,8 +142,9 @@ def _identity(scores: Scores, tables: Tables, name: str) -> Identity:
 
 def _refuse_inputs(output: Store, scores: Scores) -> None:
     """CorpusError if what is written would fall on the scores, or on a corpus that they are about or depend on."""
-    if output.holds(scores.store) or scores.store.holds(output):
-        raise CorpusError(f"{output.url}: is the folder of the scores, or in it; choose another output")
+    refuse_scores(output, scores.store, itself=False)
+    if output.holds(scores.store):
+        raise CorpusError(f"{output.url}: the output and {scores.store.url} must not lie in each other")
     written = [path(status.shard) for status in scores.shards for path in (table_path, quarantine_path)]
     refuse_corpora(output, scores, written)
     output.refuse_detours(written)

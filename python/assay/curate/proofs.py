@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict
 
+from assay._json import dumps
 from assay.corpus.errors import CorpusError
 from assay.corpus.footer import canonical_hash
 from assay.corpus.layout import table_path
@@ -74,7 +74,7 @@ def scores_digest(scores: Scores) -> str:
     for status in scores.shards:
         table = status.table
         facts = None if table is None else [table.input.to_json(), table.rows, table.scored, table.quarantined]
-        digest.update(json.dumps([status.shard.path, facts], sort_keys=True).encode())
+        digest.update(dumps([status.shard.path, facts], sort_keys=True).encode())
     return f"sha256:{digest.hexdigest()}"
 
 

@@ -174,8 +174,10 @@ class RuleOptions:
     def _ccs(self, by: str, amount: int | float) -> Rule:
         if self.hard is None:
             raise CorpusError("--hard is missing: --ccs needs to know which end of the score is hard, high or low")
-        if self.keep is not None:
-            raise CorpusError(f"--keep {self.keep}: has no effect with --ccs; --hard says which end is which")
+        if self.keep is not None and not self.weigh:
+            raise CorpusError(
+                f"--keep {self.keep}: has no effect with --ccs but for --format weights; --hard says which end is which"
+            )
         if self.hard not in ("high", "low"):
             raise CorpusError(f"--hard {self.hard}: expected high or low")
         hard, drop = cast("Literal['high', 'low']", self.hard), 0.1 if self.drop is None else self.drop

@@ -66,6 +66,7 @@ def read_whole(scores_url: str, columns: Sequence[str] | None = None, corpus_pat
 def scored_shards(scores: Scores) -> list[tuple[Shard, Scored]]:
     """The score tables, if they cover every readable shard of the corpus; else a CorpusError with counts."""
     for state, advice in (
+        (State.UNKNOWN, "could not be looked at; try again"),
         (State.MISSING, "have no score table; finish the run with `assay score`"),
         (State.CHANGED, "do not match their score table; score them again with `assay score`"),
     ):

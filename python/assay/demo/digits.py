@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from assay import select
+from assay._json import dumps
 from assay._lazy import require
 from assay.corpus.tables import make_table
 from assay.methods import Column, ensemble_scores
@@ -232,7 +232,7 @@ def main(out: Path, seeds: int = 3) -> dict[str, Any]:
         summary[name] = {key: float(np.mean(v)) for key, v in values.items()}
         summary[name]["accuracy_spread"] = float(np.std(values["accuracy"], ddof=1)) if seeds > 1 else 0.0
     results = {"noise": NOISE, "seeds": seeds, "subsets": summary}
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (out / "results.json").write_text(dumps(results, indent=1) + "\n")
     _show(summary, out, seeds)
     return results
 

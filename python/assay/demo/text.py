@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow.dataset as ds
 
+from assay._json import dumps
 from assay._lazy import require
 
 CLEAN, JUNK_PER_KIND = 160, 20
@@ -138,8 +139,8 @@ def write_corpus(folder: Path, seed: int) -> dict[str, str]:
     (folder / "corpus").mkdir(parents=True, exist_ok=True)
     for shard, part in enumerate(np.array_split(rng.permutation(len(rows)), SHARDS)):
         with gzip.open(folder / "corpus" / f"text-{shard}.jsonl.gz", "wt", encoding="utf-8") as file:
-            file.writelines(json.dumps(rows[i]) + "\n" for i in part)
-    (folder / "truth.json").write_text(json.dumps(truth, indent=1) + "\n")
+            file.writelines(dumps(rows[i]) + "\n" for i in part)
+    (folder / "truth.json").write_text(dumps(truth, indent=1) + "\n")
     return truth
 
 
@@ -163,7 +164,7 @@ def main(out: Path, seed: int = 0) -> dict[str, dict[str, float]]:
 
     model = find_model()
     truth = write_corpus(out, seed)
-    (out / "recipe.yaml").write_text(RECIPE.format(model=json.dumps(str(model)), max_length=MAX_LENGTH))
+    (out / "recipe.yaml").write_text(RECIPE.format(model=dumps(str(model)), max_length=MAX_LENGTH))
     run(load_recipe(str(out / "recipe.yaml")), rescore=True, progress=LogProgress(10.0))
     shards = [str(out / "scores" / f"text-{i}.parquet") for i in range(SHARDS)]
     table = ds.dataset(shards).to_table(columns=["id", *SCORES])
@@ -177,7 +178,7 @@ def main(out: Path, seed: int = 0) -> dict[str, dict[str, float]]:
         "distance from the median loss": np.abs(nll - middle),
     }
     results = separation(badness, kinds)
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (out / "results.json").write_text(dumps(results, indent=1) + "\n")
     _show_ranking(out, table["id"].to_pylist(), kinds, nll)
     _show_separation(results, kinds)
     print(f"recipe {out / 'recipe.yaml'}, scores {out / 'scores'}, results {out / 'results.json'}")

@@ -10,6 +10,7 @@ from assay.corpus.errors import ShardError
 from assay.corpus.facts import MIXED
 from assay.corpus.readers import columns_of
 from assay.corpus.shards import Corpus, Shard
+from assay.corpus.storage import may_pass
 from assay.recipe.errors import EngineError
 from assay.recipe.recipe import Recipe
 from assay.recipe.tasks import Columns, Encoder, ReadsColumns, ReadsFiles, ReadsOptional
@@ -80,7 +81,9 @@ def _readable(corpus: Corpus) -> Iterator[tuple[Shard, Columns]]:
     for shard in corpus.shards:
         try:
             columns = columns_of(shard)
-        except (ShardError, OSError):
+        except (ShardError, OSError) as error:
+            if may_pass(error.__cause__ or error):  # the next shard's columns may mean something else
+                raise EngineError(f"{shard.path}: storage failed ({error}); run again") from error
             continue
         if columns:
             yield shard, columns

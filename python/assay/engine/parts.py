@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from assay._json import dumps
 from assay.corpus.errors import ShardError
 from assay.corpus.footer import Footer, Identity, RowCounts
 from assay.corpus.layout import table_path
@@ -73,7 +74,7 @@ def score_part(workshop: Workshop, shard: Shard, share: Share, path: str, on_pro
             (batch,) = table.to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]
             rejected = [(bad.row, bad.id, bad.reason) for bad in scored.rejected]
             facts = {"first": scored.window.rows[0].row, "rows": len(scored.window.rows), "rejected": rejected}
-            stream.write_batch(batch, custom_metadata={_KEY: json.dumps(facts).encode()})
+            stream.write_batch(batch, custom_metadata={_KEY: dumps(facts).encode()})
             part.nan.update({name: count_nan(values) for name, values in scored.scores.items()})
             part.first_scored += table.num_rows if scored.window.block == 0 else 0
             blocks.add(scored.window.block)

@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from assay._json import dumps
 from assay.corpus import scores_folder
 from assay.corpus.errors import CorpusError
 from assay.corpus.footer import Identity, Manifest, Table, TableColumn, Tally, open_table
 from assay.corpus.layout import MANIFEST, RESOLVED_RECIPE, files_path, quarantine_path, table_path
 from assay.corpus.named_files import changed_file
+from assay.corpus.scores_folder import refuse_scores
 from assay.corpus.shards import Corpus, Shard, find_shards, refuse_overlap
 from assay.corpus.storage import Store
 from assay.engine.columns import with_columns
@@ -43,13 +45,14 @@ class Plan:
 
 def find_corpora(recipe: Recipe) -> dict[str, Corpus]:
     """By path: the corpus, the targets' and the one that methods are fitted to. CorpusError if the output would fall on
-    one of them."""
+    one of them, or among other scores."""
     output = Store.at(recipe.output)
     corpora = {path: find_shards(path) for path in (recipe.corpus.path, *recipe.fitted_to().values())}
     shards = corpora[recipe.corpus.path].shards
     written = [path for shard in shards for path in (table_path(shard), quarantine_path(shard), files_path(shard))]
     for path, corpus in corpora.items():
         refuse_overlap(output, path, corpus, written)
+    refuse_scores(output, itself=False)
     output.refuse_detours(written)
     return corpora
 
@@ -101,7 +104,7 @@ def make_plan(
 def identity_of(recipe: Recipe, corpora: Mapping[str, Corpus]) -> Identity:
     """What makes two runs the same, of a recipe with what its ``corpora`` tell."""
     return Identity(
-        recipe=json.loads(json.dumps(recipe.identity())),  # through JSON, as it comes back from a footer
+        recipe=json.loads(dumps(recipe.identity())),  # through JSON, as it comes back from a footer
         models=fingerprints(recipe.models_used),
         corpora=_fitted_fingerprints(recipe, corpora) or None,
     )

@@ -105,7 +105,7 @@ def _fit(plan: Plan, methods: Sequence[Method], encoder: Encoder) -> None:
         samples = draw_samples(plan.corpora[recipe.fitted_to()["fit"]], encoder, recipe.fit.samples, recipe.seed)
     pool = Batches(samples, encoder, recipe)
     for i, method in enumerate(methods):
-        torch.manual_seed(recipe.seed)  # labels may be drawn from the model
+        torch.manual_seed(recipe.seed)  # for a method or model of one's own; ours have generators of their own
         with _refusals(recipe, i):
             method.fit(pool if recipe.methods[i].column_keys() else pool.plain)
             _refuse_gradients(method, encoder)

@@ -8,7 +8,6 @@ allowed to other origins, and nothing that is asked for changes anything.
 from __future__ import annotations
 
 import hmac
-import json
 import logging
 import secrets
 import threading
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
+from assay._json import dumps
 from assay.corpus.errors import CorpusError
 from assay.explore.answers import facts, samples
 from assay.explore.cuts import parse_cuts
@@ -209,7 +209,7 @@ def _line(text: str) -> _Reply:
 
 
 def _json(answer: Any) -> _Reply:
-    return _Reply(json.dumps(answer, allow_nan=False).encode(), "application/json")
+    return _Reply(dumps(answer).encode(), "application/json")
 
 
 def _count(explorer: Explorer, query: dict[str, str]) -> _Reply:

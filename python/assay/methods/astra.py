@@ -79,10 +79,10 @@ class ASTRA(EKFACCG):
     def _solved(self, system: System, pool: Sequence[Any]) -> tuple[list[dict[str, Tensor]], float, int]:
         x = system.preconditioned(system.wanted)
         start = max(1.0, system.residual(_rest(system, x, system.product)))
-        sizes = torch.tensor([system.product.counts.get(n, 0) for n in range(len(pool))], dtype=torch.float64)
+        sizes = torch.tensor([system.product.counts[n] for n in range(len(pool))], dtype=torch.float64)
         drawn = torch.multinomial(sizes, self.steps, True, generator=torch.Generator().manual_seed(self.seed))
         for step, number in enumerate(drawn.tolist(), 1):
-            own = GaussNewton(self.model, self.task, list(x[0]), [pool[number]])
+            own = GaussNewton(self.model, self.task, list(x[0]), [system.product.batches[number]])
             moves = system.preconditioned(_rest(system, x, own))
             x = [add(each, move, self.step_size) for each, move in zip(x, moves, strict=True)]
             if not all(map(partial(_may_be_a_solution, system.damping), x, system.wanted)):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from assay.methods.checks import check_at_least
 from assay.methods.embedding import unit
 
 # So many rows meet at once.
@@ -61,8 +62,7 @@ def sample_diversity(images: Tensor, labels: Tensor, k: int = 10) -> Tensor:
         (N,) float32; NaN of an image whose feature is 0 or not finite, or that is alone in its class.
     """
     _check(images, labels)
-    if k < 1:
-        raise ValueError(f"k: expected at least 1, got {k}")
+    check_at_least("k", k, 1)
     diversity = torch.full((len(images),), torch.nan, device=images.device)
     known = torch.cat([unit(own).isfinite().all(1) for own in images.split(_ROWS)])  # type: ignore[no-untyped-call]
     classes = labels.to(images.device)

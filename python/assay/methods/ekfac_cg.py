@@ -39,8 +39,8 @@ class EKFACCG(EKFAC):
     them all their weight. On digits an exact solve with 0.1 is worse than EK-FAC with 0.1; 1 to 3 are best.
 
     ``fit`` goes through its samples as EK-FAC's does, once more for G's trace and once per iteration, at about four
-    backward passes and three more per target. Logits are made, also where losses are fused. A batch with a sample of
-    which no derivative is finite is left out of G.
+    backward passes and three more per target. Logits are made, also where losses are fused. A sample of which no
+    derivative is finite is left out of G; ``left_out`` in the metadata counts them.
 
     Columns: ``ekfac_cg``, and one per target if there are several.
 
@@ -50,7 +50,8 @@ class EKFACCG(EKFAC):
         targets: batches by name.
         damping: λ in units of G's mean eigenvalue (which eight products with random signs tell), above 0; None: 2.
         rate_sum: of SGD, the training's learning rates over 1 − momentum, added up: λ is 1/``rate_sum`` instead, so
-            that a direction counts about as far as SGD has gone along it (2507.14740; see ``SOURCE``). Not Adam's.
+            that a direction counts about as far as SGD has gone along it (2507.14740; see ``SOURCE``). Not Adam's. A
+            pool without curvature, which there is no unit of, is none to it: the solution is the gradient over λ.
         iterations: at most; fewer where the residual is below 1e-3 of the gradient.
         layers, name, skip_unsupported: as in ``Influence``.
     """
@@ -100,8 +101,8 @@ class EKFACCG(EKFAC):
         size = sum(basis.values.numel() for basis in bases.values() if basis.values is not None)
         try:
             trace = trace_of(product, wanted[0])
-            if not trace > 0:
-                raise ValueError("the pool's curvature is 0, so that there is nothing to damp in units of")
+            if self.rate_sum is None and not trace > 0:
+                raise ValueError("the pool's curvature is 0, so that damping has no unit; give rate_sum")
             damping = self.damping * trace / size if self.rate_sum is None else 1 / self.rate_sum
             _scale(bases, trace, damping)
             for name, gradient in wanted[0].items():
@@ -110,7 +111,7 @@ class EKFACCG(EKFAC):
             solved, residual, made = self._solved(System(product, damping, bases, wanted), pool)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
-        self._facts = {self.counted: str(made), "residual": f"{residual:.2g}", "left_out": str(len(product.left_out))}
+        self._facts = {self.counted: str(made), "residual": f"{residual:.2g}", "left_out": str(product.left_out)}
         if residual > _FAR:
             self._facts["warning"] = f"far from solved; give more {self.counted} or a larger damping"
             _log.warning(

@@ -13,28 +13,32 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from assay.probe.quiet import undisturbed
 from assay.tasks import Outputs, Task
-from assay.tasks.base import unfused
+from assay.tasks.base import take_samples, unfused
 
 _SIGNS = 8
+Products = list[tuple[Tensor, ...]]
 
 
 class GaussNewton:
     """v -> Gv with G = E JᵀSJ: J the derivative of a sample's logits (or predictions), S its loss' Hessian in them.
 
-    The mean is over the samples with a loss of a fixed list of batches. A batch whose product is not finite is left out
-    for good, as one cannot be told apart that holds a single broken sample.
+    The mean is over the samples with a loss of a fixed list of batches. A sample whose product is not finite is left
+    out for good; with its whole batch, where that cannot be taken apart: what has no rows by samples, and losses that
+    compare samples.
 
     Attributes:
-        left_out: the numbers of such batches.
+        batches: without those samples; None where none is left.
+        left_out: how many they are.
         samples: how many samples the last product was the mean over; 0 before the first.
-        counts: by number of the others, the samples with a loss; known from the first product on.
+        counts: by number of a batch, its samples with a loss; known from the first product on.
     """
 
     def __init__(self, model: nn.Module, task: Task, parameters: Sequence[str], batches: Sequence[Any]) -> None:
-        self._run, self._task, self._batches = _Run(model, unfused(task)), task, list(batches)
+        self._run, self._task = _Run(model, unfused(task)), task
+        self.batches: list[Any | None] = list(batches)
         known = dict(model.named_parameters())
         self._parameters = {name: known[name] for name in parameters}
-        self.left_out: set[int] = set()
+        self.left_out = 0
         self.samples = 0
         self.counts: dict[int, int] = {}
 
@@ -42,28 +46,56 @@ class GaussNewton:
         """Gv of each vector, by parameter.
 
         Raises:
-            ValueError: losses that are not made of logits or predictions; no batch whose products are finite.
+            ValueError: losses that are not made of logits or predictions; no sample whose products are finite.
         """
         totals = [{name: torch.zeros_like(v) for name, v in vector.items()} for vector in vectors]
         with _exactly(self._run.model):
-            for number, batch in enumerate(self._batches):
-                if number in self.left_out:
-                    continue
-                samples, products = self._products(batch, vectors)
-                if not all(bool(p.isfinite().all()) for product in products for p in product):
-                    self.left_out.add(number)
-                    self.counts.pop(number, None)
-                    continue
-                self.counts[number] = samples
-                for total, product in zip(totals, products, strict=True):
+            for number in range(len(self.batches)):
+                self.counts[number], products = self._finite_products(number, vectors)
+                for total, product in zip(totals, products, strict=False):  # none of a batch that is left out
                     for name, p in zip(total, product, strict=True):
                         total[name] += p.to(total[name])
         if not (count := sum(self.counts.values())):
-            raise ValueError("the pool has no batch whose samples all have finite derivatives")
+            raise ValueError("the pool has no sample with a loss and finite derivatives")
         self.samples = count
         return [{name: t / count for name, t in total.items()} for total in totals]
 
-    def _products(self, batch: Any, vectors: Sequence[Mapping[str, Tensor]]) -> tuple[int, list[tuple[Tensor, ...]]]:
+    def _finite_products(self, number: int, vectors: Sequence[Mapping[str, Tensor]]) -> tuple[int, Products]:
+        """`_products` of a batch, from which samples with others are taken out first; none of one that is left out."""
+        while (batch := self.batches[number]) is not None:
+            samples, products = self._products(batch, vectors)
+            if _are_finite(products):
+                return samples, products
+            size, sound = self._task.size(batch), self._sound_samples(batch, vectors)
+            if len(sound) == size:  # sound each, and not together
+                sound = []
+            self.left_out += size - len(sound)
+            self.batches[number] = take_samples(batch, size, sound) if sound else None
+        return 0, []
+
+    def _sound_samples(self, batch: Any, vectors: Sequence[Mapping[str, Tensor]]) -> list[int]:
+        """The samples of a batch whose products are finite; none of one in which they have other losses than apart."""
+        size = self._task.size(batch)
+        if size < 2 or self._task.size(take_samples(batch, size, [0])) != 1:
+            return []
+        if not (sound := self._sound(batch, range(size), vectors)):
+            return []
+        device = next(iter(self._parameters.values())).device
+        with torch.no_grad():
+            apart = take_samples(batch, size, sound)
+            whole, part = (self._run(self._task.to(own, device)).losses for own in (batch, apart))
+        same = torch.allclose(whole[sound], part, rtol=1e-3, atol=1e-5, equal_nan=True)
+        return sound if same else []
+
+    def _sound(self, batch: Any, rows: Sequence[int], vectors: Sequence[Mapping[str, Tensor]]) -> list[int]:
+        """Those of the samples ``rows`` whose products are finite, found by halving."""
+        if _are_finite(self._products(take_samples(batch, self._task.size(batch), rows), vectors)[1]):
+            return list(rows)
+        middle = len(rows) // 2
+        halves = (rows[:middle], rows[middle:]) if middle else ()
+        return [row for half in halves for row in self._sound(batch, half, vectors)]
+
+    def _products(self, batch: Any, vectors: Sequence[Mapping[str, Tensor]]) -> tuple[int, Products]:
         """The samples with a loss, and the sums of JᵀSJv over them."""
         leaves = {name: p.detach().requires_grad_() for name, p in self._parameters.items()}
         device = next(iter(leaves.values())).device
@@ -86,6 +118,10 @@ class GaussNewton:
             (bent,) = torch.autograd.grad((slope * moved).sum(), z, retain_graph=True, materialize_grads=True)
             found.append(torch.autograd.grad((z * bent).sum(), inputs, retain_graph=True, materialize_grads=True))
         return int(with_loss.sum()), found
+
+
+def _are_finite(products: Products) -> bool:
+    return all(bool(p.isfinite().all()) for product in products for p in product)
 
 
 def trace_of(

@@ -7,7 +7,7 @@ Quantity to Quality* (2308.12032).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from assay.methods.base import Column, Method, Need
 from assay.probe import Signals
 from assay.tasks import IGNORE, CausalLM, Response
+from assay.tasks.special_tokens import special_token
 
 
 class IFD(Method):
@@ -25,9 +26,9 @@ class IFD(Method):
     (``--where "ifd < 1"``), and the highest of the rest are kept.
 
     Both means are over the same tokens: all of the response's if the sample begins with the token that begins every
-    text for the model (``config.bos_token_id``, nowhere else in the prompt), which stays in front of the response
-    alone; else all but the first, for nothing predicts that one without a prompt. NaN where there is no prompt, no
-    response of so many tokens, or several.
+    text for the model (its text config's ``bos_token_id``, nowhere else in the prompt), which stays in front of the
+    response alone; else all but the first, for nothing predicts that one without a prompt. Which it is, or why there is
+    none, is in the metadata. NaN where there is no prompt, no response of so many tokens, or several.
 
     Args:
         model: a causal language model; a small one will do, says the paper.
@@ -58,8 +59,12 @@ class IFD(Method):
         )
 
     def needs(self) -> Mapping[str, Need]:
-        begin = _begins(getattr(self.model, "config", None))
+        begin = special_token(self.model, "bos_token_id").number
         return {"given": Need(self.model, self.task), "alone": Need(self.model, Response(self.task, begin))}
+
+    def metadata(self) -> dict[str, str]:
+        found = special_token(self.model, "bos_token_id")
+        return {"begin": found.why_none or str(found.number)}
 
     def score(self, signals: Mapping[str, Signals]) -> dict[str, Tensor]:
         alone, counted = _losses(signals["alone"])
@@ -81,9 +86,3 @@ def _losses(signals: Signals) -> tuple[Tensor, Tensor]:
     assert losses is not None
     assert labels is not None
     return losses.double(), labels.view(losses.shape) != IGNORE
-
-
-def _begins(config: Any) -> int | None:
-    """The token that begins every text, if a model tells."""
-    found = config.get("bos_token_id") if isinstance(config, Mapping) else getattr(config, "bos_token_id", None)
-    return found if isinstance(found, int) else None

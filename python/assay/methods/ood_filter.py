@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from assay.methods.base import Column, Method, Need
+from assay.methods.checks import check_at_least
 from assay.methods.embedding import Embedder, Pooling
 from assay.methods.nearest import Held
 from assay.methods.targets import Targets, TargetSet
@@ -60,8 +61,7 @@ class OODFilter(Method):
         pooling: Pooling = "mean",
         name: str = "ood_distance",
     ) -> None:
-        if neighbours < 1:
-            raise ValueError(f"{name}: neighbours: expected at least 1, got {neighbours}")
+        check_at_least("neighbours", neighbours, 1)
         self.name, self.model, self.task, self.neighbours = name, model, task, neighbours
         self.targets = TargetSet(name, targets).required()
         self.embedder = Embedder(name, model, task, at, pooling)

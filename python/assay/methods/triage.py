@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from assay.methods.base import Column, Method, Need
+from assay.methods.checks import check_at_least
 from assay.methods.embedding import Embedder, Pooling
 from assay.methods.nearest import Held
 from assay.methods.targets import Targets, TargetSet
@@ -70,8 +71,7 @@ class TRIAGE(Method):
     ) -> None:
         if not models:
             raise ValueError(f"{name}: models: expected at least one checkpoint, got none")
-        if neighbours < 1:
-            raise ValueError(f"{name}: neighbours: expected at least 1, got {neighbours}")
+        check_at_least("neighbours", neighbours, 1)
         self.name, self.models, self.neighbours = name, list(models), neighbours
         self.task, self.targets = Residual(task), TargetSet(name, targets).required()
         self.embedders = [Embedder(name, model, self.task, at, pooling) for model in self.models]

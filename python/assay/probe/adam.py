@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from assay._json import dumps
 from assay._lazy import require
 
 _FIRST, _SECOND = "exp_avg", "exp_avg_sq"
@@ -109,7 +110,7 @@ class AdamState:
         moments = ((_FIRST, self.first), (_SECOND, self.second))
         tensors = {f"{n}.{kind}": t.contiguous() for kind, by_name in moments for n, t in by_name.items()}
         facts = {"betas": self.betas, "eps": self.eps, "steps": self.steps}
-        metadata = {key: json.dumps(value) for key, value in facts.items() if value is not None}
+        metadata = {key: dumps(value) for key, value in facts.items() if value is not None}
         require("safetensors.torch", "cli").save_file(tensors, path, metadata)
 
     @classmethod

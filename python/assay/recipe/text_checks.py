@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from assay.recipe.errors import EngineError
 from assay.recipe.library_calls import refusing
-from assay.recipe.trials import differ, setting, text_outputs
+from assay.recipe.trials import differ, text_outputs
+from assay.tasks.special_tokens import special_token
 
 Row = tuple[int, int, Sequence[int]]
 Sampler = Callable[[Sequence[Row]], dict[str, Tensor]]
@@ -25,10 +26,7 @@ _MULTIPLY_ADDS = 2e10
 
 def padding_token(model: nn.Module) -> int:
     """What a model's texts are padded with: its config's ``pad_token_id``, or 0 where a mask says what counts."""
-    config = getattr(model, "config", None)
-    text = getattr(config, "get_text_config", None)
-    found = setting(text() if callable(text) else config, "pad_token_id")
-    return found if isinstance(found, int) and found >= 0 else 0
+    return special_token(model, "pad_token_id").number or 0
 
 
 def check_padding(key: str, model: nn.Module, collate: Callable[[Sequence[str]], Mapping[str, Tensor]]) -> None:

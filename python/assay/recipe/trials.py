@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +18,6 @@ _ROUNDINGS = 8  # in types of fewer bits, that many of their steps: rounding add
 def device_of(model: nn.Module) -> torch.device:
     """Where a model's first parameter lies."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
-def setting(config: Any, key: str) -> Any:
-    """What a model's config says, which of a model written in Python may be anything; None if it does not."""
-    return config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
 
 
 @contextmanager

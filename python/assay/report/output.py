@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from assay.corpus.errors import CorpusError
-from assay.corpus.scores_folder import Scores, refuse_corpora
+from assay.corpus.scores_folder import Scores, refuse_corpora, refuse_scores
 from assay.corpus.storage import Store
 from assay.report.html import Html
 
@@ -26,8 +26,7 @@ def open_output(url: str, scores: Scores) -> tuple[Store, str]:
     if not name or url.endswith("/") or page.fs.isdir(page.root):
         raise CorpusError(f"--out {url}: is a folder; expected a file, such as page.html")
     refuse_corpora(page, scores, [""])
-    if scores.store.holds(page):
-        raise CorpusError(f"--out {url}: lies among the scores {scores.store.url}; expected a file elsewhere")
+    refuse_scores(page, scores.store)
     if store.exists(name):
         with store.open(name) as file:
             if file.read(len(MARK)) != MARK.encode():

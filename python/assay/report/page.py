@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 
 import numpy as np
 
+from assay._json import dumps
 from assay._version import __version__
 from assay.report.charts import histogram
 from assay.report.confusion import Confusion
@@ -140,7 +140,7 @@ def _made(facts: Facts, survey: Survey) -> Html:
         parts.append(table(("shard", "why"), some, "words"))
     parts.append(element("h4", "Made by"))
     parts.append(table(("what", "value"), [(name, short(value)) for name, value in _makers(facts)], "words"))
-    recipe = json.dumps(facts.recipe, indent=2, ensure_ascii=False)
+    recipe = dumps(facts.recipe, indent=2, ensure_ascii=False)
     cut = recipe if len(recipe) <= _MOST_RECIPE else recipe[:_MOST_RECIPE] + "\n…"
     parts.append(element("details", element("summary", "The recipe in full"), element("pre", cut)))
     return join(*parts)

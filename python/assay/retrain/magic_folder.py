@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from assay._json import dumps
 from assay._lazy import require
 from assay.retrain.magic_optimizers import State
 from assay.retrain.magic_training import Training
@@ -78,7 +79,7 @@ class Folder:
 
     def __init__(self, path: str | os.PathLike[str], facts: Mapping[str, str]) -> None:
         self.path, self._facts = Path(path), dict(facts)
-        self._run = hashlib.sha256(json.dumps(self._facts, sort_keys=True).encode()).hexdigest()
+        self._run = hashlib.sha256(dumps(self._facts, sort_keys=True).encode()).hexdigest()
         self._files = require("safetensors.torch", "cli")
         self._device = torch.device("cpu")
 
@@ -164,7 +165,7 @@ class Folder:
             raise ValueError(f"{path}: is no description of a run; choose another folder") from error
         if known is None:
             with self._renamed_when_complete(_RUN) as temporary:
-                temporary.write_text(json.dumps(self._facts, indent=1) + "\n", encoding="utf-8")
+                temporary.write_text(dumps(self._facts, indent=1) + "\n", encoding="utf-8")
         elif known != self._facts:
             names = known.keys() | self._facts.keys() if isinstance(known, dict) else self._facts.keys()
             differ = [n for n in sorted(names) if not isinstance(known, dict) or known.get(n) != self._facts.get(n)]

@@ -189,10 +189,8 @@ def _slopes(
     solved, residual = _solve(curvature, gradient, penalty, iterations)
     if curvature.left_out:
         _log.warning(
-            "model-specific subsampling: the curvature of %d of %d batches of the chosen samples is not finite; they "
-            "are left out of it",
-            len(curvature.left_out),
-            len(chosen),
+            "model-specific subsampling: the curvature of %d chosen samples is not finite; they are left out of it",
+            curvature.left_out,
         )
     probe = Probe(model, task, factors=(), reductions={"drop": Dot(solved)}, logits=False)
     found = []

@@ -56,8 +56,9 @@ def clip_powered(
     kept = _descend(gain[rows], wanted, beta, seed) if sgd and beta is not None else _best(gain[rows], wanted, beta)
     mask = indices_mask(table.num_rows, rows[kept])
     codes = np.where(valid, mask, UNSCORED).astype(np.uint8)
-    how = f"of the largest {alignment} + {alpha:g} · {diversity}"
-    legend = (f"dropped: not {how}", f"kept: {how}", f"dropped: {alignment} or {diversity} is NaN")
+    total = f"{alignment} + {alpha:g} · {diversity}"
+    how = f"of the largest {total}"
+    legend = (f"dropped: not {how}", f"kept: {how}", f"dropped: {total} is NaN")
     way = "" if beta is None else f", beta {beta:g}" + (f" by gradient descent, seed {seed}" if sgd else "")
     return Selection(f"{amount} {how}{way}", mask, codes, legend)
 

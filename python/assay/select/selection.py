@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -47,6 +47,11 @@ class Selection:
     def reasons(self) -> npt.NDArray[np.object_]:
         """Why each row was kept or dropped, one short string per row."""
         return np.array(self.legend, dtype=object)[self.codes]
+
+    def because(self, rows: Mask, reason: str) -> Selection:
+        """The same with another reason for these rows."""
+        codes = np.where(rows, np.uint8(len(self.legend)), self.codes)
+        return replace(self, codes=codes, legend=(*self.legend, reason))
 
     @property
     def scored(self) -> Mask:

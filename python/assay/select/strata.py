@@ -46,20 +46,22 @@ def ccs(
     score = oriented(table, by, hard)
     scored = int(np.count_nonzero(score.valid))
     hardest = int(drop * scored + 0.5)
-    left = score.valid & ~best(lambda: parts_of(score.values), table.num_rows, hardest)
+    hard_ones = best(lambda: parts_of(score.values), table.num_rows, hardest)
+    left = score.valid & ~hard_ones
     wanted, there = amount_rows(amount, table.num_rows), scored - hardest
     if wanted > there:
         raise ValueError(
             f"amount={amount}: {wanted:,} rows, but {there:,} of {table.num_rows:,} are left without the hardest "
             f"{hardest:,} by {by} and those that have no score; lower amount or drop"
         )
-    place = _strata(score.values, left, strata, by)
-    groups = Groups(place, pa.array(range(strata)))
+    groups = Groups(_strata(score.values, left, strata, by), pa.array(range(strata)))
     sizes = groups.counts(left)
     mask = best_of_each(lambda: _keys(left, seed), groups, shares(sizes, wanted))
     rule = f"{by}, {amount} by {strata} strata without the hardest {drop:g}, seed {seed}"
     facts = {"hardest_dropped": float(hardest), "strata_with_rows": float((sizes > 0).sum())}
-    return score.select(mask, rule, f"drawn from its stratum of {by}", "among the hardest, or not drawn", facts=facts)
+    place = f"drawn from its stratum of {by}"
+    selection = score.select(mask, rule, place, f"not {place}", facts=facts)
+    return selection.because(hard_ones, f"dropped: among the {hardest:,} hardest by {by}")
 
 
 def shares(sizes: npt.NDArray[np.int64], wanted: int) -> npt.NDArray[np.int64]:

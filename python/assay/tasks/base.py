@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -240,6 +240,31 @@ def token_ids(task: str, batch: Any) -> Tensor:
     if ids.ndim != 2:
         raise ValueError(f"{task}: input_ids of shape {tuple(ids.shape)}; expected (B, T)")
     return ids
+
+
+def token_mask(task: str, batch: Mapping[str, Any]) -> Tensor:
+    """(B, T) bool: which of a batch's tokens hold data; all where it has no ``attention_mask``. ValueError for one of
+    another shape than ``input_ids``."""
+    ids, given = token_ids(task, batch), batch.get("attention_mask")
+    if given is None:
+        return torch.ones_like(ids, dtype=torch.bool)
+    if given.shape != ids.shape:
+        raise ValueError(
+            f"{task}: attention_mask of shape {tuple(given.shape)} for input_ids of shape {tuple(ids.shape)}; expected "
+            "the same shape, one value per token"
+        )
+    return as_bool(given)
+
+
+def take_samples(batch: Any, size: int, rows: Sequence[int]) -> Any:
+    """Some samples of a batch of ``size``: their rows of every tensor that has as many, the rest as it is."""
+    if isinstance(batch, Tensor) and batch.ndim and len(batch) == size:
+        return batch[torch.tensor(rows, dtype=torch.int64, device=batch.device)]
+    if isinstance(batch, Mapping):
+        return {name: take_samples(value, size, rows) for name, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return tuple(take_samples(value, size, rows) for value in batch)
+    return batch
 
 
 def describe(value: Any) -> str:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from assay.tasks.base import IGNORE, Outputs, as_bool, check_range, logits_of, outside_range, to_device, token_ids
+from assay.tasks.base import IGNORE, Outputs, check_range, logits_of, outside_range, to_device, token_ids, token_mask
 from assay.tasks.losses import row_losses, sample_losses
 from assay.tasks.output_layer import OutputLayer, find_output_layer, fused, remember_changed
 
@@ -121,16 +121,7 @@ class CausalLM:
         return F.pad(rows[:, :-1], (1, 0), value=torch.nan)
 
     def mask(self, batch: Any) -> Tensor:
-        ids = token_ids("CausalLM", batch)
-        given = batch.get("attention_mask")
-        if given is None:
-            return torch.ones_like(ids, dtype=torch.bool)
-        if given.shape != ids.shape:
-            raise ValueError(
-                f"CausalLM: attention_mask of shape {tuple(given.shape)} for input_ids of shape "
-                f"{tuple(ids.shape)}; expected the same shape, one value per token"
-            )
-        return as_bool(given)
+        return token_mask("CausalLM", batch)
 
     def _next_tokens(self, batch: Mapping[str, Tensor]) -> Tensor:
         """(B, T): the token that each position has to predict, -100 where none."""

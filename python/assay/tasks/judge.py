@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from assay.tasks.base import Outputs, as_bool, describe, logits_of, to_device, token_ids
+from assay.tasks.base import Outputs, describe, logits_of, to_device, token_ids, token_mask
 from assay.tasks.output_layer import find_output_layer
 
 YES = 0
@@ -39,15 +39,10 @@ class Judge:
         return to_device(batch, device)
 
     def mask(self, batch: Any) -> Tensor:
-        ids = token_ids("Judge", batch)
-        given = batch.get("attention_mask")
-        if given is None:
-            return torch.ones_like(ids, dtype=torch.bool)
-        mask = as_bool(given)
-        if mask.shape != ids.shape or bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+        mask = token_mask("Judge", batch)
+        if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
             raise ValueError(
-                f"Judge: attention_mask of shape {tuple(mask.shape)} for input_ids of shape {tuple(ids.shape)}; "
-                "expected the same shape, ones and then zeros (padding on the right)"
+                "Judge: attention_mask has padding before a token; expected ones and then zeros (padding on the right)"
             )
         return mask
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Literal
 
 from assay import select
+from assay._json import dumps
 from assay.corpus.storage import Store
 from assay.curate.whole import read_whole
 from assay.engine.progress import Progress
@@ -60,7 +60,7 @@ def two_stage(
         found = [lab.trial(data, seed, rows) for seed in range(training.seeds) for data, rows in chosen[seed].items()]
         own = (question.by, question.top, rule, question.model, training)
         report = Report(*own, lab.untrained(), len(lab.held_out), found)
-        output.write_text("report.json", json.dumps(report.to_json(), indent=1) + "\n")
+        output.write_text("report.json", dumps(report.to_json(), indent=1) + "\n")
         output.write_text("report.md", report.markdown())
     return report
 

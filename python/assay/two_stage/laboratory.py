@@ -16,9 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from assay._json import dumps
 from assay._version import __version__
 from assay.corpus.claim import claim
 from assay.corpus.footer import canonical_hash
+from assay.corpus.scores_folder import refuse_scores
 from assay.corpus.shards import Corpus, find_shards, refuse_overlap
 from assay.corpus.storage import Store
 from assay.engine import run
@@ -111,7 +113,7 @@ def laboratory(
 
     Raises:
         EngineError: no such model; held-out samples that are trained on, or that a score is fitted to.
-        CorpusError: an output that lies in the corpus, the held-out samples or targets.
+        CorpusError: an output that lies in the corpus, the held-out samples or targets, or among scores.
     """
     spec = recipe.models.get(trainee.model)
     if spec is None:
@@ -129,6 +131,7 @@ def laboratory(
     corpora = {recipe.corpus.path: corpus, trainee.held_out: held_out}
     for path in (*corpora, *recipe.fitted_to().values()):
         refuse_overlap(output, path, corpora.get(path) or find_shards(path), [TRIALS])
+    refuse_scores(output, Store.at(recipe.output))
     run(recipe, progress=progress or Progress())
     with claim(output, "an experiment"):
         learner = _learner(recipe, trainee.model, corpus)
@@ -136,7 +139,7 @@ def laboratory(
             "model": fingerprints({trainee.model: spec}),
             "held_out": corpus_fingerprint(held_out),
             "corpus": corpus_fingerprint(corpus),
-            "task": json.loads(json.dumps(recipe.task.model_dump())),
+            "task": json.loads(dumps(recipe.task.model_dump())),
             "version": __version__,
         }
         samples, judged = _samples("corpus", corpus, learner), _samples("held-out", held_out, learner)
@@ -217,7 +220,7 @@ class _Trials:
 
     def add(self, key: str, trial: Trial) -> None:
         self.evaluations[key] = list(trial.evaluations)
-        self._lines.append(json.dumps({"key": key, **asdict(trial)}))
+        self._lines.append(dumps({"key": key, **asdict(trial)}))
         self._output.write_text(TRIALS, "".join(f"{line}\n" for line in self._lines))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from assay import select
+from assay._json import dumps
 from assay.corpus.scores_folder import Scores, open_scores
 from assay.corpus.storage import Store
 from assay.curate.proofs import PROOF, RANDOM, Claim, End, Gain, Proof, end_of, scores_digest, values_digest
@@ -115,7 +115,7 @@ def prove(
         basis = {**asdict(training), **asdict(comparison), "against": controls, "trained": trainee.model}
         basis |= {"samples": len(chosen[0][RANDOM]), "held_out": len(lab.held_out), "untrained": untrained}
         proof = Proof(scores=scores_digest(scores), claims=claims, losses=losses, basis=basis)
-        output.write_text(PROOF, json.dumps(proof.model_dump(), indent=1) + "\n")
+        output.write_text(PROOF, dumps(proof.model_dump(), indent=1) + "\n")
     return proof
 
 

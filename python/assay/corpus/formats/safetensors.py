@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import BinaryIO
 
 import numpy as np
 
+from assay._json import dumps
 from assay.corpus.arrays import StoredArray, chunks_of_arrays, copy_chosen, number_of_rows
 from assay.corpus.errors import ShardError
 from assay.corpus.format import Chunk, ColumnFacts, Format, Mask, Source, check_columns
@@ -39,7 +39,7 @@ def _copy(source: Source, keep: Mask, file: BinaryIO) -> None:
         start, end = end, end + count * array.row_bytes
         shape = [count, *array.shape[1:]]
         entries[name] = {"dtype": header.tensors[name].dtype, "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text = dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
     for array in arrays.values():

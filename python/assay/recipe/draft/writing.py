@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from assay._json import dumps
 from assay.recipe.draft.models import ModelFacts
 from assay.recipe.draft.readings import Reading
 
@@ -144,4 +144,4 @@ def _scalar(value: Any) -> str:
 
 def _plain(text: str) -> str:
     """Text of strangers for a comment: one line without control characters."""
-    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
+    return "".join(c if c.isprintable() else dumps(c)[1:-1] for c in text)

@@ -19,8 +19,8 @@ from assay.recipe.tasks.base import TASKS, Columns, Encoder, TaskSpec
 from assay.recipe.tasks.conversations import ChatEncoder, LossOn, PromptChatEncoder
 from assay.recipe.tasks.documents import CompletionEncoder, Limits, TextEncoder, ends
 from assay.recipe.tasks.vocabulary import check_vocabulary, embedded
-from assay.recipe.trials import setting
 from assay.tasks import CausalLM, Task
+from assay.tasks.special_tokens import setting
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -22,8 +22,9 @@ from assay.recipe.model_files import one_line
 from assay.recipe.models import ModelSpec, naming
 from assay.recipe.preprocessor import Preprocessor, preprocessor_folder, shared_preprocessor
 from assay.recipe.tasks.base import Encoded, Models, TaskSpec, attempt
-from assay.recipe.trials import device_of, in_eval_mode, setting
+from assay.recipe.trials import device_of, in_eval_mode
 from assay.tasks.base import call, logits_of, to_device
+from assay.tasks.special_tokens import setting
 
 # An image takes part in the batch's budget of tokens as if these were its patches, as most transformers' are.
 _PIXELS_PER_TOKEN = 256

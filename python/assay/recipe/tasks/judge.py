@@ -23,9 +23,10 @@ from assay.recipe.tasks.base import TASKS, Encoded, Encoder, TaskSpec, attempt
 from assay.recipe.tasks.text_rows import Ids, each_good
 from assay.recipe.tasks.vocabulary import check_vocabulary, embedded, unknown_token, usable_tokens
 from assay.recipe.tokenizer import behaviour
-from assay.recipe.trials import device_of, differ, in_eval_mode, setting
+from assay.recipe.trials import device_of, differ, in_eval_mode
 from assay.tasks import Judge, Prompt, Task
 from assay.tasks.prompt import ASK_LLM, CUE, check_question
+from assay.tasks.special_tokens import setting
 
 _DOCUMENTS = ("Gold.", "A vein of gold runs north for two miles before it thins out. " * 4)
 

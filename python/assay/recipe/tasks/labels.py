@@ -27,8 +27,8 @@ from assay.recipe.errors import EngineError
 from assay.recipe.model_files import shortened
 from assay.recipe.parts import Part
 from assay.recipe.tasks.base import Columns, Models
-from assay.recipe.trials import setting
 from assay.tasks.base import SUM_TOLERANCE
+from assay.tasks.special_tokens import setting
 
 log = logging.getLogger("assay")
 

@@ -22,7 +22,8 @@ from assay.recipe.tasks.base import Encoded, Encoder, Models, TaskSpec, attempt
 from assay.recipe.tasks.vocabulary import check_vocabulary, embedded, unknown_token, usable_tokens
 from assay.recipe.text_checks import check_longest, check_padding, looks_for_end, padding_token
 from assay.recipe.tokenizer import behaviour
-from assay.recipe.trials import right_padded, setting
+from assay.recipe.trials import right_padded
+from assay.tasks.special_tokens import setting
 
 Ids = npt.NDArray[np.int32]
 

@@ -82,6 +82,7 @@ def _refuse_memory(plan: Plan) -> None:
         if store.is_in_memory:
             raise CorpusError(f"{store.url}: lives in one process, where no worker sees it; score with run.devices=cpu")
 
+    number: int
 
 @contextlib.contextmanager
 def _staging(output: Store) -> Iterator[Callable[[], str]]:
@@ -128,16 +129,18 @@ class _Crew:
 
     def start(self, places: Sequence[str]) -> None:
         self._places = places
-        for each in [self._hire(place) for place in places]:  # all of them start before one has to listen
+        for each in [self._hire(i) for i in range(len(places))]:  # all of them start before one has to listen
             self._brief(each)
 
-    def _hire(self, place: str) -> _Worker:
-        hired = _Worker(self._staff.hire(place))
+    def _hire(self, number: int) -> _Worker:
+        hired = _Worker(self._staff.hire(self._places[number]), number)
         self._workers.append(hired)
         return hired
 
     def _brief(self, hired: _Worker) -> None:
         """Tell it what it works with. By its pipe: what goes along with a new process must fit into a buffer."""
+            (hired.number, len(self._places)),
+            self._plan.part,
         recipe = self._plan.recipe
         fitted = {path: self._plan.corpora[path] for path in recipe.fitted_to().values()}
         setup = Setup(
@@ -170,7 +173,7 @@ class _Crew:
         if self._starts.get(place, 0) >= _STARTS:
             log.warning("the worker on %s could not start %d times; the others go on without it", place, _STARTS)
         elif self._waiting or self._ready is None:
-            self._brief(self._hire(place))
+            self._brief(self._hire(dead.number))
 
     def _retry(self, job: Job, how: str) -> None:
         self._progress.advance(-job.rows, -job.reached * job.size)
@@ -210,7 +213,7 @@ class _Crew:
         self._progress.start(len(self._sizes), sum(self._sizes.values()))
         while len(self.outcomes) < len(self._sizes):
             if not self._workers:
-                self._brief(self._hire(self._places[0]))
+                self._brief(self._hire(0))
             for each in self._workers:
                 if each.ready and each.job is None and self._waiting:
                     self._hand_out(each, self._waiting.popleft())

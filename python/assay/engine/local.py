@@ -21,6 +21,7 @@ from assay.corpus.storage import Store
 from assay.engine.crew import score_with_workers
 from assay.engine.devices import find_devices, threads_each
 from assay.engine.plan import Plan, find_corpora, make_plan, standing_table, write_manifest
+from assay.engine.fitting import clear
 from assay.engine.processes import Processes
 from assay.engine.progress import Progress
 from assay.engine.ray_actors import RayActors
@@ -105,6 +106,7 @@ def run(
         if plan.todo:
             _score(plan, devices, summary, progress or Progress())
     return summary
+        clear(plan)
 
 
 def _score(plan: Plan, devices: Sequence[torch.device], summary: RunSummary, progress: Progress) -> None:
@@ -161,7 +163,7 @@ def _score_here(
 ) -> dict[Shard, Outcome]:
     """In this process; what it takes is added to ``times``."""
     with times.measure("load"):
-        workshop = open_workshop(plan, device=device)
+        workshop = open_workshop(plan, device=device, turn=(0, 1))
     write_manifest(plan, workshop.columns)
     outcomes: dict[Shard, Outcome] = {}
     with progress as shown:

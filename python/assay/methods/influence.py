@@ -240,13 +240,8 @@ class Influence(Keeper):
 
     def _features(self, k: int, batches: Iterable[Any], left_out: dict[str, str], *, target: bool) -> Iterator[Tensor]:
         """Those of checkpoint k, as the function ``features_of``."""
-        probe = Probe(
-            self.models[k],
-            self.task,
-            reductions={"feature": self.feature(k, target=target)},
-            logits=False,
-            skip_unsupported=self.skip_unsupported,
-        )
+        reductions, skip = {"feature": self.feature(k, target=target)}, self.skip_unsupported
+        probe = Probe(self.models[k], self.task, reductions=reductions, logits=False, skip_unsupported=skip)
         return features_of(probe, batches, left_out)
 
     def _transformed(self, features: Tensor, roots: Sequence[Tensor] | None) -> Tensor:

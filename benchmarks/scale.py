@@ -1,4 +1,5 @@
-"""Rows a second and memory as a corpus grows, and with Ray: ``python -m benchmarks.scale [--rows 10000 …] [--ray]``.
+"""Rows a second and memory as a corpus grows, with Ray, and what planning takes:
+``python -m benchmarks.scale [--rows 10000 …] [--ray ROWS] [--shards 200000]``.
 
 A small MLP scores vectors of 64 numbers, so that what is timed is the engine: reading, batches, tables. Every run is a
 process of its own, and its peak memory the system's count. What a process takes before it scores (imports, the model,
@@ -6,6 +7,9 @@ what is made when it is first used) is timed apart: it scores a single row first
 
 Ray's actors score a corpus, one and two of them in turn, beside ``ray.data.map_batches`` with the same model written by
 hand. Each way also does a tenth of the rows, and what the others take beyond that tells its rate, without its start.
+
+Planning is of shards of a line each, a thousand to a folder of this machine's disk, of which none is scored: a process
+for each round lists them and makes the plan.
 """
 
 from __future__ import annotations
@@ -99,6 +103,35 @@ def run(recipes: Sequence[Path], output: Path, engine: str = "local", **settings
     return {**found, "peak_mib": used.ru_maxrss / 1024}
 
 
+PLAN = """
+import json, resource, sys, time
+from assay.engine.plan import find_corpora, make_plan
+from assay.recipe import load_recipe
+recipe = load_recipe(sys.argv[1], sys.argv[2:])
+began = time.perf_counter()
+corpora = find_corpora(recipe)
+listed = time.perf_counter()
+shards = len(make_plan(recipe, corpora=corpora).todo)
+seconds = {"list": listed - began, "plan": time.perf_counter() - listed}
+print(json.dumps({"shards": shards, **seconds, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+"""
+
+
+def planning(root: Path, shards: int) -> dict[str, Any]:
+    """Medians of three rounds."""
+    recipe, corpus = make(root, 1), root / "many"
+    line = json.dumps({"x": [0.0] * SIZE, "y": 0}) + "\n"
+    for i in range(shards):
+        folder = corpus / f"{i // 1000:04}"
+        if i % 1000 == 0:
+            folder.mkdir(parents=True)
+        (folder / f"{i % 1000:03}.jsonl").write_text(line)
+    command = [sys.executable, "-c", PLAN, str(recipe), f"corpus.path={corpus}"]
+    rounds = [json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout) for _ in range(3)]
+    shutil.rmtree(corpus)
+    return {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
+
+
 class ByHand:
     """What somebody writes for the same scores: one of them."""
 
@@ -186,7 +219,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, nargs="*", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--ray", type=int, metavar="ROWS", help="score so many rows with Ray, too")
+    parser.add_argument("--shards", type=int, help="list and plan so many shards, and do nothing else")
     options = parser.parse_args()
+    if options.shards:
+        with tempfile.TemporaryDirectory() as folder:
+            case = planning(Path(folder), options.shards)
+        print(", ".join(f"{key} {value:,.1f}" for key, value in case.items()))
+        path = timing.write("planning", [case])
+        print("written to", path.relative_to(timing.RESULTS.parent.parent))
+        return
     with tempfile.TemporaryDirectory() as folder:
         cases = growing(Path(folder), options.rows)
         actors = with_ray(Path(folder), options.ray) if options.ray else []

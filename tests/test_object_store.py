@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+
 import fsspec
 import pytest
 from s3fs import S3FileSystem
 
 import assay
 from assay.cli import main
-from assay.engine import run, shard
+from assay.corpus.storage import Store
+from assay.engine import run, shard, staging, units
+from assay.engine.parts import join_parts, score_part
+from assay.engine.plan import make_plan
+from assay.engine.processes import Processes
+from assay.engine.workshop import open_workshop
 from assay.recipe import load_recipe
 from tests.object_store import BUCKET, serve
 from tests.small_project import make_project, make_rows
@@ -116,3 +123,53 @@ def test_a_shard_that_is_replaced_while_it_is_read_is_not_scored_as_either(store
     summary = run(recipe)
     assert "changed while it was being scored" in summary.unreadable["a.parquet"]
     assert summary.rows_scored == 0
+
+
+def test_a_plan_asks_for_listings_whatever_number_of_shards_there_is(store, project):
+    """Also where methods are fitted to the corpus, whose files' fingerprints are part of the plan."""
+    fs, methods = fsspec.filesystem("s3"), "methods=[{method: leverage, model: a}]"
+    asked = []
+    fs.put(str(project.root / "data"), f"{BUCKET}/many", recursive=True)
+    for more in (0, 12):
+        for i in range(more):
+            fs.put(str(project.root / "data/c.parquet"), f"{BUCKET}/many/more-{i}.parquet")
+        before = store.requests
+        plan = make_plan(load_recipe(project.path, [f"corpus.path={ROOT}/many", f"output={ROOT}/none", methods]))
+        asked.append(store.requests - before)
+        assert len(plan.todo) == 3 + more
+    assert asked[0] == asked[1]
+
+
+def test_parts_of_a_large_shard_wait_in_the_store_until_they_are_joined(store, project, monkeypatch):
+    monkeypatch.setattr(shard, "WINDOW_ROWS", 4)
+    plan = make_plan(load_recipe(project.path, [*overrides("parts"), "methods=[{method: ensemble, models: [a, b]}]"]))
+    workshop, fs = open_workshop(plan), fsspec.filesystem("s3")
+    large = next(each for each in plan.todo if each.path == "c.parquet")
+    with staging.staging(plan.output, sees_local_files=False) as name:
+        paths = [name(), name()]
+        parts = [score_part(workshop, large, shard.Share(i, 2), path, lambda *_: None) for i, path in enumerate(paths)]
+        assert all(map(staging.is_there, paths))
+        join_parts(parts, plan.identity, workshop.columns, 0, large, plan.output)
+    shard.score_shard(workshop, large, Store.at(f"{ROOT}/whole"))
+    assert fs.cat(f"{ROOT}/parts/c.parquet") == fs.cat(f"{ROOT}/whole/c.parquet")
+    assert staging.sweep(plan.output) == []
+    monkeypatch.setattr(staging, "_ABANDONED_AFTER_SECONDS", -5.0)
+    assert len(staging.sweep(plan.output)) == 2
+    assert not any(map(staging.is_there, paths))
+
+
+@pytest.mark.slow
+def test_workers_who_see_the_store_alone_score_a_shard_together(store, project, monkeypatch):
+    """As Ray's actors do on other nodes: what they stage is seen by way of the store."""
+    monkeypatch.setenv("FSSPEC_S3", json.dumps(fsspec.config.conf["s3"]))
+    monkeypatch.setattr(Processes, "sees_local_files", False)
+    monkeypatch.setattr(units, "SPLIT_BYTES", 10)
+    methods = "methods=[{method: ensemble, models: [a, b]}]"
+    score_with = [*overrides("crew"), methods, "run.devices='cpu,cpu'"]
+    summary = run(load_recipe(project.path, score_with))
+    run(load_recipe(project.path, [*overrides("one"), methods, "run.devices=cpu"]))
+    assert (summary.workers, summary.clean) == (2, True)
+    fs = fsspec.filesystem("s3")
+    assert fs.find(f"{ROOT}/crew/.parts") == []
+    for path in ("a", "deep/b", "c"):
+        assert fs.cat(f"{ROOT}/crew/{path}.parquet") == fs.cat(f"{ROOT}/one/{path}.parquet")

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
 from functools import partial
 from pathlib import Path
 
-from assay.engine import shard, worker
+from assay.engine import fitting, pool, shard, worker
 from assay.engine.shard import score_anew_or_stored, score_windows
 from assay.recipe import models
 
-SMALL_WINDOW = 90
+SMALL_WINDOW, SMALL_PART = 90, 7
 
 
 def small_windows(connection) -> None:
@@ -87,3 +88,33 @@ def reads_no_model_for_its_hash(connection) -> None:
 def dies_before_it_listens(connection) -> None:
     time.sleep(0.5)
     os._exit(3)
+
+
+def tells_of_parts(connection) -> None:
+    """Fits in small parts, and says of each that it is made."""
+    _small_parts(connection, deadly=False)
+
+
+def dies_once_in_a_fit(connection) -> None:
+    """As ``tells_of_parts``; the first to make a third part is killed as it does."""
+    _small_parts(connection, deadly=True)
+
+
+def _small_parts(connection, deadly: bool) -> None:
+    setup = connection.recv()
+    root = Path(setup.recipe["output"]).parent
+    made, number = fitting.Together._made, 0
+
+    def told(together, path, make):
+        nonlocal number
+        number += 1
+        with (root / "made").open("a") as file:
+            file.write(f"{path}\n")
+        if deadly and number == 3:
+            with contextlib.suppress(FileExistsError):
+                (root / "died").mkdir()
+                os.kill(os.getpid(), signal.SIGKILL)
+        return made(together, path, make)
+
+    fitting.Together._made, pool.PART_SAMPLES = told, SMALL_PART
+    worker.serve(connection, setup)

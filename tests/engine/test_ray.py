@@ -77,6 +77,16 @@ def test_two_actors_write_the_bytes_of_one_whatever_dies_once(project, monkeypat
 
 
 @pytest.mark.slow
+def test_two_actors_fit_the_bits_of_one(project):
+    project.write_shard("more.parquet", make_rows(600, 4))  # three parts
+    methods = "methods=[{method: ekfac, model: a, self_influence: true}, {method: leverage, model: b}]"
+    summary = score(project, methods)
+    assert (summary.workers, summary.clean) == (2, True)
+    score(project, methods, "output=alone", "run.devices=cpu", engine="local")
+    assert written(project.scores) == written(project.root / "alone")
+
+
+@pytest.mark.slow
 def test_a_table_that_only_a_worker_sees_is_an_error(project, monkeypatch):
     odd(monkeypatch, odd_actors.Elsewhere)
     with pytest.raises(EngineError, match=r": a worker wrote its table to .* and here there is none"):

@@ -17,10 +17,12 @@ import assay
 from assay.cli import main
 from assay.corpus.scores_folder import State, open_scores
 from assay.corpus.shards import find_shards
-from assay.engine import workshop
+from assay.corpus.storage import Store
+from assay.engine import drawing, workshop
+from assay.engine.drawing import draw_samples
+from assay.engine.fitting import Together
 from assay.engine.local import run
 from assay.engine.plan import make_plan, refuse_changes
-from assay.engine.pool import draw_samples
 from assay.methods import TRAK, AdamState
 from assay.recipe.errors import ChangedError, EngineError, RecipeError
 from assay.recipe.recipe import load_recipe
@@ -254,6 +256,28 @@ def test_the_fit_sample_is_uniform_seeded_and_of_good_rows(project):
     for part in (good[:50], good[50:80], good[80:]):  # by shard: 20 draws expected per row, 200 · 0.1
         assert abs(part.mean() - 20) < 4 * np.sqrt(200 * 0.1 * 0.9 / len(part))
     assert good.min() > 0
+
+
+def test_workers_draw_the_sample_of_one_and_read_each_shard_once(project, monkeypatch):
+    for i in range(4):
+        project.write_shard(f"more/{i}.{'jsonl' if i % 2 else 'parquet'}", make_rows(20, i + 2))
+    corpus = find_shards(str(project.root / "data"))
+    expected = [sample.data[0].tolist() for sample in draw_samples(corpus, encoder(), 30, 0)]
+    read, before = [], drawing.read
+    monkeypatch.setattr(drawing, "read", lambda shard, *rest: (read.append(shard.path), before(shard, *rest))[1])
+    first = draw_samples(corpus, encoder(), 30, 0, together(project, (0, 2)))
+    assert len(read) == len(corpus.shards)
+    again = draw_samples(corpus, encoder(), 30, 0, together(project, (1, 2)))
+    assert len(read) == len(corpus.shards)  # what was drawn lies in the output
+    assert [sample.data[0].tolist() for sample in first] == [sample.data[0].tolist() for sample in again] == expected
+    for state in (project.root / "shared").rglob("draw-2-*.pt"):
+        state.unlink()
+    lost = draw_samples(corpus, encoder(), 30, 0, together(project, (1, 2)))
+    assert [sample.data[0].tolist() for sample in lost] == expected
+
+
+def together(project, turn) -> Together:
+    return Together(Store.at(str(project.root / "shared")), "k", torch.device("cpu"), turn)
 
 
 ERRORS = [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 import assay
 from assay.methods import AdamState, Kernel, Method, Views
 from assay.methods.base import samples_gathered
+from assay.methods.parts import Make, State
 from assay.methods.targets import Targets
 from assay.ops import Kronecker, Sketch
 from assay.recipe.methods import LIVE, METHODS
@@ -298,6 +300,38 @@ def fit_looks_at_the_pool_only_as_it_says(method: type[Any], world: World) -> No
         )
 
 
+@dataclass(frozen=True)
+class InParts:
+    """Batches each of which is a part; their states come out of files, and are made in their order or from behind."""
+
+    batches: Sequence[Any]
+    size: int
+    step: int
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
+
+    def states(self, make: Make, given: State) -> Iterator[State]:
+        files = [io.BytesIO() for _ in self.batches]
+        for i in range(len(files))[:: self.step]:
+            torch.save(make([self.batches[i]], i * self.size), files[i])
+        return (torch.load(io.BytesIO(file.getvalue()), weights_only=True) for file in files)
+
+
+def a_fit_in_parts_is_the_same_whoever_makes_them(method: type[Any], world: World) -> None:
+    if method.fit is Method.fit:
+        return
+    targets, asks = world.batches(range(7), 4), "targets" in inspect.signature(method.__init__).parameters
+
+    def fitted(pool: Any, target: Any) -> dict[str, np.ndarray]:
+        return scores(world.make(method, **({"targets": {"a": target}} if asks else {})).fit(pool), world.pool)
+
+    forwards, backwards = (fitted(InParts(world.pool, 10, step), InParts(targets, 4, step)) for step in (1, -1))
+    for name, values in forwards.items():
+        np.testing.assert_array_equal(backwards[name], values, err_msg=name)
+    assert_close(forwards, fitted(world.pool, targets))
+
+
 def columns_are_as_promised(method: type[Any], world: World) -> None:
     made = world.every(method).fit(world.pool)
     promised = {column.name: column for column in made.columns}
@@ -409,6 +443,7 @@ CHECKS: list[Callable[[type[Any], World], None]] = [
     scoring_before_fit_is_refused,
     a_fit_that_fails_or_is_a_copys_changes_nothing,
     fit_looks_at_the_pool_only_as_it_says,
+    a_fit_in_parts_is_the_same_whoever_makes_them,
     columns_are_as_promised,
     any_batching_gives_the_same_scores,
     a_broken_row_stays_alone,

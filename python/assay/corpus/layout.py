@@ -5,9 +5,15 @@ from __future__ import annotations
 from assay.corpus.shards import MANIFEST, Shard
 
 RESOLVED_RECIPE = "recipe.resolved.yaml"
+# What the parts of fits gave, while a run goes on.
+FITS = ".fit"
+# Parts of large shards that wait to be joined, on an object store.
+PARTS = ".parts"
 
 __all__ = [
+    "FITS",
     "MANIFEST",
+    "PARTS",
     "RESOLVED_RECIPE",
     "features_path",
     "files_path",

@@ -114,7 +114,13 @@ class Store:
 
     def files(self) -> list[str]:
         """Every file under this folder, hidden ones included, in order; none if there is no such folder."""
-        return sorted(self.relative(full) for full in self.fs.find(self.root))
+        if self.is_local:
+            return sorted(self.relative(full) for full in self.fs.find(self.root))
+        self.fs.invalidate_cache()
+        try:
+            return sorted(self.relative(full) for full in self.fs.find(self.root))
+        finally:
+            self.fs.invalidate_cache()  # else what others write from now on would not be there
 
     def exists(self, path: str) -> bool:
         if self.is_local:

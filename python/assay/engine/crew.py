@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-import tempfile
 import time
-import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +13,7 @@ from assay.corpus.errors import CorpusError, ShardError
 from assay.corpus.footer import Footer
 from assay.corpus.layout import table_path
 from assay.corpus.shards import Shard
-from assay.corpus.storage import TEMPORARY_SUFFIX, Store
+from assay.engine import staging
 from assay.engine.messages import Advanced, Began, Failed, Finished, Logged, Ready, Setup, Unit
 from assay.engine.parts import Part, PartsDiffer, join_parts
 from assay.engine.plan import Plan, write_manifest
@@ -64,7 +60,7 @@ def score_with_workers(
     """
     _refuse_memory(plan)
     crew = _Crew(plan, sizes, staff, threads, progress, times, on_unreadable)
-    with _staging(plan.output) as crew.stage:
+    with staging.staging(plan.output, staff.sees_local_files) as crew.stage:
         try:
             crew.start(places)
             crew.prepare()
@@ -83,17 +79,10 @@ def _refuse_memory(plan: Plan) -> None:
             raise CorpusError(f"{store.url}: lives in one process, where no worker sees it; score with run.devices=cpu")
 
 
-@contextlib.contextmanager
-def _staging(output: Store) -> Iterator[Callable[[], str]]:
-    """Names for staged parts: hidden temporaries of a local output, which a later run sweeps if this one is killed."""
-    with contextlib.ExitStack() as stack:
-        folder = output.root if output.is_local else stack.enter_context(tempfile.TemporaryDirectory())
-        yield lambda: os.path.join(folder, f".{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
-
-
 @dataclass
 class _Worker:
     hand: Hand
+    number: int
     ready: Ready | None = None
     job: Job | None = None
     began: float = field(default_factory=time.perf_counter)
@@ -128,11 +117,11 @@ class _Crew:
 
     def start(self, places: Sequence[str]) -> None:
         self._places = places
-        for each in [self._hire(place) for place in places]:  # all of them start before one has to listen
+        for each in [self._hire(i) for i in range(len(places))]:  # all of them start before one has to listen
             self._brief(each)
 
-    def _hire(self, place: str) -> _Worker:
-        hired = _Worker(self._staff.hire(place))
+    def _hire(self, number: int) -> _Worker:
+        hired = _Worker(self._staff.hire(self._places[number]), number)
         self._workers.append(hired)
         return hired
 
@@ -150,6 +139,8 @@ class _Crew:
             hired.hand.device,
             self._threads,
             logging.getLogger("assay").getEffectiveLevel(),
+            (hired.number, len(self._places)),
+            self._plan.part,
             hired.began,
         )
         hired.hand.tell(setup)
@@ -170,12 +161,12 @@ class _Crew:
         if self._starts.get(place, 0) >= _STARTS:
             log.warning("the worker on %s could not start %d times; the others go on without it", place, _STARTS)
         elif self._waiting or self._ready is None:
-            self._brief(self._hire(place))
+            self._brief(self._hire(dead.number))
 
     def _retry(self, job: Job, how: str) -> None:
         self._progress.advance(-job.rows, -job.reached * job.size)
         if job.path is not None:
-            _remove([job.path])
+            staging.remove([job.path])
         job.deaths += job.began
         job.path, job.began, job.rows, job.reached = None, False, 0, 0.0
         if job.shard in self.outcomes:
@@ -189,8 +180,8 @@ class _Crew:
     def clear(self) -> None:
         """Remove what is staged."""
         jobs = [each.job for each in self._workers] + list(self._waiting)
-        _remove([job.path for job in jobs if job is not None and job.path is not None])
-        _remove([part.path for parts in self._staged.values() for part in parts.values()])
+        staging.remove([job.path for job in jobs if job is not None and job.path is not None])
+        staging.remove([part.path for parts in self._staged.values() for part in parts.values()])
 
     # -- their work
 
@@ -201,8 +192,7 @@ class _Crew:
         write_manifest(self._plan, self._ready.columns)
         total, workers = sum(self._sizes.values()), len(self._places)
         for shard, size in sorted(self._sizes.items(), key=lambda item: -item[1]):
-            in_parts = self._ready.gathers is not None and (self._staff.sees_local_files or self._plan.output.is_local)
-            count = shares(self._plan, size, total, workers) if in_parts else 1
+            count = 1 if self._ready.gathers is None else shares(self._plan, size, total, workers)
             self._waiting += [Job(shard, size / count, Share(i, count)) for i in range(count)]
 
     def work(self) -> None:
@@ -210,7 +200,7 @@ class _Crew:
         self._progress.start(len(self._sizes), sum(self._sizes.values()))
         while len(self.outcomes) < len(self._sizes):
             if not self._workers:
-                self._brief(self._hire(self._places[0]))
+                self._brief(self._hire(0))
             for each in self._workers:
                 if each.ready and each.job is None and self._waiting:
                     self._hand_out(each, self._waiting.popleft())
@@ -242,9 +232,7 @@ class _Crew:
                 self._hear(each, message)
         if time.monotonic() - self._renewed > _RENEW_SECONDS:
             self._renewed = time.monotonic()
-            for part in [part for parts in self._staged.values() for part in parts.values()]:
-                with contextlib.suppress(OSError):  # if it is gone, joining the parts will say so
-                    os.utime(part.path)
+            staging.renew([part.path for parts in self._staged.values() for part in parts.values()])
 
     def _hear(self, who: _Worker, message: Any) -> None:
         job = who.job
@@ -271,7 +259,7 @@ class _Crew:
     def _finish(self, job: Job, message: Finished) -> None:
         outcome = message.outcome
         if job.path is not None and (isinstance(outcome, str) or job.shard in self.outcomes):
-            _remove([job.path])
+            staging.remove([job.path])
         if job.shard in self.outcomes:  # another part of it has failed
             return
         if isinstance(outcome, str):
@@ -291,7 +279,7 @@ class _Crew:
         if self._staff.sees_local_files:
             return
         if isinstance(outcome, Part):
-            is_there = os.path.exists(outcome.path)
+            is_there = staging.is_there(outcome.path)
         else:
             is_there = self._plan.output.exists(table_path(shard))
         if not is_there:
@@ -327,10 +315,4 @@ class _Crew:
         self._progress.finish_shard()
 
     def _drop(self, shard: Shard) -> None:
-        _remove([part.path for part in self._staged.pop(shard, {}).values()])
-
-
-def _remove(paths: Sequence[str]) -> None:
-    for path in paths:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
+        staging.remove([part.path for part in self._staged.pop(shard, {}).values()])

@@ -18,8 +18,10 @@ from assay.corpus.listing import summarise_left_out
 from assay.corpus.quarantine import QuarantineWriter
 from assay.corpus.shards import Shard
 from assay.corpus.storage import Store
+from assay.engine import staging
 from assay.engine.crew import score_with_workers
 from assay.engine.devices import find_devices, threads_each
+from assay.engine.fitting import clear
 from assay.engine.plan import Plan, find_corpora, make_plan, standing_table, write_manifest
 from assay.engine.processes import Processes
 from assay.engine.progress import Progress
@@ -98,12 +100,13 @@ def run(
     output = Store.at(recipe.output)
     with claim(output, canonical_hash([recipe.corpus.path, recipe.identity()]), shared=True):
         plan = make_plan(recipe, part, rescore, corpora, retry)
-        for path in output.sweep():
+        for path in [*output.sweep(), *staging.sweep(output)]:
             log.info("removed %s, left by a run that was killed", path)
         left_out = {entry.path: entry.reason for corpus in corpora.values() for entry in corpus.left_out}
         summary = RunSummary(**vars(plan.done), done_before=plan.done.shards, left_out=left_out)
         if plan.todo:
             _score(plan, devices, summary, progress or Progress())
+        clear(plan)
     return summary
 
 
@@ -161,7 +164,7 @@ def _score_here(
 ) -> dict[Shard, Outcome]:
     """In this process; what it takes is added to ``times``."""
     with times.measure("load"):
-        workshop = open_workshop(plan, device=device)
+        workshop = open_workshop(plan, device=device, turn=(0, 1))
     write_manifest(plan, workshop.columns)
     outcomes: dict[Shard, Outcome] = {}
     with progress as shown:

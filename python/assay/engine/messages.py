@@ -34,6 +34,10 @@ class Setup:
     device: str
     threads: int
     log_level: int
+    turn: tuple[int, int]
+    """Its number among the run's workers, and how many they are."""
+    part: tuple[int, int]
+    """The plan's."""
     began: float
     """When its process was started, by ``time.perf_counter``, which all processes of a machine share."""
 

@@ -21,6 +21,7 @@ from assay.corpus.score_files import ScoreWriter
 from assay.corpus.shards import Shard
 from assay.corpus.storage import Fingerprint, Store
 from assay.corpus.tables import ScoreColumn, count_nan, make_table, score_schema
+from assay.engine import staging
 from assay.engine.shard import Scored, Share, Source, score_windows
 from assay.engine.workshop import Workshop
 from assay.methods.base import samples_gathered
@@ -59,7 +60,7 @@ def gathered(workshop: Workshop) -> int | None:
 
 
 def score_part(workshop: Workshop, shard: Shard, share: Share, path: str, on_progress: Any) -> Part:
-    """Score a share of a shard and stage what it gives in a new local file; errors as of ``score_shard``.
+    """Score a share of a shard and stage what it gives in a new file; errors as of ``score_shard``.
 
     The file is a stream of Arrow record batches, one for each window, that hold the rows of the table to come. Their
     metadata is JSON: the window's first row, its number of rows, and those that have no score, with their reasons.
@@ -67,7 +68,7 @@ def score_part(workshop: Workshop, shard: Shard, share: Share, path: str, on_pro
     assert workshop.scorer is not None
     scorer, part = workshop.scorer.fresh(), Part(path)
     blocks = set()
-    with open(path, "xb") as file, pa.ipc.new_stream(file, score_schema(workshop.columns, {})) as stream:
+    with staging.new(path) as file, pa.ipc.new_stream(file, score_schema(workshop.columns, {})) as stream:
 
         def record(scored: Scored) -> None:
             table = make_table(scored.rows, scored.ids, scored.scores, workshop.columns, {})
@@ -139,7 +140,7 @@ def _same_source(sources: Sequence[Source | None]) -> Source:
 
 
 def _windows(part: Part) -> Iterator[tuple[int, int, list[Any], pa.RecordBatch]]:
-    with open(part.path, "rb") as file, pa.ipc.open_stream(file) as reader:
+    with staging.opened(part.path) as file, pa.ipc.open_stream(file) as reader:
         while True:
             try:
                 batch, metadata = reader.read_next_batch_with_custom_metadata()

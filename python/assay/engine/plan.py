@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -41,6 +41,8 @@ class Plan:
     tried again."""
     retried: Mapping[Shard, int] = field(default_factory=dict)
     """The part of ``stale`` whose tables are sound, with as many rows in quarantine."""
+    part: tuple[int, int] = (1, 1)
+    """(i, n): of the corpus's shards it is about every n-th from the i-th on; others are about the rest."""
 
 
 def find_corpora(recipe: Recipe) -> dict[str, Corpus]:
@@ -78,8 +80,9 @@ def make_plan(
     done = Tally()
     todo, stale, changed, retried = [], [], [], {}
     shards = corpus.shards[index - 1 :: count]
+    there = None if output.is_local else set(output.files())  # a request for each that is not there takes hours
     for shard, (table, differences, is_sound) in zip(
-        shards, output.map(partial(_known, output, identity), shards), strict=True
+        shards, output.map(partial(_known, output, identity, there), shards), strict=True
     ):
         if table and is_sound:
             if not retry or not table.footer.rows.quarantined:
@@ -98,7 +101,7 @@ def make_plan(
             f"{len(changed)} score tables in {output.url} come from another recipe, model or target "
             f"({table_path(shard)}: {shown}); score them again with --rescore, or choose another output"
         )
-    return Plan(recipe, identity, corpus, corpora, output, done, tuple(todo), tuple(stale), retried)
+    return Plan(recipe, identity, corpus, corpora, output, done, tuple(todo), tuple(stale), retried, part)
 
 
 def identity_of(recipe: Recipe, corpora: Mapping[str, Corpus]) -> Identity:
@@ -106,12 +109,12 @@ def identity_of(recipe: Recipe, corpora: Mapping[str, Corpus]) -> Identity:
     return Identity(
         recipe=json.loads(dumps(recipe.identity())),  # through JSON, as it comes back from a footer
         models=fingerprints(recipe.models_used),
-        corpora=_fitted_fingerprints(recipe, corpora) or None,
+        corpora=_fitted_fingerprints(recipe, corpora, as_found=True) or None,
     )
 
 
-def _fitted_fingerprints(recipe: Recipe, corpora: Mapping[str, Corpus]) -> dict[str, str]:
-    return {name: corpus_fingerprint(corpora[path]) for name, path in recipe.fitted_to().items()}
+def _fitted_fingerprints(recipe: Recipe, corpora: Mapping[str, Corpus], as_found: bool = False) -> dict[str, str]:
+    return {name: corpus_fingerprint(corpora[path], as_found) for name, path in recipe.fitted_to().items()}
 
 
 def refuse_changes(plan: Plan) -> None:
@@ -127,9 +130,11 @@ def refuse_changes(plan: Plan) -> None:
         )
 
 
-def _known(output: Store, identity: Identity, shard: Shard) -> tuple[Table | None, list[str], bool]:
+def _known(
+    output: Store, identity: Identity, there: Set[str] | None, shard: Shard
+) -> tuple[Table | None, list[str], bool]:
     """A shard's table, what makes it another recipe's, and whether it is this one's and the shard is what it was."""
-    table = open_table(output, shard)
+    table = None if there is not None and table_path(shard) not in there else open_table(output, shard)
     if table is None:
         return None, [], False
     differences = table.differences(identity)

@@ -6,22 +6,27 @@ import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from assay.corpus.errors import BadRow, ShardError
 from assay.corpus.format import Chunk
 from assay.corpus.readers import read
 from assay.corpus.shards import Corpus, Shard
-from assay.corpus.storage import may_pass
+from assay.corpus.storage import Fingerprint, may_pass
 from assay.engine.columns import for_shard, optional_columns
 from assay.engine.groups import batches_of
+from assay.methods.parts import Make, State
 from assay.recipe.errors import EngineError
 from assay.recipe.recipe import Recipe
 from assay.recipe.tasks import Encoded, Encoder, without_columns
 
+if TYPE_CHECKING:
+    from assay.engine.fitting import Together
+
 log = logging.getLogger("assay")
+
+# A fit's parts: so many samples at least, for a state may be large, and so many parts at most.
+PART_SAMPLES, MOST_PARTS = 256, 16
 
 
 @dataclass(frozen=True)
@@ -31,9 +36,25 @@ class Batches:
     samples: Sequence[Encoded]
     encoder: Encoder
     recipe: Recipe
+    together: Together | None = None
+    """With whom parts are shared; None: with nobody."""
 
     def __iter__(self) -> Iterator[Any]:
         return batches_of(self.recipe, self.encoder, self.samples)
+
+    def states(self, make: Make, given: State) -> Iterator[State]:
+        """As ``methods.parts.states``, each part a range of samples."""
+        size = max(PART_SAMPLES, -(-len(self.samples) // MOST_PARTS))
+        if self.recipe.task.group_rows is not None:  # what is compared stays together
+            size = max(1, len(self.samples))
+        starts = range(0, max(1, len(self.samples)), size)
+
+        def part(i: int) -> State:
+            return make(replace(self, samples=self.samples[starts[i] : starts[i] + size]), starts[i])
+
+        if self.together is None:
+            return map(part, range(len(starts)))
+        return self.together.states(len(starts), part, given)
 
     @property
     def plain(self) -> Batches:
@@ -41,18 +62,29 @@ class Batches:
         return replace(self, encoder=without_columns(self.encoder))
 
 
-def corpus_fingerprint(corpus: Corpus) -> str:
-    """Changes with any shard's name, size, modification time or etag, as a score table's input does."""
+def corpus_fingerprint(corpus: Corpus, as_found: bool = False) -> str:
+    """Changes with any shard's name, size, modification time or etag, as a score table's input does.
+
+    ``as_found``: as the listing found the shards, where it tells, instead of by one more.
+    """
+    files = [shard.path for shard in corpus.shards if not (shard.is_folder or (as_found and shard.listed))]
+    now = corpus.store.fingerprints(files) if files else {}
     digest = hashlib.sha256()
     for shard in corpus.shards:
-        try:
-            facts: object = sorted(shard.fingerprint().to_json().items())
-        except OSError as error:
-            if may_pass(error):
-                raise
-            facts = "not there"  # reading it will say what is the matter
+        found = now[shard.path] if shard.path in now else _found(shard)
+        facts: object = "not there" if found is None else sorted(found.to_json().items())
         digest.update(f"{shard.path}\0{facts}\n".encode())
     return f"sha256:{digest.hexdigest()}"
+
+
+def _found(shard: Shard) -> Fingerprint | None:
+    """As a listing found it, or as it is now; None if it is not there: reading it will say what is the matter."""
+    try:
+        return shard.as_found()
+    except OSError as error:
+        if may_pass(error):
+            raise
+        return None
 
 
 def samples_by_row(what: str, corpus: Corpus, encoder: Encoder) -> dict[int, Encoded]:
@@ -72,7 +104,7 @@ def samples_by_row(what: str, corpus: Corpus, encoder: Encoder) -> dict[int, Enc
         try:
             own = for_shard(encoder, shard)
             for chunk in read(shard, list(dict.fromkeys(own.columns)), optional_columns(own)):
-                for row, result in _encoded(chunk, range(chunk.length), own):
+                for row, result in encoded_rows(chunk, range(chunk.length), own):
                     if isinstance(result, Encoded):
                         samples[start + row] = result
                     else:
@@ -89,33 +121,7 @@ def samples_by_row(what: str, corpus: Corpus, encoder: Encoder) -> dict[int, Enc
     return samples
 
 
-def draw_samples(corpus: Corpus, encoder: Encoder, count: int, seed: int) -> list[Encoded]:
-    """``count`` random rows of a corpus, or all it has: which ones follows from the seed, the shards' relative paths
-    and the rows' positions. One pass; only rows that may be drawn are encoded."""
-    drawn: list[tuple[float, str, int, Encoded]] = []
-    bound = 1.0
-    for shard in corpus.shards:
-        rng = np.random.Generator(np.random.Philox(key=_key(seed, shard)))
-        try:
-            own = for_shard(encoder, shard)
-            for chunk in read(shard, list(dict.fromkeys(own.columns)), optional_columns(own)):
-                keys = rng.random(chunk.length)
-                for row, result in _encoded(chunk, np.flatnonzero(keys < bound).tolist(), own):
-                    if isinstance(result, Encoded):
-                        drawn.append((float(keys[row - chunk.first]), shard.path, row, result))
-                if len(drawn) >= 2 * count:
-                    drawn = sorted(drawn, key=lambda sample: sample[:3])[:count]
-                    bound = drawn[-1][0]
-        except ShardError as error:  # scoring will list it; what was read of it is as good as any sample
-            log.warning("fit: %s: %s", shard.path, error)
-    return [sample for *_, sample in sorted(drawn, key=lambda sample: sample[:3])[:count]]
-
-
-def _key(seed: int, shard: Shard) -> int:
-    return int.from_bytes(hashlib.sha256(f"fit\0{seed}\0{shard.path}".encode()).digest()[:16], "little")
-
-
-def _encoded(chunk: Chunk, offsets: Sequence[int], encoder: Encoder) -> Iterator[tuple[int, Encoded | BadRow]]:
+def encoded_rows(chunk: Chunk, offsets: Sequence[int], encoder: Encoder) -> Iterator[tuple[int, Encoded | BadRow]]:
     """The chunk's rows at these offsets, with their number in the shard."""
     good = [i for i in offsets if i not in chunk.faults]
     values = [tuple(chunk.columns[name][i] for name in encoder.columns) for i in good]

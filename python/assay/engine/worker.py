@@ -73,8 +73,8 @@ def open_for(setup: Setup) -> tuple[Workshop, Store]:
     recipe = recipe.model_copy(update={"task": setup.task})
     output = Store.at(recipe.output)
     none = Corpus(Store.at(recipe.corpus.path), ())
-    plan = Plan(recipe, setup.identity, none, setup.corpora, output, Tally(), (), ())
-    workshop = open_workshop(plan, device=torch.device(setup.device))
+    plan = Plan(recipe, setup.identity, none, setup.corpora, output, Tally(), (), (), part=setup.part)
+    workshop = open_workshop(plan, device=torch.device(setup.device), turn=setup.turn)
     refuse_changes(plan)  # afterwards: what was loaded is then what the plan speaks of
     return workshop, output
 

@@ -12,9 +12,11 @@ import torch
 from assay.corpus.footer import Identity
 from assay.engine.batches import Budget
 from assay.engine.devices import place, take
+from assay.engine.drawing import draw_samples
+from assay.engine.fitting import Together
 from assay.engine.kept_features import FeatureMethod
 from assay.engine.plan import Plan
-from assay.engine.pool import Batches, draw_samples, samples_by_row
+from assay.engine.pool import Batches, samples_by_row
 from assay.engine.timing import Times
 from assay.methods import Column, Method, Scorer
 from assay.methods.scorer import all_columns
@@ -53,10 +55,13 @@ class Workshop:
         return all_columns(self.methods)
 
 
-def open_workshop(plan: Plan, fit: bool = True, device: torch.device = CPU) -> Workshop:
+def open_workshop(
+    plan: Plan, fit: bool = True, device: torch.device = CPU, turn: tuple[int, int] | None = None
+) -> Workshop:
     """Load a recipe's models, check that they, the task and the methods fit together, and ``fit`` the methods.
 
-    The models, and what the methods learn of them, are on ``device``; scores come back from there.
+    The models, and what the methods learn of them, are on ``device``; scores come back from there. ``turn`` is this
+    worker's number among those who fit the same, and how many they are; without one nothing is left in the output.
     """
     recipe = plan.recipe
     task = recipe.task.task() if recipe.task.asks_models else None
@@ -65,7 +70,8 @@ def open_workshop(plan: Plan, fit: bool = True, device: torch.device = CPU) -> W
     models = build_models(recipe.models_used, recipe.task.auto_class, plan.identity.models)
     models = {name: place(name, model, device) for name, model in models.items()}
     encoder = with_columns_of(make_encoder(models), list(dict.fromkeys(recipe.own_columns.values())))
-    views = _targets(plan, encoder)
+    together = None if turn is None else Together.of(plan, device, turn)
+    views = _targets(plan, encoder, together)
     given = Given(models, task, {name: batches.plain for name, batches in views.items()}, recipe.seed, views)
     methods = []
     for i, spec in enumerate(recipe.methods):
@@ -78,7 +84,7 @@ def open_workshop(plan: Plan, fit: bool = True, device: torch.device = CPU) -> W
         Scorer([method for method in methods if not _fits(method)])  # it taps the models, which may be refused too
     scorer = None
     if fit:
-        _fit(plan, methods, encoder)
+        _fit(plan, methods, encoder, together)
         with _refusals(recipe):
             scorer = Scorer([feature_methods.get(i, m) for i, m in enumerate(methods)], inference=True)
     return Workshop(recipe, plan.identity, encoder, methods, feature_methods, scorer, Budget(recipe.batch.tokens))
@@ -90,21 +96,24 @@ def open_encoder(recipe: Recipe) -> Encoder:
     return make_encoder(build_models(recipe.models_used, recipe.task.auto_class))
 
 
-def _targets(plan: Plan, encoder: Encoder) -> dict[str, Batches]:
+def _targets(plan: Plan, encoder: Encoder, together: Together | None) -> dict[str, Batches]:
     """Each target is read once, whoever wants it."""
     found = {}
     for name, target in plan.recipe.targets_used.items():
         samples = samples_by_row(f"targets.{name}", plan.corpora[target.path], encoder)
-        found[name] = Batches(list(samples.values()), encoder, plan.recipe)
+        found[name] = Batches(list(samples.values()), encoder, plan.recipe, together)
     return found
 
 
-def _fit(plan: Plan, methods: Sequence[Method], encoder: Encoder) -> None:
+def _fit(plan: Plan, methods: Sequence[Method], encoder: Encoder, together: Together | None) -> None:
     recipe, samples = plan.recipe, []
     if recipe.uses_pool:
-        samples = draw_samples(plan.corpora[recipe.fitted_to()["fit"]], encoder, recipe.fit.samples, recipe.seed)
-    pool = Batches(samples, encoder, recipe)
+        corpus, count = plan.corpora[recipe.fitted_to()["fit"]], recipe.fit.samples
+        samples = draw_samples(corpus, encoder, count, recipe.seed, together)
+    pool = Batches(samples, encoder, recipe, together)
     for i, method in enumerate(methods):
+        if together is not None:
+            together.begin(str(i))
         torch.manual_seed(recipe.seed)  # for a method or model of one's own; ours have generators of their own
         with _refusals(recipe, i):
             method.fit(pool if recipe.methods[i].column_keys() else pool.plain)

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from assay.methods.checks import check_at_least
 from assay.methods.targets import Targets
-from assay.methods.text_method import Floats, Text, TextMethod
+from assay.methods.text_method import Floats, Ints, Text, TextMethod, summed
 from assay.ops import Terms
 
 
@@ -66,21 +65,14 @@ class BM25(TextMethod):
             raise ValueError(f"b: expected a number from 0 to 1, got {b}")
         self.k1, self.b, self.contrast = float(k1), float(b), contrast
 
-    def _learn(self, targets: Mapping[str, Sequence[Sequence[Text]]], pool: Iterable[Sequence[Text]]) -> _Fitted:
+    def _learn(self, targets: Mapping[str, Sequence[Sequence[Text]]], pool: Iterable[Any]) -> _Fitted:
         terms = Terms(np.concatenate([self._hashes(texts).hashes for own in targets.values() for texts in own]))
         weights = np.zeros((len(terms), len(targets)))
         for j, own in enumerate(targets.values()):
-            queries = 0
-            for texts in own:
-                counts = self._counts(texts, terms)
-                weights[:, j] += np.bincount(counts.features, minlength=len(terms))
-                queries += int((counts.lengths > 0).sum())
-            weights[:, j] /= queries
-        having, length, n = np.zeros(len(terms)), 0, 0
-        for texts in pool:
-            counts = self._counts(texts, terms)
-            having += np.bincount(counts.features, minlength=len(terms))
-            length, n = length + int(counts.lengths.sum()), n + int((counts.lengths > 0).sum())
+            asked = summed(own, lambda texts: self._having(texts, terms))
+            weights[:, j] = asked[:-2] / asked[-1]
+        found = self._total(pool, lambda texts: self._having(texts, terms))
+        having, length, n = found[:-2], int(found[-2]), int(found[-1])
         if not n:
             raise self._wordless("the pool")
         if self.contrast:
@@ -88,7 +80,13 @@ class BM25(TextMethod):
         idf = np.log1p((n - having + 0.5) / (having + 0.5))
         return _Fitted(terms, idf[:, None] * weights, length / n, n)
 
-    def _values(self, texts: Sequence[Text], fitted: _Fitted) -> tuple[Floats, NDArray[np.int64]]:
+    def _having(self, texts: Sequence[Text], terms: Terms) -> Ints:
+        """(V + 2,): of each term the texts that have it; then all texts' words, and the texts that have any."""
+        counts = self._counts(texts, terms)
+        having = np.bincount(counts.features, minlength=len(terms))
+        return np.append(having, [counts.lengths.sum(), (counts.lengths > 0).sum()]).astype(np.int64)
+
+    def _values(self, texts: Sequence[Text], fitted: _Fitted) -> tuple[Floats, Ints]:
         found = self._counts(texts, fitted.terms)
         f, k = found.counts, self.k1 * (1 - self.b + self.b * found.lengths / fitted.mean_length)
         saturated = f * (self.k1 + 1) / (f + k[found.rows])

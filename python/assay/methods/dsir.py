@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from assay.methods.checks import check_at_least
 from assay.methods.targets import Targets
-from assay.methods.text_method import Floats, Text, TextMethod
+from assay.methods.text_method import Floats, Ints, Text, TextMethod, summed
 from assay.ops.ngrams import check_features
 
 
@@ -65,22 +64,25 @@ class DSIR(TextMethod):
             raise ValueError("smoothing: expected more than 0; an n-gram that one side has never seen would rule all")
         self.buckets, self.smoothing = buckets, float(smoothing)
 
-    def _learn(self, targets: Mapping[str, Sequence[Sequence[Text]]], pool: Iterable[Sequence[Text]]) -> _Fitted:
-        logs, total = self._logs(pool)
-        if not total:
+    def _learn(self, targets: Mapping[str, Sequence[Sequence[Text]]], pool: Iterable[Any]) -> _Fitted:
+        bins = self._total(pool, self._bins)
+        if not (total := int(bins.sum())):
             raise self._wordless("the pool")
-        return _Fitted(np.stack([self._logs(own)[0] - logs for own in targets.values()], 1), total)
+        logs = [self._logs(summed(own, self._bins)) for own in targets.values()]
+        return _Fitted(np.stack(logs, 1) - self._logs(bins)[:, None], total)
 
-    def _logs(self, batches: Iterable[Sequence[Text]]) -> tuple[Floats, int]:
-        """(buckets,) log p, and the number of n-grams."""
-        bins = np.zeros(self.buckets, np.int64)
-        for texts in batches:
-            counts = self._counts(texts, self.buckets)
-            np.add.at(bins, counts.features, counts.counts)
-        total = int(bins.sum())
-        return np.log((bins + self.smoothing) / (total + self.smoothing * self.buckets)), total
+    def _bins(self, texts: Sequence[Text]) -> Ints:
+        """(buckets,) how many n-grams are in each."""
+        bins, counts = np.zeros(self.buckets, np.int64), self._counts(texts, self.buckets)
+        np.add.at(bins, counts.features, counts.counts)
+        return bins
 
-    def _values(self, texts: Sequence[Text], fitted: _Fitted) -> tuple[Floats, NDArray[np.int64]]:
+    def _logs(self, bins: Ints) -> Floats:
+        """(buckets,) log p."""
+        logs: Floats = np.log((bins + self.smoothing) / (bins.sum() + self.smoothing * self.buckets))
+        return logs
+
+    def _values(self, texts: Sequence[Text], fitted: _Fitted) -> tuple[Floats, Ints]:
         found = self._counts(texts, self.buckets)
         values = [found.sums(found.counts * ratios[found.features]) for ratios in fitted.ratios.T]
         return np.stack(values, 1), found.lengths

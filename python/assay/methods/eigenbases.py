@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from assay.methods.sums import Sums
+from assay.methods.parts import State
+from assay.methods.sums import Sums, add_to
 from assay.probe import Outer, PerSampleGradient
 from assay.tasks.base import wide
 
@@ -192,6 +193,27 @@ class Moments(Sums):
             self._decide(parameter)
         return finite
 
+    def fresh(self) -> Moments:
+        return Moments(self.parameters, together=self.together)
+
+    def state(self) -> State:
+        for name in list(self._factors):
+            self._settle(name)
+        joints = {name: asdict(joint) for name, joint in self.joints.items() if joint is not None}
+        other = sorted(self.other)
+        return {"left": self.left, "right": self.right, "dtypes": self.dtypes, "other": other, "joints": joints}
+
+    def join(self, state: State) -> None:
+        self.other.update(state["other"])
+        for name, left in state["left"].items():
+            joint = Joint(**state["joints"][name]) if name in state["joints"] else None
+            if name in self.left and self.joints[name] != joint:
+                self.other.add(name)  # together with its bias in some samples, and not in others: no basis is of all
+                continue
+            add_to(self.left, {name: left})
+            add_to(self.right, {name: state["right"][name]})
+            self.joints[name], self.dtypes[name] = joint, state["dtypes"][name]
+
     def bases(self) -> Bases:
         for name in list(self._factors):
             self._settle(name)
@@ -234,7 +256,7 @@ class Moments(Sums):
         whole = fine if joint is None else joint.widened(fine)
         made = (_of_gradients if self.together else _of_positions)(whole.left, whole.right)
         for sums, moment in zip((self.left, self.right), made, strict=True):
-            sums[parameter] = sums[parameter] + moment.double() if parameter in sums else moment.double()
+            add_to(sums, {parameter: moment.double()})
         self.dtypes[parameter] = fine.left.dtype
 
 
@@ -266,9 +288,10 @@ def _of_gradients(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Eigenvalues(Sums):
-    """Adds up Λ, in place in the bases."""
+    """Adds up Λ; what it joins, in place in the bases."""
 
     bases: Mapping[str, Basis]
+    sums: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, parameter: str, gradient: PerSampleGradient) -> Tensor:
         if (basis := self.bases.get(parameter)) is None:  # a bias that is in its weight's matrix
@@ -277,10 +300,24 @@ class Eigenvalues(Sums):
         for rotated in basis.rotated(gradient):
             squares = rotated.square()
             finite = squares.isfinite().reshape(len(squares), -1).all(1)  # a scalar has no second dimension
-            total = squares[finite].sum(0)
-            basis.values = total if basis.values is None else basis.values + total
+            add_to(self.sums, {parameter: squares[finite].sum(0)})
             masks.append(finite)
         return torch.cat(masks)
+
+    @property
+    def given(self) -> State:
+        return {name: [basis.left, basis.right] for name, basis in self.bases.items()}
+
+    def fresh(self) -> Eigenvalues:
+        return Eigenvalues(self.parameters, self.bases)
+
+    def state(self) -> State:
+        return self.sums
+
+    def join(self, state: State) -> None:
+        for name, total in state.items():
+            basis = self.bases[name]
+            basis.values = total if basis.values is None else basis.values + total
 
 
 def factored(gradient: PerSampleGradient) -> Outer | None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from assay.methods.base import Column, Method, Need
 from assay.methods.checks import check_at_least, check_one_of
 from assay.methods.eigenbases import Bases, Eigenvalues, Moments
+from assay.methods.parts import kept
 from assay.methods.second_moments import damping_units
 from assay.methods.sums import Folded, Sums, fold
 from assay.methods.targets import Targets, TargetSet
@@ -117,7 +118,7 @@ class EKFAC(Method):
         Raises:
             ValueError: a pool or a target without samples, or none of them with a loss and a finite gradient.
         """
-        batches, moments = list(pool), Moments(self.parameters, together=self.basis == "shampoo")
+        batches, moments = kept(pool), Moments(self.parameters, together=self.basis == "shampoo")
         drawn = 0 if self.true_fisher else None
         self._run(moments, batches, drawn)
         bases = moments.bases()
@@ -135,7 +136,7 @@ class EKFAC(Method):
         bases: Bases,
         means: Sequence[float],
         gradients: Mapping[str, Mapping[str, Tensor]],
-        pool: Sequence[Any],
+        pool: Iterable[Any],
     ) -> dict[str, dict[str, Tensor]]:
         """H⁻¹ of the targets' gradients, by target and parameter; ``bases``, of mean Λ ``means``, become damped."""
         units = [1.0] * len(means) if self.absolute_damping else damping_units(bases, means)

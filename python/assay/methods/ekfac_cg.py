@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -94,10 +94,11 @@ class EKFACCG(EKFAC):
         return super().metadata() | {"damping": damping, **self._facts}
 
     def _solve(
-        self, bases: Bases, means: Sequence[float], gradients: Mapping[str, Vector], pool: Sequence[Any]
+        self, bases: Bases, means: Sequence[float], gradients: Mapping[str, Vector], pool: Iterable[Any]
     ) -> dict[str, dict[str, Tensor]]:
+        batches = list(pool)
         wanted = self._wanted(bases, gradients)
-        product = GaussNewton(self.model, self.task, list(wanted[0]), pool)
+        product = GaussNewton(self.model, self.task, list(wanted[0]), batches)
         size = sum(basis.values.numel() for basis in bases.values() if basis.values is not None)
         try:
             trace = trace_of(product, wanted[0])
@@ -108,7 +109,7 @@ class EKFACCG(EKFAC):
             for name, gradient in wanted[0].items():
                 if name in bases and bases[name].values is None:
                     bases[name].values = torch.full_like(gradient, damping)
-            solved, residual, made = self._solved(System(product, damping, bases, wanted), pool)
+            solved, residual, made = self._solved(System(product, damping, bases, wanted), batches)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
         self._facts = {self.counted: str(made), "residual": f"{residual:.2g}", "left_out": str(product.left_out)}

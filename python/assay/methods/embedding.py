@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from assay.methods.base import Need
 from assay.methods.checks import check_one_of
+from assay.methods.parts import State, states
 from assay.methods.targets import TargetSet
 from assay.probe import Pooled, Probe, Signals
 from assay.probe.selection import find_module
@@ -81,9 +82,14 @@ class Embedder:
 
     def finite(self, batches: Iterable[Any]) -> Tensor:
         """(N, D): the embeddings of those samples that have a finite one; (0, 0) of none."""
-        parts = [self.embeddings(signals) for signals in self.run(batches)]
-        whole = torch.cat(parts) if parts else torch.empty(0, 0)
-        return whole[whole.isfinite().all(1)]
+
+        def part(batches: Iterable[Any], first: int) -> State:
+            each = [self.embeddings(signals) for signals in self.run(batches)]
+            whole = torch.cat(each) if each else torch.empty(0, 0)
+            return whole[whole.isfinite().all(1)]
+
+        parts = list(states(batches, part))
+        return torch.cat([part for part in parts if len(part)] or parts[:1])
 
     def of_targets(self, targets: TargetSet) -> dict[str, Tensor]:
         """By target, the embeddings at length 1 of those samples that have a direction.

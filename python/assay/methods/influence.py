@@ -8,7 +8,7 @@ to length 1, in how checkpoints and targets are averaged. ``Influence`` has thes
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from assay.methods.base import Column, Keeper, Kept, Need
 from assay.methods.checks import check_at_least, check_one_of, difference
+from assay.methods.parts import State, kept, states
 from assay.methods.second_moments import SecondMoments, damping_units, inverse_root, solved
 from assay.methods.targets import Targets, TargetSet
 from assay.methods.weights import shares
@@ -185,26 +186,39 @@ class Influence(Keeper):
 
     def _target_means(self, k: int, roots: Sequence[Tensor] | None = None) -> Tensor:
         """(targets, size) float64: the mean feature of each target's samples."""
-        probe = self._probe(k, target=True)
-        return self.targets.means(lambda batch: self._transformed(self._features(probe, batch), roots))
+
+        def features(batches: Iterable[Any], left_out: dict[str, str]) -> Iterator[Tensor]:
+            for found in self._features(k, batches, left_out, target=True):
+                yield self._transformed(found, roots)
+
+        means, left_out = self.targets.means(features, roots)
+        self.left_out = self.left_out | left_out  # a copy's is its own
+        return means
 
     def _pool_moments(self, batches: Iterable[Any]) -> tuple[list[list[Tensor]], int]:
         """Per checkpoint and block ΦᵀΦ/n in float64, and n."""
-        probes = [self._probe(k, target=False) for k in range(len(self.models))]
-        sums = [SecondMoments(self._blocks()) for _ in probes]
-        for batch in batches:
-            for probe, moments in zip(probes, sums, strict=True):
-                moments.add(self._features(probe, batch))
+        batches = kept(batches)
+        sums = [self._moments(k, [batches], target=False) for k in range(len(self.models))]
         if not sums[0].count:
             raise ValueError(f"{self.name}: fit() needs samples of the pool for their second moment, got none")
         return [moments.mean() for moments in sums], sums[0].count
 
     def _target_moments(self, k: int) -> list[Tensor]:
-        probe, moments = self._probe(k, target=True), SecondMoments(self._blocks())
-        for batches in self.targets.batches.values():
-            for batch in batches:
-                moments.add(self._features(probe, batch))
-        return moments.mean()
+        return self._moments(k, self.targets.batches.values(), target=True).mean()
+
+    def _moments(self, k: int, each: Iterable[Iterable[Any]], *, target: bool) -> SecondMoments:
+        def part(batches: Iterable[Any], first: int) -> State:
+            own, left_out = SecondMoments(self._blocks()), dict[str, str]()
+            for features in self._features(k, batches, left_out, target=target):
+                own.add(features)
+            return own.state() | {"left_out": left_out}
+
+        moments = SecondMoments(self._blocks())
+        for batches in each:
+            for state in states(batches, part):
+                moments.join(state)
+                self.left_out = self.left_out | state["left_out"]
+        return moments
 
     def _blocks(self) -> list[slice]:
         feature = self.feature(0, target=False)
@@ -224,19 +238,11 @@ class Influence(Keeper):
         names = self.parameters if len(blocks) == len(self.parameters) else [self.name] * len(blocks)
         return [self.kernel.damping * unit for unit in damping_units(names, means)]
 
-    def _features(self, probe: Probe, batch: Any) -> Tensor:
-        features = sample_features(probe(batch))
-        self.left_out = self.left_out | probe.left_out  # a copy's is its own
-        return features
-
-    def _probe(self, k: int, *, target: bool) -> Probe:
-        return Probe(
-            self.models[k],
-            self.task,
-            reductions={"feature": self.feature(k, target=target)},
-            logits=False,
-            skip_unsupported=self.skip_unsupported,
-        )
+    def _features(self, k: int, batches: Iterable[Any], left_out: dict[str, str], *, target: bool) -> Iterator[Tensor]:
+        """Those of checkpoint k, as the function ``features_of``."""
+        reductions, skip = {"feature": self.feature(k, target=target)}, self.skip_unsupported
+        probe = Probe(self.models[k], self.task, reductions=reductions, logits=False, skip_unsupported=skip)
+        return features_of(probe, batches, left_out)
 
     def _transformed(self, features: Tensor, roots: Sequence[Tensor] | None) -> Tensor:
         """Raw features as the kernel compares them; ``roots`` as the checkpoint's in ``_roots``."""
@@ -354,6 +360,14 @@ class Influence(Keeper):
         if self.kernel.damping is not None:
             facts["second_moment_samples"] = str(self._samples)
         return facts
+
+
+def features_of(probe: Probe, batches: Iterable[Any], left_out: dict[str, str]) -> Iterator[Tensor]:
+    """(B, size) of each batch; what cannot be tapped goes into ``left_out``, with the reason."""
+    for batch in batches:
+        features = sample_features(probe(batch))
+        left_out |= probe.left_out
+        yield features
 
 
 def sample_features(signals: Signals) -> Tensor:

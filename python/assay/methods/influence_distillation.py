@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from assay.methods.base import Column, Method, Need
 from assay.methods.checks import check_at_least, check_one_of
-from assay.methods.influence import parameter_shapes, sample_features
+from assay.methods.influence import features_of, parameter_shapes
 from assay.methods.less import AdamSketched
 from assay.methods.targets import Targets, TargetSet
 from assay.ops import Kronecker, Rademacher, Sketch
@@ -140,10 +140,14 @@ class InfluenceDistillation(Method):
         Raises:
             ValueError: a target without samples, fewer than two landmarks, a singular kernel.
         """
-        feature, skip = self.feature(target=True), self.skip_unsupported
-        probe = Probe(self.model, self.task, reductions={"feature": feature}, logits=False, skip_unsupported=skip)
-        queries = torch.nn.functional.normalize(self.targets.means(lambda x: sample_features(probe(x))), dim=1)
-        self.left_out = self.left_out | probe.left_out
+
+        def features_towards(batches: Iterable[Any], left_out: dict[str, str]) -> Iterator[Tensor]:
+            reductions, skip = {"feature": self.feature(target=True)}, self.skip_unsupported
+            probe = Probe(self.model, self.task, reductions=reductions, logits=False, skip_unsupported=skip)
+            return features_of(probe, batches, left_out)
+
+        means, missed = self.targets.means(features_towards)
+        queries, self.left_out = torch.nn.functional.normalize(means, dim=1), self.left_out | missed
         embeddings, features = self._landmarks(list(pool))
         p = torch.nn.functional.normalize(features, dim=1) @ queries.to(features).T
         distances = torch.pdist(embeddings)

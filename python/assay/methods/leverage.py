@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from assay.methods.base import Column, Method, Need
 from assay.methods.checks import check_at_least
 from assay.methods.embedding import Embedder, Pooling
+from assay.methods.parts import State, states
 from assay.probe import Signals
 from assay.tasks import Task
 
@@ -81,12 +82,19 @@ class Leverage(Method):
         Raises:
             ValueError: no sample has a finite embedding.
         """
+
+        def part(batches: Iterable[Any], first: int) -> State:
+            moment, samples = torch.zeros(()), 0
+            for signals in self.embedder.run(batches):
+                features = _features(self.embedder.embeddings(signals))
+                features = features[features.isfinite().all(1)]
+                moment = features.T @ features + moment.to(features)
+                samples += len(features)
+            return {"moment": moment, "samples": samples}
+
         moment, samples = torch.zeros(()), 0
-        for signals in self.embedder.run(pool):
-            features = _features(self.embedder.embeddings(signals))
-            features = features[features.isfinite().all(1)]
-            moment = features.T @ features + moment.to(features)
-            samples += len(features)
+        for state in states(pool, part):
+            moment, samples = moment.to(state["moment"]) + state["moment"], samples + state["samples"]
         if not samples:
             raise ValueError(f"{self.name}: fit() needs samples of the pool, found none with a finite embedding")
         damping = self.damping * float(moment.trace())

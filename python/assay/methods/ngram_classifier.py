@@ -10,18 +10,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from assay.methods.checks import check_at_least
 from assay.methods.targets import Targets
-from assay.methods.text_method import Floats, Text, TextMethod
+from assay.methods.text_method import Floats, Ints, Text, TextMethod
 from assay.ops import NGramCounts
 from assay.ops.ngrams import check_features
 
-Ints = NDArray[np.int64]
 _MOST_STEPS = 500
 _HISTORY = 10
 
@@ -87,8 +86,8 @@ class NGramClassifier(TextMethod):
             raise ValueError("penalty: expected more than 0; without one the weights have no end")
         self.buckets, self.penalty = buckets, float(penalty)
 
-    def _learn(self, targets: Mapping[str, Sequence[Sequence[Text]]], pool: Iterable[Sequence[Text]]) -> _Fitted:
-        negatives = [self._counts(texts, self.buckets) for texts in pool]
+    def _learn(self, targets: Mapping[str, Sequence[Sequence[Text]]], pool: Iterable[Any]) -> _Fitted:
+        negatives = [self._counts(texts, self.buckets) for texts in self._texts(pool)]
         if not any(len(counts.features) for counts in negatives):
             raise self._wordless("the pool")
         weights, biases = np.zeros((self.buckets, len(targets))), np.zeros(len(targets))

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from assay.methods.parts import State
+
 # λ's unit is at least this share of the largest mean in the same layer.
 LAYER_FLOOR = 1e-4
 
@@ -26,6 +28,16 @@ class SecondMoments:
         for total, part in zip(self.sums, parts, strict=True):
             total.addmm_(part.T, part)
         self.count += len(features)
+
+    def state(self) -> State:
+        """What was added up."""
+        return {"sums": self.sums, "count": self.count}
+
+    def join(self, state: State) -> None:
+        """Add what others have added up, of samples that come after these."""
+        pairs = zip(self.sums, state["sums"], strict=True)
+        self.sums = [mine + its for mine, its in pairs] if self.sums and state["sums"] else self.sums or state["sums"]
+        self.count += state["count"]
 
     def mean(self) -> list[Tensor]:
         return [total / max(self.count, 1) for total in self.sums]

@@ -14,6 +14,7 @@ from assay.methods.checks import check_at_least, check_one_of
 from assay.methods.eigenbases import Bases, Eigenvalues, Moments
 from assay.methods.gauss_newton import GaussNewton, trace_of
 from assay.methods.krylov import Vector
+from assay.methods.parts import kept
 from assay.methods.targets import Targets
 from assay.methods.unrolling import Eigenbasis, Products, Segment
 from assay.probe import AdamState
@@ -135,7 +136,7 @@ class SOURCE(AlongTraining):
             ValueError: a pool or a target without samples, or none of them with a loss and a finite gradient.
         """
         given, left_out = self._gradients(len(self.models) - 1)
-        found = _Curvature(self, list(pool), [name for name in self.parameters if name not in left_out])
+        found = _Curvature(self, kept(pool), [name for name in self.parameters if name not in left_out])
         gradients = [found.completed(gradient) for gradient in given.values()]
         directions: list[Gradients] = [{} for _ in self.models]
         remainder = 0.0
@@ -173,9 +174,9 @@ class _Curvature:
         without: samples of which no product was finite, over the checkpoints.
     """
 
-    def __init__(self, method: SOURCE, batches: Sequence[Any], parameters: Sequence[str]) -> None:
-        self._method, self._batches, self.without = method, batches, 0
-        if not batches:
+    def __init__(self, method: SOURCE, pool: Iterable[Any], parameters: Sequence[str]) -> None:
+        self._method, self._pool, self._batches, self.without = method, pool, list(pool), 0
+        if not self._batches:
             raise ValueError(f"{method.name}: the pool that fit() was given has no samples")
         known = dict(method.models[0].named_parameters())
         self._zeros = {name: wide(torch.zeros_like(known[name], requires_grad=False)) for name in parameters}
@@ -221,11 +222,11 @@ class _Curvature:
         """EK-FAC's, of the segment's mean; Λ as large as the Gauss–Newton matrix."""
         method, moments = self._method, Moments(list(self._zeros))
         for k in places:
-            method._run(k, moments, self._batches, drawn=True)
+            method._run(k, moments, self._pool, drawn=True)
         bases = moments.bases()
         eigenvalues, counts = Eigenvalues(list(self._zeros), bases), dict.fromkeys(self._zeros, 0)
         for k in places:
-            folded = method._run(k, eigenvalues, self._batches, drawn=True)
+            folded = method._run(k, eigenvalues, self._pool, drawn=True)
             folded.check(f"{method.name}: the pool that fit() was given", self._zeros)
             counts = {name: count + folded.count(name) for name, count in counts.items()}
         for name, basis in bases.items():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from assay.methods.parts import State, states
 from assay.probe import PerSampleGradient, Probe
 from assay.tasks import Sampled, Task
 
@@ -42,6 +43,23 @@ class Sums(ABC):
     def add(self, parameter: str, gradient: PerSampleGradient) -> Tensor:
         """Add the samples with a finite gradient -> which those are, (B,) bool."""
 
+    @property
+    def given(self) -> State:
+        """What gradients are added up by, beside the parameters."""
+        return None
+
+    @abstractmethod
+    def fresh(self) -> Sums:
+        """The same, of no sample yet."""
+
+    @abstractmethod
+    def state(self) -> State:
+        """What was added up."""
+
+    @abstractmethod
+    def join(self, state: State) -> None:
+        """Add what another one has added up, of samples that come after these."""
+
 
 @dataclass
 class Total(Sums):
@@ -51,8 +69,23 @@ class Total(Sums):
 
     def add(self, parameter: str, gradient: PerSampleGradient) -> Tensor:
         total, finite = gradient.total()
-        self.sums[parameter] = self.sums[parameter] + total if parameter in self.sums else total
+        add_to(self.sums, {parameter: total})
         return finite
+
+    def fresh(self) -> Total:
+        return Total(self.parameters)
+
+    def state(self) -> State:
+        return self.sums
+
+    def join(self, state: State) -> None:
+        add_to(self.sums, state)
+
+
+def add_to(sums: dict[str, Tensor], others: Mapping[str, Tensor]) -> None:
+    """Add tensors up by name, out of place."""
+    for name, tensor in others.items():
+        sums[name] = sums[name] + tensor if name in sums else tensor
 
 
 @dataclass
@@ -70,6 +103,13 @@ class Folded:
     with_loss: int = 0
     broken: Counter[str] = field(default_factory=Counter)
     left_out: dict[str, str] = field(default_factory=dict)
+
+    def join(self, other: Mapping[str, Any]) -> None:
+        """Count what another one, as ``vars`` gives it, has counted."""
+        self.samples += other["samples"]
+        self.with_loss += other["with_loss"]
+        self.broken.update(other["broken"])
+        self.left_out |= other["left_out"]
 
     def count(self, parameter: str) -> int:
         """The samples that a mean over the parameter's gradients is of."""
@@ -95,25 +135,33 @@ def fold(
     skip_unsupported: bool,
     drawn: int | None = None,
 ) -> Folded:
-    """Run the model over the batches and add their gradients to ``sums``.
+    """Run the model over the batches and add their gradients to ``sums``, part by part.
 
     Args:
         drawn: with labels drawn from the model by this seed, the same whenever the same samples come, in whatever
             batches; None: with their own.
     """
-    folded = Folded()
-    probe = Probe(model, task, reductions={"sums": sums}, logits=False, skip_unsupported=skip_unsupported)
-    for batch in batches:
-        if drawn is not None:
-            probe.task = Sampled(task, drawn, first=folded.samples)
-        signals = probe(batch)
-        with_loss = ~signals.losses.isnan()
-        folded.samples += len(with_loss)
-        folded.with_loss += int(with_loss.sum())
-        broken = signals.reduced["sums"][with_loss].sum(0, dtype=torch.long).tolist()
-        folded.broken.update(dict(zip(sums.parameters, broken, strict=True)))
-    folded.left_out = probe.left_out
-    return folded
+
+    def part(batches: Iterable[Any], first: int) -> State:
+        own, folded = sums.fresh(), Folded()
+        probe = Probe(model, task, reductions={"sums": own}, logits=False, skip_unsupported=skip_unsupported)
+        for batch in batches:
+            if drawn is not None:
+                probe.task = Sampled(task, drawn, first=first + folded.samples)
+            signals = probe(batch)
+            with_loss = ~signals.losses.isnan()
+            folded.samples += len(with_loss)
+            folded.with_loss += int(with_loss.sum())
+            broken = signals.reduced["sums"][with_loss].sum(0, dtype=torch.long).tolist()
+            folded.broken.update(dict(zip(sums.parameters, broken, strict=True)))
+        counts = {"samples": folded.samples, "with_loss": folded.with_loss, "broken": dict(folded.broken)}
+        return {"sums": own.state(), "folded": counts | {"left_out": dict(probe.left_out)}}
+
+    whole = Folded()
+    for state in states(batches, part, sums.given):
+        sums.join(state["sums"])
+        whole.join(state["folded"])
+    return whole
 
 
 def cosines(dots: Tensor, sqnorm: Tensor) -> Tensor:

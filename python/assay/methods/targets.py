@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from assay.methods.base import Column
+from assay.methods.parts import State, states
 from assay.methods.sums import Folded, Sums, Total
 
 Targets = Mapping[str, Iterable[Any]]
@@ -91,25 +92,39 @@ class TargetSet:
         each = {t: {name: g for name, g in by_name.items() if name not in left_out} for t, by_name in gradients.items()}
         return each, left_out
 
-    def means(self, features: Callable[[Any], Tensor]) -> Tensor:
+    def means(
+        self, features: Callable[[Iterable[Any], dict[str, str]], Iterable[Tensor]], given: State = None
+    ) -> tuple[Tensor, dict[str, str]]:
         """The mean feature of each target's samples, of those whose feature is finite.
 
         Args:
-            features: batch -> (B, size).
+            features: batches -> (B, size) of each; what could not be tapped, with the reason, goes into the second
+                argument.
+            given: as in ``parts.states``.
 
         Returns:
-            (targets, size) float64.
+            (targets, size) float64; and what could not be tapped.
 
         Raises:
             ValueError: a target without samples, or without a finite one.
         """
-        means = []
+
+        def part(batches: Iterable[Any], first: int) -> State:
+            left_out: dict[str, str] = {}
+            each = [found.double() for found in features(batches, left_out)]
+            whole = torch.cat(each) if each else torch.empty(0, 0)
+            finite = whole[whole.isfinite().all(1)]
+            return {"sum": finite.sum(0), "finite": len(finite), "samples": len(whole), "left_out": left_out}
+
+        means, left_out = [], dict[str, str]()
         for name, batches in self.batches.items():
-            parts = [features(batch).double() for batch in batches]
-            if not parts:
+            parts = list(states(batches, part, given))
+            finite, samples = (sum(state[key] for state in parts) for key in ("finite", "samples"))
+            if not samples:
                 raise ValueError(f"{self.name}: target {name!r} has no samples")
-            whole = torch.cat(parts)
-            if not len(finite := whole[whole.isfinite().all(1)]):
-                raise ValueError(f"{self.name}: none of target {name!r}'s {len(whole)} samples has a finite gradient")
-            means.append(finite.mean(0))
-        return torch.stack(means)
+            if not finite:
+                raise ValueError(f"{self.name}: none of target {name!r}'s {samples} samples has a finite gradient")
+            means.append(sum(state["sum"] for state in parts if state["finite"]) / finite)
+            for state in parts:
+                left_out |= state["left_out"]
+        return torch.stack(means), left_out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from assay.methods.base import Column, Method, Need, Views
+from assay.methods.parts import State, states
 from assay.methods.targets import Targets, TargetSet
 from assay.ops import NGramCounts, NGramHashes, Terms, ngram_counts, ngram_hashes
 from assay.ops.ngrams import check_settings
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 Text = str | bytes | None
 
 
@@ -63,7 +65,7 @@ class TextMethod(Method):
         for name, own in targets.items():
             if not any(self._hashes(texts).offsets[-1] for texts in own):
                 raise self._wordless(f"target {name!r}")
-        self._fitted = self._learn(targets, self._texts(pool))
+        self._fitted = self._learn(targets, pool)
         return self
 
     def score(self, signals: Mapping[str, Signals]) -> dict[str, Tensor]:
@@ -75,12 +77,20 @@ class TextMethod(Method):
         return self.targets.scores(torch.from_numpy(values))
 
     @abstractmethod
-    def _learn(self, targets: Mapping[str, Sequence[Sequence[Text]]], pool: Iterable[Sequence[Text]]) -> Any:
-        """What scores are made with, from batches of texts: by target, and of the pool, which may have no word."""
+    def _learn(self, targets: Mapping[str, Sequence[Sequence[Text]]], pool: Iterable[Any]) -> Any:
+        """What scores are made with, from batches of texts by target, and those of the pool, which may have no word."""
 
     @abstractmethod
     def _values(self, texts: Sequence[Text], fitted: Any) -> tuple[Floats, NDArray[np.int64]]:
         """(B, targets), and how many n-grams each text has."""
+
+    def _total(self, batches: Iterable[Any], count: Callable[[Sequence[Text]], Ints]) -> Ints:
+        """What ``count`` gives of some texts, integers, added up over those of all batches."""
+
+        def part(batches: Iterable[Any], first: int) -> State:
+            return torch.from_numpy(summed(self._texts(batches), count))
+
+        return sum((state.numpy() for state in states(batches, part)), start=count([]))
 
     def _wordless(self, what: str) -> ValueError:
         return ValueError(f"{self.name}: {what} has no text with a word in {self.text_column!r}")
@@ -99,6 +109,11 @@ class TextMethod(Method):
                     f"expected methods.Views(main, raw={{{self.text_column!r}: [...]}})"
                 )
             yield known_texts(batch.raw[self.text_column])
+
+
+def summed(batches: Iterable[Sequence[Text]], count: Callable[[Sequence[Text]], Ints]) -> Ints:
+    """What ``count`` gives of some texts, added up over batches of them; of no text, too."""
+    return sum(map(count, batches), start=count([]))
 
 
 def known_texts(values: Any) -> list[Text]:

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "ray": {"engine"},
     "reading": {"curate", "_lazy"},
     "recipe": {"corpus", "methods", "ops", "tasks", "_lazy"},
-    "engine": {"corpus", "methods", "ops", "probe", "recipe", "tasks", "_lazy", "_version"},
+    "engine": {"corpus", "methods", "ops", "probe", "recipe", "select", "tasks", "_lazy", "_version"},
     "curate": {"corpus", "select", "_lazy", "_version"},
     "report": {"corpus", "_lazy", "_version"},
     "explore": {"corpus", "curate", "report", "_lazy"},

@@ -5,10 +5,14 @@ from __future__ import annotations
 from assay.corpus.shards import MANIFEST, Shard
 
 RESOLVED_RECIPE = "recipe.resolved.yaml"
+RETRIEVAL = "_retrieval"
+"""Where a recipe with a shortlist has what chose it: a scores folder of its own. No shard lies in such a folder, whose
+name is a hidden one."""
 
 __all__ = [
     "MANIFEST",
     "RESOLVED_RECIPE",
+    "RETRIEVAL",
     "features_path",
     "files_path",
     "quarantine_path",

@@ -48,7 +48,9 @@ def final_tables(project: Project) -> dict[str, bytes]:
     return {path: data for path, data in project.tables().items() if not path.startswith("_")}
 
 
-def test_the_best_by_the_cheap_score_have_the_exact_one_and_the_others_none(ranked: Project) -> None:
+def test_the_best_by_the_cheap_score_have_the_exact_one_and_the_others_none(
+    ranked: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
     summary = score(ranked)
     cheap, exact = scores_of(ranked)
     listed = np.sort(np.argsort(-cheap, kind="stable")[:10])
@@ -60,6 +62,13 @@ def test_the_best_by_the_cheap_score_have_the_exact_one_and_the_others_none(rank
     assert summary.clean
     assert summary.nan["ekfac_cg"] == 70
     assert "shortlist: 10 rows, the top 10 by logra; NaN beyond" in summary.lines()
+    capsys.readouterr()
+    out = str(ranked.root / "chosen")
+    assert main(["select", str(ranked.scores), "--by", "ekfac_cg", "--top", "20", "--out", out]) == 0
+    assert main(["explain", str(ranked.scores), f"a.parquet:{np.flatnonzero(np.isnan(exact))[0]}"]) == 0
+    said = capsys.readouterr().out
+    assert "kept 10 of 80 rows" in said
+    assert "NaN beyond the top 10 by logra" in said
     field = pq.read_schema(ranked.scores / "a.parquet").field("ekfac_cg")
     assert field.metadata[b"description"].endswith(b"; NaN beyond the top 10 by logra")
     assert validate_scores(str(ranked.scores)).problems == 0
@@ -197,7 +206,7 @@ def test_what_a_shortlist_cannot_be_made_by_is_named_before_it_takes_time(
         assert not list(ranked.scores.rglob("*.parquet"))
     with pytest.raises(EngineError, match=r"methods: column 'logra' comes from a method with a shortlist and"):
         score(ranked, "methods.1.name=logra")
-    with pytest.raises(EngineError, match=r"assay\.ray\.Scorer: a shortlist is chosen among all rows"):
+    with pytest.raises(EngineError, match=r"assay\.ray\.Scorer: a shortlist is chosen among a corpus's rows"):
         Scorer(load_recipe(str(ranked.path)))
     assert main(["validate", str(ranked.path)]) == 0
     assert "ekfac_cg (keep high): Gauss-Newton influence on target t; NaN beyond" in capsys.readouterr().out

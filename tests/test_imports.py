@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "ray": {"engine"},
     "reading": {"curate", "_lazy"},
     "recipe": {"_json", "corpus", "methods", "ops", "tasks", "_lazy"},
-    "engine": {"_json", "corpus", "methods", "ops", "probe", "recipe", "tasks", "_lazy", "_version"},
+    "engine": {"_json", "corpus", "methods", "ops", "probe", "recipe", "select", "tasks", "_lazy", "_version"},
     "curate": {"_json", "corpus", "select", "_lazy", "_version"},
     "report": {"_json", "corpus", "_lazy", "_version"},
     "explore": {"_json", "corpus", "curate", "report", "_lazy"},

@@ -82,14 +82,14 @@ def _is_folder(target: str) -> bool:
 
 
 def _validate_recipe(recipe: str, overrides: Sequence[str], trust: Sequence[str]) -> int:
-    from assay.engine import make_plan, open_workshop
+    from assay.engine import check_recipe, next_plan
     from assay.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides, trust)
-    plan = make_plan(loaded, rescore=True)
-    workshop = open_workshop(plan, fit=False)
+    columns = check_recipe(loaded)
+    plan = next_plan(loaded, rescore=True)
     say(f"{recipe}: fine; {len(plan.corpus.shards)} shards, {plan.done.shards} of them done")
-    for column in workshop.columns:
+    for column in columns:
         say(f"  {column.name} (keep {column.keep}): {column.description}")
     return OK
 

@@ -44,7 +44,7 @@ def score(
     log_to_stderr(quiet)
     limit_threads()
     from assay.corpus.layout import table_path
-    from assay.engine import find_devices, make_plan, run
+    from assay.engine import find_devices, next_plan, run
     from assay.recipe import load_recipe
 
     part = _part(shard)
@@ -53,7 +53,7 @@ def score(
     if dry_run:
         if engine == "local":
             say(f"devices: {', '.join(map(str, find_devices(loaded.run.devices)))}")
-        plan = make_plan(loaded, part, rescore, retry=retry)
+        plan = next_plan(loaded, part, rescore, retry)
         say(f"{len(plan.todo)} shards to score ({len(plan.stale)} of them again), {plan.done.shards} done")
         for todo in plan.todo:
             say(f"  {todo.path} -> {plan.output.full(table_path(todo))}")
@@ -68,7 +68,9 @@ def score(
         for key, text in sorted(summary.warnings.items()):
             say(f"{key}: {text}")
         say(f"scores: {loaded.output}")
-    if not summary.clean:
+    if summary.waits_for:
+        fail("the shortlist is made when every shard is retrieved from", INCOMPLETE)
+    elif not summary.clean:
         fail(f"not everything was scored; see {loaded.output}/quarantine", INCOMPLETE)
     return OK if summary.clean else INCOMPLETE
 

@@ -20,6 +20,9 @@ from assay.corpus.score_files import ScoreFile, open_score_file
 from assay.corpus.shards import Shard
 from assay.corpus.storage import Fingerprint, Store
 
+SHORTLIST = "shortlist"
+"""Among the corpora: the rows that a method with a shortlist has scored."""
+
 
 class _Record(BaseModel):
     # Later versions may add facts; this one must still be able to read what it knows.
@@ -50,7 +53,7 @@ class RowCounts(_Record):
 
 class Identity(_Record):
     """What decides the scores of a given input: the recipe's scoring part, the models' contents, and the fingerprints
-    of the corpora that methods are fitted to (``targets.<name>`` and ``fit``)."""
+    of the corpora that methods are fitted to (``targets.<name>`` and ``fit``) or score alone (``shortlist``)."""
 
     recipe: dict[str, Any]
     models: dict[str, str]
@@ -169,7 +172,7 @@ class Table:
 
         if decisive(self.footer) == decisive(identity):  # of a hundred thousand tables nearly all are
             return []
-        then, now = ({f"files of {k}": v for k, v in (x.corpora or {}).items()} for x in (self.footer, identity))
+        then, now = ({_said(k): v for k, v in (x.corpora or {}).items()} for x in (self.footer, identity))
         return [
             difference.arrow()
             for difference in (
@@ -178,6 +181,10 @@ class Table:
                 *differences(then, now),
             )
         ]
+
+
+def _said(corpus: str) -> str:
+    return "rows of the shortlist" if corpus == SHORTLIST else f"files of {corpus}"
 
 
 def open_table(store: Store, shard: Shard) -> Table | None:

@@ -9,12 +9,16 @@ RESOLVED_RECIPE = "recipe.resolved.yaml"
 FITS = ".fit"
 # Parts of large shards that wait to be joined, on an object store.
 PARTS = ".parts"
+RETRIEVAL = "_retrieval"
+"""Where a recipe with a shortlist has what chose it: a scores folder of its own. No shard lies in such a folder, whose
+name is a hidden one."""
 
 __all__ = [
     "FITS",
     "MANIFEST",
     "PARTS",
     "RESOLVED_RECIPE",
+    "RETRIEVAL",
     "features_path",
     "files_path",
     "quarantine_path",

@@ -44,6 +44,16 @@ def save_files(output: Store, shard: Shard, files: NamedFiles) -> FileFacts | No
     return FileFacts(count=len(files), sha256=output.sha256(path))
 
 
+def copy_files(source: Store, output: Store, shard: Shard, facts: FileFacts | None) -> None:
+    """Write the list that lies in ``source``, or remove that of an earlier run where there is none."""
+    path = files_path(shard)
+    _refuse_stranger(output, path)
+    if facts is None:
+        output.remove(path)
+    else:
+        output.write_text(path, source.read_text(path))
+
+
 def changed_file(output: Store, shard: Shard, facts: FileFacts | None) -> str | None:
     """What is the matter with the files that a shard named when it was scored; None if they are what they were."""
     if facts is None:

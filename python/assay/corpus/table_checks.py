@@ -26,7 +26,7 @@ from assay.corpus.readers import columns_of, read
 from assay.corpus.score_files import opened_table
 from assay.corpus.shards import Shard
 from assay.corpus.storage import Store, may_pass
-from assay.corpus.tables import score_schema
+from assay.corpus.tables import count_nan_rows, score_schema
 
 _BATCH_ROWS = 1 << 13
 Ids = Sequence[str | None]
@@ -207,17 +207,14 @@ def _check_order(last: int, rows: npt.NDArray[np.int64], total: int, faults: _Fa
 
 
 def _check_numbers(name: str, array: pa.Array, rows: npt.NDArray[np.int64], faults: _Faults) -> int:
-    """Find infinities -> how many rows count as NaN, as `assay.corpus.tables.count_nan` has it."""
+    """Find infinities -> how many rows count as NaN, as `count_nan_rows` has it."""
     values, owners = array, np.arange(len(array))
-    if is_list := not pa.types.is_floating(array.type):
+    if not pa.types.is_floating(array.type):
         values, owners = array.flatten(), pc.list_parent_indices(array).to_numpy()
     numbers = values.to_numpy(zero_copy_only=False)
     if (infinite := np.flatnonzero(np.isinf(numbers))).size:
         faults.add(f"{name} is infinite", f"in row {int(rows[owners[infinite[0]]])}", len(infinite))
-    is_nan = np.isnan(numbers)
-    if is_list and not pa.types.is_fixed_size_list(array.type):  # no number at all
-        return len(array) - len(np.unique(owners[~is_nan]))
-    return len(np.unique(owners[is_nan]))
+    return count_nan_rows(array)
 
 
 def _shard_ids(shard: Shard, id_column: Any) -> Iterator[tuple[int, Ids]]:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from assay._json import dumps
 from assay.corpus.arrow_numpy import array_of, ids_of
@@ -81,6 +82,17 @@ def count_nan(values: npt.NDArray[Any]) -> int:
     if values.dtype.kind == "O":
         return sum(bool(np.isnan(row).all()) for row in values)
     return int(np.isnan(values).any(axis=tuple(range(1, values.ndim))).sum())
+
+
+def count_nan_rows(array: pa.Array) -> int:
+    """The same of a table's column."""
+    values, owners = array, np.arange(len(array))
+    if is_list := not pa.types.is_floating(array.type):
+        values, owners = array.flatten(), pc.list_parent_indices(array).to_numpy()
+    is_nan = np.isnan(values.to_numpy(zero_copy_only=False))
+    if is_list and not pa.types.is_fixed_size_list(array.type):
+        return len(array) - len(np.unique(owners[~is_nan]))
+    return len(np.unique(owners[is_nan]))
 
 
 def _array(values: npt.NDArray[Any], column: ScoreColumn) -> pa.Array:

@@ -12,7 +12,7 @@ from itertools import chain
 from assay.corpus.claim import CLAIM, is_claimed
 from assay.corpus.errors import CorpusError
 from assay.corpus.footer import Manifest
-from assay.corpus.layout import MANIFEST, files_path, quarantine_path, table_path
+from assay.corpus.layout import MANIFEST, RETRIEVAL, files_path, quarantine_path, table_path
 from assay.corpus.scores_folder import find_corpus, read_manifest
 from assay.corpus.shards import Corpus
 from assay.corpus.storage import ABANDONED_AFTER_SECONDS, Store, may_pass
@@ -130,6 +130,8 @@ def _strays(store: Store, corpus: Corpus) -> Iterator[Problem]:
     )
     for path in store.files():
         top, _, rest = path.partition("/")
+        if top == RETRIEVAL:
+            continue
         if path.endswith(".parquet") and path not in tables:
             yield Problem(path, "is a score table without a shard")
         elif top == "quarantine" and path.endswith(".jsonl") and path not in lists:

@@ -65,6 +65,10 @@ class Scorer:
         device: str | None = None,
     ) -> None:
         loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides, trust)
+        if loaded.shortlist is not None:
+            raise EngineError(
+                "assay.ray.Scorer: a shortlist is chosen among a corpus's rows, and this sees a table; leave it out"
+            )
         self._made_of = (loaded.model_dump(), (*trust, *loaded.trust), device)
         self._lock = threading.Lock()  # the models' hooks serve one call at a time
         self._workshop = open_workshop(_plan(loaded), device=find_devices("auto" if device is None else device)[0])

@@ -134,6 +134,7 @@ class _Crew:
             recipe.task,
             recipe.trust,
             self._plan.identity,
+            self._plan.shortlist,
             fitted,
             hashed_files(),
             hired.hand.device,

@@ -6,7 +6,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -22,15 +22,17 @@ from assay.engine import staging
 from assay.engine.crew import score_with_workers
 from assay.engine.devices import find_devices, threads_each
 from assay.engine.fitting import clear
-from assay.engine.plan import Plan, find_corpora, make_plan, standing_table, write_manifest
+from assay.engine.plan import Plan, find_corpora, make_plan, refuse_strangers, standing_table, write_manifest
 from assay.engine.processes import Processes
 from assay.engine.progress import Progress
 from assay.engine.ray_actors import RayActors
-from assay.engine.shard import score_anew_or_stored
+from assay.engine.reranking import make_shortlist, missing_shards, score_unit
+from assay.engine.shortlist import Shortlist
 from assay.engine.timing import Times
 from assay.engine.units import Outcome, sizes_of, units_at_most
 from assay.engine.workshop import open_workshop
 from assay.recipe.errors import EngineError
+from assay.recipe.methods import ShortlistSpec
 from assay.recipe.recipe import Recipe
 
 log = logging.getLogger("assay")
@@ -55,16 +57,28 @@ class RunSummary(Tally):
     times: Times = field(default_factory=Times)
     workers: int = 0
     """How many scored; 0 if there was nothing left to score."""
+    retrieval: RunSummary | None = None
+    """Of a recipe with a shortlist: the pass that chose it."""
+    shortlist: str = ""
+    """Of such a recipe: how many rows it has, and by what they were chosen."""
+    waits_for: int = 0
+    """The shards from which the rows of a shortlist are still to be retrieved, by other runners of the recipe; none was
+    scored by what scores a shortlist."""
 
     @property
     def clean(self) -> bool:
         """Whether every row that is there has its scores."""
-        return not self.unreadable and not self.left_out and not self.rows_quarantined
+        return not (self.unreadable or self.left_out or self.rows_quarantined or self.waits_for)
 
     def lines(self) -> list[str]:
         """The counts in words, one line each."""
+        before = [f"retrieval: {line}" for line in self.retrieval.lines()] if self.retrieval else []
+        before += [f"shortlist: {self.shortlist}"] if self.shortlist else []
+        if self.waits_for:
+            before += [f"shortlist: waits for {self.waits_for} shards that other runners score; run again afterwards"]
         reused = f", {self.reused} from stored features" if self.reused else ""
         lines = [
+            *before,
             f"shards: {self.scored} scored ({self.rescored} of them again{reused}), {self.done_before} done before, "
             f"{len(self.unreadable)} unreadable",
             f"rows in {self.rows:,} = scored {self.rows_scored:,} + quarantined {self.rows_quarantined:,}",
@@ -72,7 +86,7 @@ class RunSummary(Tally):
         if self.retried:
             lines.append(f"quarantined rows tried again: {self.retried:,}; now quarantined: {self.still_quarantined:,}")
         nan = ", ".join(f"{name} {count:,}" for name, count in sorted(self.nan.items()) if count)
-        lines += [f"NaN scores: {nan}"] if nan else []
+        lines += [f"NaN scores: {nan}{' (rows beyond the shortlist among them)' * bool(self.shortlist)}"] if nan else []
         lines += [self.times.line(self.workers)] if self.workers else []
         return lines + ([summarise_left_out(self.left_out)] if self.left_out else [])
 
@@ -96,17 +110,32 @@ def run(
     if engine not in ("local", "ray"):
         raise EngineError(f"--engine {engine}: expected local or ray")
     devices = find_devices(recipe.run.devices) if engine == "local" else []
-    corpora = find_corpora(recipe)
-    output = Store.at(recipe.output)
-    with claim(output, canonical_hash([recipe.corpus.path, recipe.identity()]), shared=True):
-        plan = make_plan(recipe, part, rescore, corpora, retry)
-        for path in [*output.sweep(), *staging.sweep(output)]:
-            log.info("removed %s, left by a run that was killed", path)
-        left_out = {entry.path: entry.reason for corpus in corpora.values() for entry in corpus.left_out}
-        summary = RunSummary(**vars(plan.done), done_before=plan.done.shards, left_out=left_out)
-        if plan.todo:
-            _score(plan, devices, summary, progress or Progress())
-        clear(plan)
+
+    def scored(recipe: Recipe, shortlist: Shortlist | None = None, choice: ShortlistSpec | None = None) -> RunSummary:
+        corpora = find_corpora(recipe)
+        output = Store.at(recipe.output)
+        with claim(output, canonical_hash([recipe.corpus.path, recipe.identity()]), shared=True):
+            plan = make_plan(recipe, part, rescore, corpora, retry, shortlist, choice)
+            for path in [*output.sweep(), *staging.sweep(output)]:
+                log.info("removed %s, left by a run that was killed", path)
+            left_out = {entry.path: entry.reason for corpus in corpora.values() for entry in corpus.left_out}
+            summary = RunSummary(**vars(plan.done), done_before=plan.done.shards, left_out=left_out)
+            if plan.todo:
+                _score(plan, devices, summary, progress or Progress())
+            clear(plan)
+        return summary
+
+    if recipe.shortlist is None:
+        return scored(recipe)
+    find_corpora(recipe)
+    refuse_strangers(Store.at(recipe.output))  # before the first pass, which takes the time
+    first = scored(recipe.retrieval(), choice=recipe.shortlist)
+    retrieval = make_plan(recipe.retrieval(), rescore=rescore)
+    if missing := missing_shards(retrieval):
+        return replace(first, waits_for=len(missing))
+    shortlist = make_shortlist(recipe.shortlist, retrieval)
+    summary = scored(recipe, shortlist)
+    summary.retrieval, summary.shortlist = first, f"{len(shortlist):,} rows, {shortlist.spec}; NaN beyond"
     return summary
 
 
@@ -178,7 +207,7 @@ def _score_here(
                 reached = share
 
             try:
-                outcomes[shard] = score_anew_or_stored(workshop, shard, plan.output, advance, shard in plan.retried)
+                outcomes[shard] = score_unit(workshop, shard, plan.output, advance, shard in plan.retried)
             except ShardError as error:
                 outcomes[shard] = str(error)
                 on_unreadable(shard, str(error))

@@ -10,6 +10,7 @@ from assay.corpus.footer import Footer, Identity
 from assay.corpus.shards import Corpus, Shard
 from assay.engine.parts import Part
 from assay.engine.shard import Share
+from assay.engine.shortlist import Shortlist
 from assay.engine.timing import Times
 from assay.methods import Column
 from assay.recipe.models import Hashed
@@ -27,6 +28,7 @@ class Setup:
     trust: Sequence[str]
     """The modules whose Python it may run."""
     identity: Identity
+    shortlist: Shortlist | None
     corpora: Mapping[str, Corpus]
     """Those that methods are fitted to, by path."""
     hashed: Mapping[str, Hashed]

@@ -80,7 +80,7 @@ def score_part(workshop: Workshop, shard: Shard, share: Share, path: str, on_pro
             part.first_scored += table.num_rows if scored.window.block == 0 else 0
             blocks.add(scored.window.block)
 
-        part.source = score_windows(workshop, scorer, shard, record, on_progress, share=share)
+        part.source = score_windows(workshop, scorer, shard, record, on_progress, wanted=share.holds)
     part.metadata, part.blocks = scorer.metadata(), len(blocks)
     return part
 

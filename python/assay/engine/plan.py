@@ -10,7 +10,7 @@ from functools import partial
 from assay._json import dumps
 from assay.corpus import scores_folder
 from assay.corpus.errors import CorpusError
-from assay.corpus.footer import Identity, Manifest, Table, TableColumn, Tally, open_table
+from assay.corpus.footer import SHORTLIST, Identity, Manifest, Table, TableColumn, Tally, open_table
 from assay.corpus.layout import MANIFEST, RESOLVED_RECIPE, files_path, quarantine_path, table_path
 from assay.corpus.named_files import changed_file
 from assay.corpus.scores_folder import refuse_scores
@@ -18,8 +18,10 @@ from assay.corpus.shards import Corpus, Shard, find_shards, refuse_overlap
 from assay.corpus.storage import Store
 from assay.engine.columns import with_columns
 from assay.engine.pool import corpus_fingerprint
+from assay.engine.shortlist import Shortlist, ranking_column
 from assay.methods import Column
 from assay.recipe.errors import ChangedError, EngineError
+from assay.recipe.methods import ShortlistSpec
 from assay.recipe.models import fingerprints
 from assay.recipe.recipe import Recipe
 
@@ -43,6 +45,10 @@ class Plan:
     """The part of ``stale`` whose tables are sound, with as many rows in quarantine."""
     part: tuple[int, int] = (1, 1)
     """(i, n): of the corpus's shards it is about every n-th from the i-th on; others are about the rest."""
+    shortlist: Shortlist | None = None
+    """Of a recipe that has one, once it is made: the rows that its methods score."""
+    choice: ShortlistSpec | None = None
+    """Of a retrieval, what a shortlist is to be made by."""
 
 
 def find_corpora(recipe: Recipe) -> dict[str, Corpus]:
@@ -65,17 +71,19 @@ def make_plan(
     rescore: bool = False,
     corpora: Mapping[str, Corpus] | None = None,
     retry: bool = False,
+    shortlist: Shortlist | None = None,
+    choice: ShortlistSpec | None = None,
 ) -> Plan:
     """Find the shards, unless they are given as ``find_corpora`` found them, and see which of them are done.
 
     ``part`` (i, n) takes every n-th shard from the i-th on. Tables made by another recipe or model are a
     ChangedError that says what differs, unless ``rescore`` allows to replace them. With ``retry`` a shard with rows in
-    quarantine is scored again.
+    quarantine is scored again. ``shortlist`` and ``choice`` as in ``Plan``.
     """
     corpora = corpora or find_corpora(recipe)
     recipe = with_columns(recipe, corpora)
     output, corpus = Store.at(recipe.output), corpora[recipe.corpus.path]
-    identity = identity_of(recipe, corpora)
+    identity = identity_of(recipe, corpora, shortlist)
     index, count = part
     done = Tally()
     todo, stale, changed, retried = [], [], [], {}
@@ -101,15 +109,20 @@ def make_plan(
             f"{len(changed)} score tables in {output.url} come from another recipe, model or target "
             f"({table_path(shard)}: {shown}); score them again with --rescore, or choose another output"
         )
-    return Plan(recipe, identity, corpus, corpora, output, done, tuple(todo), tuple(stale), retried, part)
+    return Plan(
+        recipe, identity, corpus, corpora, output, done, tuple(todo), tuple(stale), retried, part, shortlist, choice
+    )
 
 
-def identity_of(recipe: Recipe, corpora: Mapping[str, Corpus]) -> Identity:
+def identity_of(recipe: Recipe, corpora: Mapping[str, Corpus], shortlist: Shortlist | None = None) -> Identity:
     """What makes two runs the same, of a recipe with what its ``corpora`` tell."""
+    fitted = _fitted_fingerprints(recipe, corpora, as_found=True)
+    if shortlist is not None:
+        fitted[SHORTLIST] = shortlist.fingerprint()
     return Identity(
         recipe=json.loads(dumps(recipe.identity())),  # through JSON, as it comes back from a footer
         models=fingerprints(recipe.models_used),
-        corpora=_fitted_fingerprints(recipe, corpora, as_found=True) or None,
+        corpora=fitted or None,
     )
 
 
@@ -173,10 +186,13 @@ def refuse_strangers(output: Store) -> None:
 def write_manifest(plan: Plan, columns: Sequence[Column]) -> None:
     """Write what is the same for every runner of this recipe; counts are in the tables' footers.
 
-    A CorpusError if files of these names are there that no run wrote.
+    A CorpusError if files of these names are there that no run wrote, an EngineError if a shortlist is to be made by
+    none of the columns.
     """
     refuse_strangers(plan.output)
     recipe, named = plan.recipe, [TableColumn(**vars(column)) for column in columns]
+    if plan.choice is not None:
+        ranking_column(plan.choice, named)
     inputs = list(recipe.fitted_to().values())
     scores_folder.write_manifest(plan.output, plan.identity, recipe.corpus.path, inputs, named, plan.corpus.shards)
     plan.output.write_text(RESOLVED_RECIPE, recipe.to_yaml())

@@ -149,14 +149,15 @@ def score_windows(
     record: Callable[[Scored], None],
     on_progress: Callable[[int, float], None] = lambda rows, progress: None,
     bytes_per_row: int = 0,
-    share: Share = Share(),
+    wanted: Callable[[int], bool] = lambda row: True,
 ) -> Source:
-    """Score a shard, or a share of it, window by window -> what was read, which is the same afterwards.
+    """Score a shard, or some of its rows, window by window -> what was read, which is the same afterwards.
 
     Args:
         scorer: gathers what the methods find out.
         record: is called with every window in order.
         bytes_per_row: what scoring makes of a row, beside its scores.
+        wanted: whether a row is to be scored: of the others only their ids are looked at.
 
     Raises:
         ShardError: the shard cannot be read to its end, or has changed meanwhile.
@@ -167,7 +168,7 @@ def score_windows(
     times, limits = workshop.times, workshop.recipe.batch
     reader = RowReader(shard, workshop.encoder, workshop.recipe.corpus.id_column)
     group = workshop.recipe.task.group_rows
-    made = _windows(shard, reader, bytes_per_row, share, times)
+    made = _windows(shard, reader, bytes_per_row, wanted, times)
     made = made if group is None else _whole_groups(made, group)
     with read_ahead(made, _size, WINDOW_BYTES, times) as windows:
         for window in windows:
@@ -266,9 +267,9 @@ class _ShardWriters:
 
 
 def _windows(
-    shard: Shard, reader: RowReader, bytes_per_row: int, share: Share, times: Times
+    shard: Shard, reader: RowReader, bytes_per_row: int, wanted: Callable[[int], bool], times: Times
 ) -> Generator[Window, None, None]:
-    """The share's rows, those of a few chunks at a time, and never of two blocks."""
+    """The rows that are wanted, those of a few chunks at a time, and never of two blocks."""
     window: list[Sample | Rejected] = []
     held = end = 0
     with closing(read(shard, reader.columns, reader.optional)) as chunks:
@@ -277,7 +278,7 @@ def _windows(
                 chunk = next(chunks, None)
             if chunk is None:
                 break
-            rows = reader.rows(chunk, share.holds)
+            rows = reader.rows(chunk, wanted)
             began = time.perf_counter()
             for row in rows:
                 # By bytes within a chunk, too: a thousand paths of images become as many images.

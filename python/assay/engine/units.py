@@ -37,9 +37,10 @@ def sizes_of(shards: Sequence[Shard]) -> dict[Shard, int]:
 def shares(plan: Plan, size: int, total: int, workers: int) -> int:
     """Into how many parts a shard is cut: as many as there are workers if it would keep one of them busy too long.
 
-    One whose rows are compared in groups stays whole: the last of them need rows before them.
+    One whose rows are compared in groups stays whole: the last of them need rows before them. So does one of which a
+    shortlist has a few.
     """
-    whole = plan.recipe.task.group_rows is not None
+    whole = plan.recipe.task.group_rows is not None or plan.shortlist is not None
     return workers if not whole and size >= SPLIT_BYTES and 2 * workers * size > total else 1
 
 

@@ -27,7 +27,7 @@ from assay.engine.devices import limit_threads
 from assay.engine.messages import Advanced, Began, Failed, Finished, Logged, Ready, Setup, Unit
 from assay.engine.parts import gathered, score_part
 from assay.engine.plan import Plan, refuse_changes
-from assay.engine.shard import score_anew_or_stored
+from assay.engine.reranking import score_unit
 from assay.engine.timing import Times
 from assay.engine.workshop import Workshop, open_workshop
 from assay.recipe.models import take_hashed
@@ -73,7 +73,9 @@ def open_for(setup: Setup) -> tuple[Workshop, Store]:
     recipe = recipe.model_copy(update={"task": setup.task})
     output = Store.at(recipe.output)
     none = Corpus(Store.at(recipe.corpus.path), ())
-    plan = Plan(recipe, setup.identity, none, setup.corpora, output, Tally(), (), (), part=setup.part)
+    plan = Plan(
+        recipe, setup.identity, none, setup.corpora, output, Tally(), (), (), part=setup.part, shortlist=setup.shortlist
+    )
     workshop = open_workshop(plan, device=torch.device(setup.device), turn=setup.turn)
     refuse_changes(plan)  # afterwards: what was loaded is then what the plan speaks of
     return workshop, output
@@ -91,7 +93,7 @@ def work(workshop: Workshop, output: Store, unit: Unit, say: Callable[[Any], Non
         if unit.path is not None:
             outcome = score_part(workshop, unit.shard, unit.share, unit.path, advance)
         else:
-            outcome, stored = score_anew_or_stored(workshop, unit.shard, output, advance, unit.anew)
+            outcome, stored = score_unit(workshop, unit.shard, output, advance, unit.anew)
     except ShardError as error:
         outcome = str(error)
     return Finished(outcome, stored, Times(**{part: s - before[part] for part, s in vars(workshop.times).items()}))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from assay.engine.fitting import Together
 from assay.engine.kept_features import FeatureMethod
 from assay.engine.plan import Plan
 from assay.engine.pool import Batches, samples_by_row
+from assay.engine.shortlist import Shortlist
 from assay.engine.timing import Times
 from assay.methods import Column, Method, Scorer
 from assay.methods.scorer import all_columns
@@ -48,11 +49,23 @@ class Workshop:
     """What batches have found out about the memory."""
     times: Times = field(default_factory=Times)
     """What it was used for, so far."""
+    shortlist: Shortlist | None = None
+    """The rows that it scores, if not all; the recipe is then of what scores these alone."""
 
     @property
     def columns(self) -> list[Column]:
         """The columns of every table."""
-        return all_columns(self.methods)
+        chose = self.shortlist.columns if self.shortlist else ()
+        return [*(Column(**vars(column)) for column in chose), *self.own_columns]
+
+    @property
+    def own_columns(self) -> list[Column]:
+        """Those of them that its methods give."""
+        own = all_columns(self.methods)
+        if self.shortlist is None:
+            return own
+        said = f"NaN beyond {self.shortlist.spec}"
+        return [replace(column, description=f"{column.description}; {said}") for column in own]
 
 
 def open_workshop(
@@ -63,6 +76,8 @@ def open_workshop(
     The models, and what the methods learn of them, are on ``device``; scores come back from there. ``turn`` is this
     worker's number among those who fit the same, and how many they are; without one nothing is left in the output.
     """
+    if plan.shortlist is not None:
+        plan = replace(plan, recipe=plan.recipe.reranking())
     recipe = plan.recipe
     task = recipe.task.task() if recipe.task.asks_models else None
     take(device)
@@ -78,7 +93,7 @@ def open_workshop(
         with _refusals(recipe, i):
             methods.append(spec.build(given))
     with _refusals(recipe):
-        all_columns(methods)
+        _refuse_names(all_columns(methods), plan.shortlist)
         feature_methods = _feature_methods(plan, methods, encoder)
         _refuse_unsupported(methods, encoder, set(recipe.own_columns.values()))
         Scorer([method for method in methods if not _fits(method)])  # it taps the models, which may be refused too
@@ -87,7 +102,8 @@ def open_workshop(
         _fit(plan, methods, encoder, together)
         with _refusals(recipe):
             scorer = Scorer([feature_methods.get(i, m) for i, m in enumerate(methods)], inference=True)
-    return Workshop(recipe, plan.identity, encoder, methods, feature_methods, scorer, Budget(recipe.batch.tokens))
+    budget = Budget(recipe.batch.tokens)
+    return Workshop(recipe, plan.identity, encoder, methods, feature_methods, scorer, budget, shortlist=plan.shortlist)
 
 
 def open_encoder(recipe: Recipe) -> Encoder:
@@ -134,6 +150,16 @@ def _feature_methods(plan: Plan, methods: Sequence[Any], encoder: Encoder) -> di
     }
 
 
+def _refuse_names(columns: Sequence[Column], shortlist: Shortlist | None) -> None:
+    """ValueError if what scores a shortlist gives a column that is there already."""
+    taken = {column.name for column in shortlist.columns} if shortlist else set()
+    if twice := [column.name for column in columns if column.name in taken]:
+        raise ValueError(
+            f"column {twice[0]!r} comes from a method with a shortlist and from one without; give one of them another "
+            "name"
+        )
+
+
 def _refuse_unsupported(methods: Sequence[Method], encoder: Encoder, read: Set[str]) -> None:
     """ValueError for what the contract allows and a recipe has no data or table for."""
     for method in methods:
@@ -156,7 +182,7 @@ def _refuse_gradients(method: Method, encoder: Encoder) -> None:
 
 @contextmanager
 def _refusals(recipe: Recipe, i: int | None = None) -> Iterator[None]:
-    where = "methods" if i is None else f"methods.{i} ({recipe.methods[i].method})"
+    where = "methods" if i is None else f"methods.{recipe.place(i)} ({recipe.methods[i].method})"
     try:
         yield
     except EngineError:

@@ -9,7 +9,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
-from pydantic import BeforeValidator, Field, TypeAdapter, ValidationInfo
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 from torch import nn
 
 from assay import methods
@@ -77,11 +78,32 @@ LIVE = (torch.optim.Optimizer | None, dist.ProcessGroup | None)
 """A trainer's own objects: no file holds one, and a method goes without."""
 
 
+class ShortlistSpec(Part):
+    """The rows that a method scores, where it scores few: the best ``top`` (an integer is a number of rows, a decimal a
+    share of them) by the column ``by``, which a method without a shortlist gives."""
+
+    by: str
+    top: int | float
+
+    @field_validator("top")
+    @classmethod
+    def _is_an_amount(cls, top: int | float) -> int | float:
+        if not (top >= 1 if isinstance(top, int) else 0 < top <= 1):
+            message = "expected a number of rows, such as 1000, or a share of them, such as 0.01"
+            raise PydanticCustomError("assay", "{message}, got {top}", {"message": message, "top": top})
+        return top
+
+    def __str__(self) -> str:
+        return f"the top {self.top} by {self.by}"
+
+
 class MethodSpec(Part):
     """One method of a recipe. Subclass it, and register the subclass, for a method whose keys are not its constructor's
     parameters; ``build`` is what has to be written."""
 
     method: str
+    shortlist: ShortlistSpec | None = None
+    """The rows that it scores, if not all: the others have NaN. `Recipe.identity` has it, ``identity`` not."""
 
     uses_pool: ClassVar[bool] = False
     """Whether ``fit`` looks at the pool's sample, so that scores depend on it."""
@@ -112,7 +134,7 @@ class MethodSpec(Part):
 
     def identity(self) -> dict[str, Any]:
         """The parameters that change scores."""
-        return self.model_dump()
+        return self.model_dump(exclude={"shortlist"})
 
     @property
     def stored_as(self) -> str | None:

@@ -8,15 +8,25 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, ValidationInfo, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PrivateAttr,
+    SerializeAsAny,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
+from assay.corpus.layout import RETRIEVAL
 from assay.recipe.errors import RecipeError
 from assay.recipe.factories import check_trust
 from assay.recipe.groups import expanded
-from assay.recipe.methods import METHODS, MethodSpec, model_keys
+from assay.recipe.methods import METHODS, MethodSpec, ShortlistSpec, model_keys
 from assay.recipe.models import MODELS, ModelSpec
 from assay.recipe.parts import AnyPath, CorpusPath, Part, located, nearest
 from assay.recipe.tasks import TASKS, TaskSpec
+from assay.recipe.tasks.text import TextSpec
 
 
 class CorpusSpec(Part):
@@ -86,6 +96,8 @@ class Recipe(Part):
     run: RunSpec = RunSpec()
     seed: Annotated[int, Field(ge=0)] = 0
 
+    _places: Sequence[int] = PrivateAttr(default=())
+
     @model_validator(mode="before")
     @classmethod
     def _globs_of_models(cls, data: Any, info: ValidationInfo) -> Any:
@@ -152,6 +164,54 @@ class Recipe(Part):
             raise located(("methods", reading[0], "method"), message)
         return self
 
+    @model_validator(mode="after")
+    def _shortlist_is_one(self) -> Recipe:
+        listed = [i for i, method in enumerate(self.methods) if method.shortlist is not None]
+        for i in listed:
+            method, first = self.methods[i], self.methods[listed[0]]
+            if method.shortlist != first.shortlist:
+                message = f"expected {first.shortlist}, as of {first.method}: a recipe has one shortlist, got"
+                raise located(("methods", i, "shortlist"), f"{message} {method.shortlist}")
+            if method.stored_as is not None:
+                message = "holds every row's features, and a shortlist has few rows; leave out one of the two"
+                raise located(("methods", i, "keep_features"), message, method.stored_as)
+            if self.task.group_rows is not None:
+                message = f"scores rows one by one, and {self.task.kind} by groups of them; leave it out"
+                raise located(("methods", i, "shortlist"), message)
+        if len(listed) == len(self.methods):
+            message = "of every method; expected one without, by whose scores the shortlist is made"
+            raise located(("methods", 0, "shortlist"), message)
+        return self
+
+    @property
+    def shortlist(self) -> ShortlistSpec | None:
+        """The rows that some of its methods score, if these are not all."""
+        return next((method.shortlist for method in self.methods if method.shortlist is not None), None)
+
+    def retrieval(self) -> Recipe:
+        """Of a recipe with a shortlist, the recipe of what every row is scored with. Its output lies in this one's.
+        Where no model is asked, its samples are texts."""
+        methods = [method for method in self.methods if method.shortlist is None]
+        task, asking = self.task, any(method.models_used() for method in methods)
+        columns = [str(column) for method in methods for column in method.column_keys().values()]
+        if task.asks_models and columns and not asking:
+            task = TextSpec(kind="text", text_column=getattr(task, "text_column", None) or columns[0])
+        output = f"{self.output.rstrip('/')}/{RETRIEVAL}"
+        return self._part(methods, task=task, output=output)
+
+    def reranking(self) -> Recipe:
+        """Of a recipe with a shortlist, the recipe of what its rows alone are scored with."""
+        return self._part([method for method in self.methods if method.shortlist is not None])
+
+    def _part(self, methods: list[MethodSpec], **update: Any) -> Recipe:
+        part = self.model_copy(update={"methods": methods, **update})
+        part._places = [self.methods.index(method) for method in methods]
+        return part
+
+    def place(self, i: int) -> int:
+        """Where its i-th method stands in the recipe that was read."""
+        return self._places[i] if self._places else i
+
     @property
     def own_columns(self) -> dict[str, str]:
         """The columns that methods read, beside the task's: by the key that names them."""
@@ -188,7 +248,9 @@ class Recipe(Part):
     def identity(self) -> dict[str, Any]:
         """The part that decides scores. Where files lie and how much is batched are not in it."""
         methods = [
-            method.identity() | ({"targets": names} if (names := method.targets_of(self.targets)) else {})
+            method.identity()
+            | ({"targets": names} if (names := method.targets_of(self.targets)) else {})
+            | ({"shortlist": method.shortlist.model_dump()} if method.shortlist else {})
             for method in self.methods
         ]
         identity = {

@@ -15,12 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import assay.methods
-from benchmarks.quality.leaderboard import digits
-from benchmarks.quality.leaderboard.__main__ import QUICK, measure
+from benchmarks.quality.leaderboard import digits, report
+from benchmarks.quality.leaderboard.__main__ import QUICK, chosen, measure
 from benchmarks.quality.leaderboard.bank import Bank
+from benchmarks.quality.leaderboard.board import Board
 from benchmarks.quality.leaderboard.entries import Entry, register
 from benchmarks.quality.leaderboard.forks import Job, forked
 from benchmarks.quality.leaderboard.judging import judged, recall, truth_of
+from benchmarks.quality.leaderboard.report import markdown
 from benchmarks.quality.leaderboard.truth import losses_without
 
 SMALL = replace(digits.QUICK, members=1, steps=28, drops=20, queries=5)
@@ -76,6 +78,72 @@ def test_a_new_method_costs_its_own_retrainings_alone(
     rows = judged(board, known, scores, np.zeros((200, board.count)), {}, 0)
     assert len(made) == before + 2  # rows 0 and 1, for all queries, and again one that was there
     assert set(rows["rows in their order"]) == {"lds", "qld", "tail", "minus"}
+
+
+def test_rows_measured_one_by_one_are_those_measured_at_once(tmp_path: Path) -> None:
+    made: list[str] = []
+
+    def drawn(label: str, seed: int, rivals: tuple[str, ...] = ()) -> Entry:
+        def scores(board: Board) -> Any:
+            made.append(label)
+            return np.random.default_rng(seed).standard_normal((board.size, board.count))
+
+        return Entry(label, scores, "peer" if seed == 2 else "assay", rivals)
+
+    entries = {e.label: e for e in (drawn("EK-FAC", 1, ("its peer",)), drawn("its peer", 2), drawn("BM25", 3))}
+    board = digits.build(replace(SMALL, steps=8, drops=8, queries=2), tmp_path)
+    together = measure(board, entries, 0)["methods"]
+    later = measure(board, {"EK-FAC": entries["EK-FAC"]}, 0, beside=entries)
+    assert made == ["EK-FAC", "its peer", "BM25", "EK-FAC"]
+    assert later["methods"].keys() == together.keys()
+    for label, row in later["methods"].items():
+        for what in ("lds", "qld", "minus", "kind"):
+            assert row[what] == together[label][what]
+    (heading,) = [line for line in markdown(later).splitlines() if "LDS | less" in line]
+    assert heading == "|  | LDS | less EK-FAC | QLD | less BM25 | tail patch | s | MB |"
+    assert "| EK-FAC − *its peer* |" in markdown(later)
+
+
+def test_what_was_not_measured_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page, labels = tmp_path / "page.md", ["MAGIC", "random", "oracle"]
+    page.write_text("<!-- figure -->\n<!-- digits -->\n<!-- end of digits -->\n")
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "PAGE", page)
+    found = {"value": 0.5, "interval": [0.4, 0.6]}
+    row = {"lds": found, "qld": found, "tail": found, "minus": {}, "kind": "assay", "seconds": 1.0, "megabytes": None}
+    board = {"name": "digits", "title": "a board", "bank": "1", "train": 9, "queries": 2, "steps": 3, "drops": 4}
+    board |= {"share": 0.01, "metasmoothness": [1.0], "query_loss": 0.1, "absent": {"BM25": "no texts"}}
+    report.write([{**board, "methods": {"MAGIC": row}}], 1.0, labels, some=True)
+    assert "Not measured so far: random; oracle." in page.read_text()
+    report.write([{**board, "methods": {"random": row}}], 1.0, labels, some=True)
+    told = page.read_text()
+    assert all(text in told for text in ("| MAGIC |", "| random |", "Not measured so far: oracle.", "BM25 (no texts)"))
+    with pytest.raises(SystemExit, match="measure all of it first"):
+        report.write([{**board, "bank": "2", "methods": {}}], 1.0, [], some=True)
+
+
+def test_a_qld_that_was_not_taken_is_said(root: Path, case: dict[str, Any]) -> None:
+    score = np.random.default_rng(7).standard_normal((200, 5))
+    entries = {"random": register()["random"], "new": Entry("new", lambda board: score, "assay")}
+    board = digits.build(SMALL, root)
+    before = len(board.bank.known)
+    found = measure(board, entries, 0, qld=False)
+    assert len(board.bank.known) == before
+    assert found["methods"]["random"]["qld"] == case["methods"]["random"]["qld"]
+    assert "qld" not in found["methods"]["new"]
+    (line,) = [line for line in markdown(found).splitlines() if line.startswith("| new |")]
+    assert line.split(" | ")[3] == "not taken"
+
+
+def test_a_row_comes_with_what_it_is_read_beside() -> None:
+    entries = register()
+    peer = set(chosen(entries, ["traker TRAK"]))
+    assert {"TRAK, all members", "dattri TRAK", "EK-FAC", "kronfluence EK-FAC", "BM25", "random"} <= peer
+    assert "LESS" not in peer
+    assert set(chosen(entries, ["traker TRAK"], kept=entries)) == {"traker TRAK"}
+    assert chosen(entries, []) == entries
+    with pytest.raises(SystemExit, match="--only astrology: no such row"):
+        chosen(entries, ["astrology"])
 
 
 def test_a_bank_of_another_board_is_refused(tmp_path: Path) -> None:

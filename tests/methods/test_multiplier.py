@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +29,17 @@ def test_sources_are_without_their_docstrings() -> None:
     docstrings, rest = corpus._apart('"""One."""\n\ndef f():\n    """Two\n    lines."""\n    return 1\n')
     assert docstrings == "One.\n\nTwo\nlines."
     assert rest == "def f():\n    return 1"
+
+
+def test_what_a_path_adds_for_a_while_is_not_in_the_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = [d.metadata["Name"] for d in corpus._installed()]
+    (tmp_path / "guest-1.0.dist-info").mkdir()
+    (tmp_path / "guest-1.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: guest\nVersion: 1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert importlib.metadata.version("guest") == "1.0"
+    assert [d.metadata["Name"] for d in corpus._installed()] == before
+    assert "torch" in before
+    assert "assay" not in before
 
 
 @pytest.mark.slow

@@ -2,12 +2,14 @@
 
 A folder per key, and the key is made of everything that a training depends on: start, order, data, queries, optimiser.
 Files appear whole or not at all, and carry the key: one that came from elsewhere is refused. A retraining is kept under
-the rows that it dropped, whichever method asked for it.
+the rows that it dropped, whichever method asked for it; a method's scores under its label, so that rows which are
+measured one by one are judged beside each other.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -20,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from assay._json import dumps
+from benchmarks.quality.leaderboard.forks import Done
 
 Rows = tuple[int, ...]
 """Rows dropped, ascending."""
@@ -52,10 +55,27 @@ class Bank:
         Raises:
             ValueError: the file is no such file, or another bank's.
         """
-        path = self.folder / f"{name}.safetensors"
-        if not path.exists():
-            self._save(path, make())
-        return self._load(path)
+        if (found := self.get(name)) is None:
+            self.put(name, make())
+            found = self.get(name)
+            assert found is not None
+        return found
+
+    def get(self, name: str) -> dict[str, Tensor] | None:
+        """Those kept under a name, if there are some.
+
+        Raises:
+            ValueError: the file is no such file, or another bank's.
+        """
+        path = self._path(name)
+        return self._load(path) if path.exists() else None
+
+    def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep these under a name, in the place of what was there."""
+        self._save(self._path(name), tensors)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name.replace('/', '_')}.safetensors"
 
     def _save(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         part = path.with_suffix(f".{os.getpid()}.part")
@@ -75,6 +95,19 @@ class Bank:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path}: cannot be read ({error}); delete the file") from error
+
+    # ---- Scores
+
+    def scores(self, label: str) -> Done | None:
+        """What a method gave when it was measured last, (N, Q), and what it took; None: it never was."""
+        if (found := self.get(f"scores of {label}")) is None:
+            return None
+        seconds, megabytes = found["took"].tolist()
+        return Done(found["scores"].numpy(), None, seconds, None if math.isnan(megabytes) else megabytes)
+
+    def keep_scores(self, label: str, done: Done) -> None:
+        took = torch.tensor([done.seconds, math.nan if done.megabytes is None else done.megabytes]).double()
+        self.put(f"scores of {label}", {"scores": torch.from_numpy(done.value), "took": took})
 
     # ---- Retrainings
 

@@ -45,30 +45,37 @@ def truth_of(board: Board, at_once: int) -> Truth:
 
 
 def judged(
-    board: Board, truth: Truth, scores: Mapping[str, Array], tails: Array, rivals: Mapping[str, Sequence[str]], n: int
+    board: Board,
+    truth: Truth,
+    scores: Mapping[str, Array],
+    tails: Array,
+    rivals: Mapping[str, Sequence[str]],
+    n: int | None,
 ) -> dict[str, dict[str, Any]]:
     """By label what its scores are worth.
 
     Args:
         tails: (N, Q), see ``truth.tail_patches``.
         rivals: labels that a label is compared with.
-        n: processes that retrain for the QLD; 0: this one.
+        n: processes that retrain for the QLD; 0: this one; None: none does, and what takes retrainings that the bank
+            lacks has no QLD.
     """
     rises = _top_rises(board, truth, scores, n)
     rows: dict[str, dict[str, Any]] = {}
     draws: dict[str, dict[str, Array]] = {}
     for label, score in scores.items():
         value, of_lds = lds(score, truth.drops, truth.rises, RESAMPLES // 5)
-        of_qld = _means(rises[label])
         best = np.argsort(-score, 0, kind="stable")[:TAIL]
         of_tail = np.take_along_axis(tails, best, 0).mean(0)
-        draws[label] = {"lds": of_lds, "qld": of_qld}
+        draws[label] = {"lds": of_lds}
         rows[label] = {
             "lds": {"value": round(value, 4), "interval": interval(of_lds)},
-            "qld": {"value": round(float(rises[label].mean()), 5), "interval": _interval(of_qld)},
             "tail": {"value": float(f"{of_tail.mean():.4g}"), "interval": _interval(_means(of_tail), 9)},
             **({"recall": recall(score, board.gold)} if board.gold else {}),
         }
+    for label, rise in rises.items():
+        draws[label]["qld"] = _means(rise)
+        rows[label]["qld"] = {"value": round(float(rise.mean()), 5), "interval": _interval(draws[label]["qld"])}
     for label, row in rows.items():
         others = [other for other in (*AGAINST, *rivals.get(label, ())) if other in rows and other != label]
         row["minus"] = {
@@ -78,20 +85,25 @@ def judged(
                     "interval": _interval(draws[label][measure] - draws[other][measure]),
                 }
                 for measure in ("lds", "qld")
+                if measure in row and measure in rows[other]
             }
             for other in others
         }
     return rows
 
 
-def _top_rises(board: Board, truth: Truth, scores: Mapping[str, Array], at_once: int) -> dict[str, Array]:
+def _top_rises(board: Board, truth: Truth, scores: Mapping[str, Array], n: int | None) -> dict[str, Array]:
     """By label (Q,): the rise of each query's loss after training without its own best 1 %."""
     size = max(1, board.size // 100)
     tops = {
         label: [_rows(column) for column in np.argsort(-score, 0, kind="stable")[:size].T]
         for label, score in scores.items()
     }
-    found = losses_without(board, [rows for each in tops.values() for rows in each], at_once)
+    if n is None:
+        tops = {label: each for label, each in tops.items() if not board.bank.missing(each)}
+    if not tops:
+        return {}
+    found = losses_without(board, [rows for each in tops.values() for rows in each], n or 0)
     split = found.reshape(len(tops), board.count, board.count)
     return {label: own.diagonal() - truth.base for label, own in zip(tops, split, strict=True)}
 

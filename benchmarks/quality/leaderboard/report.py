@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from benchmarks.timing import RESULTS, machine
 STEM = "quality-leaderboard"
 PAGE = Path(__file__).parents[3] / "docs/leaderboard.md"
 PICTURE = f"![LDS and QLD of every row](../benchmarks/results/{STEM}.png)\n"
+UNMEASURED = "not measured so far"
 COLOURS = {"assay": "tab:blue", "peer": "tab:orange", "control": "tab:gray"}
 
 
@@ -27,16 +28,11 @@ def ranked(case: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 def show(console: Console, case: Mapping[str, Any]) -> None:
     """The board, what is compared with its peers, and what is not on it."""
     table = Table(title=_setting(case))
-    columns = ["method", "LDS", "− EK-FAC", "QLD, top 1 %", "tail patch"]
-    columns += ["facts: MRR, in 3"] if _has_facts(case) else []
-    for column in (*columns, "s", "MB"):
-        table.add_column(column, justify="left" if column == "method" else "right")
+    columns = _columns(case)
+    for column in ("", *columns):
+        table.add_column(column, justify="right" if column else "left")
     for label, row in ranked(case):
-        minus = row["minus"].get("EK-FAC")
-        cells = [label, _told(row["lds"]), _told(minus["lds"]) if minus else "", _told(row["qld"], 4), _tail(row)]
-        cells += [_facts(row)] if _has_facts(case) else []
-        memory = row["megabytes"]
-        table.add_row(*cells, f"{row['seconds']:.1f}", "" if memory is None else f"{memory:.0f}")
+        table.add_row(label, *(cell(row) for cell in columns.values()))
     console.print(table)
     rivals(console, case)
     for label, reason in case["absent"].items():
@@ -49,7 +45,7 @@ def rivals(console: Console, case: Mapping[str, Any]) -> None:
     for column in ("method", "peer", "LDS", "QLD"):
         table.add_column(column, justify="left" if column in ("method", "peer") else "right")
     for label, other, minus in _pairs(case):
-        table.add_row(label, other, _told(minus["lds"]), _told(minus["qld"], 4))
+        table.add_row(label, other, _told(minus["lds"]), _told(minus.get("qld"), _digits(case)))
     if table.row_count:
         console.print(table)
 
@@ -69,21 +65,35 @@ def _setting(case: Mapping[str, Any]) -> str:
     )
 
 
-def _told(found: Mapping[str, Any], digits: int = 3) -> str:
+def _told(found: Mapping[str, Any] | None, digits: int = 3) -> str:
+    if found is None:
+        return "not taken"
     low, high = found["interval"]
     return f"{found['value']:.{digits}f} [{low:.{digits - 1}f}, {high:.{digits - 1}f}]"
 
 
-def _tail(row: Mapping[str, Any]) -> str:
-    return f"{row['tail']['value']:.2g}"
+def _columns(case: Mapping[str, Any]) -> dict[str, Callable[[Mapping[str, Any]], str]]:
+    """Heading -> what a row has under it."""
+    digits = _digits(case)
+
+    def less(other: str, measure: str, digits: int) -> Callable[[Mapping[str, Any]], str]:
+        return lambda row: _told(found, digits) if (found := row["minus"].get(other, {}).get(measure)) else ""
+
+    columns = {"LDS": lambda row: _told(row["lds"]), "less EK-FAC": less("EK-FAC", "lds", 3)}
+    columns["QLD"] = lambda row: _told(row.get("qld"), digits)
+    if "BM25" in case["methods"]:
+        columns["less BM25"] = less("BM25", "qld", digits)
+    columns["tail patch"] = lambda row: f"{row['tail']['value']:.2g}"
+    if any("recall" in row for row in case["methods"].values()):
+        columns["facts"] = lambda row: f"{row['recall']['mrr']:.2f}, {row['recall']['share']:.2f}"
+    columns["s"] = lambda row: f"{row['seconds']:.1f}"
+    columns["MB"] = lambda row: "" if row["megabytes"] is None else f"{row['megabytes']:.0f}"
+    return columns
 
 
-def _has_facts(case: Mapping[str, Any]) -> bool:
-    return any("recall" in row for row in case["methods"].values())
-
-
-def _facts(row: Mapping[str, Any]) -> str:
-    return f"{row['recall']['mrr']:.2f}, {row['recall']['share']:.2f}"
+def _digits(case: Mapping[str, Any]) -> int:
+    """Of a QLD: what tells the board's rows apart."""
+    return 4 if max((row["qld"]["value"] for row in case["methods"].values() if "qld" in row), default=0) > 0.05 else 5
 
 
 def figure(cases: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -98,6 +108,8 @@ def figure(cases: Sequence[Mapping[str, Any]], path: Path) -> None:
         rows = ranked(case)[::-1]
         for axis, measure, name in ((axes[0, 2 * i], "lds", "LDS"), (axes[0, 2 * i + 1], "qld", "QLD, top 1 %")):
             for y, (_, row) in enumerate(rows):
+                if measure not in row:
+                    continue
                 colour = COLOURS[row["kind"]]
                 axis.plot(row[measure]["interval"], [y, y], color=colour, linewidth=1.5)
                 axis.plot(row[measure]["value"], y, "o", color=colour, markersize=4)
@@ -112,10 +124,11 @@ def figure(cases: Sequence[Mapping[str, Any]], path: Path) -> None:
     plt.close(panels)
 
 
-def write(cases: Sequence[Mapping[str, Any]], seconds: float, some: bool) -> None:
+def write(cases: Sequence[Mapping[str, Any]], seconds: float, labels: Iterable[str], some: bool) -> None:
     """Boards that were measured take the places of those that are there.
 
     Args:
+        labels: all rows: what no one measured is named.
         some: only some rows were measured: they are put among those that are there.
 
     Raises:
@@ -134,7 +147,8 @@ def write(cases: Sequence[Mapping[str, Any]], seconds: float, some: bool) -> Non
             absent = {label: why for label, why in there["absent"].items() if label not in case["methods"]}
             methods = {label: row for label, row in there["methods"].items() if label not in case["absent"]}
             whole = {**there, "absent": absent | case["absent"], "methods": methods | case["methods"]}
-        kept[case["name"]] = whole
+        unknown = {label: UNMEASURED for label in labels if label not in whole["methods"]}
+        kept[case["name"]] = {**whole, "absent": unknown | whole["absent"]}
     path.write_text(dumps({"seconds": round(seconds, 1), "cases": list(kept.values())}, indent=1) + "\n")
     figure(list(kept.values()), path.with_suffix(".png"))
     page(list(kept.values()))
@@ -158,24 +172,21 @@ def page(cases: Sequence[Mapping[str, Any]]) -> None:
 
 def markdown(case: Mapping[str, Any]) -> str:
     """A board: its setting in a line, its rows, what is compared with peers, what is not on it."""
-    lines = [
-        _setting(case),
-        "",
-        "| | LDS | less EK-FAC | QLD | tail patch | " + "facts | " * _has_facts(case) + "s | MB |",
-    ]
-    lines.append("|---" * (lines[-1].count("|") - 1) + "|")
+    columns = _columns(case)
+    lines = [_setting(case), "", "| " + " | ".join(["", *columns]) + " |", "|---" * (1 + len(columns)) + "|"]
     for label, row in ranked(case):
         name = f"*{label}*" if row["kind"] == "peer" else label
-        minus = row["minus"].get("EK-FAC")
-        cells = [name, _told(row["lds"]), _told(minus["lds"]) if minus else "", _told(row["qld"], 4), _tail(row)]
-        cells += [_facts(row)] if _has_facts(case) else []
-        cells += [f"{row['seconds']:.1f}", "" if row["megabytes"] is None else f"{row['megabytes']:.0f}"]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append("| " + " | ".join([name, *(cell(row) for cell in columns.values())]) + " |")
     pairs = list(_pairs(case))
     if pairs:
         lines += ["", "| assay less a peer, paired | LDS | QLD |", "|---|---|---|"]
-        lines += [f"| {a} − *{b}* | {_told(minus['lds'])} | {_told(minus['qld'], 4)} |" for a, b, minus in pairs]
-    if case["absent"]:
-        reasons = "; ".join(f"{label} ({reason})" for label, reason in case["absent"].items())
-        lines += ["", f"Not on this board: {reasons}."]
+        lines += [
+            f"| {a} − *{b}* | {_told(minus['lds'])} | {_told(minus.get('qld'), _digits(case))} |"
+            for a, b, minus in pairs
+        ]
+    later = [label for label, reason in case["absent"].items() if reason == UNMEASURED]
+    if reasons := [f"{label} ({reason})" for label, reason in case["absent"].items() if label not in later]:
+        lines += ["", f"Not on this board: {'; '.join(reasons)}."]
+    if later:
+        lines += ["", f"Not measured so far: {'; '.join(later)}."]
     return "\n".join(lines) + "\n"

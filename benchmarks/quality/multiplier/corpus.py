@@ -126,12 +126,19 @@ def _texts() -> Iterator[tuple[str, str]]:
         yield "manual", topic
     for path in sorted(_headers().rglob("*.h"))[:1500]:
         yield "header", path.read_text(encoding="utf-8", errors="replace")
-    for distribution in sorted(importlib.metadata.distributions(), key=lambda d: d.metadata["Name"] or ""):
+    for distribution in _installed():
         yield "readme", str(distribution.metadata.get_payload() or distribution.metadata.get("Description", ""))
         yield "record", distribution.read_text("RECORD") or ""
     names = [f"{i:04X};{unicodedata.name(chr(i), '')}" for i in range(sys.maxunicode // 8)]
     for start in range(0, len(names), 4096):
         yield "table", "\n".join(n for n in names[start : start + 4096] if not n.endswith(";"))
+
+
+def _installed() -> list[importlib.metadata.Distribution]:
+    """Of the installation itself: not what PYTHONPATH adds for an afternoon, nor this project, whose words change."""
+    folders = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    found = [d for d in importlib.metadata.distributions(path=sorted(folders)) if d.metadata["Name"] != "assay"]
+    return sorted(found, key=lambda d: d.metadata["Name"] or "")
 
 
 def _headers() -> Path:

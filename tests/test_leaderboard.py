@@ -21,9 +21,10 @@ from benchmarks.quality.leaderboard.bank import Bank
 from benchmarks.quality.leaderboard.entries import Entry, register
 from benchmarks.quality.leaderboard.forks import Job, forked
 from benchmarks.quality.leaderboard.judging import judged, recall, truth_of
+from benchmarks.quality.leaderboard.report import filled
 from benchmarks.quality.leaderboard.truth import losses_without
 
-SMALL = replace(digits.QUICK, members=1, steps=28, drops=20, queries=5)
+SMALL = replace(digits.QUICK, members=1, steps=28, drops=20, queries=5, larger=(0.3,))
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,23 @@ def test_methods_come_in_the_order_of_what_they_know(case: dict[str, Any]) -> No
     assert worth["minus"]["EK-FAC"]["lds"]["interval"][0] > 0  # paired, for intervals alone overlap
     for measure_ in ("qld", "tail"):
         assert worth[measure_]["interval"][0] > case["methods"]["random"][measure_]["interval"][1]
+    assert worth["larger"]["0.3"]["value"] > 0.9
+    assert 0.8 < worth["lds"]["slope"] < worth["larger"]["0.3"]["slope"] < 3  # a first derivative: less than what it is
+
+
+def test_a_page_has_the_tables_of_its_marks(case: dict[str, Any]) -> None:
+    name = case["name"]
+    page = f"a\n<!-- {name} -->\nold\n<!-- end of {name} -->\nb\n<!-- other -->\nkept\n<!-- end of other -->\n"
+    page += f"<!-- {name}: random; MAGIC -->\n<!-- end of {name} -->\nc\n"
+    found = filled(page, {name: case})
+    assert found == filled(found, {name: case})
+    whole, few = (part.split("<!-- end")[0] for part in found.split(f"<!-- {name}")[1:])
+    assert "old" not in found
+    assert "kept" in found
+    assert whole.count("\n| ") == 1 + len(case["methods"])
+    assert [line.split(" | ")[0] for line in few.splitlines() if line.startswith("| ")] == ["| ", "| MAGIC", "| random"]
+    with pytest.raises(ValueError, match=r"digits-quick: no row 'magic'; expected some of \['MAGIC'"):
+        filled(page.replace("MAGIC", "magic"), {name: case})
 
 
 def test_the_truths_loop_trains_the_run(root: Path, case: dict[str, Any]) -> None:
@@ -75,7 +93,7 @@ def test_a_new_method_costs_its_own_retrainings_alone(
     before = len(made)
     rows = judged(board, known, scores, np.zeros((200, board.count)), {}, 0)
     assert len(made) == before + 2  # rows 0 and 1, for all queries, and again one that was there
-    assert set(rows["rows in their order"]) == {"lds", "qld", "tail", "minus"}
+    assert set(rows["rows in their order"]) == {"lds", "larger", "qld", "tail", "minus"}
 
 
 def test_a_bank_of_another_board_is_refused(tmp_path: Path) -> None:

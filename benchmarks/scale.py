@@ -120,7 +120,7 @@ print(json.dumps({"shards": shards, **seconds, "peak_mib": resource.getrusage(re
 def planning(root: Path, shards: int) -> dict[str, Any]:
     """Medians of three rounds."""
     recipe, corpus = make(root, 1), root / "many"
-    line = json.dumps({"x": [0.0] * SIZE, "y": 0}) + "\n"
+    line = dumps({"x": [0.0] * SIZE, "y": 0}) + "\n"
     for i in range(shards):
         folder = corpus / f"{i // 1000:04}"
         if i % 1000 == 0:

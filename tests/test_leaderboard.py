@@ -22,10 +22,10 @@ from benchmarks.quality.leaderboard.board import Board
 from benchmarks.quality.leaderboard.entries import Entry, register
 from benchmarks.quality.leaderboard.forks import Job, forked
 from benchmarks.quality.leaderboard.judging import judged, recall, truth_of
-from benchmarks.quality.leaderboard.report import markdown
+from benchmarks.quality.leaderboard.report import filled, markdown
 from benchmarks.quality.leaderboard.truth import losses_without
 
-SMALL = replace(digits.QUICK, members=1, steps=28, drops=20, queries=5)
+SMALL = replace(digits.QUICK, members=1, steps=28, drops=20, queries=5, larger=(0.3,))
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +52,23 @@ def test_methods_come_in_the_order_of_what_they_know(case: dict[str, Any]) -> No
     assert worth["minus"]["EK-FAC"]["lds"]["interval"][0] > 0  # paired, for intervals alone overlap
     for measure_ in ("qld", "tail"):
         assert worth[measure_]["interval"][0] > case["methods"]["random"][measure_]["interval"][1]
+    assert worth["larger"]["0.3"]["value"] > 0.9
+    assert 0.8 < worth["lds"]["slope"] < worth["larger"]["0.3"]["slope"] < 3  # a first derivative: less than what it is
+
+
+def test_a_page_has_the_tables_of_its_marks(case: dict[str, Any]) -> None:
+    name = case["name"]
+    page = f"a\n<!-- {name} -->\nold\n<!-- end of {name} -->\nb\n<!-- other -->\nkept\n<!-- end of other -->\n"
+    page += f"<!-- {name}: random; MAGIC -->\n<!-- end of {name} -->\nc\n"
+    found = filled(page, {name: case})
+    assert found == filled(found, {name: case})
+    whole, few = (part.split("<!-- end")[0] for part in found.split(f"<!-- {name}")[1:])
+    assert "old" not in found
+    assert "kept" in found
+    assert whole.count("\n| ") == 1 + len(case["methods"])
+    assert [line.split(" | ")[0] for line in few.splitlines() if line.startswith("| ")] == ["| ", "| MAGIC", "| random"]
+    with pytest.raises(ValueError, match=r"digits-quick: no row 'magic'; expected some of \['MAGIC'"):
+        filled(page.replace("MAGIC", "magic"), {name: case})
 
 
 def test_the_truths_loop_trains_the_run(root: Path, case: dict[str, Any]) -> None:
@@ -77,7 +94,7 @@ def test_a_new_method_costs_its_own_retrainings_alone(
     before = len(made)
     rows = judged(board, known, scores, np.zeros((200, board.count)), {}, 0)
     assert len(made) == before + 2  # rows 0 and 1, for all queries, and again one that was there
-    assert set(rows["rows in their order"]) == {"lds", "qld", "tail", "minus"}
+    assert set(rows["rows in their order"]) == {"lds", "larger", "qld", "tail", "minus"}
 
 
 def test_rows_measured_one_by_one_are_those_measured_at_once(tmp_path: Path) -> None:
@@ -108,11 +125,12 @@ def test_what_was_not_measured_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     page, labels = tmp_path / "page.md", ["MAGIC", "random", "oracle"]
     page.write_text("<!-- figure -->\n<!-- digits -->\n<!-- end of digits -->\n")
     monkeypatch.setattr(report, "RESULTS", tmp_path)
-    monkeypatch.setattr(report, "PAGE", page)
+    monkeypatch.setattr(report, "DOCS", tmp_path)
+    monkeypatch.setattr(report, "PAGES", (page.name,))
     found = {"value": 0.5, "interval": [0.4, 0.6]}
     row = {"lds": found, "qld": found, "tail": found, "minus": {}, "kind": "assay", "seconds": 1.0, "megabytes": None}
     board = {"name": "digits", "title": "a board", "bank": "1", "train": 9, "queries": 2, "steps": 3, "drops": 4}
-    board |= {"share": 0.01, "metasmoothness": [1.0], "query_loss": 0.1, "absent": {"BM25": "no texts"}}
+    board |= {"share": 0.01, "larger": [], "metasmoothness": [1.0], "query_loss": 0.1, "absent": {"BM25": "no texts"}}
     report.write([{**board, "methods": {"MAGIC": row}}], 1.0, labels, some=True)
     assert "Not measured so far: random; oracle." in page.read_text()
     report.write([{**board, "methods": {"random": row}}], 1.0, labels, some=True)

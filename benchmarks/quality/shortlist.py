@@ -40,6 +40,7 @@ from scipy.stats import spearmanr
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+from assay._json import dumps
 from assay.corpus.features import quantize
 from assay.engine import run
 from assay.methods import EKFACCG, GradientCosine, Influence, LoGra, Scorer, TrackStar
@@ -250,7 +251,7 @@ def main() -> None:
         cases = [one(seed) for seed in range(SEEDS)]
         keys = ("accuracy", "recall", "stored")
         result = {"machine": machine(), "cases": cases, "mean": mean([{k: c[k] for k in keys} for c in cases])}
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    path.write_text(dumps(result, indent=1) + "\n")
     show(Console(width=100), result)
 
 

@@ -50,7 +50,7 @@ def pieces(seed: int, size: int) -> tuple[list[str], NDArray[np.bool_], list[str
     """The pool, which of it are docstrings, and the target."""
     data = corpus.build(size, size // 16, 16, 16, seed)
     texts = [[bytes(row).decode(errors="replace") for row in part.to(torch.uint8).numpy()] for part in _both(data)]
-    return texts[0], data.kinds == corpus.TARGET, texts[1]
+    return texts[0], data.of_domain, texts[1]
 
 
 def _both(data: corpus.Corpus) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,7 +63,7 @@ def documents(seed: int, size: int) -> tuple[list[str], NDArray[np.bool_], list[
     pool: list[str] = []
     own: list[bool] = []
     target: list[str] = []
-    for kind, files in corpus._files().items():
+    for kind, files in corpus.files(corpus.LIBRARY).items():
         drawn = [files[i][:LONGEST].decode(errors="replace") for i in rng.permutation(len(files))[: size // 6]]
         if kind == corpus.TARGET:
             target, drawn = drawn[: len(drawn) // 3], drawn[len(drawn) // 3 :]

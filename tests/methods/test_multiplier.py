@@ -8,10 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 pytest.importorskip("transformers")
 from benchmarks.quality.multiplier import corpus
 from benchmarks.quality.multiplier.experiment import QUICK, prepare, retrain, steps_to, summary
+from benchmarks.quality.multiplier.packages import PACKAGES, STUB
+from benchmarks.quality.multiplier.reselection import Reselection, descended
 
 
 @pytest.mark.slow
@@ -20,13 +24,13 @@ def test_the_sets_have_nothing_in_common() -> None:
     sets = [{bytes(row.tolist()) for row in part} for part in (data.pool, data.target, data.validation, data.test)]
     assert [len(s) for s in sets] == [600, 40, 20, 40], "a piece occurs twice"
     assert len(set.union(*sets)) == 700
-    assert 0.05 <= float(np.mean(data.kinds == corpus.TARGET)) <= 0.1
+    assert 0.05 <= float(np.mean(data.of_domain)) <= 0.1
     again = corpus.build(pool=600, target=40, validation=20, test=40, seed=3)
     assert bool((data.pool == again.pool).all())
 
 
 def test_sources_are_without_their_docstrings() -> None:
-    docstrings, rest = corpus._apart('"""One."""\n\ndef f():\n    """Two\n    lines."""\n    return 1\n')
+    docstrings, rest = corpus.apart('"""One."""\n\ndef f():\n    """Two\n    lines."""\n    return 1\n')
     assert docstrings == "One.\n\nTwo\nlines."
     assert rest == "def f():\n    return 1"
 
@@ -50,13 +54,68 @@ def test_too_little_text_is_an_error() -> None:
 
 def test_steps_to_a_loss_and_their_summary() -> None:
     def run(*losses: float) -> dict[str, object]:
-        return {"steps": [10, 20, 30, 40], "losses": list(losses), "kinds": {}, "domain_auroc": 0.5}
+        return {"steps": [10, 20, 30, 40], "losses": list(losses), "domain_share": 0.1, "domain_auroc": 0.5}
 
     runs = {"random": [run(4, 3, 2.5, 2)] * 3, "x": [run(3, 2, 1, 1), run(3, 3, 3, 3), run(2, 2, 1, 1)]}
     assert steps_to(runs["x"][1], 2.0) is None
     random, x = summary(runs)
     assert (random["median_steps"], random["multiplier"]) == (40, 1.0)
     assert (x["steps"], x["median_steps"], x["multiplier"], x["range"]) == ([20, None, 10], 20, 2.0, None)
+
+
+def test_reselection_counts_by_signs_and_orders_the_equal_by_their_derivatives() -> None:
+    gradient = np.array([3.0, 2.0, 1.0, -1.0, -2.0, -3.0])
+    asked: list[np.ndarray] = []
+
+    def at(counts: np.ndarray) -> np.ndarray:
+        asked.append(counts.copy())
+        return gradient
+
+    scores = descended(at, 6, np.random.default_rng(0))
+    assert (asked[0] == 1).all()
+    assert min(counts.min() for counts in asked) == 0  # the harmful ones left, and none owes anything
+    assert (np.abs(np.diff(asked, axis=0)) <= 1).all()
+    assert set(np.argsort(-scores)[:3]) == {0, 1, 2}
+    counts = np.floor(scores)
+    for equal in (np.flatnonzero(counts == count) for count in np.unique(counts)):
+        assert (np.diff(scores[equal]) < 0).all()
+
+
+class Bigrams(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Embedding(256, 256)
+        nn.init.zeros_(self.rows.weight)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.rows(input_ids)
+
+
+def test_a_metagradient_is_what_more_of_a_piece_takes_off_the_targets_loss() -> None:
+    generator = torch.Generator().manual_seed(0)
+    pool, target = (torch.randint(97, 103, (n, 8), generator=generator) for n in (12, 6))
+    pool[:6] = target  # these would be trained on what is asked
+    chosen, counts = Reselection(Bigrams(), pool, target), np.linspace(0.5, 1.5, 12)
+    scores = chosen.gradient(counts)
+
+    def loss(counts: np.ndarray) -> float:
+        logits = chosen.run.train(counts)["rows.weight"].double()[target[:, :-1]]
+        return float(nn.functional.cross_entropy(logits.flatten(0, 1), target[:, 1:].flatten()))
+
+    assert scores[:6].mean() > scores[6:].mean()
+    for piece in (0, 7):
+        h = np.eye(12)[piece] * 0.2
+        np.testing.assert_allclose(scores[piece], (loss(counts - h) - loss(counts + h)) / 0.4, rtol=0.05, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_the_packages_are_another_pool_with_another_domain() -> None:
+    data = corpus.build(600, 40, 20, 40, 3, PACKAGES)
+    assert data.domain == STUB
+    assert 0.05 <= float(np.mean(data.of_domain)) <= 0.1
+    assert len(set(data.kinds)) >= 5
+    library = corpus.build(600, 40, 20, 40, 3)
+    assert not {bytes(row.tolist()) for row in data.pool} & {bytes(row.tolist()) for row in library.pool}
 
 
 @pytest.mark.slow

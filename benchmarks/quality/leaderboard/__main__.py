@@ -78,9 +78,10 @@ def measure(
         "steps": board.run.steps,
         "drops": board.drops,
         "share": board.share,
+        "larger": list(board.larger),
         "metasmoothness": np.round(smoothness, 4).tolist(),
         "query_loss": round(float(truth.base.mean()), 4),
-        "random_drop_raises_loss_by": round(float(truth.rises.mean()), 6),
+        "random_drop_raises_loss_by": round(float(truth.removals[board.share].rises.mean()), 6),
         "methods": rows,
         "absent": {**missing, **failed},
     }

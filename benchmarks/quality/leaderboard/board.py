@@ -54,6 +54,7 @@ class Board:
         bank: what trainings gave.
         epoch: steps of one.
         share, drops: how much of the pool is dropped, how often.
+        larger: shares of which as many drops are judged by beside.
         at_once: trainings in one tensor.
         texts: of the pool, and of the queries; None: the rows are no texts.
         gold: by query, the rows that state its fact.
@@ -70,6 +71,7 @@ class Board:
     epoch: int
     share: float = 0.01
     drops: int = 100
+    larger: Sequence[float] = ()
     at_once: int = 50
     texts: tuple[Sequence[str], Sequence[str]] | None = None
     gold: Mapping[int, Sequence[int]] = field(default_factory=dict)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ class Digits:
     steps: int = 120
     share: float = 0.01
     drops: int = 100
+    larger: Sequence[float] = (0.05, 0.1)
     members: int = 5
 
 
@@ -40,7 +41,7 @@ DIGITS = Digits("digits", "MLP 64–32–10 on digits, GELU, AdamW .01", nn.GELU
 SGD_DIGITS = Digits("digits-sgd", "MLP 64–32–10 on digits, tanh, SGD .1", nn.Tanh, "sgd", 0.1)
 ROUGH = Digits("digits-rough", "MLP 64–32–10 on digits, tanh, AdamW .1 (rough)", nn.Tanh, "adamw", 0.1)
 QUICK = Digits(
-    "digits-quick", "the same, small", nn.GELU, "adamw", 0.01, 200, 8, steps=32, share=0.1, drops=32, members=3
+    "digits-quick", "the same, small", nn.GELU, "adamw", 0.01, 200, 8, 32, share=0.1, drops=32, larger=(), members=3
 )
 
 
@@ -80,6 +81,7 @@ def build(setting: Digits, root: Path) -> Board:
         epoch,
         share=setting.share,
         drops=setting.drops,
+        larger=setting.larger,
     )
 
 

@@ -22,26 +22,40 @@ AGAINST = ("EK-FAC", "BM25")  # what every row is compared with, beside its riva
 
 
 @dataclass(frozen=True)
-class Truth:
-    """What retraining says of a board.
+class Removals:
+    """What retraining without a share of the rows did.
 
     Attributes:
         drops: (R, n) rows, drawn once.
         rises: (R, Q) of the queries' losses after them.
-        base: (Q,) losses of the run.
     """
 
     drops: torch.Tensor
     rises: Array
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What retraining says of a board.
+
+    Attributes:
+        removals: by share.
+        base: (Q,) losses of the run.
+    """
+
+    removals: Mapping[float, Removals]
     base: Array
 
 
 def truth_of(board: Board, at_once: int) -> Truth:
     """From the bank, or trained."""
-    generator, size = torch.Generator().manual_seed(1), max(1, round(board.share * board.size))
-    drops = torch.stack([torch.randperm(board.size, generator=generator)[:size] for _ in range(board.drops)])
-    found = losses_without(board, [(), *(_rows(row) for row in drops)], at_once)
-    return Truth(drops, found[1:] - found[0], found[0])
+    generator, drops = torch.Generator().manual_seed(1), dict[float, torch.Tensor]()
+    for share in (board.share, *board.larger):
+        orders = [torch.randperm(board.size, generator=generator) for _ in range(board.drops)]
+        drops[share] = torch.stack(orders)[:, : max(1, round(share * board.size))]
+    found = losses_without(board, [(), *(_rows(row) for own in drops.values() for row in own)], at_once)
+    rises = (found[1:] - found[0]).reshape(len(drops), board.drops, -1)
+    return Truth({s: Removals(own, r) for (s, own), r in zip(drops.items(), rises, strict=True)}, found[0])
 
 
 def judged(
@@ -64,12 +78,13 @@ def judged(
     rows: dict[str, dict[str, Any]] = {}
     draws: dict[str, dict[str, Array]] = {}
     for label, score in scores.items():
-        value, of_lds = lds(score, truth.drops, truth.rises, RESAMPLES // 5)
+        predicted, of_lds = _predicted(score, truth.removals[board.share])
         best = np.argsort(-score, 0, kind="stable")[:TAIL]
         of_tail = np.take_along_axis(tails, best, 0).mean(0)
         draws[label] = {"lds": of_lds}
         rows[label] = {
-            "lds": {"value": round(value, 4), "interval": interval(of_lds)},
+            "lds": predicted,
+            "larger": {f"{share:g}": _predicted(score, truth.removals[share])[0] for share in board.larger},
             "tail": {"value": float(f"{of_tail.mean():.4g}"), "interval": _interval(_means(of_tail), 9)},
             **({"recall": recall(score, board.gold)} if board.gold else {}),
         }
@@ -90,6 +105,15 @@ def judged(
             for other in others
         }
     return rows
+
+
+def _predicted(score: Array, removals: Removals) -> tuple[dict[str, Any], Array]:
+    """The LDS with its interval, ``slope``: by how much the rises are more than Σ score of the dropped, by least
+    squares, which says something of scores in the loss' units; and the LDS' resamples."""
+    value, draws = lds(score, removals.drops, removals.rises, RESAMPLES // 5)
+    guess = np.stack([score[rows].sum(0) for rows in removals.drops.numpy()])
+    slope = float((guess * removals.rises).sum() / (guess * guess).sum())
+    return {"value": round(value, 4), "interval": interval(draws), "slope": float(f"{slope:.4g}")}, draws
 
 
 def _top_rises(board: Board, truth: Truth, scores: Mapping[str, Array], n: int | None) -> dict[str, Array]:

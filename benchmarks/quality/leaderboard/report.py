@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from assay._json import dumps
 from benchmarks.timing import RESULTS, machine
 
 STEM = "quality-leaderboard"
-PAGE = Path(__file__).parents[3] / "docs/leaderboard.md"
+DOCS = Path(__file__).parents[3] / "docs"
+PAGES = ("leaderboard.md", "methods/magic.md", "methods/source.md")
+MARK = re.compile(r"(<!-- (?P<board>[\w-]+)(?:: (?P<labels>[^\n]*))? -->\n).*?(<!-- end of (?P=board) -->)", re.DOTALL)
 PICTURE = f"![LDS and QLD of every row](../benchmarks/results/{STEM}.png)\n"
 UNMEASURED = "not measured so far"
+NOT_TAKEN = "not taken"
 COLOURS = {"assay": "tab:blue", "peer": "tab:orange", "control": "tab:gray"}
 
 
@@ -67,7 +71,7 @@ def _setting(case: Mapping[str, Any]) -> str:
 
 def _told(found: Mapping[str, Any] | None, digits: int = 3) -> str:
     if found is None:
-        return "not taken"
+        return NOT_TAKEN
     low, high = found["interval"]
     return f"{found['value']:.{digits}f} [{low:.{digits - 1}f}, {high:.{digits - 1}f}]"
 
@@ -100,13 +104,17 @@ def figure(cases: Sequence[Mapping[str, Any]], path: Path) -> None:
     """LDS and QLD of every row with their intervals, a pair of panels for each board."""
     import matplotlib.pyplot as plt
 
-    height = max(len(case["methods"]) for case in cases)
-    panels, axes = plt.subplots(
-        1, 2 * len(cases), figsize=(7.5 * len(cases), 1 + 0.24 * height), squeeze=False, layout="constrained"
-    )
-    for i, case in enumerate(cases):
+    height, across = max(len(case["methods"]) for case in cases), min(2, len(cases))
+    down = -(-len(cases) // across)
+    size = (7.5 * across, down * (1 + 0.24 * height))
+    panels, axes = plt.subplots(down, 2 * across, figsize=size, squeeze=False, layout="constrained")
+    pairs = axes.reshape(-1, 2)
+    for pair in pairs[len(cases) :]:
+        for axis in pair:
+            axis.set_axis_off()
+    for case, pair in zip(cases, pairs, strict=False):
         rows = ranked(case)[::-1]
-        for axis, measure, name in ((axes[0, 2 * i], "lds", "LDS"), (axes[0, 2 * i + 1], "qld", "QLD, top 1 %")):
+        for axis, measure, name in zip(pair, ("lds", "qld"), ("LDS", "QLD, top 1 %"), strict=True):
             for y, (_, row) in enumerate(rows):
                 if measure not in row:
                     continue
@@ -117,9 +125,9 @@ def figure(cases: Sequence[Mapping[str, Any]], path: Path) -> None:
             axis.grid(axis="x", alpha=0.3)
             axis.set(xlabel=f"{name}, 95 % interval", ylim=(-0.7, len(rows) - 0.3))
             axis.set_yticks(range(len(rows)), [label for label, _ in rows] if measure == "lds" else [], fontsize=7)
-        axes[0, 2 * i].set_title(case["name"])
+        pair[0].set_title(case["name"])
     handles = [plt.Line2D([], [], color=colour, marker="o", label=kind) for kind, colour in COLOURS.items()]
-    axes[0, 1].legend(handles=handles, fontsize=7, loc="lower right")
+    pairs[0][1].legend(handles=handles, fontsize=7, loc="lower right")
     panels.savefig(path, dpi=110)
     plt.close(panels)
 
@@ -146,28 +154,51 @@ def write(cases: Sequence[Mapping[str, Any]], seconds: float, labels: Iterable[s
                 )
             absent = {label: why for label, why in there["absent"].items() if label not in case["methods"]}
             methods = {label: row for label, row in there["methods"].items() if label not in case["absent"]}
-            whole = {**there, "absent": absent | case["absent"], "methods": methods | case["methods"]}
+            methods |= case["methods"]
+            whole = {**there, "larger": case["larger"], "absent": absent | case["absent"], "methods": methods}
         unknown = {label: UNMEASURED for label in labels if label not in whole["methods"]}
         kept[case["name"]] = {**whole, "absent": unknown | whole["absent"]}
     path.write_text(dumps({"seconds": round(seconds, 1), "cases": list(kept.values())}, indent=1) + "\n")
     figure(list(kept.values()), path.with_suffix(".png"))
-    page(list(kept.values()))
+    for page in PAGES:
+        text = (DOCS / page).read_text(encoding="utf-8")
+        (DOCS / page).write_text(filled(text, kept), encoding="utf-8")
 
 
-# ---- The page
+# ---- The pages
 
 
-def page(cases: Sequence[Mapping[str, Any]]) -> None:
-    """Put each board's tables between the page's marks for it, if it has some."""
-    text = PAGE.read_text(encoding="utf-8")
-    if PICTURE not in text:
-        text = text.replace("<!-- figure -->\n", f"<!-- figure -->\n{PICTURE}")
-    for case in cases:
-        begin, end = f"<!-- {case['name']} -->\n", f"<!-- end of {case['name']} -->"
-        if begin in text:
-            before, rest = text.split(begin)
-            text = before + begin + markdown(case) + end + rest.split(end)[1]
-    PAGE.write_text(text, encoding="utf-8")
+def filled(page: str, cases: Mapping[str, Mapping[str, Any]]) -> str:
+    """A page with the boards' tables between its marks: whole ones after ``<!-- board -->``, and after
+    ``<!-- board: label; label -->`` these rows with larger drops."""
+
+    def fill(found: re.Match[str]) -> str:
+        begin, board, labels, end = found.groups()
+        if board not in cases:
+            return found[0]
+        table = markdown(cases[board]) if labels is None else excerpt(cases[board], labels.split("; "))
+        return begin + table + end
+
+    if PICTURE not in page:
+        page = page.replace("<!-- figure -->\n", f"<!-- figure -->\n{PICTURE}")
+    return MARK.sub(fill, page)
+
+
+def excerpt(case: Mapping[str, Any], labels: Sequence[str]) -> str:
+    """A board's setting in a line, and some of its rows: LDS of small and of larger drops, QLD, seconds."""
+    larger = case.get("larger", ())  # a board, and a row, that was measured before has none
+    columns = ["", *(f"LDS, {share:.0%} dropped" for share in (case["share"], *larger)), "QLD", "s"]
+    lines = [_setting(case), "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    rows = dict(ranked(case))
+    if unknown := [label for label in labels if label not in rows]:
+        raise ValueError(f"{case['name']}: no row {unknown[0]!r}; expected some of {list(rows)}")
+    for label in (label for label in rows if label in labels):
+        row = rows[label]
+        found = [row["lds"], *(row.get("larger", {}).get(f"{share:g}") for share in larger)]
+        cells = [label, *(_told(each) if each else "" for each in found)]
+        cells += [f"{row['qld']['value']:.3f}" if "qld" in row else NOT_TAKEN, f"{row['seconds']:.1f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def markdown(case: Mapping[str, Any]) -> str:

@@ -149,7 +149,7 @@ def _strings(ids: Tensor) -> list[str]:
 def build(setting: Text, root: Path) -> Board:
     """The board, with its bank under ``root``. Docstrings are of modules of which no other piece is in another part."""
     drawn = corpus.build(6000, 384, 16, max(setting.queries, 16), 0)
-    domain = torch.from_numpy(drawn.kinds == corpus.TARGET)
+    domain = torch.from_numpy(drawn.of_domain)
     planted_ = planted(setting.facts, 0)
     others = drawn.pool[~domain][:, :LENGTH].long()
     pieces = torch.cat([drawn.pool[domain], drawn.target])[:, :LENGTH].long()

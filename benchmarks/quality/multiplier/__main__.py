@@ -1,17 +1,18 @@
 """How many training steps does a selection save? ``python -m benchmarks.quality.multiplier``.
 
 A small byte-level language model is trained on a fifth of a mixture of real text, chosen by each method for a target
-domain that is 8 % of it. The goal is the loss on that domain's held-out modules with which a random fifth ends; the
-table says after how many steps each selection gets there. ``--quick`` is a two-minute version.
+domain that is 8 % of it. The goal is the loss on that domain's held-out files with which a random fifth ends; the table
+says after how many steps each selection gets there. ``--mixture packages`` is another pool with another domain, on
+which nothing was chosen. ``--quick`` is a small version.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -21,21 +22,20 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import timing
-from benchmarks.quality.multiplier import corpus
-from benchmarks.quality.multiplier.experiment import QUICK, Prepared, Sizes, prepare, retrain, summary
+from benchmarks.quality.multiplier import corpus, selections
+from benchmarks.quality.multiplier.experiment import MIXTURES, QUICK, Prepared, Sizes, prepare, retrain, summary
 
 Runs = dict[str, list[dict[str, Any]]]
 
 
-def run(sizes: Sizes, seeds: int, workers: int) -> tuple[list[Prepared], Runs]:
-    """Every selection with every seed, in ``workers`` processes of one thread each."""
+def run(sizes: Sizes, seeds: int, workers: int, names: Sequence[str]) -> tuple[list[Prepared], Runs]:
+    """Each selection with every seed, in ``workers`` processes of one thread each."""
     console = Console()
     processes = ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,))
     with processes as pool:
         start = time.perf_counter()
-        prepared = list(pool.map(prepare, [sizes] * seeds, range(seeds)))
+        prepared = list(pool.map(prepare, [sizes] * seeds, range(seeds), [names] * seeds))
         console.print(f"{seeds} pools scored in {time.perf_counter() - start:.0f} s")
-        names = list(prepared[0].scored)
         jobs = [(seed, name) for name in names for seed in range(seeds)]
         results = pool.map(
             retrain,
@@ -104,28 +104,35 @@ def plot(runs: Runs, rows: list[Mapping[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one seed of the sizes that the test suite runs")
+    parser.add_argument("--quick", action="store_true", help="the sizes that the test suite runs")
+    parser.add_argument("--mixture", choices=list(MIXTURES), default="library")
+    some = f"some of {', '.join(selections.NAMES)} beside random; shown, and not written"
+    parser.add_argument("--only", nargs="+", choices=selections.NAMES, default=[], metavar="SELECTION", help=some)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
-    sizes, seeds = (QUICK, 1) if arguments.quick else (Sizes(), arguments.seeds)
+    sizes, seeds = replace(QUICK if arguments.quick else Sizes(), mixture=arguments.mixture), arguments.seeds
+    names = [name for name in selections.NAMES if not arguments.only or name in ("random", *arguments.only)]
     start = time.perf_counter()
-    prepared, runs = run(sizes, seeds, arguments.workers)
+    prepared, runs = run(sizes, seeds, arguments.workers, names)
     rows = summary(runs)
     for row in rows:
         row["scoring_seconds"] = round(max(p.scored[row["selection"]].seconds for p in prepared), 1)
     show(rows, sizes, seeds)
+    if arguments.only:
+        return
     case = {
         "sizes": asdict(sizes),
         "seeds": seeds,
         "bytes_per_piece": corpus.LENGTH,
-        "shares_of_the_pool": corpus.SHARES,
+        "shares_of_the_pool": dict(MIXTURES[sizes.mixture].shares),
         "seconds": round(time.perf_counter() - start),
         "proxy_warm_up_seconds": [round(p.warm_up_seconds, 1) for p in prepared],
         "summary": rows,
         "runs": runs,
     }
-    path = timing.write("multiplier-quick" if arguments.quick else "multiplier", [case])
+    parts = ["multiplier"] + ["quick"] * arguments.quick + [sizes.mixture] * (sizes.mixture != "library")
+    path = timing.write("-".join(parts), [case])
     print("written to", path.name)
     try:
         plot(runs, rows, path.with_suffix(".png"))

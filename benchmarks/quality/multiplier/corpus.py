@@ -1,8 +1,8 @@
-"""A mixture of real text that a Python installation with the project's requirements has, cut into pieces of bytes.
+"""Mixtures of real text that a Python installation with the project's requirements has, cut into pieces of bytes.
 
-The target domain is docstrings of the standard library. Its modules are divided, by module, among the pool, the target
-set that methods see, a validation set and the test set. Sources are in the pool without their docstrings, so that
-nothing of the target and test sets is in it, and identical pieces occur once.
+The files of the target domain are divided among the pool, the target set that methods see, a validation set and the
+test set; identical pieces occur once. The first mixture's domain is docstrings of the standard library; sources are in
+its pool without their docstrings, so that nothing of the target and test sets is in it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import importlib.metadata
 import sys
 import sysconfig
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,32 +26,55 @@ from torch import Tensor
 LENGTH = 128  # bytes of a piece
 PER_FILE = 60  # pieces: no single file makes up a kind
 TARGET = "docstring"
-# Of the pool. A kind that the machine lacks leaves its share to the others.
+# Of the pool.
 SHARES = {TARGET: 8, "manual": 4, "readme": 10, "source": 22, "test": 20, "header": 14, "table": 10, "record": 12}
-# Of the modules with docstrings, by split. The pool gets the most: it must hold its share of the domain.
+# Of the files of the domain, by split. The pool gets the most: it must hold its share of the domain.
 SPLITS = {"pool": 0.6, "target": 0.15, "validation": 0.05, "test": 0.2}
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """Kinds of text.
+
+    Attributes:
+        domain: the kind that is the target.
+        shares: of the pool, by kind. A kind that the machine lacks leaves its share to the others.
+        texts: the kind and the text of every file.
+    """
+
+    domain: str
+    shares: Mapping[str, int]
+    texts: Callable[[], Iterator[tuple[str, str]]]
+
+
+@dataclass(frozen=True)
 class Corpus:
-    """Pieces of text as bytes, (N, LENGTH) int64, and the kind of each of the pool's."""
+    """Pieces of text as bytes, (N, LENGTH) int64, the kind of each of the pool's, and which kind is the domain."""
 
     pool: Tensor
     kinds: NDArray[np.str_]
+    domain: str
     target: Tensor
     validation: Tensor
     test: Tensor
 
+    @property
+    def of_domain(self) -> NDArray[np.bool_]:
+        """(N,): which pieces of the pool are."""
+        found: NDArray[np.bool_] = self.kinds == self.domain
+        return found
 
-def build(pool: int, target: int, validation: int, test: int, seed: int) -> Corpus:
-    """A random mixture in the proportions of ``SHARES``; every seed divides the target domain's modules anew.
+
+def build(pool: int, target: int, validation: int, test: int, seed: int, mixture: Mixture | None = None) -> Corpus:
+    """A random pool in the mixture's proportions (the library's, if none is given); every seed divides the target
+    domain's files anew.
 
     Raises:
         ValueError: the machine has too little text for these sizes.
     """
-    rng = np.random.default_rng(seed)
-    by_kind = {kind: files for kind, files in _files().items() if files}
-    domain = by_kind.pop(TARGET)
+    rng, mixture = np.random.default_rng(seed), mixture or LIBRARY
+    by_kind = {kind: own for kind, own in files(mixture).items() if own}
+    domain = by_kind.pop(mixture.domain)
     order = rng.permutation(len(domain))
     edges = np.cumsum([round(share * len(domain)) for share in SPLITS.values()])[:-1]
     parts = dict(zip(SPLITS, ([domain[i] for i in part] for part in np.split(order, edges)), strict=True))
@@ -60,15 +83,15 @@ def build(pool: int, target: int, validation: int, test: int, seed: int) -> Corp
         name: _draw(parts[name], size, seen, rng, f"{name} set")
         for name, size in (("test", test), ("target", target), ("validation", validation))
     }
-    by_kind[TARGET] = parts["pool"]
-    total = sum(SHARES[kind] for kind in by_kind)
+    by_kind[mixture.domain] = parts["pool"]
+    total = sum(mixture.shares[kind] for kind in by_kind)
     pieces, kinds = [], []
     for kind in sorted(by_kind):
-        drawn = _draw(by_kind[kind], round(pool * SHARES[kind] / total), seen, rng, f"pool's share of {kind}")
+        drawn = _draw(by_kind[kind], round(pool * mixture.shares[kind] / total), seen, rng, f"pool's share of {kind}")
         pieces.append(drawn)
         kinds += [kind] * len(drawn)
     shuffled = rng.permutation(len(kinds))
-    return Corpus(torch.cat(pieces)[shuffled], np.array(kinds)[shuffled], **held_out)
+    return Corpus(torch.cat(pieces)[shuffled], np.array(kinds)[shuffled], mixture.domain, **held_out)
 
 
 def _draw(files: list[bytes], count: int, seen: set[bytes], rng: np.random.Generator, what: str) -> Tensor:
@@ -89,15 +112,20 @@ def _draw(files: list[bytes], count: int, seen: set[bytes], rng: np.random.Gener
     return torch.from_numpy(np.frombuffer(b"".join(chosen), np.uint8).reshape(count, LENGTH).astype(np.int64))
 
 
+def files(mixture: Mixture) -> dict[str, list[bytes]]:
+    """Kind -> the text of each of its files, in the order of the shares."""
+    found = _by_kind(mixture.texts)
+    return {kind: found.get(kind, []) for kind in mixture.shares}
+
+
 @functools.cache
-def _files() -> dict[str, list[bytes]]:
-    """Kind -> the text of each of its files."""
-    files: dict[str, list[bytes]] = {kind: [] for kind in SHARES}
-    for kind, text in _texts():
+def _by_kind(texts: Callable[[], Iterator[tuple[str, str]]]) -> dict[str, list[bytes]]:
+    found: dict[str, list[bytes]] = {}
+    for kind, text in texts():
         data = text.encode("utf-8", errors="replace")
         if len(data) >= LENGTH:
-            files[kind].append(data)
-    return {kind: _without_copies(texts) for kind, texts in files.items()}
+            found.setdefault(kind, []).append(data)
+    return {kind: _without_copies(own) for kind, own in found.items()}
 
 
 def _without_copies(texts: list[bytes]) -> list[bytes]:
@@ -117,7 +145,7 @@ def _texts() -> Iterator[tuple[str, str]]:
         if {"test", "tests"} & set(inside):
             yield "test", source
             continue
-        docstrings, rest = _apart(source)
+        docstrings, rest = apart(source)
         yield TARGET, docstrings
         yield "source", rest
     import pydoc_data.topics
@@ -146,7 +174,7 @@ def _headers() -> Path:
     return Path(torch.__file__).parent / "include"
 
 
-def _apart(source: str) -> tuple[str, str]:
+def apart(source: str) -> tuple[str, str]:
     """A module's docstrings, and its source without them."""
     try:
         tree = ast.parse(source)
@@ -161,3 +189,6 @@ def _apart(source: str) -> tuple[str, str]:
             first = node.body[0]
             lines[first.lineno - 1 : first.end_lineno] = [""] * (first.end_lineno - first.lineno + 1)
     return "\n\n".join(found), "\n".join(line for line in lines if line.strip())
+
+
+LIBRARY = Mixture(TARGET, SHARES, _texts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +11,12 @@ import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
 
-from benchmarks.quality.multiplier import corpus, model, selections
+from benchmarks.quality.multiplier import corpus, model, packages, selections
 from benchmarks.quality.multiplier.model import Shape
 from benchmarks.quality.multiplier.selections import Scored
 
 MODEL, PROXY = Shape(layers=4, width=160), Shape(layers=2, width=96)  # 1.3 and 0.26 million parameters
+MIXTURES = {"library": corpus.LIBRARY, "packages": packages.PACKAGES}
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,10 @@ class Sizes:
     proxy: Shape = PROXY
     warm_up: int = 300  # steps of the proxy
     checkpoints: int = 2
+    mixture: str = "library"  # a name of ``MIXTURES``
 
     def corpus(self, seed: int) -> corpus.Corpus:
-        return corpus.build(self.pool, self.target, self.validation, self.test, seed)
+        return corpus.build(self.pool, self.target, self.validation, self.test, seed, MIXTURES[self.mixture])
 
 
 # What the test suite runs: the same code, a tenth of the work.
@@ -59,8 +62,8 @@ class Prepared:
     warm_up_seconds: float
 
 
-def prepare(sizes: Sizes, seed: int, names: tuple[str, ...] | None = None) -> Prepared:
-    """Score the pool with every method, or with the named ones."""
+def prepare(sizes: Sizes, seed: int, names: Sequence[str]) -> Prepared:
+    """Score the pool with the named methods."""
     data = sizes.corpus(seed)
     proxy = selections.warm_up(sizes.proxy, data, sizes.warm_up, sizes.checkpoints, seed)
     return Prepared(selections.score(data, proxy, seed, names), proxy.seconds)
@@ -79,8 +82,9 @@ def retrain(sizes: Sizes, seed: int, scores: selections.Scores) -> dict[str, Any
     return {
         "steps": steps,
         "losses": [round(value, 5) for value in losses],
+        "domain_share": round(float(data.of_domain[chosen].mean()), 4),
         "kinds": {str(k): round(int(c) / len(chosen), 4) for k, c in zip(kinds, counts, strict=True)},
-        "domain_auroc": round(float(roc_auc_score(data.kinds == corpus.TARGET, np.nan_to_num(scores))), 4),
+        "domain_auroc": round(float(roc_auc_score(data.of_domain, np.nan_to_num(scores))), 4),
     }
 
 
@@ -113,7 +117,7 @@ def summary(runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
                 "range": [min(reached), max(reached)] if len(reached) == len(steps) else None,
                 "multiplier": None if np.isinf(median) else round(budget / median, 2),
                 "final_loss": {"median": statistics.median(final), "range": [min(final), max(final)]},
-                "domain_share": statistics.median(run["kinds"].get(corpus.TARGET, 0.0) for run in mine),
+                "domain_share": statistics.median(run["domain_share"] for run in mine),
                 "domain_auroc": statistics.median(run["domain_auroc"] for run in mine),
             }
         )

@@ -23,8 +23,9 @@ from assay.methods.base import Method
 from assay.methods.influence import Influence, Kernel
 from assay.ops import Kronecker
 from assay.tasks import CausalLM
-from benchmarks.quality.multiplier import corpus, model
+from benchmarks.quality.multiplier import model
 from benchmarks.quality.multiplier.corpus import Corpus
+from benchmarks.quality.multiplier.reselection import Reselection
 
 Scores = NDArray[np.float64]
 BATCH = 64
@@ -66,25 +67,12 @@ def warm_up(shape: model.Shape, data: Corpus, steps: int, count: int, seed: int)
     return Proxy(kept, best.model, time.perf_counter() - start)
 
 
-def score(data: Corpus, proxy: Proxy, seed: int, names: Sequence[str] | None = None) -> dict[str, Scored]:
-    """Every selection's preference, or the named ones'. Where several come from one pass, each has its seconds."""
-    rng = np.random.default_rng(seed + 2000)
-    makers: dict[str, Callable[[], Scores]] = {
-        "random": lambda: rng.random(len(data.pool)),
-        "domain labels (oracle)": lambda: (data.kinds == corpus.TARGET) + rng.random(len(data.pool)) / 2,
-        "n-grams (DSIR)": lambda: dsir(data, rng),
-        "classifier": lambda: classifier(data, rng),
-        "reference loss": lambda: -_run(Ensemble([proxy.reference], CausalLM()), data, "ensemble_nll"),
-        "RHO": lambda: _rho(data, proxy),
-        "mimic": lambda: _run(GradMimic(proxy.last.model, proxy.reference, CausalLM()), data, "mimic"),
-        "gradient cosine": lambda: _run(_cosine(data, proxy), data, "cosine"),
-        "LESS": lambda: _run(_less(data, proxy), data, "less"),
-        "DsDm": lambda: _run(_dsdm(data, proxy), data, "dsdm"),
-    }
-    found = {}
-    for name in makers if names is None else names:
+def score(data: Corpus, proxy: Proxy, seed: int, names: Sequence[str]) -> dict[str, Scored]:
+    """The named selections' preferences. Where several come from one pass, each has its seconds."""
+    rng, found = np.random.default_rng(seed + 2000), {}
+    for name in names:
         start = time.perf_counter()
-        scores = makers[name]()
+        scores = MAKERS[name](data, proxy, rng)
         found[name] = Scored(scores, time.perf_counter() - start)
     return found
 
@@ -112,8 +100,12 @@ def _dsdm(data: Corpus, proxy: Proxy) -> Influence:
     return DsDm([c.model for c in proxy.checkpoints], CausalLM(), _target(data), name="dsdm")
 
 
+def _reselection(data: Corpus, proxy: Proxy) -> Reselection:
+    return Reselection(proxy.last.model, data.pool, data.target)
+
+
 def _target(data: Corpus) -> dict[str, list[dict[str, torch.Tensor]]]:
-    return {corpus.TARGET: [{"input_ids": x} for x in data.target.split(BATCH)]}
+    return {data.domain: [{"input_ids": x} for x in data.target.split(BATCH)]}
 
 
 def dsir(data: Corpus, rng: np.random.Generator) -> Scores:
@@ -151,3 +143,21 @@ def _run(method: Method, data: Corpus, column: str) -> Scores:
         # The pool is in random order. Fewer samples would overfit the second moment.
         method.fit(stream[: -(-SAMPLES_PER_NUMBER * method.sketch.dim // BATCH)])
     return assay.score(stream, [method])[column].to_numpy().astype(np.float64)
+
+
+Maker = Callable[[Corpus, Proxy, np.random.Generator], Scores]
+MAKERS: dict[str, Maker] = {
+    "random": lambda data, proxy, rng: rng.random(len(data.pool)),
+    "domain labels (oracle)": lambda data, proxy, rng: data.of_domain + rng.random(len(data.pool)) / 2,
+    "n-grams (DSIR)": lambda data, proxy, rng: dsir(data, rng),
+    "classifier": lambda data, proxy, rng: classifier(data, rng),
+    "reference loss": lambda data, proxy, rng: -_run(Ensemble([proxy.reference], CausalLM()), data, "ensemble_nll"),
+    "RHO": lambda data, proxy, rng: _rho(data, proxy),
+    "mimic": lambda data, proxy, rng: _run(GradMimic(proxy.last.model, proxy.reference, CausalLM()), data, "mimic"),
+    "gradient cosine": lambda data, proxy, rng: _run(_cosine(data, proxy), data, "cosine"),
+    "LESS": lambda data, proxy, rng: _run(_less(data, proxy), data, "less"),
+    "DsDm": lambda data, proxy, rng: _run(_dsdm(data, proxy), data, "dsdm"),
+    "MAGIC": lambda data, proxy, rng: _reselection(data, proxy).gradient(np.ones(len(data.pool))),
+    "MGD": lambda data, proxy, rng: _reselection(data, proxy).descended(rng),
+}
+NAMES = list(MAKERS)

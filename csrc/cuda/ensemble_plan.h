@@ -37,8 +37,8 @@ constexpr int64_t KEPT_BYTES = 72 << 10, KEPT_BYTES_LAST = 110 << 10;
 constexpr int CLUSTER_SIZES[] = {1, 2, 4, 8, 16};
 
 // Rows that are read twice: 16 blocks each (8 where clusters end there), so that few rows are in flight and their logits
-// still lie in L2 when the second sweep comes. Rows in flight hold at most this share of L2; the rest is for what
-// streams through besides.
+// still lie in L2 when the second sweep comes. Rows in flight hold at most this share of L2: on an H100, 0.95 took 0.75 of the
+// time of 0.6 at 2.4 MB a row, and nowhere more.
 constexpr int TWICE_SLICES = 16;
 constexpr double TWICE_L2_SHARE = 0.95;
 // Of rows so long that an SM has a single block of them, which then has more warps. On an H100, 8 warps took 0.90 of 16
@@ -143,12 +143,12 @@ struct Layout {
   int64_t firsts;  // int (K, row_groups): of a wide row, the group's first chunk with its maximum; of narrow ones, where
                    // the model's tile begins
   int64_t parts;   // Mixture (row_groups): of the wide row before
-  int64_t mixed_row;  // int64_t: which that was, or -1
-  int64_t sums;    // the Sums of narrow rows
+  int64_t mixed_row;  // int64_t: which row that was, or -1
+  int64_t sums;       // the Sums of narrow rows
   int64_t bytes;
 };
 
-// What is known of a row when its logits have been gone through, for finish_row: in a block's memory if narrow, else in
+// What is known of a row when its logits have been gone through, for FinishRow: in a block's memory if narrow, else in
 // the workspace, where a kernel with a thread per row takes it up.
 struct Sums {
   State* models;      // (K, rows)

@@ -4,7 +4,7 @@
 // columns in chunks. The logits are gone through twice at most:
 //   1. every model's softmax is summed; the parts of a wide row meet, once per row
 //   2. the groups mix the models over their own columns
-// and finish_row makes the fields of the sums: a block's own threads, if rows are narrow, else another kernel, so that no
+// and FinishRow makes the fields of the sums: a block's own threads, if rows are narrow, else another kernel, so that no
 // row waits for what a single thread does. A single model is its own mixture: its sweep leaves the label's column out.
 // A group's lanes share one maximum, so that their sums are added as they are. Every sum has an order given by the plan:
 // the same bits on every run.
@@ -83,7 +83,7 @@ class EnsembleRows {
       if (p.todo.tops) find_tops();
     }
     if constexpr (MIXTURE) sweep_mixture();
-    parity ^= 1;
+    parity ^= 1;  // of live rows: others meet nobody
     if constexpr (NARROW) {
       crew.sync_block();
       const int64_t it = n - row + crew.thread;
@@ -352,7 +352,7 @@ class EnsembleRows {
 
   // ---- argmax per model -----------------------------------------------------------------------------------------------
 
-  // The first slot that holds m; SLOTS if none does.
+  // The first slot that holds m; their count if none does.
   ASSAY_HD int first_slot(const Part& r_part, float m) const {
     int slot = S::COUNT;
     each_logit(r_part, [&](int i, float z) { slot = z == m && i < slot ? i : slot; });

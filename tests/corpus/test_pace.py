@@ -105,7 +105,7 @@ def test_an_object_store_has_times_and_no_claim(scored):
 def test_in_the_middle_of_a_run(project, monkeypatch, capsys):
     monkeypatch.chdir(project.root)
     project.write_shard("c.jsonl", make_rows(10, 2))
-    score, said = local.score_anew_or_stored, []
+    score, said = local.score_unit, []
 
     def looked_at(workshop, shard, *arguments):
         for options in ([], ["--json"]):
@@ -115,7 +115,7 @@ def test_in_the_middle_of_a_run(project, monkeypatch, capsys):
         time.sleep(0.02)
         return score(workshop, shard, *arguments)
 
-    monkeypatch.setattr(local, "score_anew_or_stored", looked_at)
+    monkeypatch.setattr(local, "score_unit", looked_at)
     run(load_recipe(str(project.path)))
     assert "a run is writing into it; rows/s unknown, left unknown, since the last table unknown" in said[0]
     begun, last = json.loads(said[1]), json.loads(said[5])

@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 
 from assay.engine import fitting, pool, shard, worker
-from assay.engine.shard import score_anew_or_stored, score_windows
+from assay.engine.reranking import score_unit
+from assay.engine.shard import score_windows
 from assay.recipe import models
 
 SMALL_WINDOW, SMALL_PART = 90, 7
@@ -45,7 +46,7 @@ def _patched(connection, name: str, forever: bool) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return score(workshop, what, *arguments, **options)
 
-    worker.score_anew_or_stored = partial(deadly, score_anew_or_stored)
+    worker.score_unit = partial(deadly, score_unit)
     worker.score_part = partial(deadly, worker.score_part)
     worker.serve(connection, setup)
 

@@ -145,6 +145,6 @@ def test_members_of_a_shape_that_no_model_takes_are_missing_in_their_group() -> 
 
 @pytest.mark.parametrize(("group", "units"), [(None, 4), (64, 1)])
 def test_a_large_shard_of_groups_is_one_unit_of_work(group: int | None, units: int) -> None:
-    plan: Any = SimpleNamespace(recipe=SimpleNamespace(task=SimpleNamespace(group_rows=group)))
+    plan: Any = SimpleNamespace(recipe=SimpleNamespace(task=SimpleNamespace(group_rows=group)), shortlist=None)
     shard: Any = "a.parquet"
     assert units_at_most(plan, {shard: 10**12}, 4) == units

@@ -97,6 +97,20 @@ def test_numbers_of_rows(n: int, c: int, device: torch.device) -> None:
             assert_same(value, getattr(full, field), f"{field} without labels")
 
 
+def test_more_rows_than_a_launch_takes(device: torch.device) -> None:
+    """Their sums are kept in 64 MiB; rows on both sides of where a launch ends are those of a call of their own."""
+    n, c = here((900_000, 257), (50, 257))
+    needs_memory(3)
+    z = torch.randn(2, n, c, device=device, dtype=torch.bfloat16)
+    labels = torch.randint(c, (n,), device=device)
+    got = ensemble_stats(z, labels)
+    for begin in range(0, n, max(1, n // 20)):
+        few = slice(begin, begin + 2)
+        want = ensemble_stats(z[:, few], labels[few])
+        for field in FIELDS:
+            assert_same(getattr(got, field)[few], getattr(want, field), f"rows from {begin}, {field}")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("c", here([10, 100, 1000, 32_000, 128_256], [10, 1000]))
 def test_any_strides(c: int, dtype: torch.dtype, device: torch.device) -> None:

@@ -49,7 +49,7 @@ def test_rows_of_which_nothing_is_known_and_mistakes() -> None:
         (lambda: semantic_alignment(x, y, torch.eye(4)[:1]), r"labels: expected classes in \[0, 1\), got 0 to 1"),
         (lambda: semantic_alignment(x, y, torch.eye(3)), r"texts: expected \(classes, 4\)"),
         (lambda: sample_diversity(x, y.float()), "an integer class of each"),
-        (lambda: sample_diversity(x, y, 0), "k: expected at least 1"),
+        (lambda: sample_diversity(x, y, 0), "k: expected a finite number of at least 1, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

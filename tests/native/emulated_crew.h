@@ -108,9 +108,9 @@ struct Crew {
   }
 };
 
-// Every row of the problem, by `crews` crews in turn and a thread per row after them, as csrc/cuda/ensemble.cu does.
+// The rows of a launch, by `crews` crews in turn and a thread per row after them, as csrc/cuda/ensemble.cu does.
 template <class T, assay::cuda::Path PATH, assay::cuda::Sweeps SWEEPS, int WARP>
-void run(assay::cuda::Problem p, int crews) {
+void launch(assay::cuda::Problem p, int crews) {
   using namespace assay::cuda;
   constexpr bool NARROW = PATH == Path::NARROW;
   p.layout = make_layout(p.plan, p.K, SWEEPS == Sweeps::TWO && p.plan.keeps());
@@ -135,6 +135,16 @@ void run(assay::cuda::Problem p, int crews) {
     for (std::thread& t : threads) t.join();
   }
   for (int64_t n = 0; !NARROW && n < p.rows; ++n) FinishRow<T>(p, p.sums, n, n).run();
+}
+
+// Every row of the problem, in two launches.
+template <class T, assay::cuda::Path PATH, assay::cuda::Sweeps SWEEPS, int WARP>
+void run(assay::cuda::Problem p, int crews) {
+  const int64_t at_once = p.N / 2 + 1;
+  for (; p.first < p.N; p.first += at_once) {
+    p.rows = p.N - p.first < at_once ? p.N - p.first : at_once;
+    launch<T, PATH, SWEEPS, WARP>(p, crews);
+  }
 }
 
 }  // namespace emulated

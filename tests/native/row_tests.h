@@ -210,7 +210,7 @@ void test_rows(const Case& c, std::mt19937& rng) {
   constexpr float UNTOUCHED = -12345.f;
   std::vector<float> out(static_cast<size_t>(NUM_FLOAT_FIELDS * N), UNTOUCHED);
   if (K > INLINE_MODELS) p.g_models = table.data();
-  p.N = p.rows = N;
+  p.N = N;
   p.K = static_cast<int32_t>(K);
   p.C = static_cast<int32_t>(C);
   p.g_labels = c.labelled ? labels.data() : nullptr;

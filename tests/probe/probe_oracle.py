@@ -133,7 +133,7 @@ def check_training(
         assert taps.recorded()
         reductions = {"dot": Dot(direction), "sqnorm": SqNorm(names), "length": Length(names)}
         passed = taps.backward(own, scale.to(own), reductions, names)
-        taps.add({name: gradient.weighted(factors) for name, gradient in passed.held.items()})
+        taps.add(passed.held, factors)
         taps.detach()
         close(passed.reduced["dot"], sum(dots(expected[n], direction[n]) for n in names), tolerance, "online dot")
         close(passed.reduced["sqnorm"], sum(dots(expected[n], expected[n]) for n in names), tolerance, "online sqnorm")

@@ -164,10 +164,10 @@ def test_constructors_that_give_no_keys_are_refused(project, kinds, monkeypatch,
         load_recipe(str(project.write_recipe(methods=[{"method": "odd", "model": "a"}])))
 
 
-def test_a_method_without_a_constructor_has_no_keys(kinds):
+def test_a_method_without_a_constructor_has_no_keys_of_its_own(kinds):
     class Bare(Method):
         name = "bare"
         columns = ()
 
     register_method("bare", Bare)
-    assert set(METHODS._specs["bare"].model_fields) == {"method"}
+    assert set(METHODS._specs["bare"].model_fields) == {"method", "shortlist"}

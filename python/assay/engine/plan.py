@@ -60,7 +60,7 @@ def find_corpora(recipe: Recipe) -> dict[str, Corpus]:
     written = [path for shard in shards for path in (table_path(shard), quarantine_path(shard), files_path(shard))]
     for path, corpus in corpora.items():
         refuse_overlap(output, path, corpus, written)
-    refuse_scores(output, itself=False)
+    refuse_scores(Store.at(recipe.outermost), itself=False)
     output.refuse_detours(written)
     return corpora
 

@@ -97,6 +97,7 @@ class Recipe(Part):
     seed: Annotated[int, Field(ge=0)] = 0
 
     _places: Sequence[int] = PrivateAttr(default=())
+    _within: str | None = PrivateAttr(default=None)
 
     @model_validator(mode="before")
     @classmethod
@@ -197,7 +198,9 @@ class Recipe(Part):
         if task.asks_models and columns and not asking:
             task = TextSpec(kind="text", text_column=getattr(task, "text_column", None) or columns[0])
         output = f"{self.output.rstrip('/')}/{RETRIEVAL}"
-        return self._part(methods, task=task, output=output)
+        part = self._part(methods, task=task, output=output)
+        part._within = self.output
+        return part
 
     def reranking(self) -> Recipe:
         """Of a recipe with a shortlist, the recipe of what its rows alone are scored with."""
@@ -207,6 +210,11 @@ class Recipe(Part):
         part = self.model_copy(update={"methods": methods, **update})
         part._places = [self.methods.index(method) for method in methods]
         return part
+
+    @property
+    def outermost(self) -> str:
+        """The output that was asked for, of which a retrieval's is a part."""
+        return self._within or self.output
 
     def place(self, i: int) -> int:
         """Where its i-th method stands in the recipe that was read."""

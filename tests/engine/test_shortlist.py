@@ -172,6 +172,13 @@ def test_texts_are_retrieved_by_their_words_and_scored_by_a_model(tmp_path: Path
     [
         ({"methods": [CHEAP, {**EXACT, "shortlist": {"by": "logra", "top": 0}}]}, r"top: expected a number of rows"),
         ({"methods": [CHEAP, {**EXACT, "shortlist": {"by": "logra", "top": 1.5}}]}, r"or a share .*, got 1\.5"),
+        *(
+            (
+                {"methods": [CHEAP, {**EXACT, "shortlist": {"by": "logra", "top": top}}]},
+                rf"shortlist\.top: expected a number of rows.*, got {shown}$",
+            )
+            for top, shown in [(True, "True"), ("1e3", "'1e3'"), (None, "None"), ([5], r"\[5\]")]
+        ),
         ({"methods": [CHEAP, {**EXACT, "shortlist": {"top": 5}}]}, r"methods\.1\.shortlist\.by: is missing"),
         ({"methods": [LISTED]}, r"methods\.0\.shortlist: of every method; expected one without"),
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import reprlib
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
@@ -85,12 +86,13 @@ class ShortlistSpec(Part):
     by: str
     top: int | float
 
-    @field_validator("top")
+    @field_validator("top", mode="before")
     @classmethod
-    def _is_an_amount(cls, top: int | float) -> int | float:
-        if not (top >= 1 if isinstance(top, int) else 0 < top <= 1):
+    def _is_an_amount(cls, top: Any) -> Any:
+        number = isinstance(top, int | float) and not isinstance(top, bool)
+        if not number or not (top >= 1 if isinstance(top, int) else 0 < top <= 1):
             message = "expected a number of rows, such as 1000, or a share of them, such as 0.01"
-            raise PydanticCustomError("assay", "{message}, got {top}", {"message": message, "top": top})
+            raise PydanticCustomError("assay", "{message}, got {top}", {"message": message, "top": reprlib.repr(top)})
         return top
 
     def __str__(self) -> str:

@@ -221,6 +221,22 @@ def test_products_are_without_the_samples_that_have_none(problem: Any) -> None:
     assert (product.left_out, product.samples) == (POOL, POOL)
 
 
+class _EndToEnd(nn.Linear):
+    """Three rows to a sample, one after another."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return super().forward(rows.reshape(-1, 3, rows.shape[1]).mean(1))
+
+
+def test_a_batch_that_cannot_be_taken_apart_is_left_out_whole() -> None:
+    rows, y = torch.randn(12, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 0, 1])
+    broken = rows.index_fill(0, torch.tensor([4]), torch.inf)
+    model = _EndToEnd(5, 2)
+    product = GaussNewton(model, Classification(), ["weight"], [(rows, y), (broken, y)])
+    product([{"weight": torch.ones_like(model.weight)}])
+    assert (product.left_out, product.samples) == (4, 4)
+
+
 def test_what_is_refused(problem: Any) -> None:
     models, _, target = problem
     for words, options in (

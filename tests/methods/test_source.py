@@ -244,6 +244,14 @@ def test_a_target_that_is_all_but_certain_spoils_no_other() -> None:
     torch.testing.assert_close(both["source_unsure"], alone["source"])
 
 
+@pytest.mark.parametrize("curvature", ["gauss_newton", "ekfac"])
+def test_a_broken_sample_is_counted_once_and_not_at_every_checkpoint(checkpoints: Any, curvature: Any) -> None:
+    models, (x, y), target = checkpoints
+    broken = x.index_fill(0, torch.tensor([3]), torch.inf), y
+    method = SOURCE(models, Classification(), {"t": [target]}, RATES, curvature=curvature).fit([broken])
+    assert method.metadata()["left_out"] == "1"
+
+
 def test_what_it_cannot_be_made_of_is_refused(checkpoints: Any, caplog: pytest.LogCaptureFixture) -> None:
     models, pool, target = checkpoints
     task, targets = Classification(), {"t": [target]}

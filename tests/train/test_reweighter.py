@@ -155,6 +155,21 @@ def test_a_step_makes_each_direction_once_and_each_gradient_once(models, data, m
     assert {p.grad.data_ptr(): p.grad.shape for p in model.parameters()} == given  # taken, not copied
 
 
+def test_sums_of_gradients_are_not_under_the_callers_autocast() -> None:
+    """Autograd's thread for a GPU would not even know which type it is, and multiply in float16."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    x, y = torch.randn(6, 3, 64), torch.randint(64, (6, 3))
+    reweighter = Reweighter(model, GraNd(model, TASK))
+    found = []
+    for under in (False, True):
+        model.zero_grad()
+        losses = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="none").view(6, 3).mean(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=under):
+            reweighter.backward(losses)
+        found.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(plain, own) for plain, own in zip(*found, strict=True))
+
+
 class Bare(nn.Module):
     """Parameters of the model's own: a class token, places, a scale."""
 

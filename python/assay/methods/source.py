@@ -171,7 +171,7 @@ class _Curvature:
     """H of a method's segments over batches of the pool.
 
     Attributes:
-        without: samples of which no product was finite, over the checkpoints.
+        without: samples of which no product was finite, at the checkpoint with most of them.
     """
 
     def __init__(self, method: SOURCE, pool: Iterable[Any], parameters: Sequence[str]) -> None:
@@ -248,12 +248,11 @@ class _Mean:
     def __call__(self, vectors: Sequence[Vector]) -> list[dict[str, Tensor]]:
         name, each = self._owner._method.name, []
         for product in self._products:
-            before = product.left_out
             try:
                 each.append(product(vectors))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
-            self._owner.without += product.left_out - before
+            self._owner.without = max(self._owner.without, product.left_out)
         return [
             {name: torch.stack([own[i][name] for own in each]).mean(0) for name in vector}
             for i, vector in enumerate(vectors)

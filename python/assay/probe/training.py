@@ -316,7 +316,8 @@ class TrainingTaps:
     def add(self, held: Mapping[str, PerSampleGradient], factors: Tensor) -> None:
         """Add Σ_b factors_b · gradient_b to the ``.grad`` of parameters, with all hooks that a backward pass runs."""
         tapped = self._tapped()
-        add_weighted([(tapped[name], gradient) for name, gradient in held.items()], factors)
+        with torch.autocast(factors.device.type, enabled=False):
+            add_weighted([(tapped[name], gradient) for name, gradient in held.items()], factors)
 
     def _tapped(self) -> dict[str, nn.Parameter]:
         owned = dict(self._model.named_parameters())

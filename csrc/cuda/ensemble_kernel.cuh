@@ -22,9 +22,6 @@ struct Launch {
   unsigned* g_counters;    // TWICE_GLOBAL: one per crew, 0
 };
 
-constexpr int max_threads(Path path) {
-  return path == Path::NARROW ? NARROW_THREADS : 32 * (path == Path::WARP ? WARP_ROWS : max_warps(path));
-}
 // Blocks that the registers of an SM must have room for: with fewer, too few loads are in flight.
 constexpr int min_blocks(Path path) {
   return path == Path::NARROW ? 6 : path == Path::WARP ? 5 : max_warps(path) > 8 ? 1 : path == Path::ONCE || path == Path::KEPT ? 3 : 2;

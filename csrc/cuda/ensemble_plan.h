@@ -126,6 +126,10 @@ inline Plan warp_plan(int warp, int rows) { return {Path::WARP, warp, rows, 1, 1
 constexpr int max_warps(Path path) {
   return path == Path::TWICE || path == Path::TWICE_GLOBAL ? TWICE_MAX_WARPS : WIDE_MAX_WARPS;
 }
+// Of a block of the path's kernels, which are compiled for so many.
+constexpr int max_threads(Path path) {
+  return path == Path::NARROW ? NARROW_THREADS : 32 * (path == Path::WARP ? WARP_ROWS : max_warps(path));
+}
 
 // slot_count: a lane's columns in a chunk
 inline Plan wide_plan(Path path, int64_t C, int slot_count, int slices, int warp, int max_warps) {

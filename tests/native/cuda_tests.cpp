@@ -45,6 +45,8 @@ void test_philox() {
 
 constexpr Device HOPPER{227 << 10, 16}, PORTABLE{227 << 10, 8}, AMPERE{163 << 10, 1};
 
+constexpr uint32_t ALL = (1u << NUM_FIELDS) - 1;
+
 void expect_plan(int64_t K, int64_t C, int itemsize, const Device& device, Path path, int slices) {
   const Plan p = make_plan(K, C, itemsize, device);
   const std::string where = "plan of K=" + std::to_string(K) + " C=" + std::to_string(C) + ": ";
@@ -52,9 +54,16 @@ void expect_plan(int64_t K, int64_t C, int itemsize, const Device& device, Path 
   check(p.slices == slices, where + "slices " + std::to_string(p.slices));
   check(make_layout(p, K, p.keeps()).bytes <= device.shared_bytes || p.path == Path::TWICE_GLOBAL, where + "shared memory");
   const int V = p.path == Path::NARROW ? 1 : 16 / itemsize, slots = p.path == Path::NARROW ? NARROW_COLUMNS : 4 * V;
-  check(int64_t{p.slices} * p.chunks * p.row_groups * p.lanes * slots >= C, where + "columns left out");
-  check(p.threads() % 32 == 0 && p.threads() <= 512 && 32 % p.lanes == 0, where + "threads");
+  const int64_t columns = int64_t{p.slices} * p.chunks * p.row_groups * p.lanes * slots;
+  check(columns >= C, where + "columns left out");
+  check(columns <= std::numeric_limits<int>::max(), where + "columns beyond 32 bits");
+  check(p.threads() % 32 == 0 && p.threads() <= max_threads(p.path) && 32 % p.lanes == 0, where + "threads");
+  for (const Wants& todo : {wants(ALL, true, K), wants(ALL, false, K), wants(bit(NLL), true, K)})
+    check(has_kernel(p.path, sweeps(todo)), where + "no kernel");
 }
+
+constexpr int64_t WIDTHS[] = {1,    2,     7,     8,      9,      255,     256,       257,  1000,
+                              1025, 50257, 65537, 151936, 262144, 1000003, 100000007, MAX_C};
 
 void test_plans() {
   expect_plan(1, 1, 4, HOPPER, Path::NARROW, 1);
@@ -87,8 +96,8 @@ void test_plans() {
   expect_plan(4, 9 << 10, 4, AMPERE, Path::TWICE_GLOBAL, 16);
   expect_plan(4, 1000, 4, AMPERE, Path::KEPT, 1);
   expect_plan(40, 3000, 4, HOPPER, Path::TWICE_GLOBAL, 8);
-  for (int64_t K : {1, 2, 5, 8, 31, 32, 33, 100})
-    for (int64_t C : {1, 2, 7, 8, 9, 255, 256, 257, 1000, 1025, 50257, 151936, 262144, 1000003})
+  for (int64_t K : {1, 2, 3, 5, 8, 13, 14, 17, 18, 31, 32, 33, 100})
+    for (int64_t C : WIDTHS)
       for (int itemsize : {2, 4})
         for (const Device& d : {HOPPER, PORTABLE, AMPERE, Device{99 << 10, 1}}) {
           const Plan p = make_plan(K, C, itemsize, d);
@@ -181,8 +190,7 @@ void test_states() {
   for (int a = 0; a < 32; ++a)
     for (int b = 1; b <= 32; ++b) check(quotient_of_small(a, b) == a / b, "the quotient of small numbers");
   // The work that masks ask for
-  const uint32_t all = (1u << NUM_FIELDS) - 1;
-  check(wants(all, true, 1).squares && !wants(all, false, 1).squares && !wants(all, true, 1).mixture, "one model");
+  check(wants(ALL, true, 1).squares && !wants(ALL, false, 1).squares && !wants(ALL, true, 1).mixture, "one model");
   check(!wants(bit(NLL) | bit(MEAN_NLL) | bit(AGREEMENT) | bit(EXPECTED_ENTROPY) | bit(VOTE_ENTROPY), true, 4).mixture,
         "fields of one sweep");
   for (Field f : {MARGIN, EL2N, ENTROPY, MUTUAL_INFORMATION, CONFIDENCE, PREDICTION})

@@ -118,7 +118,7 @@ def oriented(table: pa.Table, by: str, keep: Literal["high", "low"] | None = Non
         stored = (table.schema.field(by).metadata or {}).get(b"keep", b"").decode()
         if stored not in ("high", "low"):
             raise ValueError(
-                f"by={by!r}: the table does not say which end of it to keep; pass keep='high' or keep='low'"
+                f"by={by!r}: the table does not say which end of it to keep; say high or low: keep='high', --keep high"
             )
         direction = "high" if stored == "high" else "low"
     if direction not in ("high", "low"):

@@ -146,7 +146,7 @@ def test_misuse_is_named(call, message):
 @pytest.mark.parametrize("keep", ["none", None])
 def test_a_score_without_direction_needs_one(keep):
     data = table([1.0, 2.0], keep)
-    with pytest.raises(ValueError, match="pass keep="):
+    with pytest.raises(ValueError, match="say high or low: keep="):
         select.top(data, "s", 1)
     assert select.top(data, "s", 1, keep="low").indices.tolist() == [0]
 

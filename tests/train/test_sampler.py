@@ -186,7 +186,7 @@ def test_a_loader_takes_it():
         (lambda: WeightedSampler(table([1, 1], rows=[3, 3]), "s"), "row 3 occurs 2 times in the table"),
         (lambda: WeightedSampler(table([1, 1], rows=[3, -3]), "s"), "row -3 in the table"),
         (lambda: WeightedSampler(table([1, 1]).drop_columns("row"), "s"), "assay.train.join"),
-        (lambda: WeightedSampler(pa.table({"s": [1.0]}), "s"), "pass keep='high' or keep='low'"),
+        (lambda: WeightedSampler(pa.table({"s": [1.0]}), "s"), "say high or low: keep='high'"),
         (lambda: WeightedSampler(pa.table({"s": [[1.0]]}), "s"), "holds list<item: double> per row"),
         (lambda: WeightedSampler(table([1, 0]), "s", num_samples=2, replacement=False), "leaves 1; lower it"),
         (lambda: WeightedSampler(table([1, 1]), "s", replacement=False), "every row would come once"),

@@ -131,6 +131,13 @@ def test_several_workers_fit_the_bits_of_one(fitted, alone, monkeypatch, workers
     assert (fitted.root / "died").exists() == (name == "dies_once_in_a_fit")
 
 
+def test_a_shard_that_cannot_be_read_keeps_nobody_from_clearing(fitted, monkeypatch):
+    monkeypatch.setattr(pool, "PART_SAMPLES", odd_workers.SMALL_PART)
+    fitted.write_shard("torn.parquet", []).write_bytes(b"PAR1")
+    left = [score(fitted, "shared", part=(i, 2)) and (fitted.root / "shared" / FITS).exists() for i in (1, 2)]
+    assert left == [True, False]
+
+
 def test_runners_on_parts_of_a_corpus_fit_together(fitted, alone, monkeypatch):
     made, before = [], Together._made
     monkeypatch.setattr(Together, "_made", lambda self, path, make: (made.append(path), before(self, path, make))[1])

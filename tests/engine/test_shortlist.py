@@ -110,6 +110,14 @@ def test_workers_give_the_same(ranked: Project) -> None:
     assert final_tables(ranked) == tables
 
 
+@pytest.mark.slow
+def test_a_worker_names_a_method_by_its_place_in_the_recipe_that_was_read(ranked: Project) -> None:
+    methods = json.dumps([LISTED, {**CHEAP, "layers": ["nowhere"]}])
+    for devices in ("cpu", "'cpu,cpu'"):
+        with pytest.raises(EngineError, match=r"^methods\.1 \(logra\): "):
+            score(ranked, f"methods={methods}", f"run.devices={devices}")
+
+
 def test_another_target_needs_no_pass_over_the_corpus_and_another_shortlist_is_a_change(ranked: Project) -> None:
     score(ranked)
     with pytest.raises(ChangedError, match=r"methods\.1\.shortlist\.top: 10 → 0\.25"):

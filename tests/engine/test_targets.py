@@ -276,6 +276,15 @@ def test_workers_draw_the_sample_of_one_and_read_each_shard_once(project, monkey
     assert [sample.data[0].tolist() for sample in lost] == expected
 
 
+def test_a_sample_is_the_same_though_what_workers_leave_vanishes(project, monkeypatch):
+    """As when another runner is done with all shards, and clears: what is made again is read once."""
+    corpus = find_shards(str(project.root / "data"))
+    expected = [sample.data[0].tolist() for sample in draw_samples(corpus, encoder(), 30, 0)]
+    monkeypatch.setattr(Together, "_found", lambda self, path: None)
+    again = draw_samples(corpus, encoder(), 30, 0, together(project, (0, 2)))
+    assert [sample.data[0].tolist() for sample in again] == expected
+
+
 def together(project, turn) -> Together:
     return Together(Store.at(str(project.root / "shared")), "k", torch.device("cpu"), turn)
 

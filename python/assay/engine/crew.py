@@ -131,6 +131,7 @@ class _Crew:
         fitted = {path: self._plan.corpora[path] for path in recipe.fitted_to().values()}
         setup = Setup(
             recipe.model_dump(),
+            [recipe.place(i) for i in range(len(recipe.methods))],
             recipe.task,
             recipe.trust,
             self._plan.identity,

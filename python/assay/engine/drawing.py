@@ -75,6 +75,8 @@ class _Draw:
     rows: list[_Row] = field(default_factory=list)
     """Those read here that may be drawn."""
     bound: float = 1.0
+    seen: set[int] = field(default_factory=set)
+    """The shards that were read: a state that has vanished is made of their rows again."""
 
     @cached_property
     def parts(self) -> list[range]:
@@ -85,7 +87,9 @@ class _Draw:
     def candidates(self, i: int) -> State:
         """Keys and places of the rows of a part that may be drawn."""
         for number in self.parts[i]:
-            self._read(number)
+            if number not in self.seen:
+                self._read(number)
+                self.seen.add(number)
         own = [row for row in self.rows if row.place[0] in self.parts[i]]
         places = torch.tensor([row.place for row in own], dtype=torch.int64).reshape(-1, 2)
         return {"keys": torch.tensor([row.key for row in own], dtype=torch.float64), "places": places}

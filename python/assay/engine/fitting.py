@@ -20,7 +20,7 @@ from torch import Tensor
 
 from assay._version import __version__
 from assay.corpus.footer import canonical_hash
-from assay.corpus.layout import FITS, table_path
+from assay.corpus.layout import FITS, quarantine_path, table_path
 from assay.corpus.storage import Store
 from assay.engine.plan import Plan
 from assay.methods.parts import State
@@ -114,14 +114,14 @@ class Together:
 
 
 def clear(plan: Plan) -> None:
-    """Remove what parts gave, once no worker will look for it: every shard of the corpus has its table, or this run was
-    over all of them."""
+    """Remove what parts gave, once no worker will look for it: every shard of the corpus has its table or cannot be
+    read, or this run was over all of them."""
     fits = Store(plan.output.fs, plan.output.full(FITS))
     if not (left := fits.files()):
         return
     if plan.part[1] > 1:
         there = set(plan.output.files())
-        if any(table_path(shard) not in there for shard in plan.corpus.shards):
+        if not all({table_path(shard), quarantine_path(shard)} & there for shard in plan.corpus.shards):
             return
     for path in left:
         plan.output.remove(f"{FITS}/{path}")

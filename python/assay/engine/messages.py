@@ -23,6 +23,8 @@ class Setup:
 
     recipe: Mapping[str, Any]
     """Resolved, as plain data: the classes of its parts are made when they are first named."""
+    places: Sequence[int]
+    """Of its methods, in the recipe that was read."""
     task: TaskSpec
     """As the plan has it: with what the corpus's columns tell."""
     trust: Sequence[str]

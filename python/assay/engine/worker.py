@@ -70,7 +70,7 @@ def open_for(setup: Setup) -> tuple[Workshop, Store]:
     """The workshop that a plan's shards are scored with, and where their tables go."""
     take_hashed(setup.hashed)
     recipe = Recipe.model_validate(setup.recipe, context={"base": "/", "trust": setup.trust})
-    recipe = recipe.model_copy(update={"task": setup.task})
+    recipe = recipe.model_copy(update={"task": setup.task}).with_places(setup.places)
     output = Store.at(recipe.output)
     none = Corpus(Store.at(recipe.corpus.path), ())
     plan = Plan(

@@ -208,8 +208,13 @@ class Recipe(Part):
 
     def _part(self, methods: list[MethodSpec], **update: Any) -> Recipe:
         part = self.model_copy(update={"methods": methods, **update})
-        part._places = [self.methods.index(method) for method in methods]
-        return part
+        return part.with_places([self.place(self.methods.index(method)) for method in methods])
+
+    def with_places(self, places: Sequence[int]) -> Recipe:
+        """The same, of which ``place`` says these."""
+        recipe = self.model_copy()
+        recipe._places = places
+        return recipe
 
     @property
     def outermost(self) -> str:

@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from assay.cli import main
+from assay.corpus.errors import CorpusError
+from assay.corpus.scores_folder import open_scores
 from assay.corpus.validation import validate_scores
 from assay.engine import local, run
 from assay.engine.arrow_scorer import Scorer
@@ -95,6 +97,8 @@ def test_a_rerun_does_what_is_missing_and_any_number_of_runners_gives_the_same(
     shutil.rmtree(ranked.scores)
     first = score(ranked, part=(1, 2))
     assert (first.waits_for, first.clean, final_tables(ranked)) == (1, False, {})
+    with pytest.raises(CorpusError, match=r"no manifest.json; .*; what its shortlist is made from is in .*_retrieval"):
+        open_scores(str(ranked.scores))
     assert "waits for 1 shards that other runners score" in first.lines()[0]
     assert score(ranked, "batch.samples=16", part=(2, 2)).waits_for == 0
     assert score(ranked, part=(1, 2)).clean

@@ -13,7 +13,7 @@ from assay._json import dumps
 from assay._version import __version__
 from assay.corpus.errors import CorpusError
 from assay.corpus.footer import Identity, Manifest, TableColumn, canonical_hash, open_table
-from assay.corpus.layout import MANIFEST, quarantine_path, table_path
+from assay.corpus.layout import MANIFEST, RETRIEVAL, quarantine_path, table_path
 from assay.corpus.named_files import changed_file
 from assay.corpus.quarantine import read_quarantine
 from assay.corpus.shards import Corpus, Shard, find_shards, refuse_overlap, refuse_overlap_with_inputs
@@ -90,7 +90,9 @@ def read_manifest(store: Store) -> Manifest:
     try:
         return Manifest.model_validate_json(store.read_text(MANIFEST))
     except FileNotFoundError as error:
-        raise CorpusError(f"{store.url}: no {MANIFEST}; expected a folder of `assay score`") from error
+        first = f"; what its shortlist is made from is in {store.full(RETRIEVAL)}"
+        hint = first if store.exists(f"{RETRIEVAL}/{MANIFEST}") else ""
+        raise CorpusError(f"{store.url}: no {MANIFEST}; expected a folder of `assay score`{hint}") from error
     except ValueError as error:
         raise CorpusError(f"{store.full(MANIFEST)}: not a manifest of `assay score`") from error
 

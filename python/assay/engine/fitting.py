@@ -53,7 +53,7 @@ class Together:
     def of(cls, plan: Plan, device: torch.device, turn: tuple[int, int]) -> Together:
         identity, (part, parts), (place, places) = plan.identity, plan.part, turn
         facts = [identity.recipe, identity.models, identity.corpora, plan.recipe.batch.model_dump()]
-        key = canonical_hash([*facts, __version__, torch.__version__]).removeprefix("sha256:")[:16]
+        key = canonical_hash([*facts, __version__, torch.__version__, device.type]).removeprefix("sha256:")[:16]
         return cls(plan.output, key, device, ((part - 1) * places + place, parts * places))
 
     def begin(self, fit: str) -> None:

@@ -281,10 +281,15 @@ class EnsembleRows {
     return x;
   }
 
-  ASSAY_HD void take_label_out(int j, Part& r_part) const {
+  // The label's slot in the j-th chunk; -1 if it is not this lane's.
+  ASSAY_HD int label_slot(int j) const {
     const int y = label - first_column(j);
-    if (label < 0 || y < 0 || y >= S::columns(lanes)) return;
-    const int mine = S::slot(lane, lanes, y);
+    return label < 0 || y < 0 || y >= S::columns(lanes) ? -1 : S::slot(lane, lanes, y);
+  }
+
+  ASSAY_HD void take_label_out(int j, Part& r_part) const {
+    const int mine = label_slot(j);
+    if (mine < 0) return;
     ASSAY_UNROLL
     for (int i = 0; i < S::COUNT; ++i) {
       if (i != mine) continue;
@@ -352,10 +357,11 @@ class EnsembleRows {
 
   // ---- argmax per model -----------------------------------------------------------------------------------------------
 
-  // The first slot that holds m; their count if none does.
-  ASSAY_HD int first_slot(const Part& r_part, float m) const {
+  // The first slot of a chunk or a piece that holds m; a chunk's count of slots if none does.
+  template <class Logits>
+  ASSAY_HD int first_slot(const Logits& r, float m) const {
     int slot = S::COUNT;
-    each_logit(r_part, [&](int i, float z) { slot = z == m && i < slot ? i : slot; });
+    each_logit(r, [&](int i, float z) { slot = z == m && i < slot ? i : slot; });
     return slot;
   }
 
@@ -374,9 +380,8 @@ class EnsembleRows {
     const int j = first_chunk(k);
     ASSAY_NO_UNROLL
     for (int piece = 0; piece < PIECES; ++piece) {
-      int slot = PIECE;
-      each_logit(again(k, j, piece), [&](int i, float z) { slot = z == m && i < slot ? i : slot; });
-      if (slot < PIECE) crew.atomic_min(&p.sums.tops[k * p.sums.rows + n], static_cast<uint32_t>(column(j, piece * PIECE + slot)));
+      const int slot = first_slot(again(k, j, piece), m);
+      if (slot < S::COUNT) crew.atomic_min(&p.sums.tops[k * p.sums.rows + n], static_cast<uint32_t>(column(j, piece * PIECE + slot)));
     }
   }
 
@@ -444,9 +449,8 @@ class EnsembleRows {
   }
 
   ASSAY_HD void take_label(int j, int piece, float (&r_p)[PIECE], Mixed& r_mixed) const {
-    const int y = label - first_column(j);
-    if (label < 0 || y < 0 || y >= S::columns(lanes)) return;
-    const int mine = S::slot(lane, lanes, y) - piece * PIECE;
+    const int mine = label_slot(j) - piece * PIECE;
+    if (mine < 0 || mine >= PIECE) return;
     ASSAY_UNROLL
     for (int i = 0; i < PIECE; ++i) {
       if (i != mine) continue;

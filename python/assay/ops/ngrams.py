@@ -14,6 +14,7 @@ first.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 from assay import _native
 from assay.ops import _backend
 from assay.ops._characters import ALONE, MARK, SPACE, characters
-from assay.ops._native import threads
+from assay.ops._native import isa, threads
 
 MOST_ORDER = 16
 MOST_BUCKETS = 1 << 26
@@ -37,6 +38,7 @@ Hashes = NDArray[np.uint64]
 Texts: TypeAlias = pa.Array | pa.ChunkedArray | Sequence[str | bytes | None]
 """Arrow's strings or binaries, of which nothing is copied but chunks and nulls, or Python's."""
 
+_PADDING = 8  # terms are compared as many at a time
 _BITS = (1 << 64) - 1
 _WEYL = 0x9E3779B97F4A7C15
 
@@ -54,7 +56,9 @@ class Terms:
     def __init__(self, hashes: Hashes) -> None:
         if not isinstance(hashes, np.ndarray) or hashes.dtype != np.uint64 or hashes.ndim != 1:
             raise TypeError("Terms: expected a uint64 array of one dimension, as ngram_hashes gives it")
-        self.hashes: Hashes = np.unique(hashes)
+        found = np.unique(hashes)
+        self._padded: Hashes = np.append(found, np.full(_PADDING, _BITS, np.uint64))
+        self.hashes: Hashes = self._padded[: len(found)]
 
     def __len__(self) -> int:
         return len(self.hashes)
@@ -159,7 +163,9 @@ def ngram_counts(
     if count and not _native.count_ngrams(*read.arguments, order, seed & _BITS, *_looked_for(features), *into):
         raise MemoryError(f"ngram_counts: no room for the {int(lengths.max())} n-grams of the longest text")
     offsets = _places(found)
-    return NGramCounts(offsets, own[: offsets[-1]].copy(), times[: offsets[-1]].copy(), lengths)
+    for array in (own, times):
+        array.resize(offsets[-1], refcheck=False)  # where it lies
+    return NGramCounts(offsets, own, times, lengths)
 
 
 def check_settings(order: int, seed: int, least: int = 1) -> None:
@@ -186,10 +192,10 @@ def _reference(name: str) -> bool:
     return _backend.choose(name, [torch.empty(0)], {"reference": _ngrams, "cpu": _ngrams}, lambda: None) == "reference"
 
 
-def _looked_for(features: int | Terms) -> tuple[int, int, int, int]:
+def _looked_for(features: int | Terms) -> tuple[int, int, int, int, int]:
     if isinstance(features, Terms):
-        return 0, features.hashes.ctypes.data, features.starts.ctypes.data, features.bits
-    return features, 0, 0, 0
+        return 0, features.hashes.ctypes.data, len(features), features.starts.ctypes.data, features.bits
+    return features, 0, 0, 0, 0
 
 
 def _ngram_lengths(tokens: Ints, order: int, least: int = 1) -> Ints:
@@ -219,12 +225,12 @@ class _Read:
             self._offsets = np.frombuffer(offsets, kind, count=array.offset + len(array) + 1)[array.offset :]
 
     @property
-    def arguments(self) -> tuple[int, int, bool, int, int, bool, int]:
+    def arguments(self) -> tuple[str, int, int, bool, int, int, bool, int]:
         """The texts' addresses and how to read them, as native code takes them."""
         address = self._data.address if self._data is not None else 0
         table = characters().ctypes.data
         rows = len(self._array)
-        return address, self._offsets.ctypes.data, self._wide, rows, table, self._punctuation, threads()
+        return isa(), address, self._offsets.ctypes.data, self._wide, rows, table, self._punctuation, threads()
 
     def token_counts(self) -> Ints:
         """(N,)."""
@@ -247,7 +253,7 @@ def _strings(texts: Texts) -> pa.Array:
     elif isinstance(texts, str | bytes):
         raise TypeError("texts: expected several of them, got one; wrap it in a list")
     else:
-        array = _sound(texts) if isinstance(texts, pa.Array) else pa.array([_encoded(text) for text in texts], _BINARY)
+        array = _sound(texts) if isinstance(texts, pa.Array) else _of_python(list(texts))
     return array.fill_null(b"") if array.null_count else array
 
 
@@ -269,6 +275,13 @@ _KINDS = {
     **{kind: kind for kind in (pa.binary(), pa.large_binary(), pa.binary_view())},
     **{pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()},
 }
+
+
+def _of_python(texts: list[Any]) -> pa.Array:
+    if set(map(type, texts)) <= {str, bytes, type(None)}:
+        with contextlib.suppress(UnicodeEncodeError):
+            return pa.array(texts, _BINARY)
+    return pa.array([_encoded(text) for text in texts], _BINARY)
 
 
 def _encoded(text: object) -> bytes | None:

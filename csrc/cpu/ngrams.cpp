@@ -23,6 +23,8 @@ int64_t tokens_in(const Texts& texts, int64_t row) {
   return count;
 }
 
+ASSAY_INLINE uint32_t smaller(uint32_t a, uint32_t b) { return a < b ? a : b; }
+
 ASSAY_INLINE int64_t bucket_of(const CountArgs& a, uint64_t hash) {
   return static_cast<int64_t>((hash >> 32) * static_cast<uint64_t>(a.buckets) >> 32);
 }
@@ -43,8 +45,9 @@ ASSAY_INLINE int64_t term_of(const CountArgs& a, uint64_t hash) {
 // How often a row has which features: a counter for each feature, and those above 0 in the order in which they came.
 class Counters {
  public:
-  // That of what is no feature is never 0.
-  explicit Counters(int64_t features) : none_(features), counts_(features + 1, Size::LARGE), came_(features + 1, Size::LARGE) {
+  // A row has `most` features at most. The counter of what is no feature is never 0.
+  Counters(int64_t features, int64_t most)
+      : none_(features), counts_(features + 1, Size::LARGE), came_(most + 1, Size::LARGE) {
     std::memset(counts_.p, 0, static_cast<size_t>(features) * sizeof(uint32_t));
   }
   void begin(int64_t*, int64_t*, int64_t) {
@@ -114,10 +117,10 @@ class Places {
   int shift_ = 60;
 };
 
-// Rows of a piece lie one after the other from where the first one's place is.
+// The features of some rows, one row after the other from `to` on; where they end.
 template <class Counter>
-void count_piece(const Texts& texts, const CountArgs& a, const NGrams& own, int64_t begin, int64_t end, Counter& counter) {
-  int64_t to = a.places[begin];
+int64_t count_rows(const Texts& texts, const CountArgs& a, const NGrams& own, int64_t begin, int64_t end, int64_t to,
+                   Counter& counter) {
   for (int64_t r = begin; r < end; ++r) {
     counter.begin(a.features + to, a.counts + to, a.places[r + 1] - a.places[r]);
     if (a.buckets) {
@@ -127,9 +130,11 @@ void count_piece(const Texts& texts, const CountArgs& a, const NGrams& own, int6
     }
     to += a.found[r] = counter.finish(a.features + to, a.counts + to);
   }
+  return to;
 }
 
-// False if a thread cannot have its counter.
+// A piece begins where there is room for all before it, or, on one thread, where they end. False if a thread cannot have
+// its counter.
 template <class Make>
 bool count_all(const Texts& texts, const CountArgs& a, const Make& make) {
   bool enough = true;
@@ -137,7 +142,8 @@ bool count_all(const Texts& texts, const CountArgs& a, const Make& make) {
     try {
       const NGrams own(1, a.order, a.seed);
       auto counter = make();
-      for (int64_t begin, end; pieces.next(begin, end);) count_piece(texts, a, own, begin, end, counter);
+      for (int64_t begin, end, to = 0; pieces.next(begin, end);)
+        to = count_rows(texts, a, own, begin, end, texts.threads > 1 ? a.places[begin] : to, counter);
     } catch (const OutOfMemory&) {
       __atomic_store_n(&enough, false, __ATOMIC_RELAXED);
     }
@@ -185,14 +191,14 @@ bool count_ngrams(const Texts& texts, const CountArgs& a) {
   int64_t most = 0, longest = 0;
   for (int64_t r = 0; r < texts.rows; ++r) {
     const int64_t own = a.places[r + 1] - a.places[r], bytes = offset(texts, r + 1) - offset(texts, r);
-    most = most < own ? own : most;
-    longest = longest < bytes ? bytes : longest;
+    most = own > most ? own : most;
+    longest = bytes > longest ? bytes : longest;
   }
   const bool countable = longest < (int64_t{1} << 32) / (a.order + 1);  // in 32 bits
   const bool enough = countable && features <= MOST_COUNTERS && features <= COUNTERS_PER_NGRAM * room
-                          ? count_all(texts, a, [&] { return Counters(features); })
+                          ? count_all(texts, a, [&] { return Counters(features, most); })
                           : count_all(texts, a, [&] { return Places(features, most); });
-  if (enough) close_gaps(a, texts.rows);
+  if (enough && texts.threads > 1) close_gaps(a, texts.rows);
   return enough;
 }
 
@@ -203,11 +209,15 @@ void least_hashes(const LeastArgs& a) {
       for (int64_t r = begin; r < end; ++r) {
         uint32_t* __restrict const least = a.out + r * a.count;
         std::memset(least, 0xFF, static_cast<size_t>(a.count) * sizeof(uint32_t));
-        for (int64_t i = a.places[r]; i < a.places[r + 1]; ++i) {
-          const uint32_t x = static_cast<uint32_t>(a.hashes[i] >> 32);
+        for (int64_t i = a.places[r]; i < a.places[r + 1]; i += 4) {  // the last may come again
+          const auto x = [&](int64_t j) {
+            const int64_t last = a.places[r + 1] - 1;
+            return static_cast<uint32_t>(a.hashes[i + j < last ? i + j : last] >> 32);
+          };
+          const uint32_t x0 = x(0), x1 = x(1), x2 = x(2), x3 = x(3);
           for (int64_t k = 0; k < a.count; ++k) {
-            const uint32_t hash = multipliers[k] * x + addends[k];
-            least[k] = hash < least[k] ? hash : least[k];
+            const uint32_t m = multipliers[k], b = addends[k];
+            least[k] = smaller(smaller(smaller(m * x0 + b, m * x1 + b), smaller(m * x2 + b, m * x3 + b)), least[k]);
           }
         }
       }

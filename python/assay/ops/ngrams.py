@@ -18,7 +18,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import numpy as np
 import pyarrow as pa
@@ -99,7 +99,7 @@ class NGramCounts:
     counts: Ints
     lengths: Ints
 
-    @property
+    @cached_property
     def rows(self) -> Ints:
         """(M,): the row that each feature is of."""
         return np.repeat(np.arange(len(self.lengths)), np.diff(self.offsets))
@@ -208,7 +208,9 @@ def _ngram_lengths(tokens: Ints, order: int, least: int = 1) -> Ints:
 
 def _places(lengths: Ints | Sequence[int]) -> Ints:
     """Where each of some rows begins, and the last ends."""
-    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    places = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=places[1:])
+    return places
 
 
 class _Read:
@@ -224,7 +226,7 @@ class _Read:
         if len(array):
             self._offsets = np.frombuffer(offsets, kind, count=array.offset + len(array) + 1)[array.offset :]
 
-    @property
+    @cached_property
     def arguments(self) -> tuple[str, int, int, bool, int, int, bool, int]:
         """The texts' addresses and how to read them, as native code takes them."""
         address = self._data.address if self._data is not None else 0
@@ -277,8 +279,15 @@ _KINDS = {
 }
 
 
+def are_texts(values: Any) -> TypeGuard[Texts]:
+    """Whether all are strings, bytes or None, as far as a look at types says so."""
+    if isinstance(values, pa.Array | pa.ChunkedArray):
+        return values.type in _KINDS
+    return isinstance(values, list) and set(map(type, values)) <= {str, bytes, type(None)}
+
+
 def _of_python(texts: list[Any]) -> pa.Array:
-    if set(map(type, texts)) <= {str, bytes, type(None)}:
+    if are_texts(texts):
         with contextlib.suppress(UnicodeEncodeError):
             return pa.array(texts, _BINARY)
     return pa.array([_encoded(text) for text in texts], _BINARY)

@@ -138,6 +138,7 @@ struct Kernels {
   void (*project)(const ProjectArgs&);
   void (*residual)(const ResidualArgs&);
   void (*scan)(const ScanArgs&);
+  void (*weighted_sums)(const SumsArgs&);
 };
 
 // Instruction sets compiled into this build, best last; `supported` says whether this processor runs it.

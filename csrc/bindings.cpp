@@ -199,6 +199,21 @@ void least_hashes(const std::string& isa, Address hashes, Address places, int64_
   k.least_hashes(args);
 }
 
+void weighted_sums(const std::string& isa, Address offsets, int64_t rows, Address features, Address values,
+                   Address weights, int64_t targets, Address out, int threads) {
+  const assay::Kernels& k = kernels(isa);
+  const assay::SumsArgs args{reinterpret_cast<const int64_t*>(offsets),
+                             rows,
+                             reinterpret_cast<const int64_t*>(features),
+                             reinterpret_cast<const double*>(values),
+                             reinterpret_cast<const double*>(weights),
+                             targets,
+                             reinterpret_cast<double*>(out),
+                             threads};
+  py::gil_scoped_release release;
+  k.weighted_sums(args);
+}
+
 std::vector<std::pair<std::string, bool>> instruction_sets() {
   assay::Isa list[4];
   const int n = assay::isa_list(list);
@@ -234,5 +249,7 @@ PYBIND11_MODULE(_native, m) {
         "sqnorm"_a, "threads"_a);
   m.def("scan", &scan, "isa"_a, "features"_a, "dtype"_a, "scales"_a, "N"_a, "D"_a, "stride"_a, "queries"_a, "M"_a,
         "maximum"_a, "scores"_a, "k"_a, "values"_a, "indices"_a, "threads"_a);
+  m.def("weighted_sums", &weighted_sums, "isa"_a, "offsets"_a, "rows"_a, "features"_a, "values"_a, "weights"_a,
+        "targets"_a, "out"_a, "threads"_a);
   m.def("instruction_sets", &instruction_sets, "(name, supported by this processor), best last");
 }

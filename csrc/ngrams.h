@@ -42,6 +42,18 @@ struct CountArgs {
   static constexpr int64_t PADDING = 8;
 };
 
+// out[r, t] = Σ of value * weights[feature, t] over row r's features, in their order.
+struct SumsArgs {
+  const int64_t* offsets;  // (rows + 1,)
+  int64_t rows;
+  const int64_t* features;
+  const double* values;
+  const double* weights;  // (features, targets)
+  int64_t targets;
+  double* out;  // (rows, targets)
+  int32_t threads;
+};
+
 // out[r, k] = the least of multipliers[k] * ⌊h / 2^32⌋ + addends[k] mod 2^32 over row r's hashes h; 2^32 - 1 of none.
 struct LeastArgs {
   const uint64_t* hashes;

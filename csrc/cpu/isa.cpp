@@ -10,5 +10,5 @@ extern const Kernels kernels;
 const Kernels kernels = {ASSAY_STRING(ASSAY_ISA), MULTIPLIES_PAIRS, count_ngrams, count_tokens,
                          ensemble,                hash_ngrams,      least_hashes, linear,
                          multiply_reduce,         philox,           project,      residual,
-                         scan};
+                         scan,                    weighted_sums};
 }  // namespace assay::ASSAY_ISA

@@ -15,4 +15,5 @@ void philox(const PhiloxArgs&);
 void project(const ProjectArgs&);
 void residual(const ResidualArgs&);
 void scan(const ScanArgs&);
+void weighted_sums(const SumsArgs&);
 }  // namespace assay::ASSAY_ISA

@@ -202,6 +202,19 @@ bool count_ngrams(const Texts& texts, const CountArgs& a) {
   return enough;
 }
 
+void weighted_sums(const SumsArgs& a) {
+  parallel(a.rows, ROWS, a.threads, [&](Pieces& pieces) {
+    for (int64_t begin, end; pieces.next(begin, end);)
+      for (int64_t r = begin; r < end; ++r)
+        for (int64_t t = 0; t < a.targets; ++t) {
+          double sum = 0;
+          for (int64_t i = a.offsets[r]; i < a.offsets[r + 1]; ++i)
+            sum += a.values[i] * a.weights[a.features[i] * a.targets + t];
+          a.out[r * a.targets + t] = sum;
+        }
+  });
+}
+
 void least_hashes(const LeastArgs& a) {
   parallel(a.rows, ROWS, a.threads, [&](Pieces& pieces) {
     const uint32_t *__restrict const multipliers = a.multipliers, *__restrict const addends = a.addends;

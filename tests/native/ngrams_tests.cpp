@@ -134,6 +134,22 @@ struct SomeTexts {
   }
 };
 
+void sums_case(const Kernels& kernels, const std::vector<int64_t>& found, const std::vector<int64_t>& features,
+               const std::vector<int64_t>& counts) {
+  std::vector<int64_t> offsets{0};
+  for (int64_t n : found) offsets.push_back(offsets.back() + n);
+  const std::vector<double> values(counts.begin(), counts.end());
+  const int64_t most = features.empty() ? 0 : *std::max_element(features.begin(), features.end()) + 1;
+  std::vector<double> weights(static_cast<size_t>(most) * 2), sums(found.size() * 2), expected(sums.size());
+  for (size_t i = 0; i < weights.size(); ++i) weights[i] = static_cast<double>(i % 101) - 50;  // sums are exact
+  kernels.weighted_sums({offsets.data(), static_cast<int64_t>(found.size()), features.data(), values.data(),
+                         weights.data(), 2, sums.data(), 2});
+  for (size_t i = 0; i < sums.size(); ++i)
+    for (int64_t j = offsets[i / 2]; j < offsets[i / 2 + 1]; ++j)
+      expected[i] += values[static_cast<size_t>(j)] * weights[static_cast<size_t>(features[static_cast<size_t>(j)]) * 2 + i % 2];
+  check(sums == expected, std::string("weighted sums: ") + kernels.isa);
+}
+
 // Features among the n-grams of each text: buckets, or the places of terms.
 void counts_case(const Kernels& kernels, const Texts& texts, const std::vector<std::vector<uint64_t>>& hashes,
                  int64_t order, const std::vector<int64_t>& places, int64_t buckets, std::vector<uint64_t> terms) {
@@ -166,6 +182,7 @@ void counts_case(const Kernels& kernels, const Texts& texts, const std::vector<s
   check(found == expected_found, "how many features: " + what);
   check(features == expected, "features: " + what);
   check(counts == expected_counts, "counts: " + what);
+  sums_case(kernels, found, features, counts);
 }
 
 void least_case(const Kernels& kernels, const std::vector<uint64_t>& hashes, const std::vector<int64_t>& places) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import re
 import unicodedata
@@ -205,6 +206,41 @@ def test_sums_are_each_rows_own() -> None:
     assert counts.rows.tolist() == [0, 0, 2]
     assert counts.sums(np.array([1.0, 10.0, 100.0])).tolist() == [11.0, 0.0, 100.0]
     assert counts.lengths.tolist() == [3, 0, 1]
+
+
+def test_weighted_sums_have_the_bits_of_numpy(isa: str) -> None:
+    rng = np.random.default_rng(0)
+    counts = ngram_counts(TEXTS * 2, 50, 2, punctuation=True)
+    weights, values = rng.normal(size=(50, 3)), rng.normal(size=len(counts.counts))
+    weights[7] = [np.inf, np.nan, -0.0]
+    for own in (weights, weights[:, :1], np.asfortranarray(weights)):
+        found = [counts.weighted(own), counts.weighted(own, values)]
+        assert found[0].shape == (len(counts.lengths), own.shape[1])
+        for given_values, sums in zip((counts.counts, values), found, strict=True):
+            for column, column_weights in zip(sums.T, own.T, strict=True):
+                np.testing.assert_array_equal(column, counts.sums(given_values * column_weights[counts.features]))
+    whole = counts.weighted(weights, values)
+    with assay.backend("reference"):
+        np.testing.assert_array_equal(counts.weighted(weights, values), whole)
+    none = ngram_counts([], 50)
+    assert none.weighted(weights).shape == (0, 3)
+
+
+def test_weights_that_do_not_fit_are_refused() -> None:
+    counts = ngram_counts(["a b a", "c"], 1 << 20)
+    most = int(counts.features.max())
+    with pytest.raises(ValueError, match=rf"weights: expected \(features, targets\), of {most + 1} at least, got"):
+        counts.weighted(np.zeros((most, 1)))
+    with pytest.raises(ValueError, match="weights: expected"):
+        counts.weighted(np.zeros(1 << 20))
+    with pytest.raises(ValueError, match="values: expected one for each of 3 features, got"):
+        counts.weighted(np.zeros((1 << 20, 1)), np.zeros(2))
+    for offsets in ([0, 4, 3], [0, 2, 5], [-1, 2, 3], [0, 3, 2]):
+        lying = dataclasses.replace(counts, offsets=np.array(offsets))
+        with pytest.raises(ValueError, match="offsets: expected ascending ones"):
+            lying.weighted(np.zeros((1 << 20, 1)))
+    with pytest.raises(ValueError, match="weights: expected"):
+        dataclasses.replace(counts, features=-counts.features).weighted(np.zeros((1 << 20, 1)))
 
 
 MOST = 2**31 - 1  # of 32 bits, in which a difference of offsets may wrap around

@@ -91,8 +91,7 @@ class BM25(TextMethod):
         found = self._counts(texts, fitted.terms)
         f, k = found.counts, self.k1 * (1 - self.b + self.b * found.lengths / fitted.mean_length)
         saturated = f * (self.k1 + 1) / (f + k[found.rows])
-        values = [found.sums(saturated * weights[found.features]) for weights in fitted.weights.T]
-        return np.stack(values, 1), found.lengths
+        return found.weighted(fitted.weights, saturated), found.lengths
 
     def metadata(self) -> dict[str, str]:
         facts = {"k1": f"{self.k1:g}", "b": f"{self.b:g}", "idf": "Lucene's", "contrast": str(self.contrast).lower()}

@@ -84,8 +84,7 @@ class DSIR(TextMethod):
 
     def _values(self, texts: Texts, fitted: _Fitted) -> tuple[Floats, Ints]:
         found = self._counts(texts, self.buckets)
-        values = [found.sums(found.counts * ratios[found.features]) for ratios in fitted.ratios.T]
-        return np.stack(values, 1), found.lengths
+        return found.weighted(fitted.ratios), found.lengths
 
     def metadata(self) -> dict[str, str]:
         facts = {"smoothing": f"{self.smoothing:g}", "buckets": str(self.buckets)}

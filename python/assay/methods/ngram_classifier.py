@@ -106,10 +106,9 @@ class NGramClassifier(TextMethod):
 
     def _values(self, texts: Texts, fitted: _Fitted) -> tuple[Floats, Ints]:
         found = self._counts(texts, self.buckets)
-        lengths = np.sqrt(found.sums((found.counts**2).astype(np.float64)))
+        lengths = np.sqrt(found.sums(np.square(found.counts, dtype=np.float64)))
         lengths[lengths == 0] = 1
-        sums = [found.sums(found.counts * weights[found.features]) / lengths for weights in fitted.weights.T]
-        return np.stack(sums, 1) + fitted.biases, found.lengths
+        return found.weighted(fitted.weights) / lengths[:, None] + fitted.biases, found.lengths
 
     def metadata(self) -> dict[str, str]:
         facts = {"penalty": f"{self.penalty:g}", "buckets": str(self.buckets)}

@@ -35,6 +35,7 @@ MOST_BUCKETS = 1 << 26
 
 Ints = NDArray[np.int64]
 Hashes = NDArray[np.uint64]
+Floats = NDArray[np.float64]
 Texts: TypeAlias = pa.Array | pa.ChunkedArray | Sequence[str | bytes | None]
 """Arrow's strings or binaries, of which nothing is copied but chunks and nulls, or Python's."""
 
@@ -104,9 +105,43 @@ class NGramCounts:
         """(M,): the row that each feature is of."""
         return np.repeat(np.arange(len(self.lengths)), np.diff(self.offsets))
 
-    def sums(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+    def sums(self, values: Floats) -> Floats:
         """(M,) -> (N,), each row's in their order, whatever the other rows are; 0 of none."""
         return np.bincount(self.rows, weights=values, minlength=len(self.lengths)).astype(np.float64)
+
+    def weighted(self, weights: Floats, values: Floats | None = None) -> Floats:
+        """Σ of value · weight over each row's features: ``sums(values * weights[features])`` for every target.
+
+        Args:
+            weights: (F, T) of every feature towards every target.
+            values: (M,) in place of the counts.
+
+        Returns:
+            (N, T), with the same bits on every machine, with any number of threads.
+
+        Raises:
+            ValueError: weights of fewer features, values of another number, or offsets that lead out of these.
+        """
+        weights = np.ascontiguousarray(weights, np.float64)
+        values = np.ascontiguousarray(self.counts if values is None else values, np.float64)
+        if _reference("NGramCounts.weighted"):
+            return np.stack([self.sums(values * own[self.features]) for own in weights.T], 1)
+        self._check(weights, values)
+        offsets, features = np.ascontiguousarray(self.offsets, np.int64), np.ascontiguousarray(self.features, np.int64)
+        out = np.empty((len(offsets) - 1, weights.shape[1]))
+        read = (offsets.ctypes.data, len(out), features.ctypes.data, values.ctypes.data, weights.ctypes.data)
+        _native.weighted_sums(isa(), *read, weights.shape[1], out.ctypes.data, threads())
+        return out
+
+    def _check(self, weights: Floats, values: Floats) -> None:
+        """ValueError for what native code may not follow."""
+        offsets, most = self.offsets, int(self.features.max(initial=-1))
+        if weights.ndim != 2 or most >= len(weights) or self.features.min(initial=0) < 0:
+            raise ValueError(f"weights: expected (features, targets), of {most + 1} at least, got {weights.shape}")
+        if values.shape != self.features.shape:
+            raise ValueError(f"values: expected one for each of {len(self.features)} features, got {values.shape}")
+        if offsets[0] < 0 or offsets[-1] > len(values) or (offsets[1:] < offsets[:-1]).any():
+            raise ValueError(f"offsets: expected ascending ones, from 0 up to the number of features, {len(values)}")
 
 
 def ngram_hashes(

@@ -23,9 +23,9 @@ struct HashArgs {
   uint64_t* out;
 };
 
-// The features among the n-grams of up to `order` tokens, those of row r in the order in which they first come, with how
-// often they do. A feature is a bucket of `buckets`, or the place of a term among `terms`, which are ascending and no two
-// the same; those whose first `bits` bits are x lie from starts[x] up to starts[x + 1].
+// The features among the n-grams of up to `order` tokens, those of row r in the order in which they first come, with
+// how often they do. A feature is a bucket of `buckets`, or the place of a term among `terms`, which are ascending and no
+// two the same; those whose first `bits` bits are x lie from starts[x] up to starts[x + 1].
 struct CountArgs {
   int64_t order;
   uint64_t seed;

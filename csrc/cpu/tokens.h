@@ -1,8 +1,8 @@
 // Texts -> tokens -> 64-bit hashes of n-grams. ops/ngrams.py has the definition, which this equals bit for bit.
 //
-// A text is read once, 64 characters at a time: masks say which are a word's and which are punctuation, and so where
-// tokens begin and end. These are hashed a tile of a text at a time, from a copy in lower case where all of a token lies
-// together; hashes of n-grams are made of the hashes of their tokens. What a branch would have to guess is selected instead.
+// A text is read 64 characters at a time: masks say which are a word's and which are punctuation, and so where tokens
+// begin and end. These are hashed a tile of a text at a time, from a copy in lower case where all of a token lies
+// together; hashes of n-grams are made of the hashes of their tokens. What a branch would have to guess is selected.
 #pragma once
 #include <cstring>
 
@@ -13,8 +13,8 @@ namespace assay::ASSAY_ISA {
 
 enum Class : uint32_t { SPACE, WORD, MARK, ALONE };  // ALONE: a letter that is a word by itself
 
-constexpr int64_t BLOCK = 64;     // characters, a bit of a mask each
-constexpr int64_t TILE = 1024;    // bytes, after which what is complete is hashed
+constexpr int64_t BLOCK = 64;           // characters, a bit of a mask each
+constexpr int64_t TILE = 1024;          // bytes, after which what is complete is hashed
 constexpr int64_t MOST = TILE + BLOCK;  // bytes of a tile, and so tokens
 constexpr uint64_t WEYL = 0x9E3779B97F4A7C15u;
 

@@ -1,5 +1,5 @@
-// Tokens, hashes and counts of texts on every instruction set, against their definition in plain C++: texts of all kinds of
-// characters and of what is none, in arrays that end where they do.
+// Tokens, hashes and counts of texts on every instruction set, against their definition in plain C++: texts of all kinds
+// of characters and of what is none, in arrays that end where they do.
 #include <algorithm>
 #include <cctype>
 #include <random>
@@ -90,8 +90,8 @@ std::vector<uint32_t> some_characters() {
   for (uint32_t c = 0; c < characters.size(); ++c) {
     const bool word = c >= 0x80 ? c % 7 != 0 : std::isalnum(static_cast<int>(c)) || c == '_';
     const uint32_t kind = c >= 0x80 && c % 5 == 0 ? 3 : word ? 1 : c < 0x80 && std::ispunct(static_cast<int>(c)) ? 2 : 0;
-    const uint32_t lower = c < 0x80 ? static_cast<uint32_t>(std::tolower(static_cast<int>(c))) : c % 3 ? c : 0x800 + c % 99;
-    characters[c] = kind << 24 | lower;  // some longer than they were, some shorter
+    const uint32_t other = c % 3 ? c : 0x800 + c % 99;  // some longer than they were, some shorter
+    characters[c] = kind << 24 | (c < 0x80 ? static_cast<uint32_t>(std::tolower(static_cast<int>(c))) : other);
   }
   return characters;
 }
@@ -103,9 +103,11 @@ std::vector<uint8_t> some_text(size_t longest, std::mt19937& rng) {
   const size_t length = rng() % (longest + 1);
   while (text.size() < length) {
     const uint32_t choice = rng() % 64;
-    std::string piece = choice < 48 ? pieces[choice % 16] : std::string(1, static_cast<char>(choice < 56 ? rng() % 256 : 'x'));
+    const char other = static_cast<char>(choice < 56 ? rng() % 256 : 'x');
+    std::string piece = choice < 48 ? pieces[choice % 16] : std::string(1, other);
     if (rng() % 16 == 0) piece = utf8(rng() % 0xD000);
-    for (uint32_t times = rng() % 32 ? 1 : rng() % 100; times > 0; --times) text.insert(text.end(), piece.begin(), piece.end());
+    for (uint32_t times = rng() % 32 ? 1 : rng() % 100; times > 0; --times)
+      text.insert(text.end(), piece.begin(), piece.end());
   }
   text.resize(length);
   return text;
@@ -145,8 +147,8 @@ void sums_case(const Kernels& kernels, const std::vector<int64_t>& found, const 
   kernels.weighted_sums({offsets.data(), static_cast<int64_t>(found.size()), features.data(), values.data(),
                          weights.data(), 2, sums.data(), 2});
   for (size_t i = 0; i < sums.size(); ++i)
-    for (int64_t j = offsets[i / 2]; j < offsets[i / 2 + 1]; ++j)
-      expected[i] += values[static_cast<size_t>(j)] * weights[static_cast<size_t>(features[static_cast<size_t>(j)]) * 2 + i % 2];
+    for (size_t j = static_cast<size_t>(offsets[i / 2]); j < static_cast<size_t>(offsets[i / 2 + 1]); ++j)
+      expected[i] += values[j] * weights[static_cast<size_t>(features[j]) * 2 + i % 2];
   check(sums == expected, std::string("weighted sums: ") + kernels.isa);
 }
 
@@ -248,7 +250,8 @@ int main() {
     }
     for (int64_t longest : {0, 1, 7, 9, 17, 70, 200, 4000})
       for (int64_t order : {1, 2, 16})
-        for (int form = 0; form < 4; ++form) texts_case(*list[i].kernels, longest > 200 ? 3 : 70, longest, order, form, rng);
+        for (int form = 0; form < 4; ++form)
+          texts_case(*list[i].kernels, longest > 200 ? 3 : 70, longest, order, form, rng);
   }
   std::printf("%d failures\n", failures);
   return failures ? 1 : 0;

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
@@ -125,11 +126,10 @@ def measure(found: Sequence[Row], isas: Sequence[str], rounds: int) -> list[dict
     for _ in range(rounds + 1):
         for row in found:
             for isa in isas:
-                os.environ["ASSAY_ISA"] = isa
-                began = time.process_time()
-                row.run()
-                seconds[row.name, isa].append(time.process_time() - began)
-    del os.environ["ASSAY_ISA"]
+                with patch.dict(os.environ, ASSAY_ISA=isa):
+                    began = time.process_time()
+                    row.run()
+                    seconds[row.name, isa].append(time.process_time() - began)
     return [_rates(row, {isa: seconds[row.name, isa][1:] for isa in isas}) for row in found]
 
 

@@ -19,7 +19,9 @@ constexpr int64_t MOST_COUNTERS = int64_t{1} << 20, COUNTERS_PER_NGRAM = 4;
 int64_t tokens_in(const Texts& texts, int64_t row) {
   uint8_t unread[BLOCK];
   int64_t count = 0;
-  for (Reader reader(texts, row); reader.more();) count += __builtin_popcountll(reader.next(unread).begins);
+  for (Reader reader(texts, row); reader.more();)
+    count += reader.at_ascii() ? __builtin_popcountll(reader.ascii(unread).begins)
+                               : static_cast<int64_t>(reader.character(unread).begins);
   return count;
 }
 

@@ -34,9 +34,10 @@ struct Character {
 
 ASSAY_INLINE bool continues(uint8_t c) { return (c & 0xC0) == 0x80; }
 
-// Of a byte >= 0x80: well-formed UTF-8 as Unicode defines it (table 3-7), else one byte that is no character.
+// Well-formed UTF-8 as Unicode defines it (table 3-7), else one byte that is no character.
 ASSAY_INLINE Character decode(const uint8_t* p, const uint8_t* end) {
   const uint32_t c = p[0];
+  if (c < 0x80) return {c, 1};
   const int64_t left = end - p;
   if (c >= 0xC2 && c < 0xE0 && left > 1 && continues(p[1])) return {(c & 0x1F) << 6 | (p[1] & 0x3Fu), 2};
   if (c >= 0xE0 && c < 0xF0 && left > 2 && continues(p[1]) && continues(p[2])) {
@@ -77,13 +78,13 @@ class Reader {
 
   ASSAY_INLINE bool more() const { return p_ < end_; }
 
-  // The next characters, at `lower`, where there is room for 64 bytes: up to 64 of ASCII, or one that is not.
-  ASSAY_INLINE Step next(uint8_t* lower) { return *p_ < 0x80 ? ascii(lower) : character(lower); }
+  // Whether more than one character of ASCII comes next. One alone, between others, is read as these are.
+  ASSAY_INLINE bool at_ascii() const { return *p_ < 0x80 && (end_ - p_ == 1 || p_[1] < 0x80); }
 
   // What comes after the last: whether a token ends there.
   ASSAY_INLINE bool in_token() const { return run_ != SPACE; }
 
- private:
+  // The next characters of ASCII, up to 64, at `lower`, where there is room for as many.
   ASSAY_INLINE Step ascii(uint8_t* lower) {
     uint8_t copy[BLOCK];
     const uint8_t* p = p_;
@@ -113,6 +114,7 @@ class Reader {
     return step;
   }
 
+  // The next character, of up to 4 bytes: masks of one bit.
   ASSAY_INLINE Step character(uint8_t* lower) {
     const Character c = decode(p_, end_);
     p_ += c.length;
@@ -124,6 +126,7 @@ class Reader {
     return step;
   }
 
+ private:
   const Texts& texts_;
   const uint8_t *p_, *const end_, *const last_;
   uint32_t run_ = SPACE;
@@ -155,10 +158,18 @@ struct Tile {
 
   ASSAY_INLINE void fill(Reader& reader) {
     while (reader.more() && size < TILE) {
-      const Step step = reader.next(bytes + size);
-      begun += places(step.begins, size, begins + begun);
-      ended += places(step.ends, size, ends + ended);
-      size += step.bytes;
+      if (reader.at_ascii()) {
+        const Step step = reader.ascii(bytes + size);
+        begun += places(step.begins, size, begins + begun);
+        ended += places(step.ends, size, ends + ended);
+        size += step.bytes;
+      } else {
+        const Step step = reader.character(bytes + size);
+        begins[begun] = ends[ended] = static_cast<uint16_t>(size);
+        begun += static_cast<int64_t>(step.begins);
+        ended += static_cast<int64_t>(step.ends);
+        size += step.bytes;
+      }
     }
     if (!reader.more() && reader.in_token()) ends[ended++] = static_cast<uint16_t>(size);
   }

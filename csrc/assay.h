@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "ngrams.h"
+
 namespace assay {
 
 enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
@@ -125,13 +127,18 @@ struct ScanArgs {
 struct Kernels {
   const char* isa;
   bool multiply_pairs;  // whether `linear` takes pairs
+  bool (*count_ngrams)(const Texts&, const CountArgs&);  // false if a thread cannot have memory for a row
+  void (*count_tokens)(const Texts&, int64_t* counts);   // (rows,)
   void (*ensemble)(const EnsembleArgs&);
+  void (*hash_ngrams)(const Texts&, const HashArgs&);
+  void (*least_hashes)(const LeastArgs&);
   void (*linear)(const LinearArgs&);
   void (*multiply_reduce)(const MultiplyReduceArgs&);
   void (*philox)(const PhiloxArgs&);
   void (*project)(const ProjectArgs&);
   void (*residual)(const ResidualArgs&);
   void (*scan)(const ScanArgs&);
+  void (*weighted_sums)(const SumsArgs&);
 };
 
 // Instruction sets compiled into this build, best last; `supported` says whether this processor runs it.

@@ -145,38 +145,73 @@ assay::Texts texts(Address bytes, Address offsets, bool wide, int64_t rows, Addr
           reinterpret_cast<const uint32_t*>(characters), punctuation, threads};
 }
 
-void count_tokens(Address bytes, Address offsets, bool wide, int64_t rows, Address characters, bool punctuation,
-                  int threads, Address counts) {
+void count_tokens(const std::string& isa, Address bytes, Address offsets, bool wide, int64_t rows, Address characters,
+                  bool punctuation, int threads, Address counts) {
+  const assay::Kernels& k = kernels(isa);
   const assay::Texts read = texts(bytes, offsets, wide, rows, characters, punctuation, threads);
   py::gil_scoped_release release;
-  assay::count_tokens(read, reinterpret_cast<int64_t*>(counts));
+  k.count_tokens(read, reinterpret_cast<int64_t*>(counts));
 }
 
-void hash_ngrams(Address bytes, Address offsets, bool wide, int64_t rows, Address characters, bool punctuation,
-                 int threads, int64_t least, int64_t order, uint64_t seed, Address places, Address out) {
+void hash_ngrams(const std::string& isa, Address bytes, Address offsets, bool wide, int64_t rows, Address characters,
+                 bool punctuation, int threads, int64_t least, int64_t order, uint64_t seed, Address places, Address out) {
+  const assay::Kernels& k = kernels(isa);
   const assay::Texts read = texts(bytes, offsets, wide, rows, characters, punctuation, threads);
+  const assay::HashArgs args{least, order, seed, reinterpret_cast<const int64_t*>(places),
+                             reinterpret_cast<uint64_t*>(out)};
   py::gil_scoped_release release;
-  assay::hash_ngrams(read, least, order, seed, reinterpret_cast<const int64_t*>(places), reinterpret_cast<uint64_t*>(out));
+  k.hash_ngrams(read, args);
 }
 
-bool count_ngrams(Address bytes, Address offsets, bool wide, int64_t rows, Address characters, bool punctuation,
-                  int threads, int64_t order, uint64_t seed, int64_t buckets, Address terms, Address starts,
-                  int64_t bits, Address places, Address features, Address counts, Address found) {
+bool count_ngrams(const std::string& isa, Address bytes, Address offsets, bool wide, int64_t rows, Address characters,
+                  bool punctuation, int threads, int64_t order, uint64_t seed, int64_t buckets, Address terms,
+                  int64_t count, Address starts, int64_t bits, Address places, Address features, Address counts,
+                  Address found) {
+  const assay::Kernels& k = kernels(isa);
   const assay::Texts read = texts(bytes, offsets, wide, rows, characters, punctuation, threads);
-  const assay::Features of{buckets, reinterpret_cast<const uint64_t*>(terms), reinterpret_cast<const int64_t*>(starts),
-                           bits};
+  const assay::CountArgs args{order,
+                              seed,
+                              buckets,
+                              reinterpret_cast<const uint64_t*>(terms),
+                              count,
+                              reinterpret_cast<const int64_t*>(starts),
+                              bits,
+                              reinterpret_cast<const int64_t*>(places),
+                              reinterpret_cast<int64_t*>(features),
+                              reinterpret_cast<int64_t*>(counts),
+                              reinterpret_cast<int64_t*>(found)};
   py::gil_scoped_release release;
-  return assay::count_ngrams(read, order, seed, of, reinterpret_cast<const int64_t*>(places),
-                             reinterpret_cast<int64_t*>(features), reinterpret_cast<int64_t*>(counts),
-                             reinterpret_cast<int64_t*>(found));
+  return k.count_ngrams(read, args);
 }
 
-void least_hashes(Address hashes, Address places, int64_t rows, Address multipliers, Address addends, int64_t count,
-                  Address out, int threads) {
+void least_hashes(const std::string& isa, Address hashes, Address places, int64_t rows, Address multipliers,
+                  Address addends, int64_t count, Address out, int threads) {
+  const assay::Kernels& k = kernels(isa);
+  const assay::LeastArgs args{reinterpret_cast<const uint64_t*>(hashes),
+                              reinterpret_cast<const int64_t*>(places),
+                              rows,
+                              reinterpret_cast<const uint32_t*>(multipliers),
+                              reinterpret_cast<const uint32_t*>(addends),
+                              count,
+                              reinterpret_cast<uint32_t*>(out),
+                              threads};
   py::gil_scoped_release release;
-  assay::least_hashes(reinterpret_cast<const uint64_t*>(hashes), reinterpret_cast<const int64_t*>(places), rows,
-                      reinterpret_cast<const uint32_t*>(multipliers), reinterpret_cast<const uint32_t*>(addends), count,
-                      reinterpret_cast<uint32_t*>(out), threads);
+  k.least_hashes(args);
+}
+
+void weighted_sums(const std::string& isa, Address offsets, int64_t rows, Address features, Address values,
+                   Address weights, int64_t targets, Address out, int threads) {
+  const assay::Kernels& k = kernels(isa);
+  const assay::SumsArgs args{reinterpret_cast<const int64_t*>(offsets),
+                             rows,
+                             reinterpret_cast<const int64_t*>(features),
+                             reinterpret_cast<const double*>(values),
+                             reinterpret_cast<const double*>(weights),
+                             targets,
+                             reinterpret_cast<double*>(out),
+                             threads};
+  py::gil_scoped_release release;
+  k.weighted_sums(args);
 }
 
 std::vector<std::pair<std::string, bool>> instruction_sets() {
@@ -191,16 +226,16 @@ std::vector<std::pair<std::string, bool>> instruction_sets() {
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "assay's CPU kernels. Use assay.ops, which checks what these take on trust.";
-  m.def("count_ngrams", &count_ngrams, "bytes"_a, "offsets"_a, "wide"_a, "rows"_a, "characters"_a, "punctuation"_a,
-        "threads"_a, "order"_a, "seed"_a, "buckets"_a, "terms"_a, "starts"_a, "bits"_a, "places"_a,
+  m.def("count_ngrams", &count_ngrams, "isa"_a, "bytes"_a, "offsets"_a, "wide"_a, "rows"_a, "characters"_a, "punctuation"_a,
+        "threads"_a, "order"_a, "seed"_a, "buckets"_a, "terms"_a, "count"_a, "starts"_a, "bits"_a, "places"_a,
         "features"_a, "counts"_a, "found"_a, "False where memory runs out");
-  m.def("count_tokens", &count_tokens, "bytes"_a, "offsets"_a, "wide"_a, "rows"_a, "characters"_a, "punctuation"_a,
+  m.def("count_tokens", &count_tokens, "isa"_a, "bytes"_a, "offsets"_a, "wide"_a, "rows"_a, "characters"_a, "punctuation"_a,
         "threads"_a, "counts"_a);
   m.def("ensemble", &ensemble, "isa"_a, "logits"_a, "row_strides"_a, "col_strides"_a, "dtype"_a, "N"_a, "C"_a,
         "labels"_a, "ignore_index"_a, "weights"_a, "fields"_a, "out"_a, "prediction"_a, "threads"_a);
-  m.def("hash_ngrams", &hash_ngrams, "bytes"_a, "offsets"_a, "wide"_a, "rows"_a, "characters"_a, "punctuation"_a,
+  m.def("hash_ngrams", &hash_ngrams, "isa"_a, "bytes"_a, "offsets"_a, "wide"_a, "rows"_a, "characters"_a, "punctuation"_a,
         "threads"_a, "least"_a, "order"_a, "seed"_a, "places"_a, "out"_a);
-  m.def("least_hashes", &least_hashes, "hashes"_a, "places"_a, "rows"_a, "multipliers"_a, "addends"_a, "count"_a,
+  m.def("least_hashes", &least_hashes, "isa"_a, "hashes"_a, "places"_a, "rows"_a, "multipliers"_a, "addends"_a, "count"_a,
         "out"_a, "threads"_a);
   m.def("linear", &linear, "isa"_a, "hidden_t"_a, "rows"_a, "padded_rows"_a, "weight"_a, "weight_dtype"_a, "C"_a,
         "D"_a, "weight_stride"_a, "bias"_a, "out"_a, "out_stride"_a, "threads"_a, "pairs"_a);
@@ -214,5 +249,7 @@ PYBIND11_MODULE(_native, m) {
         "sqnorm"_a, "threads"_a);
   m.def("scan", &scan, "isa"_a, "features"_a, "dtype"_a, "scales"_a, "N"_a, "D"_a, "stride"_a, "queries"_a, "M"_a,
         "maximum"_a, "scores"_a, "k"_a, "values"_a, "indices"_a, "threads"_a);
+  m.def("weighted_sums", &weighted_sums, "isa"_a, "offsets"_a, "rows"_a, "features"_a, "values"_a, "weights"_a,
+        "targets"_a, "out"_a, "threads"_a);
   m.def("instruction_sets", &instruction_sets, "(name, supported by this processor), best last");
 }

@@ -5,24 +5,17 @@ of other modules among it. *Pieces* are the multiplier's mixture: 128 bytes each
 whole files (of a module all docstrings), at most 16 KB, in which length tells kinds apart and is the control to beat.
 AUROC of the pool's docstrings against everything else, and their share of the best fifth, beside a random order, the
 text's length and scikit-learn's classifier of hashed n-grams on its own features. Seeds draw split and mixture anew.
-
-The last table is how fast texts are hashed: one thread, in parts of a MiB, of every ``.py``, ``.rst`` and ``.txt`` of
-the installation's standard library.
 """
 
 from __future__ import annotations
 
 import statistics
 import sys
-import sysconfig
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
@@ -35,7 +28,7 @@ from sklearn.metrics import roc_auc_score
 import assay
 from assay._json import dumps
 from assay.methods import BM25, DSIR, NGramClassifier, Views
-from assay.ops import Terms, least_hashes, ngram_counts, ngram_hashes
+from assay.ops import ngram_counts
 from benchmarks.quality.multiplier import corpus
 from benchmarks.timing import RESULTS, machine
 
@@ -43,7 +36,6 @@ Scores = NDArray[np.float64]
 BATCH = 256
 BEST = 0.2
 LONGEST = 16_384  # bytes of a document
-PART = 1 << 20  # bytes that are hashed at a time
 
 
 def pieces(seed: int, size: int) -> tuple[list[str], NDArray[np.bool_], list[str]]:
@@ -137,46 +129,6 @@ def summary(runs: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict
     return {name: {key: statistics.mean(run[name][key] for run in runs) for key in runs[0][name]} for name in runs[0]}
 
 
-def speed(rounds: int) -> dict[str, Any]:
-    """MB for each second of a core."""
-    library = Path(sysconfig.get_path("stdlib"))
-    paths = [path for path in sorted(library.rglob("*")) if path.suffix in (".py", ".rst", ".txt")]
-    texts = [path.read_bytes() for path in paths if path.is_file() and "site-packages" not in path.parts]
-    whole = pa.array(texts, pa.large_binary())
-    ends = np.searchsorted(np.cumsum([len(text) for text in texts]), np.arange(PART, sum(map(len, texts)), PART))
-    parts = [whole[a:b] for a, b in zip([0, *ends.tolist()], [*ends.tolist(), len(texts)], strict=True) if b > a]
-    terms = Terms(ngram_hashes(whole[: len(whole) // 10]).hashes)
-    runs: dict[str, Callable[[], object]] = {
-        "hashes of words": partial(_each, parts, ngram_hashes),
-        "hashes of 1-2-grams": partial(_each, parts, lambda part: ngram_hashes(part, 2)),
-        "hashes of 1-2-grams, punctuation": partial(_each, parts, lambda part: ngram_hashes(part, 2, punctuation=True)),
-        "counts of terms (BM25)": partial(_each, parts, lambda part: ngram_counts(part, terms)),
-        "counts in 10,000 buckets (DSIR)": partial(
-            _each, parts, lambda part: ngram_counts(part, 10_000, 2, punctuation=True)
-        ),
-        "112 least hashes of 5-grams": partial(
-            _each, parts, lambda part: least_hashes(ngram_hashes(part, 5, least=5, punctuation=True), 112)
-        ),
-    }
-    size = sum(map(len, texts)) / 1e6
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds + 1):  # in turn, the first round uncounted; the processor's time, for others may be there
-        for name, run in runs.items():
-            began = time.process_time()
-            run()
-            seconds[name].append(time.process_time() - began)
-    rates = {
-        name: {"median": size / statistics.median(own[1:]), "best": size / min(own[1:])}
-        for name, own in seconds.items()
-    }
-    return {"MB": size, "files": len(texts), "terms": len(terms), "MB/s": rates}
-
-
-def _each(parts: Sequence[pa.Array], run: Callable[[pa.Array], object]) -> None:
-    for part in parts:
-        run(part)
-
-
 def show(console: Console, setting: str, found: Mapping[str, Mapping[str, float]]) -> None:
     table = Table("score", "AUROC", "share of the best fifth", "seconds", title=setting)
     for name, row in found.items():
@@ -194,11 +146,6 @@ def main() -> None:
         runs = [one_seed(setting, seed, size // 8 if quick else size) for seed in seeds]
         result[setting] = {"seeds": runs, "mean": summary(runs)}
         show(console, setting, result[setting]["mean"])
-    result["speed"] = speed(3 if quick else 9)
-    table = Table("MB/s of one core", "median", "best")
-    for name, row in result["speed"]["MB/s"].items():
-        table.add_row(name, f"{row['median']:.0f}", f"{row['best']:.0f}")
-    console.print(table)
     if not quick:
         (RESULTS / "quality-texts.json").write_text(dumps(machine() | result, indent=1) + "\n")
 

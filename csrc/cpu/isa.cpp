@@ -7,5 +7,8 @@
 
 namespace assay::ASSAY_ISA {
 extern const Kernels kernels;
-const Kernels kernels = {ASSAY_STRING(ASSAY_ISA), MULTIPLIES_PAIRS, ensemble, linear, multiply_reduce, philox, project, residual, scan};
+const Kernels kernels = {ASSAY_STRING(ASSAY_ISA), MULTIPLIES_PAIRS, count_ngrams, count_tokens,
+                         ensemble,                hash_ngrams,      least_hashes, linear,
+                         multiply_reduce,         philox,           project,      residual,
+                         scan,                    weighted_sums};
 }  // namespace assay::ASSAY_ISA

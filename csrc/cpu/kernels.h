@@ -4,11 +4,16 @@
 #include "../assay.h"
 
 namespace assay::ASSAY_ISA {
+bool count_ngrams(const Texts&, const CountArgs&);
+void count_tokens(const Texts&, int64_t*);
 void ensemble(const EnsembleArgs&);
+void hash_ngrams(const Texts&, const HashArgs&);
+void least_hashes(const LeastArgs&);
 void linear(const LinearArgs&);
 void multiply_reduce(const MultiplyReduceArgs&);
 void philox(const PhiloxArgs&);
 void project(const ProjectArgs&);
 void residual(const ResidualArgs&);
 void scan(const ScanArgs&);
+void weighted_sums(const SumsArgs&);
 }  // namespace assay::ASSAY_ISA

@@ -45,6 +45,16 @@ ASSAY_INLINE float to_float(f16 x) {
   return sign ? -subnormal : subnormal;
 }
 
+// Eight bytes, the first in the lowest bits.
+ASSAY_INLINE uint64_t load_word(const uint8_t* p) {
+  uint64_t x;
+  std::memcpy(&x, p, 8);
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+  x = __builtin_bswap64(x);
+#endif
+  return x;
+}
+
 #if ASSAY_SIMD == 0
 
 struct Vec {
@@ -131,6 +141,31 @@ ASSAY_INLINE void store_by_lane(uint32_t* p, Wide a, Wide b) {  // a0 b0 a1 b1 .
   store_low_halves(p + 3, {b.v >> 32});
 }
 ASSAY_INLINE Wide shift_left_32(Wide a) { return {a.v << 32}; }
+ASSAY_INLINE Wide load(const uint64_t* p) { return {*p}; }
+ASSAY_INLINE uint32_t equal(Wide a, Wide b) { return a.v == b.v; }
+
+struct Bytes {
+  static constexpr int N = 8;
+  uint64_t v;  // as load_word has them
+};
+constexpr uint64_t ONES = 0x0101010101010101u, HIGH = 0x80 * ONES;
+ASSAY_INLINE Bytes load_bytes(const uint8_t* p) { return {load_word(p)}; }
+ASSAY_INLINE void store(uint8_t* p, Bytes a) {
+  const uint64_t x = load_word(reinterpret_cast<const uint8_t*>(&a.v));
+  std::memcpy(p, &x, 8);
+}
+// 0x80 where a byte is from `first` to `last`, which are below 0x80.
+ASSAY_INLINE uint64_t in_range(Bytes a, uint64_t first, uint64_t last) {
+  const uint64_t x = a.v & ~HIGH;
+  return (x + (0x80 - first) * ONES) & ~(x + (0x7F - last) * ONES) & ~a.v & HIGH;
+}
+ASSAY_INLINE uint64_t gather_bits(uint64_t high) { return (high >> 7) * 0x0102040810204080u >> 56; }
+template <char First, char Last>
+ASSAY_INLINE uint64_t between(Bytes a) {
+  return gather_bits(in_range(a, First, Last));
+}
+ASSAY_INLINE uint64_t high_bits(Bytes a) { return gather_bits(a.v & HIGH); }
+ASSAY_INLINE Bytes lower_case(Bytes a) { return {a.v | in_range(a, 'A', 'Z') >> 2}; }
 
 #elif ASSAY_SIMD == 1
 
@@ -261,6 +296,31 @@ ASSAY_INLINE void store_by_lane(uint32_t* p, Wide a, Wide b) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), _mm256_permute2x128_si256(even, odd, 0x31));
 }
 ASSAY_INLINE Wide shift_left_32(Wide a) { return {_mm256_slli_epi64(a.v, 32)}; }
+ASSAY_INLINE Wide load(const uint64_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+ASSAY_INLINE uint32_t equal(Wide a, Wide b) {
+  return static_cast<uint32_t>(_mm256_movemask_pd(_mm256_castsi256_pd(_mm256_cmpeq_epi64(a.v, b.v))));
+}
+
+struct Bytes {
+  static constexpr int N = 32;
+  __m256i v;
+};
+ASSAY_INLINE Bytes load_bytes(const uint8_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+ASSAY_INLINE void store(uint8_t* p, Bytes a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
+ASSAY_INLINE uint64_t high_bits(Bytes a) { return static_cast<uint32_t>(_mm256_movemask_epi8(a.v)); }
+// Signed: bytes from 0x80 on are below all of ASCII.
+template <char First, char Last>
+ASSAY_INLINE __m256i in_range(Bytes a) {
+  return _mm256_and_si256(_mm256_cmpgt_epi8(a.v, _mm256_set1_epi8(First - 1)),
+                          _mm256_cmpgt_epi8(_mm256_set1_epi8(Last + 1), a.v));
+}
+template <char First, char Last>
+ASSAY_INLINE uint64_t between(Bytes a) {
+  return high_bits({in_range<First, Last>(a)});
+}
+ASSAY_INLINE Bytes lower_case(Bytes a) {
+  return {_mm256_or_si256(a.v, _mm256_and_si256(in_range<'A', 'Z'>(a), _mm256_set1_epi8(0x20)))};
+}
 
 #elif ASSAY_SIMD == 2
 
@@ -389,6 +449,23 @@ ASSAY_INLINE void store_by_lane(uint32_t* p, Wide a, Wide b) {
   _mm512_storeu_si512(p + 16, _mm512_permutex2var_epi64(a.v, second, b.v));
 }
 ASSAY_INLINE Wide shift_left_32(Wide a) { return {_mm512_slli_epi64(a.v, 32)}; }
+ASSAY_INLINE Wide load(const uint64_t* p) { return {_mm512_loadu_si512(p)}; }
+ASSAY_INLINE uint32_t equal(Wide a, Wide b) { return _mm512_cmpeq_epi64_mask(a.v, b.v); }
+
+struct Bytes {
+  static constexpr int N = 64;
+  __m512i v;
+};
+ASSAY_INLINE Bytes load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+ASSAY_INLINE void store(uint8_t* p, Bytes a) { _mm512_storeu_si512(p, a.v); }
+template <char First, char Last>
+ASSAY_INLINE uint64_t between(Bytes a) {
+  return _mm512_mask_cmple_epi8_mask(_mm512_cmpge_epi8_mask(a.v, _mm512_set1_epi8(First)), a.v, _mm512_set1_epi8(Last));
+}
+ASSAY_INLINE uint64_t high_bits(Bytes a) { return _mm512_movepi8_mask(a.v); }
+ASSAY_INLINE Bytes lower_case(Bytes a) {
+  return {_mm512_mask_add_epi8(a.v, between<'A', 'Z'>(a), a.v, _mm512_set1_epi8(0x20))};
+}
 
 #endif
 

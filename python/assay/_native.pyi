@@ -2,6 +2,7 @@ import collections.abc
 import typing
 
 def count_ngrams(
+    isa: str,
     bytes: typing.SupportsInt | typing.SupportsIndex,
     offsets: typing.SupportsInt | typing.SupportsIndex,
     wide: bool,
@@ -13,6 +14,7 @@ def count_ngrams(
     seed: typing.SupportsInt | typing.SupportsIndex,
     buckets: typing.SupportsInt | typing.SupportsIndex,
     terms: typing.SupportsInt | typing.SupportsIndex,
+    count: typing.SupportsInt | typing.SupportsIndex,
     starts: typing.SupportsInt | typing.SupportsIndex,
     bits: typing.SupportsInt | typing.SupportsIndex,
     places: typing.SupportsInt | typing.SupportsIndex,
@@ -21,6 +23,7 @@ def count_ngrams(
     found: typing.SupportsInt | typing.SupportsIndex,
 ) -> bool: ...
 def count_tokens(
+    isa: str,
     bytes: typing.SupportsInt | typing.SupportsIndex,
     offsets: typing.SupportsInt | typing.SupportsIndex,
     wide: bool,
@@ -47,6 +50,7 @@ def ensemble(
     threads: typing.SupportsInt | typing.SupportsIndex,
 ) -> None: ...
 def hash_ngrams(
+    isa: str,
     bytes: typing.SupportsInt | typing.SupportsIndex,
     offsets: typing.SupportsInt | typing.SupportsIndex,
     wide: bool,
@@ -62,6 +66,7 @@ def hash_ngrams(
 ) -> None: ...
 def instruction_sets() -> list[tuple[str, bool]]: ...
 def least_hashes(
+    isa: str,
     hashes: typing.SupportsInt | typing.SupportsIndex,
     places: typing.SupportsInt | typing.SupportsIndex,
     rows: typing.SupportsInt | typing.SupportsIndex,
@@ -154,5 +159,16 @@ def scan(
     k: typing.SupportsInt | typing.SupportsIndex,
     values: typing.SupportsInt | typing.SupportsIndex,
     indices: typing.SupportsInt | typing.SupportsIndex,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> None: ...
+def weighted_sums(
+    isa: str,
+    offsets: typing.SupportsInt | typing.SupportsIndex,
+    rows: typing.SupportsInt | typing.SupportsIndex,
+    features: typing.SupportsInt | typing.SupportsIndex,
+    values: typing.SupportsInt | typing.SupportsIndex,
+    weights: typing.SupportsInt | typing.SupportsIndex,
+    targets: typing.SupportsInt | typing.SupportsIndex,
+    out: typing.SupportsInt | typing.SupportsIndex,
     threads: typing.SupportsInt | typing.SupportsIndex,
 ) -> None: ...

@@ -1,17 +1,14 @@
 // The native kernels without Python, for the sanitizers: every instruction set against a plain double computation, at
 // the sizes where loads have tails, with every kind of stride, and with arrays that end where their data ends.
 #include <algorithm>
-#include <cctype>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <limits>
 #include <random>
-#include <string>
 #include <vector>
 
 #include "assay.h"
-#include "ngrams.h"
 
 using namespace assay;
 
@@ -323,73 +320,6 @@ void scan_case(const Kernels& kernels, int64_t N, int64_t D, int64_t M, int form
   }
 }
 
-// Random bytes in arrays that end where they do: as many hashes as tokens say, and features that add up to them.
-void ngrams_case(int64_t rows, int64_t longest, int64_t order, bool punctuation, bool wide, std::mt19937& rng) {
-  std::vector<uint32_t> characters(0x110000);
-  for (uint32_t c = 0; c < characters.size(); ++c) {
-    const bool word = c >= 0x80 ? c % 7 != 0 : std::isalnum(static_cast<int>(c)) || c == '_';
-    const uint32_t kind = c >= 0x80 && c % 5 == 0 ? 3 : word ? 1 : c < 0x80 && std::ispunct(static_cast<int>(c)) ? 2 : 0;
-    characters[c] = kind << 24 | (c < 0x80 ? static_cast<uint32_t>(std::tolower(static_cast<int>(c))) : c);
-  }
-  const std::string alphabet = "aZ09_ .,\n\xc3\xa9\xe2\x82\xac\xf0\x9f\x98\x80\xff\xed\xa0";
-  std::vector<uint8_t> bytes;
-  std::vector<int32_t> narrow{0};
-  std::vector<int64_t> offsets{0};
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t length = static_cast<int64_t>(rng() % static_cast<uint64_t>(longest + 1));
-    for (int64_t i = 0; i < length; ++i) bytes.push_back(static_cast<uint8_t>(alphabet[rng() % alphabet.size()]));
-    offsets.push_back(static_cast<int64_t>(bytes.size()));
-    narrow.push_back(static_cast<int32_t>(bytes.size()));
-  }
-  bytes.shrink_to_fit();
-  const Texts texts{bytes.data(), wide ? static_cast<const void*>(offsets.data()) : narrow.data(), wide, rows,
-                    characters.data(), punctuation, 2};
-  std::vector<int64_t> tokens(static_cast<size_t>(rows)), places{0};
-  count_tokens(texts, tokens.data());
-  for (int64_t t : tokens) {
-    int64_t length = 0;
-    for (int64_t n = 0; n < order; ++n) length += std::max<int64_t>(0, t - n);
-    places.push_back(places.back() + length);
-  }
-  const size_t size = static_cast<size_t>(places.back());
-  std::vector<uint64_t> hashes(size, 1);
-  hash_ngrams(texts, 1, order, 5, places.data(), hashes.data());
-  check(std::count(hashes.begin(), hashes.end(), 1u) == 0, "every hash written", "-", rows, longest, order);
-  std::vector<int64_t> longest_places{0};
-  for (int64_t t : tokens) longest_places.push_back(longest_places.back() + std::max<int64_t>(0, t - order + 1));
-  std::vector<uint64_t> longest_only(static_cast<size_t>(longest_places.back()), 1);
-  hash_ngrams(texts, order, order, 5, longest_places.data(), longest_only.data());
-  const std::vector<uint32_t> multipliers{1, 3, 5}, addends{0, 1, 2};
-  std::vector<uint32_t> least(static_cast<size_t>(rows) * 3);
-  least_hashes(longest_only.data(), longest_places.data(), rows, multipliers.data(), addends.data(), 3, least.data(), 2);
-  for (int64_t r = 0; r < rows; ++r)
-    for (size_t k = 0; k < 3; ++k) {
-      uint32_t expected = ~uint32_t{0};
-      for (int64_t i = longest_places[static_cast<size_t>(r)]; i < longest_places[static_cast<size_t>(r) + 1]; ++i) {
-        const uint64_t hash = longest_only[static_cast<size_t>(i)];
-        expected = std::min(expected, multipliers[k] * static_cast<uint32_t>(hash >> 32) + addends[k]);
-      }
-      check(least[static_cast<size_t>(r) * 3 + k] == expected, "the least hash", "-", rows, longest, order);
-    }
-  std::vector<uint64_t> terms(hashes);
-  std::sort(terms.begin(), terms.end());
-  terms.erase(std::unique(terms.begin(), terms.end()), terms.end());
-  const std::vector<int64_t> starts{0, static_cast<int64_t>(terms.size())};
-  for (int64_t buckets : {0, 1, 3, 1 << 20}) {
-    std::vector<int64_t> features(size, -1), counts(size), found(static_cast<size_t>(rows));
-    const bool done = count_ngrams(texts, order, 5, {buckets, terms.data(), starts.data(), 0}, places.data(),
-                                   features.data(), counts.data(), found.data());
-    int64_t at = 0, sum = 0;
-    for (int64_t n : found) at += n;
-    for (int64_t i = 0; i < at; ++i) {
-      const int64_t most = buckets ? buckets : starts[1];
-      check(features[static_cast<size_t>(i)] >= 0 && features[static_cast<size_t>(i)] < most, "a feature", "-", i, at, most);
-      sum += counts[static_cast<size_t>(i)];
-    }
-    check(done && sum == places.back(), "every n-gram counted", "-", rows, order, buckets);
-  }
-}
-
 }  // namespace
 
 int main() {
@@ -434,9 +364,6 @@ int main() {
               ++ran;
             }
   }
-  for (int64_t longest : {0, 1, 7, 8, 9, 17, 200})
-    for (int64_t order : {1, 2, 16})
-      for (int form = 0; form < 4; ++form) ngrams_case(70, longest, order, form & 1, form & 2, rng);
   check(select_kernels("no such set") == nullptr, "unknown instruction set", "-", 0, 0, 0);
   check(select_kernels(nullptr) != nullptr, "default instruction set", "-", 0, 0, 0);
   std::printf("%d cases, %d failures\n", ran, failures);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import re
 import unicodedata
@@ -10,11 +11,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import assay
 from assay.ops import NGramHashes, Terms, ngram_counts, ngram_hashes
 from assay.ops import ngrams as module
 from assay.ops._characters import ALONE, SPACE, WORD, characters
+from tests.conftest import USABLE_ISAS
 
 ODD = [
     "Hello, World!! foo_bar 12.5",
@@ -47,11 +51,11 @@ def assert_same(got: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize("punctuation", [False, True])
 @pytest.mark.parametrize("order", [1, 2, 5])
-def test_native_bits_are_the_definition(order: int, punctuation: bool) -> None:
+def test_native_bits_are_the_definition(isa: str, order: int, punctuation: bool) -> None:
     options: dict[str, Any] = {"order": order, "punctuation": punctuation, "seed": -3}
     native = ngram_hashes(TEXTS, **options)
     terms = Terms(native.hashes[::3])
-    looked_for: list[Any] = [1, 37, terms, Terms(native.hashes[:0])]
+    looked_for: list[Any] = [1, 37, terms, Terms(native.hashes[:0]), 1 << 26]
     counts = [ngram_counts(TEXTS, features, **options) for features in looked_for]
     with assay.backend("reference"):
         assert_same(ngram_hashes(TEXTS, **options), native)
@@ -60,6 +64,64 @@ def test_native_bits_are_the_definition(order: int, punctuation: bool) -> None:
     assert counts[0].counts.sum() == counts[1].counts.sum() == len(native.hashes)
     assert 0 < counts[2].counts.sum() < len(native.hashes)
     assert not len(counts[3].features)
+
+
+def repeated(pieces: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:
+    return st.tuples(pieces, st.integers(1, 70)).map(lambda drawn: drawn[0] * drawn[1])
+
+
+PIECES = (
+    st.sampled_from([character.encode() for character in "aZ9_ .!\néÉıİΣ語の😀\u0301\u2028ẞK"])
+    | st.characters(exclude_categories=["Cs"]).map(str.encode)
+    | st.binary(max_size=4)
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.lists(PIECES | repeated(PIECES), max_size=20).map(b"".join), max_size=4), st.booleans(), st.data())
+def test_any_bytes_have_the_hashes_of_the_definition(
+    texts: list[bytes], punctuation: bool, data: st.DataObject
+) -> None:
+    order = data.draw(st.integers(1, 4))
+    options: dict[str, Any] = {"order": order, "punctuation": punctuation}
+    least = data.draw(st.integers(1, order))
+    with assay.backend("reference"):
+        expected = ngram_hashes(texts, least=least, **options)
+        terms = Terms(expected.hashes[data.draw(st.integers(0, 2)) :: 2])
+        counts = {features: ngram_counts(texts, features, **options) for features in (3, 1000, 1 << 24, terms)}
+    for name in USABLE_ISAS:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("ASSAY_ISA", name)
+            assert_same(ngram_hashes(texts, least=least, **options), expected)
+            for features, own in counts.items():
+                assert_same(ngram_counts(texts, features, **options), own)
+
+
+@pytest.mark.parametrize("middle", ["", "é", "!", "語", " "])
+def test_long_texts_are_hashed_as_short_ones(isa: str, middle: str) -> None:
+    """Around the ends of what is looked at at once: 64 characters, and a KiB."""
+    sizes = [*range(50, 75), *range(1010, 1100, 7)]
+    texts = ["x" * size + middle + "y z. " * 9 + "w" * 1030 for size in sizes]
+    found = [ngram_hashes(texts, 3, punctuation=True), ngram_counts(texts, 100, 3, punctuation=True)]
+    with assay.backend("reference"):
+        assert_same(ngram_hashes(texts, 3, punctuation=True), found[0])
+        assert_same(ngram_counts(texts, 100, 3, punctuation=True), found[1])
+
+
+def test_terms_that_begin_alike_and_end_in_ones(isa: str) -> None:
+    """More than a vector holds share their first bits, and one looks like what terms are padded with."""
+    (own,) = ngram_hashes(["word"]).hashes
+    alike = (own & ~np.uint64(0xFF)) + np.arange(100, dtype=np.uint64)
+    for hashes in (alike, np.append(alike, own), np.array([2**64 - 1], np.uint64), np.array([own, 2**64 - 1])):
+        found = ngram_counts(["word", "other word"], Terms(hashes))
+        with assay.backend("reference"):
+            assert_same(ngram_counts(["word", "other word"], Terms(hashes)), found)
+
+
+@pytest.mark.parametrize("features", [1, 3, 1 << 20])
+def test_the_same_word_many_times(isa: str, features: int) -> None:
+    counts = ngram_counts(["word " * 100_000, "word"], features)
+    assert counts.counts.tolist() == [100_000, 1]
 
 
 def test_hashes_stay_what_they_are() -> None:
@@ -114,6 +176,7 @@ def test_arrays_are_read_where_they_lie(kind: pa.DataType) -> None:
     assert_same(ngram_hashes(array, 2), whole)
     assert_same(ngram_hashes(pa.chunked_array([array[:2], array[2:]]), 2), whole)
     assert_same(ngram_hashes(pa.chunked_array([], kind), 2), ngram_hashes([], 2))
+    assert_same(ngram_hashes(tuple(texts), 2), whole)
     assert ngram_hashes([]).offsets.tolist() == [0]
     assert ngram_counts([], 5).lengths.tolist() == []
 
@@ -143,6 +206,41 @@ def test_sums_are_each_rows_own() -> None:
     assert counts.rows.tolist() == [0, 0, 2]
     assert counts.sums(np.array([1.0, 10.0, 100.0])).tolist() == [11.0, 0.0, 100.0]
     assert counts.lengths.tolist() == [3, 0, 1]
+
+
+def test_weighted_sums_have_the_bits_of_numpy(isa: str) -> None:
+    rng = np.random.default_rng(0)
+    counts = ngram_counts(TEXTS * 2, 50, 2, punctuation=True)
+    weights, values = rng.normal(size=(50, 3)), rng.normal(size=len(counts.counts))
+    weights[7] = [np.inf, np.nan, -0.0]
+    for own in (weights, weights[:, :1], np.asfortranarray(weights)):
+        found = [counts.weighted(own), counts.weighted(own, values)]
+        assert found[0].shape == (len(counts.lengths), own.shape[1])
+        for given_values, sums in zip((counts.counts, values), found, strict=True):
+            for column, column_weights in zip(sums.T, own.T, strict=True):
+                np.testing.assert_array_equal(column, counts.sums(given_values * column_weights[counts.features]))
+    whole = counts.weighted(weights, values)
+    with assay.backend("reference"):
+        np.testing.assert_array_equal(counts.weighted(weights, values), whole)
+    none = ngram_counts([], 50)
+    assert none.weighted(weights).shape == (0, 3)
+
+
+def test_weights_that_do_not_fit_are_refused() -> None:
+    counts = ngram_counts(["a b a", "c"], 1 << 20)
+    most = int(counts.features.max())
+    with pytest.raises(ValueError, match=rf"weights: expected \(features, targets\), of {most + 1} at least, got"):
+        counts.weighted(np.zeros((most, 1)))
+    with pytest.raises(ValueError, match="weights: expected"):
+        counts.weighted(np.zeros(1 << 20))
+    with pytest.raises(ValueError, match="values: expected one for each of 3 features, got"):
+        counts.weighted(np.zeros((1 << 20, 1)), np.zeros(2))
+    for offsets in ([0, 4, 3], [0, 2, 5], [-1, 2, 3], [0, 3, 2]):
+        lying = dataclasses.replace(counts, offsets=np.array(offsets))
+        with pytest.raises(ValueError, match="offsets: expected ascending ones"):
+            lying.weighted(np.zeros((1 << 20, 1)))
+    with pytest.raises(ValueError, match="weights: expected"):
+        dataclasses.replace(counts, features=-counts.features).weighted(np.zeros((1 << 20, 1)))
 
 
 MOST = 2**31 - 1  # of 32 bits, in which a difference of offsets may wrap around

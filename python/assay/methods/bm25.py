@@ -14,8 +14,9 @@ import numpy as np
 
 from assay.methods.checks import check_at_least
 from assay.methods.targets import Targets
-from assay.methods.text_method import Floats, Ints, Text, TextMethod, summed
+from assay.methods.text_method import Floats, Ints, TextMethod, summed
 from assay.ops import Terms
+from assay.ops.ngrams import Texts
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class BM25(TextMethod):
             raise ValueError(f"b: expected a number from 0 to 1, got {b}")
         self.k1, self.b, self.contrast = float(k1), float(b), contrast
 
-    def _learn(self, targets: Mapping[str, Sequence[Sequence[Text]]], pool: Iterable[Any]) -> _Fitted:
+    def _learn(self, targets: Mapping[str, Sequence[Texts]], pool: Iterable[Any]) -> _Fitted:
         terms = Terms(np.concatenate([self._hashes(texts).hashes for own in targets.values() for texts in own]))
         weights = np.zeros((len(terms), len(targets)))
         for j, own in enumerate(targets.values()):
@@ -80,18 +81,17 @@ class BM25(TextMethod):
         idf = np.log1p((n - having + 0.5) / (having + 0.5))
         return _Fitted(terms, idf[:, None] * weights, length / n, n)
 
-    def _having(self, texts: Sequence[Text], terms: Terms) -> Ints:
+    def _having(self, texts: Texts, terms: Terms) -> Ints:
         """(V + 2,): of each term the texts that have it; then all texts' words, and the texts that have any."""
         counts = self._counts(texts, terms)
         having = np.bincount(counts.features, minlength=len(terms))
         return np.append(having, [counts.lengths.sum(), (counts.lengths > 0).sum()]).astype(np.int64)
 
-    def _values(self, texts: Sequence[Text], fitted: _Fitted) -> tuple[Floats, Ints]:
+    def _values(self, texts: Texts, fitted: _Fitted) -> tuple[Floats, Ints]:
         found = self._counts(texts, fitted.terms)
         f, k = found.counts, self.k1 * (1 - self.b + self.b * found.lengths / fitted.mean_length)
         saturated = f * (self.k1 + 1) / (f + k[found.rows])
-        values = [found.sums(saturated * weights[found.features]) for weights in fitted.weights.T]
-        return np.stack(values, 1), found.lengths
+        return found.weighted(fitted.weights, saturated), found.lengths
 
     def metadata(self) -> dict[str, str]:
         facts = {"k1": f"{self.k1:g}", "b": f"{self.b:g}", "idf": "Lucene's", "contrast": str(self.contrast).lower()}

@@ -14,8 +14,8 @@ import numpy as np
 
 from assay.methods.checks import check_at_least
 from assay.methods.targets import Targets
-from assay.methods.text_method import Floats, Ints, Text, TextMethod, summed
-from assay.ops.ngrams import check_features
+from assay.methods.text_method import Floats, Ints, TextMethod, summed
+from assay.ops.ngrams import Texts, check_features
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,14 @@ class DSIR(TextMethod):
             raise ValueError("smoothing: expected more than 0; an n-gram that one side has never seen would rule all")
         self.buckets, self.smoothing = buckets, float(smoothing)
 
-    def _learn(self, targets: Mapping[str, Sequence[Sequence[Text]]], pool: Iterable[Any]) -> _Fitted:
+    def _learn(self, targets: Mapping[str, Sequence[Texts]], pool: Iterable[Any]) -> _Fitted:
         bins = self._total(pool, self._bins)
         if not (total := int(bins.sum())):
             raise self._wordless("the pool")
         logs = [self._logs(summed(own, self._bins)) for own in targets.values()]
         return _Fitted(np.stack(logs, 1) - self._logs(bins)[:, None], total)
 
-    def _bins(self, texts: Sequence[Text]) -> Ints:
+    def _bins(self, texts: Texts) -> Ints:
         """(buckets,) how many n-grams are in each."""
         bins, counts = np.zeros(self.buckets, np.int64), self._counts(texts, self.buckets)
         np.add.at(bins, counts.features, counts.counts)
@@ -82,10 +82,9 @@ class DSIR(TextMethod):
         logs: Floats = np.log((bins + self.smoothing) / (bins.sum() + self.smoothing * self.buckets))
         return logs
 
-    def _values(self, texts: Sequence[Text], fitted: _Fitted) -> tuple[Floats, Ints]:
+    def _values(self, texts: Texts, fitted: _Fitted) -> tuple[Floats, Ints]:
         found = self._counts(texts, self.buckets)
-        values = [found.sums(found.counts * ratios[found.features]) for ratios in fitted.ratios.T]
-        return np.stack(values, 1), found.lengths
+        return found.weighted(fitted.ratios), found.lengths
 
     def metadata(self) -> dict[str, str]:
         facts = {"smoothing": f"{self.smoothing:g}", "buckets": str(self.buckets)}

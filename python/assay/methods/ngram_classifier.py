@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from assay.methods.checks import check_at_least
 from assay.methods.targets import Targets
-from assay.methods.text_method import Floats, Ints, Text, TextMethod
+from assay.methods.text_method import Floats, Ints, TextMethod
 from assay.ops import NGramCounts
-from assay.ops.ngrams import check_features
+from assay.ops.ngrams import Texts, check_features
 
 _MOST_STEPS = 500
 _HISTORY = 10
@@ -86,7 +86,7 @@ class NGramClassifier(TextMethod):
             raise ValueError("penalty: expected more than 0; without one the weights have no end")
         self.buckets, self.penalty = buckets, float(penalty)
 
-    def _learn(self, targets: Mapping[str, Sequence[Sequence[Text]]], pool: Iterable[Any]) -> _Fitted:
+    def _learn(self, targets: Mapping[str, Sequence[Texts]], pool: Iterable[Any]) -> _Fitted:
         negatives = [self._counts(texts, self.buckets) for texts in self._texts(pool)]
         if not any(len(counts.features) for counts in negatives):
             raise self._wordless("the pool")
@@ -104,12 +104,11 @@ class NGramClassifier(TextMethod):
             )
         return _Fitted(weights, biases, facts)
 
-    def _values(self, texts: Sequence[Text], fitted: _Fitted) -> tuple[Floats, Ints]:
+    def _values(self, texts: Texts, fitted: _Fitted) -> tuple[Floats, Ints]:
         found = self._counts(texts, self.buckets)
-        lengths = np.sqrt(found.sums((found.counts**2).astype(np.float64)))
+        lengths = np.sqrt(found.sums(np.square(found.counts, dtype=np.float64)))
         lengths[lengths == 0] = 1
-        sums = [found.sums(found.counts * weights[found.features]) / lengths for weights in fitted.weights.T]
-        return np.stack(sums, 1) + fitted.biases, found.lengths
+        return found.weighted(fitted.weights) / lengths[:, None] + fitted.biases, found.lengths
 
     def metadata(self) -> dict[str, str]:
         facts = {"penalty": f"{self.penalty:g}", "buckets": str(self.buckets)}

@@ -16,7 +16,7 @@ from assay.methods.base import Column, Method, Need, Views
 from assay.methods.parts import State, states
 from assay.methods.targets import Targets, TargetSet
 from assay.ops import NGramCounts, NGramHashes, Terms, ngram_counts, ngram_hashes
-from assay.ops.ngrams import check_settings
+from assay.ops.ngrams import Texts, are_texts, check_settings
 from assay.probe import Signals
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-Text = str | bytes | None
 
 
 class TextMethod(Method):
@@ -77,14 +76,14 @@ class TextMethod(Method):
         return self.targets.scores(torch.from_numpy(values))
 
     @abstractmethod
-    def _learn(self, targets: Mapping[str, Sequence[Sequence[Text]]], pool: Iterable[Any]) -> Any:
+    def _learn(self, targets: Mapping[str, Sequence[Texts]], pool: Iterable[Any]) -> Any:
         """What scores are made with, from batches of texts by target, and those of the pool, which may have no word."""
 
     @abstractmethod
-    def _values(self, texts: Sequence[Text], fitted: Any) -> tuple[Floats, NDArray[np.int64]]:
+    def _values(self, texts: Texts, fitted: Any) -> tuple[Floats, NDArray[np.int64]]:
         """(B, targets), and how many n-grams each text has."""
 
-    def _total(self, batches: Iterable[Any], count: Callable[[Sequence[Text]], Ints]) -> Ints:
+    def _total(self, batches: Iterable[Any], count: Callable[[Texts], Ints]) -> Ints:
         """What ``count`` gives of some texts, integers, added up over those of all batches."""
 
         def part(batches: Iterable[Any], first: int) -> State:
@@ -95,13 +94,13 @@ class TextMethod(Method):
     def _wordless(self, what: str) -> ValueError:
         return ValueError(f"{self.name}: {what} has no text with a word in {self.text_column!r}")
 
-    def _hashes(self, texts: Sequence[Text]) -> NGramHashes:
+    def _hashes(self, texts: Texts) -> NGramHashes:
         return ngram_hashes(texts, self.order, punctuation=self.punctuation)
 
-    def _counts(self, texts: Sequence[Text], features: int | Terms) -> NGramCounts:
+    def _counts(self, texts: Texts, features: int | Terms) -> NGramCounts:
         return ngram_counts(texts, features, self.order, punctuation=self.punctuation)
 
-    def _texts(self, batches: Iterable[Any]) -> Iterator[list[Text]]:
+    def _texts(self, batches: Iterable[Any]) -> Iterator[Texts]:
         for batch in batches:
             if not isinstance(batch, Views) or self.text_column not in batch.raw:
                 raise ValueError(
@@ -111,12 +110,14 @@ class TextMethod(Method):
             yield known_texts(batch.raw[self.text_column])
 
 
-def summed(batches: Iterable[Sequence[Text]], count: Callable[[Sequence[Text]], Ints]) -> Ints:
+def summed(batches: Iterable[Texts], count: Callable[[Texts], Ints]) -> Ints:
     """What ``count`` gives of some texts, added up over batches of them; of no text, too."""
     return sum(map(count, batches), start=count([]))
 
 
-def known_texts(values: Any) -> list[Text]:
+def known_texts(values: Any) -> Texts:
     """The values of a list or an array, None in place of those that are no texts."""
+    if are_texts(values):
+        return values
     values = values.to_pylist() if isinstance(values, pa.Array | pa.ChunkedArray) else values
     return [value if isinstance(value, str | bytes) else None for value in values]

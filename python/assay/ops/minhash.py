@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from assay import _native
 from assay.ops import _backend
-from assay.ops._native import threads
+from assay.ops._native import isa, threads
 from assay.ops.ngrams import NGramHashes
 
 EMPTY = np.uint32(0xFFFFFFFF)
@@ -51,7 +51,7 @@ def least_hashes(sets: NGramHashes, count: int, *, seed: int = 0) -> NDArray[np.
         return _reference(sets, a, b)
     out = np.empty((rows, count), np.uint32)
     into = (a.ctypes.data, b.ctypes.data, count, out.ctypes.data, threads())
-    _native.least_hashes(sets.hashes.ctypes.data, sets.offsets.ctypes.data, rows, *into)
+    _native.least_hashes(isa(), sets.hashes.ctypes.data, sets.offsets.ctypes.data, rows, *into)
     return out
 
 

@@ -14,10 +14,11 @@ first.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import numpy as np
 import pyarrow as pa
@@ -27,16 +28,18 @@ from numpy.typing import NDArray
 from assay import _native
 from assay.ops import _backend
 from assay.ops._characters import ALONE, MARK, SPACE, characters
-from assay.ops._native import threads
+from assay.ops._native import isa, threads
 
 MOST_ORDER = 16
 MOST_BUCKETS = 1 << 26
 
 Ints = NDArray[np.int64]
 Hashes = NDArray[np.uint64]
+Floats = NDArray[np.float64]
 Texts: TypeAlias = pa.Array | pa.ChunkedArray | Sequence[str | bytes | None]
 """Arrow's strings or binaries, of which nothing is copied but chunks and nulls, or Python's."""
 
+_PADDING = 8  # terms are compared as many at a time
 _BITS = (1 << 64) - 1
 _WEYL = 0x9E3779B97F4A7C15
 
@@ -54,7 +57,9 @@ class Terms:
     def __init__(self, hashes: Hashes) -> None:
         if not isinstance(hashes, np.ndarray) or hashes.dtype != np.uint64 or hashes.ndim != 1:
             raise TypeError("Terms: expected a uint64 array of one dimension, as ngram_hashes gives it")
-        self.hashes: Hashes = np.unique(hashes)
+        found = np.unique(hashes)
+        self._padded: Hashes = np.append(found, np.full(_PADDING, _BITS, np.uint64))
+        self.hashes: Hashes = self._padded[: len(found)]
 
     def __len__(self) -> int:
         return len(self.hashes)
@@ -95,14 +100,48 @@ class NGramCounts:
     counts: Ints
     lengths: Ints
 
-    @property
+    @cached_property
     def rows(self) -> Ints:
         """(M,): the row that each feature is of."""
         return np.repeat(np.arange(len(self.lengths)), np.diff(self.offsets))
 
-    def sums(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+    def sums(self, values: Floats) -> Floats:
         """(M,) -> (N,), each row's in their order, whatever the other rows are; 0 of none."""
         return np.bincount(self.rows, weights=values, minlength=len(self.lengths)).astype(np.float64)
+
+    def weighted(self, weights: Floats, values: Floats | None = None) -> Floats:
+        """Σ of value · weight over each row's features: ``sums(values * weights[features])`` for every target.
+
+        Args:
+            weights: (F, T) of every feature towards every target.
+            values: (M,) in place of the counts.
+
+        Returns:
+            (N, T), with the same bits on every machine, with any number of threads.
+
+        Raises:
+            ValueError: weights of fewer features, values of another number, or offsets that lead out of these.
+        """
+        weights = np.ascontiguousarray(weights, np.float64)
+        values = np.ascontiguousarray(self.counts if values is None else values, np.float64)
+        if _reference("NGramCounts.weighted"):
+            return np.stack([self.sums(values * own[self.features]) for own in weights.T], 1)
+        self._check(weights, values)
+        offsets, features = np.ascontiguousarray(self.offsets, np.int64), np.ascontiguousarray(self.features, np.int64)
+        out = np.empty((len(offsets) - 1, weights.shape[1]))
+        read = (offsets.ctypes.data, len(out), features.ctypes.data, values.ctypes.data, weights.ctypes.data)
+        _native.weighted_sums(isa(), *read, weights.shape[1], out.ctypes.data, threads())
+        return out
+
+    def _check(self, weights: Floats, values: Floats) -> None:
+        """ValueError for what native code may not follow."""
+        offsets, most = self.offsets, int(self.features.max(initial=-1))
+        if weights.ndim != 2 or most >= len(weights) or self.features.min(initial=0) < 0:
+            raise ValueError(f"weights: expected (features, targets), of {most + 1} at least, got {weights.shape}")
+        if values.shape != self.features.shape:
+            raise ValueError(f"values: expected one for each of {len(self.features)} features, got {values.shape}")
+        if offsets[0] < 0 or offsets[-1] > len(values) or (offsets[1:] < offsets[:-1]).any():
+            raise ValueError(f"offsets: expected ascending ones, from 0 up to the number of features, {len(values)}")
 
 
 def ngram_hashes(
@@ -159,7 +198,9 @@ def ngram_counts(
     if count and not _native.count_ngrams(*read.arguments, order, seed & _BITS, *_looked_for(features), *into):
         raise MemoryError(f"ngram_counts: no room for the {int(lengths.max())} n-grams of the longest text")
     offsets = _places(found)
-    return NGramCounts(offsets, own[: offsets[-1]].copy(), times[: offsets[-1]].copy(), lengths)
+    for array in (own, times):
+        array.resize(offsets[-1], refcheck=False)  # where it lies
+    return NGramCounts(offsets, own, times, lengths)
 
 
 def check_settings(order: int, seed: int, least: int = 1) -> None:
@@ -186,10 +227,10 @@ def _reference(name: str) -> bool:
     return _backend.choose(name, [torch.empty(0)], {"reference": _ngrams, "cpu": _ngrams}, lambda: None) == "reference"
 
 
-def _looked_for(features: int | Terms) -> tuple[int, int, int, int]:
+def _looked_for(features: int | Terms) -> tuple[int, int, int, int, int]:
     if isinstance(features, Terms):
-        return 0, features.hashes.ctypes.data, features.starts.ctypes.data, features.bits
-    return features, 0, 0, 0
+        return 0, features.hashes.ctypes.data, len(features), features.starts.ctypes.data, features.bits
+    return features, 0, 0, 0, 0
 
 
 def _ngram_lengths(tokens: Ints, order: int, least: int = 1) -> Ints:
@@ -202,7 +243,9 @@ def _ngram_lengths(tokens: Ints, order: int, least: int = 1) -> Ints:
 
 def _places(lengths: Ints | Sequence[int]) -> Ints:
     """Where each of some rows begins, and the last ends."""
-    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    places = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=places[1:])
+    return places
 
 
 class _Read:
@@ -218,13 +261,13 @@ class _Read:
         if len(array):
             self._offsets = np.frombuffer(offsets, kind, count=array.offset + len(array) + 1)[array.offset :]
 
-    @property
-    def arguments(self) -> tuple[int, int, bool, int, int, bool, int]:
+    @cached_property
+    def arguments(self) -> tuple[str, int, int, bool, int, int, bool, int]:
         """The texts' addresses and how to read them, as native code takes them."""
         address = self._data.address if self._data is not None else 0
         table = characters().ctypes.data
         rows = len(self._array)
-        return address, self._offsets.ctypes.data, self._wide, rows, table, self._punctuation, threads()
+        return isa(), address, self._offsets.ctypes.data, self._wide, rows, table, self._punctuation, threads()
 
     def token_counts(self) -> Ints:
         """(N,)."""
@@ -247,7 +290,7 @@ def _strings(texts: Texts) -> pa.Array:
     elif isinstance(texts, str | bytes):
         raise TypeError("texts: expected several of them, got one; wrap it in a list")
     else:
-        array = _sound(texts) if isinstance(texts, pa.Array) else pa.array([_encoded(text) for text in texts], _BINARY)
+        array = _sound(texts) if isinstance(texts, pa.Array) else _of_python(list(texts))
     return array.fill_null(b"") if array.null_count else array
 
 
@@ -269,6 +312,20 @@ _KINDS = {
     **{kind: kind for kind in (pa.binary(), pa.large_binary(), pa.binary_view())},
     **{pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()},
 }
+
+
+def are_texts(values: Any) -> TypeGuard[Texts]:
+    """Whether all are strings, bytes or None, as far as a look at types says so."""
+    if isinstance(values, pa.Array | pa.ChunkedArray):
+        return values.type in _KINDS
+    return isinstance(values, list) and set(map(type, values)) <= {str, bytes, type(None)}
+
+
+def _of_python(texts: list[Any]) -> pa.Array:
+    if are_texts(texts):
+        with contextlib.suppress(UnicodeEncodeError):
+            return pa.array(texts, _BINARY)
+    return pa.array([_encoded(text) for text in texts], _BINARY)
 
 
 def _encoded(text: object) -> bytes | None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from assay.probe import Dot, Factors, PerSampleGradient, Probe, Signals, SqNorm, tapped_parameters
+from assay.probe.holding import Held, Summed
 from assay.probe.selection import select
 from assay.probe.training import TrainingTaps
 from assay.tasks import Task
@@ -126,26 +128,38 @@ def check_training(
     scale = torch.arange(1, size + 1, dtype=torch.float64) / size
     reached = [name for name in tapped_parameters(model) if bool(expected[name].any())]  # a layer may not run at all
     largest = max(float(gradient.abs().max()) for gradient in expected.values())
+
+    def check(reduced: Mapping[str, Tensor], by_sample: Mapping[str, Tensor]) -> None:
+        close(reduced["dot"], sum(dots(expected[n], direction[n]) for n in names), tolerance, "online dot")
+        close(reduced["sqnorm"], sum(dots(expected[n], expected[n]) for n in names), tolerance, "online sqnorm")
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                mean = torch.einsum("b,b...->...", by_sample[name].to(expected[name]), expected[name])
+                found = torch.zeros_like(mean) if parameter.grad is None else parameter.grad
+                error = float((found.double() - mean.double()).abs().max())
+                assert error <= tolerance * largest, f"online gradient of {name}: {error:.2e} off, of {largest:.2e}"
+        model.zero_grad()
+
     for names in [{"all": reached, "half": reached[::2]}[share] for share in shares]:
         direction = random_direction(model, names)
         taps = TrainingTaps(model, names, batch_size=lambda args, kwargs: size)
         own = losses(model, batch)
         assert taps.recorded()
         reductions = {"dot": Dot(direction), "sqnorm": SqNorm(names), "length": Length(names)}
-        passed = taps.backward(own, scale.to(own), reductions, names)
-        taps.add(passed.held, factors)
+        held = Held(names, own.detach())
+        reduced = taps.backward(own, scale.to(own), reductions, held)
+        taps.add(held, factors)
+        close(reduced["length"], sum(_lengths(expected[n]) for n in names), tolerance, "online, unscaled")
+        check(reduced, {name: scale * factors if name in names else scale for name in expected})
+        # Again, summed at once, and multiplied out by a few rows wherever that is possible.
+        own = losses(model, batch)
+        assert taps.recorded()
+        summed = Summed(names, own.detach())
+        with mock.patch.multiple("assay.probe.gradient", _LONG=1, _TILE=8):
+            reduced = taps.backward(own, scale.to(own), {"dot": Dot(direction), "sqnorm": SqNorm(names)}, summed)
+        taps.add(summed, torch.ones_like(factors))
         taps.detach()
-        close(passed.reduced["dot"], sum(dots(expected[n], direction[n]) for n in names), tolerance, "online dot")
-        close(passed.reduced["sqnorm"], sum(dots(expected[n], expected[n]) for n in names), tolerance, "online sqnorm")
-        close(passed.reduced["length"], sum(_lengths(expected[n]) for n in names), tolerance, "online, unscaled")
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                by_sample = scale * factors if name in names else scale
-                mean = torch.einsum("b,b...->...", by_sample.to(expected[name]), expected[name])
-                found = torch.zeros_like(mean) if parameter.grad is None else parameter.grad
-                error = float((found.double() - mean.double()).abs().max())
-                assert error <= tolerance * largest, f"online gradient of {name}: {error:.2e} off, of {largest:.2e}"
-        model.zero_grad()
+        check(reduced, dict.fromkeys(expected, scale))
 
 
 class Length:

@@ -18,11 +18,11 @@ from assay.tasks import Classification
 from assay.train import Reweighter, token_weights
 from tests.train.small_models import classifier, moved
 
-MODES = {"reweight": {}, "filter": {"keep": 0.5}, "in_run": {}}
+MODES = {"reweight": {}, "filter": {"keep": 0.5}, "observe": {"exact": False}, "in_run": {}}
 # By where the batch is cut: mode and layers. The plain mean over ranks of different sizes is not that over all samples,
 # so that there everything is reweighted.
 RUNS = {
-    4: [("reweight", None), ("reweight", "2"), ("filter", None), ("filter", "2")],
+    4: [("reweight", None), ("reweight", "2"), ("filter", None), ("filter", "2"), ("observe", None)],
     3: [("reweight", None), ("filter", None), ("in_run", None)],
 }
 

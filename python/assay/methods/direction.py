@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -98,6 +98,18 @@ class Moving(Mapping[str, Tensor]):
             step = _step(ours, self._reference.get_parameter(name))
             self._squares[name] = square_of_length(step)
             return step
+
+    def by_rows(self, parameter: str) -> Callable[[slice], Tensor]:
+        """A parameter's by some rows, as ``probe.reductions.MadeByRows`` has it."""
+        ours, theirs = (model.get_parameter(parameter).detach() for model in (self._model, self._reference))
+        self._squares[parameter] = torch.zeros((), dtype=torch.float64, device=ours.device)
+
+        def made(rows: slice) -> Tensor:
+            step = _step(ours[rows], theirs[rows])
+            self._squares[parameter] += square_of_length(step)
+            return step
+
+        return made
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -20,6 +21,10 @@ from assay.tasks.base import wide
 _ELEMENTS = 1 << 24
 # So much more memory than its factors a gradient may take that is multiplied out to be used several times.
 _WORTH = 2
+# Of a gradient that is multiplied out for several uses at once so many numbers are made at a time, to stay in a cache.
+_TILE = 1 << 20
+# Positions from which on that costs less than a product with the factors for every use.
+_LONG = 32
 # Terms that cancel below this share of their own squared norms are multiplied out, one sample at a time.
 _CANCELLED = 1e-2
 
@@ -156,6 +161,40 @@ class PerSampleGradient:
             sample = torch.arange(len(values), device=values.device)[:, None].expand_as(scatter.ids)
             values.index_put_((sample, scatter.ids), wide(scatter.grads).to(values), accumulate=True)
         return PerSampleGradient(self.shape, [Dense(values.reshape(-1, *self.shape))])
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether ``by_rows`` can be asked for, and costs less than two products with the factors."""
+        outer, *rest = self.terms
+        if not isinstance(outer, Outer) or not all(isinstance(term, Scatter) for term in rest):
+            return False
+        fine = outer.left.dtype == outer.right.dtype == wide(outer.left[:0]).dtype
+        return fine and outer.left.shape[1] >= _LONG
+
+    def by_rows(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        """The gradient multiplied out piece by piece, for several uses while a piece is in a cache.
+
+        Gives rows of the parameter (its first dimension), samples, and their gradients there, (samples, rows, …), which
+        the next piece overwrites. All samples of some rows come one after the other.
+        """
+        outer, *scatters = self.terms
+        assert isinstance(outer, Outer)
+        height, width = outer.left.shape[2], outer.right.shape[2]
+        step = min(height, max(1, _TILE // width))
+        together = min(self.samples, max(1, _TILE // (step * width)))
+        buffer = outer.right.new_empty(together * step * width)
+        scattered = [term.pieces(height, step, together) for term in scatters if isinstance(term, Scatter)]
+        for first in range(0, height, step):
+            rows = slice(first, min(first + step, height))
+            for b in range(0, self.samples, together):
+                samples = slice(b, min(b + together, self.samples))
+                shape = (samples.stop - b, rows.stop - first, width)
+                values = buffer[: math.prod(shape)].view(shape)
+                torch.bmm(outer.left[samples, :, rows].mT, outer.right[samples], out=values)
+                for pieces in scattered:
+                    sample, row, grads = next(pieces)
+                    values.index_put_((sample, row), grads.to(values.dtype), accumulate=True)
+                yield rows, samples, values.view(*shape[:2], *self.shape[1:])
 
     def sketch(self, sketch: Sketch) -> Tensor:
         """A projection of the gradient -> (B, sketch.dim): the uses' sketches, summed, for sketching is linear."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from assay.ops import Sketch
 from assay.probe.gradient import PerSampleGradient
+from assay.probe.terms import Dense
 
 
 @runtime_checkable
@@ -39,6 +40,20 @@ class Homogeneous(Reduction, Protocol):
     degree: ClassVar[int]
 
 
+Look = Callable[[slice, slice, Tensor], Tensor | None]
+"""Of some rows, some samples, and their gradients (b, …) there: what these give, (b,); None: nothing."""
+
+
+@runtime_checkable
+class ByRows(Homogeneous, Protocol):
+    """A reduction that adds up over a parameter's rows, and can look at a gradient as ``PerSampleGradient.by_rows``
+    gives it."""
+
+    def by_rows(self, parameter: str, shape: torch.Size) -> Look:
+        """What looks at the gradients in a parameter of this shape."""
+        ...
+
+
 @runtime_checkable
 class Feature(Reduction, Protocol):
     """A reduction to ``size`` numbers per sample, (B, size); each parameter's are added up in its ``place``."""
@@ -58,6 +73,15 @@ class Displaced(Feature, Protocol):
 
     def at_zero(self, parameter: str) -> Tensor:
         """What a sample whose gradient in this parameter is 0 gets in its ``place``, (width,)."""
+        ...
+
+
+@runtime_checkable
+class MadeByRows(Protocol):
+    """Directions by parameter that can be made without ever being whole."""
+
+    def by_rows(self, parameter: str) -> Callable[[slice], Tensor]:
+        """What makes some rows of one; it is asked for all of them, once, in their order."""
         ...
 
 
@@ -83,6 +107,19 @@ class Dot(_Along):
         except ValueError as error:
             raise ValueError(f"{parameter}: {error}") from error
 
+    def by_rows(self, parameter: str, shape: torch.Size) -> Look:
+        whole = self.direction
+        along = whole.by_rows(parameter) if isinstance(whole, MadeByRows) else whole[parameter].__getitem__
+        some = torch.empty(0)
+
+        def dot(rows: slice, samples: slice, values: Tensor) -> Tensor:
+            nonlocal some
+            if samples.start == 0:
+                some = along(rows)
+            return Dense(values).dot(some)
+
+        return dot
+
 
 @dataclass(frozen=True)
 class TokenDot(_Along):
@@ -107,6 +144,9 @@ class SqNorm:
 
     def __call__(self, parameter: str, gradient: PerSampleGradient) -> Tensor:
         return gradient.sqnorm()
+
+    def by_rows(self, parameter: str, shape: torch.Size) -> Look:
+        return lambda rows, samples, values: Dense(values).sqnorm()
 
 
 @dataclass(frozen=True)
@@ -184,14 +224,29 @@ class Reduced:
 
     def add(self, name: str, gradient: PerSampleGradient) -> None:
         self.touched.add(name)
-        if self.scale is not None and sum(name in reduction.parameters for reduction in self.reductions.values()) > 1:
+        wanting = {key: reduction for key, reduction in self.reductions.items() if name in reduction.parameters}
+        if self.scale is not None and len(wanting) > 1:
+            by_rows = {key: reduction for key, reduction in wanting.items() if isinstance(reduction, ByRows)}
+            if gradient.has_rows and len(by_rows) == len(wanting):
+                self._add_by_rows(name, gradient, by_rows)
+                return
             gradient = gradient.multiplied_out()
-        for key, reduction in self.reductions.items():
-            if name in reduction.parameters:
-                own = gradient
-                if self.scale is not None and not isinstance(reduction, Homogeneous):
-                    own = gradient.scaled(self.scale.reciprocal())
-                self._add(key, name, reduction(name, own))
+        for key, reduction in wanting.items():
+            own = gradient
+            if self.scale is not None and not isinstance(reduction, Homogeneous):
+                own = gradient.scaled(self.scale.reciprocal())
+            self._add(key, name, reduction(name, own))
+
+    def _add_by_rows(self, name: str, gradient: PerSampleGradient, reductions: Mapping[str, ByRows]) -> None:
+        """All of them in one pass."""
+        looks = {key: reduction.by_rows(name, gradient.shape) for key, reduction in reductions.items()}
+        found = {key: self.like.new_zeros(self.size, dtype=torch.float64) for key in looks}
+        for rows, samples, values in gradient.by_rows():
+            for key, look in looks.items():
+                if (value := look(rows, samples, values)) is not None:
+                    found[key][samples] += value
+        for key, total in found.items():
+            self._add(key, name, total.to(values.dtype))
 
     def add_untouched(self, tapped: Collection[str]) -> None:
         """What features make of a gradient of 0 in the tapped parameters that no sample reaches."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -105,6 +106,16 @@ class Scatter:
         grads = wide(self.grads)
         sample = torch.arange(len(grads), device=grads.device)[:, None].expand_as(self.ids)
         return grads.new_zeros(len(grads), *shape).index_put_((sample, self.ids), grads, accumulate=True)
+
+    def pieces(self, height: int, rows: int, samples: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The gradients by so many rows of the ``height`` and, of each, so many samples: which sample of these, which
+        row of these, and what it gets."""
+        groups, b = -(-len(self.ids) // samples), torch.arange(len(self.ids), device=self.ids.device)[:, None]
+        piece, order = (self.ids // rows * groups + b // samples).flatten().sort(stable=True)
+        bounds = torch.searchsorted(piece, torch.arange(1 - (-height // rows) * groups, device=piece.device)).tolist()
+        sample, row = (b % samples).expand_as(self.ids).flatten()[order], (self.ids % rows).flatten()[order]
+        for own in itertools.starmap(slice, itertools.pairwise(bounds)):
+            yield sample[own], row[own], self.grads.flatten(0, 1)[order[own]]
 
     def scaled(self, factors: Tensor) -> Scatter:
         return Scatter(self.ids, _times(self.grads, factors))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from assay.probe.company import Company, signature
-from assay.probe.gradient import PerSampleGradient
-from assay.probe.holding import Held, add_weighted
+from assay.probe.holding import Held, Summed, add_to_grad
 from assay.probe.layouts import Layout, choices
 from assay.probe.packing import Packing
 from assay.probe.quiet import is_looked_at, other_leaves
@@ -26,19 +24,6 @@ from assay.probe.wrappers import check_can_be_tapped, looks_for_unused, refuse_s
 
 _HELD = "\0held"  # the key of the taps' own reduction: no user's key
 BatchSize = Callable[[tuple[Any, ...], dict[str, Any]], int]
-
-
-@dataclass(frozen=True)
-class Passed:
-    """What a backward pass gave.
-
-    Attributes:
-        reduced: by reduction, of the losses' own gradients.
-        held: by parameter, scale_b times the per-sample gradient.
-    """
-
-    reduced: Mapping[str, Tensor]
-    held: Mapping[str, PerSampleGradient]
 
 
 class TrainingTaps:
@@ -212,18 +197,21 @@ class TrainingTaps:
         losses: Tensor,
         scale: Tensor,
         reductions: Mapping[str, Reduction],
-        hold: Collection[str],
+        held: Held | Summed,
         *,
         recompute: bool = False,
-    ) -> Passed:
-        """The backward pass of Σ_b scale_b ℓ_b for all leaves of the graph but the parameters to ``hold``.
+    ) -> dict[str, Tensor]:
+        """The backward pass of Σ_b scale_b ℓ_b for all leaves of the graph but the parameters of ``held``.
 
         Args:
             losses: (B,), of the forward pass that ``recorded`` told of.
             scale: (B,).
             reductions: of the losses' own gradients.
-            hold: names of parameters whose gradients are not summed but held.
-            recompute: hold only what ``weighted_pass`` cannot make; it must come afterwards.
+            held: gets scale_b times the per-sample gradients of its parameters, and nobody adds them to ``.grad`` yet.
+            recompute: it gets only what ``weighted_pass`` cannot make, which must come afterwards.
+
+        Returns:
+            By reduction, (B,) or wider.
 
         Raises:
             RuntimeError: not one loss per sample; a layer did not run, or cannot be tapped as the model called it; the
@@ -232,7 +220,7 @@ class TrainingTaps:
         recorder, self._recorder = self._recorder, None
         assert recorder is not None
         try:
-            return self._backward(recorder, losses, scale, reductions, hold, recompute)
+            return self._backward(recorder, losses, scale, reductions, held, recompute)
         finally:
             recorder.close()
 
@@ -242,9 +230,9 @@ class TrainingTaps:
         losses: Tensor,
         scale: Tensor,
         reductions: Mapping[str, Reduction],
-        hold: Collection[str],
+        held: Held | Summed,
         recompute: bool,
-    ) -> Passed:
+    ) -> dict[str, Tensor]:
         if recorder.size != len(losses):
             raise RuntimeError(
                 f"{len(losses)} losses came, and the model ran on a batch of {recorder.size} (the first dimension of "
@@ -260,16 +248,17 @@ class TrainingTaps:
         tapped = self._tapped()
         self._refuse_behind(recorder, losses, tapped)
         recorder.settle({})
-        held = Held(recorder.followed.intersection(hold) if recompute else hold, losses.detach())
+        own = [parameter for name, parameter in tapped.items() if name in held.parameters]
+        if recompute:
+            held.parameters = recorder.followed.intersection(held.parameters)
         with torch.autocast(losses.device.type, enabled=False):
             self._keep_apart(losses)
             if recorder.patterns - self._verified:
                 self._meet_anew(recorder, losses, tapped)
             reduced = recorder.begin(losses, {**reductions, _HELD: held}, last=True, scale=scale)
-            own = [parameter for name, parameter in tapped.items() if name in hold]
             self._differentiate(recorder, losses, scale, own, recompute)
             values = recorder.finish(reduced)
-        return Passed({key: value for key, value in values.items() if key != _HELD}, held.gradients)
+        return {key: value for key, value in values.items() if key != _HELD}
 
     def _refuse_behind(self, recorder: Recorder, losses: Tensor, tapped: Mapping[str, nn.Parameter]) -> None:
         """RuntimeError where the losses depend on a tapped parameter by a way that no tap sees, in whatever step."""
@@ -313,11 +302,11 @@ class TrainingTaps:
         with torch.autocast(losses.device.type, enabled=False):
             torch.autograd.backward(losses, scale, inputs=[tapped[name] for name in parameters])
 
-    def add(self, held: Mapping[str, PerSampleGradient], factors: Tensor) -> None:
+    def add(self, held: Held | Summed, factors: Tensor) -> None:
         """Add Σ_b factors_b · gradient_b to the ``.grad`` of parameters, with all hooks that a backward pass runs."""
         tapped = self._tapped()
         with torch.autocast(factors.device.type, enabled=False):
-            add_weighted([(tapped[name], gradient) for name, gradient in held.items()], factors)
+            add_to_grad([(tapped[name], make) for name, make in held.sums(factors).items()])
 
     def _tapped(self) -> dict[str, nn.Parameter]:
         owned = dict(self._model.named_parameters())

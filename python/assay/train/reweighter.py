@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,11 +14,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from assay.methods.base import Column, Method, Need
-from assay.methods.checks import check_at_least, check_one_of
-from assay.probe import Jvp, PerSampleGradient, Signals, tapped_parameters
+from assay.probe import Jvp, Signals, tapped_parameters
+from assay.probe.holding import Held, Summed
 from assay.probe.packing import Packing
 from assay.probe.training import BatchSize, TrainingTaps
 from assay.probe.wrappers import check_can_be_tapped
+from assay.train.checks import check_given, check_losses, check_settings
 from assay.train.journal import Journal
 from assay.train.weights import Mode, best_share, gathered, softmax_weights
 
@@ -45,7 +45,7 @@ class Reweighter:
         method: whose first column, or ``by``, is what weights are made of. Its model is ``model``.
         mode: ``"reweight"``: w = B softmax(score / temperature). ``"filter"``: w = B / n for the share ``keep`` with
             the best scores, n samples, and 0 for the others. ``"observe"``: scores alone, every gradient is the plain
-            mean.
+            mean; see ``exact``.
         temperature: in units of the score.
         layers: glob or globs of the layers whose gradient is reweighted; None: every supported layer. Their inputs and
             output gradients are kept until the backward pass is over, also where a checkpoint would let go of inputs.
@@ -53,6 +53,10 @@ class Reweighter:
         keep: of mode ``"filter"``, in (0, 1].
         by: the column that the weights come from; a column that is kept low counts with its sign turned.
         every: score every so many calls; those between train plainly.
+        exact: of mode ``"observe"``. True: every bit of the gradients is autograd's, and scores take products of their
+            own. False: a scored parameter's gradient is the sum of the samples' own, which are made for the scores
+            anyway; it differs from autograd's by float32's rounding, 1e-6, and long sequences' weights cost a product
+            less.
         batch_size: (args, kwargs) of the model's forward -> the number of samples; None: the first dimension of the
             first tensor.
         recompute: no output gradients are kept but those of what all samples share, and the graph is; a second
@@ -83,13 +87,14 @@ class Reweighter:
         *,
         by: str | None = None,
         every: int = 1,
+        exact: bool = True,
         batch_size: BatchSize | None = None,
         recompute: bool = False,
         verify: bool = True,
         skip_unsupported: bool = False,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        _check_settings(mode, temperature, warmup_steps, keep, every)
+        check_settings(mode, temperature, warmup_steps, keep, every, exact=exact, recompute=recompute)
         check_can_be_tapped(model)
         self.model, self.method, self.mode = model, method, mode
         self.temperature, self.keep, self.warmup_steps, self.every = temperature, keep, warmup_steps, every
@@ -101,9 +106,10 @@ class Reweighter:
         self._reductions = {key: r for key, r in self._needs[self._own].reductions.items() if not isinstance(r, Jvp)}
         self._by = _column(method, by)
         self._trainable = _trainable(model)
-        self._parameters = [] if mode == "observe" else tapped_parameters(model, layers, skip_unsupported)
         scored = {name for reduction in self._reductions.values() for name in reduction.parameters}
-        names = [name for name, _ in model.named_parameters() if name in scored.union(self._parameters)]
+        chosen = tapped_parameters(model, layers, skip_unsupported) if mode != "observe" else () if exact else scored
+        self._parameters = [name for name, _ in model.named_parameters() if name in chosen]
+        names = [name for name, _ in model.named_parameters() if name in scored.union(chosen)]
         self._taps = TrainingTaps(model, names, batch_size=batch_size, verify=verify)
         self._journal = Journal(method.columns)
         self._with_ids: bool | None = None
@@ -140,8 +146,8 @@ class Reweighter:
                 are not.
         """
         recorded = self._taps.recorded()
-        size = _check_losses(losses)
-        _check_given(size, logits=logits, labels=labels, reference_losses=reference_losses)
+        size = check_losses(losses)
+        check_given(size, logits=logits, labels=labels, reference_losses=reference_losses)
         names = self._names(ids, losses)
         scales = torch.as_tensor(scale, dtype=losses.dtype, device=losses.device).expand(size) / size
         self.step += 1
@@ -240,14 +246,15 @@ class Reweighter:
 
     def _step(self, losses: Tensor, scales: Tensor, names: Sequence[str] | None, given: _Given) -> None:
         self.method.refresh()
-        passed = self._taps.backward(losses, scales, self._reductions, self._parameters, recompute=self.recompute)
-        own = Signals(losses.detach().float(), given.logits, given.labels, reduced=passed.reduced, size=len(losses))
+        held = (Summed if self.mode == "observe" else Held)(self._parameters, losses.detach())
+        reduced = self._taps.backward(losses, scales, self._reductions, held, recompute=self.recompute)
+        own = Signals(losses.detach().float(), given.logits, given.labels, reduced=reduced, size=len(losses))
         others = {role: Signals(given.losses_of(role, losses), size=len(losses)) for role in self._needs}
         with torch.no_grad():
             scores = self.method.score({**others, self._own: own})
-            overflowed = _overflowed(passed.reduced, losses)
+            overflowed = _overflowed(reduced, losses)
             weights = self._weigh(scores[self._by.name].to(losses.device), overflowed, scales)
-            self._add(losses, scales, weights, passed.held)
+            self._add(losses, scales, weights, held)
             if weights.are_void and bool(overflowed.any()) and self._all_finite():
                 raise RuntimeError(f"the gradients of step {self.step} are finite, and scores made of them are not")
         self.weights = weights.local.float()
@@ -278,11 +285,11 @@ class Reweighter:
     def _all_finite(self) -> bool:
         return all(p.grad is None or bool(p.grad.isfinite().all()) for p in self.model.parameters())
 
-    def _add(self, losses: Tensor, scales: Tensor, weights: _Weights, held: Mapping[str, PerSampleGradient]) -> None:
-        """The reweighted parameters' gradients."""
+    def _add(self, losses: Tensor, scales: Tensor, weights: _Weights, held: Held | Summed) -> None:
+        """The gradients of the parameters that autograd's pass left out."""
         factors = weights.local * weights.correction
         self._taps.add(held, factors)
-        rest = [name for name in self._parameters if name not in held]
+        rest = [name for name in self._parameters if name not in held.parameters]
         if self.recompute and rest:
             self._taps.weighted_pass(losses, scales * factors.to(scales), rest)
 
@@ -320,16 +327,6 @@ class _Given:
         return torch.full_like(like, torch.nan, dtype=torch.float32, requires_grad=False)
 
 
-def _check_given(size: int, **given: Tensor | None) -> None:
-    """ValueError unless what came beside B losses is (B, ...), or (B,) where it is a number each."""
-    for name, values in given.items():
-        if values is None:
-            continue
-        shape, expected = tuple(values.shape), f"({size}, C)" if name == "logits" else f"({size},)"
-        if shape[:1] != (size,) or (name == "reference_losses" and len(shape) != 1):
-            raise ValueError(f"{name}: expected one per sample, {expected}, found shape {shape}")
-
-
 @dataclass(frozen=True)
 class _Weights:
     """This rank's weights, and what makes the mean over ranks of different sizes that over all samples.
@@ -359,18 +356,6 @@ def _known(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: values for name, values in scores.items() if values.ndim == 1 and not bool(values.isnan().all())}
 
 
-def _check_settings(mode: str, temperature: float, warmup_steps: int, keep: float | None, every: int) -> None:
-    check_one_of("Reweighter: mode", mode, ("reweight", "filter", "observe"))
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"Reweighter: temperature: expected a finite number above 0, found {temperature}")
-    check_at_least("Reweighter: warmup_steps", warmup_steps, 0)
-    check_at_least("Reweighter: every", every, 1)
-    if (mode == "filter") != (keep is not None):
-        raise ValueError(f"Reweighter: keep={keep} with mode {mode!r}; expected a share in (0, 1] with 'filter' alone")
-    if keep is not None and not 0 < keep <= 1:
-        raise ValueError(f"Reweighter: keep: expected a share in (0, 1], found {keep}")
-
-
 def _own_role(model: nn.Module, method: Method, needs: Mapping[str, Need]) -> str:
     """The role of the model that is trained."""
     own = [role for role, need in needs.items() if need.model is model]
@@ -396,20 +381,3 @@ def _column(method: Method, by: str | None) -> Column:
     if by is not None and by not in columns:
         raise ValueError(f"Reweighter: by: {method.name} gives no score {by!r}; it gives {', '.join(columns)}")
     return columns[by] if by is not None else next(iter(columns.values()))
-
-
-def _check_losses(losses: Tensor) -> int:
-    """B, of losses that can be trained on."""
-    if losses.ndim != 1 or len(losses) == 0:
-        raise RuntimeError(
-            f"losses of shape {tuple(losses.shape)}; expected one per sample, (B,): reduction='none', and a mean over "
-            "each sample's tokens where it has several"
-        )
-    if not losses.requires_grad:
-        raise RuntimeError("the losses have no graph; expected those of a forward pass with gradients")
-    if not bool(losses.detach().isfinite().all()):
-        bad = torch.nonzero(~losses.detach().isfinite()).flatten().tolist()
-        raise RuntimeError(
-            f"the loss of sample {bad[0]} of the batch is {float(losses.detach()[bad[0]])}; expected finite losses"
-        )
-    return len(losses)

@@ -59,29 +59,50 @@ def test_equals_the_definition(n, k, ties) -> None:
         assert abs(float(got.sum()) - whole) < 1e-12  # efficiency
 
 
-def test_a_mean_over_targets_whatever_the_blocks() -> None:
+@pytest.mark.parametrize("ties", [False, True])
+def test_euclidean_values_equal_the_definition(ties) -> None:
+    """Of vectors of all lengths and around a far point, so that cosines say nothing."""
+    rng = np.random.default_rng(ties)
+    x = torch.tensor(rng.integers(-2, 3, (7, 2)) if ties else rng.standard_normal((7, 2))) + 100.0
+    y, target = torch.tensor(rng.integers(2, size=7)), torch.full((1, 2), 100.0)
+    squares = ((x - target) ** 2).sum(1).tolist()
+    for blocks in ([(x, y)], [(x[:3], y[:3]), (x[3:], y[3:])]):
+        got = knn_shapley(blocks, target, torch.tensor([1]), 3, metric="euclidean")
+        np.testing.assert_allclose(got.numpy(), shapley([-s for s in squares], (y == 1).tolist(), 3), atol=1e-12)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_a_mean_over_targets_whatever_the_blocks(metric) -> None:
     data = noisy_digits(0.2, size=300)
     x, y, t, labels = data.x[:250], data.given[:250], data.x[250:262], data.true[250:262]
-    whole = knn_shapley([(x, y)], t, labels, 5)
-    pieces = knn_shapley([(x[:7], y[:7].float()), (x[7:7], y[7:7]), (x[7:], y[7:].double())], t, labels, 5)
+    whole = knn_shapley([(x, y)], t, labels, 5, metric=metric)
+    pieces = knn_shapley(
+        [(x[:7], y[:7].float()), (x[7:7], y[7:7]), (x[7:], y[7:].double())], t, labels, 5, metric=metric
+    )
     np.testing.assert_allclose(pieces.numpy(), whole.numpy(), atol=1e-12)
-    each = [knn_shapley([(x, y)], t[i : i + 1], labels[i : i + 1], 5) for i in range(len(t))]
+    each = [knn_shapley([(x, y)], t[i : i + 1], labels[i : i + 1], 5, metric=metric) for i in range(len(t))]
     np.testing.assert_allclose(whole.numpy(), torch.stack(each).mean(0).numpy(), atol=1e-12)
-    backwards = knn_shapley([(x.flip(0), y.flip(0))], t, labels, 5).flip(0)
+    backwards = knn_shapley([(x.flip(0), y.flip(0))], t, labels, 5, metric=metric).flip(0)
     np.testing.assert_allclose(backwards.numpy(), whole.numpy(), atol=1e-12)
 
 
-def test_beyond_the_exact_ranks_values_are_off_by_at_most_their_size() -> None:
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_beyond_the_exact_ranks_values_are_off_by_at_most_their_size(metric) -> None:
     data = noisy_digits(0.2)
     x, y, t, labels = data.x[:1500], data.given[:1500], data.x[1500:1515], data.true[1500:1515]
-    exact = knn_shapley([(x, y)], t, labels, 5, exact=1500)
-    coarse = knn_shapley([(x, y)], t, labels, 5, exact=20, bins=64)
+    exact = knn_shapley([(x, y)], t, labels, 5, exact=1500, metric=metric)
+    coarse = knn_shapley([(x, y)], t, labels, 5, exact=20, bins=64, metric=metric)
     error = (exact - coarse).abs().max()
     assert 0 < error < 1 / 20
     assert abs(float(exact.sum() - coarse.sum())) < 1e-9  # the k nearest, all that utility sees, are held exactly
     for i in range(3):  # one target alone: the nearest 19 differ only by what is behind them
-        pair = [knn_shapley([(x, y)], t[i : i + 1], labels[i : i + 1], 5, exact=e, bins=64) for e in (1500, 20)]
-        near = torch.nn.functional.cosine_similarity(x, t[i : i + 1]).argsort(descending=True)[:19]
+        pair = [
+            knn_shapley([(x, y)], t[i : i + 1], labels[i : i + 1], 5, exact=e, bins=64, metric=metric)
+            for e in (1500, 20)
+        ]
+        apart = -torch.nn.functional.cosine_similarity(x, t[i : i + 1])
+        apart = torch.linalg.vector_norm(x - t[i], dim=1) if metric == "euclidean" else apart
+        near = apart.argsort()[:19]
         np.testing.assert_allclose((pair[1] - pair[0])[near].numpy(), float((pair[1] - pair[0])[near[0]]), atol=1e-12)
 
 
@@ -110,6 +131,12 @@ def test_rows_of_which_nothing_is_known_take_no_part() -> None:
         knn_shapley([(x, y[:5])], target, label, 2)
     ignored = torch.cat([y, torch.tensor([-100])])
     assert torch.equal(knn_shapley([(torch.cat([x, x[:1]]), ignored)], target, label, 2).isnan(), ignored == -100)
+    euclidean = knn_shapley([(more, labels)], target, label, 2, metric="euclidean").isnan()
+    assert euclidean.tolist() == [False] * 7 + [True] * 3  # 0 is an embedding as any other
+    with pytest.raises(ValueError, match="none of 1 targets has a class and a finite embedding"):
+        knn_shapley([(x, y)], target[2:], label[2:], 2, metric="euclidean")
+    with pytest.raises(ValueError, match="knn_shapley: metric 'manhattan'; expected 'cosine' or 'euclidean'"):
+        knn_shapley([(x, y)], target, label, 2, metric="manhattan")  # type: ignore[arg-type]
     for k in (0, 2.5, True):
         with pytest.raises(ValueError, match=f"k: expected a whole number of at least 1, got {k}"):
             knn_shapley([(x, y)], target, label, k)  # type: ignore[arg-type]

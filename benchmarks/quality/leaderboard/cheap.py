@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -55,13 +55,22 @@ def rds(board: Board) -> Array:
     return scored(board, RDSPlus(board.model, board.task, board.targets))
 
 
-@entry("KNN-Shapley, K = 5", rivals=["dattri KNN-Shapley"])
-def shapley(board: Board) -> Array:
+@entry("KNN-Shapley, K = 5")
+def shapley_cosine(board: Board) -> Array:
+    return shapley(board, "cosine")
+
+
+@entry("KNN-Shapley, K = 5, Euclidean", rivals=["dattri KNN-Shapley"])
+def shapley_euclidean(board: Board) -> Array:
+    return shapley(board, "euclidean")
+
+
+def shapley(board: Board, metric: Literal["cosine", "euclidean"]) -> Array:
     if board.texts is not None:
         raise NotHere("a text has no class")
     x, y = last_hidden(board, board.pool), board.pool[1]
     tx, ty = last_hidden(board, board.queries), board.queries[1]
-    each = [knn_shapley([(x, y)], tx[i : i + 1], ty[i : i + 1], 5) for i in range(board.count)]
+    each = [knn_shapley([(x, y)], tx[i : i + 1], ty[i : i + 1], 5, metric=metric) for i in range(board.count)]
     return np.stack([values.numpy() for values in each], 1)
 
 

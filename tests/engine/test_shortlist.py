@@ -191,6 +191,10 @@ def test_texts_are_retrieved_by_their_words_and_scored_by_a_model(tmp_path: Path
             )
             for top, shown in [(True, "True"), ("1e3", "'1e3'"), (None, "None"), ([5], r"\[5\]")]
         ),
+        (
+            {"methods": [CHEAP, {**EXACT, "shortlist": "logra"}]},
+            r"methods\.1\.shortlist: should be a mapping of by, top, got 'logra'$",
+        ),
         ({"methods": [CHEAP, {**EXACT, "shortlist": {"top": 5}}]}, r"methods\.1\.shortlist\.by: is missing"),
         ({"methods": [LISTED]}, r"methods\.0\.shortlist: of every method; expected one without"),
         (
@@ -213,13 +217,16 @@ def test_what_a_shortlist_cannot_be_made_by_is_named_before_it_takes_time(
     ranked: Project, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cases = [
-        ("by: lorga", r"gives a score 'lorga'; did you mean 'logra'"),
-        ("by: ensemble_entropy", "says of neither end that it is better; expected one of"),
+        ("by: lorga", r"recipe.yaml: methods\.2\.shortlist\.by: no method .* a score 'lorga'; did you mean 'logra'"),
+        (
+            "by: ensemble_entropy",
+            r"methods\.2\.shortlist\.by: .* says of neither end that it is better; expected",
+        ),
     ]
     methods = json.dumps([CHEAP, {"method": "ensemble", "models": ["a"]}, LISTED])
     for by, message in cases:
         overrides = [f"methods={methods}", f"methods.2.shortlist={{{by}, top: 5}}"]
-        with pytest.raises(EngineError, match=message):
+        with pytest.raises(RecipeError, match=message):
             score(ranked, *overrides)
         assert main(["validate", str(ranked.path), *(o for s in overrides for o in ("--set", s))]) == 2
         assert not list(ranked.scores.rglob("*.parquet"))

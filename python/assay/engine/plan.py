@@ -186,7 +186,7 @@ def refuse_strangers(output: Store) -> None:
 def write_manifest(plan: Plan, columns: Sequence[Column]) -> None:
     """Write what is the same for every runner of this recipe; counts are in the tables' footers.
 
-    A CorpusError if files of these names are there that no run wrote, an EngineError if a shortlist is to be made by
+    A CorpusError if files of these names are there that no run wrote, a RecipeError if a shortlist is to be made by
     none of the columns.
     """
     refuse_strangers(plan.output)

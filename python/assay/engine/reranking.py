@@ -80,7 +80,7 @@ def make_shortlist(spec: ShortlistSpec, retrieval: Plan) -> Shortlist:
     """Choose rows by the tables of a finished retrieval. NaN is never chosen; of equals the earlier row is.
 
     Raises:
-        EngineError: as of ``ranking_column``.
+        RecipeError: as of ``ranking_column``.
         CorpusError: a table has other rows than its footer says.
     """
     output, columns = retrieval.output, read_manifest(retrieval.output).columns

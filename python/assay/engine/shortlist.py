@@ -12,7 +12,6 @@ import numpy.typing as npt
 from assay.corpus.footer import TableColumn
 from assay.corpus.shards import Shard
 from assay.corpus.storage import Store
-from assay.recipe.errors import EngineError
 from assay.recipe.methods import ShortlistSpec
 from assay.recipe.parts import nearest
 
@@ -57,14 +56,14 @@ class Shortlist:
 
 
 def ranking_column(spec: ShortlistSpec, columns: Sequence[TableColumn]) -> TableColumn:
-    """The column that a shortlist is made by. EngineError if there is none that can be."""
+    """The column that a shortlist is made by. RecipeError if there is none that can be."""
     known = {column.name: column for column in columns}
     if spec.by not in known:
         hint = nearest(spec.by, known)
-        raise EngineError(f"shortlist.by: no method without a shortlist gives a score {spec.by!r}; {hint}")
+        raise spec.wrong(f"no method without a shortlist gives a score {spec.by!r}; {hint}")
     column = known[spec.by]
     if column.width != 1 or column.keep == "none":
         what = "says of neither end that it is better" if column.width == 1 else "is not one number per row"
         fitting = [name for name, each in known.items() if each.width == 1 and each.keep != "none"]
-        raise EngineError(f"shortlist.by: {spec.by} {what}; expected one of {', '.join(fitting) or 'none here'}")
+        raise spec.wrong(f"{spec.by} {what}; expected one of {', '.join(fitting) or 'none here'}")
     return column

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
-from pydantic import BeforeValidator, Field, TypeAdapter, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, TypeAdapter, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 from torch import nn
 
@@ -19,6 +19,7 @@ from assay.methods import AdamState, Method
 from assay.methods.base import Keeper
 from assay.methods.influence import Kernel
 from assay.methods.targets import Targets
+from assay.recipe.errors import RecipeError
 from assay.recipe.models import file_sha256
 from assay.recipe.parts import ExistingPath, Part, Registry
 from assay.recipe.signatures import DerivedPart, Given, Role, derive
@@ -86,6 +87,9 @@ class ShortlistSpec(Part):
     by: str
     top: int | float
 
+    _place: tuple[str, str] = PrivateAttr(default=("", "shortlist"))
+    """The recipe's file, and where in it this stands."""
+
     @field_validator("top", mode="before")
     @classmethod
     def _is_an_amount(cls, top: Any) -> Any:
@@ -94,6 +98,11 @@ class ShortlistSpec(Part):
             message = "expected a number of rows, such as 1000, or a share of them, such as 0.01"
             raise PydanticCustomError("assay", "{message}, got {top}", {"message": message, "top": reprlib.repr(top)})
         return top
+
+    def wrong(self, message: str) -> RecipeError:
+        """An error of ``by``, of which one knows only when the methods are made."""
+        file, place = self._place
+        return RecipeError(file, f"{place}.by", message)
 
     def __str__(self) -> str:
         return f"the top {self.top} by {self.by}"

@@ -44,6 +44,9 @@ class Part(BaseModel):
     @classmethod
     def _unknown_keys_first(cls, data: Any) -> Any:
         # A misspelt key is also a missing one; the misspelling is what its author wants to hear about.
+        if not isinstance(data, Mapping | cls):
+            message = f"should be a mapping of {', '.join(cls.model_fields)}"
+            raise PydanticCustomError("mapping", "{message}", {"message": message})
         if isinstance(data, Mapping):
             for key in data:
                 if key not in cls.model_fields:

@@ -166,7 +166,7 @@ class Recipe(Part):
         return self
 
     @model_validator(mode="after")
-    def _shortlist_is_one(self) -> Recipe:
+    def _shortlist_is_one(self, info: ValidationInfo) -> Recipe:
         listed = [i for i, method in enumerate(self.methods) if method.shortlist is not None]
         for i in listed:
             method, first = self.methods[i], self.methods[listed[0]]
@@ -182,6 +182,8 @@ class Recipe(Part):
         if len(listed) == len(self.methods):
             message = "of every method; expected one without, by whose scores the shortlist is made"
             raise located(("methods", 0, "shortlist"), message)
+        if self.shortlist is not None:
+            self.shortlist._place = (info.context or {}).get("file", ""), f"methods.{listed[0]}.shortlist"
         return self
 
     @property
@@ -288,7 +290,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = (), tru
     the ones below them. No other is imported.
     """
     path = os.fspath(path)
-    context = {"base": os.path.dirname(os.path.abspath(path)), "trust": check_trust(trust)}
+    context = {"file": path, "base": os.path.dirname(os.path.abspath(path)), "trust": check_trust(trust)}
     try:
         with open(path, encoding="utf-8") as file:
             data = yaml.load(file, _Loader)

@@ -9,7 +9,6 @@ and the shape of the corpus; the table names them all.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -82,7 +81,7 @@ def measured_store(root: Path) -> Store:
 
 def measured_rates(model: Model) -> tuple[float, float]:
     """FLOP/s of an H200: of a GEMM, and of the sweep over the output layer of this width and vocabulary."""
-    found = json.loads(GPU.read_text())
+    found = timing.read(GPU)
     shape = f"K=1 N=8192 D={model.width} C={model.vocabulary}"
     sweeps = [
         case["flops"] / case["median"] * 1e3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import random
 import re
@@ -129,6 +130,19 @@ def write(name: str, cases: list[dict[str, Any]]) -> Path:
     path = RESULTS / f"{slug}-{name}.json"
     path.write_text(dumps({"machine": facts, "cases": cases}, indent=1, default=_plain) + "\n")
     return path
+
+
+def read(path: Path) -> Any:
+    """A file of results with the numbers that were written: JSON has no NaN and no infinities, they are texts there."""
+
+    def numbers(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: numbers(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [numbers(item) for item in value]
+        return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
+
+    return numbers(json.loads(path.read_text()))
 
 
 def _plain(value: Any) -> Any:

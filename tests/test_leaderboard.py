@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -95,6 +96,8 @@ def test_a_new_method_costs_its_own_retrainings_alone(
     rows = judged(board, known, scores, np.zeros((200, board.count)), {}, 0)
     assert len(made) == before + 2  # rows 0 and 1, for all queries, and again one that was there
     assert set(rows["rows in their order"]) == {"lds", "larger", "qld", "tail", "minus"}
+    nothing = judged(board, known, {"0": np.zeros((200, board.count))}, np.zeros((200, board.count)), {}, None)["0"]
+    assert (nothing["lds"]["value"], nothing["lds"]["slope"]) == (0, None)
 
 
 def test_rows_measured_one_by_one_are_those_measured_at_once(tmp_path: Path) -> None:
@@ -128,13 +131,15 @@ def test_what_was_not_measured_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(report, "DOCS", tmp_path)
     monkeypatch.setattr(report, "PAGES", (page.name,))
     found = {"value": 0.5, "interval": [0.4, 0.6]}
-    row = {"lds": found, "qld": found, "tail": found, "minus": {}, "kind": "assay", "seconds": 1.0, "megabytes": None}
+    lost = {"value": math.nan, "interval": [math.nan, math.inf]}  # a retraining diverged
+    row = {"lds": found, "qld": lost, "tail": found, "minus": {}, "kind": "assay", "seconds": 1.0, "megabytes": None}
     board = {"name": "digits", "title": "a board", "bank": "1", "train": 9, "queries": 2, "steps": 3, "drops": 4}
     board |= {"share": 0.01, "larger": [], "metasmoothness": [1.0], "query_loss": 0.1, "absent": {"BM25": "no texts"}}
     report.write([{**board, "methods": {"MAGIC": row}}], 1.0, labels, some=True)
     assert "Not measured so far: random; oracle." in page.read_text()
     report.write([{**board, "methods": {"random": row}}], 1.0, labels, some=True)
     told = page.read_text()
+    assert told.count("| nan [nan, inf] |") == 2
     assert all(text in told for text in ("| MAGIC |", "| random |", "Not measured so far: oracle.", "BM25 (no texts)"))
     with pytest.raises(SystemExit, match="measure all of it first"):
         report.write([{**board, "bank": "2", "methods": {}}], 1.0, [], some=True)

@@ -17,7 +17,6 @@ row: ``--seconds`` adds them to the results.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import statistics
 import tempfile
@@ -49,7 +48,7 @@ from assay.ops import scan_scores
 from assay.probe import Probe
 from assay.recipe.recipe import load_recipe
 from assay.tasks import Classification
-from benchmarks.timing import RESULTS, machine
+from benchmarks.timing import RESULTS, machine, read
 
 TARGETS, SEEDS, BATCH = 32, 3, 256
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2)
@@ -244,7 +243,7 @@ def main() -> None:
     )
     path = RESULTS / "quality-shortlist.json"
     if parser.parse_args().seconds:
-        result = json.loads(path.read_text())
+        result = read(path)
         with tempfile.TemporaryDirectory() as folder:
             result["seconds"] = seconds(Path(folder))
     else:

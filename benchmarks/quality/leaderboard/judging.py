@@ -109,11 +109,13 @@ def judged(
 
 def _predicted(score: Array, removals: Removals) -> tuple[dict[str, Any], Array]:
     """The LDS with its interval, ``slope``: by how much the rises are more than Σ score of the dropped, by least
-    squares, which says something of scores in the loss' units; and the LDS' resamples."""
+    squares, which says something of scores in the loss' units, and nothing (None) of scores that are 0; and the LDS'
+    resamples."""
     value, draws = lds(score, removals.drops, removals.rises, RESAMPLES // 5)
     guess = np.stack([score[rows].sum(0) for rows in removals.drops.numpy()])
-    slope = float((guess * removals.rises).sum() / (guess * guess).sum())
-    return {"value": round(value, 4), "interval": interval(draws), "slope": float(f"{slope:.4g}")}, draws
+    length = float((guess * guess).sum())
+    slope = float(f"{(guess * removals.rises).sum() / length:.4g}") if length > 0 else None
+    return {"value": round(value, 4), "interval": interval(draws), "slope": slope}, draws
 
 
 def _top_rises(board: Board, truth: Truth, scores: Mapping[str, Array], n: int | None) -> dict[str, Array]:

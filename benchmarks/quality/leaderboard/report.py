@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from assay._json import dumps
-from benchmarks.timing import RESULTS, machine
+from benchmarks.timing import RESULTS, machine, read
 
 STEM = "quality-leaderboard"
 DOCS = Path(__file__).parents[3] / "docs"
@@ -143,7 +142,7 @@ def write(cases: Sequence[Mapping[str, Any]], seconds: float, labels: Iterable[s
         SystemExit: some rows, and the others that are there are of another bank.
     """
     path = RESULTS / f"{STEM}.json"
-    kept = {case["name"]: case for case in json.loads(path.read_text())["cases"]} if path.exists() else {}
+    kept = {case["name"]: case for case in read(path)["cases"]} if path.exists() else {}
     for case in cases:
         whole = {**case, "machine": machine()}
         if some and (there := kept.get(case["name"])) is not None:

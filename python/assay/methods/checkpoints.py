@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from assay.methods.base import Column, Method, Need
 from assay.methods.checks import difference
-from assay.methods.sums import Folded, Sums, fold
+from assay.methods.sums import Folded, Sums, fold, samples_left_out
 from assay.methods.targets import Targets, TargetSet
 from assay.probe import Dot, Signals, tapped_parameters
 from assay.tasks import Task
@@ -69,6 +69,7 @@ class AlongTraining(Method):
                     f"{other.expected}, found {other.actual}"
                 )
         self.left_out: dict[str, str] = {}  # parameters that could not be tapped after all
+        self._of_targets: list[Folded] = []  # samples that fit() went through, by checkpoint
         self._directions: list[Gradients] = []  # by checkpoint: u_k
 
     @property
@@ -102,10 +103,11 @@ class AlongTraining(Method):
             "targets": str(self.targets),
             "checkpoints": str(len(self.models)),
             "rates": ", ".join(f"{rate:g}" for rate in self.rates),
+            "targets_left_out": samples_left_out(*self._of_targets),
         }
 
-    def _gradients(self, k: int) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
-        """The targets' mean gradients at checkpoint k, and what could not be tapped."""
+    def _gradients(self, k: int) -> tuple[dict[str, dict[str, Tensor]], Folded]:
+        """The targets' mean gradients at checkpoint k, and what their samples are."""
         return self.targets.gradients(lambda sums, batches: self._run(k, sums, batches), self.parameters)
 
     def _run(self, k: int, sums: Sums, batches: Iterable[Any], drawn: bool = False) -> Folded:

@@ -14,7 +14,7 @@ from assay.methods.checks import check_at_least, check_one_of
 from assay.methods.eigenbases import Bases, Eigenvalues, Moments
 from assay.methods.parts import kept
 from assay.methods.second_moments import damping_units
-from assay.methods.sums import Folded, Sums, fold
+from assay.methods.sums import Folded, Sums, fold, samples_left_out
 from assay.methods.targets import Targets, TargetSet
 from assay.probe import Dot, PerSampleGradient, Reduction, Signals, tapped_parameters
 from assay.tasks import Task
@@ -86,6 +86,7 @@ class EKFAC(Method):
         self.layers, self.skip_unsupported = layers, skip_unsupported
         self.parameters = tapped_parameters(model, layers, skip_unsupported=skip_unsupported)
         self.left_out: dict[str, str] = {}  # parameters that could not be tapped after all
+        self._of_pool, self._of_targets = Folded(), Folded()  # samples that fit() went through
         self._bases = Bases()
         self._directions: Mapping[str, Mapping[str, Tensor]] = {}
 
@@ -126,9 +127,10 @@ class EKFAC(Method):
         folded = self._run(eigenvalues, batches, drawn)
         folded.check(f"{self.name}: the pool that fit() was given", self.parameters)
         means = [basis.average(folded.count(name)) for name, basis in bases.items()]
-        gradients, left_out = self.targets.gradients(self._run, self.parameters)
+        gradients, of_targets = self.targets.gradients(self._run, self.parameters)
         self._directions = self._solve(bases, means, gradients, batches)
-        self._bases, self.left_out = bases, folded.left_out | left_out
+        self._bases, self.left_out = bases, folded.left_out | of_targets.left_out
+        self._of_pool, self._of_targets = folded, of_targets
         return self
 
     def _solve(
@@ -164,6 +166,8 @@ class EKFAC(Method):
             "damping": f"{self.damping}" + (" absolute" if self.absolute_damping else ""),
             "fisher": "labels drawn from the model" if self.true_fisher else "the data's labels",
             "factored_parameters": f"{kronecker} of {len(self.parameters)}",
+            "left_out": samples_left_out(self._of_pool),
+            "targets_left_out": samples_left_out(self._of_targets),
         }
 
 

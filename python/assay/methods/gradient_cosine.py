@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from assay.methods.base import Column, Method, Need
-from assay.methods.sums import Folded, Sums, cosines, fold
+from assay.methods.sums import Folded, Sums, cosines, fold, samples_left_out
 from assay.methods.targets import Targets, TargetSet
 from assay.probe import Dot, Reduction, Signals, SqNorm, tapped_parameters
 from assay.tasks import Task
@@ -56,6 +56,7 @@ class GradientCosine(Method):
         self.parameters = tapped_parameters(model, layers, skip_unsupported=skip_unsupported)
         self.left_out: dict[str, str] = {}  # parameters that could not be tapped after all
         self._directions: dict[str, dict[str, Tensor]] = {}
+        self._of_targets = Folded()
 
     @property
     def columns(self) -> Sequence[Column]:
@@ -81,14 +82,14 @@ class GradientCosine(Method):
         Raises:
             ValueError: a target without samples, without a loss and a finite gradient, or whose gradients cancel to 0.
         """
-        gradients, left_out = self.targets.gradients(self._run, self.parameters)
+        gradients, folded = self.targets.gradients(self._run, self.parameters)
         directions = {}
         for target, gradient in gradients.items():
             norm = torch.stack([g.double().square().sum() for g in gradient.values()]).sum().sqrt()
             if not norm > 0:
                 raise ValueError(f"{self.name}: the gradients of target {target!r} add up to 0: it has no direction")
             directions[target] = {name: (g / norm).to(g) for name, g in gradient.items()}
-        self._directions, self.left_out = directions, left_out
+        self._directions, self.left_out, self._of_targets = directions, folded.left_out, folded
         return self
 
     def _run(self, sums: Sums, batches: Iterable[Any]) -> Folded:
@@ -108,4 +109,4 @@ class GradientCosine(Method):
         return math.sqrt(sum(float(d.double().square().sum()) for n, d in direction.items() if n not in left_out))
 
     def metadata(self) -> dict[str, str]:
-        return {"targets": str(self.targets)}
+        return {"targets": str(self.targets), "targets_left_out": samples_left_out(self._of_targets)}

@@ -19,6 +19,7 @@ from assay.methods.base import Column, Keeper, Kept, Need
 from assay.methods.checks import check_at_least, check_one_of, difference
 from assay.methods.parts import State, kept, states
 from assay.methods.second_moments import SecondMoments, damping_units, inverse_root, solved
+from assay.methods.sums import Folded, features_of, sample_features, samples_left_out
 from assay.methods.targets import Targets, TargetSet
 from assay.methods.weights import shares
 from assay.ops import Mask, Sketch
@@ -119,6 +120,8 @@ class Influence(Keeper):
         if kernel.damping is not None:
             self._check_moments()
         self.left_out: dict[str, str] = {}  # parameters that could not be tapped after all
+        self._of_pool: list[Folded] = []  # samples that fit() went through, by checkpoint
+        self._of_targets: list[Folded] = []
         self._roots: list[list[Tensor]] | None = None  # per checkpoint and block: R^(−1/2)
         self._queries: list[Tensor] | None = None  # per checkpoint: (targets, size) with M applied
         self._samples = 0
@@ -166,6 +169,7 @@ class Influence(Keeper):
         Raises:
             ValueError: a target without samples, or no pool where one is needed.
         """
+        self._of_pool, self._of_targets = [], []
         if self.kernel.damping is None:
             self._queries = [self._target_means(k) for k in range(len(self.models))]
             return self
@@ -187,12 +191,13 @@ class Influence(Keeper):
     def _target_means(self, k: int, roots: Sequence[Tensor] | None = None) -> Tensor:
         """(targets, size) float64: the mean feature of each target's samples."""
 
-        def features(batches: Iterable[Any], left_out: dict[str, str]) -> Iterator[Tensor]:
-            for found in self._features(k, batches, left_out, target=True):
+        def features(batches: Iterable[Any], folded: Folded) -> Iterator[Tensor]:
+            for found in self._features(k, batches, folded, target=True):
                 yield self._transformed(found, roots)
 
-        means, left_out = self.targets.means(features, roots)
-        self.left_out = self.left_out | left_out  # a copy's is its own
+        means, folded = self.targets.means(features, roots)
+        self.left_out = self.left_out | folded.left_out  # a copy's is its own
+        self._of_targets = [*self._of_targets, folded]
         return means
 
     def _pool_moments(self, batches: Iterable[Any]) -> tuple[list[list[Tensor]], int]:
@@ -208,16 +213,19 @@ class Influence(Keeper):
 
     def _moments(self, k: int, each: Iterable[Iterable[Any]], *, target: bool) -> SecondMoments:
         def part(batches: Iterable[Any], first: int) -> State:
-            own, left_out = SecondMoments(self._blocks()), dict[str, str]()
-            for features in self._features(k, batches, left_out, target=target):
+            own, folded = SecondMoments(self._blocks()), Folded()
+            for features in self._features(k, batches, folded, target=target):
                 own.add(features)
-            return own.state() | {"left_out": left_out}
+            return own.state() | {"folded": folded.state()}
 
-        moments = SecondMoments(self._blocks())
+        moments, folded = SecondMoments(self._blocks()), Folded()
         for batches in each:
             for state in states(batches, part):
                 moments.join(state)
-                self.left_out = self.left_out | state["left_out"]
+                folded.join(state["folded"])
+        self.left_out = self.left_out | folded.left_out
+        if not target:
+            self._of_pool = [*self._of_pool, folded]
         return moments
 
     def _blocks(self) -> list[slice]:
@@ -238,11 +246,11 @@ class Influence(Keeper):
         names = self.parameters if len(blocks) == len(self.parameters) else [self.name] * len(blocks)
         return [self.kernel.damping * unit for unit in damping_units(names, means)]
 
-    def _features(self, k: int, batches: Iterable[Any], left_out: dict[str, str], *, target: bool) -> Iterator[Tensor]:
+    def _features(self, k: int, batches: Iterable[Any], folded: Folded, *, target: bool) -> Iterator[Tensor]:
         """Those of checkpoint k, as the function ``features_of``."""
         reductions, skip = {"feature": self.feature(k, target=target)}, self.skip_unsupported
         probe = Probe(self.models[k], self.task, reductions=reductions, logits=False, skip_unsupported=skip)
-        return features_of(probe, batches, left_out)
+        return features_of(probe, batches, folded)
 
     def _transformed(self, features: Tensor, roots: Sequence[Tensor] | None) -> Tensor:
         """Raw features as the kernel compares them; ``roots`` as the checkpoint's in ``_roots``."""
@@ -358,21 +366,8 @@ class Influence(Keeper):
             "kernel": str(self.kernel),
         }
         if self.kernel.damping is not None:
-            facts["second_moment_samples"] = str(self._samples)
-        return facts
-
-
-def features_of(probe: Probe, batches: Iterable[Any], left_out: dict[str, str]) -> Iterator[Tensor]:
-    """(B, size) of each batch; what cannot be tapped goes into ``left_out``, with the reason."""
-    for batch in batches:
-        features = sample_features(probe(batch))
-        left_out |= probe.left_out
-        yield features
-
-
-def sample_features(signals: Signals) -> Tensor:
-    """(B, size), NaN where there is nothing to predict: an influence of 0 would rank such a sample above bad ones."""
-    return signals.reduced["feature"].masked_fill(signals.losses.isnan()[:, None], torch.nan)
+            facts |= {"second_moment_samples": str(self._samples), "left_out": samples_left_out(*self._of_pool)}
+        return facts | {"targets_left_out": samples_left_out(*self._of_targets)}
 
 
 def doubt(signals: Signals) -> Tensor:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from assay.methods.base import Column, Method, Need
 from assay.methods.checks import check_at_least, check_one_of
-from assay.methods.influence import features_of, parameter_shapes
+from assay.methods.influence import parameter_shapes
 from assay.methods.less import AdamSketched
+from assay.methods.sums import Folded, features_of, samples_left_out
 from assay.methods.targets import Targets, TargetSet
 from assay.ops import Kronecker, Rademacher, Sketch
 from assay.probe import AdamState, Feature, Jvp, Probe, Signals, Sketched, tapped_parameters
@@ -105,6 +106,7 @@ class InfluenceDistillation(Method):
         self._tangents, self._at = tangents, at
         self._embed_sketch = embed_sketch or Rademacher(4096, seed, "embedding")
         self.left_out: dict[str, str] = {}  # parameters that could not be tapped after all
+        self._of_pool, self._of_targets = Folded(), Folded()  # samples that fit() went through
         self._samples = 0
         self._anchors = torch.empty(0)  # (L, D), the landmarks' embeddings
         self._bandwidth = 1.0
@@ -141,13 +143,14 @@ class InfluenceDistillation(Method):
             ValueError: a target without samples, fewer than two landmarks, a singular kernel.
         """
 
-        def features_towards(batches: Iterable[Any], left_out: dict[str, str]) -> Iterator[Tensor]:
+        def features_towards(batches: Iterable[Any], folded: Folded) -> Iterator[Tensor]:
             reductions, skip = {"feature": self.feature(target=True)}, self.skip_unsupported
             probe = Probe(self.model, self.task, reductions=reductions, logits=False, skip_unsupported=skip)
-            return features_of(probe, batches, left_out)
+            return features_of(probe, batches, folded)
 
-        means, missed = self.targets.means(features_towards)
-        queries, self.left_out = torch.nn.functional.normalize(means, dim=1), self.left_out | missed
+        means, self._of_targets = self.targets.means(features_towards)
+        queries = torch.nn.functional.normalize(means, dim=1)
+        self.left_out = self.left_out | self._of_targets.left_out
         embeddings, features = self._landmarks(list(pool))
         p = torch.nn.functional.normalize(features, dim=1) @ queries.to(features).T
         distances = torch.pdist(embeddings)
@@ -162,9 +165,9 @@ class InfluenceDistillation(Method):
             )
         coefficients = torch.cholesky_solve(p, factor)
         # Each landmark as the regression on all others predicts it: p_i − α_i / (K⁻¹)_ii.
-        left_out = p - coefficients / torch.cholesky_inverse(factor).diagonal()[:, None]
+        by_others = p - coefficients / torch.cholesky_inverse(factor).diagonal()[:, None]
         self._anchors, self._bandwidth, self._coefficients, self._samples = embeddings, bandwidth, coefficients, len(p)
-        self._correlation = [float(torch.corrcoef(torch.stack(x))[0, 1]) for x in zip(left_out.T, p.T, strict=True)]
+        self._correlation = [float(torch.corrcoef(torch.stack(x))[0, 1]) for x in zip(by_others.T, p.T, strict=True)]
         return self
 
     def _landmarks(self, batches: Sequence[Any]) -> tuple[Tensor, Tensor]:
@@ -177,16 +180,18 @@ class InfluenceDistillation(Method):
         probe = Probe(
             self.model, self.task, reductions=reductions, logits=False, skip_unsupported=self.skip_unsupported
         )
-        found: list[tuple[Tensor, Tensor]] = []
+        found, folded = list[tuple[Tensor, Tensor]](), Folded()
         for batch, chosen in zip(batches, torch.split(drawn, sizes), strict=True):
             if not bool(chosen.any()):
                 continue
             reduced = probe(batch).reduced
             embedding, feature = (reduced[key][chosen.to(reduced[key].device)].double() for key in reductions)
             fine = embedding.isfinite().all(1) & feature.isfinite().all(1)
+            folded.broken_samples += int((~fine).sum())
             found.append((embedding[fine], feature[fine]))
         if sum(len(embedding) for embedding, _ in found) < 2:
             raise ValueError(f"{self.name}: fit() needs at least 2 samples of the pool for landmarks")
+        self._of_pool = folded
         embeddings, features = (torch.cat(parts) for parts in zip(*found, strict=True))
         return embeddings, features
 
@@ -214,6 +219,8 @@ class InfluenceDistillation(Method):
             "landmarks": str(self._samples),
             "landmark_correlation": ", ".join(f"{x:.4f}" for x in self._correlation),
             "kernel": f"{self.spread}, damping {self.damping}",
+            "left_out": samples_left_out(self._of_pool),
+            "targets_left_out": samples_left_out(self._of_targets),
         }
         if dropped := sorted({*select(self.model, self.layers, self.skip_unsupported).left_out, *self.left_out}):
             facts["coverage"] = f"{coverage(self.model, set(self.parameters) - set(dropped)):.4f}"

@@ -135,8 +135,8 @@ class SOURCE(AlongTraining):
         Raises:
             ValueError: a pool or a target without samples, or none of them with a loss and a finite gradient.
         """
-        given, left_out = self._gradients(len(self.models) - 1)
-        found = _Curvature(self, kept(pool), [name for name in self.parameters if name not in left_out])
+        given, folded = self._gradients(len(self.models) - 1)
+        found = _Curvature(self, kept(pool), [name for name in self.parameters if name not in folded.left_out])
         gradients = [found.completed(gradient) for gradient in given.values()]
         directions: list[Gradients] = [{} for _ in self.models]
         remainder = 0.0
@@ -147,7 +147,7 @@ class SOURCE(AlongTraining):
             for k in places:
                 directions[k] = dict(zip(given, own, strict=True))
             gradients, remainder = unrolled.before, max(remainder, unrolled.remainder)
-        self._directions, self.left_out = directions, left_out
+        self._directions, self.left_out, self._of_targets = directions, folded.left_out, [folded]
         self._facts = self._told(remainder, found.without)
         return self
 
@@ -228,6 +228,7 @@ class _Curvature:
         for k in places:
             folded = method._run(k, eigenvalues, self._pool, drawn=True)
             folded.check(f"{method.name}: the pool that fit() was given", self._zeros)
+            self.without = max(self.without, folded.broken_samples)
             counts = {name: count + folded.count(name) for name, count in counts.items()}
         for name, basis in bases.items():
             basis.average(counts[name])

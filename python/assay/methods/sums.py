@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from assay.methods.parts import State, states
-from assay.probe import PerSampleGradient, Probe
+from assay.probe import PerSampleGradient, Probe, Signals
 from assay.tasks import Sampled, Task
 
 
@@ -96,19 +96,26 @@ class Folded:
         samples: all of them.
         with_loss: those with something to predict that can be; the gradient of another is 0, or not finite.
         broken: by parameter, those of ``with_loss`` whose gradient in it was left out.
+        broken_samples: those whose gradient is not finite throughout, or whose feature is not; what has nothing to
+            predict has a gradient of 0.
         left_out: parameters that could not be tapped, with the reason.
     """
 
     samples: int = 0
     with_loss: int = 0
     broken: Counter[str] = field(default_factory=Counter)
+    broken_samples: int = 0
     left_out: dict[str, str] = field(default_factory=dict)
 
+    def state(self) -> State:
+        return {**vars(self), "broken": dict(self.broken)}
+
     def join(self, other: Mapping[str, Any]) -> None:
-        """Count what another one, as ``vars`` gives it, has counted."""
+        """Count what another one has counted, of which this is the ``state``."""
         self.samples += other["samples"]
         self.with_loss += other["with_loss"]
         self.broken.update(other["broken"])
+        self.broken_samples += other["broken_samples"]
         self.left_out |= other["left_out"]
 
     def count(self, parameter: str) -> int:
@@ -152,16 +159,39 @@ def fold(
             with_loss = ~signals.losses.isnan()
             folded.samples += len(with_loss)
             folded.with_loss += int(with_loss.sum())
-            broken = signals.reduced["sums"][with_loss].sum(0, dtype=torch.long).tolist()
-            folded.broken.update(dict(zip(sums.parameters, broken, strict=True)))
-        counts = {"samples": folded.samples, "with_loss": folded.with_loss, "broken": dict(folded.broken)}
-        return {"sums": own.state(), "folded": counts | {"left_out": dict(probe.left_out)}}
+            broken = signals.reduced["sums"]
+            counts = broken[with_loss].sum(0, dtype=torch.long).tolist()
+            folded.broken.update(dict(zip(sums.parameters, counts, strict=True)))
+            folded.broken_samples += int(broken.any(1).sum())
+        folded.left_out |= probe.left_out
+        return {"sums": own.state(), "folded": folded.state()}
 
     whole = Folded()
     for state in states(batches, part, sums.given):
         sums.join(state["sums"])
         whole.join(state["folded"])
     return whole
+
+
+def features_of(probe: Probe, batches: Iterable[Any], folded: Folded) -> Iterator[Tensor]:
+    """(B, size) of each batch; the samples, those with a loss, and what cannot be tapped, are noted in ``folded``."""
+    for batch in batches:
+        signals = probe(batch)
+        folded.samples += len(signals.losses)
+        folded.with_loss += int((~signals.losses.isnan()).sum())
+        folded.broken_samples += int((~signals.reduced["feature"].isfinite().all(1)).sum())
+        folded.left_out |= probe.left_out
+        yield sample_features(signals)
+
+
+def sample_features(signals: Signals) -> Tensor:
+    """(B, size), NaN where there is nothing to predict: an influence of 0 would rank such a sample above bad ones."""
+    return signals.reduced["feature"].masked_fill(signals.losses.isnan()[:, None], torch.nan)
+
+
+def samples_left_out(*each: Folded) -> str:
+    """For a method's metadata: how many samples were broken in a fit; of several models', with that which has most."""
+    return str(max((folded.broken_samples for folded in each), default=0))
 
 
 def cosines(dots: Tensor, sqnorm: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ class TargetSet:
 
     def gradients(
         self, run: Callable[[Sums, Iterable[Any]], Folded], parameters: Sequence[str]
-    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
+    ) -> tuple[dict[str, dict[str, Tensor]], Folded]:
         """The mean gradient of each target's samples in the parameters that the loss reaches: of those with a loss, and
         a finite gradient there.
 
@@ -71,60 +71,65 @@ class TargetSet:
             parameters: by name.
 
         Returns:
-            By target: by parameter, of the parameter's shape; and the parameters that could not be tapped.
+            By target: by parameter, of the parameter's shape; and what all targets' samples are.
 
         Raises:
             ValueError: a target without samples, without a loss and a finite gradient in one of the parameters, or
                 whose gradients' sum is not finite.
         """
         gradients: dict[str, dict[str, Tensor]] = {}
-        left_out: dict[str, str] = {}
+        whole = Folded()
         for target, batches in self.batches.items():
             total, what = Total(parameters), f"{self.name}: target {target!r}"
             folded = run(total, batches)
             folded.check(what, parameters)
-            left_out |= folded.left_out
+            whole.join(folded.state())
             gradients[target] = {name: g / folded.count(name) for name, g in total.sums.items()}
             if not all(bool(g.isfinite().all()) for g in gradients[target].values()):
                 raise ValueError(
                     f"{what} has finite gradients whose sum is not; give it fewer samples, or a wider model"
                 )
-        each = {t: {name: g for name, g in by_name.items() if name not in left_out} for t, by_name in gradients.items()}
-        return each, left_out
+        each = {
+            target: {name: g for name, g in by_name.items() if name not in whole.left_out}
+            for target, by_name in gradients.items()
+        }
+        return each, whole
 
     def means(
-        self, features: Callable[[Iterable[Any], dict[str, str]], Iterable[Tensor]], given: State = None
-    ) -> tuple[Tensor, dict[str, str]]:
+        self, features: Callable[[Iterable[Any], Folded], Iterable[Tensor]], given: State = None
+    ) -> tuple[Tensor, Folded]:
         """The mean feature of each target's samples, of those whose feature is finite.
 
         Args:
-            features: batches -> (B, size) of each; what could not be tapped, with the reason, goes into the second
-                argument.
+            features: batches -> (B, size) of each; the second argument counts the samples, as ``features_of`` does.
             given: as in ``parts.states``.
 
         Returns:
-            (targets, size) float64; and what could not be tapped.
+            (targets, size) float64; and what all targets' samples are.
 
         Raises:
             ValueError: a target without samples, or without a finite one.
         """
 
         def part(batches: Iterable[Any], first: int) -> State:
-            left_out: dict[str, str] = {}
-            each = [found.double() for found in features(batches, left_out)]
+            folded = Folded()
+            each = [found.double() for found in features(batches, folded)]
             whole = torch.cat(each) if each else torch.empty(0, 0)
             finite = whole[whole.isfinite().all(1)]
-            return {"sum": finite.sum(0), "finite": len(finite), "samples": len(whole), "left_out": left_out}
+            return {"sum": finite.sum(0), "finite": len(finite), "folded": folded.state()}
 
-        means, left_out = [], dict[str, str]()
+        means, whole = [], Folded()
         for name, batches in self.batches.items():
             parts = list(states(batches, part, given))
-            finite, samples = (sum(state[key] for state in parts) for key in ("finite", "samples"))
-            if not samples:
+            finite, folded = sum(state["finite"] for state in parts), Folded()
+            for state in parts:
+                folded.join(state["folded"])
+            if not folded.samples:
                 raise ValueError(f"{self.name}: target {name!r} has no samples")
             if not finite:
-                raise ValueError(f"{self.name}: none of target {name!r}'s {samples} samples has a finite gradient")
+                raise ValueError(
+                    f"{self.name}: none of target {name!r}'s {folded.samples} samples has a finite gradient"
+                )
             means.append(sum(state["sum"] for state in parts if state["finite"]) / finite)
-            for state in parts:
-                left_out |= state["left_out"]
-        return torch.stack(means), left_out
+            whole.join(folded.state())
+        return torch.stack(means), whole

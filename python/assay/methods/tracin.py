@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import nn
 
 from assay.methods.checkpoints import AlongTraining, Gradients
+from assay.methods.sums import Folded
 from assay.methods.targets import Targets
 from assay.tasks import Task
 
@@ -53,10 +54,11 @@ class TracIn(AlongTraining):
             ValueError: a target without samples, or none of them with a loss and a finite gradient.
         """
         directions: list[Gradients] = []
-        left_out: dict[str, str] = {}
+        each: list[Folded] = []
         for k, rate in enumerate(self.rates):
-            gradients, own = self._gradients(k)
+            gradients, folded = self._gradients(k)
             directions.append({t: {name: rate * g for name, g in by.items()} for t, by in gradients.items()})
-            left_out |= own
-        self._directions, self.left_out = directions, left_out
+            each.append(folded)
+        self._directions, self._of_targets = directions, each
+        self.left_out = {name: why for folded in each for name, why in folded.left_out.items()}
         return self

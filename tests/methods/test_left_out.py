@@ -1,0 +1,62 @@
+"""A fit says of how many samples it could not use the gradients: in the pool, and among the targets' samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from assay.methods import (
+    EKFAC,
+    EKFACCG,
+    LESS,
+    SOURCE,
+    TRAK,
+    AdamState,
+    DsDm,
+    GradientCosine,
+    InfluenceDistillation,
+    LoGra,
+    TracIn,
+    TrackStar,
+)
+from assay.tasks import Classification
+
+TASK = Classification()
+POOL = {
+    "trak": lambda models, targets: TRAK(models, TASK, targets),
+    "dsdm": lambda models, targets: DsDm(models, TASK, targets),
+    "logra": lambda models, targets: LoGra(models, TASK, targets),
+    "trackstar": lambda models, targets: TrackStar(models, TASK, targets),
+    "ekfac": lambda models, targets: EKFAC(models[0], TASK, targets),
+    "ekfac_cg": lambda models, targets: EKFACCG(models[0], TASK, targets),
+    "source": lambda models, targets: SOURCE(models, TASK, targets, [0.1, 0.1]),
+    "source_ekfac": lambda models, targets: SOURCE(models, TASK, targets, [0.1, 0.1], curvature="ekfac"),
+    "influence_distillation": lambda models, targets: InfluenceDistillation(models[0], TASK, targets, landmarks=60),
+}
+TARGETS = {
+    "gradient_cosine": lambda models, targets: GradientCosine(models[0], TASK, targets),
+    "tracin": lambda models, targets: TracIn(models, TASK, targets, [0.1, 0.1]),
+    "less": lambda models, targets: LESS(models, TASK, targets, optimizers=[_moments(model) for model in models]),
+}
+
+
+def _moments(model: Any) -> AdamState:
+    ones = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    return AdamState(ones, ones)
+
+
+@pytest.mark.parametrize("name", [*POOL, *TARGETS])
+def test_broken_samples_are_counted(problem: Any, name: str) -> None:
+    models, (x, y), (tx, ty) = problem
+    make: Callable[[Any, Any], Any] = (POOL | TARGETS)[name]
+    x, tx = x.clone(), tx.clone()
+    x[[3, 40]], tx[1] = torch.inf, torch.nan
+    facts = make(models, {"t": [(tx, ty)]}).fit([(x[:30], y[:30]), (x[30:], y[30:])]).metadata()
+    assert facts["targets_left_out"] == "1"
+    assert facts.get("left_out") == ("2" if name in POOL else None)
+    sound = make(models, {"t": [(tx[3:], ty[3:])]}).fit([(x[41:], y[41:])]).metadata()
+    assert sound["targets_left_out"] == "0"
+    assert sound.get("left_out") == ("0" if name in POOL else None)

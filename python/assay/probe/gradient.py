@@ -171,11 +171,19 @@ class PerSampleGradient:
         fine = outer.left.dtype == outer.right.dtype == wide(outer.left[:0]).dtype
         return fine and outer.left.shape[1] >= _LONG
 
-    def by_rows(self) -> Iterator[tuple[slice, slice, Tensor]]:
+    def empty(self) -> Tensor:
+        """Room for a sum of what ``by_rows`` gives, of the parameter's shape."""
+        assert isinstance(self.terms[0], Outer)
+        return self.terms[0].right.new_empty(self.shape)
+
+    def by_rows(self, total: Tensor | None = None) -> Iterator[tuple[slice, slice, Tensor]]:
         """The gradient multiplied out piece by piece, for several uses while a piece is in a cache.
 
         Gives rows of the parameter (its first dimension), samples, and their gradients there, (samples, rows, …), which
         the next piece overwrites. All samples of some rows come one after the other.
+
+        Args:
+            total: of the parameter's shape; gets the sum over the samples.
         """
         outer, *scatters = self.terms
         assert isinstance(outer, Outer)
@@ -189,12 +197,15 @@ class PerSampleGradient:
             for b in range(0, self.samples, together):
                 samples = slice(b, min(b + together, self.samples))
                 shape = (samples.stop - b, rows.stop - first, width)
-                values = buffer[: math.prod(shape)].view(shape)
-                torch.bmm(outer.left[samples, :, rows].mT, outer.right[samples], out=values)
+                place = buffer[: math.prod(shape)] if total is None or b or together > 1 else total[rows]
+                values = torch.bmm(outer.left[samples, :, rows].mT, outer.right[samples], out=place.view(shape))
                 for pieces in scattered:
                     sample, row, grads = next(pieces)
                     values.index_put_((sample, row), grads.to(values.dtype), accumulate=True)
                 yield rows, samples, values.view(*shape[:2], *self.shape[1:])
+                if total is not None and (b or together > 1):
+                    own, so_far = values.sum(0) if shape[0] > 1 else values[0], total[rows].view(shape[1:])
+                    so_far.add_(own) if b else so_far.copy_(own)
 
     def sketch(self, sketch: Sketch) -> Tensor:
         """A projection of the gradient -> (B, sketch.dim): the uses' sketches, summed, for sketching is linear."""

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from assay.probe.gradient import PerSampleGradient
-from assay.probe.reductions import Look
 
 Sums = dict[str, Callable[[], Tensor]]
 """What makes the sum of a parameter's gradients over samples, once, by its name."""
@@ -48,14 +47,9 @@ class Summed:
         self.totals[parameter] = gradient.weighted(torch.ones_like(self.like))
         return torch.zeros_like(self.like)
 
-    def by_rows(self, parameter: str, shape: torch.Size) -> Look:
-        def add(rows: slice, samples: slice, values: Tensor) -> None:
-            if parameter not in self.totals:
-                self.totals[parameter] = values.new_empty(shape)
-            place, own = self.totals[parameter][rows], values[0] if len(values) == 1 else values.sum(0)
-            place.copy_(own) if samples.start == 0 else place.add_(own)
-
-        return add
+    def by_rows(self, parameter: str, gradient: PerSampleGradient) -> Tensor:
+        self.totals[parameter] = gradient.empty()
+        return self.totals[parameter]
 
     def sums(self, factors: Tensor) -> Sums:
         """Σ_b gradient of sample b: all factors are 1."""

@@ -40,8 +40,8 @@ class Homogeneous(Reduction, Protocol):
     degree: ClassVar[int]
 
 
-Look = Callable[[slice, slice, Tensor], Tensor | None]
-"""Of some rows, some samples, and their gradients (b, …) there: what these give, (b,); None: nothing."""
+Look = Callable[[slice, slice, Tensor], Tensor]
+"""Of some rows, some samples, and their gradients (b, …) there: what these give, (b,)."""
 
 
 @runtime_checkable
@@ -49,8 +49,8 @@ class ByRows(Homogeneous, Protocol):
     """A reduction that adds up over a parameter's rows, and can look at a gradient as ``PerSampleGradient.by_rows``
     gives it."""
 
-    def by_rows(self, parameter: str, shape: torch.Size) -> Look:
-        """What looks at the gradients in a parameter of this shape."""
+    def by_rows(self, parameter: str, gradient: PerSampleGradient) -> Look | Tensor:
+        """What looks at the gradient's pieces; or, of one reduction, a tensor for their sum: its share is 0."""
         ...
 
 
@@ -107,7 +107,7 @@ class Dot(_Along):
         except ValueError as error:
             raise ValueError(f"{parameter}: {error}") from error
 
-    def by_rows(self, parameter: str, shape: torch.Size) -> Look:
+    def by_rows(self, parameter: str, gradient: PerSampleGradient) -> Look:
         whole = self.direction
         along = whole.by_rows(parameter) if isinstance(whole, MadeByRows) else whole[parameter].__getitem__
         some = torch.empty(0)
@@ -145,7 +145,7 @@ class SqNorm:
     def __call__(self, parameter: str, gradient: PerSampleGradient) -> Tensor:
         return gradient.sqnorm()
 
-    def by_rows(self, parameter: str, shape: torch.Size) -> Look:
+    def by_rows(self, parameter: str, gradient: PerSampleGradient) -> Look:
         return lambda rows, samples, values: Dense(values).sqnorm()
 
 
@@ -239,14 +239,20 @@ class Reduced:
 
     def _add_by_rows(self, name: str, gradient: PerSampleGradient, reductions: Mapping[str, ByRows]) -> None:
         """All of them in one pass."""
-        looks = {key: reduction.by_rows(name, gradient.shape) for key, reduction in reductions.items()}
+        looks: dict[str, Look] = {}
+        total = None
+        for key, reduction in reductions.items():
+            look = reduction.by_rows(name, gradient)
+            if isinstance(look, Tensor):
+                total = look
+            else:
+                looks[key] = look
         found = {key: self.like.new_zeros(self.size, dtype=torch.float64) for key in looks}
-        for rows, samples, values in gradient.by_rows():
+        for rows, samples, values in gradient.by_rows(total):
             for key, look in looks.items():
-                if (value := look(rows, samples, values)) is not None:
-                    found[key][samples] += value
-        for key, total in found.items():
-            self._add(key, name, total.to(values.dtype))
+                found[key][samples] += look(rows, samples, values)
+        for key, value in found.items():
+            self._add(key, name, value.to(values.dtype))
 
     def add_untouched(self, tapped: Collection[str]) -> None:
         """What features make of a gradient of 0 in the tapped parameters that no sample reaches."""

@@ -22,7 +22,8 @@ from assay.methods import (
     TracIn,
     TrackStar,
 )
-from assay.tasks import Classification
+from assay.tasks import CausalLM, Classification
+from tests.methods.contract import LanguageModel
 
 TASK = Classification()
 POOL = {
@@ -60,3 +61,12 @@ def test_broken_samples_are_counted(problem: Any, name: str) -> None:
     sound = make(models, {"t": [(tx[3:], ty[3:])]}).fit([(x[41:], y[41:])]).metadata()
     assert sound["targets_left_out"] == "0"
     assert sound.get("left_out") == ("0" if name in POOL else None)
+
+
+@pytest.mark.parametrize("make", [TrackStar, EKFAC, GradientCosine])
+def test_samples_without_anything_to_predict_are_not_broken(make: Any) -> None:
+    torch.manual_seed(0)
+    model, ids = LanguageModel(), torch.randint(7, (8, 5))
+    silent = {"input_ids": ids, "labels": torch.where(torch.arange(8)[:, None] < 6, ids, -100)}
+    method = make([model] if make is TrackStar else model, CausalLM(), {"t": [silent]}).fit([silent])
+    assert (method.metadata().get("left_out", "0"), method.metadata()["targets_left_out"]) == ("0", "0")

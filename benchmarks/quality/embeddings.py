@@ -13,7 +13,8 @@ on the 297 digits outside the pool. Three seeds; each draws everything anew.
 - knn_shapley: wrong labels, beside the share of the nearest 10 of another class and a random order; clean targets, and
   such as are as often wrong.
 - clip_powered: wrong labels by SAS and SDS, and what a regression on 30 % is worth, beside random ones; of standardised
-  pixels and of pixels as they are. The mean of five clean digits of a class stands for its text: no CLIP is at hand.
+  pixels and of pixels as they are. The mean of five clean digits of a class stands for its text (``clip_powered.py``
+  has a CLIP).
 """
 
 from __future__ import annotations

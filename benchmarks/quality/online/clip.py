@@ -58,9 +58,15 @@ class TwoTowers(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(10.0)))
 
     def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+        return self.of_images(images), self.of_texts(texts)
+
+    def of_images(self, images: Tensor) -> Tensor:
+        return F.normalize(self.image(images))
+
+    def of_texts(self, texts: Tensor) -> Tensor:
         inside = (texts != END).float()[..., None]
         words = (self.words(texts) * inside).sum(1) / inside.sum(1)
-        return F.normalize(self.image(images)), F.normalize(self.text(words))
+        return F.normalize(self.text(words))
 
 
 @dataclass(frozen=True)
@@ -110,8 +116,7 @@ def make_pairs(pictures: Pictures, steps: int, seed: int) -> Pairs:
 def retrieved(model: TwoTowers, held_out: tuple[Tensor, Tensor, Tensor]) -> float:
     """The share of the images whose own text is the nearest of all candidates."""
     with torch.no_grad():
-        images = F.normalize(model.image(held_out[0]))
-        texts = model(held_out[0][:1].expand(len(held_out[1]), -1, -1, -1), held_out[1])[1]
+        images, texts = model.of_images(held_out[0]), model.of_texts(held_out[1])
         return float(((images @ texts.T).argmax(1) == held_out[2]).float().mean())
 
 

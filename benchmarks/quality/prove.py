@@ -100,11 +100,14 @@ def _batches(rows: int, size: int, steps: int) -> list[Tensor]:
 def text(root: Path) -> Setting:
     from tests.small_models import byte_tokenizer, llama_config
 
-    data = corpus.build(8000, 400, 200, 16, 0)
+    data, texts = corpus.build(8000, 400, 200, 16, 0), {}
     for folder, pieces in (("corpus", data.pool), ("held-out", data.validation), ("docstrings", data.target)):
         (root / folder).mkdir()
-        texts = [bytes(piece).decode(errors="replace") for piece in pieces.to(torch.uint8).numpy()]
-        pq.write_table(pa.table({"text": texts}), root / folder / "a.parquet")
+        texts[folder] = [bytes(piece).decode(errors="replace") for piece in pieces.to(torch.uint8).numpy()]
+        pq.write_table(pa.table({"text": texts[folder]}), root / folder / "a.parquet")
+    # The ids that scoring will see; a piece that cuts a character at its edge has more of them, and is left out.
+    tokens = byte_tokenizer()(texts["corpus"])["input_ids"]
+    pool = torch.tensor([ids for ids in tokens if len(ids) == data.pool.shape[1]])
     from transformers import AutoModelForCausalLM
 
     config = llama_config(hidden_size=96, intermediate_size=256, num_hidden_layers=2, max_position_embeddings=256)
@@ -112,9 +115,9 @@ def text(root: Path) -> Setting:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-        for i in _batches(len(data.pool), 16, steps):
+        for i in _batches(len(pool), 16, steps):
             optimizer.zero_grad()
-            model(input_ids=data.pool[i], labels=data.pool[i]).loss.backward()
+            model(input_ids=pool[i], labels=pool[i]).loss.backward()
             optimizer.step()
         model.save_pretrained(root / name)
         byte_tokenizer().save_pretrained(root / name)

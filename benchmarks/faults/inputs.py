@@ -7,8 +7,6 @@ import math
 import os
 import random
 import shutil
-import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from assay.corpus.compression import MAX_LINE_BYTES
+from benchmarks.faults.runs import Run
 from benchmarks.faults.world import ROWS, SHARDS, SIZE, Found, Place, Row, World, make_rows, write_shard
 
 
@@ -58,16 +57,16 @@ def changing_shards(world: World, fault: Found, times: int) -> None:
             world.expect(runs <= 3 * times + 3, f"no shard was met open in {runs - fault.times - 1} of {runs - 1} runs")
             for path in world.rng.sample(world.tables(out), len(world.tables(out)) // 2):
                 path.unlink()
-            process = world.start(out)
-            shard = _stopped_at(process, world.corpus, world.rng)
+            run = world.start(out)
+            shard = _stopped_at(run, world.corpus, world.rng)
             if shard is None:
-                process.wait()
+                run.wait()
                 continue
             with _restored(shard):
                 other = write_shard(shard.with_stem("other") if fault.times % 2 else shard, make_rows(SHARDS + runs))
                 other.replace(shard)
-                process.send_signal(signal.SIGCONT)
-                status = process.wait()
+                run.resume()
+                status = run.wait()
             fault.times += 1
             half = world.so_far(out)
             named = status == 1 and half.quarantined == ROWS
@@ -77,22 +76,22 @@ def changing_shards(world: World, fault: Found, times: int) -> None:
         world.compare(fault, out)
 
 
-def _stopped_at(process: subprocess.Popen[bytes], corpus: Path, rng: random.Random) -> Path | None:
-    """A shard that the process, which is stopped now, has open; None if it has ended before.
+def _stopped_at(run: Run, corpus: Path, rng: random.Random) -> Path | None:
+    """A shard that the run, which is stopped now, has open; None if it has ended before.
 
     Not the first that it opens: to see what columns there are, it opens one before it scores.
     """
-    wanted, seen, watched = rng.randint(2, 20), set[Path](), psutil.Process(process.pid)
-    while process.poll() is None:
-        process.send_signal(signal.SIGSTOP)
-        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
-        with contextlib.suppress(psutil.Error):
+    wanted, seen = rng.randint(2, 20), set[Path]()
+    with contextlib.suppress(psutil.Error, ProcessLookupError):
+        watched = psutil.Process(run.pid)
+        while run.goes_on:
+            run.stop()
             held = [path for file in watched.open_files() if (path := Path(file.path)).parent == corpus]
             seen.update(held)
             if held and len(seen) >= wanted:
                 return held[0]
-        process.send_signal(signal.SIGCONT)
-        time.sleep(0.002)
+            run.resume()
+            time.sleep(0.001)
     return None
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import signal
-import subprocess
 import time
 from collections.abc import Sequence
 
 import psutil
 
+from benchmarks.faults.runs import Run
 from benchmarks.faults.world import SHARDS, Found, World
 
 # What stands in the command line of a worker process, of an actor that scores, and of what keeps a node of Ray's.
@@ -44,34 +43,31 @@ def _killed(world: World, fault: Found, times: int, *more: str, children: Sequen
             world.expect(runs <= 3 * times + 3, f"{fault.fault}: met {fault.times} times in {runs - 1} runs")
             for path in world.rng.sample(world.tables(out), len(world.tables(out)) // 2):
                 path.unlink()
-            process, before = world.start(out, *more), len(world.tables(out))
-            world.wait_for_tables(process, out, before + world.rng.randint(0, 4))
-            while children and process.poll() is None and not _below(process, children):
+            run, before = world.start(out, *more), len(world.tables(out))
+            world.wait_for_tables(run, out, before + world.rng.randint(0, 4))
+            while children and run.goes_on and not _below(run, children):
                 time.sleep(0.01)
-            fault.times += _kill(process, world.rng, children)
-            process.wait()
+            fault.times += _kill_one(run, world.rng, children) if children else run.kill()
+            run.wait()
         while world.score(out, *more) != 0:
             fault.note = "some shards were tried again"
         world.compare(fault, out)
 
 
-def _kill(process: subprocess.Popen[bytes], rng: random.Random, children: Sequence[str] = ()) -> int:
-    """How many were killed: one of the children, or if none are named, the tree."""
-    with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-        if not children:
-            os.killpg(process.pid, signal.SIGKILL)
-            return 1
-        if found := _below(process, children):
+def _kill_one(run: Run, rng: random.Random, names: Sequence[str]) -> bool:
+    """Whether one of these children was there to be killed."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        if found := _below(run, names):
             rng.choice(found).kill()
-            return 1
-    return 0
+            return True
+    return False
 
 
-def _below(process: subprocess.Popen[bytes], names: Sequence[str]) -> list[psutil.Process]:
+def _below(run: Run, names: Sequence[str]) -> list[psutil.Process]:
     """The processes below it whose command line has one of these names in it."""
     found = []
     with contextlib.suppress(psutil.NoSuchProcess):
-        for child in psutil.Process(process.pid).children(recursive=True):
+        for child in psutil.Process(run.pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
                 if any(name in " ".join(child.cmdline()) for name in names):
                     found.append(child)
@@ -83,7 +79,7 @@ def two_runners(world: World, fault: Found, times: int) -> None:
     for _ in range(times):
         with world.output("two") as out:
             both = [world.start(out), world.start(out)]
-            ends = [process.wait() for process in both]
+            ends = [run.wait() for run in both]
             world.expect(0 in ends, f"both of two runners failed: {ends}")
             fault.times += 1
             world.compare(fault, out)
@@ -116,7 +112,7 @@ def clocks(world: World, fault: Found, times: int) -> None:
 
 def _half_way(world: World, out: str) -> None:
     """A run that is killed when there are a few tables."""
-    process = world.start(out)
-    world.wait_for_tables(process, out, 3)
-    _kill(process, world.rng)
-    process.wait()
+    run = world.start(out)
+    world.wait_for_tables(run, out, 3)
+    run.kill()
+    run.wait()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import resource
 import subprocess
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -19,13 +16,9 @@ T = TypeVar("T")
 
 def failing_writes(world: World, fault: Found, times: int) -> None:
     """No file may grow beyond a few kilobytes, as on a full disk; then it may."""
-
-    def limited() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, resource.RLIM_INFINITY))
-
     with world.output("full") as out:
         for _ in range(times):
-            status = world.score(out, preexec_fn=limited)
+            status = world.score(out, largest_file=4_000)
             world.expect(status != 0, "a run that could not write ended with 0")
             fault.times += 1
         world.expect(world.score(out) == 0, "the run after failing writes failed")
@@ -69,10 +62,10 @@ class _Bucket:
         self.world, self.store = world, store
         self.fs = fsspec.filesystem("s3", **options, skip_instance_cache=True, use_listings_cache=False)
         self.fs.put(str(world.corpus), f"{BUCKET}/corpus", recursive=True)
-        self.options = {"corpus": f"s3://{BUCKET}/corpus", "env": {**os.environ, "FSSPEC_S3": json.dumps(options)}}
+        self.options = options
 
     def score(self) -> int:
-        return self.world.score(f"s3://{BUCKET}/scores", **self.options)
+        return self.world.score(f"s3://{BUCKET}/scores", corpus=f"s3://{BUCKET}/corpus", s3=self.options)
 
     def disturb(self, fault: Found, kind: str, times: int) -> None:
         """Runs that meet the fault now and then, or whenever they ask for a shard or write a table."""

@@ -6,8 +6,6 @@ import contextlib
 import json
 import random
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from assay._json import dumps
+from benchmarks.faults.runs import Run
 
 SHARDS, ROWS, SIZE, CLASSES = 60, 200, 16, 3
 Row = dict[str, Any]
@@ -84,12 +83,12 @@ class World:
 
     def start(
         self, output: str, *more: str, recipe: Path | None = None, corpus: Path | str | None = None, **options: Any
-    ) -> subprocess.Popen[bytes]:
-        """A run into a folder of this world, or any URL."""
-        command = [sys.executable, "-m", "assay", "score", str(recipe or self.recipe), "--quiet", *more]
+    ) -> Run:
+        """A run into a folder of this world, or any URL; ``options`` are ``Run``'s."""
+        command = ["score", str(recipe or self.recipe), "--quiet", *more]
         command += ["--set", f"output={output if '://' in output else self.root / output}"]
         command += [] if corpus is None else ["--set", f"corpus.path={corpus}"]
-        return subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL, **options)
+        return Run(command, **options)
 
     def score(self, output: str, *more: str, **options: Any) -> int:
         return self.start(output, *more, **options).wait()
@@ -97,10 +96,10 @@ class World:
     def tables(self, output: str) -> list[Path]:
         return sorted(p for p in (self.root / output).rglob("*.parquet") if not p.name.startswith("."))
 
-    def wait_for_tables(self, process: subprocess.Popen[bytes], output: str, count: int) -> None:
+    def wait_for_tables(self, run: Run, output: str, count: int) -> None:
         """Until there are so many, or the run is over."""
-        while process.poll() is None and len(self.tables(output)) < count:
-            time.sleep(0.01)
+        while run.goes_on and len(self.tables(output)) < count:
+            time.sleep(0.001)
 
     def scores(self, output: str) -> tuple[Scores, int]:
         """Every row's id and scores, and how many are there twice."""

@@ -105,5 +105,7 @@ class _Bucket:
         """What is seen in a copy of the scores in the world's folder."""
         with self.world.output("fetched") as out:
             for path in self.fs.find(f"{BUCKET}/scores"):
-                self.fs.get_file(path, str(self.world.root / out / path.removeprefix(f"{BUCKET}/scores/")))
+                copy = self.world.root / out / path.removeprefix(f"{BUCKET}/scores/")
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                copy.write_bytes(self.fs.cat_file(path))
             return look(out)

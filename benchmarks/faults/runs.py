@@ -15,9 +15,6 @@ import psutil
 
 from assay.cli import main
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload([__name__, "assay.engine.local", "s3fs"])
-
 
 class Run:
     """A command that has been started, in a session of its own.
@@ -31,7 +28,9 @@ class Run:
     def __init__(
         self, arguments: Sequence[str], largest_file: int | None = None, s3: Mapping[str, Any] | None = None
     ) -> None:
-        self._process = _CONTEXT.Process(target=_run, args=(arguments, largest_file, s3))
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__, "assay.engine.local", "s3fs"])
+        self._process = context.Process(target=_run, args=(arguments, largest_file, s3))
         self._process.start()
 
     @property

@@ -7,7 +7,7 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,27 +123,15 @@ class World:
                     listed[table, row] = entry["reason"]
         return listed
 
-    def compare(self, fault: Found, output: str, planted: Mapping[Place, tuple[Any, ...]] | None = None) -> None:
+    def compare(self, fault: Found, output: str, planted: Scores | None = None) -> None:
         """Count what differs from the undisturbed run; a shard or row in quarantine is accounted for.
 
         Of rows that were ``planted`` in the corpus beside or in place of its own, scores need only be close: their
         batches are none of the undisturbed run's.
         """
-        planted = planted or {}
         found, doubled = self.scores(output)
-        listed = self.quarantine(output)
-        expected = self.undisturbed | planted
-        fault.doubled += doubled + len(found.keys() - expected.keys())
-        for place, scores in expected.items():
-            is_listed = place in listed or (place[0], None) in listed
-            if place in found:
-                fault.doubled += is_listed
-                same = _close(found[place], scores) if place in planted else str(found[place]) == str(scores)
-                fault.changed += not same
-            elif is_listed:
-                fault.quarantined += 1
-            else:
-                fault.lost += 1
+        fault.doubled += doubled
+        count(fault, self.undisturbed, found, self.quarantine(output), planted or {})
 
     def so_far(self, output: str) -> Found:
         """What a run that has just been disturbed has left."""
@@ -181,6 +169,24 @@ def write_shard(path: Path, rows: list[Row]) -> Path:
         schema += [(name, pa.string()) for name in (rows[0] if rows else {}) if name not in ("id", "x", "y")]
         pq.write_table(pa.Table.from_pylist(rows, pa.schema(schema)), path)
     return path
+
+
+def count(
+    fault: Found, undisturbed: Scores, found: Scores, listed: Container[tuple[str, int | None]], planted: Scores
+) -> None:
+    """Add up what became of every row: it is among those ``found``, or ``listed`` alone or with its whole shard."""
+    expected = undisturbed | planted
+    fault.doubled += len(found.keys() - expected.keys())
+    for place, scores in expected.items():
+        is_listed = place in listed or (place[0], None) in listed
+        if place in found:
+            fault.doubled += is_listed
+            same = _close(found[place], scores) if place in planted else str(found[place]) == str(scores)
+            fault.changed += not same
+        elif is_listed:
+            fault.quarantined += 1
+        else:
+            fault.lost += 1
 
 
 def _close(found: tuple[Any, ...], expected: tuple[Any, ...]) -> bool:

@@ -294,9 +294,9 @@ def test_what_killed_runs_left_is_named_unless_one_is_running(copied):
     assert [line.partition(": ")[0] for line in problems(copied)] == [
         ".1.tmp",
         "deep/.2.tmp",
+        CLAIM,
         FITS,
         f"{RETRIEVAL}/{FITS}",
-        CLAIM,
         "quarantine/none.jsonl",
     ]
     assert ".fit: holds 2 parts of fits, left by a run that was killed; a later run takes them up, and" in str(

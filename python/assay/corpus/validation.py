@@ -124,11 +124,13 @@ def _leftovers(store: Store, files: Sequence[str], running: bool | None) -> Iter
     """What killed runs have left. While one is running, only what is too old to be its own."""
     for path in store.temporaries(-math.inf if running is False else ABANDONED_AFTER_SECONDS):
         yield Problem(path, "was left by a run that was killed; a later run removes it when it is an hour old")
-    for folder, what in _WAITING.items() if running is not True else ():
-        if count := sum(path.startswith(f"{folder}/") for path in files):
-            yield Problem(folder, f"holds {count:,} {what}")
     if running is False and store.exists(CLAIM):
         yield Problem(CLAIM, "was left by a run that was killed; a later run takes it over")
+    if running:
+        return
+    for folder, what in _WAITING.items():
+        if count := sum(path.startswith(f"{folder}/") for path in files):
+            yield Problem(folder, f"holds {count:,} {what}")
 
 
 def _strays(files: Sequence[str], corpus: Corpus) -> Iterator[Problem]:

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 from assay.corpus.claim import CLAIM, is_claimed
 from assay.corpus.errors import CorpusError
@@ -96,8 +95,7 @@ def validate_scores(
         result.unreadable += checked.unreadable
         result.unchecked += bool(checked.unchecked)
     try:
-        files = store.files()
-        for problem in chain(_leftovers(store, files, result.running), _strays(files, corpus)):
+        for problem in _besides(store, corpus, result.running):
             report(problem.path, problem.what)
     except OSError as error:
         if not may_pass(error):
@@ -113,6 +111,13 @@ def _check_columns(store: Store, manifest: Manifest) -> None:
         score_schema(manifest.columns, {})
     except ValueError as error:
         raise CorpusError(f"{store.full(MANIFEST)}: {error}") from error
+
+
+def _besides(store: Store, corpus: Corpus, running: bool | None) -> Iterator[Problem]:
+    """What lies about that is of no shard, or of no run that goes on."""
+    files = store.files()
+    yield from _leftovers(store, files, running)
+    yield from _strays(files, corpus)
 
 
 _OF_FITS = "parts of fits, left by a run that was killed; a later run takes them up, and removes them when it is done"

@@ -122,14 +122,19 @@ def machine() -> dict[str, Any]:
     }
 
 
-def write(name: str, cases: list[dict[str, Any]]) -> Path:
-    """``results/<processor>-<name>.json``."""
+def path(name: str) -> Path:
+    """Where this machine's results of this name lie: ``results/<processor>-<name>.json``."""
     facts = machine()
     slug = re.sub(r"[^a-z0-9]+", "-", f"{facts['processor']}-{facts['threads']}-threads".lower()).strip("-")
+    return RESULTS / f"{slug}-{name}.json"
+
+
+def write(name: str, cases: list[dict[str, Any]]) -> Path:
+    """Write them to ``path(name)``, with what they were measured on."""
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{slug}-{name}.json"
-    path.write_text(dumps({"machine": facts, "cases": cases}, indent=1, default=_plain) + "\n")
-    return path
+    written = path(name)
+    written.write_text(dumps({"machine": machine(), "cases": cases}, indent=1, default=_plain) + "\n")
+    return written
 
 
 def read(path: Path) -> Any:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 
 import fsspec
+import numpy as np
 import pytest
 from s3fs import S3FileSystem
 
 import assay
 from assay.cli import main
+from assay.corpus.shards import find_shards
 from assay.corpus.storage import Store
-from assay.engine import run, shard, staging, units
+from assay.engine import local, run, shard, staging, units
 from assay.engine.parts import join_parts, score_part
 from assay.engine.plan import make_plan
 from assay.engine.processes import Processes
@@ -21,6 +23,7 @@ from tests.object_store import BUCKET, serve
 from tests.small_project import make_project, make_rows
 
 ROOT = f"s3://{BUCKET}"
+LISTED = {"by": "ensemble_nll", "top": 7}
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +141,31 @@ def test_a_plan_asks_for_listings_whatever_number_of_shards_there_is(store, proj
         asked.append(store.requests - before)
         assert len(plan.todo) == 3 + more
     assert asked[0] == asked[1]
+
+
+def test_a_shortlist_is_made_of_shards_as_they_were_scored(store, project, monkeypatch):
+    """The corpus is listed once; that a shard was replaced between then and its scoring is seen by a second look."""
+    fs, asked = fsspec.filesystem("s3"), []
+    fs.put(str(project.root / "data"), f"{BUCKET}/ranked", recursive=True)
+    before = local.refuse_strangers
+
+    def replaced(output):
+        if not asked:
+            fs.put(str(project.root / "data/c.parquet"), f"{BUCKET}/ranked/a.parquet")
+        asked.append(output.url)
+        before(output)
+
+    monkeypatch.setattr(local, "refuse_strangers", replaced)
+    listed = []
+    monkeypatch.setattr("assay.engine.plan.find_shards", lambda path: (listed.append(path), find_shards(path))[1])
+    methods = [{"method": "ensemble", "models": ["a", "b"]}, {**project.recipe["methods"][1], "shortlist": LISTED}]
+    where = [f"corpus.path={ROOT}/ranked", f"output={ROOT}/ranked-scores", f"methods={json.dumps(methods)}"]
+    summary = run(load_recipe(project.path, where))
+    assert summary.clean
+    assert (summary.scored, summary.rows_scored) == (3, 40 + 30 + 40)
+    assert np.count_nonzero(~np.isnan([row["mimic"] for row in rows(f"{ROOT}/ranked-scores")])) == LISTED["top"]
+    assert listed == [f"{ROOT}/ranked"]
+    assert run(load_recipe(project.path, where)).done_before == 3
 
 
 def test_parts_of_a_large_shard_wait_in_the_store_until_they_are_joined(store, project, monkeypatch):

@@ -21,6 +21,7 @@ from assay.corpus import storage, table_checks
 from assay.corpus.claim import CLAIM, claim
 from assay.corpus.errors import CorpusError
 from assay.corpus.footer import Footer, Identity, InputFacts, RowCounts, TableColumn
+from assay.corpus.layout import FITS, RETRIEVAL
 from assay.corpus.score_files import ScoreWriter
 from assay.corpus.scores_folder import State, open_scores
 from assay.corpus.shards import find_shards
@@ -285,15 +286,22 @@ def test_rows_in_another_order_are_seen_where_no_fingerprint_tells(copied):
 def test_what_killed_runs_left_is_named_unless_one_is_running(copied):
     scores = copied / "scores"
     young, old = scores / ".1.tmp", scores / "deep/.2.tmp"
-    for path in (young, old, scores / CLAIM, scores / "quarantine/none.jsonl"):
+    fits = [scores / RETRIEVAL / FITS / "key/0.pt", scores / FITS / "key/0.pt", scores / FITS / "key/1.pt"]
+    for path in (young, old, scores / CLAIM, scores / "quarantine/none.jsonl", *fits):
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"")
     os.utime(old, (0, 0))
     assert [line.partition(": ")[0] for line in problems(copied)] == [
         ".1.tmp",
         "deep/.2.tmp",
         CLAIM,
+        FITS,
+        f"{RETRIEVAL}/{FITS}",
         "quarantine/none.jsonl",
     ]
+    assert ".fit: holds 2 parts of fits, left by a run that was killed; a later run takes them up, and" in str(
+        problems(copied)
+    )
     with claim(Store.at(str(scores)), "a run", shared=True):
         assert [line.partition(": ")[0] for line in problems(copied)] == ["deep/.2.tmp", "quarantine/none.jsonl"]
 

@@ -240,6 +240,8 @@ def test_unknown_scores_and_folders_are_named(project):
         ({"top": "1", "gmm": True, "by": "s"}, "got --top, --gmm"),
         ({"top": "0.5"}, "--by is missing"),
         ({"top": "half", "by": "s"}, "'half' is no amount"),
+        ({"top": "0", "by": "s"}, r"'0' selects nothing; expected rows \(1000\) or a share \(0\.5\)"),
+        ({"random": "0.0"}, r"'0\.0' selects nothing"),
         ({"top": "0.5", "by": "s", "keep": "best"}, "--keep best"),
         ({"top": "0.5", "by": "s", "temperature": 0.5}, "--temperature 0.5: has no effect with --top"),
     ],

@@ -106,7 +106,7 @@ def _small_parts(connection, deadly: bool) -> None:
     root = Path(setup.recipe["output"]).parent
     made, number = fitting.Together._made, 0
 
-    def told(together, path, make):
+    def told(together, path, *how):
         nonlocal number
         number += 1
         with (root / "made").open("a") as file:
@@ -115,7 +115,7 @@ def _small_parts(connection, deadly: bool) -> None:
             with contextlib.suppress(FileExistsError):
                 (root / "died").mkdir()
                 os.kill(os.getpid(), signal.SIGKILL)
-        return made(together, path, make)
+        return made(together, path, *how)
 
     fitting.Together._made, pool.PART_SAMPLES = told, SMALL_PART
     worker.serve(connection, setup)

@@ -140,7 +140,7 @@ def test_a_shard_that_cannot_be_read_keeps_nobody_from_clearing(fitted, monkeypa
 
 def test_runners_on_parts_of_a_corpus_fit_together(fitted, alone, monkeypatch):
     made, before = [], Together._made
-    monkeypatch.setattr(Together, "_made", lambda self, path, make: (made.append(path), before(self, path, make))[1])
+    monkeypatch.setattr(Together, "_made", lambda self, path, *how: (made.append(path), before(self, path, *how))[1])
     score(fitted, "shared", part=(2, 2))
     assert len(made) == len(set(made)) > 0
     assert list((fitted.root / "shared" / FITS).rglob("*.pt"))

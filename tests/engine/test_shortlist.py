@@ -17,6 +17,7 @@ from assay.corpus.scores_folder import open_scores
 from assay.corpus.validation import validate_scores
 from assay.engine import local, run
 from assay.engine.arrow_scorer import Scorer
+from assay.engine.progress import LogProgress
 from assay.recipe.errors import ChangedError, EngineError, RecipeError
 from assay.recipe.recipe import load_recipe
 from tests.small_models import TEXTS, llama_config, save_model
@@ -103,6 +104,19 @@ def test_a_rerun_does_what_is_missing_and_any_number_of_runners_gives_the_same(
     assert score(ranked, "batch.samples=16", part=(2, 2)).waits_for == 0
     assert score(ranked, part=(1, 2)).clean
     assert final_tables(ranked) == tables
+
+
+def test_a_progress_line_counts_the_pass_that_goes_on(ranked: Project) -> None:
+    lines: list[str] = []
+
+    class Lines(LogProgress):
+        def finish_shard(self) -> None:
+            super().finish_shard()
+            lines.append(", ".join(self._text().split(", ")[:2]))
+
+    score(ranked, progress=Lines())
+    assert lines[:2] == ["1/2 shards, 50 rows", "2/2 shards, 80 rows"]
+    assert lines[3:] == ["2/2 shards, 10 rows"]
 
 
 @pytest.mark.slow

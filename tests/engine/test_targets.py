@@ -18,7 +18,7 @@ from assay.cli import main
 from assay.corpus.scores_folder import State, open_scores
 from assay.corpus.shards import find_shards
 from assay.corpus.storage import Store
-from assay.engine import drawing, workshop
+from assay.engine import drawing, fitting, workshop
 from assay.engine.drawing import draw_samples
 from assay.engine.fitting import Together
 from assay.engine.local import run
@@ -259,6 +259,8 @@ def test_the_fit_sample_is_uniform_seeded_and_of_good_rows(project):
 
 
 def test_workers_draw_the_sample_of_one_and_read_each_shard_once(project, monkeypatch):
+    monkeypatch.setattr(fitting, "_ALWAYS_BYTES", 0)  # rows that one has at hand take the others a shard to read
+    monkeypatch.setattr(fitting, "_BYTES_PER_SECOND", 0.0)
     for i in range(4):
         project.write_shard(f"more/{i}.{'jsonl' if i % 2 else 'parquet'}", make_rows(20, i + 2))
     corpus = find_shards(str(project.root / "data"))

@@ -22,6 +22,7 @@ from assay.two_stage.proof import _choices, _parts
 from tests.two_stage.noisy_labels import make_noisy_labels
 
 BRIEF = Training(steps=40, batch_size=8, learning_rate=0.05, evaluations=1)
+METHOD = {"method": "ensemble", "models": ["small"]}
 GOOD, NOTHING = "ensemble_nll", "ensemble_vote_entropy"
 ENDS = {NOTHING: "low"}
 COMPARISON = Comparison([GOOD, NOTHING], pools=6, keep=ENDS)
@@ -223,9 +224,24 @@ def test_what_says_nothing_is_refused_before_anything_is_trained(proved, tmp_pat
     refused(f"{GOOD}: chooses none of 80 rows", [GOOD], top=0.0)
     refused(f"{NOTHING}: does not say which end of it is better; expected {NOTHING}=high or", [NOTHING])
     with changed(folder / "scores/a.parquet", GOOD, lambda values: values * np.float32("nan")):
-        refused(rf"{GOOD}: chooses \d+ of 80 rows.* where {NOTHING} chooses 60", [GOOD, NOTHING], top=60, keep=ENDS)
+        refused(rf"{GOOD}: chooses \d+ of 80 rows.* where 60 are asked for", [GOOD, NOTHING], top=60, keep=ENDS)
+        refused(rf"{GOOD}: chooses \d+ of 80 rows.* where 60 are asked for", [GOOD], top=60)
     with pytest.raises(ValueError, match="random: names the random rows"):
         Comparison([GOOD], against=["random"])
+
+
+def test_a_score_of_a_shortlist_is_proved_as_far_as_the_shortlist_goes(root, tmp_path):
+    """The best by it are the best by what it is made by, where both are the same score."""
+    methods = [METHOD, {**METHOD, "name": "again", "shortlist": {"by": GOOD, "top": 0.4}}]
+    recipe = load_recipe(root / "recipe.yaml", [f"output={tmp_path / 'scores'}", f"methods={json.dumps(methods)}"])
+    trainee, out = Trainee("large", str(root / "held-out")), str(tmp_path / "proof")
+    brief, by = Training(steps=3, evaluations=1), [GOOD, "again_nll"]
+    proof = prove(recipe, trainee, Comparison(by, pools=6, top=0.2), out, brief)
+    assert proof.losses["again_nll"] == proof.losses[GOOD] != proof.losses["random"]
+    with pytest.raises(
+        EngineError, match=r"again_nll: chooses \d+ of 80 rows.* where 40 are asked for: .* smaller top"
+    ):
+        prove(recipe, trainee, Comparison(["again_nll"], pools=6), out, brief)
 
 
 @contextmanager

@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 from assay.corpus.claim import CLAIM, is_claimed
 from assay.corpus.errors import CorpusError
 from assay.corpus.footer import Manifest
-from assay.corpus.layout import MANIFEST, RETRIEVAL, files_path, quarantine_path, table_path
+from assay.corpus.layout import FITS, MANIFEST, PARTS, RETRIEVAL, files_path, quarantine_path, table_path
 from assay.corpus.scores_folder import find_corpus, read_manifest
 from assay.corpus.shards import Corpus
 from assay.corpus.storage import ABANDONED_AFTER_SECONDS, Store, may_pass
@@ -96,7 +95,7 @@ def validate_scores(
         result.unreadable += checked.unreadable
         result.unchecked += bool(checked.unchecked)
     try:
-        for problem in chain(_leftovers(store, result.running), _strays(store, corpus)):
+        for problem in _besides(store, corpus, result.running):
             report(problem.path, problem.what)
     except OSError as error:
         if not may_pass(error):
@@ -114,21 +113,38 @@ def _check_columns(store: Store, manifest: Manifest) -> None:
         raise CorpusError(f"{store.full(MANIFEST)}: {error}") from error
 
 
-def _leftovers(store: Store, running: bool | None) -> Iterator[Problem]:
+def _besides(store: Store, corpus: Corpus, running: bool | None) -> Iterator[Problem]:
+    """What lies about that is of no shard, or of no run that goes on."""
+    files = store.files()
+    yield from _leftovers(store, files, running)
+    yield from _strays(files, corpus)
+
+
+_OF_FITS = "parts of fits, left by a run that was killed; a later run takes them up, and removes them when it is done"
+_OF_SHARDS = "parts of shards, left by a run that was killed; a later run removes them when they are a day old"
+_WAITING = {FITS: _OF_FITS, PARTS: _OF_SHARDS, f"{RETRIEVAL}/{FITS}": _OF_FITS, f"{RETRIEVAL}/{PARTS}": _OF_SHARDS}
+
+
+def _leftovers(store: Store, files: Sequence[str], running: bool | None) -> Iterator[Problem]:
     """What killed runs have left. While one is running, only what is too old to be its own."""
     for path in store.temporaries(-math.inf if running is False else ABANDONED_AFTER_SECONDS):
         yield Problem(path, "was left by a run that was killed; a later run removes it when it is an hour old")
     if running is False and store.exists(CLAIM):
         yield Problem(CLAIM, "was left by a run that was killed; a later run takes it over")
+    if running:
+        return
+    for folder, what in _WAITING.items():
+        if count := sum(path.startswith(f"{folder}/") for path in files):
+            yield Problem(folder, f"holds {count:,} {what}")
 
 
-def _strays(store: Store, corpus: Corpus) -> Iterator[Problem]:
+def _strays(files: Sequence[str], corpus: Corpus) -> Iterator[Problem]:
     """Files of shards that there are not."""
     tables, lists, named, stems = (
         {path(shard) for shard in corpus.shards}
         for path in (table_path, quarantine_path, files_path, lambda shard: shard.stem)
     )
-    for path in store.files():
+    for path in files:
         top, _, rest = path.partition("/")
         if top == RETRIEVAL:
             continue

@@ -207,8 +207,11 @@ def parse_end(text: str | None) -> Literal["high", "low"] | None:
 
 
 def parse_amount(text: str) -> int | float:
-    """``1000`` is a number of rows, ``0.5`` a share; ``1`` is one row and ``1.0`` all of them."""
+    """``1000`` is a number of rows, ``0.5`` a share; ``1`` is one row and ``1.0`` all of them. CorpusError for none."""
     try:
-        return int(text) if re.fullmatch(r"\d+", text) else float(text)
+        amount = int(text) if re.fullmatch(r"\d+", text) else float(text)
     except ValueError:
         raise CorpusError(f"{text!r} is no amount; expected rows (1000) or a share (0.5)") from None
+    if amount == 0:
+        raise CorpusError(f"{text!r} selects nothing; expected rows (1000) or a share (0.5)")
+    return amount

@@ -57,13 +57,14 @@ def draw_samples(
         together.begin("draw")
     chosen = draw.choose(_states(together, len(draw.parts), draw.candidates))
     if together is not None:
-        for state in together.states(len(draw.parts), lambda i: draw.drawn(i, chosen), None):
+        for state in _states(together, len(draw.parts), lambda i: draw.drawn(i, chosen)):
             draw.take(state)
     return [draw.samples[place] for place in chosen]
 
 
 def _states(together: Together | None, count: int, make: Callable[[int], State]) -> Iterable[State]:
-    return map(make, range(count)) if together is None else together.states(count, make, None)
+    """Whoever has read a part's shards leaves what it took from them, or the others would read them, too."""
+    return map(make, range(count)) if together is None else together.states(count, make, None, always=True)
 
 
 @dataclass

@@ -60,8 +60,13 @@ class Together:
         """Another fit begins, of this name; its passes are counted."""
         self._fit, self._passes = fit, 0
 
-    def states(self, count: int, make: Callable[[int], State], given: State) -> Iterator[State]:
-        """The states of so many parts, in their order."""
+    def states(
+        self, count: int, make: Callable[[int], State], given: State, *, always: bool = False
+    ) -> Iterator[State]:
+        """The states of so many parts, in their order.
+
+        ``always``: leave each, however little time it took: others may not have what this worker makes it of.
+        """
         self._passes += 1
         if count == 1:  # who would look for it might as well make it
             yield make(0)
@@ -71,7 +76,7 @@ class Together:
         made: dict[int, State] = {}
         for i in self._order(count) if self.turn[1] > 1 else ():
             if not self.store.exists(paths[i]):
-                state, is_left = self._made(paths[i], partial(make, i))
+                state, is_left = self._made(paths[i], partial(make, i), always)
                 if not is_left:  # nor will the others be: everybody makes all of them
                     made[i] = state
                     break
@@ -80,7 +85,7 @@ class Together:
                 yield made.pop(i)
             else:
                 found = self._found(path)
-                yield self._made(path, partial(make, i))[0] if found is None else found[0]
+                yield self._made(path, partial(make, i), always)[0] if found is None else found[0]
 
     def _order(self, count: int) -> list[int]:
         """A share of its own first, and then the others from behind, where their own makers come to last."""
@@ -88,12 +93,12 @@ class Together:
         own = range(count * place // places, count * (place + 1) // places)
         return [*own, *(i % count for i in range(own.start + count - 1, own.stop - 1, -1))]
 
-    def _made(self, path: str, make: Callable[[], State]) -> tuple[State, bool]:
+    def _made(self, path: str, make: Callable[[], State], always: bool) -> tuple[State, bool]:
         """A state, and whether it was left for others."""
         began = time.perf_counter()
         state = make()
         worth = _BYTES_PER_SECOND * (time.perf_counter() - began)
-        if sum(tensor.nbytes for tensor in _tensors(state)) > max(worth, _ALWAYS_BYTES):
+        if not always and sum(tensor.nbytes for tensor in _tensors(state)) > max(worth, _ALWAYS_BYTES):
             return state, False
         with contextlib.suppress(FileNotFoundError), self.store.write(path) as file:  # ``clear`` may be at work
             torch.save(state, file)

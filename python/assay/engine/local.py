@@ -110,9 +110,9 @@ def run(
     if engine not in ("local", "ray"):
         raise EngineError(f"--engine {engine}: expected local or ray")
     devices = find_devices(recipe.run.devices) if engine == "local" else []
+    corpora = find_corpora(recipe)
 
     def scored(recipe: Recipe, shortlist: Shortlist | None = None, choice: ShortlistSpec | None = None) -> RunSummary:
-        corpora = find_corpora(recipe)
         output = Store.at(recipe.output)
         with claim(output, canonical_hash([recipe.corpus.path, recipe.identity()]), shared=True):
             plan = make_plan(recipe, part, rescore, corpora, retry, shortlist, choice)
@@ -127,10 +127,9 @@ def run(
 
     if recipe.shortlist is None:
         return scored(recipe)
-    find_corpora(recipe)
     refuse_strangers(Store.at(recipe.output))  # before the first pass, which takes the time
     first = scored(recipe.retrieval(), choice=recipe.shortlist)
-    retrieval = make_plan(recipe.retrieval(), rescore=rescore)
+    retrieval = make_plan(recipe.retrieval(), rescore=rescore, corpora=corpora)
     if missing := missing_shards(retrieval):
         return replace(first, waits_for=len(missing))
     shortlist = make_shortlist(recipe.shortlist, retrieval)

@@ -52,16 +52,17 @@ class Plan:
 
 
 def find_corpora(recipe: Recipe) -> dict[str, Corpus]:
-    """By path: the corpus, the targets' and the one that methods are fitted to. CorpusError if the output would fall on
-    one of them, or among other scores."""
-    output = Store.at(recipe.output)
+    """By path: the corpus, the targets' and the one that methods are fitted to, each listed once; of a recipe with a
+    shortlist for both of its passes. CorpusError if the output would fall on one of them, or among other scores."""
     corpora = {path: find_shards(path) for path in (recipe.corpus.path, *recipe.fitted_to().values())}
     shards = corpora[recipe.corpus.path].shards
     written = [path for shard in shards for path in (table_path(shard), quarantine_path(shard), files_path(shard))]
-    for path, corpus in corpora.items():
-        refuse_overlap(output, path, corpus, written)
+    for url in (recipe.output, *([recipe.retrieval().output] if recipe.shortlist else [])):
+        output = Store.at(url)
+        for path, corpus in corpora.items():
+            refuse_overlap(output, path, corpus, written)
+        output.refuse_detours(written)
     refuse_scores(Store.at(recipe.outermost), itself=False)
-    output.refuse_detours(written)
     return corpora
 
 
@@ -160,9 +161,15 @@ def standing_table(output: Store, shard: Shard) -> Table | None:
     return table if table and _unchanged(output, shard, table) else None
 
 
+def is_of(table: Table, shard: Shard) -> bool:
+    """Whether a table speaks of the shard as it was found, or, where it was replaced between then and its scoring, as
+    it is now."""
+    return table.input_is(shard.as_found()) or (shard.listed is not None and table.input_is(shard.fingerprint()))
+
+
 def _unchanged(output: Store, shard: Shard, table: Table) -> bool:
     try:
-        same = table.input_is(shard.as_found()) and table.list_is_there(output, shard)
+        same = is_of(table, shard) and table.list_is_there(output, shard)
         return same and changed_file(output, shard, table.footer.input.files) is None
     except OSError:
         return False  # scoring it will say what is the matter

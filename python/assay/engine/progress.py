@@ -21,7 +21,7 @@ class Progress:
         return None
 
     def start(self, shards: int, size: int) -> None:
-        """So many shards of so many bytes together lie ahead."""
+        """So many shards of so many bytes together lie ahead; in the second pass of a recipe with a shortlist, anew."""
 
     def advance(self, rows: int, size: float) -> None:
         """So many rows more, and the bytes that they are taken to be."""
@@ -38,6 +38,7 @@ class _Counting(Progress):
 
     def start(self, shards: int, size: int) -> None:
         self._shards, self._size, self._began = shards, size, time.monotonic()
+        self._shards_done, self._rows, self._size_done = 0, 0, 0.0
 
     def advance(self, rows: int, size: float) -> None:
         self._rows += rows

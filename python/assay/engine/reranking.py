@@ -30,7 +30,7 @@ from assay.corpus.shards import Shard
 from assay.corpus.storage import Store
 from assay.corpus.tables import ROW_AND_ID, count_nan_rows, make_table, score_schema
 from assay.engine.batches import empty_scores
-from assay.engine.plan import Plan, make_plan
+from assay.engine.plan import Plan, find_corpora, is_of, make_plan
 from assay.engine.shard import Scored, score_anew_or_stored, score_windows
 from assay.engine.shortlist import Rows, Shortlist, ranking_column
 from assay.engine.workshop import Workshop, open_workshop
@@ -45,24 +45,27 @@ Advance = Callable[[int, float], None]
 
 def next_plan(recipe: Recipe, part: tuple[int, int] = (1, 1), rescore: bool = False, retry: bool = False) -> Plan:
     """What a run would do first: of a recipe with a shortlist the retrieval, until that is done."""
+    corpora = find_corpora(recipe)
     if recipe.shortlist is None:
-        return make_plan(recipe, part, rescore, retry=retry)
-    retrieval = make_plan(recipe.retrieval(), rescore=rescore, retry=retry)
+        return make_plan(recipe, part, rescore, corpora, retry)
+    retrieval = make_plan(recipe.retrieval(), (1, 1), rescore, corpora, retry)
     if missing_shards(retrieval):
-        return make_plan(recipe.retrieval(), part, rescore, retry=retry)
-    return make_plan(recipe, part, rescore, retry=retry, shortlist=make_shortlist(recipe.shortlist, retrieval))
+        return make_plan(recipe.retrieval(), part, rescore, corpora, retry)
+    return make_plan(recipe, part, rescore, corpora, retry, make_shortlist(recipe.shortlist, retrieval))
 
 
 def check_recipe(recipe: Recipe) -> list[Column]:
     """The columns of a recipe's tables. Its models are loaded and its methods made, each pass's after the other; errors
     as of ``open_workshop`` and ``ranking_column``."""
+    corpora = find_corpora(recipe)
     if recipe.shortlist is None:
-        return open_workshop(make_plan(recipe, rescore=True), fit=False).columns
-    first = open_workshop(make_plan(recipe.retrieval(), rescore=True), fit=False).columns
+        return open_workshop(make_plan(recipe, rescore=True, corpora=corpora), fit=False).columns
+    first = open_workshop(make_plan(recipe.retrieval(), rescore=True, corpora=corpora), fit=False).columns
     columns = [TableColumn(**vars(column)) for column in first]
     ranking_column(recipe.shortlist, columns)
     nothing = Shortlist(recipe.retrieval().output, recipe.shortlist, columns, {})
-    return open_workshop(make_plan(recipe, rescore=True, shortlist=nothing), fit=False).columns
+    whole = make_plan(recipe, rescore=True, corpora=corpora, shortlist=nothing)
+    return open_workshop(whole, fit=False).columns
 
 
 def missing_shards(retrieval: Plan) -> list[Shard]:
@@ -149,7 +152,7 @@ def _retrieved(store: Store, shard: Shard) -> Table:
     if table is None:
         raise ShardError(unreadable(store, shard) or f"has no table in {store.url}; run again")
     with shard_errors():
-        same = table.input_is(shard.as_found()) and not changed_file(store, shard, table.footer.input.files)
+        same = is_of(table, shard) and not changed_file(store, shard, table.footer.input.files)
     if not same:
         raise ShardError(_CHANGED)
     return table

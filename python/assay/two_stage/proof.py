@@ -20,7 +20,7 @@ from assay.curate.whole import read_whole
 from assay.engine.progress import Progress
 from assay.recipe.errors import EngineError
 from assay.recipe.recipe import Recipe
-from assay.select.rules import uniform
+from assay.select.rules import amount_rows, uniform
 from assay.two_stage.intervals import LEAST, paired_interval
 from assay.two_stage.laboratory import Laboratory, Rows, Trainee, laboratory
 from assay.two_stage.training import Training
@@ -139,19 +139,19 @@ def _parts(table: pa.Table, pools: int) -> list[pa.Table]:
 def _choices(part: pa.Table, ends: Mapping[str, End], comparison: Comparison, pool: int) -> dict[str, Rows]:
     """By score, and of random rows, the rows that it chooses of a part."""
     found = {name: select.top(part, name, comparison.top, end).mask for name, end in ends.items()}
-    counts = {name: int(mask.sum()) for name, mask in found.items()}
-    least, most = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
+    wanted = amount_rows(comparison.top, part.num_rows)
     where = f"{part.num_rows:,} rows, one of {comparison.pools} parts of the corpus"
-    if not counts[least]:
-        raise EngineError(f"{least}: chooses none of {where}; expected a larger top, or a score of more rows")
-    if counts[least] != counts[most]:
-        raise EngineError(
-            f"{least}: chooses {counts[least]:,} of {where}, where {most} chooses {counts[most]:,}: the other rows' "
-            f"{least} is NaN; take a smaller top, or leave the score out"
-        )
-    if counts[least] == part.num_rows:
+    for name, mask in found.items():
+        if not (count := int(mask.sum())):
+            raise EngineError(f"{name}: chooses none of {where}; expected a larger top, or a score of more rows")
+        if count < wanted:
+            raise EngineError(
+                f"{name}: chooses {count:,} of {where}, where {wanted:,} are asked for: the other rows' {name} is NaN; "
+                "take a smaller top, or leave the score out"
+            )
+    if wanted == part.num_rows:
         raise EngineError(f"top: {comparison.top} takes all of {where}, so that nothing is chosen; take a smaller one")
-    found[RANDOM] = select.random(part, counts[least], pool + 1).mask
+    found[RANDOM] = select.random(part, wanted, pool + 1).mask
     rows = part["row"].to_numpy()
     return {name: np.sort(rows[mask]) for name, mask in found.items()}
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import assay.methods
-from benchmarks.quality.leaderboard import digits, report
+from benchmarks.quality.leaderboard import classifiers, digits, report
 from benchmarks.quality.leaderboard.__main__ import QUICK, chosen, measure
 from benchmarks.quality.leaderboard.bank import Bank
 from benchmarks.quality.leaderboard.board import Board
@@ -37,7 +37,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def case(root: Path) -> dict[str, Any]:
     entries = register()
-    return measure(digits.build(SMALL, root), {label: entries[label] for label in QUICK}, at_once=0)
+    return measure(classifiers.build(SMALL, root), {label: entries[label] for label in QUICK}, at_once=0)
 
 
 def test_methods_come_in_the_order_of_what_they_know(case: dict[str, Any]) -> None:
@@ -73,9 +73,9 @@ def test_a_page_has_the_tables_of_its_marks(case: dict[str, Any]) -> None:
 
 
 def test_the_truths_loop_trains_the_run(root: Path, case: dict[str, Any]) -> None:
-    board = digits.build(SMALL, root)
+    board = classifiers.build(SMALL, root)
     with torch.no_grad():
-        own = digits.losses(board.model, board.queries).numpy()
+        own = classifiers.losses(board.model, board.queries).numpy()
     (base,) = losses_without(board, [()], 0)
     np.testing.assert_allclose(base, own, atol=1e-5)
 
@@ -88,7 +88,7 @@ def test_a_new_method_costs_its_own_retrainings_alone(
 
     real = truth.losses_of
     monkeypatch.setattr(truth, "losses_of", lambda board, rows: (made.extend(rows), real(board, rows))[1])
-    board = digits.build(SMALL, root)
+    board = classifiers.build(SMALL, root)
     known = truth_of(board, 0)
     assert len(made) == 1  # the one that is made again, to see that the bank is not stale
     scores = {"rows in their order": np.repeat(-np.arange(200.0)[:, None], board.count, 1)}
@@ -111,7 +111,7 @@ def test_rows_measured_one_by_one_are_those_measured_at_once(tmp_path: Path) -> 
         return Entry(label, scores, "peer" if seed == 2 else "assay", rivals)
 
     entries = {e.label: e for e in (drawn("EK-FAC", 1, ("its peer",)), drawn("its peer", 2), drawn("BM25", 3))}
-    board = digits.build(replace(SMALL, steps=8, drops=8, queries=2), tmp_path)
+    board = classifiers.build(replace(SMALL, steps=8, drops=8, queries=2), tmp_path)
     together = measure(board, entries, 0)["methods"]
     later = measure(board, {"EK-FAC": entries["EK-FAC"]}, 0, beside=entries)
     assert made == ["EK-FAC", "its peer", "BM25", "EK-FAC"]
@@ -148,7 +148,7 @@ def test_what_was_not_measured_is_named(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_qld_that_was_not_taken_is_said(root: Path, case: dict[str, Any]) -> None:
     score = np.random.default_rng(7).standard_normal((200, 5))
     entries = {"random": register()["random"], "new": Entry("new", lambda board: score, "assay")}
-    board = digits.build(SMALL, root)
+    board = classifiers.build(SMALL, root)
     before = len(board.bank.known)
     found = measure(board, entries, 0, qld=False)
     assert len(board.bank.known) == before
@@ -184,19 +184,18 @@ def test_a_bank_of_another_board_is_refused(tmp_path: Path) -> None:
 
 def test_a_stale_bank_is_refused(tmp_path: Path) -> None:
     setting = replace(SMALL, steps=8, queries=2)
-    board = digits.build(setting, tmp_path)
+    board = classifiers.build(setting, tmp_path)
     losses_without(board, [()], 0)
     path = board.bank.folder / "retrainings.safetensors"
     kept = load_file(path)
     save_file({**kept, "losses": kept["losses"] + 0.01}, path, {"key": board.bank.key})
     with pytest.raises(ValueError, match="stale; delete the folder"):
-        losses_without(digits.build(setting, tmp_path), [()], 0)
+        losses_without(classifiers.build(setting, tmp_path), [()], 0)
 
 
 def test_another_order_is_another_bank(tmp_path: Path) -> None:
-    folders = {
-        digits.build(replace(SMALL, **change), tmp_path).bank.folder for change in ({}, {"rate": 0.02}, {"steps": 24})
-    }
+    changes = {}, {"rate": 0.02}, {"steps": 24}
+    folders = {classifiers.build(replace(SMALL, **change), tmp_path).bank.folder for change in changes}
     assert len(folders) == 3
 
 
@@ -206,7 +205,7 @@ def test_recall_counts_the_rows_that_state_a_fact() -> None:
 
 
 def test_scores_of_another_shape_or_without_a_number_are_refused(root: Path) -> None:
-    board = digits.build(SMALL, root)
+    board = classifiers.build(SMALL, root)
     with pytest.raises(ValueError, match=r"expected scores \(200, 5\), got \(5, 200\)"):
         Entry("x", lambda board: np.zeros((5, 200)), "assay")(board)
     with pytest.raises(ValueError, match="no row has one"):

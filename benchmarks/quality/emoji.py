@@ -10,6 +10,7 @@ image's file, the length of its name). FOLDER may hold the packages; otherwise `
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -64,10 +65,16 @@ class Emoji:
 
 
 def packages(folder: Path, vendors: Sequence[str] = VENDORS) -> list[Path]:
-    """The vendors' packages in the folder, fetched where they are missing."""
+    """The vendors' packages in the folder, fetched where they are missing.
+
+    Raises:
+        FileNotFoundError: one is missing, and npm too.
+    """
     paths = [folder / f"emoji-datasource-{vendor}-{VERSION}.tgz" for vendor in vendors]
     for vendor, path in zip(vendors, paths, strict=True):
         if not path.exists():
+            if shutil.which("npm") is None:
+                raise FileNotFoundError(f"{path.name}: not there, and npm, which fetches it, is missing: install it")
             command = ["npm", "pack", "--silent", f"emoji-datasource-{vendor}@{VERSION}"]
             subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
     return paths

@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import Tensor
 
 from assay.retrain import metasmoothness
-from benchmarks.quality.leaderboard import digits, report, text
+from benchmarks.quality.leaderboard import classifiers, digits, images, report, text
 from benchmarks.quality.leaderboard.bank import default_root
 from benchmarks.quality.leaderboard.board import Board
 from benchmarks.quality.leaderboard.entries import Entry, register
@@ -29,9 +29,10 @@ from benchmarks.quality.leaderboard.judging import judged, truth_of
 from benchmarks.quality.leaderboard.truth import tail_patches
 
 BOARDS = {
-    "digits": partial(digits.build, digits.DIGITS),
-    "digits-sgd": partial(digits.build, digits.SGD_DIGITS),
-    "digits-rough": partial(digits.build, digits.ROUGH),
+    "digits": partial(classifiers.build, digits.DIGITS),
+    "digits-sgd": partial(classifiers.build, digits.SGD_DIGITS),
+    "digits-rough": partial(classifiers.build, digits.ROUGH),
+    "images": partial(classifiers.build, images.IMAGES),
     "text": partial(text.build, text.TEXT),
 }
 QUICK = ["MAGIC", "EK-FAC + CG", "EK-FAC", "LoGra, 4 × 4 a layer", "TRAK, K = 1", "the sample's own loss", "random"]
@@ -149,7 +150,7 @@ def main() -> None:
     with ExitStack() as stack:
         if given.quick:
             root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            boards = [digits.build(digits.QUICK, root)]
+            boards = [classifiers.build(digits.QUICK, root)]
             entries = {label: entries[label] for label in QUICK}
         else:
             names = given.board or ["all"]

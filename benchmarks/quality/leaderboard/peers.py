@@ -207,7 +207,8 @@ def _inverse(board: Board, name: str, **settings: Any) -> Array:
 
 @entry("dattri EK-FAC", "peer", module="dattri")
 def dattri_ekfac(board: Board) -> Array:
-    """Its default damping, 0, divides by eigenvalues that are 0; .1 is what its tests have."""
+    """Its default damping, 0, divides by eigenvalues that are 0; .1 is what its tests have. It takes linear layers
+    only, of a network with convolutions the last."""
     if board.texts is not None:
         raise NotHere("0.3.0 takes inputs of layers with two dimensions only (_update_covariance)")
     return _inverse(board, "IFAttributorEKFAC", damping=0.1)

@@ -201,3 +201,11 @@ def test_workers_who_see_the_store_alone_score_a_shard_together(store, project, 
     assert fs.find(f"{ROOT}/crew/.parts") == []
     for path in ("a", "deep/b", "c"):
         assert fs.cat(f"{ROOT}/crew/{path}.parquet") == fs.cat(f"{ROOT}/one/{path}.parquet")
+
+
+def test_a_store_that_is_served_again_is_empty() -> None:
+    for _ in range(2):
+        with serve() as (_, options):
+            fs = fsspec.filesystem("s3", **options, skip_instance_cache=True, use_listings_cache=False)
+            assert not fs.ls(BUCKET)
+            fs.pipe_file(f"{BUCKET}/a", b"a")

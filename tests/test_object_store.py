@@ -84,6 +84,8 @@ def test_a_shard_that_cannot_be_had_is_named_and_scored_when_it_can(store, proje
     assert again.clean
     assert (again.done_before, again.scored) == (2, 1)
     assert rows(f"{ROOT}/{output}") == rows(project.scores)
+    fs = fsspec.filesystem("s3", skip_instance_cache=True)  # whose listings are not those of before
+    assert not [path for path in fs.find(f"{ROOT}/{output}") if "quarantine" in path]
 
 
 def test_a_table_that_cannot_be_written_stops_the_run_which_then_goes_on(store, project):

@@ -58,9 +58,13 @@ class PerSampleGradient:
         Raises:
             ValueError: the direction has another shape.
         """
+        self.check_direction(direction)
+        return sum_of([term.dot(direction) for term in self.terms])
+
+    def check_direction(self, direction: Tensor) -> None:
+        """ValueError unless it has the parameter's shape."""
         if direction.shape != self.shape:
             raise ValueError(f"direction of shape {tuple(direction.shape)}; expected {tuple(self.shape)}")
-        return sum_of([term.dot(direction) for term in self.terms])
 
     def dot_by_position(self, direction: Tensor) -> Tensor:
         """What each position gives of ``dot``, (B, T), in the task's positions.

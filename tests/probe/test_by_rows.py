@@ -1,0 +1,35 @@
+"""Reductions that look at a gradient a few rows at a time give what they give of its factors."""
+
+from __future__ import annotations
+
+
+import pytest
+import torch
+from torch import Tensor
+
+from assay.probe import Dot, Outer, PerSampleGradient, Reduction, SqNorm
+from assay.probe.reductions import Reduced
+
+LENGTH = 40  # positions: enough for gradients to be multiplied out
+
+
+def gradient_of(shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> PerSampleGradient:
+    """Two samples'."""
+    left, right = (torch.randn(2, LENGTH, size, dtype=dtype) for size in shape)
+    return PerSampleGradient(torch.Size(shape), [Outer(left, right)])
+
+
+def by_rows(own: PerSampleGradient, reductions: dict[str, Reduction], device: str = "cpu") -> dict[str, Tensor]:
+    assert own.has_rows
+    reduced = Reduced(2, reductions, torch.zeros(2, device=device), scale=torch.ones(2, device=device))
+    reduced.add("weight", own)
+    return reduced.values
+
+
+def test_a_direction_of_another_shape_is_an_error() -> None:
+    for shape in ((6, 1), (8, 5), (1, 5)):
+        reductions = {"dot": Dot({"weight": torch.ones(shape)}), "sqnorm": SqNorm(["weight"])}
+        with pytest.raises(
+            ValueError, match=rf"weight: direction of shape \({shape[0]}, {shape[1]}\); expected \(6, 5\)"
+        ):
+            by_rows(gradient_of((6, 5)), reductions)

@@ -33,3 +33,11 @@ def test_a_direction_of_another_shape_is_an_error() -> None:
             ValueError, match=rf"weight: direction of shape \({shape[0]}, {shape[1]}\); expected \(6, 5\)"
         ):
             by_rows(gradient_of((6, 5)), reductions)
+
+
+@pytest.mark.parametrize("size", [30, 300])
+def test_gradients_in_double_are_not_rounded_to_a_direction_in_single(size: int) -> None:
+    own, direction = gradient_of((size, size), torch.float64), torch.randn(size, size)
+    found = by_rows(own, {"dot": Dot({"weight": direction}), "sqnorm": SqNorm(["weight"])})["dot"]
+    expected = (own.dense() * direction).sum((1, 2))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-13 * float(own.sqnorm().sqrt().max()) * size)

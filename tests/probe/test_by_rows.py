@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from assay.probe import Dot, Outer, PerSampleGradient, Reduction, SqNorm
+from assay.methods.direction import Moving
+from assay.probe import Dot, Outer, PerSampleGradient, Reduction, SqNorm, gradient
 from assay.probe.reductions import Reduced
 
 LENGTH = 40  # positions: enough for gradients to be multiplied out
@@ -41,3 +44,15 @@ def test_gradients_in_double_are_not_rounded_to_a_direction_in_single(size: int)
     found = by_rows(own, {"dot": Dot({"weight": direction}), "sqnorm": SqNorm(["weight"])})["dot"]
     expected = (own.dense() * direction).sum((1, 2))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-13 * float(own.sqnorm().sqrt().max()) * size)
+
+
+def test_readers_of_one_moving_direction_do_not_add_up_its_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradient, "_TILE", 10)
+    model = nn.Linear(5, 6)
+    reference = copy.deepcopy(model)
+    with torch.no_grad():
+        reference.weight += 1
+    moving = Moving(model, reference, ["weight"])
+    found = by_rows(gradient_of((6, 5)), {"one": Dot(moving), "other": Dot(moving)})
+    assert torch.equal(found["one"], found["other"])
+    assert moving.norm() == pytest.approx(math.sqrt(30), rel=1e-6)

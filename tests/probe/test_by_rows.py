@@ -56,3 +56,11 @@ def test_readers_of_one_moving_direction_do_not_add_up_its_length(monkeypatch: p
     found = by_rows(gradient_of((6, 5)), {"one": Dot(moving), "other": Dot(moving)})
     assert torch.equal(found["one"], found["other"])
     assert moving.norm() == pytest.approx(math.sqrt(30), rel=1e-6)
+
+
+def test_a_layer_may_lie_on_another_device_than_the_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[str, Tensor] = {}
+    monkeypatch.setattr(Reduced, "_add", lambda self, key, name, value: found.update({key: value}))
+    own, direction = gradient_of((6, 5)), torch.randn(6, 5)
+    by_rows(own, {"dot": Dot({"weight": direction}), "sqnorm": SqNorm(["weight"])}, device="meta")
+    torch.testing.assert_close(found, {"dot": own.dot(direction), "sqnorm": own.sqnorm()})

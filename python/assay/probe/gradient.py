@@ -175,6 +175,12 @@ class PerSampleGradient:
         fine = outer.left.dtype == outer.right.dtype == wide(outer.left[:0]).dtype
         return fine and outer.left.shape[1] >= _LONG
 
+    @property
+    def device(self) -> torch.device:
+        """Of what ``by_rows`` gives: another than the losses', where a model lies on several."""
+        assert isinstance(self.terms[0], Outer)
+        return self.terms[0].right.device
+
     def empty(self) -> Tensor:
         """Room for a sum of what ``by_rows`` gives, of the parameter's shape."""
         assert isinstance(self.terms[0], Outer)

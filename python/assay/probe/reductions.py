@@ -260,7 +260,7 @@ class Reduced:
                 total = look
             else:
                 looks[key] = look
-        found = {key: self.like.new_zeros(self.size, dtype=torch.float64) for key in looks}
+        found = {key: torch.zeros(self.size, dtype=torch.float64, device=gradient.device) for key in looks}
         for rows, samples, values in gradient.by_rows(total):
             for key, look in looks.items():
                 found[key][samples] += look(rows, samples, values)

@@ -90,6 +90,7 @@ def serve() -> Iterator[tuple[ObjectStore, dict[str, Any]]]:
     thread.start()
     try:
         url = f"http://127.0.0.1:{server.server_port}"
+        urlopen(Request(f"{url}/moto-api/reset", method="POST"))  # moto keeps one state for all servers of a process
         urlopen(Request(f"{url}/{BUCKET}", method="PUT"))
         yield store, {"endpoint_url": url, "key": "k", "secret": "s"}
     finally:

@@ -84,6 +84,8 @@ def test_a_shard_that_cannot_be_had_is_named_and_scored_when_it_can(store, proje
     assert again.clean
     assert (again.done_before, again.scored) == (2, 1)
     assert rows(f"{ROOT}/{output}") == rows(project.scores)
+    fs = fsspec.filesystem("s3", skip_instance_cache=True)  # whose listings are not those of before
+    assert not [path for path in fs.find(f"{ROOT}/{output}") if "quarantine" in path]
 
 
 def test_a_table_that_cannot_be_written_stops_the_run_which_then_goes_on(store, project):
@@ -201,3 +203,11 @@ def test_workers_who_see_the_store_alone_score_a_shard_together(store, project, 
     assert fs.find(f"{ROOT}/crew/.parts") == []
     for path in ("a", "deep/b", "c"):
         assert fs.cat(f"{ROOT}/crew/{path}.parquet") == fs.cat(f"{ROOT}/one/{path}.parquet")
+
+
+def test_a_store_that_is_served_again_is_empty() -> None:
+    for _ in range(2):
+        with serve() as (_, options):
+            fs = fsspec.filesystem("s3", **options, skip_instance_cache=True, use_listings_cache=False)
+            assert not fs.ls(BUCKET)
+            fs.pipe_file(f"{BUCKET}/a", b"a")

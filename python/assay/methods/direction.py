@@ -102,11 +102,11 @@ class Moving(Mapping[str, Tensor]):
     def by_rows(self, parameter: str) -> Callable[[slice], Tensor]:
         """A parameter's by some rows, as ``probe.reductions.MadeByRows`` has it."""
         ours, theirs = (model.get_parameter(parameter).detach() for model in (self._model, self._reference))
-        self._squares[parameter] = torch.zeros((), dtype=torch.float64, device=ours.device)
+        square = self._squares[parameter] = torch.zeros((), dtype=torch.float64, device=ours.device)
 
         def made(rows: slice) -> Tensor:
             step = _step(ours[rows], theirs[rows])
-            self._squares[parameter] += square_of_length(step)
+            square.add_(square_of_length(step))  # its own: another reader goes through all rows, too
             return step
 
         return made

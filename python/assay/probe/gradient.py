@@ -58,9 +58,13 @@ class PerSampleGradient:
         Raises:
             ValueError: the direction has another shape.
         """
+        self.check_direction(direction)
+        return sum_of([term.dot(direction) for term in self.terms])
+
+    def check_direction(self, direction: Tensor) -> None:
+        """ValueError unless it has the parameter's shape."""
         if direction.shape != self.shape:
             raise ValueError(f"direction of shape {tuple(direction.shape)}; expected {tuple(self.shape)}")
-        return sum_of([term.dot(direction) for term in self.terms])
 
     def dot_by_position(self, direction: Tensor) -> Tensor:
         """What each position gives of ``dot``, (B, T), in the task's positions.
@@ -170,6 +174,12 @@ class PerSampleGradient:
             return False
         fine = outer.left.dtype == outer.right.dtype == wide(outer.left[:0]).dtype
         return fine and outer.left.shape[1] >= _LONG
+
+    @property
+    def device(self) -> torch.device:
+        """Of what ``by_rows`` gives: another than the losses', where a model lies on several."""
+        assert isinstance(self.terms[0], Outer)
+        return self.terms[0].right.device
 
     def empty(self) -> Tensor:
         """Room for a sum of what ``by_rows`` gives, of the parameter's shape."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -102,14 +103,18 @@ class Dot(_Along):
     """⟨gradient of sample b, direction⟩ over the parameters that ``direction`` names."""
 
     def __call__(self, parameter: str, gradient: PerSampleGradient) -> Tensor:
-        try:
+        with _naming(parameter):
             return gradient.dot(self.direction[parameter])
-        except ValueError as error:
-            raise ValueError(f"{parameter}: {error}") from error
 
     def by_rows(self, parameter: str, gradient: PerSampleGradient) -> Look:
         whole = self.direction
-        along = whole.by_rows(parameter) if isinstance(whole, MadeByRows) else whole[parameter].__getitem__
+        if isinstance(whole, MadeByRows):
+            along = whole.by_rows(parameter)
+        else:
+            direction = whole[parameter]
+            with _naming(parameter):
+                gradient.check_direction(direction)
+            along = direction.__getitem__
         some = torch.empty(0)
 
         def dot(rows: slice, samples: slice, values: Tensor) -> Tensor:
@@ -119,6 +124,14 @@ class Dot(_Along):
             return Dense(values).dot(some)
 
         return dot
+
+
+@contextmanager
+def _naming(parameter: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{parameter}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -247,7 +260,7 @@ class Reduced:
                 total = look
             else:
                 looks[key] = look
-        found = {key: self.like.new_zeros(self.size, dtype=torch.float64) for key in looks}
+        found = {key: torch.zeros(self.size, dtype=torch.float64, device=gradient.device) for key in looks}
         for rows, samples, values in gradient.by_rows(total):
             for key, look in looks.items():
                 found[key][samples] += look(rows, samples, values)

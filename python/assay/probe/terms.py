@@ -142,8 +142,9 @@ class Dense:
         values, along = wide(self.values), wide(direction)
         if values[:1].numel() < _LARGE:
             return (values * along).reshape(self.samples, -1).sum(1)
+        dtype = torch.promote_types(values.dtype, along.dtype)
         with exact():
-            return values.reshape(self.samples, -1).to(along.dtype) @ along.flatten()
+            return values.reshape(self.samples, -1).to(dtype) @ along.flatten().to(dtype)
 
     def sqnorm(self) -> Tensor:
         return wide(self.values).square().reshape(self.samples, -1).sum(1)

@@ -55,8 +55,8 @@ class Reweighter:
         every: score every so many calls; those between train plainly.
         exact: of mode ``"observe"``. True: every bit of the gradients is autograd's, and scores take products of their
             own. False: a scored parameter's gradient is the sum of the samples' own, which are made for the scores
-            anyway; it differs from autograd's by float32's rounding, 1e-6, and long sequences' weights cost a product
-            less.
+            anyway; it differs from autograd's by the layer's rounding (1e-6 in float32; 1e-2 where autograd adds up in
+            bfloat16, as a bias's under autocast), and long sequences' weights cost a product less.
         batch_size: (args, kwargs) of the model's forward -> the number of samples; None: the first dimension of the
             first tensor.
         recompute: no output gradients are kept but those of what all samples share, and the graph is; a second

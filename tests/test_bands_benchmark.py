@@ -24,6 +24,7 @@ def test_junk_is_as_long_as_what_it_stands_for() -> None:
     ]
     assert 0.25 < float((kinds != "clean").mean()) < 0.42
     assert spoilt(texts, 0.0, seed=0)[0] == texts
+    assert {len(text) for text in spoilt([" " * 128] * 30, 1.0, seed=0)[0]} == {128}
 
 
 def test_bands_are_the_sorted_losses_parts(tmp_path: Path) -> None:

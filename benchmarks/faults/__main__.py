@@ -13,14 +13,14 @@ from rich.table import Table as Printed
 
 from benchmarks import faults, timing
 from benchmarks.faults import inputs, processes, storage
-from benchmarks.faults.world import Fault, Found, World
+from benchmarks.faults.world import SHARDS, Fault, Found, World
 
 RESULT = "faults"
 
 
 def faults_and_times(most: int, ray: int) -> dict[str, tuple[Fault, int]]:
     """Every fault by its name, and how often it is made to happen."""
-    few = max(2, most // 5) if most else 0
+    few = min(max(2, most // 5), SHARDS // 2) if most else 0  # a shard of a kind for each
     return {
         "SIGKILL of the process tree": (processes.kill_trees, most),
         "SIGKILL of a worker": (processes.kill_workers, few),
@@ -55,7 +55,7 @@ def write(found: dict[str, Found], order: list[str]) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=faults.__doc__)
     parser.add_argument(
-        "--times", type=int, default=50, help="SIGKILLs of the process tree; a fifth of the others; 0: none"
+        "--times", type=int, default=50, help="SIGKILLs of the process tree; a fifth of the others, 30 at most; 0: none"
     )
     parser.add_argument("--ray", type=int, default=0, metavar="TIMES", help="SIGKILLs of Ray's actors, and of raylets")
     parser.add_argument("--only", nargs="+", default=[""], metavar="WORDS", help="faults with one of these in the name")

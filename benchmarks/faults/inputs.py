@@ -55,8 +55,7 @@ def changing_shards(world: World, fault: Found, times: int) -> None:
         while fault.times < times:
             runs += 1
             world.expect(runs <= 3 * times + 3, f"no shard was met open in {runs - fault.times - 1} of {runs - 1} runs")
-            for path in world.rng.sample(world.tables(out), len(world.tables(out)) // 2):
-                path.unlink()
+            world.forget_half(out)
             run = world.start(out)
             shard = _stopped_at(run, world.corpus, world.rng)
             if shard is None:

@@ -41,8 +41,7 @@ def _killed(world: World, fault: Found, times: int, *more: str, children: Sequen
         while fault.times < times:
             runs += 1
             world.expect(runs <= 3 * times + 3, f"{fault.fault}: met {fault.times} times in {runs - 1} runs")
-            for path in world.rng.sample(world.tables(out), len(world.tables(out)) // 2):
-                path.unlink()
+            world.forget_half(out)
             run, before = world.start(out, *more), len(world.tables(out))
             world.wait_for_tables(run, out, before + world.rng.randint(0, 4))
             while children and run.goes_on and not _below(run, children):
@@ -102,6 +101,7 @@ def clocks(world: World, fault: Found, times: int) -> None:
     """Files from the future, and from long ago."""
     with world.output("clocks") as out:
         for days in (400, -400) * (times // 2):
+            world.forget_half(out)
             _half_way(world, out)
             for path in [p for p in (world.root / out).rglob("*") if p.is_file()]:
                 os.utime(path, (time.time() + 86_400 * days,) * 2)
@@ -111,8 +111,8 @@ def clocks(world: World, fault: Found, times: int) -> None:
 
 
 def _half_way(world: World, out: str) -> None:
-    """A run that is killed when there are a few tables."""
-    run = world.start(out)
-    world.wait_for_tables(run, out, 3)
+    """A run that is killed when it has written a few tables."""
+    run, before = world.start(out), len(world.tables(out))
+    world.wait_for_tables(run, out, before + 3)
     run.kill()
     run.wait()

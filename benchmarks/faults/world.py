@@ -59,7 +59,14 @@ class World:
         save_file(self.weights, root / "model.safetensors")
         self.recipe = self.write_recipe("recipe", [{"method": "ensemble", "models": ["m"]}])
         self.expect(self.score("undisturbed") == 0, "the undisturbed run failed")
-        self.undisturbed, _ = self.scores("undisturbed")
+        self.undisturbed, doubled = self.scores("undisturbed")
+        given = {
+            (f"{self.shard(i).stem}.parquet", j): row["id"]
+            for i, rows in self.rows.items()
+            for j, row in enumerate(rows)
+        }
+        ids = {place: own[0] for place, own in self.undisturbed.items()}
+        self.expect(not doubled and ids == given, "the undisturbed run has other rows than the corpus")
 
     def shard(self, i: int) -> Path:
         """Where the i-th lies: Parquet, or every other one JSON lines."""
@@ -95,6 +102,12 @@ class World:
 
     def tables(self, output: str) -> list[Path]:
         return sorted(p for p in (self.root / output).rglob("*.parquet") if not p.name.startswith("."))
+
+    def forget_half(self, output: str) -> None:
+        """Half of the tables are gone, so that a run has something to do."""
+        tables = self.tables(output)
+        for path in self.rng.sample(tables, len(tables) // 2):
+            path.unlink()
 
     def wait_for_tables(self, run: Run, output: str, count: int) -> None:
         """Until there are so many, or the run is over."""

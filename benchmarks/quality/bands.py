@@ -16,6 +16,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,9 @@ def spoilt(texts: Sequence[str], share: float, seed: int) -> tuple[list[str], np
     rng = np.random.default_rng(seed)
     kinds = np.where(rng.random(len(texts)) < share, rng.choice(list(SPOIL), len(texts)), "clean")
     own = [text if kind == "clean" else SPOIL[kind](text, rng) for text, kind in zip(texts, kinds, strict=True)]
-    # Words that are joined by single spaces are shorter than they were: such a text begins again at its end.
-    return ["".join(np.resize(list(new), len(old))) for old, new in zip(texts, own, strict=True)], kinds
+    # Words that are joined by single spaces are shorter than they were: such a text begins again at its end. Without a
+    # word it stays as it is.
+    return ["".join(islice(cycle(new or old), len(old))) for old, new in zip(texts, own, strict=True)], kinds
 
 
 def make_model(seed: int) -> Any:

@@ -299,8 +299,9 @@ def test_what_killed_runs_left_is_named_unless_one_is_running(copied):
         f"{RETRIEVAL}/{FITS}",
         "quarantine/none.jsonl",
     ]
-    assert ".fit: holds 2 parts of fits, left by a run that was killed; a later run takes them up, and" in str(
-        problems(copied)
+    assert (
+        ".fit: holds 2 parts of fits, of a run that goes on, was killed or was over a part of the shards; a later run"
+        in str(problems(copied))
     )
     with claim(Store.at(str(scores)), "a run", shared=True):
         assert [line.partition(": ")[0] for line in problems(copied)] == ["deep/.2.tmp", "quarantine/none.jsonl"]

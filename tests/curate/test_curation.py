@@ -9,6 +9,7 @@ import shutil
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -240,7 +241,8 @@ def test_unknown_scores_and_folders_are_named(project):
         ({"top": "1", "gmm": True, "by": "s"}, "got --top, --gmm"),
         ({"top": "0.5"}, "--by is missing"),
         ({"top": "half", "by": "s"}, "'half' is no amount"),
-        ({"top": "0", "by": "s"}, r"'0' selects nothing; expected rows \(1000\) or a share \(0\.5\)"),
+        ({"top": "0", "by": "s"}, r"'0' selects nothing; expected rows \(1000\) or a share \(0\.5\) of at most 1\.0"),
+        *(({"top": text, "by": "s"}, f"'{text}' is no amount; expected rows") for text in ("-5", "1e3", "1.5", "nan")),
         ({"random": "0.0"}, r"'0\.0' selects nothing"),
         ({"top": "0.5", "by": "s", "keep": "best"}, "--keep best"),
         ({"top": "0.5", "by": "s", "temperature": 0.5}, "--temperature 0.5: has no effect with --top"),
@@ -249,6 +251,15 @@ def test_unknown_scores_and_folders_are_named(project):
 def test_rule_options_are_checked(options, message):
     with pytest.raises(CorpusError, match=message):
         RuleOptions(**options).rule()
+
+
+@pytest.mark.parametrize(
+    "options", [{"top": "1e-4"}, {"random": "1e-4"}, {"sample": "1e-4"}, {"ccs": "1e-4", "hard": "low"}]
+)
+def test_a_share_of_no_row_is_refused(options):
+    table = pa.table({"mimic": pa.array([0.5, 2.0, 1.0], pa.float32())})
+    with pytest.raises(CorpusError, match=r"0\.0001 of 3 rows is none; expected a larger share, or a number of rows"):
+        RuleOptions(**options, by="mimic", keep=None if "ccs" in options else "high").rule()(table)
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def test_a_folder_that_datasets_loads(suffix, tmp_path):
     ("form", "options", "message"),
     [
         ("datasets", {"top": "0.5"}, "a.parquet is loaded as parquet and bad.jsonl as json"),
-        ("datasets", {"top": "0"}, "no row is kept"),
+        ("datasets", {"threshold": 1e9, "keep": "high"}, "no row is kept"),
         ("indexes", {"top": "0.5"}, "--format indexes: expected shards, indices, weights, datasets"),
         ("weights", {"top": "0.5"}, "--top weighs all rows that it keeps alike; add --temperature"),
         ("weights", {"sample": "0.5", "temperature": 1.0}, "--sample draws by the score already"),

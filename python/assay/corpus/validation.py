@@ -120,13 +120,17 @@ def _besides(store: Store, corpus: Corpus, running: bool | None) -> Iterator[Pro
     yield from _strays(files, corpus)
 
 
-_OF_FITS = "parts of fits, left by a run that was killed; a later run takes them up, and removes them when it is done"
-_OF_SHARDS = "parts of shards, left by a run that was killed; a later run removes them when they are a day old"
+# Who asks where no lock tells, or between runs over parts of the shards, sees these of runs that nobody has killed.
+_OF_FITS = (
+    "parts of fits, of a run that goes on, was killed or was over a part of the shards; a later run takes them up, and "
+    "removes them when every shard is done"
+)
+_OF_SHARDS = "parts of shards, of a run that goes on or was killed; a later run removes them when they are a day old"
 _WAITING = {FITS: _OF_FITS, PARTS: _OF_SHARDS, f"{RETRIEVAL}/{FITS}": _OF_FITS, f"{RETRIEVAL}/{PARTS}": _OF_SHARDS}
 
 
 def _leftovers(store: Store, files: Sequence[str], running: bool | None) -> Iterator[Problem]:
-    """What killed runs have left. While one is running, only what is too old to be its own."""
+    """What runs have left. While one is running, only what is too old to be its own."""
     for path in store.temporaries(-math.inf if running is False else ABANDONED_AFTER_SECONDS):
         yield Problem(path, "was left by a run that was killed; a later run removes it when it is an hour old")
     if running is False and store.exists(CLAIM):

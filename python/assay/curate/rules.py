@@ -15,6 +15,7 @@ from assay.corpus.errors import CorpusError
 from assay.curate.auditing import Audit, Labels, Rule
 from assay.curate.mixes import Mix
 from assay.select import Selection
+from assay.select.rules import amount_rows
 
 _KINDS = ("top", "threshold", "quantile", "gmm", "kmeans", "sample", "random", "mix", "audit", "ccs")
 _WITHIN_GROUPS = ("top", "quantile", "sample", "random", "mix", "audit")
@@ -152,7 +153,7 @@ class RuleOptions:
             return lambda table: select.mix(table, by, bands, rates, self.seed, keep, group)
         if self.top is not None:
             best = parse_amount(self.top)
-            return lambda table: select.top(table, by, best, keep, group)
+            return _of_some(best, lambda table: select.top(table, by, best, keep, group))
         if self.threshold is not None:
             limit = self.threshold
             return lambda table: select.threshold(table, by, limit, keep)
@@ -161,10 +162,12 @@ class RuleOptions:
             return lambda table: select.quantile(table, by, q, keep, group)
         if self.sample is not None:
             drawn = parse_amount(self.sample)
-            return lambda table: select.sample(table, by, drawn, self.seed, self.temperature, keep, group)
+            return _of_some(
+                drawn, lambda table: select.sample(table, by, drawn, self.seed, self.temperature, keep, group)
+            )
         if self.random is not None:
             uniform = parse_amount(self.random)
-            return lambda table: select.random(table, uniform, self.seed, group)
+            return _of_some(uniform, lambda table: select.random(table, uniform, self.seed, group))
         if self.ccs is not None:
             return self._ccs(by, parse_amount(self.ccs))
         if self.gmm:
@@ -181,7 +184,7 @@ class RuleOptions:
         if self.hard not in ("high", "low"):
             raise CorpusError(f"--hard {self.hard}: expected high or low")
         hard, drop = cast("Literal['high', 'low']", self.hard), 0.1 if self.drop is None else self.drop
-        return lambda table: select.ccs(table, by, amount, self.seed, hard=hard, drop=drop)
+        return _of_some(amount, lambda table: select.ccs(table, by, amount, self.seed, hard=hard, drop=drop))
 
 
 def group_column(group: str, by: str) -> str:
@@ -206,12 +209,28 @@ def parse_end(text: str | None) -> Literal["high", "low"] | None:
     return cast("Literal['high', 'low'] | None", text)
 
 
+def _of_some(amount: int | float, rule: Rule) -> Rule:
+    """The rule, but a CorpusError for a share that is less than half a row of a table."""
+
+    def checked(table: pa.Table) -> Selection:
+        if table.num_rows and not amount_rows(amount, table.num_rows):
+            raise CorpusError(
+                f"{amount} of {table.num_rows:,} rows is none; expected a larger share, or a number of rows (1000)"
+            )
+        return rule(table)
+
+    return checked
+
+
 def parse_amount(text: str) -> int | float:
     """``1000`` is a number of rows, ``0.5`` a share; ``1`` is one row and ``1.0`` all of them. CorpusError for none."""
+    expected = "expected rows (1000) or a share (0.5) of at most 1.0"
     try:
         amount = int(text) if re.fullmatch(r"\d+", text) else float(text)
     except ValueError:
-        raise CorpusError(f"{text!r} is no amount; expected rows (1000) or a share (0.5)") from None
+        raise CorpusError(f"{text!r} is no amount; {expected}") from None
     if amount == 0:
-        raise CorpusError(f"{text!r} selects nothing; expected rows (1000) or a share (0.5)")
+        raise CorpusError(f"{text!r} selects nothing; {expected}")
+    if isinstance(amount, float) and not 0 < amount <= 1:
+        raise CorpusError(f"{text!r} is no amount; {expected}")
     return amount

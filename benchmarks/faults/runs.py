@@ -15,6 +15,8 @@ import psutil
 
 from assay.cli import main
 
+_LONGEST = 600  # seconds
+
 
 class Run:
     """A command that has been started, in a session of its own.
@@ -42,8 +44,11 @@ class Run:
         return self._process.is_alive()
 
     def wait(self) -> int:
-        """Its exit status."""
-        self._process.join()
+        """Its exit status. A run that does not end is killed, and an error."""
+        self._process.join(_LONGEST)
+        if self.goes_on:
+            self.kill()
+            raise RuntimeError(f"benchmarks.faults: a run did not end within {_LONGEST} s")
         return int(self._process.exitcode or 0)
 
     def kill(self) -> bool:

@@ -50,11 +50,8 @@ def _restored(path: Path) -> Iterator[None]:
 
 def changing_shards(world: World, fault: Found, times: int) -> None:
     """Shards that get other rows while a run has them open, in place or by another file of their name."""
-    runs = 0
     with world.output("changing") as out:
-        while fault.times < times:
-            runs += 1
-            world.expect(runs <= 3 * times + 3, f"no shard was met open in {runs - fault.times - 1} of {runs - 1} runs")
+        for number in world.attempts(fault, times):
             world.forget_half(out)
             run = world.start(out)
             shard = _stopped_at(run, world.corpus, world.rng)
@@ -62,7 +59,7 @@ def changing_shards(world: World, fault: Found, times: int) -> None:
                 run.wait()
                 continue
             with _restored(shard):
-                other = write_shard(shard.with_stem("other") if fault.times % 2 else shard, make_rows(SHARDS + runs))
+                other = write_shard(shard.with_stem("other") if fault.times % 2 else shard, make_rows(SHARDS + number))
                 other.replace(shard)
                 run.resume()
                 status = run.wait()

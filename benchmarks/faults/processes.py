@@ -36,11 +36,8 @@ def kill_raylets(world: World, fault: Found, times: int) -> None:
 
 def _killed(world: World, fault: Found, times: int, *more: str, children: Sequence[str] = ()) -> None:
     """SIGKILL of the whole tree, or of one of these children, after a random number of tables."""
-    runs = 0
     with world.output("killed") as out:
-        while fault.times < times:
-            runs += 1
-            world.expect(runs <= 3 * times + 3, f"{fault.fault}: met {fault.times} times in {runs - 1} runs")
+        for _ in world.attempts(fault, times):
             world.forget_half(out)
             run, before = world.start(out, *more), len(world.tables(out))
             world.wait_for_tables(run, out, before + world.rng.randint(0, 4))

@@ -69,10 +69,8 @@ class _Bucket:
 
     def disturb(self, fault: Found, kind: str, times: int) -> None:
         """Runs that meet the fault now and then, or whenever they ask for a shard or write a table."""
-        world, met, ended, runs = self.world, 0, [0, 0, 0], 0
-        while fault.times < times:
-            runs += 1
-            world.expect(runs <= 3 * times + 3, f"{fault.fault}: met {fault.times} times in {runs - 1} runs")
+        world, met, ended = self.world, 0, [0, 0, 0]
+        for _ in world.attempts(fault, times):
             self._forget_half()
             method, ending, every = self._which()
             with self.store.misbehaving(method, ending, **{kind: every}):

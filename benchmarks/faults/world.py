@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import random
 import shutil
@@ -156,6 +157,14 @@ class World:
     def output(self, name: str) -> Iterator[str]:
         yield name
         shutil.rmtree(self.root / name, ignore_errors=True)
+
+    def attempts(self, fault: Found, times: int) -> Iterator[int]:
+        """Runs, by their numbers from 1 on, until the fault has been met so often: some end before it comes."""
+        for run in itertools.count(1):
+            if fault.times >= times:
+                return
+            self.expect(run <= 3 * times + 3, f"{fault.fault}: met {fault.times} times in {run - 1} runs")
+            yield run
 
     def expect(self, holds: bool, what: str) -> None:
         if not holds:

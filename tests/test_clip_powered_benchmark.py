@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 pytest.importorskip("PIL.Image")
 pytest.importorskip("transformers")
 from benchmarks.quality.clip_powered import World, labels, make_world, pairs
-from benchmarks.quality.online.pictures import SIDE, Pictures
+from benchmarks.quality.online.pictures import Pictures
+from tests.small_pictures import make_patches
 
 
 @pytest.fixture(scope="module")
 def patches() -> Pictures:
-    """Two renderings each of 160 patches of noise."""
-    emoji = torch.arange(320) // 2
-    pixels = torch.rand(320, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)) - 0.5
-    pixels[torch.arange(320), emoji % 3] += 0.4
-    texts = [f"patch {i}, {('red', 'green', 'blue')[i % 3]} thing" for i in range(160)]
-    return Pictures(pixels, emoji, emoji % 3, texts)
+    return make_patches(160, "patch {i}, {colour} thing")
 
 
 @pytest.fixture(scope="module")

@@ -16,16 +16,13 @@ from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
 from assay.tasks import Contrastive
 from benchmarks.quality.online import clip, emoji_classes
-from benchmarks.quality.online.pictures import SIDE, Pictures
+from benchmarks.quality.online.pictures import Pictures
+from tests.small_pictures import make_patches
 
 
 @pytest.fixture(scope="module")
 def patches() -> Pictures:
-    """Two renderings each of 120 patches of noise, whose colour is their category and in their text."""
-    emoji = torch.arange(240) // 2
-    pixels = torch.rand(240, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)) - 0.5
-    pixels[torch.arange(240), emoji % 3] += 0.4
-    return Pictures(pixels, emoji, emoji % 3, [f"patch {('red', 'green', 'blue')[i % 3]} {i}" for i in range(120)])
+    return make_patches(120, "patch {colour} {i}")
 
 
 def test_one_seed() -> None:

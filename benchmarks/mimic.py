@@ -16,11 +16,13 @@ from assay.tasks import CausalLM
 from benchmarks import timing
 
 
-def model_and_reference() -> tuple[torch.nn.Module, torch.nn.Module]:
+def model_and_reference(
+    layers: int = 6, width: int = 384, tokens: int = 256
+) -> tuple[torch.nn.Module, torch.nn.Module]:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    config = GPT2Config(n_layer=6, n_embd=384, n_head=6, n_positions=256, use_cache=False)
+    config = GPT2Config(n_layer=layers, n_embd=width, n_head=width // 64, n_positions=tokens, use_cache=False)
     model = GPT2LMHeadModel(config)
     reference = copy.deepcopy(model)
     with torch.no_grad():

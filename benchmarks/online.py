@@ -1,18 +1,20 @@
-"""What reweighting adds to a training step of a GPT-2-shaped model: ``python -m benchmarks.online [--contract]``.
+"""What reweighting adds to a GPT-2-shaped model's training step: ``python -m benchmarks.online [--contract | --gpt2]``.
 
 Every variant trains a copy of its own with AdamW on the same batch, in turn, and is compared with the plain step of the
 same round. Contract (DESIGN): one layer at most 3 % beside the plain step, all layers at most 35 %. Where dattri-llm is
 installed its ``DataSelectionCallback`` runs in turn with the others: it takes a sample's gradient out of `.grad` again,
 and leaves out the output layer that is tied to the embedding. ``--contract`` times the contract's rows alone, in half a
-batch: fewer copies, less noise, and over in a minute and a half.
+batch: fewer copies, less noise, and over in a minute and a half. ``--gpt2`` times those of the head and of all layers
+on GPT-2 itself (12 layers of 768, 2 × 1024 tokens): 16 GB.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
-import sys
 from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,8 +29,7 @@ from assay.train import Reweighter
 from benchmarks import timing
 from benchmarks.mimic import model_and_reference
 
-LAST = "transformer.h.5.*"  # the last block
-HEAD = "mimic, head (tied: 64 % of the weights)"
+HEAD = "mimic, head"
 CONTRACT = (
     "plain step",
     "plain step, again",
@@ -39,6 +40,21 @@ CONTRACT = (
     "mimic, last block, observed",
     "mimic, all layers",
 )
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a model and its batch. The output layer is tied to the embedding."""
+
+    layers: int
+    width: int
+    samples: int
+    tokens: int
+
+
+ON_GPT2 = ("plain step", "plain step, again", HEAD, f"{HEAD}, observed, its gradient summed", "mimic, all layers")
+SMALL = Shape(6, 384, 8, 256)
+GPT2 = Shape(12, 768, 2, 1024)
 
 
 def losses_of(model: nn.Module, ids: Tensor) -> Tensor:
@@ -83,10 +99,11 @@ def dattri_llm(start: nn.Module, ids: Tensor, held_out: Tensor) -> dict[str, Cal
     }
 
 
-def variants(ids: Tensor, held_out: Tensor, names: Collection[str] | None = None) -> dict[str, Callable[[], None]]:
+def variants(shape: Shape, names: Collection[str] | None = None) -> dict[str, Callable[[], None]]:
     """By name, a step of each; None: of all, and of the peers."""
-    start, reference = model_and_reference()
-    task = CausalLM()
+    start, reference = model_and_reference(shape.layers, shape.width, shape.tokens)
+    ids, held_out = torch.randint(50257, (2, shape.samples, shape.tokens))
+    task, last = CausalLM(), f"transformer.h.{shape.layers - 1}.*"
 
     def reweighted(layers: str | None, method: str = "mimic", **settings: Any) -> Callable[[], None]:
         model = copy.deepcopy(start).train()
@@ -104,13 +121,13 @@ def variants(ids: Tensor, held_out: Tensor, names: Collection[str] | None = None
         "plain step": plain,
         "plain step, again": plain,
         "mimic, last norm": lambda: reweighted("transformer.ln_f"),
-        "mimic, last block": lambda: reweighted(LAST),
+        "mimic, last block": lambda: reweighted(last),
         HEAD: lambda: reweighted("lm_head"),
         f"{HEAD}, observed": lambda: reweighted("lm_head", mode="observe"),
         f"{HEAD}, observed, its gradient summed": lambda: reweighted("lm_head", mode="observe", exact=False),
         "mimic, all layers": lambda: reweighted(None),
         "mimic, all layers, recomputed": lambda: reweighted(None, recompute=True),
-        "mimic, last block, observed": lambda: reweighted(LAST, mode="observe"),
+        "mimic, last block, observed": lambda: reweighted(last, mode="observe"),
         "GraNd, all layers": lambda: reweighted(None, "grand"),
         "mimic, best half, all layers": lambda: reweighted(None, mode="filter", keep=0.5),
         "in-run, best half, all layers": lambda: reweighted(None, "in_run", mode="filter", keep=0.5),
@@ -122,21 +139,28 @@ def variants(ids: Tensor, held_out: Tensor, names: Collection[str] | None = None
     return {name: make() for name, make in makers.items() if names is None or name in names} | rivals
 
 
-def main() -> None:
-    only = "--contract" in sys.argv[1:]
-    ids, held_out = torch.randint(50257, (2, 4 if only else 8, 256))
-    timed = variants(ids, held_out, CONTRACT if only else None)
-    samples = timing.in_turn(timed, rounds=3 if only else 5, warmup=1)
-    timings = {name: timing.summary(values) for name, values in samples.items()}
-    ratios = {name: timing.ratio(values, samples["plain step"]) for name, values in samples.items()}
-    table = Table(title=f"GPT-2 shape, 6 layers × 384, batch {len(ids)} × 256, float32")
-    for heading in ("training step", "median ms", "÷ plain step", "of single rounds"):
-        table.add_column(heading)
+def shown(title: str, timings: dict[str, timing.Timing], ratios: dict[str, timing.Ratio]) -> Table:
+    table = Table("training step", "median ms", "÷ plain step", "of single rounds", title=title)
     for name, own in ratios.items():
         table.add_row(name, f"{timings[name].median:.0f}", f"{own.median:.3f}", f"{own.least:.2f}–{own.most:.2f}")
-    Console().print(table)
-    case = {"model": "GPT-2 6×384, vocabulary 50257", "batch": list(ids.shape), "timings": timings, "ratios": ratios}
-    path = timing.write("online-contract" if only else "online", [case])
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--contract", action="store_true", help="the contract's rows alone, in half a batch")
+    only.add_argument("--gpt2", action="store_true", help="its rows of the head and of all layers on GPT-2 itself")
+    options = parser.parse_args()
+    names = CONTRACT if options.contract else ON_GPT2 if options.gpt2 else None
+    shape = GPT2 if options.gpt2 else replace(SMALL, samples=4) if options.contract else SMALL
+    samples = timing.in_turn(variants(shape, names), rounds=3 if names else 5, warmup=1)
+    timings = {name: timing.summary(values) for name, values in samples.items()}
+    ratios = {name: timing.ratio(values, samples["plain step"]) for name, values in samples.items()}
+    model = f"GPT-2 {shape.layers}×{shape.width}, vocabulary 50257"
+    Console().print(shown(f"{model}, batch {shape.samples} × {shape.tokens}, float32", timings, ratios))
+    case = {"model": model, "batch": [shape.samples, shape.tokens], "timings": timings, "ratios": ratios}
+    path = timing.write("online" + "-contract" * options.contract + "-gpt2" * options.gpt2, [case])
     print("written to", path.relative_to(timing.RESULTS.parent.parent))
 
 

@@ -238,6 +238,48 @@ def test_metasmoothness_is_the_papers() -> None:
     assert float(found.min()) > 0.9
 
 
+@pytest.mark.parametrize("seed", [0, 5])
+def test_what_scores_miss_is_told_by_runs_with_other_weights(seed: int) -> None:
+    training, targets, weights = world(OPTIMIZERS["adam"])
+    found = magic(training, targets, weights=weights, directions=2, seed=seed)
+    generator, gaps, changes = torch.Generator().manual_seed(seed), [], []
+    scores, start = found.scores.nan_to_num(), target_losses(training.train(weights), targets)
+    for _ in range(2):
+        v = 0.1 * torch.randn(N, generator=generator, dtype=torch.float64)
+        changes.append(target_losses(training.train(weights + v), targets) - start)
+        gaps.append(changes[-1] + v @ scores)
+    assert found.missed == pytest.approx(float(torch.stack(gaps).norm() / torch.stack(changes).norm()), rel=1e-9)
+    assert 0 < found.missed < 0.1
+    assert np.isnan(magic(training, targets, directions=0).missed)
+
+
+def target_losses(theta: dict[str, Tensor], targets: dict[str, list[Any]]) -> Tensor:
+    with torch.no_grad():
+        return torch.stack(
+            [
+                torch.cat([losses(lambda x: functional_call(network(), theta, x), batch) for batch in batches]).mean()
+                for batches in targets.values()
+            ]
+        )
+
+
+def test_signs_that_turn_are_missed_and_a_larger_eps_root_tells_them() -> None:
+    """Two samples' gradients all but cancel, so that Adam's first step turns with their weights."""
+    x = torch.tensor([[1.0, 0.2], [1.0, -0.3]]).double().repeat(8, 1)
+    y = torch.arange(2).repeat(8)
+    model = nn.Linear(2, 2).double()
+    nn.init.zeros_(model.weight), nn.init.zeros_(model.bias)
+    targets = {"target": [(torch.tensor([[1.0, 0.0]]).double(), torch.tensor([0]))]}
+    shares, warned = {}, {}
+    for eps_root in (1e-12, 1e-3):
+        training = Training(model, losses, (x, y), [np.arange(16)] * 2, Adam(0.05, eps_root=eps_root))
+        found = magic(training, targets, directions=4)
+        shares[eps_root], warned[eps_root] = found.missed, "the scores miss" in " ".join(found.warnings)
+    assert shares[1e-12] > 0.9
+    assert shares[1e-3] < 0.3
+    assert warned == {1e-12: True, 1e-3: False}
+
+
 def test_a_rough_run_is_called_rough() -> None:
     """A rate far beyond what is stable: the trained model jumps about with the weights, and the result says so."""
     training, targets, _ = world(SGD(30.0))

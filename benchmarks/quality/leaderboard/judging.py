@@ -47,12 +47,18 @@ class Truth:
     base: Array
 
 
-def truth_of(board: Board, at_once: int) -> Truth:
-    """From the bank, or trained."""
+def drops_of(board: Board) -> dict[float, torch.Tensor]:
+    """By share (R, n) rows."""
     generator, drops = torch.Generator().manual_seed(1), dict[float, torch.Tensor]()
     for share in (board.share, *board.larger):
         orders = [torch.randperm(board.size, generator=generator) for _ in range(board.drops)]
         drops[share] = torch.stack(orders)[:, : max(1, round(share * board.size))]
+    return drops
+
+
+def truth_of(board: Board, at_once: int) -> Truth:
+    """From the bank, or trained."""
+    drops = drops_of(board)
     found = losses_without(board, [(), *(_rows(row) for own in drops.values() for row in own)], at_once)
     rises = (found[1:] - found[0]).reshape(len(drops), board.drops, -1)
     return Truth({s: Removals(own, r) for (s, own), r in zip(drops.items(), rises, strict=True)}, found[0])
@@ -78,13 +84,13 @@ def judged(
     rows: dict[str, dict[str, Any]] = {}
     draws: dict[str, dict[str, Array]] = {}
     for label, score in scores.items():
-        predicted, of_lds = _predicted(score, truth.removals[board.share])
+        predicted, of_lds = lds_of(score, truth.removals[board.share])
         best = np.argsort(-score, 0, kind="stable")[:TAIL]
         of_tail = np.take_along_axis(tails, best, 0).mean(0)
         draws[label] = {"lds": of_lds}
         rows[label] = {
             "lds": predicted,
-            "larger": {f"{share:g}": _predicted(score, truth.removals[share])[0] for share in board.larger},
+            "larger": {f"{share:g}": lds_of(score, truth.removals[share])[0] for share in board.larger},
             "tail": {"value": float(f"{of_tail.mean():.4g}"), "interval": _interval(_means(of_tail), 9)},
             **({"recall": recall(score, board.gold)} if board.gold else {}),
         }
@@ -107,7 +113,7 @@ def judged(
     return rows
 
 
-def _predicted(score: Array, removals: Removals) -> tuple[dict[str, Any], Array]:
+def lds_of(score: Array, removals: Removals) -> tuple[dict[str, Any], Array]:
     """The LDS with its interval, ``slope``: by how much the rises are more than Σ score of the dropped, by least
     squares, which says something of scores in the loss' units, and nothing (None) of scores that are 0; and the LDS'
     resamples."""

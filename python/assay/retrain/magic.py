@@ -18,7 +18,7 @@ from assay.retrain.magic_folder import Folder, Progress, facts
 from assay.retrain.magic_optimizers import Adam
 from assay.retrain.magic_plan import Plan
 from assay.retrain.magic_replay import InMemory, Replay
-from assay.retrain.magic_smoothness import SMOOTH, WIDTH, metasmoothness
+from assay.retrain.magic_smoothness import MISSED, SMOOTH, WIDTH, alignment, missed, perturbed_runs
 from assay.retrain.magic_training import Losses, Training, running
 from assay.tasks import Task
 
@@ -39,6 +39,8 @@ class Magic:
         targets: their names, in the order of the columns.
         losses: (targets,) float64, their mean losses after the run.
         metasmoothness: (directions,) float64; below 0.95 the scores say little of removals, see ``metasmoothness``.
+        missed: the share of what the metasmoothness' nearer runs, weights 1 + 0.1 N(0, 1), did to the targets' losses
+            that the scores do not tell: ‖ΔL − (score's guess)‖ / ‖ΔL‖ over directions and targets; NaN: not measured.
         parameters: the trained ones, by name.
         warnings: what speaks against the scores, in words.
         plan: what was predicted.
@@ -48,6 +50,7 @@ class Magic:
     targets: tuple[str, ...]
     losses: Tensor
     metasmoothness: Tensor
+    missed: float
     parameters: dict[str, Tensor]
     warnings: tuple[str, ...]
     plan: Plan
@@ -73,7 +76,8 @@ def magic(
     for time, with the fewest steps for its memory. The bits do not depend on the number of checkpoints.
 
     Before: the run is checked on its first batch (dropout, batch normalisation, randomness, second derivatives), its
-    cost is logged, and its metasmoothness is measured. Only a smooth run's derivative tells what removals do.
+    cost is logged, and its metasmoothness is measured; after, what the scores miss of the runs that this took. Only a
+    smooth run's derivative tells what removals do.
 
     Args:
         training: the run.
@@ -118,7 +122,7 @@ def magic(
         run = _Run(training, given, plan, kept)
         progress = run.there(batches, target_losses or training.losses, directions, seed)
         run.back(progress, every)
-    return _result(training, plan, progress, tuple(batches), checked.doubts)
+    return _result(training, plan, progress, tuple(batches), checked.doubts, seed)
 
 
 class _Run:
@@ -159,9 +163,6 @@ class _Run:
 
     def _there(self, targets: Mapping[str, list[Any]], losses: Task | Losses, directions: int, seed: int) -> Progress:
         training, final = self._training, self._replay.state(self._training.steps)
-        smoothness = torch.zeros(0, dtype=torch.float64)
-        if directions:
-            smoothness = metasmoothness(training, self._weights, directions=directions, seed=seed, trained=final[0])
         adjoints, values = [], []
         for name, batches in targets.items():
             try:
@@ -170,6 +171,7 @@ class _Run:
                 raise ValueError(f"target {name!r}: {error}") from error
             values.append(value)
             adjoints.append((gradient, *(torch.zeros_like(moment) for moment in final[1:])))
+        smoothness, changes = self._perturbed(final[0], values, targets, losses, directions, seed)
         in_weights = torch.zeros(len(targets), training.size, dtype=torch.float64)
         progress = Progress(
             training.steps,
@@ -177,12 +179,36 @@ class _Run:
             in_weights,
             torch.tensor(values, dtype=torch.float64),
             smoothness,
+            changes,
             final[0].clone(),
             self._digests,
         )
         if self._folder is not None:
             self._folder.save(progress)
         return progress
+
+    def _perturbed(
+        self,
+        final: Tensor,
+        values: Sequence[float],
+        targets: Mapping[str, list[Any]],
+        losses: Task | Losses,
+        directions: int,
+        seed: int,
+    ) -> tuple[Tensor, Tensor]:
+        """The metasmoothness (directions,), and by how much its nearer runs change the targets' losses
+        (directions, targets)."""
+        smoothness = torch.full((directions,), torch.nan, dtype=torch.float64)
+        changes = torch.full((directions, len(values)), torch.nan, dtype=torch.float64)
+        runs = perturbed_runs(self._training, self._weights, directions, WIDTH, seed) if directions else ()
+        for d, ends in enumerate(runs):
+            if ends is None:
+                continue
+            smoothness[d] = alignment(final, *ends)
+            for q, (value, batches) in enumerate(zip(values, targets.values(), strict=True)):
+                with contextlib.suppress(ValueError):  # a loss that is not finite
+                    changes[d, q] = self._training.target_gradient(ends[0], losses, batches)[0] - value
+        return smoothness, changes
 
     def back(self, progress: Progress, every: int) -> None:
         """Down to the first step; ``progress`` changes in place."""
@@ -205,27 +231,34 @@ class _Run:
 
 
 def _result(
-    training: Training, plan: Plan, progress: Progress, targets: tuple[str, ...], doubts: tuple[str, ...]
+    training: Training, plan: Plan, progress: Progress, targets: tuple[str, ...], doubts: tuple[str, ...], seed: int
 ) -> Magic:
     seen = torch.zeros(training.size, dtype=torch.bool)
     for rows in training.rows:
         seen[torch.from_numpy(rows)] = True
     scores = torch.where(seen, -progress.in_weights, torch.nan).T.contiguous()
     parameters = {name: p.clone() for name, p in training.named(progress.final).items()}
-    warnings = (*doubts, *_warnings(training, progress))
+    share = missed(progress.changes, progress.in_weights, WIDTH, seed)
+    warnings = (*doubts, *_warnings(training, progress.smoothness, share))
     for warning in warnings:
         _log.warning("magic: %s", warning)
-    return Magic(scores, targets, progress.losses, progress.smoothness, parameters, warnings, plan)
+    return Magic(scores, targets, progress.losses, progress.smoothness, share, parameters, warnings, plan)
 
 
-def _warnings(training: Training, progress: Progress) -> list[str]:
-    found, smoothness = [], progress.smoothness
+def _warnings(training: Training, smoothness: Tensor, share: float) -> list[str]:
+    found = []
     if not len(smoothness):
         found.append("the metasmoothness was not measured (directions=0)")
     elif not float(smoothness.mean()) >= SMOOTH:  # NaN is none either
         found.append(
             f"the run's metasmoothness is {float(smoothness.mean()):.3f}, below {SMOOTH}: its derivative says little "
             "of what removing samples does; a lower rate, larger batches, smaller logits or smooth activations help"
+        )
+    if share > MISSED:
+        found.append(
+            f"the scores miss {share:.0%} of what small changes of all weights do to the targets, above {MISSED:.0%}: "
+            "the run has kinks, or bends; Adam's step is a sign where gradients are far above √eps_root, so that a "
+            "larger eps_root helps, and so do a lower rate, larger batches, smaller logits and smooth activations"
         )
     if isinstance(training.optimizer, Adam) and not training.optimizer.eps_root:
         found.append(

@@ -39,6 +39,7 @@ class Progress:
         in_weights: (targets, N) float64: the derivatives in the weights, summed over the steps behind.
         losses: (targets,) float64.
         smoothness: (directions,) float64.
+        changes: (directions, targets) float64, of the losses in the metasmoothness' nearer runs; NaN: it diverged.
         final: (P,) the trained parameters.
         digests: (T + 1,) int64 of every state.
     """
@@ -48,11 +49,12 @@ class Progress:
     in_weights: Tensor
     losses: Tensor
     smoothness: Tensor
+    changes: Tensor
     final: Tensor
     digests: Tensor
 
     def tensors(self) -> dict[str, Tensor]:
-        names = ("in_weights", "losses", "smoothness", "final", "digests")
+        names = ("in_weights", "losses", "smoothness", "changes", "final", "digests")
         parts = {f"adjoint{k}.{i}": part for k, own in enumerate(self.adjoints) for i, part in enumerate(own)}
         return {**{name: getattr(self, name) for name in names}, **parts}
 
@@ -128,7 +130,7 @@ class Folder:
         if not (self.path / _PROGRESS).exists():
             return None
         step, tensors = self._read(_PROGRESS)
-        of_host = ("in_weights", "losses", "smoothness", "digests")
+        of_host = ("in_weights", "losses", "smoothness", "changes", "digests")
         try:
             return Progress.of(step, {n: t if n in of_host else t.to(self._device) for n, t in tensors.items()})
         except (KeyError, TypeError) as error:

@@ -1,6 +1,8 @@
-"""Metasmoothness: whether a run changes with its samples' weights as its derivative says, 2503.13751."""
+"""Whether a run changes with its weights as derivatives say: metasmoothness, 2503.13751, and what they miss."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from numpy.typing import ArrayLike
@@ -12,7 +14,11 @@ from assay.retrain.magic_training import Diverged, Training, running
 SMOOTH = 0.95
 """Below, a derivative in the weights says little of what removing samples does."""
 
+MISSED = 0.3
+"""Above, scores miss too much of what the perturbed runs do."""
+
 WIDTH = 0.1
+"""As much as dropping one sample in a hundred: both move the weights by a tenth, root mean square."""
 
 
 def metasmoothness(
@@ -49,20 +55,45 @@ def metasmoothness(
     if not 0 < width < float("inf"):
         raise ValueError(f"width: expected a finite number above 0, got {width}")
     given = training.weights(weights)
-    generator, found = torch.Generator().manual_seed(seed), []
     with running():
         if trained is None:
             check(training)
         start = _trained(training, given) if trained is None else trained
-        for _ in range(directions):
-            direction = torch.randn(training.size, generator=generator, dtype=torch.float64).to(given)
-            try:
-                ends = [_trained(training, given + times * width * direction) for times in (1, 2)]
-            except Diverged:
-                found.append(float("nan"))
-                continue
-            found.append(_alignment(start.double(), *(end.double() for end in ends)))
+        runs = perturbed_runs(training, given, directions, width, seed)
+        found = [alignment(start, *ends) if ends else float("nan") for ends in runs]
     return torch.tensor(found, dtype=torch.float64)
+
+
+def perturbed_runs(
+    training: Training, weights: Tensor, directions: int, width: float, seed: int
+) -> Iterator[tuple[Tensor, Tensor] | None]:
+    """For each direction v the parameters (P,) that weights w + hv and w + 2hv give; None where a run diverges."""
+    for direction in drawn(training.size, directions, seed):
+        step = width * direction.to(weights)
+        try:
+            yield _trained(training, weights + step), _trained(training, weights + 2 * step)
+        except Diverged:
+            yield None
+
+
+def drawn(size: int, directions: int, seed: int) -> Tensor:
+    """(directions, N) float64, each v ~ N(0, 1)^N."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randn(size, generator=generator, dtype=torch.float64) for _ in range(directions)])
+
+
+def missed(changes: Tensor, in_weights: Tensor, width: float, seed: int) -> float:
+    """‖ΔL − h V ∂L/∂w‖ / ‖ΔL‖: the share of what small changes of all weights do to the targets that derivatives miss.
+
+    Args:
+        changes: (directions, targets) float64, ΔL: of each target's loss from weights w to w + hv.
+        in_weights: (targets, N) float64.
+
+    Returns:
+        NaN where a run diverged, nothing changed, or nothing was measured.
+    """
+    told = width * drawn(in_weights.shape[1], len(changes), seed) @ in_weights.T if len(changes) else changes
+    return float((changes - told).norm() / changes.norm())
 
 
 def _trained(training: Training, weights: Tensor) -> Tensor:
@@ -72,6 +103,8 @@ def _trained(training: Training, weights: Tensor) -> Tensor:
     return state[0]
 
 
-def _alignment(start: Tensor, near: Tensor, far: Tensor) -> float:
+def alignment(start: Tensor, near: Tensor, far: Tensor) -> float:
+    """Ŝ of the parameters (P,) that weights w, w + hv and w + 2hv give."""
+    start, near, far = start.double(), near.double(), far.double()
     moved = (far - start).abs()
     return float((moved / moved.sum() * (near - start).sign() * (far - near).sign()).sum())

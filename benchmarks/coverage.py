@@ -1,6 +1,6 @@
 """How much of common architectures the probe taps exactly: tiny random models of transformers, one line each.
 
-    python benchmarks/coverage.py [NAME ...]
+    python -m benchmarks.coverage [NAME ...]
 
 Every model runs one batch of three samples. ``tapped`` is the share of the parameters' elements whose gradients the
 probe has; ``error`` the largest difference of a parameter's squared norm from autograd's, one sample at a time, against
@@ -9,7 +9,6 @@ the largest of the parameter (a thousandth of the model's at least). What is lef
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +21,7 @@ from assay.probe import Probe, SqNorm
 from assay.probe.selection import select
 from assay.tasks import CausalLM, Classification, Task
 from assay.tasks.base import unfused
+from benchmarks import options
 
 SAMPLES, LENGTH, VOCABULARY, CLASSES = 3, 6, 40, 2
 SMALL = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12}
@@ -323,9 +323,10 @@ def _alone(batch: Any, b: int) -> Any:
     return {key: value[b : b + 1] for key, value in batch.items()} if isinstance(batch, dict) else batch[b : b + 1]
 
 
-def main(names: list[str]) -> None:
+def main() -> None:
+    names = options.some(__doc__, "NAME", CASES)
     print("| architecture | tapped | error | left out |\n|---|---|---|---|")
-    for name in names or CASES:
+    for name in names:
         print(f"| {name} | {_line(CASES[name]())} |", flush=True)
 
 
@@ -339,4 +340,4 @@ def _line(case: Case) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import statistics
-import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,6 +28,7 @@ from rich.table import Table
 from assay import _native
 from assay.methods import BM25, DSIR, NGramClassifier, Views
 from assay.ops import Terms, least_hashes, ngram_counts, ngram_hashes
+from benchmarks import options
 from benchmarks.timing import write
 
 CONTRACT = 200  # MB/s
@@ -151,7 +151,7 @@ def show(console: Console, measured: Sequence[Mapping[str, Any]], isas: Sequence
 
 
 def main() -> None:
-    quick = "--quick" in sys.argv
+    quick = options.quick(__doc__)
     torch.set_num_threads(1)
     isas = [name for name, runs in _native.instruction_sets() if runs and name in ("avx2", "avx512")] or ["scalar"]
     texts = library()

@@ -13,7 +13,7 @@ from assay import Kronecker
 from assay.methods import GradMimic, Scorer
 from assay.probe import Dot, Probe, Sketched, tapped_parameters
 from assay.tasks import CausalLM
-from benchmarks import timing
+from benchmarks import options, timing
 
 
 def model_and_reference(
@@ -32,6 +32,7 @@ def model_and_reference(
 
 
 def main() -> None:
+    options.parser(__doc__).parse_args()
     model, reference = model_and_reference()
     batch = {"input_ids": torch.randint(50257, (8, 256))}
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from assay import Kronecker
 from assay.probe import Probe, Sketched, tapped_parameters
 from assay.tasks import CausalLM
-from benchmarks import timing
+from benchmarks import options, timing
 
 SIDE, BATCH, LENGTH = 16, 8, 256
 Run = Callable[[], Any]
@@ -136,6 +136,7 @@ def _if_present(make: Callable[[nn.Module, Tensor], Run], model: nn.Module, ids:
 
 
 def main() -> None:
+    options.parser(__doc__).parse_args()
     model, ids = language_model(), torch.randint(50257, (BATCH, LENGTH))
     linear = {f"{name}.weight" for name in linear_layers(model)}
     # A weight with two names has one place in the sketch, under its first.

@@ -23,6 +23,7 @@ from assay._json import dumps
 from assay.kernels import dot, head_launch, head_tiles, rademacher, scan, sketch, sketch_fused, sqnorm
 from assay.kernels._common import Tile
 from assay.ops import _sparse
+from benchmarks import options
 from benchmarks.case import Case
 from benchmarks.gpu import measure
 from benchmarks.gpu.compiling import compile_only
@@ -219,7 +220,10 @@ def _attempt(run: Callable[[], Any]) -> None:
         print(type(error).__name__, str(error)[:200], file=sys.stderr)
 
 
-def main(words: list[str]) -> None:
+def main() -> None:
+    parser = options.parser(__doc__)
+    parser.add_argument("words", nargs="+", metavar="warm I N | FILE [PART]")
+    words = parser.parse_args().words
     measure.settle()
     if words[0] == "warm":
         warm(int(words[1]), int(words[2]))
@@ -243,4 +247,4 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import timing
+from benchmarks import options, timing
 from benchmarks.kernels import ensemble, gradients, head, scan, sketch
 
 OPS = {
@@ -61,15 +60,12 @@ def show(cases: list[dict[str, Any]]) -> None:
     Console(width=170).print(table)
 
 
-def main(names: list[str]) -> None:
-    unknown = [name for name in names if name not in OPS]
-    if unknown:
-        raise SystemExit(f"unknown benchmark {unknown[0]}; expected some of {', '.join(OPS)}")
-    for name in names or list(OPS):
+def main() -> None:
+    for name in options.some(__doc__, "OP", OPS):
         cases = [timing.measure(case) for case in OPS[name]()]
         show(cases)
         print("written to", timing.write(f"kernels-{name}", cases).relative_to(timing.RESULTS.parent.parent))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

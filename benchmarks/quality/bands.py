@@ -32,6 +32,7 @@ from assay.curate import RuleOptions, curate
 from assay.demo.text import KINDS
 from assay.engine import run
 from assay.recipe import load_recipe
+from benchmarks import options
 from benchmarks.quality.multiplier import corpus
 from benchmarks.quality.multiplier.model import Schedule, loss, train
 from benchmarks.quality.worth import Numbers, experiment
@@ -140,7 +141,8 @@ def one_seed(share: float, seed: int) -> Numbers:
 
 
 def main() -> None:
-    experiment("bands", {"as it is": (partial(one_seed, 0.0), SEEDS), "with junk": (partial(one_seed, JUNK), SEEDS)})
+    parts = {"as it is": (partial(one_seed, 0.0), SEEDS), "with junk": (partial(one_seed, JUNK), SEEDS)}
+    experiment("bands", parts, options.quick(__doc__))
 
 
 if __name__ == "__main__":

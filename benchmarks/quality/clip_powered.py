@@ -182,7 +182,7 @@ def main() -> None:
         "labels": (lambda seed: labels(world(seed), NETWORK_STEPS, seed), SEEDS),
         "pairs": (lambda seed: pairs(world(seed), seed), SEEDS),
     }
-    experiment("clip-powered", parts)
+    experiment("clip-powered", parts, options.quick)
 
 
 if __name__ == "__main__":

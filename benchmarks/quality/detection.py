@@ -23,6 +23,7 @@ import assay
 from assay.demo.digits import network, train
 from assay.methods import GradMimic, ensemble_scores
 from assay.retrain import out_of_fold
+from benchmarks import options
 from benchmarks.timing import write
 
 SEEDS = 3
@@ -79,6 +80,7 @@ def one(noise: float, seed: int) -> dict[str, float]:
 
 
 def main() -> None:
+    options.parser(__doc__).parse_args()
     cases = []
     table = Table(title=f"AUROC of finding wrong labels on digits, mean over {SEEDS} seeds")
     table.add_column("score")

@@ -25,6 +25,7 @@ from assay import select
 from assay.methods import Dynamics
 from assay.tasks import Classification
 from assay.train.trajectories import loss_trajectories, select_by_trajectory
+from benchmarks import options
 from benchmarks.quality.online.classification import mislabelled
 from benchmarks.quality.worth import Data, Numbers, Rows, accuracy, digits, experiment, of_draws
 
@@ -136,7 +137,8 @@ def s2l(seed: int) -> Numbers:
 
 
 def main() -> None:
-    experiment("diversity", {"semdedup": (semdedup, 3), "pruning": (pruning, 3), "s2l": (s2l, 3)})
+    parts = {"semdedup": (semdedup, 3), "pruning": (pruning, 3), "s2l": (s2l, 3)}
+    experiment("diversity", parts, options.quick(__doc__))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ that are flagged, the real similarity to the most similar file before them, coun
 from __future__ import annotations
 
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -29,6 +28,7 @@ from assay.curate import find_duplicates
 from assay.engine import run
 from assay.ops import ngram_hashes
 from assay.recipe import load_recipe
+from benchmarks import options
 from benchmarks.quality.texts import documents
 from benchmarks.timing import RESULTS, machine
 
@@ -100,7 +100,7 @@ def experiment(size: int, copies: int, seed: int = 0) -> dict[str, Any]:
 
 
 def main() -> None:
-    quick = "--quick" in sys.argv
+    quick = options.quick(__doc__)
     result = experiment(*((600, 20) if quick else (6000, 200)))
     table = Table("replaced", "real similarity", "found", "copies", "estimate off by")
     for name, row in result["kinds"].items():

@@ -36,6 +36,7 @@ from assay import select
 from assay.methods import Density, EmbeddingSimilarity, Leverage
 from assay.methods import knn_shapley as shapley
 from assay.tasks import Classification
+from benchmarks import options
 from benchmarks.quality.online.classification import mislabelled
 from benchmarks.quality.worth import (
     Numbers,
@@ -222,7 +223,7 @@ def clip_powered(seed: int) -> Numbers:
 def main() -> None:
     parts = {"similarity": similarity, "density": density, "leverage": leverage}
     parts |= {"knn_shapley": knn_shapley, "clip_powered": clip_powered}
-    experiment("embeddings", {name: (part, 3) for name, part in parts.items()})
+    experiment("embeddings", {name: (part, 3) for name, part in parts.items()}, options.quick(__doc__))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 import tarfile
 import tempfile
 import time
@@ -38,6 +37,7 @@ from assay.corpus.images import ImageLimits, decode_image
 from assay.engine.local import run
 from assay.recipe.preprocessor import parse
 from assay.recipe.recipe import load_recipe
+from benchmarks import options
 from benchmarks.timing import RESULTS, machine
 
 VENDORS, VERSION = ("apple", "google", "twitter", "facebook"), "16.0.0"
@@ -295,7 +295,10 @@ def judged(scores: dict[str, np.ndarray[Any, Any]], wrong: np.ndarray[Any, Any])
     }
 
 
-def main(folder: str | None = None) -> None:
+def main() -> None:
+    parser = options.parser(__doc__)
+    parser.add_argument("folder", nargs="?", metavar="FOLDER", help="with the vendors' packages")
+    folder = parser.parse_args().folder
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="emoji-") as temporary:
         paths = packages(Path(folder or temporary))
@@ -326,4 +329,4 @@ def show(case: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    main()

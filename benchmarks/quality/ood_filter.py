@@ -33,6 +33,7 @@ import assay
 from assay._json import dumps
 from assay.methods import OODFilter
 from assay.tasks import Regression
+from benchmarks import options
 from benchmarks.timing import RESULTS, machine
 
 SEEDS, ROUNDS, REAL, LENGTH, ROLLOUTS, MODELS, STEPS = 3, 5, 200, 10, 60, 5, 700
@@ -154,6 +155,7 @@ def one_seed(seed: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
+    options.parser(__doc__).parse_args()
     began, console = time.perf_counter(), Console(width=120)
     runs = [one_seed(seed) for seed in range(SEEDS)]
     for part in ("rank correlation with the error", "AUROC of the worst tenth", "error of as many kept"):

@@ -13,7 +13,6 @@ JSON in benchmarks/results.
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -34,7 +33,7 @@ from torch import Tensor, nn
 from assay.curate import Proof
 from assay.recipe import load_recipe
 from assay.two_stage import Comparison, Cost, Trainee, Training, prove
-from benchmarks import timing
+from benchmarks import options, timing
 from benchmarks.quality.multiplier import corpus
 
 NOISE, HELD_OUT, TRUSTED = 0.3, 397, 200
@@ -157,7 +156,7 @@ def tried(make: Callable[[Path], Setting]) -> tuple[Proof, dict[str, float]]:
 def main() -> None:
     makers = {"digits": digits, "text": text}
     cases = []
-    for name in sys.argv[1:] or makers:
+    for name in options.some(__doc__, "CORPUS", makers):
         proof, cost = tried(makers[name])
         title = (
             f"{name}: {cost['trainings']} trainings, {cost['seconds']:.0f} s, {cost['predicted_seconds']:.0f} foretold"

@@ -26,6 +26,7 @@ from sklearn.metrics import fbeta_score
 
 from assay import select
 from assay._json import dumps
+from benchmarks import options
 from benchmarks.timing import RESULTS, machine
 
 SEEDS, LABELLED, AUDITED, TEST, SHIFT = 10, 60, 400, 400, 0.3
@@ -72,6 +73,7 @@ def one_seed(seed: int, beta: float, shift: float) -> dict[str, dict[str, float]
 
 
 def main() -> None:
+    options.parser(__doc__).parse_args()
     began, console, results = time.perf_counter(), Console(), {}
     for shift in (0.0, SHIFT):
         for beta in (1.0, 0.5):

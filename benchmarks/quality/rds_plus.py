@@ -25,6 +25,7 @@ from assay.methods import BM25, EmbeddingSimilarity, RDSPlus, Views
 from assay.ops import scan_scores, topk_scan
 from assay.select import in_turns
 from assay.tasks import CausalLM
+from benchmarks import options
 from benchmarks.quality.multiplier import corpus
 from benchmarks.quality.worth import Numbers, experiment, found
 
@@ -96,12 +97,13 @@ def compared(data: corpus.Corpus, model: nn.Module, tokenizer: Any, seed: int) -
 
 
 def main() -> None:
+    quick = options.quick(__doc__)
     model, tokenizer = load()
 
     def one_seed(seed: int) -> Numbers:
         return compared(corpus.build(POOL, QUERIES, 16, 16, seed), model, tokenizer, seed)
 
-    experiment("rds-plus", {"docstrings": (one_seed, SEEDS)})
+    experiment("rds-plus", {"docstrings": (one_seed, SEEDS)}, quick)
 
 
 if __name__ == "__main__":

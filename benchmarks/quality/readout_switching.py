@@ -29,6 +29,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from assay._json import dumps
 from assay.methods import ensemble_scores
 from assay.retrain import out_of_fold, readout_switching
+from benchmarks import options
 from benchmarks.timing import RESULTS, machine
 
 SEEDS, ROWS, NOISE = 3, 700, 0.2
@@ -90,6 +91,7 @@ def of_samples(seed: int) -> dict[str, float]:
 
 
 def main() -> None:
+    options.parser(__doc__).parse_args()
     began, console = time.perf_counter(), Console(width=140)
     samples = [of_samples(seed) for seed in range(SEEDS)]
     features = [of_features(seed) for seed in range(SEEDS)]

@@ -10,7 +10,6 @@ text's length and scikit-learn's classifier of hashed n-grams on its own feature
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -29,6 +28,7 @@ import assay
 from assay._json import dumps
 from assay.methods import BM25, DSIR, NGramClassifier, Views
 from assay.ops import ngram_counts
+from benchmarks import options
 from benchmarks.quality.multiplier import corpus
 from benchmarks.timing import RESULTS, machine
 
@@ -138,7 +138,7 @@ def show(console: Console, setting: str, found: Mapping[str, Mapping[str, float]
 
 
 def main() -> None:
-    quick = "--quick" in sys.argv
+    quick = options.quick(__doc__)
     torch.set_num_threads(1)
     console, result = Console(), dict[str, Any]()
     for setting, size in (("pieces", 8000), ("documents", 3000)):

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from assay.train import token_weights
+from benchmarks import options
 from benchmarks.quality.multiplier import corpus
 from benchmarks.quality.multiplier.model import Schedule, Shape, batches, language_model, loss, train
 from benchmarks.quality.worth import Numbers, experiment
@@ -171,7 +172,7 @@ def spoilt(pieces: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def main() -> None:
-    experiment("tokens", {"domain": (domain, SEEDS), "noise": (noise, SEEDS)})
+    experiment("tokens", {"domain": (domain, SEEDS), "noise": (noise, SEEDS)}, options.quick(__doc__))
 
 
 if __name__ == "__main__":

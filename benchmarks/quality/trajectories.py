@@ -14,7 +14,6 @@ EL2N and gradient length. That variability or forgetting points the other way is
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from assay._json import dumps
 from assay.methods import Dynamics, GraNd, Method
 from assay.tasks import Classification
 from assay.train import Reweighter, trajectories
+from benchmarks import options
 from benchmarks.quality.online.classification import mislabelled
 from benchmarks.timing import RESULTS, machine
 
@@ -158,7 +158,7 @@ def show(console: Console, found: dict[str, dict[str, list[float]]]) -> None:
 
 
 def main() -> None:
-    quick = "--quick" in sys.argv[1:]
+    quick = options.quick(__doc__)
     began = time.perf_counter()
     found = summary([one_seed(seed) for seed in range(1 if quick else 5)])
     show(Console(), found)

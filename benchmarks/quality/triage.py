@@ -29,6 +29,7 @@ import assay
 from assay._json import dumps
 from assay.methods import TRIAGE
 from assay.tasks import Regression
+from benchmarks import options
 from benchmarks.timing import RESULTS, machine
 
 SEEDS, SHARE, SHIFT = 3, 0.2, 2.0
@@ -118,6 +119,7 @@ def one_seed(name: str, seed: int, share: float) -> dict[str, Facts]:
 
 
 def main() -> None:
+    options.parser(__doc__).parse_args()
     began, console = time.perf_counter(), Console()
     results: dict[str, Any] = {}
     for name in ("diabetes", "friedman"):

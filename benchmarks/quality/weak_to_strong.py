@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from torch import Tensor, nn
 from assay._json import dumps
 from assay.ops import ensemble_stats
 from assay.train.losses import confidence, distillation_of_logits, performance_gap_recovered, ramp
+from benchmarks import options
 from benchmarks.quality.online.classification import accuracy
 from benchmarks.quality.online.digits import small_cnn
 from benchmarks.timing import RESULTS, machine
@@ -170,7 +170,7 @@ def _spread(values: Sequence[float]) -> float:
 
 
 def main() -> None:
-    quick = "--quick" in sys.argv[1:]
+    quick = options.quick(__doc__)
     seeds, steps = (1, 100) if quick else (10, 200)
     began = time.perf_counter()
     runs = [one_seed(seed, steps) for seed in range(seeds)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -72,12 +71,13 @@ def of_draws(draw: Callable[[int], Rows], judge: Callable[[Rows], Mapping[str, f
     return {key: statistics.fmean(each[key] for each in judged) for key in judged[0]}
 
 
-def experiment(name: str, parts: Mapping[str, tuple[Callable[[int], Numbers], int]]) -> None:
+def experiment(name: str, parts: Mapping[str, tuple[Callable[[int], Numbers], int]], quick: bool) -> None:
     """Each part at as many seeds as it has, a table of it, and all of them to ``quality-<name>.json``.
 
-    With ``--quick`` one seed, and no file.
+    Args:
+        quick: one seed, and no file.
     """
-    quick, console, result, began = "--quick" in sys.argv[1:], Console(), dict[str, Any](), time.perf_counter()
+    console, result, began = Console(), dict[str, Any](), time.perf_counter()
     torch.set_num_threads(1)
     for part, (one_seed, count) in parts.items():
         runs = [one_seed(seed) for seed in range(1 if quick else count)]

@@ -14,38 +14,15 @@ import assay
 from assay import ops
 from assay.ops import _head_backends
 from assay.ops._exact import exact
+from tests.precision import NEEDS_SETTINGS, WAYS, allow, restore, state
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(torch._C, "_get_fp32_precision_getter"), reason="this torch has no settings by backend"
-)
-MATMULS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-
-
-def state() -> tuple[str, ...]:
-    return tuple(m.fp32_precision for m in MATMULS)
+pytestmark = NEEDS_SETTINGS
 
 
 @pytest.fixture(autouse=True)
 def _as_before() -> Iterator[None]:
     yield
-    torch.backends.fp32_precision = "none"
-    torch.set_float32_matmul_precision("highest")
-    for matmul in MATMULS:
-        matmul.fp32_precision = "none"
-
-
-def allow(how: str) -> None:
-    if how == "in general":
-        torch.set_float32_matmul_precision("medium")
-    elif how == "the old flag":
-        torch.backends.cuda.matmul.allow_tf32 = True
-    elif how == "one backend":
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
-    else:
-        torch.backends.fp32_precision = "tf32"
-
-
-WAYS = ["in general", "the old flag", "one backend", "every backend"]
+    restore()
 
 
 @pytest.mark.parametrize("way", WAYS)

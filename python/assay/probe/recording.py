@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from assay.ops._exact import exact
 from assay.probe.calls import Call
 from assay.probe.experts import Routing
 from assay.probe.formulas import Factors
@@ -240,6 +241,7 @@ class Recorder:
         return reduced
 
     @torch.no_grad()
+    @exact()
     def finish(self, reduced: Reduced) -> dict[str, Tensor]:
         """What the reductions gave of the losses' own gradients, once the backward pass is over."""
         self._finish_shared()
@@ -380,6 +382,7 @@ class Recorder:
         for local, name in call.parameters.items():
             self._calls[name].append((call, local))
 
+    @exact()
     def _fold(self, name: str, reduced: Reduced, last: bool) -> None:
         """Hand the parameter's gradient to the reductions that name it, and free what nobody else needs."""
         del self._open[name]

@@ -471,3 +471,20 @@ def test_a_layer_that_samples_and_a_constant_share() -> None:
     probe = Probe(model, Classification(), reductions={n: SqNorm([n]) for n in tapped_parameters(model)})
     for size in (4, 5, 4):
         check_norms(probe, model, (torch.randn(size, 4).double(), torch.arange(size) % 3))
+
+
+def halved(gradient: Tensor) -> Tensor:
+    return gradient / 2
+
+
+def test_a_hook_that_changes_autograds_gradient_is_named() -> None:
+    model, batch = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)), (torch.randn(6, 4), torch.randint(3, (6,)))
+    model[1].weight.register_hook(lambda gradient: None)  # looks at it
+    Probe(model, Classification(), factors="*")(batch)
+    model[0].weight.register_hook(halved)
+    expected = (
+        r"'0\.weight'.* Likely causes: a hook on it \(halved; Tensor\.register_hook\) changes autograd's gradient"
+    )
+    with pytest.raises(RuntimeError, match=expected):
+        Probe(model, Classification(), factors="*")(batch)
+    Probe(model, Classification(), factors="*", verify=False)(batch)

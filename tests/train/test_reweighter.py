@@ -697,6 +697,33 @@ def test_losses_that_depend_on_other_samples(models, data) -> None:
         Reweighter(model, GradMimic(model, reference, TASK)).backward(coupled(model, data))
 
 
+def halved(gradient: Tensor) -> Tensor:
+    return gradient / 2
+
+
+def halve_grad(parameter: Tensor) -> None:
+    parameter.grad /= 2
+
+
+@pytest.mark.parametrize(
+    ("how", "hook"), [("register_hook", halved), ("register_post_accumulate_grad_hook", halve_grad)]
+)
+def test_a_hook_on_a_weight_sees_the_weighted_gradient(models, data, how, hook) -> None:
+    """One that stands between autograd's gradient and the check fails it, and is named."""
+    start, reference = models
+    for verify in (True, False):
+        model = copy.deepcopy(start)
+        getattr(model.head.weight, how)(hook)
+        reweighter = Reweighter(model, GradMimic(model, reference, TASK), verify=verify)
+        if verify and hook is halved:
+            with pytest.raises(RuntimeError, match=r"'head\.weight'.*a hook on it \(halved; Tensor\.register_hook\)"):
+                reweighter.backward(losses_of(model, data))
+            continue
+        reweighter.backward(losses_of(model, data))
+        expected = torch.einsum("b,bij->ij", reweighter.weights, by_sample(start, data)["head.weight"]) / 12
+        torch.testing.assert_close(model.head.weight.grad, expected)
+
+
 def penalised(model: Any, data: tuple[Tensor, Tensor]) -> Tensor:
     return losses_of(model, data) + 1e-5 * model.head.weight.square().sum()
 

@@ -33,6 +33,7 @@ class Check:
         gradients: D_p by parameter.
         tolerance: the relative error allowed.
         finite: (B,), the samples whose loss is finite.
+        hooks: by parameter, the names of what was registered to change its gradient.
         is_trial: whether it is of a batch that nobody wants the signals of.
         dots: ⟨g_b,p, D_p / max |D_p|⟩ (B,) by parameter, filled as the probe's backward pass runs.
     """
@@ -41,6 +42,7 @@ class Check:
     gradients: dict[str, Tensor]
     tolerance: float
     finite: Tensor
+    hooks: Mapping[str, Sequence[str]]
     is_trial: bool = False
     dots: dict[str, Tensor] = field(default_factory=dict)
 
@@ -108,13 +110,21 @@ class Check:
         return {
             name: (
                 f"parameter {name!r}: the probe's per-sample gradients do not add up to autograd's gradient (<probe, "
-                f"autograd> = {found:.6g}, expected {expected:.6g}). Likely causes: its weight is used behind the "
-                "layer's back, as in F.linear(x, embedding.weight); the batch is not the first dimension of the "
-                "layer's input; the samples of a batch influence each other; the model is random in eval mode. Leave "
-                f"the parameter out (layers=['*', {'!' + name!r}])"
+                f"autograd> = {found:.6g}, expected {expected:.6g}). Likely causes: {self._hooked(name)}its weight is "
+                "used behind the layer's back, as in F.linear(x, embedding.weight); the batch is not the first "
+                "dimension of the layer's input; the samples of a batch influence each other; the model is random in "
+                f"eval mode. Leave the parameter out (layers=['*', {'!' + name!r}])"
             )
             for name, (found, expected) in self.wrong().items()
         }
+
+    def _hooked(self, parameter: str) -> str:
+        if not (names := self.hooks.get(parameter)):
+            return ""
+        return (
+            f"a hook on it ({', '.join(names)}; Tensor.register_hook) changes autograd's gradient, and no sample's own "
+            "(take it off, or pass verify=False: the samples' are then what the losses give); "
+        )
 
     def wrong(self) -> dict[str, tuple[float, float]]:
         """Σ_b c_b ⟨g_b,p, D_p⟩ and ‖D_p‖² of the parameters where they differ; none if a gradient is not finite.
@@ -160,7 +170,8 @@ def prepare_check(model: nn.Module, task: Task, batch: Any, parameters: Collecti
     finally:
         for parameter in wanted.values():
             parameter.requires_grad_(False)
-    return Check(weights, dict(zip(wanted, gradients, strict=True)), 5e-2 if loose else _TOLERANCE, finite)
+    found = dict(zip(wanted, gradients, strict=True))
+    return Check(weights, found, 5e-2 if loose else _TOLERANCE, finite, _hooks(wanted))
 
 
 def signed_check(
@@ -190,7 +201,7 @@ def signed_check(
             add(value, gradients[id(leaf)])
     found = {name: gradients.get(id(p), torch.zeros_like(p)) for name, p in tapped.items()}
     loose = is_coarse or _is_low_precision(tapped.values(), losses.device) or losses.dtype in _HALF
-    return Check(weights, found, 5e-2 if loose else _TOLERANCE, losses.detach().isfinite())
+    return Check(weights, found, 5e-2 if loose else _TOLERANCE, losses.detach().isfinite(), _hooks(tapped))
 
 
 def signs(size: int) -> Tensor:
@@ -207,6 +218,16 @@ def _gradients(total: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
         return [torch.zeros_like(p) for p in parameters]
     found = torch.autograd.grad(total, parameters, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+
+
+def _hooks(parameters: Mapping[str, nn.Parameter]) -> dict[str, list[str]]:
+    """By parameter, the names of the functions that its gradient goes through; those that run once it is accumulated do
+    not change it."""
+    return {
+        name: [getattr(hook, "__qualname__", type(hook).__name__) for hook in hooks.values()]
+        for name, parameter in parameters.items()
+        if (hooks := parameter._backward_hooks)
+    }
 
 
 def _is_low_precision(parameters: Collection[nn.Parameter], device: torch.device) -> bool:

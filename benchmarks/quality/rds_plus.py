@@ -22,6 +22,7 @@ from torch.nn.functional import normalize
 import assay
 from assay.demo.text import find_model
 from assay.methods import BM25, EmbeddingSimilarity, RDSPlus, Views
+from assay.methods.sums import Folded
 from assay.ops import scan_scores, topk_scan
 from assay.select import in_turns
 from assay.tasks import CausalLM
@@ -58,7 +59,7 @@ def by_embeddings(
     numbers = {}
     for method in methods:
         queries = method.fit().queries["target"]
-        embeddings = method.embedder.finite(batch.main for batch in pool)
+        embeddings = method.embedder.finite((batch.main for batch in pool), Folded())
         assert len(embeddings) == len(wanted)
         directions, amount = normalize(embeddings), round(BEST * len(wanted))
         nearest = method.score_features([embeddings])[method.name]

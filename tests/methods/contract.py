@@ -72,6 +72,8 @@ class World:
     collate: Callable[[Sequence[Any]], Any]
     broken: Any
     """A sample of which nothing can be known."""
+    predicts: bool = True
+    """Whether something is predicted of it."""
 
     def batches(self, order: Sequence[int], size: int, samples: Sequence[Any] | None = None) -> list[Any]:
         chosen = [(samples or self.samples)[i] for i in order]
@@ -163,7 +165,7 @@ def texts() -> World:
         return {"input_ids": padded, "attention_mask": (torch.arange(padded.shape[1]) < lengths[:, None]).long()}
 
     samples = [torch.randint(11, (length,), generator=generator) for length in lengths]
-    return World(CausalLM(), _models(LanguageModel), samples, collate, torch.tensor([4]))  # nothing to predict
+    return World(CausalLM(), _models(LanguageModel), samples, collate, torch.tensor([4]), predicts=False)
 
 
 def columns() -> World:
@@ -376,6 +378,29 @@ def a_broken_row_stays_alone(method: type[Any], world: World) -> None:
         assert fine.all(), f"{name} after a fit with one broken row"
 
 
+def a_fit_says_how_many_samples_it_left_out(method: type[Any], world: World) -> None:
+    """Of the pool and of the targets, whichever it looks at; or refuses them. Unlabelled ones are none of them."""
+    if method.fit is Method.fit:
+        return
+    asks = "targets" in inspect.signature(method.__init__).parameters
+    kinds = [kind for kind, looks in (("left_out", method.uses_pool), ("targets_left_out", asks)) if looks]
+
+    def left_out(samples: Sequence[Any]) -> dict[str, str]:
+        targets = {"targets": {"a": world.batches(range(7), 4, samples)}} if asks else {}
+        facts = world.make(method, **targets).fit(world.batches(range(SAMPLES), 10, samples)).metadata()
+        return {kind: facts.get(kind, "0") for kind in kinds}
+
+    assert kinds
+    assert left_out(world.samples) == dict.fromkeys(kinds, "0")
+    try:
+        damaged = left_out(world.damaged)
+    except ValueError as refused:
+        if "expected a finite" not in str(refused):
+            raise
+    else:
+        assert damaged == dict.fromkeys(kinds, str(int(world.predicts)))
+
+
 def the_same_input_gives_the_same_bits(method: type[Any], world: World) -> None:
     runs = []
     for seed in (0, 1):
@@ -447,6 +472,7 @@ CHECKS: list[Callable[[type[Any], World], None]] = [
     columns_are_as_promised,
     any_batching_gives_the_same_scores,
     a_broken_row_stays_alone,
+    a_fit_says_how_many_samples_it_left_out,
     the_same_input_gives_the_same_bits,
     metadata_is_text,
     metadata_gathers_no_more_than_it_says,

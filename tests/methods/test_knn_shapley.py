@@ -112,13 +112,15 @@ def test_finds_wrong_labels() -> None:
     assert roc_auc_score(data.wrong[:1200], -values.numpy()) > 0.95
 
 
-def test_rows_of_which_nothing_is_known_take_no_part() -> None:
+def test_rows_of_which_nothing_is_known_take_no_part(caplog: pytest.LogCaptureFixture) -> None:
     x, y, _ = game(6, 1)
     target, label = torch.tensor([[1.0, 0.0], [0.0, 0.0], [torch.nan, 1.0]]), torch.tensor([1, 1, 1])
     expected = knn_shapley([(x, y)], target[:1], label[:1], 2)
     more = torch.cat([x, torch.tensor([[0.0, 0.0], [torch.nan, 1], [torch.inf, 1], [1, 1]])])
     labels = torch.cat([y.float(), torch.tensor([1, 1, 1, torch.nan])])
+    assert not caplog.text
     got = knn_shapley([(more, labels)], target, label, 2)
+    assert "2 of 3 targets are left out: they have not a class and a direction" in caplog.text
     assert torch.equal(got[:6], expected)
     assert bool(got[6:].isnan().all())
     with pytest.raises(TypeError, match="such as a list, got an iterator"):

@@ -1,4 +1,4 @@
-"""A fit says of how many samples it could not use the gradients: in the pool, and among the targets' samples."""
+"""A fit says how many samples it could not use: in the pool, and among the targets' samples."""
 
 from __future__ import annotations
 
@@ -9,21 +9,27 @@ import pytest
 import torch
 
 from assay.methods import (
+    BM25,
+    DSIR,
     EKFAC,
     EKFACCG,
     LESS,
     SOURCE,
     TRAK,
+    TRIAGE,
     AdamState,
+    Density,
     DsDm,
     GradientCosine,
     InfluenceDistillation,
     LoGra,
+    OODFilter,
     TracIn,
     TrackStar,
+    Views,
 )
-from assay.tasks import CausalLM, Classification
-from tests.methods.contract import LanguageModel
+from assay.tasks import CausalLM, Classification, Regression
+from tests.methods.contract import LanguageModel, Regressor
 
 TASK = Classification()
 POOL = {
@@ -70,3 +76,25 @@ def test_samples_without_anything_to_predict_are_not_broken(make: Any) -> None:
     silent = {"input_ids": ids, "labels": torch.where(torch.arange(8)[:, None] < 6, ids, -100)}
     method = make([model] if make is TrackStar else model, CausalLM(), {"t": [silent]}).fit([silent])
     assert (method.metadata().get("left_out", "0"), method.metadata()["targets_left_out"]) == ("0", "0")
+
+
+@pytest.mark.parametrize("make", [TRIAGE, OODFilter, GradientCosine])
+def test_a_target_that_is_not_known_is_no_broken_sample(make: Any) -> None:
+    torch.manual_seed(0)
+    model, x, y = Regressor(), torch.randn(9, 5), torch.randn(9)
+    x[0], y[:3] = torch.nan, torch.nan  # of the first, neither
+    method = make([model] if make is TRIAGE else model, Regression(), {"t": [(x, y)]}).fit()
+    assert method.metadata()["targets_left_out"] == "0"
+    x[8] = torch.nan
+    method = make([model] if make is TRIAGE else model, Regression(), {"t": [(x, y)]}).fit()
+    assert method.metadata()["targets_left_out"] == "1"
+
+
+def test_directions_of_length_0_and_texts_without_a_word_are_left_out(problem: Any) -> None:
+    (model, _), (x, y), _ = problem
+    x = torch.cat([x[:20], torch.zeros(2, 6)])
+    assert Density(model, TASK, at="0").fit([(x, y[:22])]).metadata()["left_out"] == "2"
+    batch = Views(None, raw={"text": ["gold ore", "", None, "the furnace", "?"]})
+    for make, counts in ((DSIR, ("2", "2")), (BM25, ("3", "3"))):  # of which one has runs of punctuation as words
+        facts = make({"t": [batch]}).fit([batch]).metadata()
+        assert (facts["left_out"], facts["targets_left_out"]) == counts

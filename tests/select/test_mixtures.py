@@ -57,6 +57,15 @@ def test_gmm_repeats_and_passes_over_nan():
     assert (first.mask[10:] == good[10:]).mean() > 0.999
 
 
+@pytest.mark.parametrize("rule", [select.gmm, select.kmeans])
+def test_infinite_scores_take_no_part_and_are_counted(rule):
+    values, _ = two_groups(np.random.default_rng(4))
+    plain = rule(table(values), "s")
+    more = rule(table(np.concatenate([values, [math.inf, -math.inf, math.inf, math.nan]])), "s")
+    assert more.mask[-4:].tolist() == [True, False, True, False]
+    assert more.facts == plain.facts | {"infinite": 3}
+
+
 def test_kmeans_is_the_optimum_that_scikit_learn_looks_for():
     values = np.random.default_rng(4).gamma(1.0, size=400).astype(np.float32)
     ours = select.kmeans(table(values), "s").mask

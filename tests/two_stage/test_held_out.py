@@ -16,7 +16,7 @@ from assay.recipe.recipe import BatchSpec
 from assay.recipe.tasks import Encoded
 from assay.tasks.base import Outputs
 from assay.two_stage import Comparison, Trainee, Training, laboratory, prove
-from assay.two_stage.training import Learner, evaluate
+from assay.two_stage.training import Learner, evaluate, with_a_loss
 from tests.small_project import make_rows
 
 
@@ -54,6 +54,19 @@ def test_a_loss_without_end_says_what_to_do(step, advice):
     learner = Learner(torch.nn.Linear(1, 1), task, encoder, BatchSpec())
     with pytest.raises(EngineError, match=f"the loss after step {step} is inf; .*{advice}"):
         evaluate(learner, learner.model, [Encoded(None, 1, 0)], step)
+
+
+def test_samples_without_a_loss_are_left_out_aloud(caplog):
+    task = SimpleNamespace(
+        to=lambda batch, device: batch, forward=lambda model, batch: Outputs(torch.tensor(batch), None, None)
+    )
+    encoder = SimpleNamespace(collate=list)
+    learner = Learner(torch.nn.Linear(1, 1), task, encoder, BatchSpec())
+    samples = {row: Encoded(loss, 1, 0) for row, loss in {3: 0.5, 4: torch.nan, 9: 2.0}.items()}
+    assert list(with_a_loss(learner, samples, "corpus")) == [3, 9]
+    assert "corpus: 1 of its 3 samples have no loss" in caplog.text
+    assert list(with_a_loss(learner, {3: samples[3]}, "held-out")) == [3]
+    assert "held-out" not in caplog.text
 
 
 def test_what_is_found_is_not_written_among_targets(project):

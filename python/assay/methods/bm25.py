@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 
 from assay.methods.checks import check_at_least
+from assay.methods.sums import Folded
 from assay.methods.targets import Targets
-from assay.methods.text_method import Floats, Ints, TextMethod, summed
-from assay.ops import Terms
+from assay.methods.text_method import Floats, Ints, TextMethod
+from assay.ops import NGramCounts, Terms
 from assay.ops.ngrams import Texts
 
 
@@ -66,26 +68,20 @@ class BM25(TextMethod):
             raise ValueError(f"b: expected a number from 0 to 1, got {b}")
         self.k1, self.b, self.contrast = float(k1), float(b), contrast
 
-    def _learn(self, targets: Mapping[str, Sequence[Texts]], pool: Iterable[Any]) -> _Fitted:
+    def _learn(self, targets: Mapping[str, Sequence[Texts]], pool: Iterable[Any]) -> tuple[_Fitted, Folded]:
         terms = Terms(np.concatenate([self._hashes(texts).hashes for own in targets.values() for texts in own]))
-        weights = np.zeros((len(terms), len(targets)))
+        weights, count = np.zeros((len(terms), len(targets))), partial(_having, len(terms))
         for j, own in enumerate(targets.values()):
-            asked = summed(own, lambda texts: self._having(texts, terms))
+            asked, _ = self._summed(own, terms, count)
             weights[:, j] = asked[:-2] / asked[-1]
-        found = self._total(pool, lambda texts: self._having(texts, terms))
+        found, folded = self._total(pool, terms, count)
         having, length, n = found[:-2], int(found[-2]), int(found[-1])
         if not n:
             raise self._wordless("the pool")
         if self.contrast:
             weights -= (having / n)[:, None]
         idf = np.log1p((n - having + 0.5) / (having + 0.5))
-        return _Fitted(terms, idf[:, None] * weights, length / n, n)
-
-    def _having(self, texts: Texts, terms: Terms) -> Ints:
-        """(V + 2,): of each term the texts that have it; then all texts' words, and the texts that have any."""
-        counts = self._counts(texts, terms)
-        having = np.bincount(counts.features, minlength=len(terms))
-        return np.append(having, [counts.lengths.sum(), (counts.lengths > 0).sum()]).astype(np.int64)
+        return _Fitted(terms, idf[:, None] * weights, length / n, n), folded
 
     def _values(self, texts: Texts, fitted: _Fitted) -> tuple[Floats, Ints]:
         found = self._counts(texts, fitted.terms)
@@ -95,6 +91,12 @@ class BM25(TextMethod):
 
     def metadata(self) -> dict[str, str]:
         facts = {"k1": f"{self.k1:g}", "b": f"{self.b:g}", "idf": "Lucene's", "contrast": str(self.contrast).lower()}
-        if self._fitted is None:
-            return facts
-        return facts | {"terms": str(len(self._fitted.terms)), "pool_texts": str(self._fitted.texts)}
+        if self._fitted is not None:
+            facts |= {"terms": str(len(self._fitted.terms)), "pool_texts": str(self._fitted.texts)}
+        return super().metadata() | facts
+
+
+def _having(terms: int, counts: NGramCounts) -> Ints:
+    """(V + 2,): of each of V terms the texts that have it; then all texts' words, and the texts that have any."""
+    having = np.bincount(counts.features, minlength=terms)
+    return np.append(having, [counts.lengths.sum(), (counts.lengths > 0).sum()]).astype(np.int64)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from assay.methods.base import Column, Method, Need
 from assay.methods.embedding import Embedder, Pooling, unit
+from assay.methods.sums import Folded, samples_left_out
 from assay.probe import Signals
 from assay.tasks import Task
 
@@ -77,6 +78,7 @@ class Density(Method):
         self.repetitions, self.buckets, self.bandwidth, self.seed = repetitions, buckets, bandwidth, seed
         self.embedder = Embedder(name, model, task, at, pooling)
         self._sums: KernelSums | None = None
+        self._of_pool = Folded()
 
     @property
     def columns(self) -> Sequence[Column]:
@@ -97,8 +99,8 @@ class Density(Method):
         Raises:
             ValueError: no sample has a finite embedding.
         """
-        directions = unit(self.embedder.finite(pool))
-        directions = directions[directions.isfinite().all(1)]
+        folded = Folded()
+        directions = self.embedder.finite(pool, folded, unit)
         if not len(directions):
             raise ValueError(f"{self.name}: fit() needs samples of the pool, found none with a finite embedding")
         width = self.bandwidth * _spread(directions)
@@ -106,7 +108,7 @@ class Density(Method):
         sums = KernelSums(directions.shape[1], width, self.repetitions, buckets, self.seed, directions.device)
         for start in range(0, len(directions), _ROWS):
             sums.add(directions[start : start + _ROWS])
-        self._sums = sums
+        self._sums, self._of_pool = sums, folded
         return self
 
     def score(self, signals: Mapping[str, Signals]) -> dict[str, Tensor]:
@@ -120,7 +122,10 @@ class Density(Method):
 
     def metadata(self) -> dict[str, str]:
         pooled = self.embedder.pooled
-        facts = {"embedding": f"input of layer {pooled.layer!r}, {pooled.weights} over positions"}
+        facts = {
+            "embedding": f"input of layer {pooled.layer!r}, {pooled.weights} over positions",
+            "left_out": samples_left_out(self._of_pool),
+        }
         if self._sums is not None:
             facts |= {"samples": str(self._sums.samples), "cell": f"{self._sums.width:.6g}"}
         return facts

@@ -13,8 +13,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from assay.methods.checks import check_at_least
+from assay.methods.sums import Folded
 from assay.methods.targets import Targets
-from assay.methods.text_method import Floats, Ints, TextMethod, summed
+from assay.methods.text_method import Floats, Ints, TextMethod
+from assay.ops import NGramCounts
 from assay.ops.ngrams import Texts, check_features
 
 
@@ -64,16 +66,16 @@ class DSIR(TextMethod):
             raise ValueError("smoothing: expected more than 0; an n-gram that one side has never seen would rule all")
         self.buckets, self.smoothing = buckets, float(smoothing)
 
-    def _learn(self, targets: Mapping[str, Sequence[Texts]], pool: Iterable[Any]) -> _Fitted:
-        bins = self._total(pool, self._bins)
+    def _learn(self, targets: Mapping[str, Sequence[Texts]], pool: Iterable[Any]) -> tuple[_Fitted, Folded]:
+        bins, folded = self._total(pool, self.buckets, self._bins)
         if not (total := int(bins.sum())):
             raise self._wordless("the pool")
-        logs = [self._logs(summed(own, self._bins)) for own in targets.values()]
-        return _Fitted(np.stack(logs, 1) - self._logs(bins)[:, None], total)
+        logs = [self._logs(self._summed(own, self.buckets, self._bins)[0]) for own in targets.values()]
+        return _Fitted(np.stack(logs, 1) - self._logs(bins)[:, None], total), folded
 
-    def _bins(self, texts: Texts) -> Ints:
+    def _bins(self, counts: NGramCounts) -> Ints:
         """(buckets,) how many n-grams are in each."""
-        bins, counts = np.zeros(self.buckets, np.int64), self._counts(texts, self.buckets)
+        bins = np.zeros(self.buckets, np.int64)
         np.add.at(bins, counts.features, counts.counts)
         return bins
 
@@ -87,5 +89,5 @@ class DSIR(TextMethod):
         return found.weighted(fitted.ratios), found.lengths
 
     def metadata(self) -> dict[str, str]:
-        facts = {"smoothing": f"{self.smoothing:g}", "buckets": str(self.buckets)}
+        facts = super().metadata() | {"smoothing": f"{self.smoothing:g}", "buckets": str(self.buckets)}
         return facts | ({"pool_ngrams": str(self._fitted.pool)} if self._fitted is not None else {})

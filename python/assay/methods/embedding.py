@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -13,13 +13,16 @@ from torch import Tensor, nn
 from assay.methods.base import Need
 from assay.methods.checks import check_one_of
 from assay.methods.parts import State, states
+from assay.methods.sums import Folded
 from assay.methods.targets import TargetSet
 from assay.probe import Pooled, Probe, Signals
 from assay.probe.selection import find_module
 from assay.tasks import Task
-from assay.tasks.base import IGNORE
+from assay.tasks.base import unlabelled
 
 Pooling = Literal["mean", "position"]
+Take = Callable[[Tensor], Tensor]
+"""Embeddings (B, D) -> what a fit takes of each sample, (B, …)."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,10 @@ class Embedder:
         """(B, D) float32, NaN where the task has nothing to predict of a sample, as all its scores are."""
         found = signals.embeddings
         assert found is not None
-        return found.masked_fill(_nothing(signals).to(found.device)[:, None], torch.nan)
+        # Told by the labels where that is possible: a language model's losses would have to be made.
+        silent = None if signals.labels is None else unlabelled(signals, signals.samples)
+        nothing = signals.losses.isnan() if silent is None else silent
+        return found.masked_fill(nothing.to(found.device)[:, None], torch.nan)
 
     def run(self, batches: Iterable[Any]) -> Iterator[Signals]:
         probe = Probe(self.model, self.task, factors=(), embeddings=self.pooled, logits=False)
@@ -80,30 +86,40 @@ class Embedder:
             if (signals := probe(batch)).embeddings is not None:  # a batch without samples has none
                 yield signals
 
-    def finite(self, batches: Iterable[Any]) -> Tensor:
-        """(N, D): the embeddings of those samples that have a finite one; (0, 0) of none."""
+    def fitted(self, signals: Signals, folded: Folded, take: Take) -> Tensor:
+        """(n, …): what a fit takes of a batch's embeddings, of the samples of which it is finite. All are noted in
+        ``folded``."""
+        found = take(self.embeddings(signals))
+        fine = found.isfinite().all(1)
+        folded.note(signals, fine)
+        return found[fine]
+
+    def finite(self, batches: Iterable[Any], folded: Folded, take: Take = lambda each: each) -> Tensor:
+        """(N, D): ``fitted`` of the samples of all batches; (0, 0) of none."""
 
         def part(batches: Iterable[Any], first: int) -> State:
-            each = [self.embeddings(signals) for signals in self.run(batches)]
-            whole = torch.cat(each) if each else torch.empty(0, 0)
-            return whole[whole.isfinite().all(1)]
+            own = Folded()
+            each = [self.fitted(signals, own, take) for signals in self.run(batches)]
+            return {"embeddings": torch.cat(each) if each else torch.empty(0, 0), "folded": own.state()}
 
-        parts = list(states(batches, part))
-        return torch.cat([part for part in parts if len(part)] or parts[:1])
+        found = []
+        for state in states(batches, part):
+            folded.join(state["folded"])
+            found.append(state["embeddings"])
+        return torch.cat([each for each in found if len(each)] or found[:1])
 
-    def of_targets(self, targets: TargetSet) -> dict[str, Tensor]:
-        """By target, the embeddings at length 1 of those samples that have a direction.
+    def of_targets(self, targets: TargetSet) -> tuple[dict[str, Tensor], Folded]:
+        """By target, the embeddings at length 1 of those samples that have a direction; and what all of them are.
 
         Raises:
             ValueError: a target without such samples.
         """
-        found = {}
+        found, folded = {}, Folded()
         for name, batches in targets.batches.items():
-            each = unit(self.finite(batches))
-            found[name] = each[each.isfinite().all(1)]
+            found[name] = self.finite(batches, folded, unit)
             if not len(found[name]):
                 raise ValueError(f"{self.name}: target {name!r} has no sample with a finite embedding that is not 0")
-        return found
+        return found, folded
 
 
 def unit(embeddings: Tensor) -> Tensor:
@@ -113,18 +129,6 @@ def unit(embeddings: Tensor) -> Tensor:
         return wide
     scaled = wide / wide.abs().amax(1, keepdim=True)  # so that no square is beyond the type, nor vanishes
     return scaled / scaled.square().sum(1, keepdim=True).sqrt()
-
-
-def _nothing(signals: Signals) -> Tensor:
-    """(B,) bool: whether there is nothing to predict. Told by the labels where that is possible: a language model's
-    losses would have to be made."""
-    labels, rows = signals.labels, signals.rows
-    if labels is None:
-        return signals.losses.isnan()
-    predicted = (labels != IGNORE).long()
-    if rows is not None:
-        predicted = torch.zeros(signals.samples, dtype=torch.long, device=labels.device).index_add_(0, rows, predicted)
-    return predicted == 0
 
 
 def _output_layer(model: nn.Module) -> str | None:

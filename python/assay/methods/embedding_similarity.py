@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from assay.methods.base import Column, Keeper, Kept, Need
 from assay.methods.checks import check_one_of
 from assay.methods.embedding import Embedder, Pooling, unit
+from assay.methods.sums import Folded, samples_left_out
 from assay.methods.targets import Targets, TargetSet
 from assay.ops import scan_scores
 from assay.probe import Signals
@@ -69,6 +70,7 @@ class EmbeddingSimilarity(Keeper):
         self.embedder = Embedder(name, model, task, at, pooling)
         self.left_out: Mapping[str, str] = {}  # as of methods that take gradients: nothing is
         self.queries: dict[str, Tensor] = {}
+        self._of_targets = Folded()
 
     @property
     def columns(self) -> Sequence[Column]:
@@ -83,10 +85,10 @@ class EmbeddingSimilarity(Keeper):
         Raises:
             ValueError: a target without a sample that has a finite embedding.
         """
-        queries = self.embedder.of_targets(self.targets)
+        queries, folded = self.embedder.of_targets(self.targets)
         if self.within == "mean":  # the mean of the cosines is the cosine with the mean, but for its length
             queries = {name: each.double().mean(0, keepdim=True).to(each) for name, each in queries.items()}
-        self.queries = queries
+        self.queries, self._of_targets = queries, folded
         return self
 
     @property
@@ -130,4 +132,5 @@ class EmbeddingSimilarity(Keeper):
         return {
             "targets": str(self.targets),
             "embedding": f"input of layer {pooled.layer!r}, {pooled.weights} over positions",
+            "targets_left_out": samples_left_out(self._of_targets),
         }

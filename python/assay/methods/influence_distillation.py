@@ -184,11 +184,12 @@ class InfluenceDistillation(Method):
         for batch, chosen in zip(batches, torch.split(drawn, sizes), strict=True):
             if not bool(chosen.any()):
                 continue
-            reduced = probe(batch).reduced
-            embedding, feature = (reduced[key][chosen.to(reduced[key].device)].double() for key in reductions)
-            fine = embedding.isfinite().all(1) & feature.isfinite().all(1)
-            folded.broken_samples += int((~fine).sum())
-            found.append((embedding[fine], feature[fine]))
+            signals = probe(batch)
+            both = [signals.reduced[key] for key in reductions]
+            fine = torch.stack([each.isfinite().all(1).cpu() for each in both]).all(0)
+            folded.note(signals, fine | ~chosen)
+            embedding, feature = (each[(fine & chosen).to(each.device)].double() for each in both)
+            found.append((embedding, feature))
         if sum(len(embedding) for embedding, _ in found) < 2:
             raise ValueError(f"{self.name}: fit() needs at least 2 samples of the pool for landmarks")
         self._of_pool = folded

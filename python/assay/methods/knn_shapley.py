@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -20,6 +21,8 @@ from assay.tasks.base import IGNORE
 Blocks = Iterable[tuple[Tensor, Tensor]]
 """(b, D) embeddings and (b,) classes, block after block; gone through twice or more, so a list, not a generator."""
 Metric = Literal["cosine", "euclidean"]
+
+_log = logging.getLogger("assay")
 
 # So many samples are compared with a target at once.
 _PAIRS = 1 << 22
@@ -60,7 +63,8 @@ def knn_shapley(
 
     Returns:
         (N,) float64 on the CPU, in the blocks' order. NaN for a sample without a class (NaN or −100), or whose
-        embedding is not finite, or 0 where the cosine is asked for: it takes no part. Such targets are left out.
+        embedding is not finite, or 0 where the cosine is asked for: it takes no part. Such targets are left out; a
+        warning says how many.
 
     Raises:
         TypeError: blocks that can be gone through only once.
@@ -76,6 +80,8 @@ def knn_shapley(
     near = _Nearness.to(targets, target_labels, metric, blocks)
     if not len(near.targets):
         raise ValueError(f"knn_shapley: none of {len(targets)} targets has {what}")
+    if left_out := len(targets) - len(near.targets):
+        _log.warning("knn_shapley: %d of %d targets are left out: they have not %s", left_out, len(targets), what)
     seen = _Seen(near, exact, bins)
     for nearness, matches, _ in near.pairs(blocks):
         seen.add(nearness, matches)

@@ -18,6 +18,7 @@ from assay.methods.base import Column, Method, Need
 from assay.methods.checks import check_at_least
 from assay.methods.embedding import Embedder, Pooling
 from assay.methods.parts import State, states
+from assay.methods.sums import Folded, samples_left_out
 from assay.probe import Signals
 from assay.tasks import Task
 
@@ -63,7 +64,7 @@ class Leverage(Method):
         check_at_least(f"{name}: damping", damping, 1e-12)  # beyond that float64 has no digits left
         self.embedder = Embedder(name, model, task, at, pooling)
         self._root: Tensor | None = None  # (D + 1, D + 1), L of ΦᵀΦ + λI = LLᵀ
-        self._samples, self._freedom = 0, math.nan
+        self._samples, self._freedom, self._of_pool = 0, math.nan, Folded()
 
     @property
     def columns(self) -> Sequence[Column]:
@@ -84,24 +85,24 @@ class Leverage(Method):
         """
 
         def part(batches: Iterable[Any], first: int) -> State:
-            moment, samples = torch.zeros(()), 0
+            moment, samples, folded = torch.zeros(()), 0, Folded()
             for signals in self.embedder.run(batches):
-                features = _features(self.embedder.embeddings(signals))
-                features = features[features.isfinite().all(1)]
+                features = self.embedder.fitted(signals, folded, _features)
                 moment = features.T @ features + moment.to(features)
                 samples += len(features)
-            return {"moment": moment, "samples": samples}
+            return {"moment": moment, "samples": samples, "folded": folded.state()}
 
-        moment, samples = torch.zeros(()), 0
+        moment, samples, folded = torch.zeros(()), 0, Folded()
         for state in states(pool, part):
             moment, samples = moment.to(state["moment"]) + state["moment"], samples + state["samples"]
+            folded.join(state["folded"])
         if not samples:
             raise ValueError(f"{self.name}: fit() needs samples of the pool, found none with a finite embedding")
         damping = self.damping * float(moment.trace())
         values = torch.linalg.eigvalsh(moment).clamp(min=0)
         damped = moment + damping * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
         self._root, self._samples = torch.linalg.cholesky(damped), samples
-        self._freedom = float((values / (values + damping)).sum())
+        self._freedom, self._of_pool = float((values / (values + damping)).sum()), folded
         return self
 
     def score(self, signals: Mapping[str, Signals]) -> dict[str, Tensor]:
@@ -114,7 +115,10 @@ class Leverage(Method):
 
     def metadata(self) -> dict[str, str]:
         pooled = self.embedder.pooled
-        facts = {"embedding": f"input of layer {pooled.layer!r}, {pooled.weights} over positions"}
+        facts = {
+            "embedding": f"input of layer {pooled.layer!r}, {pooled.weights} over positions",
+            "left_out": samples_left_out(self._of_pool),
+        }
         if self._root is not None:
             facts |= {"samples": str(self._samples), "degrees_of_freedom": f"{self._freedom:.6g}"}
         return facts

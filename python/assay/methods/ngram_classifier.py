@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from assay.methods.checks import check_at_least
+from assay.methods.sums import Folded
 from assay.methods.targets import Targets
-from assay.methods.text_method import Floats, Ints, TextMethod
+from assay.methods.text_method import Floats, Ints, TextMethod, note
 from assay.ops import NGramCounts
 from assay.ops.ngrams import Texts, check_features
 
@@ -86,10 +87,13 @@ class NGramClassifier(TextMethod):
             raise ValueError("penalty: expected more than 0; without one the weights have no end")
         self.buckets, self.penalty = buckets, float(penalty)
 
-    def _learn(self, targets: Mapping[str, Sequence[Texts]], pool: Iterable[Any]) -> _Fitted:
+    def _learn(self, targets: Mapping[str, Sequence[Texts]], pool: Iterable[Any]) -> tuple[_Fitted, Folded]:
         negatives = [self._counts(texts, self.buckets) for texts in self._texts(pool)]
         if not any(len(counts.features) for counts in negatives):
             raise self._wordless("the pool")
+        folded = Folded()
+        for counts in negatives:
+            note(folded, counts.lengths)
         weights, biases = np.zeros((self.buckets, len(targets))), np.zeros(len(targets))
         facts: dict[str, str] = {}
         for j, (name, own) in enumerate(targets.items()):
@@ -102,7 +106,7 @@ class NGramClassifier(TextMethod):
             facts[f"fit_{name}"] = f"{first} against {matrix.shape[0] - first} texts, {steps} steps" + (
                 "" if converged else ", not converged: take a larger penalty"
             )
-        return _Fitted(weights, biases, facts)
+        return _Fitted(weights, biases, facts), folded
 
     def _values(self, texts: Texts, fitted: _Fitted) -> tuple[Floats, Ints]:
         found = self._counts(texts, self.buckets)
@@ -111,7 +115,7 @@ class NGramClassifier(TextMethod):
         return found.weighted(fitted.weights) / lengths[:, None] + fitted.biases, found.lengths
 
     def metadata(self) -> dict[str, str]:
-        facts = {"penalty": f"{self.penalty:g}", "buckets": str(self.buckets)}
+        facts = super().metadata() | {"penalty": f"{self.penalty:g}", "buckets": str(self.buckets)}
         return facts | (dict(self._fitted.facts) if self._fitted is not None else {})
 
 

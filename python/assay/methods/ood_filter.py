@@ -15,6 +15,7 @@ from assay.methods.base import Column, Method, Need
 from assay.methods.checks import check_at_least
 from assay.methods.embedding import Embedder, Pooling
 from assay.methods.nearest import Held
+from assay.methods.sums import Folded, samples_left_out
 from assay.methods.targets import Targets, TargetSet
 from assay.probe import Signals
 from assay.tasks import Task
@@ -66,6 +67,7 @@ class OODFilter(Method):
         self.targets = TargetSet(name, targets).required()
         self.embedder = Embedder(name, model, task, at, pooling)
         self._real: Held | None = None
+        self._of_targets = Folded()
         self._own = torch.empty(0)  # (n,) ascending: real samples' distances to the other real ones
 
     @property
@@ -84,13 +86,14 @@ class OODFilter(Method):
         Raises:
             ValueError: fewer than two real samples have a finite embedding.
         """
-        parts = [self.embedder.finite(batches) for batches in self.targets.batches.values()]
+        folded = Folded()
+        parts = [self.embedder.finite(batches, folded) for batches in self.targets.batches.values()]
         known = torch.cat([part for part in parts if len(part)] or parts[:1])
         if len(known) < 2:
             raise ValueError(
                 f"{self.name}: {len(known)} real samples ({self.targets}) have a finite embedding; expected at least 2"
             )
-        self._real = Held.of(known)
+        self._real, self._of_targets = Held.of(known), folded
         own, _ = self._real.nearest(known, self.neighbours, but_itself=True)
         self._own = own.mean(1).sort().values
         return self
@@ -112,6 +115,7 @@ class OODFilter(Method):
         facts = {
             "real": str(self.targets),
             "embedding": f"input of layer {pooled.layer!r}, {pooled.weights} over positions",
+            "targets_left_out": samples_left_out(self._of_targets),
         }
         if self._real is not None:
             facts |= {"real_samples": str(len(self._real)), "median_distance": f"{float(self._own.median()):.6g}"}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from assay.methods.parts import State, states
 from assay.probe import PerSampleGradient, Probe, Signals
 from assay.tasks import Sampled, Task
+from assay.tasks.base import unlabelled
 
 
 @dataclass
@@ -96,8 +97,8 @@ class Folded:
         samples: all of them.
         with_loss: those with something to predict that can be; the gradient of another is 0, or not finite.
         broken: by parameter, those of ``with_loss`` whose gradient in it was left out.
-        broken_samples: those whose gradient is not finite throughout, or whose feature is not; what has nothing to
-            predict has a gradient of 0.
+        broken_samples: those that a fit left out although something is predicted of them: whose gradient is not finite
+            throughout, or whose feature or embedding is not, and texts without a word.
         left_out: parameters that could not be tapped, with the reason.
     """
 
@@ -117,6 +118,12 @@ class Folded:
         self.broken.update(other["broken"])
         self.broken_samples += other["broken_samples"]
         self.left_out |= other["left_out"]
+
+    def note(self, signals: Signals, fine: Tensor) -> None:
+        """Count the samples of a batch, of which a fit can take those that are ``fine``, (B,) bool."""
+        silent = unlabelled(signals, len(fine))
+        self.samples += len(fine)
+        self.broken_samples += int((~fine if silent is None else ~(fine | silent.to(fine.device))).sum())
 
     def count(self, parameter: str) -> int:
         """The samples that a mean over the parameter's gradients is of."""
@@ -157,12 +164,11 @@ def fold(
                 probe.task = Sampled(task, drawn, first=first + folded.samples)
             signals = probe(batch)
             with_loss = ~signals.losses.isnan()
-            folded.samples += len(with_loss)
             folded.with_loss += int(with_loss.sum())
             broken = signals.reduced["sums"]
+            folded.note(signals, ~broken.any(1))
             counts = broken[with_loss].sum(0, dtype=torch.long).tolist()
             folded.broken.update(dict(zip(sums.parameters, counts, strict=True)))
-            folded.broken_samples += int(broken.any(1).sum())
         folded.left_out |= probe.left_out
         return {"sums": own.state(), "folded": folded.state()}
 
@@ -177,9 +183,8 @@ def features_of(probe: Probe, batches: Iterable[Any], folded: Folded) -> Iterato
     """(B, size) of each batch; the samples, those with a loss, and what cannot be tapped, are noted in ``folded``."""
     for batch in batches:
         signals = probe(batch)
-        folded.samples += len(signals.losses)
+        folded.note(signals, signals.reduced["feature"].isfinite().all(1))
         folded.with_loss += int((~signals.losses.isnan()).sum())
-        folded.broken_samples += int((~signals.reduced["feature"].isfinite().all(1)).sum())
         folded.left_out |= probe.left_out
         yield sample_features(signals)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from assay.methods.base import Column, Method, Need, Views
 from assay.methods.parts import State, states
+from assay.methods.sums import Folded, samples_left_out
 from assay.methods.targets import Targets, TargetSet
 from assay.ops import NGramCounts, NGramHashes, Terms, ngram_counts, ngram_hashes
 from assay.ops.ngrams import Texts, are_texts, check_settings
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Count = Callable[[NGramCounts], Ints]
 
 
 class TextMethod(Method):
@@ -43,6 +45,7 @@ class TextMethod(Method):
         self.order, self.punctuation = order, punctuation
         self.targets = TargetSet(name, targets).required()
         self._fitted: Any = None
+        self._of_pool, self._of_targets = Folded(), Folded()  # texts that fit() went through
 
     @property
     def columns(self) -> Sequence[Column]:
@@ -61,10 +64,12 @@ class TextMethod(Method):
             ValueError: a target or the pool without a text that has a token, or a batch without the column.
         """
         targets = {name: list(self._texts(batches)) for name, batches in self.targets.batches.items()}
+        of_targets = Folded()
         for name, own in targets.items():
-            if not any(self._hashes(texts).offsets[-1] for texts in own):
+            if not sum(note(of_targets, np.diff(self._hashes(texts).offsets)) for texts in own):
                 raise self._wordless(f"target {name!r}")
-        self._fitted = self._learn(targets, pool)
+        self._fitted, self._of_pool = self._learn(targets, pool)
+        self._of_targets = of_targets
         return self
 
     def score(self, signals: Mapping[str, Signals]) -> dict[str, Tensor]:
@@ -76,20 +81,41 @@ class TextMethod(Method):
         return self.targets.scores(torch.from_numpy(values))
 
     @abstractmethod
-    def _learn(self, targets: Mapping[str, Sequence[Texts]], pool: Iterable[Any]) -> Any:
-        """What scores are made with, from batches of texts by target, and those of the pool, which may have no word."""
+    def _learn(self, targets: Mapping[str, Sequence[Texts]], pool: Iterable[Any]) -> tuple[Any, Folded]:
+        """What scores are made with, from batches of texts by target, and those of the pool, which may have no word;
+        and what the pool's are."""
+
+    def metadata(self) -> dict[str, str]:
+        return {
+            "left_out": samples_left_out(self._of_pool),
+            "targets_left_out": samples_left_out(self._of_targets),
+        }
 
     @abstractmethod
     def _values(self, texts: Texts, fitted: Any) -> tuple[Floats, NDArray[np.int64]]:
         """(B, targets), and how many n-grams each text has."""
 
-    def _total(self, batches: Iterable[Any], count: Callable[[Texts], Ints]) -> Ints:
-        """What ``count`` gives of some texts, integers, added up over those of all batches."""
+    def _total(self, batches: Iterable[Any], features: int | Terms, count: Count) -> tuple[Ints, Folded]:
+        """As ``_summed``, of the texts of all batches."""
 
         def part(batches: Iterable[Any], first: int) -> State:
-            return torch.from_numpy(summed(self._texts(batches), count))
+            total, folded = self._summed(self._texts(batches), features, count)
+            return {"total": torch.from_numpy(total), "folded": folded.state()}
 
-        return sum((state.numpy() for state in states(batches, part)), start=count([]))
+        total, folded = self._summed([], features, count)
+        for state in states(batches, part):
+            total = total + state["total"].numpy()
+            folded.join(state["folded"])
+        return total, folded
+
+    def _summed(self, batches: Iterable[Texts], features: int | Terms, count: Count) -> tuple[Ints, Folded]:
+        """What ``count`` gives of texts' n-grams, integers, added up; and what the texts are."""
+        total, folded = count(self._counts([], features)), Folded()
+        for texts in batches:
+            counts = self._counts(texts, features)
+            note(folded, counts.lengths)
+            total = total + count(counts)
+        return total, folded
 
     def _wordless(self, what: str) -> ValueError:
         return ValueError(f"{self.name}: {what} has no text with a word in {self.text_column!r}")
@@ -110,9 +136,12 @@ class TextMethod(Method):
             yield known_texts(batch.raw[self.text_column])
 
 
-def summed(batches: Iterable[Texts], count: Callable[[Texts], Ints]) -> Ints:
-    """What ``count`` gives of some texts, added up over batches of them; of no text, too."""
-    return sum(map(count, batches), start=count([]))
+def note(folded: Folded, lengths: Ints) -> int:
+    """Note texts, by how many n-grams each has: a fit leaves those without any out -> how many are left."""
+    without = int((lengths == 0).sum())
+    folded.samples += len(lengths)
+    folded.broken_samples += without
+    return len(lengths) - without
 
 
 def known_texts(values: Any) -> Texts:

@@ -16,6 +16,7 @@ from assay.methods.base import Column, Method, Need
 from assay.methods.checks import check_at_least
 from assay.methods.embedding import Embedder, Pooling
 from assay.methods.nearest import Held
+from assay.methods.sums import Folded, samples_left_out
 from assay.methods.targets import Targets, TargetSet
 from assay.probe import Signals
 from assay.tasks import Regression, Residual
@@ -76,6 +77,7 @@ class TRIAGE(Method):
         self.task, self.targets = Residual(task), TargetSet(name, targets).required()
         self.embedders = [Embedder(name, model, self.task, at, pooling) for model in self.models]
         self._calibrations: list[_Calibration] = []
+        self._of_targets: list[Folded] = []  # by checkpoint
 
     @property
     def columns(self) -> Sequence[Column]:
@@ -95,23 +97,25 @@ class TRIAGE(Method):
             ValueError: fewer than four calibration samples have a finite embedding and residual: two to give σ, two
                 to rank.
         """
-        self._calibrations = [self._calibrate(e) for e in range(len(self.models))]
+        found = [self._calibrate(e) for e in range(len(self.models))]
+        self._calibrations, self._of_targets = [own for own, _ in found], [folded for _, folded in found]
         return self
 
-    def _calibrate(self, e: int) -> _Calibration:
-        embeddings, residuals = [], []
+    def _calibrate(self, e: int) -> tuple[_Calibration, Folded]:
+        found, folded = list[tuple[Tensor, Tensor]](), Folded()
         for batches in self.targets.batches.values():
             for signals in self.embedders[e].run(batches):
-                embeddings.append(self.embedders[e].embeddings(signals).double())
-                residuals.append(signals.losses.double())
-        x, r = (torch.cat(parts) if parts else torch.empty(0) for parts in (embeddings, residuals))
-        fine = r.isfinite() & x.isfinite().all(-1) if len(r) else torch.zeros(0, dtype=torch.bool)
-        if (count := int(fine.sum())) < 4:
+                x, r = self.embedders[e].embeddings(signals).double(), signals.losses.double()
+                fine = _are_finite(x, r)
+                folded.note(signals, fine)
+                found.append((x[fine], r[fine]))
+        if (count := sum(len(r) for _, r in found)) < 4:
             raise ValueError(
-                f"{self.name}: {count} of the {len(fine)} calibration samples ({self.targets}) have a finite embedding "
-                f"and residual under model {e}; expected at least 4, and some hundred to tell much"
+                f"{self.name}: {count} of the {folded.samples} calibration samples ({self.targets}) have a finite "
+                f"embedding and residual under model {e}; expected at least 4, and some hundred to tell much"
             )
-        return _Calibration.of(x[fine], r[fine], self.neighbours)
+        x, r = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return _Calibration.of(x, r, self.neighbours), folded
 
     def score(self, signals: Mapping[str, Signals]) -> dict[str, Tensor]:
         if not self._calibrations:
@@ -133,6 +137,7 @@ class TRIAGE(Method):
         facts = {
             "calibration": str(self.targets),
             "embedding": f"input of layer {pooled.layer!r}, {pooled.weights} over positions",
+            "targets_left_out": samples_left_out(*self._of_targets),
         }
         if self._calibrations:
             counts = [len(c.held) + len(c.ranked) for c in self._calibrations]
@@ -171,10 +176,14 @@ class _Calibration:
 
     def place(self, x: Tensor, residuals: Tensor) -> Tensor:
         """(B, D) and (B,) -> the p-values T (B,); NaN where not all is finite."""
-        fine = residuals.isfinite() & x.isfinite().all(1)
+        fine = _are_finite(x, residuals)
         found = torch.full_like(residuals, torch.nan)
         found[fine] = _among(self.ranked, residuals[fine] / self.scale(x[fine]))
         return found
+
+
+def _are_finite(x: Tensor, residuals: Tensor) -> Tensor:
+    return residuals.isfinite() & x.isfinite().all(1)
 
 
 def _among(ranked: Tensor, values: Tensor) -> Tensor:

@@ -347,7 +347,7 @@ class Probe:
             output_layer=outputs.output_layer if self._logits else None,
             row_losses=later(outputs, "row_losses", lambda rows: None if rows is None else rows.detach()),
             prediction=outputs.prediction.detach() if self._logits and outputs.prediction is not None else None,
-            target=outputs.target if self._logits else None,
+            target=outputs.target,
             size=size,
             left_out=frozenset(self.left_out),
         )

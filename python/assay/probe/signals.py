@@ -31,7 +31,7 @@ class Signals:
         row_losses: (B,) or (B, T): the cross entropies that the losses are made of, 0 where nothing is predicted; None
             if the task has none.
         raw: by name, the samples' own columns, each of B values; the probe gives none.
-        prediction, target: (B, ...), a regression's, if logits were asked for.
+        prediction, target: (B, ...), a regression's; the prediction if logits were asked for.
         left_out: parameters that could not be tapped: nothing here holds their gradients.
         size: B, where it is known before the losses are; see ``samples``.
     """

@@ -18,7 +18,7 @@ def gmm(table: pa.Table, by: str, keep: Keep | None = None, seed: int = 0) -> Se
 
     ``weights`` are the probabilities. Beyond the two means the nearer component wins outright, so that the
     rule is a threshold: a wide component cannot claim the far tail behind a narrow one. The fit sees at most
-    200,000 rows, drawn with ``seed``; infinite scores take no part in it.
+    200,000 rows, drawn with ``seed``; infinite scores take no part in it, and ``facts`` count them.
     """
     score = oriented(table, by, keep)
     finite = _two_values(score)
@@ -48,12 +48,14 @@ def gmm(table: pa.Table, by: str, keep: Keep | None = None, seed: int = 0) -> Se
             "better_mean": means[0],
             "worse_mean": means[1],
             "better_share": float(model.weights_[better]),
+            **_infinite(score),
         },
     )
 
 
 def kmeans(table: pa.Table, by: str, keep: Keep | None = None) -> Selection:
-    """Split the score into the two groups of least squared error and keep the better: exact, no seed."""
+    """Split the score into the two groups of least squared error and keep the better: exact, no seed. Infinite scores
+    as in ``gmm``."""
     score = oriented(table, by, keep)
     ordered = _two_values(score)
     ordered.sort()
@@ -61,7 +63,7 @@ def kmeans(table: pa.Table, by: str, keep: Keep | None = None) -> Selection:
     selection = score.cut(float(ordered[split]), f"{by}, 2-means")
     means = {"better_mean": ordered[split:].mean(), "worse_mean": ordered[:split].mean()}
     facts = {name: score.sign * float(value) for name, value in means.items()}
-    return Selection(**(vars(selection) | {"facts": facts}))
+    return Selection(**(vars(selection) | {"facts": facts | _infinite(score)}))
 
 
 def _split(ordered: Floats) -> int:
@@ -89,6 +91,12 @@ def _two_values(score: OrientedScore) -> Floats:
     if len(finite) < 2 or finite.min() == finite.max():
         raise ValueError(f"by={score.name!r} cannot be split in two; of its {len(finite)} finite scores no two differ")
     return finite
+
+
+def _infinite(score: OrientedScore) -> dict[str, float]:
+    """How many rows' scores are infinite, where any is: the better or worse half's, they take no part in the fit."""
+    count = int(np.isinf(score.values).sum())
+    return {"infinite": float(count)} if count else {}
 
 
 def _worst_kept(score: OrientedScore, mask: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> float | None:

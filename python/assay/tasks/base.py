@@ -134,6 +134,31 @@ def _own(task: Any) -> Task:
     return inner
 
 
+class Labelled(Protocol):
+    """``Outputs``, and a probe's signals."""
+
+    @property
+    def labels(self) -> Tensor | None: ...
+    @property
+    def rows(self) -> Tensor | None: ...
+    @property
+    def target(self) -> Tensor | None: ...
+
+
+def unlabelled(outputs: Labelled, samples: int) -> Tensor | None:
+    """(B,) bool: the samples of which nothing is predicted: all their labels are -100, or a number of their target is
+    NaN. None where the task has neither."""
+    labels, rows = outputs.labels, outputs.rows
+    if outputs.target is not None:
+        return outputs.target.isnan().reshape(samples, -1).any(1)
+    if labels is None:
+        return None
+    predicted = (labels != IGNORE).long()
+    if rows is not None:
+        predicted = torch.zeros(samples, dtype=torch.long, device=labels.device).index_add_(0, rows, predicted)
+    return predicted == 0
+
+
 @runtime_checkable
 class Relabels(Protocol):
     """A task whose rows can be given other labels."""

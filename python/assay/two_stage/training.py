@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,8 @@ from assay.recipe.recipe import BatchSpec
 from assay.recipe.tasks import Encoded, Encoder
 from assay.tasks import Task
 from assay.tasks.base import IGNORE, Outputs
+
+log = logging.getLogger("assay")
 
 WARM_UP = 0.1
 MAX_NORM = 1.0
@@ -104,6 +107,13 @@ def with_a_loss(learner: Learner, samples: Mapping[int, Encoded], what: str) -> 
             found += [i for i, loss in zip(places, losses.tolist(), strict=True) if not math.isnan(loss)]
     if not found:
         raise EngineError(f"{what}: none of its {len(samples)} samples has a loss")
+    if left_out := len(samples) - len(found):
+        log.warning(
+            "%s: %d of its %d samples have no loss (nothing to predict, or NaN); they are left out",
+            what,
+            left_out,
+            len(samples),
+        )
     return {rows[i]: each[i] for i in sorted(found)}
 
 

@@ -170,6 +170,17 @@ def test_a_shard_without_a_value_passes_nothing(tmp_path):
     assert answer.codes.tolist() == [1, 1, 1, 2, 2, 2]
 
 
+def test_a_shards_quantile_is_the_one_that_a_rule_cuts_at(tmp_path):
+    """Of 101 rows: 0.29 * 100 is less than 29 in floating point, and as decimals it is not."""
+    rng = np.random.default_rng(0)
+    url = make_scores(tmp_path, {name: {"x": rng.permutation(101).astype(np.float32)} for name in "ab"})
+    for q in (0.29, 0.57, 0.58, 0.6):
+        where = f"x >= quantile(x, {q}) over (partition by shard)"
+        passed = curate(url, None, RuleOptions(where=where).rule(), str(tmp_path / f"where-{q}"), where=where)
+        rule = RuleOptions(quantile=q, by="x", group="shard").rule()
+        assert passed.kept == curate(url, "x", rule, str(tmp_path / f"rule-{q}"), group="shard").kept, q
+
+
 def random_condition(rng, depth):
     """A condition as text, and what NumPy makes of x and y."""
     if depth == 0 or rng.random() < 0.2:

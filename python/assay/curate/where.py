@@ -302,7 +302,8 @@ def _by_shard(connection: Any, rows: Rows, condition: Condition, of: Sequence[Ag
         term = f"{aggregate.function}({value}){_only(aggregate)}"
         if aggregate.share is not None:  # each shard has a number of rows of its own, and DuckDB takes one share
             held, only = f"{value} IS NOT NULL", _only(aggregate)[:-1]
-            place = f"floor({aggregate.share!r} * (count(*){only} AND {held}) - 1))::BIGINT + 1"
+            # The share as Python has it: a decimal, which SQL makes of it, has another product with some counts.
+            place = f"floor({aggregate.share!r}::DOUBLE * (count(*){only} AND {held}) - 1))::BIGINT + 1"
             term = f"list_sort(list({value}){only} AND {held}))[{place}]"
         terms.append(f"{term}::DOUBLE AS {aggregate.name}")
     grouped = f"SELECT {condition.shard} AS part, {', '.join(terms)} FROM scored GROUP BY part"

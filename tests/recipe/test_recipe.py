@@ -7,6 +7,7 @@ import copy
 import pytest
 import yaml
 
+from assay.recipe import notation
 from assay.recipe.errors import RecipeError
 from assay.recipe.recipe import Recipe, load_recipe
 
@@ -114,6 +115,19 @@ def test_the_resolved_recipe_loads_as_the_same(project, tmp_path):
     assert load_recipe(str(copied)) == recipe
 
 
+def test_texts_that_look_like_numbers_stay_texts(project):
+    """Also those that PyYAML, which keeps to YAML 1.1, would write without quotes."""
+    names = ["1e5", "2.0", "-1.5E-3"]
+    models = dict.fromkeys(names, project.recipe["models"]["a"])
+    project.path.write_text(
+        notation.write({**project.recipe, "models": models, "methods": [{"method": "ensemble", "models": names}]})
+    )
+    recipe = load_recipe(str(project.path))
+    assert sorted(recipe.models) == sorted(names)
+    project.path.write_text(recipe.to_yaml())
+    assert load_recipe(str(project.path)) == recipe
+
+
 @pytest.mark.parametrize(
     ("override", "read", "value"),
     [
@@ -122,6 +136,7 @@ def test_the_resolved_recipe_loads_as_the_same(project, tmp_path):
         ("methods.0.weights=[1, 2.5]", lambda r: r.methods[0].weights, [1, 2.5]),
         ("corpus.id_column=null", lambda r: r.corpus.id_column, None),
         ("seed=7", lambda r: r.seed, 7),
+        ("methods.0.weights=[1e-8, 2E+3, -.5e1, 3.e2]", lambda r: r.methods[0].weights, [1e-8, 2e3, -5, 300]),
     ],
 )
 def test_overrides(project, override, read, value):

@@ -24,6 +24,7 @@ from assay.recipe.factories import check_trust
 from assay.recipe.groups import expanded
 from assay.recipe.methods import METHODS, MethodSpec, ShortlistSpec, model_keys
 from assay.recipe.models import MODELS, ModelSpec
+from assay.recipe.notation import parse, write
 from assay.recipe.parts import AnyPath, CorpusPath, Part, located, nearest
 from assay.recipe.tasks import TASKS, TaskSpec
 from assay.recipe.tasks.text import TextSpec
@@ -279,8 +280,7 @@ class Recipe(Part):
 
     def to_yaml(self) -> str:
         """The resolved recipe, which loads as the same one."""
-        text: str = yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
-        return text
+        return write(self.model_dump(), sort_keys=False)
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = (), trust: Sequence[str] = ()) -> Recipe:
@@ -293,7 +293,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = (), tru
     context = {"file": path, "base": os.path.dirname(os.path.abspath(path)), "trust": check_trust(trust)}
     try:
         with open(path, encoding="utf-8") as file:
-            data = yaml.load(file, _Loader)
+            data = parse(file)
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(path, "", f"cannot be read ({' '.join(str(error).split())})") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # of a date that is none, of brackets in brackets
@@ -308,28 +308,13 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = (), tru
         raise _first_error(path, error) from error
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which a key given twice is an error rather than a key lost."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if isinstance(key_node, yaml.ScalarNode):
-                if key_node.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key_node.value!r} appears twice", key_node.start_mark
-                    )
-                seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
-
-
 def _override(path: str, data: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
         raise RecipeError("", f"--set {override}", "expected dotted.key=value")
     try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+        value = parse(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError("", f"--set {override}", "the value is not valid YAML") from error
     *parents, last = dotted.split(".")
     target: Any = data

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
 from assay._json import dumps
+from assay.recipe import notation
 from assay.recipe.draft.models import ModelFacts
 from assay.recipe.draft.readings import Reading
 
@@ -137,8 +136,8 @@ def _flow(value: Any) -> str:
 
 def _scalar(value: Any) -> str:
     """One value on one line: as it stands where YAML reads it so, else in quotes with escapes."""
-    if isinstance(value, str) and not (_BARE.fullmatch(value) and yaml.safe_load(value) == value):
-        return str(yaml.safe_dump(value, default_style='"', allow_unicode=True, width=1 << 20)).strip()
+    if isinstance(value, str) and not (_BARE.fullmatch(value) and notation.parse(value) == value):
+        return notation.write(value, default_style='"', width=1 << 20).strip()
     return str(value)
 
 

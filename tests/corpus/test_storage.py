@@ -10,7 +10,7 @@ import time
 import fsspec
 import pytest
 
-from assay.corpus.storage import Store, may_pass
+from assay.corpus.storage import Store, may_pass, temporary_name
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -73,28 +73,30 @@ def test_etags_come_before_times(monkeypatch):
 
 def test_sweeping_goes_by_age_and_spares_live_runs(tmp_path):
     store = Store.at(str(tmp_path))
-    old, young, other = (tmp_path / name for name in (".a.parquet.1.tmp", ".b.parquet.2.tmp", "mine.tmp"))
-    for path in (old, young, other):
+    old, young = tmp_path / temporary_name(), tmp_path / temporary_name()
+    others = [tmp_path / name for name in ("mine.tmp", ".mine.tmp", ".a.parquet.Xy3.tmp", f"{old.name}.tmp")]
+    for path in (old, young, *others):
         path.write_bytes(b"")
-    os.utime(old, (0, 0))
-    os.utime(other, (0, 0))
-    assert store.sweep() == [".a.parquet.1.tmp"]
-    assert {path.name for path in tmp_path.iterdir()} == {young.name, other.name}
+    for path in (old, *others):
+        os.utime(path, (0, 0))
+    assert store.sweep() == [old.name]
+    assert set(tmp_path.iterdir()) == {young, *others}
 
 
 def test_sweeping_lists_each_folder_once_and_follows_no_link(tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "scores/deep").mkdir(parents=True)
     (tmp_path / "scores/link").symlink_to(tmp_path / "elsewhere")
-    for path in ("elsewhere/.a.tmp", "scores/deep/.b.tmp", *(f"scores/deep/{i}.parquet" for i in range(50))):
+    name = temporary_name()
+    for path in (f"elsewhere/{name}", f"scores/deep/{name}", *(f"scores/deep/{i}.parquet" for i in range(50))):
         (tmp_path / path).write_bytes(b"")
         os.utime(tmp_path / path, (0, 0))
     asked = []
     stat = os.lstat
     monkeypatch.setattr(os, "lstat", lambda path: asked.append(path) or stat(path))
-    assert Store.at(str(tmp_path / "scores")).sweep() == ["deep/.b.tmp"]
+    assert Store.at(str(tmp_path / "scores")).sweep() == [f"deep/{name}"]
     assert not any(str(path).endswith(".parquet") for path in asked)
-    assert (tmp_path / "elsewhere/.a.tmp").exists()
+    assert (tmp_path / "elsewhere" / name).exists()
 
 
 def test_only_a_regular_file_is_opened_and_only_a_small_one_is_read_as_text(tmp_path, monkeypatch):

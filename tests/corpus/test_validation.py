@@ -285,15 +285,15 @@ def test_rows_in_another_order_are_seen_where_no_fingerprint_tells(copied):
 
 def test_what_killed_runs_left_is_named_unless_one_is_running(copied):
     scores = copied / "scores"
-    young, old = scores / ".1.tmp", scores / "deep/.2.tmp"
+    young, old = scores / f".{'1' * 32}.tmp", scores / f"deep/.{'2' * 32}.tmp"
     fits = [scores / RETRIEVAL / FITS / "key/0.pt", scores / FITS / "key/0.pt", scores / FITS / "key/1.pt"]
     for path in (young, old, scores / CLAIM, scores / "quarantine/none.jsonl", *fits):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"")
     os.utime(old, (0, 0))
     assert [line.partition(": ")[0] for line in problems(copied)] == [
-        ".1.tmp",
-        "deep/.2.tmp",
+        young.name,
+        f"deep/{old.name}",
         CLAIM,
         FITS,
         f"{RETRIEVAL}/{FITS}",
@@ -304,7 +304,7 @@ def test_what_killed_runs_left_is_named_unless_one_is_running(copied):
         in str(problems(copied))
     )
     with claim(Store.at(str(scores)), "a run", shared=True):
-        assert [line.partition(": ")[0] for line in problems(copied)] == ["deep/.2.tmp", "quarantine/none.jsonl"]
+        assert [line.partition(": ")[0] for line in problems(copied)] == [f"deep/{old.name}", "quarantine/none.jsonl"]
 
 
 def test_ids_made_of_rows_lists_and_features(project, monkeypatch):

@@ -15,6 +15,7 @@ import pytest
 
 from assay import select
 from assay.corpus.errors import CorpusError
+from assay.corpus.storage import temporary_name
 from assay.curate import chosen, forms
 from assay.curate.curation import curate
 from assay.curate.rules import RuleOptions
@@ -378,7 +379,7 @@ def test_two_selections_do_not_write_into_one_folder(project, monkeypatch):
 def test_temporaries_of_killed_selections_are_swept(project):
     scores, out = scored(project), project.root / "out"
     out.mkdir()
-    old, young = out / ".a.parquet.1.tmp", out / ".b.parquet.2.tmp"
+    old, young = out / temporary_name(), out / temporary_name()
     for path in (old, young):
         path.write_bytes(b"half")
     os.utime(old, (0, 0))

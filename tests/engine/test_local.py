@@ -18,8 +18,8 @@ import assay
 from assay.corpus.errors import CorpusError
 from assay.corpus.scores_folder import State, open_scores
 from assay.corpus.shards import Shard
-from assay.corpus.storage import Store
-from assay.engine import shard
+from assay.corpus.storage import Store, temporary_name
+from assay.engine import local, plan, shard
 from assay.engine.local import make_plan, run
 from assay.recipe.errors import ChangedError, EngineError
 from assay.recipe.recipe import load_recipe
@@ -381,7 +381,7 @@ def test_an_output_that_cannot_be_written_stops_the_run(project):
 
 def test_an_old_temporary_is_swept_and_a_young_one_is_not(project):
     project.scores.mkdir()
-    old, young = project.scores / ".a.parquet.1.tmp", project.scores / ".a.parquet.2.tmp"
+    old, young = project.scores / temporary_name(), project.scores / temporary_name()
     old.write_bytes(b"half")
     young.write_bytes(b"half")
     os.utime(old, (0, 0))
@@ -464,7 +464,7 @@ def test_two_recipes_do_not_write_into_one_folder(project, monkeypatch):
 
 def test_temporaries_of_killed_runs_are_swept_also_where_nothing_is_left_to_score(project):
     score(project)
-    path = project.scores / ".a.parquet.1.tmp"
+    path = project.scores / temporary_name()
     path.write_bytes(b"half")
     os.utime(path, (0, 0))
     assert score(project).done_before == 2

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import stat
 import tempfile
 import time
@@ -27,7 +28,7 @@ from assay.corpus.remote import RemoteFileSystem
 T = TypeVar("T")
 R = TypeVar("R")
 
-TEMPORARY_SUFFIX = ".tmp"
+_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
 # A temporary lives for as long as one file takes to write, and every write renews its age.
 ABANDONED_AFTER_SECONDS = 3600.0
 # A manifest of 200,000 shards has some 30 MB.
@@ -36,6 +37,16 @@ _REQUESTS_AT_ONCE = 16
 _THREADS_HERE, _FILES_AT_ONCE = 4, 64
 # Of a file itself: it is not there, not to be had, or none. Others, as EIO, ESTALE and EMFILE, may pass.
 _OF_FILE = (errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)  # the last one of a socket
+
+
+def temporary_name() -> str:
+    """A name for a file that is being written, hidden and nobody else's."""
+    return f".{uuid.uuid4().hex}.tmp"
+
+
+def is_temporary(path: str) -> bool:
+    """Whether a file's name is one that `temporary_name` gives: others' temporaries are not ours to delete."""
+    return _TEMPORARY.fullmatch(os.path.basename(path)) is not None
 
 
 def sha256(file: BinaryIO) -> str:
@@ -303,7 +314,7 @@ class Store:
         # os.walk lists each folder once and follows no links: what lies behind one is not this folder's.
         for folder, _, names in os.walk(self.root):
             for name in names:
-                if not (name.startswith(".") and name.endswith(TEMPORARY_SUFFIX)):
+                if not is_temporary(name):
                     continue
                 full = os.path.join(folder, name)
                 with contextlib.suppress(FileNotFoundError):  # it has got its final name
@@ -372,7 +383,7 @@ def _renamed_when_complete(full: str) -> Iterator[BinaryIO]:
     folder = os.path.dirname(full)
     os.makedirs(folder, exist_ok=True)
     # Not made of the file's own name, which may be as long as a name can be.
-    temporary = os.path.join(folder, f".{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
+    temporary = os.path.join(folder, temporary_name())
     try:
         with open(temporary, "xb") as file:
             yield file

@@ -22,7 +22,7 @@ from assay.corpus.listing import summarise_left_out
 from assay.corpus.score_files import score_field
 from assay.corpus.scores_folder import Scored, Scores, State, open_scores, refuse_corpora, refuse_scores
 from assay.corpus.shards import Shard
-from assay.corpus.storage import TEMPORARY_SUFFIX, Store, may_pass
+from assay.corpus.storage import Store, is_temporary, may_pass
 from assay.curate.auditing import Audit, Rule
 from assay.curate.chosen import ShardSelection, write_fates
 from assay.curate.condition import Condition
@@ -260,7 +260,7 @@ def _refuse_inputs(
     output.refuse_detours(ours)
     # A folder with other files would become a mixture of two corpora; and files of these names may be another corpus.
     ours |= {MANIFEST, CLAIM, GROUPS, *form.texts, *(scores.corpus.sidecars if form.has_sidecars else ())}
-    there = [path for path in output.files() if not path.endswith(TEMPORARY_SUFFIX)]
+    there = [path for path in output.files() if not is_temporary(path)]
     if "" in there:
         raise CorpusError(f"{output.url}: is a file; choose an empty folder")
     ours |= {path for path in there if path.startswith(form.prefix) and _repeats(path[len(form.prefix) :], ours, form)}

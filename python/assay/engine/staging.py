@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO
 
 from assay.corpus.layout import PARTS
-from assay.corpus.storage import TEMPORARY_SUFFIX, Store
+from assay.corpus.storage import Store, temporary_name
 
 # Elsewhere than here nothing gives a part that waits a new age.
 _ABANDONED_AFTER_SECONDS = 24 * 3600.0
@@ -22,7 +22,7 @@ def staging(output: Store, sees_local_files: bool) -> Iterator[Callable[[], str]
     """Names for parts: in a local output hidden temporaries, which a later run sweeps if this one is killed; else files
     of this machine, if all workers are here, or objects beside the tables."""
     if output.is_local:
-        yield lambda: os.path.join(output.root, f".{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
+        yield lambda: os.path.join(output.root, temporary_name())
     elif sees_local_files:
         with tempfile.TemporaryDirectory() as folder:
             yield lambda: os.path.join(folder, uuid.uuid4().hex)

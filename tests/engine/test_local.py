@@ -146,6 +146,27 @@ def test_batches_and_windows_do_not_change_scores(project, monkeypatch, samples)
     np.testing.assert_allclose(again["mimic"].to_numpy(), expected, rtol=1e-4, atol=1e-6)
 
 
+def test_a_model_that_is_overwritten_before_it_is_loaded_is_not_scored_with(project, monkeypatch):
+    """As by a training that goes on: its table would speak of weights that it does not come from."""
+    real = local.open_workshop
+
+    def late(*arguments, **options):
+        save_mlp(project.root / "models/b.safetensors", 7)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(local, "open_workshop", late)
+    with pytest.raises(EngineError, match=r"^models\.b: has changed since the run began"):
+        score(project)
+    assert project.tables() == {}
+
+
+def test_a_table_of_another_version_is_an_error_that_names_it(project, monkeypatch):
+    score(project, part=(1, 2))
+    monkeypatch.setattr(plan, "__version__", "99.0")
+    with pytest.raises(ChangedError, match=r"version of assay: \S+ → 99\.0.*--rescore"):
+        score(project)
+
+
 def test_a_changed_input_is_scored_again_and_reported(project):
     score(project)
     untouched = project.tables()["a.parquet"]

@@ -22,7 +22,15 @@ from assay.engine import staging
 from assay.engine.crew import score_with_workers
 from assay.engine.devices import find_devices, threads_each
 from assay.engine.fitting import clear
-from assay.engine.plan import Plan, find_corpora, make_plan, refuse_strangers, standing_table, write_manifest
+from assay.engine.plan import (
+    Plan,
+    find_corpora,
+    make_plan,
+    refuse_changes,
+    refuse_strangers,
+    standing_table,
+    write_manifest,
+)
 from assay.engine.processes import Processes
 from assay.engine.progress import Progress
 from assay.engine.ray_actors import RayActors
@@ -193,6 +201,7 @@ def _score_here(
     """In this process; what it takes is added to ``times``."""
     with times.measure("load"):
         workshop = open_workshop(plan, device=device, turn=(0, 1))
+        refuse_changes(plan)  # afterwards, as in a worker
     write_manifest(plan, workshop.columns)
     outcomes: dict[Shard, Outcome] = {}
     with progress as shown:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from assay._json import dumps
+from assay._version import __version__
 from assay.corpus import scores_folder
 from assay.corpus.errors import CorpusError
 from assay.corpus.footer import SHORTLIST, Identity, Manifest, Table, TableColumn, Tally, open_table
@@ -107,7 +108,7 @@ def make_plan(
         shard, differences = changed[0]
         shown = "; ".join(differences[:3]) + (f" and {len(differences) - 3} more" if differences[3:] else "")
         raise ChangedError(
-            f"{len(changed)} score tables in {output.url} come from another recipe, model or target "
+            f"{len(changed)} score tables in {output.url} come from another recipe, model, target or version of assay "
             f"({table_path(shard)}: {shown}); score them again with --rescore, or choose another output"
         )
     return Plan(
@@ -153,6 +154,8 @@ def _known(
         return None, [], False
     differences = table.differences(identity)
     return table, differences, not differences and _unchanged(output, shard, table)
+    if table.footer.version != __version__:
+        differences.append(f"version of assay: {table.footer.version} → {__version__}")
 
 
 def standing_table(output: Store, shard: Shard) -> Table | None:

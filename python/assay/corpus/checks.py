@@ -70,15 +70,15 @@ def check_depth(name: str, value: object) -> None:
     raise BadRow(f"{name} is nested too deeply, more than {DEEPEST} lists or mappings inside one another")
 
 
-def check_numbers(name: str, value: object, size: int) -> npt.NDArray[np.float32]:
-    """``size`` finite numbers; one may stand without a list."""
+def check_numbers(name: str, value: object, size: int, shape: Sequence[int] = ()) -> npt.NDArray[np.float32]:
+    """``size`` finite numbers, as in `check_features`; one may stand without a list."""
     alone = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
     if isinstance(value, float) and math.isnan(value):
         raise BadRow(f"{name} is null or NaN")
     if alone or value is None or isinstance(value, list | np.ndarray):
         check_depth(name, value)
         value = _floats(value)
-        return check_features(name, [value] if alone else value, size)
+        return check_features(name, [value] if alone else value, size, shape)
     raise BadRow(f"{name} is {_kind(value)}, expected {'a number' if size == 1 else f'a list of {size} numbers'}")
 
 
@@ -110,8 +110,8 @@ def shown(value: object) -> str:
     return _SHORT.repr(value)
 
 
-def check_features(name: str, value: object, size: int) -> npt.NDArray[np.float32]:
-    """``size`` finite numbers, nested or flat, as one flat float32 vector."""
+def check_features(name: str, value: object, size: int, shape: Sequence[int] = ()) -> npt.NDArray[np.float32]:
+    """``size`` finite numbers, flat or nested as ``shape``, as one flat float32 vector."""
     if value is None:
         raise BadRow(f"{name} is null")
     if not isinstance(value, list | np.ndarray):
@@ -126,9 +126,18 @@ def check_features(name: str, value: object, size: int) -> npt.NDArray[np.float3
         features = numbers.astype(np.float32).reshape(-1)
     if features.size != size:
         raise BadRow(f"{name} holds {features.size} numbers, expected {size}")
+    if is_turned(numbers.shape, shape):
+        raise BadRow(f"{name} has the shape {numbers.shape}, expected {tuple(shape)}: the same axes in another order")
     if not np.isfinite(features).all():
         raise BadRow(f"{name} holds a NaN, an infinity or a null")
     return features
+
+
+def is_turned(found: Sequence[int], wanted: Sequence[int]) -> bool:
+    """Whether numbers have the axes that are wanted in another order, as images have whose channels come last: laid out
+    flat they would be as many, and others. Axes of length 1 are in no order."""
+    ours, theirs = ([length for length in shape if length > 1] for shape in (found, wanted))
+    return ours != theirs and sorted(ours) == sorted(theirs)
 
 
 def stacked_features(values: Sequence[object], size: int) -> npt.NDArray[np.float32] | None:

@@ -35,6 +35,29 @@ def test_rows_at_once_are_rows_one_by_one(dtype: Any, shape: tuple[int, ...]) ->
     assert all(result.data.base is None for result in inputs.encode(whole) if isinstance(result, Encoded))
 
 
+@pytest.mark.parametrize(
+    ("wanted", "fits", "turned"),
+    [
+        ((3, 4, 5), [(3, 4, 5), (60,), (12, 5), (1, 3, 4, 5)], [(4, 5, 3), (3, 5, 4)]),
+        ((2, 6), [(2, 6), (2, 1, 6), (3, 4)], [(6, 2), (6, 1, 2)]),
+        ((12,), [(3, 4), (12, 1)], []),
+    ],
+)
+def test_axes_in_another_order_are_no_sample(wanted: Any, fits: list[Any], turned: list[Any]) -> None:
+    """Laid out flat, an image whose channels come last is as many numbers, and another image."""
+    inputs = NumberInputs("x", wanted)
+    values = np.arange(np.prod(wanted), dtype=np.float32)
+    for shape in fits + turned:
+        for value in (values.reshape(shape), values.reshape(shape).tolist()):
+            (one,), two = inputs.encode([(value,)]), inputs.encode([(value,), (value,)])
+            assert all(said(result) == said(one) for result in two)
+            if shape in fits:
+                assert isinstance(one, Encoded)
+                assert one.data.tolist() == values.tolist()
+            else:
+                assert str(one) == f"x has the shape {shape}, expected {wanted}: the same axes in another order"
+
+
 def test_a_row_with_a_fault_costs_no_other() -> None:
     rows = [(np.full(3, float(i)),) for i in range(4)]
     rows[2][0][1] = np.inf

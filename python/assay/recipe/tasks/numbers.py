@@ -10,14 +10,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from assay.corpus.checks import check_features, stacked_features
+from assay.corpus.checks import check_features, is_turned, stacked_features
 from assay.corpus.errors import BadRow
 from assay.recipe.errors import EngineError
 from assay.recipe.tasks.base import Encoded, Models, attempt
 
 
 class NumberInputs:
-    """Lists of numbers, flat or nested, to tensors of ``shape``."""
+    """Lists of numbers, flat or nested in the order of ``shape``, to tensors of it."""
 
     def __init__(self, column: str, shape: Sequence[int]) -> None:
         self.columns = (column,)
@@ -42,7 +42,7 @@ class NumberInputs:
         """At once where all rows are arrays of one kind, and one by one those with a fault."""
         values = [value for (value,) in rows]
         together = stacked_features(values, self._size)
-        if together is None:
+        if together is None or is_turned(np.shape(values[0]), self._shape):
             return [attempt(self._encode_row, value) for value in values]
         whole: list[bool] = np.isfinite(together).all(1).tolist()  # type: ignore[assignment]
         return [
@@ -52,7 +52,7 @@ class NumberInputs:
         ]
 
     def _encode_row(self, value: Any) -> Encoded:
-        features = check_features(self.columns[0], value, self._size)
+        features = check_features(self.columns[0], value, self._size, self._shape)
         return Encoded(features, 1, features.nbytes)
 
     def examples(self, count: int) -> list[npt.NDArray[np.float32]]:

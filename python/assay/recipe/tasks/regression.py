@@ -71,7 +71,7 @@ class NumberTargets:
         return self
 
     def encode(self, value: Any) -> npt.NDArray[np.float32]:
-        return check_numbers(self.column, value, int(np.prod(self.shape, dtype=np.int64)))
+        return check_numbers(self.column, value, int(np.prod(self.shape, dtype=np.int64)), self.shape)
 
     def collate(self, labels: Sequence[npt.NDArray[np.float32]]) -> Tensor:
         return torch.from_numpy(np.stack(labels)).clone().view(len(labels), *self.shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 
@@ -97,6 +98,14 @@ def test_notes_media_and_hidden_files_are_no_loss(tmp_path):
     notes = ["README.md", "LICENSE", "LICENSE.txt", "dataset.yaml", "a.jsonl.sha256", "SHA256SUMS", "x.png", "fix.py"]
     touch(tmp_path, "b.jsonl", "manifest.json", ".cache/a.csv", "_SUCCESS", ".gitattributes", *notes)
     assert left_out(tmp_path) == {}
+    assert paths(tmp_path) == ["b.jsonl"]
+
+
+def test_rows_in_a_file_that_is_called_as_a_selections_manifest_are_named(tmp_path):
+    touch(tmp_path, "b.jsonl", "ours/manifest.json", "one/manifest.json", "rows/manifest.json")
+    (tmp_path / "ours/manifest.json").write_text(json.dumps({"rule": "x", "shards": [{}]}, indent=2))
+    (tmp_path / "rows/manifest.json").write_bytes(2 * ROW)
+    assert list(left_out(tmp_path)) == ["rows/manifest.json"]
     assert paths(tmp_path) == ["b.jsonl"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import re
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 
 from fsspec.utils import glob_translate
 
-from assay.corpus.compression import Compression
+from assay.corpus.compression import MAX_LINE_BYTES, Compression
 from assay.corpus.errors import CorpusError
 from assay.corpus.formats import SUFFIXES, Format, folder_of, format_of, images
 from assay.corpus.listing import LeftOut, Listing, list_files, list_matches, name_fault, shown
@@ -257,6 +258,11 @@ class _Search:
         listing = list_files(self._store, folder)
         self.left_out += listing.left_out
         paths = {path: found for path, found in listing.files.items() if os.path.basename(path) != MANIFEST}
+        self.left_out += [
+            LeftOut(shown(path), "has the name of what a selection writes, and holds JSON lines; rename it")
+            for path in listing.files.keys() - paths.keys()
+            if _holds_rows(self._store, path)
+        ]
         states = self._states(paths)
         for path, fingerprint in paths.items():
             listed = states.get(os.path.dirname(path))
@@ -300,6 +306,18 @@ class _Search:
                 self._images.append(path)
         else:
             self.left_out.append(LeftOut(shown(path), f"not a known format; expected {SUFFIXES}"))
+
+
+def _holds_rows(store: Store, path: str) -> bool:
+    """Whether a file begins with JSON lines, and not with a document, as a selection's manifest is one."""
+    try:
+        with store.open(path) as file:
+            first, second = (json.loads(file.readline(MAX_LINE_BYTES)) for _ in range(2))
+    except (OSError, ValueError, RecursionError) as error:
+        if may_pass(error):
+            raise
+        return False
+    return isinstance(first, dict) and isinstance(second, dict)
 
 
 def _check_tables_differ(shards: Iterable[Shard]) -> None:

@@ -376,6 +376,16 @@ def test_two_selections_do_not_write_into_one_folder(project, monkeypatch):
     assert not (out / ".assay.lock").exists()
 
 
+@pytest.mark.parametrize("options", [{"threshold": 1e9}, {"threshold": -1e9, "keep": "low"}])
+def test_a_rule_that_keeps_nothing_is_an_error_and_loses_nothing(project, options):
+    scores, out = scored(project), project.root / "out"
+    curate(scores, "mimic", top(0.5), str(out))
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(CorpusError, match=r"kept 0 of 97 rows .*: no row is kept, and nothing was written"):
+        curate(scores, "mimic", RuleOptions(by="mimic", **options).rule(), str(out))
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
 def test_temporaries_of_killed_selections_are_swept(project):
     scores, out = scored(project), project.root / "out"
     out.mkdir()

@@ -220,6 +220,8 @@ def _select(
         table = table.drop_columns([name]) if name == column else table  # of a rule that looks at no score
         table = table.append_column(column, dictionary(groups))
     selection = rule(table) if answer is None else answer.choose(table, rule)
+    if len(selection.mask) and not selection.mask.any():
+        raise CorpusError(f"{selection.summary()}: no row is kept, and nothing was written")
     scale, firsts = _scale(selection), _firsts(scores)
     shards, start = [], 0
     for shard, scored in tables:

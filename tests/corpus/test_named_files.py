@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from assay.corpus.errors import BadRow, CorpusError, ShardError
 from assay.corpus.images import Beside
-from assay.corpus.named_files import changed_file, save_files
+from assay.corpus.named_files import changed_file, files_named, save_files
 from assay.corpus.shards import Shard, find_shards
 from assay.corpus.storage import Store
 
@@ -64,3 +67,26 @@ def test_a_file_that_changes_between_two_rows_is_the_shards_trouble(tmp_path: Pa
     os.utime(tmp_path / "part/a.png", ns=(1, 1))
     with pytest.raises(ShardError, match=r"'part/a\.png', which it names, changed while it was being scored"):
         beside.read("x", "a.png", 100)
+
+
+def test_which_files_rows_name(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    (data / "deep").mkdir(parents=True)
+    texts = ["1.png", "../2.png", None, "../../out.png", "https://x/y.png", "/etc/x.png", ""]
+    structs = [{"bytes": None, "path": "1.png"}, {"bytes": b"x", "path": "3.png"}, None]
+    (data / "deep/a.jsonl").write_text(
+        "\n".join(json.dumps({"image": text}) for text in texts) + '\n{"image": {"path": "4.png"}}\n{}\nno JSON\n'
+    )
+    pq.write_table(pa.table({"image": structs}), data / "b.parquet")
+    pq.write_table(pa.table({"image": texts}), data / "c.parquet")
+    pq.write_table(pa.table({"image": [b"1.png", b"2.png"]}), data / "d.parquet")
+    pq.write_table(pa.table({"other": texts}), data / "z.parquet")
+    *shards, other = find_shards(str(data)).shards
+    with pytest.raises(ShardError, match="has no column 'image', only 'other'"):
+        list(files_named(other, "image"))
+    assert {shard.stem: sorted(files_named(shard, "image")) for shard in shards} == {
+        "b": ["1.png", "3.png"],  # a name in vain costs a look; to read the bytes would cost the file
+        "c": ["1.png"],
+        "d": [],
+        "deep/a": ["2.png", "deep/1.png", "deep/4.png"],
+    }

@@ -20,7 +20,7 @@ from assay.engine.batches import score_samples
 from assay.engine.local import run
 from assay.engine.rows import Sample
 from assay.methods import Ensemble, Scorer
-from assay.recipe.errors import EngineError, RecipeError
+from assay.recipe.errors import ChangedError, EngineError, RecipeError
 from assay.recipe.models import MlpSpec
 from assay.recipe.preprocessor import parse
 from assay.recipe.recipe import BatchSpec, load_recipe
@@ -253,6 +253,27 @@ def test_a_changed_image_file_is_a_changed_shard(tmp_path: Path, models: Any) ->
     assert before[0]["loss"][0] != after[0]["loss"][0]
     assert after[0].slice(1).equals(before[0].slice(1))
     assert run(recipe).scored == 0
+
+
+def test_a_changed_image_of_a_target_is_a_changed_target(tmp_path: Path, models: Any) -> None:
+    """What a method is fitted to are the images, not the table that names them."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "target").mkdir()
+    pq.write_table(pa.table({"image": list(map(png, PICTURES[:4])), "label": LABELS[:4]}), tmp_path / "data/a.parquet")
+    (tmp_path / "target/t.jsonl").write_text(json.dumps({"image": "t.png", "label": 0}))
+    (tmp_path / "target/t.png").write_bytes(png(PICTURES[5]))
+    method = {"method": "less", "models": ["m0"], "optimizers": None, "layers": "classifier"}
+    method["sketch"] = {"kind": "sparse", "dim": 4}
+    changes = [f"methods={json.dumps([method])}", "targets={t: {path: target}}"]
+    recipe = load_recipe(str(write_recipe(tmp_path, models[0], "vit")), changes)
+    assert run(recipe).scored == 1
+    assert run(recipe).done_before == 1
+    before = pq.read_table(tmp_path / "scores/a.parquet")["less"]
+    (tmp_path / "target/t.png").write_bytes(png(PICTURES[6]))
+    with pytest.raises(ChangedError, match=r"files of targets\.t: sha256:.* → sha256:"):
+        run(recipe)
+    assert run(recipe, rescore=True).rescored == 1
+    assert pq.read_table(tmp_path / "scores/a.parquet")["less"] != before
 
 
 def test_features_of_a_changed_image_file_are_made_anew(tmp_path: Path, models: Any) -> None:

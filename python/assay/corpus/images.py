@@ -67,6 +67,14 @@ class ImageLimits:
     bytes: int = MAX_BYTES
 
 
+def inner_path(folder: str, path: str) -> str | None:
+    """Where a path leads from a ``folder`` of a corpus, relative to the corpus's root; None if it leads nowhere, or out
+    of it."""
+    inner = posixpath.normpath(posixpath.join(folder, path))
+    outside = "://" in path or posixpath.isabs(path) or inner.split("/")[0] == ".."
+    return None if not path or "\0" in path or outside else inner
+
+
 @dataclass(frozen=True)
 class Beside:
     """Where a table lies whose values may be paths: ``folder`` is relative to the corpus's root, which is ``store``.
@@ -83,8 +91,8 @@ class Beside:
         cannot be read, ShardError if it may be another time."""
         if "://" in path:
             raise BadRow(f"{name} is a URL; nothing is downloaded, expected the image's bytes or a path")
-        inner = posixpath.normpath(posixpath.join(self.folder, path))
-        if not path or "\0" in path or posixpath.isabs(path) or inner.split("/")[0] == "..":
+        inner = inner_path(self.folder, path)
+        if inner is None:
             raise BadRow(f"{name} is the path {_shown(path)}; expected one relative to the table, inside the corpus")
         if self.store.is_local and not self.store.holds(self.store, inner):
             raise BadRow(f"{name} is the path {_shown(path)}, which leads out of the corpus by a link")

@@ -4,18 +4,38 @@ still are. A changed one is a changed input, as the shard itself is."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from assay._json import dumps
 from assay.corpus.errors import CorpusError
+from assay.corpus.images import inner_path
 from assay.corpus.layout import files_path
+from assay.corpus.readers import columns_of, read
 from assay.corpus.shards import Shard
 from assay.corpus.storage import Fingerprint, Store, may_pass
 
 NamedFiles = Mapping[str, Fingerprint | None]
 """By path relative to the corpus's root; None: it could not be read."""
+
+
+def files_named(shard: Shard, column: str) -> Iterator[str]:
+    """The files that a shard's rows name in a column of images, relative to the corpus's root; none where the column
+    holds the images themselves. An OSError or a ShardError if it cannot be read."""
+    if shard.is_folder:  # of images: they are what it is made of
+        return
+    path = f"{column}.path"
+    wanted = path if shard.format.name != "jsonl" and path in columns_of(shard) else column
+    for chunk in read(shard, [wanted], frozenset([wanted])):
+        for value in chunk.columns[wanted]:
+            if isinstance(value, bytes | list | np.ndarray):
+                return
+            if isinstance(value, dict):
+                value = None if value.get("bytes") else value.get("path")
+            if isinstance(value, str) and (inner := inner_path(shard.folder, value)) is not None:
+                yield inner
 
 
 class FileFacts(BaseModel):

@@ -129,7 +129,8 @@ def identity_of(recipe: Recipe, corpora: Mapping[str, Corpus], shortlist: Shortl
 
 
 def _fitted_fingerprints(recipe: Recipe, corpora: Mapping[str, Corpus], as_found: bool = False) -> dict[str, str]:
-    return {name: corpus_fingerprint(corpora[path], as_found) for name, path in recipe.fitted_to().items()}
+    images = recipe.task.files_column
+    return {name: corpus_fingerprint(corpora[path], as_found, images) for name, path in recipe.fitted_to().items()}
 
 
 def refuse_changes(plan: Plan) -> None:
@@ -153,9 +154,9 @@ def _known(
     if table is None:
         return None, [], False
     differences = table.differences(identity)
-    return table, differences, not differences and _unchanged(output, shard, table)
     if table.footer.version != __version__:
         differences.append(f"version of assay: {table.footer.version} → {__version__}")
+    return table, differences, not differences and _unchanged(output, shard, table)
 
 
 def standing_table(output: Store, shard: Shard) -> Table | None:

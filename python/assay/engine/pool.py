@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from assay.corpus.errors import BadRow, ShardError
 from assay.corpus.format import Chunk
+from assay.corpus.named_files import files_named
 from assay.corpus.readers import read
 from assay.corpus.shards import Corpus, Shard
 from assay.corpus.storage import Fingerprint, may_pass
@@ -62,10 +63,12 @@ class Batches:
         return replace(self, encoder=without_columns(self.encoder))
 
 
-def corpus_fingerprint(corpus: Corpus, as_found: bool = False) -> str:
+def corpus_fingerprint(corpus: Corpus, as_found: bool = False, images: str | None = None) -> str:
     """Changes with any shard's name, size, modification time or etag, as a score table's input does.
 
-    ``as_found``: as the listing found the shards, where it tells, instead of by one more.
+    Args:
+        as_found: as the listing found the shards, where it tells, instead of by one more.
+        images: the column in which rows may name files, which count as the shards do.
     """
     files = [shard.path for shard in corpus.shards if not (shard.is_folder or (as_found and shard.listed))]
     now = corpus.store.fingerprints(files) if files else {}
@@ -74,6 +77,9 @@ def corpus_fingerprint(corpus: Corpus, as_found: bool = False) -> str:
         found = now[shard.path] if shard.path in now else _found(shard)
         facts: object = "not there" if found is None else sorted(found.to_json().items())
         digest.update(f"{shard.path}\0{facts}\n".encode())
+    for path, named in corpus.store.fingerprints(_named(corpus, images)).items() if images is not None else ():
+        facts = "not there" if named is None else sorted(named.to_json().items())
+        digest.update(f"named\0{path}\0{facts}\n".encode("utf-8", "surrogatepass"))
     return f"sha256:{digest.hexdigest()}"
 
 
@@ -85,6 +91,19 @@ def _found(shard: Shard) -> Fingerprint | None:
         if may_pass(error):
             raise
         return None
+
+
+def _named(corpus: Corpus, column: str) -> list[str]:
+    """The files that rows name, of the shards that can be read: of the others whoever reads them will say so."""
+    return sorted({path for shard in corpus.shards for path in _named_in(shard, column)})
+
+
+def _named_in(shard: Shard, column: str) -> Iterator[str]:
+    try:
+        yield from files_named(shard, column)
+    except (ShardError, OSError) as error:
+        if may_pass(error.__cause__ or error):
+            raise EngineError(f"{shard.path}: storage failed ({error}); run again") from error
 
 
 def samples_by_row(what: str, corpus: Corpus, encoder: Encoder) -> dict[int, Encoded]:

@@ -137,8 +137,8 @@ def laboratory(
         learner = _learner(recipe, trainee.model, corpus)
         basis = {
             "model": fingerprints({trainee.model: spec}),
-            "held_out": corpus_fingerprint(held_out),
-            "corpus": corpus_fingerprint(corpus),
+            "held_out": corpus_fingerprint(held_out, images=recipe.task.files_column),
+            "corpus": corpus_fingerprint(corpus, images=recipe.task.files_column),
             "task": json.loads(dumps(recipe.task.model_dump())),
             "version": __version__,
         }

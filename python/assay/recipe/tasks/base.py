@@ -141,6 +141,11 @@ class TaskSpec(Part):
         return True
 
     @property
+    def files_column(self) -> str | None:
+        """The column in which rows may name files, if there is one."""
+        return None
+
+    @property
     def group_rows(self) -> int | None:
         """How many rows after one another share a loss; None where every sample has its own."""
         return None

@@ -42,6 +42,11 @@ class ImageTaskSpec(TaskSpec):
     max_pixels: Annotated[int, Field(ge=1)] = MAX_PIXELS
     max_bytes: Annotated[int, Field(ge=1)] = MAX_BYTES
 
+    @property
+    def files_column(self) -> str | None:
+        column: str | None = getattr(self, "image_column", None)
+        return column
+
     def look_for_preprocessors(self, specs: Mapping[str, ModelSpec]) -> None:
         """EngineError, before a model loads, if one can have no preprocessor and the recipe gives none."""
         for name, spec in specs.items() if self.preprocessor is None else ():

@@ -41,6 +41,15 @@ def test_a_good_selection_is_better_than_random(root, recipe, tmp_path) -> None:
     assert "| selection | 60 | " in (tmp_path / "out/report.md").read_text()
 
 
+@pytest.mark.parametrize("name", ["report.md", "report.json", "trials.jsonl"])
+def test_somebodys_files_are_not_written_over(root, recipe, tmp_path, name) -> None:
+    (tmp_path / name).write_text("mine\n")
+    with pytest.raises(CorpusError, match=rf"{name}: is there, and no experiment has written it; choose another"):
+        two_stage(recipe, question(root), str(tmp_path), BRIEF)
+    assert (tmp_path / name).read_text() == "mine\n"
+    assert not (tmp_path / "scores").exists()
+
+
 def test_a_training_is_that_of_plain_pytorch(root, recipe, tmp_path) -> None:
     training = Training(steps=20, batch_size=200, learning_rate=0.02, seeds=1, evaluations=1)  # all of them each time
     report = two_stage(recipe, question(root), str(tmp_path / "out"), training)

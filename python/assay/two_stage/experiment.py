@@ -16,6 +16,8 @@ from assay.two_stage.laboratory import Rows, Trainee, laboratory
 from assay.two_stage.report import EVERYTHING, RANDOM, SELECTION, Report
 from assay.two_stage.training import Training
 
+_JSON, _PAGE = "report.json", "report.md"
+
 
 @dataclass(frozen=True)
 class Question:
@@ -55,13 +57,14 @@ def two_stage(
         CorpusError: no such score, or an output that lies in the corpus.
     """
     training, output = training or Training(), Store.at(out)
-    with laboratory(recipe, Trainee(question.model, question.held_out), output, training, progress) as lab:
+    trainee = Trainee(question.model, question.held_out)
+    with laboratory(recipe, trainee, output, training, progress, [_JSON, _PAGE]) as lab:
         rule, chosen = _choices(recipe, question, training.seeds)
         found = [lab.trial(data, seed, rows) for seed in range(training.seeds) for data, rows in chosen[seed].items()]
         own = (question.by, question.top, rule, question.model, training)
         report = Report(*own, lab.untrained(), len(lab.held_out), found)
-        output.write_text("report.json", dumps(report.to_json(), indent=1) + "\n")
-        output.write_text("report.md", report.markdown())
+        output.write_text(_JSON, dumps(report.to_json(), indent=1) + "\n")
+        output.write_text(_PAGE, report.markdown())
     return report
 
 

@@ -19,6 +19,7 @@ import torch
 from assay._json import dumps
 from assay._version import __version__
 from assay.corpus.claim import claim
+from assay.corpus.errors import CorpusError
 from assay.corpus.footer import canonical_hash
 from assay.corpus.scores_folder import refuse_scores
 from assay.corpus.shards import Corpus, find_shards, refuse_overlap
@@ -107,13 +108,22 @@ class Trainee:
 
 @contextlib.contextmanager
 def laboratory(
-    recipe: Recipe, trainee: Trainee, output: Store, training: Training, progress: Progress | None = None
+    recipe: Recipe,
+    trainee: Trainee,
+    output: Store,
+    training: Training,
+    progress: Progress | None = None,
+    written: Sequence[str] = (),
 ) -> Iterator[Laboratory]:
     """Score the corpus, and get the model and all samples ready.
 
+    Args:
+        written: the files that will be written into ``output`` beside those of the trainings.
+
     Raises:
         EngineError: no such model; held-out samples that are trained on, or that a score is fitted to.
-        CorpusError: an output that lies in the corpus, the held-out samples or targets, or among scores.
+        CorpusError: an output that lies in the corpus, the held-out samples or targets, or among scores, or that has
+            somebody's files of these names.
     """
     spec = recipe.models.get(trainee.model)
     if spec is None:
@@ -132,6 +142,7 @@ def laboratory(
     for path in (*corpora, *recipe.fitted_to().values()):
         refuse_overlap(output, path, corpora.get(path) or find_shards(path), [TRIALS])
     refuse_scores(output, Store.at(recipe.output))
+    _refuse_strangers(output, [TRIALS, *written])
     run(recipe, progress=progress or Progress())
     with claim(output, "an experiment"):
         learner = _learner(recipe, trainee.model, corpus)
@@ -206,10 +217,7 @@ class _Trials:
 
     def __init__(self, output: Store, basis: Mapping[str, Any]) -> None:
         self._output, self._basis = output, basis
-        self._lines: list[str] = []
-        if output.exists(TRIALS):
-            with output.open(TRIALS) as file:
-                self._lines = file.read().decode(errors="replace").splitlines()
+        self._lines = _lines(output)
         self.evaluations: dict[str, list[Evaluation]] = dict(filter(None, map(_trial, self._lines)))
 
     def key(self, rows: Rows, seed: int, training: Training) -> str:
@@ -222,6 +230,23 @@ class _Trials:
         self.evaluations[key] = list(trial.evaluations)
         self._lines.append(dumps({"key": key, **asdict(trial)}))
         self._output.write_text(TRIALS, "".join(f"{line}\n" for line in self._lines))
+
+
+def _refuse_strangers(output: Store, written: Sequence[str]) -> None:
+    """CorpusError for a file that would be lost: the first that is written anywhere is the list of trainings."""
+    there = [name for name in written if output.exists(name)]
+    if there and not any(map(_trial, _lines(output))):
+        raise CorpusError(
+            f"{output.full(there[0])}: is there, and no experiment has written it; choose another output, or move it"
+        )
+
+
+def _lines(output: Store) -> list[str]:
+    """The list of trainings, if there is any."""
+    if not output.exists(TRIALS):
+        return []
+    with output.open(TRIALS) as file:
+        return file.read().decode(errors="replace").splitlines()
 
 
 def _trial(line: str) -> tuple[str, list[Evaluation]] | None:

@@ -92,7 +92,7 @@ def prove(
         CorpusError: no such score, or an output that lies in the corpus.
     """
     training, output = training or Training(), Store.at(out)
-    with laboratory(recipe, trainee, output, training, progress) as lab:
+    with laboratory(recipe, trainee, output, training, progress, [PROOF]) as lab:
         scores = open_scores(recipe.output)
         controls = list(_controls(scores) if comparison.against is None else comparison.against)
         names = list(dict.fromkeys([*comparison.by, *controls]))

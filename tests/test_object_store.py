@@ -59,6 +59,20 @@ def rows(scores):
     return assay.read(str(scores)).to_table().to_pylist()
 
 
+def test_marks_of_folders_are_no_files(project):
+    """As S3's console makes them, also of the folder itself: a corpus is whole, and an output is empty."""
+    fs = fsspec.filesystem("s3")
+    for name in ("marked/", "marked/sub/", "marked-out/"):
+        fs.call_s3("put_object", Bucket=BUCKET, Key=name, Body=b"")
+    fs.pipe(f"{BUCKET}/marked/sub/a.jsonl", b"{}")
+    for url in (f"{ROOT}/marked", f"{ROOT}/marked/", f"{ROOT}/marked/*", f"{ROOT}/marked/**"):
+        corpus = find_shards(url)
+        assert ([shard.path for shard in corpus.shards], corpus.left_out) == (["sub/a.jsonl"], ()), url
+    assert Store.at(f"{ROOT}/marked-out").files() == []
+    out = f"{ROOT}/marked-out"
+    assert main(["select", str(project.scores), "--by", "mimic", "--top", "0.5", "--out", out]) == 0
+
+
 @pytest.mark.parametrize(
     "faults",
     [{"throttled": 7, "error": 11, "slow": 13}, {"cut": 4}],

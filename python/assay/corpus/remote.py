@@ -83,9 +83,24 @@ class RemoteFileSystem:
             file = self.wrapped.open(path, mode, **options)
         return io.BufferedReader(_RemoteFile(file, path), _BUFFER_BYTES) if mode == "rb" else file
 
+    def find(self, path: str, **options: Any) -> Any:
+        """The files below a path: by name, or what is known of them by name."""
+        return _without_marks(_guarded(self.wrapped.find)(path, **options))
+
+    def glob(self, path: str, **options: Any) -> Any:
+        """The same of what a pattern matches."""
+        return _without_marks(_guarded(self.wrapped.glob)(path, **options))
+
     def put_file(self, local: str, path: str) -> None:
         with os_errors(path):
             self.wrapped.put_file(local, path)
+
+
+def _without_marks(found: Any) -> Any:
+    """Without what consoles leave in place of folders: objects of no bytes, whose names end with a slash."""
+    if isinstance(found, dict):
+        return {path: facts for path, facts in found.items() if not path.endswith("/")}
+    return [path for path in found if not path.endswith("/")]
 
 
 def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:

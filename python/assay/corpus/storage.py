@@ -313,9 +313,7 @@ class Store:
         found = []
         # os.walk lists each folder once and follows no links: what lies behind one is not this folder's.
         for folder, _, names in os.walk(self.root):
-            for name in names:
-                if not is_temporary(name):
-                    continue
+            for name in filter(is_temporary, names):
                 full = os.path.join(folder, name)
                 with contextlib.suppress(FileNotFoundError):  # it has got its final name
                     if time.time() - os.lstat(full).st_mtime > older_than:

@@ -10,7 +10,6 @@ on GPT-2 itself (12 layers of 768, 2 × 1024 tokens): 16 GB.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 from collections.abc import Callable, Collection
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from assay.methods import GradMimic, GraNd, InRunInfluence
 from assay.tasks import CausalLM
 from assay.train import Reweighter
-from benchmarks import timing
+from benchmarks import options, timing
 from benchmarks.mimic import model_and_reference
 
 HEAD = "mimic, head"
@@ -147,20 +146,20 @@ def shown(title: str, timings: dict[str, timing.Timing], ratios: dict[str, timin
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options.parser(__doc__)
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--contract", action="store_true", help="the contract's rows alone, in half a batch")
     only.add_argument("--gpt2", action="store_true", help="its rows of the head and of all layers on GPT-2 itself")
-    options = parser.parse_args()
-    names = CONTRACT if options.contract else ON_GPT2 if options.gpt2 else None
-    shape = GPT2 if options.gpt2 else replace(SMALL, samples=4) if options.contract else SMALL
+    asked = parser.parse_args()
+    names = CONTRACT if asked.contract else ON_GPT2 if asked.gpt2 else None
+    shape = GPT2 if asked.gpt2 else replace(SMALL, samples=4) if asked.contract else SMALL
     samples = timing.in_turn(variants(shape, names), rounds=3 if names else 5, warmup=1)
     timings = {name: timing.summary(values) for name, values in samples.items()}
     ratios = {name: timing.ratio(values, samples["plain step"]) for name, values in samples.items()}
     model = f"GPT-2 {shape.layers}×{shape.width}, vocabulary 50257"
     Console().print(shown(f"{model}, batch {shape.samples} × {shape.tokens}, float32", timings, ratios))
     case = {"model": model, "batch": [shape.samples, shape.tokens], "timings": timings, "ratios": ratios}
-    path = timing.write("online" + "-contract" * options.contract + "-gpt2" * options.gpt2, [case])
+    path = timing.write("online" + "-contract" * asked.contract + "-gpt2" * asked.gpt2, [case])
     print("written to", path.relative_to(timing.RESULTS.parent.parent))
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ONLINE = "benchmarks.online"  # which parses its options itself, so far
 
 
 @cache
@@ -24,7 +23,6 @@ def runnable() -> dict[str, ast.Module]:
         if path.name == "__main__.py" or 'if __name__ == "__main__":' in text:
             parts = path.relative_to(ROOT).with_suffix("").parts
             found[".".join(parts).removesuffix(".__main__")] = ast.parse(text)
-    del found[ONLINE]
     return found
 
 

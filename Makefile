@@ -16,10 +16,10 @@ help:
 	@echo "make demo        score, select and train on digits with wrong labels (under 90 s after set-up)"
 	@echo "make demo-text   find planted junk in text with SmolLM2-135M"
 	@echo "make test        lint, types, native tests under sanitizers, test suite"
-	@echo "make test-long   both compile tables, all instruction sets under sanitizers, the slow tests, and the others under"
-	@echo "                 OpenBLAS's kernels for four processors and three of assay's instruction sets (hours)"
+	@echo "make test-long   all instruction sets under sanitizers, the slow tests, and the others under OpenBLAS's kernels"
+	@echo "                 for three processors and as many of assay's instruction sets (an hour and a half)"
 	@echo "make compile-table  compile every GPU kernel for sm_80, 90 and 100; registers, spills, shared memory (no GPU)"
-	@echo "make compile-table-36  the same with Triton 3.6, and both versions' inner loops side by side"
+	@echo "make compile-table-36  the same with Triton 3.6 before, and both versions' inner loops side by side (an hour)"
 	@echo "make bench       roofline table of the kernels"
 	@echo "make gpu         on an NVIDIA GPU: what is right and how fast, in 5 minutes (docs/gpu.md)"
 	@echo "make gpu-second  what failed or changed since, beside its baseline; all rivals; sanitizers (4 minutes)"
@@ -63,11 +63,11 @@ test: chromium setup
 	OMP_NUM_THREADS=1 $(SUITE) -m "not slow"
 
 # No test may rest on the bits of a library, or hold on one instruction set alone: OpenBLAS's processor,assay's kernels;
-# native is what this processor runs. A setting that it cannot run is named and left out.
-SETTINGS := Prescott,scalar Haswell,avx2 Zen,native SkylakeX,native
+# native is what this processor runs. A setting that it cannot run is named and left out. (Zen's kernels are Haswell's.)
+SETTINGS := Prescott,scalar Haswell,avx2 SkylakeX,native
 TABLE := tests/kernels/test_compile.py::test_every_kernel_compiles_without_spills
 RUNS_HERE := import numpy, assay; assay.ops.build_info(); numpy.ones((99, 99)) @ numpy.ones((99, 99))
-test-long: setup compile-table-36
+test-long: setup
 	$(MAKE) native-sanitize SANITIZED=0
 	OMP_NUM_THREADS=1 $(SUITE) -m slow
 	@failed=; for setting in $(SETTINGS); do isa=$${setting#*,}; \

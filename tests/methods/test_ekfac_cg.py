@@ -250,3 +250,11 @@ def test_what_is_refused(problem: Any) -> None:
             EKFACCG(models[0], Classification(), {"t": [target]}, **options)
     with pytest.raises(ValueError, match="nothing to compute; give targets"):
         EKFACCG(models[0], Classification(), {})
+
+
+def test_a_layer_with_two_names_keeps_its_parameters() -> None:
+    layer = nn.Linear(3, 3)
+    model = nn.Sequential(layer, nn.Tanh(), layer)
+    before, batch = list(model.parameters()), (torch.randn(6, 3), torch.arange(6) % 3)
+    run(EKFACCG(model, Classification(), {"a": [batch]}), batch)
+    assert list(map(id, model.parameters())) == list(map(id, before))

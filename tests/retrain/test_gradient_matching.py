@@ -155,3 +155,13 @@ def test_a_run_that_diverges_is_refused() -> None:
         cluster_effects(model, state, distil(model, [state], x[:1], y[:1], [0], sweeps=1), (x, y))
     with pytest.raises(ValueError, match="got nan in row 1"):
         clusters_by_class(x[:2], [0.0, np.nan])
+
+
+def test_a_layer_with_two_names_keeps_its_parameters() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 3)
+    model = nn.Sequential(layer, nn.Tanh(), layer)
+    before, state = list(model.parameters()), dict(model.named_parameters())
+    x, y = torch.randn(6, 3), torch.arange(6) % 3
+    cluster_effects(model, state, distil(model, [state], x, y, y.numpy(), sweeps=1), (x, y), steps=2)
+    assert list(map(id, model.parameters())) == list(map(id, before))

@@ -289,3 +289,12 @@ def test_a_rough_run_is_called_rough() -> None:
     assert any("metasmoothness is" in warning for warning in found.warnings)
     calm, _, _ = world(SGD(0.1))
     assert not magic(calm, targets, directions=2).warnings
+
+
+def test_a_layer_with_two_names_keeps_its_parameters() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 3).double()
+    model = nn.Sequential(layer, nn.Tanh(), layer)
+    before, data = list(model.parameters()), (torch.randn(6, 3).double(), torch.arange(6) % 3)
+    magic(Training(model, losses, data, [[0, 1, 2], [3, 4, 5]], SGD(0.1)), {"a": [data]}, directions=0)
+    assert list(map(id, model.parameters())) == list(map(id, before))

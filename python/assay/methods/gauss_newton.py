@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from assay.probe.quiet import undisturbed
-from assay.tasks import Outputs, Task
+from assay.probe.quiet import exchanged, undisturbed
+from assay.tasks import Task
 from assay.tasks.base import take_samples, unfused
 
 _SIGNS = 8
@@ -34,7 +33,7 @@ class GaussNewton:
     """
 
     def __init__(self, model: nn.Module, task: Task, parameters: Sequence[str], batches: Sequence[Any]) -> None:
-        self._run, self._task = _Run(model, unfused(task)), task
+        self._model, self._task, self._plain = model, task, unfused(task)
         self.batches: list[Any | None] = list(batches)
         known = dict(model.named_parameters())
         self._parameters = {name: known[name] for name in parameters}
@@ -49,7 +48,7 @@ class GaussNewton:
             ValueError: losses that are not made of logits or predictions; no sample whose products are finite.
         """
         totals = [{name: torch.zeros_like(v) for name, v in vector.items()} for vector in vectors]
-        with _exactly(self._run.model):
+        with _exactly(self._model):
             for number in range(len(self.batches)):
                 self.counts[number], products = self._finite_products(number, vectors)
                 for total, product in zip(totals, products, strict=False):  # none of a batch that is left out
@@ -86,8 +85,8 @@ class GaussNewton:
             return []
         device = next(iter(self._parameters.values())).device
         with torch.no_grad():
-            apart = take_samples(batch, size, sound)
-            whole, part = (self._run(self._task.to(own, device)).losses for own in (batch, apart))
+            both = (self._task.to(own, device) for own in (batch, take_samples(batch, size, sound)))
+            whole, part = (self._plain.forward(self._model, own).losses for own in both)
         same = torch.allclose(whole[sound], part, rtol=1e-3, atol=1e-5, equal_nan=True)
         return sound if same else []
 
@@ -103,8 +102,8 @@ class GaussNewton:
         """The samples with a loss, and the sums of JᵀSJv over them."""
         leaves = {name: p.detach().requires_grad_() for name, p in self._parameters.items()}
         device = next(iter(leaves.values())).device
-        given = {f"model.{name}": leaf for name, leaf in leaves.items()}
-        outputs: Outputs = functional_call(self._run, given, (self._task.to(batch, device),))
+        with exchanged(self._model, leaves):
+            outputs = self._plain.forward(self._model, self._task.to(batch, device))
         losses, z = outputs.losses, outputs.logits if outputs.prediction is None else outputs.prediction
         with_loss = ~losses.detach().isnan()
         if z is None or not z.requires_grad:
@@ -143,15 +142,6 @@ def trace_of(
         for name, g in v.items()
     ]
     return float(torch.stack(dots).sum()) / _SIGNS
-
-
-class _Run(nn.Module):
-    def __init__(self, model: nn.Module, task: Task) -> None:
-        super().__init__()
-        self.model, self.task = model, task
-
-    def forward(self, batch: Any) -> Outputs:
-        return self.task.forward(self.model, batch)
 
 
 @contextmanager

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from assay.ops import Sketch, project
+from assay.probe.quiet import exchanged
 from assay.probe.selection import find_module
 from assay.tasks import Task
 from assay.tasks.base import logits_of
@@ -101,7 +101,7 @@ class _Forward:
             else self._layer.register_forward_pre_hook(before, with_kwargs=True)
         )
         try:
-            with _exchanged(self.model, parameters):
+            with exchanged(self.model, parameters):
                 self._task.forward(self.model, batch)
         except _Reached:
             pass
@@ -118,25 +118,6 @@ class _Forward:
             return hidden.flatten(1)
         last = mask.long().cumsum(1).argmax(1)
         return hidden[torch.arange(len(hidden), device=hidden.device), last].flatten(1)
-
-
-@contextmanager
-def _exchanged(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
-    """Run with other tensors in the parameters' places, wherever a parameter is used.
-
-    ``torch.func.functional_call`` does not put back the parameters of a module that has two names.
-    """
-    known = dict(model.named_parameters())
-    others = {id(known[name]): tensor for name, tensor in parameters.items()}
-    owners = [module._parameters for module in model.modules()]
-    found = [(own, name, p) for own in owners for name, p in own.items() if id(p) in others]
-    try:
-        for own, name, p in found:
-            own[name] = others[id(p)]  # type: ignore[assignment]
-        yield
-    finally:
-        for own, name, p in found:
-            own[name] = p
 
 
 def _norm(tensors: Mapping[str, Tensor]) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,6 +68,25 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
         for module, was_training in training:
             module.training = was_training
+
+
+@contextmanager
+def exchanged(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+    """Run with other tensors in the parameters' places, by their first names, wherever a parameter is used.
+
+    ``torch.func.functional_call`` does not put back the parameters of a module that has two names.
+    """
+    known = dict(model.named_parameters())
+    others = {id(known[name]): tensor for name, tensor in parameters.items()}
+    owners = [module._parameters for module in model.modules()]
+    found = [(own, name, p) for own in owners for name, p in own.items() if id(p) in others]
+    try:
+        for own, name, p in found:
+            own[name] = others[id(p)]  # type: ignore[assignment]
+        yield
+    finally:
+        for own, name, p in found:
+            own[name] = p
 
 
 def on_gradient(output: Tensor, arrived: Callable[[Tensor], None]) -> None:

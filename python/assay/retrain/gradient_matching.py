@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 
 from assay._lazy import require
-from assay.probe.quiet import undisturbed
+from assay.probe.quiet import exchanged, undisturbed
 from assay.retrain.checks import Floats, Rows, finite, positive, whole
 from assay.retrain.samples import class_numbers, short, to_numpy
 
@@ -173,7 +173,8 @@ class _Point:
 
     def losses(self, own: State, x: Tensor, y: Tensor) -> Tensor:
         """(B,) with these in the place of its own."""
-        return nn.functional.cross_entropy(functional_call(self.model, self.held | own, (x,)), y, reduction="none")
+        with exchanged(self.model, self.held | own):
+            return nn.functional.cross_entropy(self.model(x), y, reduction="none")
 
 
 def _cluster_gradients(point: _Point, parts: Sequence[tuple[Tensor, Tensor]]) -> State:

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from assay.probe.quiet import exchanged
 from assay.retrain import samples
 from assay.retrain.magic_optimizers import SGD, Adam, Optimizer, State, clipped, decayed_parameters, rates
 from assay.tasks import Task
@@ -345,26 +345,23 @@ class _Part:
     begin: int
 
 
-class _Net(nn.Module):
-    """The model and its losses as one module, so that the losses may use more of the model than its forward pass."""
+class _Net:
+    """The model and its losses, which may use more of the model than its forward pass."""
 
     def __init__(self, model: nn.Module, losses: Task | Losses) -> None:
-        super().__init__()
-        self.model, self._task = model, unfused(losses) if isinstance(losses, Task) else None
+        self._model, self._task = model, unfused(losses) if isinstance(losses, Task) else None
         self._function = losses
 
-    def forward(self, batch: Any) -> Tensor:
-        if self._task is not None:
-            return self._task.forward(self.model, batch).losses
-        each = self._function(self.model, batch)  # type: ignore[operator]
+    def losses(self, parameters: Mapping[str, Tensor], batch: Any) -> Tensor:
+        """(B,) with these in the place of the model's own."""
+        with exchanged(self._model, parameters):
+            if self._task is not None:
+                return self._task.forward(self._model, batch).losses
+            each = self._function(self._model, batch)  # type: ignore[operator]
         if not isinstance(each, Tensor) or each.ndim != 1:
             found = f"shape {tuple(each.shape)}" if isinstance(each, Tensor) else type(each).__name__
             raise ValueError(f"losses: expected a tensor (B,), one loss per sample, got {found}")
         return each
-
-    def losses(self, parameters: Mapping[str, Tensor], batch: Any) -> Tensor:
-        found: Tensor = functional_call(self, {f"model.{name}": p for name, p in parameters.items()}, (batch,))
-        return found
 
     def placed(self, batch: Any, device: torch.device) -> Any:
         return to_device(batch, device) if self._task is None else self._task.to(batch, device)

@@ -112,6 +112,29 @@ def test_samples_that_influence_each_other() -> None:
         Probe(randomise(Coupled()), Classification())(classes(5, 4))
 
 
+class Swapped(nn.Module):
+    """Runs its layer on the samples with two of them in each other's place."""
+
+    def __init__(self, one: int, other: int) -> None:
+        super().__init__()
+        self.lift, self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.one, self.other = one, other
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = torch.arange(len(x))
+        order[[self.one, self.other]] = order[[self.other, self.one]]
+        return self.head(self.layer(self.lift(x).tanh()[order])[order].tanh())
+
+
+@pytest.mark.parametrize("size", [3, 4, 6])
+def test_samples_of_one_sign_in_each_others_place(size: int) -> None:
+    for sign in (1, -1):
+        alike = torch.nonzero(signs(size) == sign).flatten().tolist()
+        if len(alike) > 1:
+            with pytest.raises(RuntimeError, match=r"parameter 'layer\.\w+'"):
+                Probe(randomise(Swapped(*alike[:2])), Classification())(classes(size, 4))
+
+
 def test_a_first_batch_of_one_does_not_settle_it() -> None:
     probe = Probe(randomise(Rolled()), Classification())
     probe((torch.randn(1, 1, 4).double(), torch.tensor([0])))

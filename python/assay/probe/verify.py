@@ -28,8 +28,8 @@ class Check:
     scaled to a largest entry of 1, for the square of a gradient may be beyond its type.
 
     Attributes:
-        weights: c, (B,), 1 or −1, not all equal: a gradient that is booked on the wrong sample changes its sign half
-            of the time, and with it the sum.
+        weights: c, (B,), as ``signed_weights`` gives them: a gradient that is booked on the wrong sample changes its
+            sign half of the time, and with it the sum; where it does not, it changes its length.
         gradients: D_p by parameter.
         tolerance: the relative error allowed.
         finite: (B,), the samples whose loss is finite.
@@ -81,15 +81,16 @@ class Check:
         return all(math.isfinite(norm) for norm in self._norms().values())
 
     def without_bad(self, batch: Any) -> Any | None:
-        """The batch with a sample whose loss is finite, of the same weight, in place of each whose loss is not.
+        """The batch with a sample whose loss is finite, of the same sign, in place of each whose loss is not.
 
         None if there is no such sample, or none is needed, or the batch is no collection of tensors.
         """
         fine, size = self.finite.tolist(), len(self.weights)
-        good = {float(c): [b for b in range(size) if fine[b] and self.weights[b] == c] for c in (1, -1)}
+        signs = self.weights.sign().tolist()
+        good = {sign: [b for b in range(size) if fine[b] and signs[b] == sign] for sign in (1.0, -1.0)}
         if all(fine) or not all(good.values()):
             return None
-        alike = [good[float(c)] for c in self.weights]
+        alike = [good[sign] for sign in signs]
         pick = [b if fine[b] else alike[b][b % len(alike[b])] for b in range(size)]
         leaves, spec = tree_flatten(dict(batch) if isinstance(batch, Mapping) else batch)
         if not all(isinstance(x, Tensor) for x in leaves):
@@ -162,7 +163,7 @@ def prepare_check(model: nn.Module, task: Task, batch: Any, parameters: Collecti
         for parameter in wanted.values():
             parameter.requires_grad_(True)
         losses = unfused(task).forward(model, batch).losses
-        weights = signs(len(losses)).to(losses.device)
+        weights = signed_weights(len(losses)).to(losses.device)
         loose = _is_low_precision(wanted.values(), losses.device)
         with torch.autocast(losses.device.type, enabled=False):
             gradients = _gradients((weights * losses).sum(), list(wanted.values()))
@@ -185,7 +186,7 @@ def signed_check(
         cuts: where the graph was cut, (value, the leaf that the model went on with), in the order of the model.
         is_coarse: whether a layer gave its output in 16 bits, as under autocast, which is over by now.
     """
-    weights = signs(len(losses)).to(losses.device)
+    weights = signed_weights(len(losses)).to(losses.device)
     ends = [*tapped.values(), *(leaf for _, leaf in cuts)]
     gradients: dict[int, Tensor] = {}
 
@@ -202,6 +203,12 @@ def signed_check(
     found = {name: gradients.get(id(p), torch.zeros_like(p)) for name, p in tapped.items()}
     loose = is_coarse or _is_low_precision(tapped.values(), losses.device) or losses.dtype in _HALF
     return Check(weights, found, 5e-2 if loose else _TOLERANCE, losses.detach().isfinite(), _hooks(tapped))
+
+
+def signed_weights(size: int) -> Tensor:
+    """(size,) numbers of which no two are the same, from 1 to 2 and half of them negative: the same for every batch of
+    that size. Of a few samples a wrong order leaves the signs as they are now and then, but not the numbers."""
+    return signs(size) * torch.linspace(1, 2, size)
 
 
 def signs(size: int) -> Tensor:

@@ -11,6 +11,7 @@ from torch import nn
 
 import assay
 from assay.methods import GradientCosine
+from assay.methods.sums import cosines
 from assay.methods.targets import TargetSet
 from assay.tasks import Classification
 from tests.methods.data import noisy_digits
@@ -124,3 +125,9 @@ def test_a_fit_that_fails_or_is_a_copys_changes_nothing():
     with pytest.raises(ValueError, match="target 'b' has no samples with a finite gradient: of 2, 0 have a loss"):
         method.fit()
     assert assay.score([second], [method]).equals(want)
+
+
+def test_a_square_with_few_digits_left_makes_no_cosine():
+    """1e-44 is one of the least seven numbers of float32."""
+    squares, dots = torch.tensor([1e-44, 1e-36, 0.0, torch.inf]), torch.tensor([1e-22, 1e-18, 0.0, 1.0])
+    torch.testing.assert_close(cosines(dots, squares), torch.tensor([torch.nan, 1, 0, torch.nan]), equal_nan=True)

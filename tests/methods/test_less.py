@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -84,3 +85,13 @@ def test_less_of_a_convolution_is_the_cosine_of_autograd() -> None:
     aim = F.normalize(gradients(model, *target), dim=1).mean(0).float()
     want = F.normalize(torch.stack(steps), dim=1) @ aim
     assert float(torch.corrcoef(torch.stack([got.float(), want]))[0, 1]) > 0.97
+
+
+@pytest.mark.parametrize("lead", [5.0, 40.0])
+def test_the_gradient_of_a_sure_sample_has_a_direction_too(lead: float) -> None:
+    """Its length is about e to the minus lead."""
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(2, 2, bias=False), torch.tensor([[1.0, 0.5], [-1.0, 2.0]]), torch.tensor([0, 1])
+    model.weight.data = torch.tensor([[lead, 0.0], [0.0, lead / 2]])
+    got = run(LESS([model], Classification(), {"a": [(x[:1], y[:1])]}, optimizers=None, sketch=EXACT), (x, y))["less"]
+    assert float(got[0]) == pytest.approx(1, abs=1e-5)

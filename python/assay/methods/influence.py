@@ -19,7 +19,7 @@ from assay.methods.base import Column, Keeper, Kept, Need
 from assay.methods.checks import check_at_least, check_one_of, difference
 from assay.methods.parts import State, kept, states
 from assay.methods.second_moments import SecondMoments, damping_units, inverse_root, solved
-from assay.methods.sums import Folded, features_of, sample_features, samples_left_out
+from assay.methods.sums import Folded, directions, features_of, sample_features, samples_left_out
 from assay.methods.targets import Targets, TargetSet
 from assay.methods.weights import shares
 from assay.ops import Mask, Sketch
@@ -258,7 +258,7 @@ class Influence(Keeper):
             by_block = zip(self._blocks(), roots, strict=True)
             features = torch.cat([features[:, place] @ root.to(features) for place, root in by_block], 1)
         if self.kernel.normalize:  # a sample without a gradient has no direction: it stays 0
-            features = torch.nn.functional.normalize(features, dim=1)
+            features = directions(features)
         return features
 
     @property

@@ -200,12 +200,21 @@ def samples_left_out(*each: Folded) -> str:
 
 
 def cosines(dots: Tensor, sqnorm: Tensor) -> Tensor:
-    """⟨g, direction⟩ / ‖g‖ of samples' gradients: 0 where g is 0, NaN where ‖g‖² is beyond its type.
+    """⟨g, direction⟩ / ‖g‖ of samples' gradients: 0 where g is 0, NaN where ‖g‖² is beyond its type, or so small that
+    the type has few digits of it left.
 
     Args:
         dots: (B, ...), with directions of length 1.
         sqnorm: ‖g‖² (B,).
     """
     norm = sqnorm.sqrt().view(-1, *[1] * (dots.ndim - 1))
-    quotients = torch.where((norm == 0) & (dots == 0), 0.0, dots / norm)
-    return quotients.masked_fill(norm.isinf() | quotients.isinf(), torch.nan)
+    nothing = (norm == 0) & (dots == 0)
+    few_digits = norm < torch.finfo(norm.dtype).tiny ** 0.5
+    return torch.where(nothing, 0.0, dots / norm).masked_fill(norm.isinf() | (few_digits & ~nothing), torch.nan)
+
+
+def directions(vectors: Tensor) -> Tensor:
+    """(B, D) at length 1, however long or short they are: 0 stays 0, and what is not finite is NaN."""
+    largest = vectors.abs().amax(1, keepdim=True)
+    scaled = vectors / torch.where(largest == 0, 1, largest)  # so that no square is beyond the type, nor vanishes
+    return scaled / scaled.norm(dim=1, keepdim=True).clamp(min=1)

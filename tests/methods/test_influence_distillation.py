@@ -279,3 +279,24 @@ def test_layers_that_are_left_out_are_named():
     facts = method.fit(batches).metadata()
     assert facts["left_out_layers"] == "odd"
     assert facts["coverage"] == "0.5000"
+
+
+def test_a_sample_with_nothing_to_predict_is_no_landmark() -> None:
+    torch.manual_seed(0)
+    model, ids = _Words(), torch.randint(1, 9, (8, 5))
+    labels = ids.clone()
+    labels[3] = -100
+    batch = {"input_ids": ids, "labels": labels}
+    method = InfluenceDistillation(model, CausalLM(), {"a": [{"input_ids": ids[:2]}]}).fit([batch])
+    assert method.metadata()["landmarks"] == "7"
+    assert method.metadata()["left_out"] == "0"
+
+
+class _Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(9, 4), nn.Linear(4, 9)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        out: Tensor = self.head(self.embed(input_ids).tanh())
+        return out

@@ -13,7 +13,7 @@ from assay.methods.base import Column, Method, Need
 from assay.methods.checks import check_at_least, check_one_of
 from assay.methods.influence import parameter_shapes
 from assay.methods.less import AdamSketched
-from assay.methods.sums import Folded, features_of, samples_left_out
+from assay.methods.sums import Folded, directions, features_of, sample_features, samples_left_out
 from assay.methods.targets import Targets, TargetSet
 from assay.ops import Kronecker, Rademacher, Sketch
 from assay.probe import AdamState, Feature, Jvp, Probe, Signals, Sketched, tapped_parameters
@@ -149,10 +149,10 @@ class InfluenceDistillation(Method):
             return features_of(probe, batches, folded)
 
         means, self._of_targets = self.targets.means(features_towards)
-        queries = torch.nn.functional.normalize(means, dim=1)
+        queries = directions(means)
         self.left_out = self.left_out | self._of_targets.left_out
         embeddings, features = self._landmarks(list(pool))
-        p = torch.nn.functional.normalize(features, dim=1) @ queries.to(features).T
+        p = directions(features) @ queries.to(features).T
         distances = torch.pdist(embeddings)
         bandwidth = float(distances[distances > 0].median()) if bool((distances > 0).any()) else 1.0
         gram = self._kernel(embeddings, embeddings, bandwidth)
@@ -185,7 +185,7 @@ class InfluenceDistillation(Method):
             if not bool(chosen.any()):
                 continue
             signals = probe(batch)
-            both = [signals.reduced[key] for key in reductions]
+            both = [signals.reduced["embedding"], sample_features(signals)]
             fine = torch.stack([each.isfinite().all(1).cpu() for each in both]).all(0)
             folded.note(signals, fine | ~chosen)
             embedding, feature = (each[(fine & chosen).to(each.device)].double() for each in both)

@@ -258,3 +258,14 @@ def test_a_layer_with_two_names_keeps_its_parameters() -> None:
     before, batch = list(model.parameters()), (torch.randn(6, 3), torch.arange(6) % 3)
     run(EKFACCG(model, Classification(), {"a": [batch]}), batch)
     assert list(map(id, model.parameters())) == list(map(id, before))
+
+
+def test_a_regression_is_solved_as_well() -> None:
+    """(2 E xxᵀ + λI)⁻¹ of one output, with no label drawn."""
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(3, 1, bias=False).double(), torch.randn(20, 3).double(), torch.randn(20, 1).double()
+    method = EKFACCG(model, Regression(), {"a": [(x[:4], y[:4])]}, rate_sum=2.0, iterations=60)
+    got = run(method, (x, y))["ekfac_cg"]
+    phi = 2 * (model(x) - y).detach() * x
+    want = phi @ torch.linalg.inv(2 * x.T @ x / 20 + torch.eye(3) / 2) @ phi[:4].mean(0)
+    torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-3)

@@ -20,7 +20,7 @@ from assay.methods.sums import Total
 from assay.methods.unrolling import Eigenbasis
 from assay.retrain import SGD, Adam, Training, magic
 from assay.retrain.magic_training import running
-from assay.tasks import Classification, Regression
+from assay.tasks import Classification, Contrastive, Regression
 from tests.methods.data import noisy_digits
 from tests.methods.small_problem import gradients, run
 from tests.methods.test_ekfac_cg import gauss_newton
@@ -271,3 +271,19 @@ def test_what_it_cannot_be_made_of_is_refused(checkpoints: Any, caplog: pytest.L
         method = SOURCE(models, task, targets, [100 * rate for rate in RATES], iterations=1).fit([pool])
     assert "the last of 1 products still changed a direction by" in caplog.text
     assert method.metadata()["warning"] == "not settled; give more iterations"
+
+
+def test_losses_that_are_not_made_of_the_logits_alone_have_no_curvature() -> None:
+    """A contrastive loss is half of its columns, and its logits are the rows."""
+
+    class Towers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.image, self.text = nn.Linear(3, 2), nn.Linear(3, 2)
+
+        def forward(self, images: Tensor, texts: Tensor) -> Any:
+            return self.image(images), self.text(texts), 1.0
+
+    batch = (torch.randn(4, 3), torch.randn(4, 3))
+    with pytest.raises(ValueError, match="Contrastive: its losses are not made of its logits or predictions alone"):
+        SOURCE([Towers()], Contrastive(), {"a": [batch]}, [1.0]).fit([batch])

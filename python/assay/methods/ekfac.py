@@ -18,6 +18,7 @@ from assay.methods.sums import Folded, Sums, fold, samples_left_out
 from assay.methods.targets import Targets, TargetSet
 from assay.probe import Dot, PerSampleGradient, Reduction, Signals, tapped_parameters
 from assay.tasks import Task
+from assay.tasks.base import Relabels
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -81,6 +82,11 @@ class EKFAC(Method):
             raise ValueError(f"{name}: nothing to compute; give targets, or self_influence=True")
         check_at_least("damping", damping, 0)
         check_one_of("basis", basis, ("kfac", "shampoo"))
+        if true_fisher and not isinstance(task, Relabels):
+            raise ValueError(
+                f"{name}: {type(task).__name__} has no distribution of labels to draw from; expected Classification, "
+                "TokenClassification or CausalLM, or EKFAC with the data's own labels, true_fisher=False"
+            )
         self.basis = basis
         self.damping, self.absolute_damping, self.true_fisher = damping, absolute_damping, true_fisher
         self.layers, self.skip_unsupported = layers, skip_unsupported

@@ -18,7 +18,7 @@ from assay.methods.ekfac import EKFAC
 from assay.methods.gauss_newton import GaussNewton, trace_of
 from assay.methods.krylov import Vector, add, dot
 from assay.methods.targets import Targets
-from assay.tasks import Task
+from assay.tasks import Regression, Task
 from assay.tasks.base import wide
 
 _log = logging.getLogger("assay")
@@ -75,7 +75,14 @@ class EKFACCG(EKFAC):
             raise ValueError(f"{name}: expected damping or rate_sum, of which λ is made, not both")
         units = 2.0 if damping is None else damping
         super().__init__(
-            model, task, targets, damping=units, layers=layers, name=name, skip_unsupported=skip_unsupported
+            model,
+            task,
+            targets,
+            damping=units,
+            true_fisher=not isinstance(task, Regression),  # whose labels nobody draws
+            layers=layers,
+            name=name,
+            skip_unsupported=skip_unsupported,
         )
         self.targets.required()
         for argument, value in (("damping", units), ("rate_sum", 1.0 if rate_sum is None else rate_sum)):

@@ -45,7 +45,7 @@ class GaussNewton:
         """Gv of each vector, by parameter.
 
         Raises:
-            ValueError: losses that are not made of logits or predictions; no sample whose products are finite.
+            ValueError: losses that are not made of logits or predictions alone; no sample whose products are finite.
         """
         totals = [{name: torch.zeros_like(v) for name, v in vector.items()} for vector in vectors]
         with _exactly(self._model):
@@ -106,11 +106,16 @@ class GaussNewton:
             outputs = self._plain.forward(self._model, self._task.to(batch, device))
         losses, z = outputs.losses, outputs.logits if outputs.prediction is None else outputs.prediction
         with_loss = ~losses.detach().isnan()
+        inputs = list(leaves.values())
         if z is None or not z.requires_grad:
             raise ValueError(
                 f"{type(self._task).__name__} gives neither logits nor predictions, of which curvature is made"
             )
-        inputs = list(leaves.values())
+        if _passed_by(losses, z, inputs):
+            raise ValueError(
+                f"{type(self._task).__name__}: its losses are not made of its logits or predictions alone, of which "
+                "curvature is made"
+            )
         (slope,) = torch.autograd.grad(losses[with_loss].sum(), z, create_graph=True, materialize_grads=True)
         dual = torch.zeros_like(z, requires_grad=True)
         back = torch.autograd.grad((z * dual).sum(), inputs, create_graph=True, materialize_grads=True)
@@ -121,6 +126,21 @@ class GaussNewton:
             (bent,) = torch.autograd.grad((slope * moved).sum(), z, retain_graph=True, materialize_grads=True)
             found.append(torch.autograd.grad((z * bent).sum(), inputs, retain_graph=True, materialize_grads=True))
         return int(with_loss.sum()), found
+
+
+def _passed_by(losses: Tensor, z: Tensor, leaves: Sequence[Tensor]) -> bool:
+    """Whether the losses depend on one of the leaves by another way than through ``z``."""
+    own = {id(leaf) for leaf in leaves}
+    stack, seen = [losses.grad_fn], {None, z.grad_fn}
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if id(getattr(node, "variable", None)) in own:
+            return True
+        stack += [after for after, _ in node.next_functions]  # type: ignore[union-attr]
+    return False
 
 
 def _are_finite(products: Products) -> bool:

@@ -177,3 +177,9 @@ def test_a_draw_with_replacement_takes_no_row_without_a_score_and_is_reproducibl
 def test_nan_is_no_threshold():
     with pytest.raises(ValueError, match="threshold nan: expected a number"):
         select.threshold(table([1.0]), "s", math.nan)
+
+
+@pytest.mark.parametrize("column", [pa.array(["3"]), pa.array([None], pa.timestamp("s")), pa.array([[1.0]])])
+def test_what_is_no_number_is_no_score(column):
+    with pytest.raises(ValueError, match=r"by='score': holds .* per row; expected one number"):
+        select.top(pa.table({"score": column}), "score", 1, "high")

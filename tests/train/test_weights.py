@@ -33,3 +33,7 @@ def test_softmax_weights_are_of_the_samples_with_a_score() -> None:
     expected = 3 * torch.tensor([0.5, 1.5]).double().softmax(0)
     torch.testing.assert_close(weights[[0, 2]], expected)
     assert float(weights[1]) == 0
+
+
+def test_the_best_share_is_never_nobody() -> None:
+    assert best_share(torch.tensor([1.0, 3.0, 2.0]), 1e-12).tolist() == [0, 3, 0]

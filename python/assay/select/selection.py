@@ -125,6 +125,9 @@ def oriented(table: pa.Table, by: str, keep: Literal["high", "low"] | None = Non
         raise ValueError(f"keep={keep!r}: expected 'high' or 'low'")
     sign = 1 if direction == "high" else -1
     held = table[by]
+    is_number = (pa.types.is_floating, pa.types.is_integer, pa.types.is_boolean, pa.types.is_decimal, pa.types.is_null)
+    if not any(is_kind(held.type) for is_kind in is_number):
+        raise ValueError(f"by={by!r}: holds {held.type} per row; expected one number")
     column = held.chunk(0).to_numpy(zero_copy_only=False) if held.num_chunks == 1 else held.to_numpy()
     if column.dtype != np.float32:
         column = column.astype(np.float64)

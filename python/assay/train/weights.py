@@ -31,7 +31,7 @@ def best_share(scores: Tensor, keep: float) -> Tensor:
         keep: in (0, 1].
     """
     unknown = scores.isnan()
-    count = min(int((~unknown).sum()), math.ceil(keep * len(scores) - 1e-9))
+    count = min(int((~unknown).sum()), max(1, math.ceil(keep * len(scores) - 1e-9)))
     order = scores.double().masked_fill(unknown, 0).argsort(descending=True, stable=True)
     best = order[unknown[order].argsort(stable=True)][:count]  # behind the worst score, −inf too
     weights = torch.zeros(len(scores), dtype=torch.float64, device=scores.device)

@@ -46,7 +46,8 @@ class EKFACCG(EKFAC):
 
     Args:
         model: trained, θ.
-        task: its loss is differentiated; of logits or predictions.
+        task: its loss is differentiated; of logits, or a regression's predictions (EK-FAC's moments are then those of
+            the data's own labels).
         targets: batches by name.
         damping: λ in units of G's mean eigenvalue (which eight products with random signs tell), above 0; None: 2.
         rate_sum: of SGD, the training's learning rates over 1 − momentum, added up: λ is 1/``rate_sum`` instead, so

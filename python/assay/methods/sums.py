@@ -217,4 +217,5 @@ def directions(vectors: Tensor) -> Tensor:
     """(B, D) at length 1, however long or short they are: 0 stays 0, and what is not finite is NaN."""
     largest = vectors.abs().amax(1, keepdim=True)
     scaled = vectors / torch.where(largest == 0, 1, largest)  # so that no square is beyond the type, nor vanishes
-    return scaled / scaled.norm(dim=1, keepdim=True).clamp(min=1)
+    lengths: Tensor = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
+    return scaled / lengths.clamp(min=1)

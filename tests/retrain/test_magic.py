@@ -246,7 +246,8 @@ def test_what_scores_miss_is_told_by_runs_with_other_weights(seed: int) -> None:
     scores, start = found.scores.nan_to_num(), target_losses(training.train(weights), targets)
     for _ in range(2):
         v = 0.1 * torch.randn(N, generator=generator, dtype=torch.float64)
-        changes.append(target_losses(training.train(weights + v), targets) - start)
+        near, far = (target_losses(training.train(weights + k * v), targets) - start for k in (1, 2))
+        changes.append(2 * near - far / 2)
         gaps.append(changes[-1] + v @ scores)
     assert found.missed == pytest.approx(float(torch.stack(gaps).norm() / torch.stack(changes).norm()), rel=1e-9)
     assert 0 < found.missed < 0.1
@@ -276,7 +277,7 @@ def test_signs_that_turn_are_missed_and_a_larger_eps_root_tells_them() -> None:
         found = magic(training, targets, directions=4)
         shares[eps_root], warned[eps_root] = found.missed, "the scores miss" in " ".join(found.warnings)
     assert shares[1e-12] > 0.9
-    assert shares[1e-3] < 0.3
+    assert shares[1e-3] < 0.15
     assert warned == {1e-12: True, 1e-3: False}
 
 

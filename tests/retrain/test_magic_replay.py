@@ -70,7 +70,7 @@ def test_the_plan_is_what_happens() -> None:
     plan = Plan.of(training, targets=2, checkpoints=2, directions=1)
     checks = 2 + 2 + 1 + 4 + 1  # the first gradient and Hu twice, a look at the graph, differences; a target once more
     found = magic(training, targets, checkpoints=2, directions=1)
-    made = plan.forward_steps + plan.smoothness_steps + training.steps + 2 * 3  # the targets' three batches, twice
+    made = plan.forward_steps + plan.smoothness_steps + training.steps + 3 * 3  # the targets' three batches
     assert counts["losses"] == made + checks
     assert replace(found.plan, seconds=None) == plan
     assert plan.state_bytes == 2 * 26 * 8

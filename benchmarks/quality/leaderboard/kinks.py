@@ -75,7 +75,7 @@ def measure(board: Board, eps_root: float) -> dict[str, Any]:
     return {
         "board": board.name,
         "eps_root": eps_root,
-        "lds": {f"{lost:g}": lds(board, lost) for lost in LOST} | {f"{TINY:g}": lds(in_float64(board), TINY)},
+        "lds": {str(lost): lds(board, lost) for lost in LOST} | {str(TINY): lds(in_float64(board), TINY)},
         "missed": round(found.missed, 4),
         "metasmoothness": found.metasmoothness.numpy().round(4).tolist(),
         "query_loss": round(float(found.losses.mean()), 4),

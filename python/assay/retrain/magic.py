@@ -39,8 +39,8 @@ class Magic:
         targets: their names, in the order of the columns.
         losses: (targets,) float64, their mean losses after the run.
         metasmoothness: (directions,) float64; below 0.95 the scores say little of removals, see ``metasmoothness``.
-        missed: the share of what the metasmoothness' nearer runs, weights 1 + 0.1 N(0, 1), did to the targets' losses
-            that the scores do not tell: ‖ΔL − (score's guess)‖ / ‖ΔL‖ over directions and targets; NaN: not measured.
+        missed: of what changing all weights by 0.1 N(0, 1) does to the targets' losses, to first order, by the
+            metasmoothness' runs: the share that the scores do not tell, over directions and targets; NaN: not measured.
         parameters: the trained ones, by name.
         warnings: what speaks against the scores, in words.
         plan: what was predicted.
@@ -196,18 +196,19 @@ class _Run:
         directions: int,
         seed: int,
     ) -> tuple[Tensor, Tensor]:
-        """The metasmoothness (directions,), and by how much its nearer runs change the targets' losses
-        (directions, targets)."""
+        """The metasmoothness (directions,), and by how much its runs change the targets' losses
+        (directions, 2, targets)."""
         smoothness = torch.full((directions,), torch.nan, dtype=torch.float64)
-        changes = torch.full((directions, len(values)), torch.nan, dtype=torch.float64)
+        changes = torch.full((directions, 2, len(values)), torch.nan, dtype=torch.float64)
         runs = perturbed_runs(self._training, self._weights, directions, WIDTH, seed) if directions else ()
         for d, ends in enumerate(runs):
             if ends is None:
                 continue
             smoothness[d] = alignment(final, *ends)
-            for q, (value, batches) in enumerate(zip(values, targets.values(), strict=True)):
-                with contextlib.suppress(ValueError):  # a loss that is not finite
-                    changes[d, q] = self._training.target_gradient(ends[0], losses, batches)[0] - value
+            for e, end in enumerate(ends):
+                for q, (value, batches) in enumerate(zip(values, targets.values(), strict=True)):
+                    with contextlib.suppress(ValueError):  # a loss that is not finite
+                        changes[d, e, q] = self._training.target_gradient(end, losses, batches)[0] - value
         return smoothness, changes
 
     def back(self, progress: Progress, every: int) -> None:

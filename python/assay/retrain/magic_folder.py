@@ -39,7 +39,7 @@ class Progress:
         in_weights: (targets, N) float64: the derivatives in the weights, summed over the steps behind.
         losses: (targets,) float64.
         smoothness: (directions,) float64.
-        changes: (directions, targets) float64, of the losses in the metasmoothness' nearer runs; NaN: it diverged.
+        changes: (directions, 2, targets) float64, of the losses in the metasmoothness' runs; NaN: one diverged.
         final: (P,) the trained parameters.
         digests: (T + 1,) int64 of every state.
     """

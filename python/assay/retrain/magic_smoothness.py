@@ -14,7 +14,7 @@ from assay.retrain.magic_training import Diverged, Training, running
 SMOOTH = 0.95
 """Below, a derivative in the weights says little of what removing samples does."""
 
-MISSED = 0.3
+MISSED = 0.15
 """Above, scores miss too much of what the perturbed runs do."""
 
 WIDTH = 0.1
@@ -83,17 +83,21 @@ def drawn(size: int, directions: int, seed: int) -> Tensor:
 
 
 def missed(changes: Tensor, in_weights: Tensor, width: float, seed: int) -> float:
-    """‖ΔL − h V ∂L/∂w‖ / ‖ΔL‖: the share of what small changes of all weights do to the targets that derivatives miss.
+    """‖D − h V ∂L/∂w‖ / ‖D‖, the share of what small changes of all weights do to the targets that derivatives miss.
+
+    D = ½ (4 ΔL(hv) − ΔL(2hv)) is the change at hv without its second order, in which v and −v agree: what is left is
+    that the derivative is not that of the run at hv, as where it has kinks.
 
     Args:
-        changes: (directions, targets) float64, ΔL: of each target's loss from weights w to w + hv.
+        changes: (directions, 2, targets) float64, ΔL(hv) and ΔL(2hv): of each target's loss, from weights w on.
         in_weights: (targets, N) float64.
 
     Returns:
         NaN where a run diverged, nothing changed, or nothing was measured.
     """
-    told = width * drawn(in_weights.shape[1], len(changes), seed) @ in_weights.T if len(changes) else changes
-    return float((changes - told).norm() / changes.norm())
+    first_order = (4 * changes[:, 0] - changes[:, 1]) / 2
+    told = width * drawn(in_weights.shape[1], len(changes), seed) @ in_weights.T if len(changes) else first_order
+    return float((first_order - told).norm() / first_order.norm())
 
 
 def _trained(training: Training, weights: Tensor) -> Tensor:

@@ -218,14 +218,22 @@ def with_ray(root: Path, rows: int) -> list[dict[str, Any]]:
 
 
 def _way(name: str, few: tuple[int, list[float]], all_: tuple[int, list[float]]) -> dict[str, Any]:
-    """Its rate, from what more rows take more; what is left of its seconds is its start."""
+    """Its rate, from what more rows take more; what is left of its seconds is its start. None, where its start varies
+    by more than the rows take."""
     (little, fast), (rows, slow) = few, all_
-    seconds = statistics.median(slow)
-    if min(slow) <= max(fast):
-        raise RuntimeError(f"{name}: {rows} rows are too few: {slow} s, {little} rows {fast} s")
-    rate = (rows - little) / (seconds - statistics.median(fast))
-    facts = {"way": name, "rows": rows, "seconds": seconds, "rows_per_second": rate, "start": seconds - rows / rate}
-    return {**facts, "rounds": {str(little): fast, str(rows): slow}}
+    seconds, rounds = statistics.median(slow), {str(little): fast, str(rows): slow}
+    rate, start = None, None
+    if min(slow) > max(fast):
+        rate = (rows - little) / (seconds - statistics.median(fast))
+        start = seconds - rows / rate
+    return {
+        "way": name,
+        "rows": rows,
+        "seconds": seconds,
+        "rows_per_second": rate,
+        "start": start,
+        "rounds": rounds,
+    }
 
 
 def main() -> None:
@@ -253,9 +261,9 @@ def show_and_write(name: str, cases: list[dict[str, Any]]) -> None:
     table = Table("", "rows", "rows / s", "a run's own, s", "start, s", "all, s", "peak MiB", title=title)
     for case in cases:
         all_ = case["seconds"] if "way" in case else case["start"] + case["seconds"]
-        numbers = (f"{case['rows']:,}", f"{case['rows_per_second']:,.0f}", f"{case.get('fixed', 0):.3f}")
-        seconds = (f"{case['start']:.2f}", f"{all_:.2f}", f"{case.get('peak_mib', 0):,.0f}")
-        table.add_row(case.get("way", "one process"), *numbers, *seconds)
+        numbers = (case["rows_per_second"], case.get("fixed"), case["start"], all_, case.get("peak_mib"))
+        shown = ("–" if n is None else f"{n:,.{places}f}" for n, places in zip(numbers, (0, 3, 2, 2, 0), strict=True))
+        table.add_row(case.get("way", "one process"), f"{case['rows']:,}", *shown)
     Console().print(table)
     path = timing.write(name, cases)
     print("written to", path.relative_to(timing.RESULTS.parent.parent), flush=True)

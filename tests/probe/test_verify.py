@@ -297,7 +297,7 @@ def test_a_shape_that_hides_a_wrong_booking_is_checked_when_it_comes(rolled: boo
         check_norms(probe, model, (torch.randn(4, length, 4), labels))
 
 
-def test_the_check_repeats_only_where_something_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_repeats_where_something_is_new_and_ever_more_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
     import assay.probe.probe as module
 
     checks: list[int] = []
@@ -306,10 +306,13 @@ def test_the_check_repeats_only_where_something_is_new(monkeypatch: pytest.Monke
     probe = Probe(gpt2(), CausalLM())
     for lengths in ((7, 3, 5), (6, 3, 5), (7, 7), (5,), (9, 2, 4, 4)):
         probe(text_batch(*lengths))
-    assert len(checks) == 1
+    assert len(checks) == 3  # of the first, second and fourth
     probe(text_batch(4, 4, 4, 4))  # T = B
     probe(text_batch(3, 3, 3))
-    assert len(checks) == 2
+    assert len(checks) == 4
+    for _ in range(8, 17):
+        probe(text_batch(6, 3, 5))
+    assert len(checks) == 6
 
 
 @pytest.mark.parametrize("size", range(1, 40))
@@ -511,3 +514,30 @@ def test_a_hook_that_changes_autograds_gradient_is_named() -> None:
     with pytest.raises(RuntimeError, match=expected):
         Probe(model, Classification(), factors="*")(batch)
     Probe(model, Classification(), factors="*", verify=False)(batch)
+
+
+class Sorting(nn.Module):
+    """Runs its samples in the order of their first number, and gives them back in theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = x[:, 0].argsort()
+        out: Tensor = self.last(self.first(x[order]).tanh()[order.argsort()])
+        return out
+
+
+@pytest.mark.parametrize(("in_order", "found"), [(1, 2), (3, 4), (10, 16)])
+def test_an_order_that_follows_from_the_data_is_found_before_as_many_batches_again(in_order: int, found: int) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 3), torch.randint(2, (6,))
+    x = x[x[:, 0].argsort()]
+    probe = Probe(Sorting(), Classification())
+    for _ in range(in_order):
+        probe((x, y))
+    for _ in range(in_order + 1, found):
+        probe((x.flip(0), y))
+    with pytest.raises(RuntimeError, match=r"'first.weight': the probe's per-sample gradients do not add up"):
+        probe((x.flip(0), y))

@@ -53,10 +53,10 @@ class Probe:
         skip_unsupported: tap what can be tapped exactly instead of raising; ``left_out`` and ``coverage`` say what
             that is. Names: only these parameters may be left out. What turns out on the first batch (of two samples or
             more) is left out as well; later it is an error, for scores of one table are made of the same layers.
-        verify: compare a signed sum of the per-sample gradients with an ordinary backward pass: on the first batch,
-            whenever a layer runs for the first time, and for inputs of a shape in which gradients could be booked on
-            the wrong samples for the first time. Relative tolerance 1e-3; 5e-2 with float16, bfloat16, autocast or
-            TF32.
+        verify: compare a signed sum of the per-sample gradients with an ordinary backward pass: on the first, second,
+            fourth, eighth, … batch, whenever a layer runs for the first time, and for inputs of a shape in which
+            gradients could be booked on the wrong samples for the first time. Relative tolerance 1e-3; 5e-2 with
+            float16, bfloat16, autocast or TF32.
         readings: further tasks that read the same forward pass as ``task`` (a ``Margin`` of it), with reductions of
             their own: ``read`` gives the signals of all.
         inference: run in ``torch.inference_mode`` where no gradient is wanted. What the model keeps between calls, a
@@ -102,6 +102,7 @@ class Probe:
         droppable = self.parameters if isinstance(skip_unsupported, bool) else skip_unsupported
         self._droppable = set(droppable if skip_unsupported else ())
         self._verified: set[Any] = set()  # patterns of calls that were checked
+        self._batches = 0  # that were read
         self._layouts: dict[str, Layout] = {}  # by layer, where that is known and its input's shape leaves a choice
         self._tried: dict[str, set[Layout]] = {}  # of the batch that is being read
         self._in_order: set[str] = set()  # layers on (B, T, …) with the tokens in T
@@ -147,12 +148,20 @@ class Probe:
             size = self._task.size(batch)
             if size == 0:
                 return [_no_signals(reading) for reading in self._readings]
-            if self._verified or not self._verify or not self._taps:
+            self._batches += 1
+            is_known = self._stage <= self._verified and bool(self._verified)
+            if is_known or not self._verify or not self._taps:
                 try:
                     return self._run(batch, size, None)
                 except _Unverified:
                     pass
             return self._checked(batch, size)
+
+    @property
+    def _stage(self) -> set[Any]:
+        """A pattern of its own from the 2nd, 4th, 8th, … batch on: what a model does with samples may follow from what
+        is in them."""
+        return {("batches", self._batches.bit_length())} if self._differentiated else set()
 
     def _checked(self, batch: Any, size: int) -> list[Signals]:
         """The signals, with a check. One that a sample spoils is made of a batch with others in its place."""
@@ -196,6 +205,7 @@ class Probe:
         recorder = Recorder(
             self._taps, size, *known, guess=self._verify, may_follow=self._may_follow, in_order=self._in_order
         )
+        recorder.patterns |= self._stage
         embeddings = None
         with recorder.attached():
             if self._pooling is None:

@@ -45,6 +45,14 @@ def project(tmp_path: Path) -> Project:
     return make_project(tmp_path)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What is slow has longer to end, for machines are shared."""
+    if config.pluginmanager.has_plugin("timeout"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.timeout(1200))
+
+
 _LOG = logging.getLogger("assay")
 _LOG_AS_IMPORTED = (_LOG.level, list(_LOG.handlers), _LOG.propagate)
 

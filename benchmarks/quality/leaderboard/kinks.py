@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,8 +48,10 @@ def in_float64(board: Board) -> Any:
     def doubled(batch: Any) -> Any:
         return tuple(part.double() if part.is_floating_point() else part for part in batch)
 
+    def batch(rows: Any) -> Any:
+        return doubled(run.batch(rows))
+
     run, model = board.run, copy.deepcopy(board.run.model).double()
-    batch: Callable[[Any], Any] = lambda rows: doubled(run.batch(rows))  # noqa: E731
     twin = SimpleNamespace(model=model, rows=run.rows, rates=run.rates, optimizer=run.optimizer, batch=batch)
     return SimpleNamespace(run=twin, losses=board.losses, queries=doubled(board.queries), at_once=board.at_once)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 import assay
 from assay.methods import Density
 from assay.methods.density import KernelSums
-from assay.methods.embedding import unit
+from assay.methods.sums import unit
 from assay.select import random, sample
 from assay.tasks import Classification
 from tests.methods.data import noisy_digits

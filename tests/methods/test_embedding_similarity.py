@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import assay
 from assay.methods import EmbeddingSimilarity, RDSPlus
-from assay.methods.embedding import Embedder, unit
+from assay.methods.embedding import Embedder
+from assay.methods.sums import unit
 from assay.tasks import CausalLM, Classification
 from tests.methods.data import noisy_digits
 

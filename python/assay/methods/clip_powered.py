@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from assay.methods.checks import check_at_least
-from assay.methods.embedding import unit
+from assay.methods.sums import unit
 
 # So many rows meet at once.
 _ROWS = 1024

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from assay.methods.base import Column, Method, Need
-from assay.methods.embedding import Embedder, Pooling, unit
-from assay.methods.sums import Folded, samples_left_out
+from assay.methods.embedding import Embedder, Pooling
+from assay.methods.sums import Folded, samples_left_out, unit
 from assay.probe import Signals
 from assay.tasks import Task
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from assay.methods.base import Need
 from assay.methods.checks import check_one_of
 from assay.methods.parts import State, states
-from assay.methods.sums import Folded
+from assay.methods.sums import Folded, unit
 from assay.methods.targets import TargetSet
 from assay.probe import Pooled, Probe, Signals
 from assay.probe.selection import find_module
@@ -120,15 +120,6 @@ class Embedder:
             if not len(found[name]):
                 raise ValueError(f"{self.name}: target {name!r} has no sample with a finite embedding that is not 0")
         return found, folded
-
-
-def unit(embeddings: Tensor) -> Tensor:
-    """(B, D) -> (B, D) float32 (float64 of float64) of length 1; NaN where there is no direction: 0, NaN, infinite."""
-    wide = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
-    if not wide.shape[1]:
-        return wide
-    scaled = wide / wide.abs().amax(1, keepdim=True)  # so that no square is beyond the type, nor vanishes
-    return scaled / scaled.square().sum(1, keepdim=True).sqrt()
 
 
 def _output_layer(model: nn.Module) -> str | None:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from assay.methods.base import Column, Keeper, Kept, Need
 from assay.methods.checks import check_one_of
-from assay.methods.embedding import Embedder, Pooling, unit
-from assay.methods.sums import Folded, samples_left_out
+from assay.methods.embedding import Embedder, Pooling
+from assay.methods.sums import Folded, samples_left_out, unit
 from assay.methods.targets import Targets, TargetSet
 from assay.ops import scan_scores
 from assay.probe import Signals

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from assay.methods.checks import check_one_of
-from assay.methods.embedding import unit
+from assay.methods.sums import unit
 from assay.ops import scan_scores
 from assay.tasks.base import IGNORE
 

@@ -213,9 +213,15 @@ def cosines(dots: Tensor, sqnorm: Tensor) -> Tensor:
     return torch.where(nothing, 0.0, dots / norm).masked_fill(norm.isinf() | (few_digits & ~nothing), torch.nan)
 
 
+def unit(vectors: Tensor) -> Tensor:
+    """(B, D) -> (B, D) float32 (float64 of float64) of length 1; NaN where there is no direction: 0, NaN, infinite."""
+    wide = vectors if vectors.dtype == torch.float64 else vectors.float()
+    if not wide.shape[1]:
+        return wide
+    scaled = wide / wide.abs().amax(1, keepdim=True)  # so that no square is beyond the type, nor vanishes
+    return scaled / scaled.square().sum(1, keepdim=True).sqrt()
+
+
 def directions(vectors: Tensor) -> Tensor:
     """(B, D) at length 1, however long or short they are: 0 stays 0, and what is not finite is NaN."""
-    largest = vectors.abs().amax(1, keepdim=True)
-    scaled = vectors / torch.where(largest == 0, 1, largest)  # so that no square is beyond the type, nor vanishes
-    lengths: Tensor = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
-    return scaled / lengths.clamp(min=1)
+    return unit(vectors).masked_fill((vectors == 0).all(1, keepdim=True), 0)

@@ -20,6 +20,7 @@ import argparse
 import json
 import logging
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -27,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -169,21 +171,33 @@ def by_hand(root: Path, rows: int, actors: int, output: Path) -> float:
     return time.perf_counter() - began
 
 
-def growing(root: Path, sizes: list[int]) -> list[dict[str, Any]]:
-    cases, first = [], make(root, 1)
-    for rows in sizes:
-        recipe = make(root, rows)
-        found = []
-        for i in range(5 if rows < 1_000_000 else 3 if rows < 5_000_000 else 1):
-            found.append(run([first, first, recipe], root / f"scores-{rows}-{i}"))
-            if found[-1]["rows"] != rows:
-                raise RuntimeError(f"{found[-1]['rows']} of {rows} rows were scored")
-        start, fixed, seconds = (statistics.median(one["seconds"][part] for one in found) for part in range(3))
-        more = statistics.median(one["seconds"][2] - one["seconds"][1] for one in found)
-        peak = max(one["peak_mib"] for one in found)
-        rates = {"rows_per_second": (rows - 1) / more, "rows_per_second_with_fixed": rows / seconds}
-        cases.append({"rows": rows, "start": start, "fixed": fixed, "seconds": seconds, **rates, "peak_mib": peak})
-        shutil.rmtree(root / f"corpus-{rows}")
+def growing(root: Path, sizes: list[int], rounds: int) -> list[dict[str, Any]]:
+    """All sizes in every round, in an order of its own: medians, and a rate ÷ the largest size's in the same round."""
+    first, recipes = make(root, 1), {rows: make(root, rows) for rows in sizes}
+    runs: dict[int, list[dict[str, Any]]] = {rows: [] for rows in sizes}
+    for i in range(rounds):
+        for rows in random.Random(i).sample(sizes, len(sizes)):
+            output = root / f"scores-{rows}-{i}"
+            runs[rows].append(run([first, first, recipes[rows]], output))
+            if runs[rows][-1]["rows"] != rows:
+                raise RuntimeError(f"{runs[rows][-1]['rows']} of {rows} rows were scored")
+    rates = {rows: [(rows - 1) / (r["seconds"][2] - r["seconds"][1]) for r in turns] for rows, turns in runs.items()}
+    cases = []
+    for rows, turns in runs.items():
+        start, fixed, seconds = (statistics.median(r["seconds"][part] for r in turns) for part in range(3))
+        cases.append(
+            {
+                "rows": rows,
+                "start": start,
+                "fixed": fixed,
+                "seconds": seconds,
+                "rows_per_second": statistics.median(rates[rows]),
+                "rows_per_second_with_fixed": rows / seconds,
+                "beside_the_largest": asdict(timing.ratio(rates[rows], rates[max(sizes)])),
+                "peak_mib": max(r["peak_mib"] for r in turns),
+                "rounds": rates[rows],
+            }
+        )
     return cases
 
 
@@ -239,6 +253,7 @@ def _way(name: str, few: tuple[int, list[float]], all_: tuple[int, list[float]])
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, nargs="*", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--rounds", type=int, default=5, help="of all sizes in turn")
     parser.add_argument("--ray", type=int, metavar="ROWS", help="score so many rows with Ray, too")
     parser.add_argument("--shards", type=int, help="list and plan so many shards, and do nothing else")
     options = parser.parse_args()
@@ -251,18 +266,23 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         if options.rows:
-            show_and_write("scale", growing(Path(folder), options.rows))
+            show_and_write("scale", growing(Path(folder), options.rows, options.rounds))
         if options.ray:
             show_and_write("scale-ray", with_ray(Path(folder), options.ray))
 
 
 def show_and_write(name: str, cases: list[dict[str, Any]]) -> None:
     title = "rows / s beyond what does not grow with the rows: the start and, of one process, a run's own"
-    table = Table("", "rows", "rows / s", "a run's own, s", "start, s", "all, s", "peak MiB", title=title)
+    table = Table(
+        "", "rows", "rows / s", "÷ largest's", "a run's own, s", "start, s", "all, s", "peak MiB", title=title
+    )
     for case in cases:
         all_ = case["seconds"] if "way" in case else case["start"] + case["seconds"]
-        numbers = (case["rows_per_second"], case.get("fixed"), case["start"], all_, case.get("peak_mib"))
-        shown = ("–" if n is None else f"{n:,.{places}f}" for n, places in zip(numbers, (0, 3, 2, 2, 0), strict=True))
+        beside = case["beside_the_largest"]["median"] if "beside_the_largest" in case else None
+        numbers = (case["rows_per_second"], beside, case.get("fixed"), case["start"], all_, case.get("peak_mib"))
+        shown = (
+            "–" if n is None else f"{n:,.{places}f}" for n, places in zip(numbers, (0, 3, 3, 2, 2, 0), strict=True)
+        )
         table.add_row(case.get("way", "one process"), f"{case['rows']:,}", *shown)
     Console().print(table)
     path = timing.write(name, cases)

@@ -54,7 +54,13 @@ def test_too_little_text_is_an_error() -> None:
 
 def test_steps_to_a_loss_and_their_summary() -> None:
     def run(*losses: float) -> dict[str, object]:
-        return {"steps": [10, 20, 30, 40], "losses": list(losses), "domain_share": 0.1, "domain_auroc": 0.5}
+        return {
+            "steps": [10, 20, 30, 40],
+            "losses": list(losses),
+            "domain_share": 0.1,
+            "domain_auroc": 0.5,
+            "scoring_seconds": 1,
+        }
 
     runs = {"random": [run(4, 3, 2.5, 2)] * 3, "x": [run(3, 2, 1, 1), run(3, 3, 3, 3), run(2, 2, 1, 1)]}
     assert steps_to(runs["x"][1], 2.0) is None
@@ -121,7 +127,10 @@ def test_the_packages_are_another_pool_with_another_domain() -> None:
 @pytest.mark.slow
 def test_dsdm_needs_fewer_steps_than_random() -> None:
     prepared = prepare(QUICK, 0, ("random", "n-grams (DSIR)", "DsDm"))
-    runs = {name: [retrain(QUICK, 0, scored.scores)] for name, scored in prepared.scored.items()}
+    runs = {
+        name: [{**retrain(QUICK, 0, scored.scores), "scoring_seconds": scored.seconds}]
+        for name, scored in prepared.scored.items()
+    }
     steps = {row["selection"]: row["median_steps"] for row in summary(runs)}
     assert steps["random"] == QUICK.steps
     assert steps["DsDm"] is not None

@@ -3,7 +3,7 @@
 A small byte-level language model is trained on a fifth of a mixture of real text, chosen by each method for a target
 domain that is 8 % of it. The goal is the loss on that domain's held-out files with which a random fifth ends; the table
 says after how many steps each selection gets there. ``--mixture packages`` is another pool with another domain, on
-which nothing was chosen. ``--quick`` is a small version.
+which nothing was chosen. ``--quick`` is a small version. What was measured is kept in a bank, for ``--only`` to add to.
 """
 
 from __future__ import annotations
@@ -23,31 +23,28 @@ from rich.table import Table
 
 from benchmarks import timing
 from benchmarks.quality.multiplier import corpus, selections
-from benchmarks.quality.multiplier.experiment import MIXTURES, QUICK, Prepared, Sizes, prepare, retrain, summary
+from benchmarks.quality.multiplier.bank import Bank, default_root
+from benchmarks.quality.multiplier.experiment import MIXTURES, QUICK, Sizes, prepare, retrain, summary
 
 Runs = dict[str, list[dict[str, Any]]]
 
 
-def run(sizes: Sizes, seeds: int, workers: int, names: Sequence[str]) -> tuple[list[Prepared], Runs]:
-    """Each selection with every seed, in ``workers`` processes of one thread each."""
-    console = Console()
-    processes = ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,))
-    with processes as pool:
+def run(sizes: Sizes, bank: Bank, workers: int, names: Sequence[str]) -> None:
+    """Measure each of the selections with every seed, in ``workers`` processes of one thread each, into the bank."""
+    console, seeds = Console(), range(len(bank.pools))
+    commit = timing.machine()["commit"]
+    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as processes:
         start = time.perf_counter()
-        prepared = list(pool.map(prepare, [sizes] * seeds, range(seeds), [names] * seeds))
-        console.print(f"{seeds} pools scored in {time.perf_counter() - start:.0f} s")
-        jobs = [(seed, name) for name in names for seed in range(seeds)]
-        results = pool.map(
-            retrain,
-            [sizes] * len(jobs),
-            [seed for seed, _ in jobs],
-            [prepared[seed].scored[name].scores for seed, name in jobs],
+        prepared = list(processes.map(prepare, [sizes] * len(seeds), seeds, [names] * len(seeds)))
+        console.print(f"{len(seeds)} pools scored in {time.perf_counter() - start:.0f} s")
+        jobs = [(seed, name, prepared[seed].scored[name]) for name in names for seed in seeds]
+        results = processes.map(
+            retrain, [sizes] * len(jobs), [seed for seed, _, _ in jobs], [scored.scores for _, _, scored in jobs]
         )
-        runs: Runs = {name: [] for name in names}
-        for (seed, name), result in zip(jobs, results, strict=True):
-            runs[name].append(result)
+        for (seed, name, scored), result in zip(jobs, results, strict=True):
+            seconds = {"scoring_seconds": scored.seconds, "warm_up_seconds": prepared[seed].warm_up_seconds}
+            bank.put(seed, name, {**result, **seconds, "commit": commit})
             console.print(f"{name}, seed {seed}: {result['losses'][-1]:.4f} nats per byte at the end")
-    return prepared, runs
 
 
 def show(rows: list[dict[str, Any]], sizes: Sizes, seeds: int) -> None:
@@ -106,28 +103,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the sizes that the test suite runs")
     parser.add_argument("--mixture", choices=list(MIXTURES), default="library")
-    some = f"some of {', '.join(selections.NAMES)} beside random; shown, and not written"
+    some = f"measure some of {', '.join(selections.NAMES)}, and random if it was not; the others are the bank's"
     parser.add_argument("--only", nargs="+", choices=selections.NAMES, default=[], metavar="SELECTION", help=some)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--bank", type=Path, default=default_root(), help="where what was measured is kept")
     arguments = parser.parse_args()
     sizes, seeds = replace(QUICK if arguments.quick else Sizes(), mixture=arguments.mixture), arguments.seeds
-    names = [name for name in selections.NAMES if not arguments.only or name in ("random", *arguments.only)]
-    start = time.perf_counter()
-    prepared, runs = run(sizes, seeds, arguments.workers, names)
+    bank = Bank(arguments.bank, sizes, [sizes.corpus(seed).digest for seed in range(seeds)])
+    needed = {*arguments.only} | ({"random"} - bank.whole(["random"]).keys())
+    names = [name for name in selections.NAMES if not arguments.only or name in needed]
+    run(sizes, bank, arguments.workers, names)
+    runs = bank.whole(selections.NAMES)
     rows = summary(runs)
-    for row in rows:
-        row["scoring_seconds"] = round(max(p.scored[row["selection"]].seconds for p in prepared), 1)
     show(rows, sizes, seeds)
-    if arguments.only:
-        return
     case = {
         "sizes": asdict(sizes),
         "seeds": seeds,
         "bytes_per_piece": corpus.LENGTH,
         "shares_of_the_pool": dict(MIXTURES[sizes.mixture].shares),
-        "seconds": round(time.perf_counter() - start),
-        "proxy_warm_up_seconds": [round(p.warm_up_seconds, 1) for p in prepared],
         "summary": rows,
         "runs": runs,
     }

@@ -64,6 +64,12 @@ class Corpus:
         found: NDArray[np.bool_] = self.kinds == self.domain
         return found
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all pieces, which other packages, or others' versions, change."""
+        parts = (self.pool, self.target, self.validation, self.test)
+        return hashlib.sha256(b"".join(part.to(torch.uint8).numpy().tobytes() for part in parts)).hexdigest()
+
 
 def build(pool: int, target: int, validation: int, test: int, seed: int, mixture: Mixture | None = None) -> Corpus:
     """A random pool in the mixture's proportions (the library's, if none is given); every seed divides the target

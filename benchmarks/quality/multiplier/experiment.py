@@ -119,6 +119,7 @@ def summary(runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
                 "final_loss": {"median": statistics.median(final), "range": [min(final), max(final)]},
                 "domain_share": statistics.median(run["domain_share"] for run in mine),
                 "domain_auroc": statistics.median(run["domain_auroc"] for run in mine),
+                "scoring_seconds": max(run["scoring_seconds"] for run in mine),
             }
         )
     return rows

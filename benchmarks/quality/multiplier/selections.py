@@ -68,11 +68,11 @@ def warm_up(shape: model.Shape, data: Corpus, steps: int, count: int, seed: int)
 
 
 def score(data: Corpus, proxy: Proxy, seed: int, names: Sequence[str]) -> dict[str, Scored]:
-    """The named selections' preferences. Where several come from one pass, each has its seconds."""
-    rng, found = np.random.default_rng(seed + 2000), {}
+    """The named selections' preferences; whichever they are, what one draws is the same."""
+    found = {}
     for name in names:
         start = time.perf_counter()
-        scores = MAKERS[name](data, proxy, rng)
+        scores = MAKERS[name](data, proxy, np.random.default_rng([seed + 2000, NAMES.index(name)]))
         found[name] = Scored(scores, time.perf_counter() - start)
     return found
 

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 pytest.importorskip("transformers")
-from benchmarks.quality.multiplier import corpus
+from benchmarks.quality.multiplier import corpus, selections
+from benchmarks.quality.multiplier.bank import Bank
 from benchmarks.quality.multiplier.experiment import QUICK, prepare, retrain, steps_to, summary
 from benchmarks.quality.multiplier.packages import PACKAGES, STUB
 from benchmarks.quality.multiplier.reselection import Reselection, descended
@@ -67,6 +68,35 @@ def test_steps_to_a_loss_and_their_summary() -> None:
     random, x = summary(runs)
     assert (random["median_steps"], random["multiplier"]) == (40, 1.0)
     assert (x["steps"], x["median_steps"], x["multiplier"], x["range"]) == ([20, None, 10], 20, 2.0, None)
+
+
+def small_corpus(seed: int) -> corpus.Corpus:
+    pieces = torch.randint(97, 123, (40, 8), generator=torch.Generator().manual_seed(seed))
+    kinds = np.array(["docstring"] * 3 + ["other"] * 17)
+    return corpus.Corpus(pieces[:20], kinds, "docstring", pieces[20:26], pieces[26:30], pieces[30:])
+
+
+def test_a_selection_draws_the_same_whichever_others_are_measured() -> None:
+    data = small_corpus(0)
+    alone, second = (
+        selections.score(data, None, 1, names)  # type: ignore[arg-type]
+        for names in (["n-grams (DSIR)"], ["random", "n-grams (DSIR)"])
+    )
+    np.testing.assert_array_equal(alone["n-grams (DSIR)"].scores, second["n-grams (DSIR)"].scores)
+    assert (second["random"].scores != second["n-grams (DSIR)"].scores).all()
+
+
+def test_a_bank_adds_seeds_and_selections_of_the_same_pools_alone(tmp_path: Path) -> None:
+    pools = [small_corpus(seed).digest for seed in range(2)]
+    bank = Bank(tmp_path, QUICK, pools)
+    bank.put(0, "random", {"losses": [1.5]})
+    assert bank.whole(["random", "RHO"]) == {}, "half of the seeds"
+    bank.put(1, "random", {"losses": [2.5]})
+    again = Bank(tmp_path, QUICK, [small_corpus(seed).digest for seed in range(2)])
+    assert again.whole(["random", "RHO"]) == {"random": [{"losses": [1.5]}, {"losses": [2.5]}]}
+    others = dataclasses.replace(QUICK, steps=7), dataclasses.replace(QUICK, mixture="packages")
+    for other in (*(Bank(tmp_path, sizes, pools) for sizes in others), Bank(tmp_path, QUICK, pools[::-1])):
+        assert other.whole(["random"]) == {}
 
 
 def test_reselection_counts_by_signs_and_orders_the_equal_by_their_derivatives() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from assay.methods import GradMimic, GraNd
 from assay.probe import gradient, terms
-from assay.tasks import CausalLM
+from assay.tasks import CausalLM, Classification
 from assay.train import Reweighter
 from tests.train.small_models import moved
 
@@ -107,3 +107,32 @@ def test_exact_is_about_observing() -> None:
     for settings in ({}, {"mode": "filter", "keep": 0.5}, {"mode": "observe", "recompute": True}):
         with pytest.raises(ValueError, match=r"Reweighter: exact=False with mode '.*; expected mode 'observe'"):
             Reweighter(model, GraNd(model, CausalLM()), **settings, exact=False)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.GRU(3, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.layer(x)[1][0])
+        return logits
+
+
+def test_a_recurrent_layer_is_not_observed_to_the_last_bit() -> None:
+    torch.manual_seed(0)
+    model, task = Recurrent(), Classification()
+    with pytest.raises(ValueError, match=r"layer 'layer' \(GRU\) runs step by step .* pass exact=False"):
+        Reweighter(model, GraNd(model, task), "observe")
+    x, y = torch.randn(5, 6, 3), torch.arange(5) % 3
+    for layers, exact in ((None, False), ("head", True)):
+        model.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        reweighter = Reweighter(model, GraNd(model, task, layers), "observe", exact=exact)
+        reweighter.backward(F.cross_entropy(model(x), y, reduction="none"), range(5))
+        for name, p in model.named_parameters():
+            tolerance = 0.0 if exact else 1e-6
+            torch.testing.assert_close(p.grad, expected[name], rtol=tolerance, atol=tolerance)
+        reweighter.detach()

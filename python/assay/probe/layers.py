@@ -18,6 +18,7 @@ from assay.ops._exact import exact
 from assay.probe import formulas
 from assay.probe.experts import are_experts
 from assay.probe.formulas import Factors
+from assay.probe.recurrent import stepwise
 from assay.probe.terms import Outer, Scatter, Term
 from assay.tasks.base import wide
 
@@ -100,6 +101,8 @@ def find_rule(module: nn.Module) -> Rule | str:
 def follows_parameters(module: nn.Module) -> bool:
     """Whether a module without a rule computes with parameters of its own by operations that a probe can follow."""
     cls = type(module)
+    if stepwise(module) is not None:
+        return True
     if cls in _FOLLOWED:
         return not (isinstance(module, nn.EmbeddingBag) and module.mode == "max")
     if isinstance(module, _KNOWN):  # what a subclass makes of the weight is seen; a hook that sets it is not

@@ -23,6 +23,7 @@ from assay.probe.packed_region import PackedRegion
 from assay.probe.packing import Packed, Packing
 from assay.probe.placement import Placement, Untapped, called
 from assay.probe.quiet import Inside, edge_of, on_gradient, other_leaves
+from assay.probe.recurrent import stepwise
 from assay.probe.reductions import Reduced, Reduction
 from assay.probe.selection import Tap
 from assay.probe.shared import Region
@@ -106,7 +107,9 @@ class Recorder:
         """Put shared values into the places of a module's bare parameters."""
         own = tap.module._parameters
         if isinstance(tap.module, ParametrizationList):
-            self._wrap(tap.module, self.region.without_samples, stack)
+            _replace(tap.module, _within(tap.module.forward, self.region.without_samples), stack)
+        if (forward := stepwise(tap.module)) is not None:
+            _replace(tap.module, forward, stack)
         for local, name in tap.parameters.items():
             parameter = own[local]
             assert parameter is not None
@@ -119,18 +122,6 @@ class Recorder:
             start.complete = partial(self._arrived, call)
             self._calls[name].append((call, local))
             self.patterns.add(((name,),))
-
-    def _wrap(self, module: nn.Module, context: Callable[[], AbstractContextManager[None]], stack: ExitStack) -> None:
-        """Run the module's forward pass within a context."""
-        forward = module.forward
-
-        def within(*args: Any, **kwargs: Any) -> Any:
-            with context():
-                return forward(*args, **kwargs)
-
-        own = "forward" in vars(module)
-        module.forward = within
-        stack.callback(setattr, module, "forward", forward) if own else stack.callback(delattr, module, "forward")
 
     def settle(self, gradients: Mapping[str, Tensor]) -> None:
         """After the forward pass: what turned out not to be tapped is dropped, or an error.
@@ -414,6 +405,21 @@ class Recorder:
 
 
 def _ignore(name: str) -> None: ...
+
+
+def _within(forward: Callable[..., Any], context: Callable[[], AbstractContextManager[None]]) -> Callable[..., Any]:
+    def within(*args: Any, **kwargs: Any) -> Any:
+        with context():
+            return forward(*args, **kwargs)
+
+    return within
+
+
+def _replace(module: nn.Module, forward: Callable[..., Any], stack: ExitStack) -> None:
+    """Let the module run another forward pass, for as long as the stack is open."""
+    own = vars(module).get("forward")
+    module.forward = forward
+    stack.callback(delattr, module, "forward") if own is None else stack.callback(setattr, module, "forward", own)
 
 
 def _region(packing: Packing | None, **how: Any) -> Region:

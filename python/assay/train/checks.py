@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from assay.methods.checks import check_at_least, check_one_of
+from assay.probe.recurrent import stepwise
+from assay.probe.selection import make_taps
 
 
 def check_settings(
@@ -35,6 +38,17 @@ def check_settings(
         raise ValueError(
             f"Reweighter: exact=False with {found}; expected mode 'observe', whose gradients it is of, and no recompute"
         )
+
+
+def check_bits(model: nn.Module, parameters: Collection[str]) -> None:
+    """ValueError for a layer that computes something else, if only in the last bits, when it is looked at."""
+    for tap in make_taps(model, parameters):
+        if stepwise(tap.module) is not None:
+            raise ValueError(
+                f"Reweighter: layer {tap.layer!r} ({type(tap.module).__name__}) runs step by step while its gradients "
+                "are scored, and rounds otherwise than by itself, so that mode 'observe' cannot leave every bit of the "
+                "training as it is; pass exact=False, or a method with layers that leave it out"
+            )
 
 
 def check_losses(losses: Tensor) -> int:

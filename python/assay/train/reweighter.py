@@ -19,7 +19,7 @@ from assay.probe.holding import Held, Summed
 from assay.probe.packing import Packing
 from assay.probe.training import BatchSize, TrainingTaps
 from assay.probe.wrappers import check_can_be_tapped
-from assay.train.checks import check_given, check_losses, check_settings
+from assay.train.checks import check_bits, check_given, check_losses, check_settings
 from assay.train.journal import Journal
 from assay.train.weights import Mode, best_share, gathered, softmax_weights
 
@@ -56,7 +56,8 @@ class Reweighter:
         exact: of mode ``"observe"``. True: every bit of the gradients is autograd's, and scores take products of their
             own. False: a scored parameter's gradient is the sum of the samples' own, which are made for the scores
             anyway; it differs from autograd's by the layer's rounding (1e-6 in float32; 1e-2 where autograd adds up in
-            bfloat16, as a bias's under autocast), and long sequences' weights cost a product less.
+            bfloat16, as a bias's under autocast), and long sequences' weights cost a product less. Recurrent layers,
+            which run step by step while they are scored, are observed with False alone.
         batch_size: (args, kwargs) of the model's forward -> the number of samples; None: the first dimension of the
             first tensor.
         recompute: no output gradients are kept but those of what all samples share, and the graph is; a second
@@ -107,6 +108,8 @@ class Reweighter:
         self._by = _column(method, by)
         self._trainable = _trainable(model)
         scored = {name for reduction in self._reductions.values() for name in reduction.parameters}
+        if mode == "observe" and exact:
+            check_bits(model, scored)
         chosen = tapped_parameters(model, layers, skip_unsupported) if mode != "observe" else () if exact else scored
         self._parameters = [name for name, _ in model.named_parameters() if name in chosen]
         names = [name for name, _ in model.named_parameters() if name in scored.union(chosen)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 import assay
 from assay.methods import LESS
 from assay.probe import AdamState
+from assay.probe.learning_rates import LearningRates
 from assay.tasks import CausalLM, Classification
 
 BETAS, EPS = (0.9, 0.95), 1e-6
@@ -131,6 +133,20 @@ def test_a_state_dict_without_constants_or_with_several_is_refused(model: nn.Mod
     for flag in ("amsgrad", "maximize"):
         with pytest.raises(ValueError, match=f"has {flag}=True"):
             AdamState.of(stepped(model, model.parameters(), **{flag: True}), model)
+
+
+@pytest.mark.parametrize("other", [torch.optim.NAdam, torch.optim.RAdam])
+def test_who_makes_other_steps_of_adams_moments_is_named(other: Any, model: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "optimizer.pt"
+    model(batch()[0]).sum().backward()
+    optimizer = other(model.named_parameters())
+    optimizer.step()
+    torch.save(optimizer.state_dict(), path)
+    for make in (lambda: AdamState.of(optimizer, model), lambda: AdamState.load(path)):
+        with pytest.raises(ValueError, match=f"is {other.__name__}'s by its settings"):
+            make()
+    with pytest.raises(ValueError, match=f"optimizer: {other.__name__} scales gradients in a way that is not known"):
+        LearningRates(optimizer, model, [name for name, _ in model.named_parameters()])
 
 
 def test_files_that_are_none_are_named(tmp_path: Path) -> None:

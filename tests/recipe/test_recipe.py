@@ -143,6 +143,19 @@ def test_overrides(project, override, read, value):
     assert read(load_recipe(str(project.path), [override])) == value
 
 
+def test_overrides_of_names_with_dots(project):
+    models = {"llama-3.1": project.recipe["models"]["a"], "llama-3": project.recipe["models"]["a"]}
+    methods = [{"method": "ensemble", "models": list(models)}]
+    project.path.write_text(notation.write({**project.recipe, "models": models, "methods": methods}))
+    assert "*id001" in project.path.read_text()  # both are one mapping, of which an override changes one
+    recipe = load_recipe(str(project.path), ["models.llama-3.1.kind=mlp", "models.llama-3.path=models/b.safetensors"])
+    assert recipe.models["llama-3.1"].path.endswith("models/a.safetensors")
+    assert recipe.models["llama-3"].path.endswith("models/b.safetensors")
+    whole = load_recipe(str(project.path), ["models.llama-3.1={kind: mlp, path: models/b.safetensors}"])
+    assert whole.models["llama-3.1"].path.endswith("models/b.safetensors")
+    assert sorted(whole.models) == sorted(models)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -54,6 +54,18 @@ def test_trained_models_are_taken_as_they_are() -> None:
         torch.testing.assert_close(out.logits[0, folds == 1], models[1](data.x[folds == 1]))
 
 
+def test_a_trained_model_is_left_as_it_was_module_by_module() -> None:
+    data, folds = noisy_digits(0.2, size=40), np.arange(40) % 2
+    models = [torch.nn.Sequential(torch.nn.BatchNorm1d(64), torch.nn.Dropout(), mlp(f)) for f in range(2)]
+    models[0][0].eval()  # frozen by its user, in a model that is in training mode otherwise
+    models[1].eval()
+    modes = [[module.training for module in model.modules()] for model in models]
+    out = out_of_fold([models], data.x, data.given.numpy(), folds=folds)
+    assert [[module.training for module in model.modules()] for model in models] == modes
+    again = out_of_fold([models], data.x, data.given.numpy(), folds=folds)
+    assert torch.equal(out.logits, again.logits), "something is dropped, or a norm has moved"
+
+
 @pytest.mark.parametrize(
     ("members", "folds", "y", "words"),
     [

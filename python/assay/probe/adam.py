@@ -141,6 +141,11 @@ class AdamState:
         for flag in ("amsgrad", "maximize"):
             if any(group.get(flag) for group in groups):
                 raise ValueError(f"{source}: has {flag}=True, whose steps are not those that are computed here")
+        if other := next((kind for group in groups if (kind := other_kind(group)) is not None), None):
+            raise ValueError(
+                f"{source}: is {other}'s by its settings, whose steps are not Adam's; expected torch.optim.Adam, "
+                "AdamW or one with their steps"
+            )
         facts: dict[str, Any] = {}
         for key in ("betas", "eps"):
             values = {repr(value): value for group in groups if (value := group.get(key)) is not None}
@@ -201,6 +206,20 @@ class AdamState:
         moment = (1 - one) * gradients + one * m
         square = (1 - two) * gradients.square() + two * v
         return moment / (square.sqrt() + self.eps if eps == "outside" else (square + self.eps).sqrt())
+
+
+# Settings that Adam has not, of those who keep Adam's moments and make other steps of them.
+_OTHERS = {
+    **{"momentum_decay": "NAdam", "schedule_decay": "NAdam"},
+    **{"grad_averaging": "LAMB", "trust_clip": "LAMB", "wd_ratio": "AdamP"},
+}
+
+
+def other_kind(group: Mapping[str, Any]) -> str | None:
+    """The optimiser that a group of parameters is of by its settings, where it only looks like Adam."""
+    if "decoupled_weight_decay" in group and "amsgrad" not in group:
+        return "NAdam" if "momentum_decay" in group else "RAdam"
+    return next((kind for setting, kind in _OTHERS.items() if setting in group), None)
 
 
 def _read(path: Path, read: Any) -> Any:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from assay.probe.adam import other_kind
+
 
 class LearningRates:
     """An optimiser's learning rates by weight, as they are when they are read.
@@ -105,7 +107,7 @@ class LearningRates:
 def _kind(group: Mapping[str, Any]) -> str | None:
     """By its settings, so that a wrapper of the optimiser is taken for what it wraps."""
     if {"betas", "eps"} <= group.keys() and isinstance(group["eps"], float | int):
-        return "adam"
+        return "adam" if other_kind(group) is None else None
     if {"alpha", "centered"} <= group.keys():
         return "rmsprop"
     if "lr_decay" in group:

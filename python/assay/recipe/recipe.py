@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import reprlib
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -316,10 +317,11 @@ def _override(path: str, data: dict[str, Any], override: str) -> None:
         value = parse(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError("", f"--set {override}", "the value is not valid YAML") from error
-    *parents, last = dotted.split(".")
     target: Any = data
-    for key in parents:
-        target = _child(path, target, key, dotted)
+    last, rest = _first_key(target, dotted)
+    while rest:
+        target = _child(path, target, last, dotted)
+        last, rest = _first_key(target, rest)
     if isinstance(target, list):
         target[_index(path, target, last, dotted)] = value
     elif isinstance(target, dict):
@@ -328,12 +330,23 @@ def _override(path: str, data: dict[str, Any], override: str) -> None:
         raise RecipeError(path, dotted, "cannot be set: what holds it is neither a mapping nor a list")
 
 
+def _first_key(target: Any, dotted: str) -> tuple[str, str]:
+    """A path's first key, and the rest: the longest that is there, as names may have dots; else up to the first one."""
+    parts = dotted.split(".")
+    counts = range(len(parts), 0, -1) if isinstance(target, dict) else ()
+    count = next((count for count in counts if ".".join(parts[:count]) in target), 1)
+    return ".".join(parts[:count]), ".".join(parts[count:])
+
+
 def _child(path: str, target: Any, key: str, dotted: str) -> Any:
+    """What a key holds, as a copy in its place: in YAML one mapping may stand in several (``&`` and ``*``)."""
     if isinstance(target, list):
-        return target[_index(path, target, key, dotted)]
+        place: Any = _index(path, target, key, dotted)
+        target[place] = copy(target[place])
+        return target[place]
     if isinstance(target, dict):
-        if target.get(key) is None:
-            target[key] = {}
+        held = target.get(key)
+        target[key] = {} if held is None else copy(held)
         return target[key]
     raise RecipeError(path, dotted, f"cannot be set: {key!r} is looked up in something that has no keys")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from assay._lazy import require
+from assay.probe.quiet import undisturbed
 from assay.retrain import samples
 from assay.tasks.base import call
 
@@ -245,15 +247,10 @@ def predict_member(
         raise TypeError(
             f"{where}: expected a trained model, callable or with predict_proba, got {type(model).__name__}"
         )
-    training = isinstance(model, nn.Module) and model.training
-    if isinstance(model, nn.Module):
-        model.eval()
-    with torch.no_grad():
+    with undisturbed(model) if isinstance(model, nn.Module) else nullcontext(), torch.no_grad():
         pieces = [
             _logits(model, samples.take(x, rows[i : i + batch_size]), where) for i in range(0, len(rows), batch_size)
         ]
-    if training:
-        model.train()
     out = torch.cat(pieces)
     if out.shape[1] != len(classes):
         raise ValueError(f"{where}: expected logits of shape ({len(rows)}, {len(classes)}), got {tuple(out.shape)}")

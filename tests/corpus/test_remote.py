@@ -115,3 +115,22 @@ def test_the_same_folder_is_the_same_in_another_process_too():
     assert again == store == Store.at("memory://folder")
     assert len({again, store}) == 1
     assert store != Store.at("memory://other")
+
+
+class Lengthless(MemoryFileSystem):
+    """As a web server is that answers in chunks."""
+
+    protocol = "lengthless"
+    cachable = False
+
+    def info(self, path, **options):
+        return {"name": path, "size": None, "type": "file", **({"ETag": "1"} if "etag" in path else {})}
+
+
+@pytest.mark.parametrize("name", ["plain", "etag"])
+def test_a_file_whose_length_nobody_says_is_named(name):
+    store = Store(RemoteFileSystem(Lengthless()), "/folder")
+    with pytest.raises(OSError, match="does not say how long the file is") as caught:
+        store.fingerprint(name)
+    assert caught.value.filename == f"/folder/{name}"
+    assert not may_pass(caught.value)

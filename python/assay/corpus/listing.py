@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from fsspec.utils import glob_translate
 
-from assay.corpus.storage import Fingerprint, Store, etag_of
+from assay.corpus.storage import Fingerprint, Store, etag_of, size_of
 
 # Linux's own limit, for a name in one folder; object stores allow for more, but scores may be kept locally.
 _LONGEST_NAME = 255
@@ -128,7 +128,7 @@ def _remote(store: Store, folder: str) -> Listing:
         path = store.relative(full)
         if not any(part.startswith((".", "_")) for part in path[below:].split("/")):
             etag = etag_of(info)
-            files[path] = Fingerprint(int(info["size"]), etag=etag) if etag else None
+            files[path] = Fingerprint(size_of(info, full), etag=etag) if etag else None
     return Listing(files)
 
 

@@ -197,13 +197,13 @@ class Store:
             status = os.stat(full)
             return Fingerprint(status.st_size, mtime_ns=status.st_mtime_ns)
         info: dict[str, Any] = self.fs.info(full)
-        etag = etag_of(info)
-        if etag:
-            return Fingerprint(int(info["size"]), etag=etag)
+        size = size_of(info, full)
+        if etag := etag_of(info):
+            return Fingerprint(size, etag=etag)
         with contextlib.suppress(NotImplementedError):
             modified = self.fs.modified(full)
-            return Fingerprint(int(info["size"]), mtime_ns=int(modified.timestamp() * 1e6) * 1000)
-        return Fingerprint(int(info["size"]))
+            return Fingerprint(size, mtime_ns=int(modified.timestamp() * 1e6) * 1000)
+        return Fingerprint(size)
 
     def open(self, path: str) -> BinaryIO:
         """Open for reading. An OSError for anything but a regular file: a pipe would wait, a device never end."""
@@ -350,6 +350,18 @@ def etag_of(info: Mapping[str, Any]) -> str | None:
     """The etag in what a file system says of a file, under the names that they have for it."""
     etag = info.get("ETag") or info.get("etag") or info.get("content_md5")
     return str(etag) if etag else None
+
+
+def size_of(info: Mapping[str, Any], full: str) -> int:
+    """A file's length by what a file system says of it. An OSError of one that does not tell."""
+    if info.get("size") is None:
+        raise OSError(
+            errno.EINVAL,
+            "the server does not say how long the file is (an answer without Content-Length); copy it to this machine, "
+            "or to an object store",
+            full,
+        )
+    return int(info["size"])
 
 
 def _open_regular(full: str) -> BinaryIO:

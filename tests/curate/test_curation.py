@@ -227,6 +227,12 @@ def test_scores_that_do_not_cover_the_corpus_are_refused(project, harm, message)
     assert not (project.root / "out").exists()
 
 
+@pytest.mark.parametrize("rule", [{"random": "1"}, {"where": "mimic > 0"}, {"top": "1", "by": "mimic"}])
+def test_a_seed_below_0_is_none(rule):
+    with pytest.raises(CorpusError, match="--seed -1: expected 0 or more"):
+        RuleOptions(**rule, seed=-1).rule()
+
+
 def test_unknown_scores_and_folders_are_named(project):
     scores = scored(project)
     with pytest.raises(CorpusError, match=r"--by mimics: .* has no such score; did you mean mimic"):

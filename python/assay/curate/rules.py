@@ -63,6 +63,8 @@ class RuleOptions:
     def rule(self) -> Rule | Audit:
         """The rule that was asked for. CorpusError unless it is one, and complete."""
         given = self._given
+        if self.seed < 0:
+            raise CorpusError(f"--seed {self.seed}: expected 0 or more")
         if self.where is not None and not given:
             self._check_owners("where")
             self._check_group("where")

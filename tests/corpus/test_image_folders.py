@@ -161,6 +161,21 @@ def test_chosen_files_are_copied_and_others_of_an_earlier_selection_go(tmp_path)
         copy_rows(shard, np.ones(3, bool), out)
 
 
+def test_a_class_of_which_nothing_is_kept_is_named(tmp_path, caplog):
+    fill(tmp_path / "pets")
+    (shard,) = find_shards(str(tmp_path / "pets")).shards
+    for keep, lost in (
+        ([True, True, False, False], "dog v1.2"),
+        ([True, False, False, True], None),
+        ([False] * 4, None),
+    ):
+        caplog.clear()
+        copy_rows(shard, np.array(keep), Store.at(str(tmp_path / "out")))
+        said = [message for message in caplog.messages if "ImageFolder" in message]
+        assert len(said) == (lost is not None)
+        assert all(f"no image of class {lost} is kept" in message for message in said)
+
+
 def test_a_folder_that_is_gone_is_an_error(tmp_path):
     fill(tmp_path / "pets")
     (shard,) = find_shards(str(tmp_path / "pets")).shards

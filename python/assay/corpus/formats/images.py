@@ -6,6 +6,7 @@ are copied as they are.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,8 @@ from assay.corpus.media import IMAGES
 from assay.corpus.storage import Fingerprint, Store, is_of_file
 
 _ROW_BYTES = 1000
+
+log = logging.getLogger("assay")
 
 
 def _files(store: Store, folder: str) -> dict[str, Fingerprint | None]:
@@ -89,6 +92,15 @@ def _copy(source: Source, keep: Mask, target: Store) -> None:
                 shutil.copyfileobj(image, file, 1 << 20)
         elif path in there:
             target.remove(path)
+    chosen = {os.path.dirname(path) for path, is_kept in zip(files, keep.tolist(), strict=True) if is_kept}
+    if lost := sorted({os.path.dirname(path) for path in files} - chosen) if chosen else []:
+        log.warning(
+            "%s: no image of class %s%s is kept; torchvision's ImageFolder numbers those that are left anew: label "
+            "by the folders' names",
+            target.root,
+            shown(lost[0]),
+            f" and {len(lost) - 1} others" if len(lost) > 1 else "",
+        )
 
 
 FORMAT = Format("images", (), _read, _copy, _facts, files=_files)

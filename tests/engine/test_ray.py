@@ -167,13 +167,13 @@ def test_kills_at_random_moments_lose_nothing_and_double_nothing(project, monkey
     runs = 0
     while len(killed) < kills or runs == 0:
         runs += 1
-        summary = score(project)
+        summary = odd_actors.until_it_starts(lambda: score(project))
         assert all(reason.startswith(DIED_TWICE) for reason in summary.unreadable.values())
         if len(killed) < kills:
             for path in random.Random(runs).sample(sorted(project.tables()), 2 * len(project.tables()) // 3):
                 (project.scores / path).unlink()
     stopped.set()
-    while not score(project).clean:
+    while not odd_actors.until_it_starts(lambda: score(project)).clean:
         pass
     Store.at(str(project.scores)).sweep(older_than=0)
     found, alone = written(project.scores), written(project.root / "alone")

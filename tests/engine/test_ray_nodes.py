@@ -42,7 +42,7 @@ def test_a_node_that_is_lost_loses_nothing(project, monkeypatch, losses) -> None
     def score() -> None:
         """Until all nodes have been lost that are to be, with half of the tables gone each time."""
         while not over.is_set() or not summaries or not summaries[-1].clean:
-            summaries.append(run(recipe, engine="ray"))
+            summaries.append(odd_actors.until_it_starts(lambda: run(recipe, engine="ray")))
             for path in sorted(project.tables())[:20] if not over.is_set() else ():
                 (project.scores / path).unlink()
 
@@ -56,7 +56,7 @@ def test_a_node_that_is_lost_loses_nothing(project, monkeypatch, losses) -> None
             cluster.remove_node(nodes.pop(0), allow_graceful=False)
             nodes.append(cluster.add_node(num_cpus=1))
         over.set()
-        scorer.join(200)
+        scorer.join(400)
         assert not scorer.is_alive()
     finally:
         over.set()

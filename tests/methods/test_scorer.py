@@ -360,13 +360,17 @@ def test_fit_checks_the_gradients_that_it_takes() -> None:
             method.fit([batch])
 
 
+class OddCell(nn.RNNCell):
+    """A subclass may take other steps than torch's cell."""
+
+
 class PartlySupported(nn.Module):
     """A layer that is refused by its class, and a parameter whose use cannot be followed."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.known, self.odd, self.head = nn.Linear(4, 6), nn.RNNCell(6, 6), nn.Linear(6, 3)
+        self.known, self.odd, self.head = nn.Linear(4, 6), OddCell(6, 6), nn.Linear(6, 3)
         self.mix = nn.Parameter(torch.randn(6, 6))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -76,6 +76,30 @@ def test_a_glob_follows_links_too(tmp_path):
         assert paths(tmp_path / "in" / pattern) == ["link/b.jsonl", "x/a.jsonl"]
 
 
+@pytest.mark.parametrize("at", ["local", "memory"])
+def test_a_globs_wildcards_stand_for_no_hidden_name(tmp_path, at):
+    """An editor's copy of a shard under a dot, or a selection's table of reasons, is nobody's data."""
+    names = ["a.jsonl", "_b.jsonl", "._a.jsonl", ".ipynb_checkpoints/a-checkpoint.jsonl", "_selection/a.jsonl"]
+    names += ["x/c.jsonl", "x/.y/d.jsonl"]
+    root = str(tmp_path)
+    if at == "local":
+        touch(tmp_path, *names)
+    else:
+        root = "memory://globbed"
+        fsspec.filesystem("memory").pipe({f"/globbed/{name}": ROW for name in names})
+    assert paths(f"{root}/*.jsonl") == ["_b.jsonl", "a.jsonl"]
+    assert paths(f"{root}/*/*.jsonl") == ["x/c.jsonl"]
+    assert paths(f"{root}/*") == paths(f"{root}/**/*.jsonl") == ["_b.jsonl", "a.jsonl", "x/c.jsonl"]
+    assert paths(f"{root}/.*/*.jsonl") == [".ipynb_checkpoints/a-checkpoint.jsonl"]
+    assert paths(f"{root}/**/.y/*.jsonl") == ["x/.y/d.jsonl"]
+    assert paths(f"{root}/_sel*/*.jsonl") == ["_selection/a.jsonl"]
+    assert paths(f"{root}/_selection/*.jsonl") == ["a.jsonl"]
+    if at == "local":  # nor is one named that is not read
+        (tmp_path / ".up").symlink_to("..")
+        assert left_out(f"{root}/**/*.jsonl") == {}
+        assert list(left_out(f"{root}/**/.*/*.jsonl")) == [".up"]
+
+
 def test_a_linked_corpus_and_a_linked_file(tmp_path):
     touch(tmp_path, "real/a.jsonl", "elsewhere/b.jsonl")
     (tmp_path / "real/b.jsonl").symlink_to(tmp_path / "elsewhere/b.jsonl")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from fsspec.utils import glob_translate
 
@@ -133,16 +134,36 @@ def _remote(store: Store, folder: str) -> Listing:
 
 
 def list_matches(store: Store, pattern: str) -> tuple[Listing, list[str]]:
-    """The files and the folders below ``store`` that a glob relative to it matches, hidden ones included."""
+    """The files and the folders below ``store`` that a glob relative to it matches.
+
+    Wildcards stand for no name that begins with a dot, as in a shell, and for no folder that begins with an underscore:
+    those are matched where the glob spells them so.
+    """
+    is_meant = _without_hidden(pattern)
     if not store.is_local:
         found = {store.relative(full): info for full, info in store.fs.glob(store.full(pattern), detail=True).items()}
         folders = sorted(path for path, info in found.items() if info["type"] == "directory")
-        return Listing(dict.fromkeys(sorted(found.keys() - folders))), folders
+        files = sorted(path for path in found.keys() - folders if is_meant(path, False))
+        return Listing(dict.fromkeys(files)), [path for path in folders if is_meant(path, True)]
     walk = _Walk(store, None if "**" in pattern else pattern.count("/"), is_hidden=True)
     walk.search_all("")
     matched = re.compile(glob_translate(pattern)).match
-    files = dict.fromkeys(sorted(filter(matched, walk.files)))
-    return Listing(files, tuple(walk.left_out)), sorted(filter(matched, walk.folders))
+    files = sorted(path for path in filter(matched, walk.files) if is_meant(path, False))
+    folders = sorted(path for path in filter(matched, walk.folders) if is_meant(path, True))
+    left_out = tuple(entry for entry in walk.left_out if entry.path == "." or is_meant(entry.path, True))
+    return Listing(dict.fromkeys(files), left_out), folders
+
+
+def _without_hidden(pattern: str) -> Callable[[str, bool], bool]:
+    """Whether a glob that matches a path, of a file or of a folder, spells each hidden name on the way to it."""
+    spelt = [part for part in pattern.split("/") if part.startswith((".", "_"))]
+
+    def is_meant(path: str, is_folder: bool) -> bool:
+        *folders, last = f"{path}/".split("/") if is_folder else path.split("/")
+        hidden = [name for name in folders if name.startswith((".", "_"))] + [last] * last.startswith(".")
+        return all(any(fnmatchcase(name, part) for part in spelt) for name in hidden)
+
+    return is_meant
 
 
 def name_fault(path: str, table: str) -> str | None:

@@ -170,6 +170,18 @@ def test_json_that_is_none_is_a_fault(tmp_path, text):
     assert fault.startswith(("json is not JSON (", "json is not valid UTF-8"))
 
 
+def test_a_row_may_lack_what_is_optional(tmp_path):
+    """As a JSON line may: the key of a member's JSON, or the member."""
+    members = [member("a.txt", b"x"), member("a.json", b'{"tools": "t"}'), member("b.txt", b"y")]
+    members += [member("b.json", b'{"other": 1}'), member("c.txt", b"z")]
+    shard = shard_of(tmp_path, archive(members))
+    (chunk,) = read(shard, ["txt", "json.tools"], frozenset(["json.tools"]))
+    assert (chunk.columns["txt"], chunk.columns["json.tools"]) == (["x", "y", "z"], ["t", None, None])
+    assert not chunk.faults
+    (chunk,) = read(shard, ["txt", "json.tools"])
+    assert list(chunk.faults) == [1, 2]
+
+
 def test_members_that_belong_to_no_row(tmp_path):
     names = ["README", ".hidden", "dir/.DS_Store", "v1.2/LICENSE", "._7.jpg", "trailing."]
     link = member("link", kind=tarfile.SYMTYPE, linkname="/etc/passwd")

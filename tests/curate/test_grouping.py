@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from collections import Counter
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 from assay.cli import main
 from assay.corpus.errors import CorpusError
 from assay.corpus.footer import Identity
+from assay.corpus.readers import read
 from assay.corpus.scores_folder import Scored, open_scores
 from assay.corpus.shards import find_shards
 from assay.corpus.storage import Store
@@ -209,17 +212,28 @@ def test_values_become_texts():
     assert [grouping._name(value, ("cat", "dog")) for value in (1, 2, -1)] == ["dog", None, None]
 
 
-def test_json_rows_without_the_key_are_a_group(tmp_path):
+@pytest.mark.parametrize("form", ["jsonl", "tar"])
+def test_json_rows_without_the_key_are_a_group(tmp_path, form):
     (tmp_path / "data").mkdir()
     lines = [{"id": "0"}, {"id": "1", "lang": "no"}, {"id": "2", "lang": None}, {"id": "3", "lang": "en"}]
-    (tmp_path / "data/a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    texts, group = [json.dumps(line) for line in lines], "lang" if form == "jsonl" else "json.lang"
+    if form == "jsonl":
+        (tmp_path / "data/a.jsonl").write_text("".join(f"{text}\n" for text in texts))
+    else:
+        with tarfile.open(tmp_path / "data/a.tar", "w") as archive:
+            for i, text in enumerate(texts):
+                member = tarfile.TarInfo(f"{i}.json")
+                member.size = len(text)
+                archive.addfile(member, io.BytesIO(text.encode()))
     identity, store = Identity(recipe={"seed": 0}, models={}), Store.at(str(tmp_path / "scores"))
     (shard,) = find_shards(str(tmp_path / "data")).shards
     write_table(store, shard, identity, list("0123"), {"s": np.arange(4, dtype=np.float32)}, [Column("s")])
     write_manifest(store, identity, tmp_path / "data", ["s"])
-    rule = RuleOptions(by="s", top="1", group="lang").rule()
-    curate(store.url, "s", rule, str(tmp_path / "out"), group="lang")
-    assert [json.loads(line)["id"] for line in (tmp_path / "out/a.jsonl").read_text().splitlines()] == ["1", "2", "3"]
+    rule = RuleOptions(by="s", top="1", group=group).rule()
+    curate(store.url, "s", rule, str(tmp_path / "out"), group=group)
+    (shard,) = find_shards(str(tmp_path / "out")).shards
+    column = "id" if form == "jsonl" else "json.id"
+    assert [id_ for chunk in read(shard, [column]) for id_ in chunk.columns[column]] == ["1", "2", "3"]
 
 
 def test_the_command(scores, tmp_path, monkeypatch, capsys):

@@ -5,7 +5,7 @@ A column of that very name wins over a path to it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -42,13 +42,17 @@ def fields_below(above: Path, field: pa.Field) -> Iterator[tuple[Path, pa.Field]
             yield from fields_below(path, field.type.field(i))
 
 
-def value_at(record: Mapping[str, Any], name: str, absent: str = "line has no key") -> Any:
-    """The value of a JSON object at a dotted name; None below a null. A BadRow if there is none, which ``absent``
-    begins."""
+def value_at(
+    record: Mapping[str, Any], name: str, absent: str = "line has no key", optional: Container[str] = ()
+) -> Any:
+    """The value of a JSON object at a dotted name; None below a null. If there is none, None of a name that is
+    ``optional``, else a BadRow, which ``absent`` begins."""
     value = record[name] if name in record else _below(record, name)
-    if value is _MISSING:
-        raise BadRow(f"{absent} {name!r}")
-    return value
+    if value is not _MISSING:
+        return value
+    if name in optional:
+        return None
+    raise BadRow(f"{absent} {name!r}")
 
 
 def _below(record: Mapping[str, Any], name: str) -> Any:

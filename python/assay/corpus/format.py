@@ -97,10 +97,11 @@ class Format:
     ``read`` gives the rows in physical order with the values of the named columns. ``copy`` writes the rows
     for which the mask, one Boolean per physical row, is true. ``facts`` tells the columns, a struct's own ones by
     dotted names after it, from a schema or the first rows. All raise ShardError, or whatever their library raises for
-    a damaged file. ``compressible`` says whether a suffix like `.gz` may follow the format's own. ``files`` makes it a
-    format of folders: it gives the files that a shard is made of, relative to its folder, each with its fingerprint
-    where the listing tells it, and ``copy`` gets the folder to write into. The names of the files that it writes are
-    those of ``files``, or others that ``own_files`` matches.
+    a damaged file. ``compressible`` says whether a suffix like `.gz` may follow the format's own, ``has_keys`` whether
+    each row has keys of its own, and so may lack a column that others have. ``files`` makes it a format of folders: it
+    gives the files that a shard is made of, relative to its folder, each with its fingerprint where the listing tells
+    it, and ``copy`` gets the folder to write into. The names of the files that it writes are those of ``files``, or
+    others that ``own_files`` matches.
     """
 
     name: str
@@ -109,6 +110,7 @@ class Format:
     copy: Callable[[Source, Mask, Any], None]
     facts: Callable[[Source], dict[str, ColumnFacts]]
     compressible: bool = False
+    has_keys: bool = False
     files: Callable[[Store, str], Mapping[str, Fingerprint | None]] | None = None
     own_files: re.Pattern[str] | None = None
 

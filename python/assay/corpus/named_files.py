@@ -27,7 +27,7 @@ def files_named(shard: Shard, column: str) -> Iterator[str]:
     if shard.is_folder:  # of images: they are what it is made of
         return
     path = f"{column}.path"
-    wanted = path if shard.format.name != "jsonl" and path in columns_of(shard) else column
+    wanted = path if not shard.format.has_keys and path in columns_of(shard) else column
     for chunk in read(shard, [wanted], frozenset([wanted])):
         for value in chunk.columns[wanted]:
             if isinstance(value, bytes | list | np.ndarray):

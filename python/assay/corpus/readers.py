@@ -31,7 +31,8 @@ _DAMAGE = (
 def read(shard: Shard, columns: Sequence[str], optional: frozenset[str] = frozenset()) -> Generator[Chunk, None, None]:
     """The shard's rows in physical order, every one. ShardError if it cannot be read to its end.
 
-    A JSON line without the key of an ``optional`` column has a null there; any other is a fault of the row.
+    A row with keys of its own, as a JSON line, that lacks the one of an ``optional`` column has a null there; any
+    other missing key is a fault of the row.
     """
     with shard_errors(), opened(shard) as opened_:
         source = dataclasses.replace(opened_, optional=optional)

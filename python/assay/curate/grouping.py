@@ -54,8 +54,8 @@ class _Names:
 def read_groups(store: Store, tables: Sequence[tuple[Shard, Scored]], column: str) -> Groups:
     """The groups of all scored rows, shards after one another, in the order in which they are come upon.
 
-    A group's name is its value as a text. Of a Hugging Face ClassLabel it is the class. Null, NaN and, in JSON, no such
-    key are one group without a name.
+    A group's name is its value as a text. Of a Hugging Face ClassLabel it is the class. Null, NaN and, where rows have
+    keys of their own, no such key are one group without a name.
 
     Raises:
         CorpusError: a shard has no such column, or cannot be read; or its values are no texts, numbers, dates or
@@ -111,7 +111,7 @@ def _read_shard(store: Store, shard: Shard, table: Scored, names: _Names, codes:
 def _classes(shard: Shard, facts: Mapping[str, ColumnFacts], column: str) -> tuple[str, ...] | None:
     """The names of a column of integers that are the places of classes. ShardError if a shard has no such column."""
     if column not in facts:
-        if shard.format.name == "jsonl":  # rows have keys of their own, and the first ones need not have all
+        if shard.format.has_keys:  # the first rows need not have all
             return None
         near = difflib.get_close_matches(column, facts, n=1, cutoff=0.5)
         known = f"; did you mean {near[0]}?" if near else f", only {', '.join(list(facts)[:20])}"

@@ -95,21 +95,12 @@ def _chunk(
         try:
             record = _record(line, is_first=first + offset == 0)
             for name, own in values.items():
-                own[offset] = record[name] if name in record else _value(record, name, name in optional)
+                own[offset] = record[name] if name in record else value_at(record, name, optional=optional)
         except BadRow as fault:  # noqa: PERF203 - a fault concerns its own line only
             faults[offset] = str(fault)
             for own in values.values():
                 own[offset] = None
     return Chunk(first, values, faults, len(rows), min(progress, 1.0))
-
-
-def _value(record: dict[str, Any], name: str, is_optional: bool) -> Any:
-    try:
-        return value_at(record, name)
-    except BadRow:
-        if is_optional:
-            return None
-        raise
 
 
 def _record(line: bytes, is_first: bool) -> dict[str, Any]:
@@ -128,4 +119,4 @@ def _record(line: bytes, is_first: bool) -> dict[str, Any]:
     return record
 
 
-FORMAT = Format("jsonl", (".jsonl", ".ndjson", ".json"), _read, _copy, _facts, compressible=True)
+FORMAT = Format("jsonl", (".jsonl", ".ndjson", ".json"), _read, _copy, _facts, compressible=True, has_keys=True)

@@ -80,7 +80,7 @@ def _read(source: Source, columns: Sequence[str]) -> Iterator[Chunk]:
         for i, row in enumerate(rows):
             try:
                 record = row.record()
-                found = [value_at(record, name, "row has no") for name in columns]
+                found = [value_at(record, name, "row has no", source.optional) for name in columns]
             except BadRow as fault:  # noqa: PERF203 - a fault concerns its own row only
                 faults[i] = str(fault)
             else:
@@ -184,4 +184,4 @@ _DECODERS: dict[str, Callable[[bytes], Any]] = {
     **dict.fromkeys(("cls", "cls2", "class", "index", "inx", "count"), _whole_number),
 }
 
-FORMAT = Format("webdataset", (".tar",), _read, _copy, _facts, compressible=True)
+FORMAT = Format("webdataset", (".tar",), _read, _copy, _facts, compressible=True, has_keys=True)

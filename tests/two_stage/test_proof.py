@@ -204,6 +204,15 @@ def test_a_rule_that_looks_at_no_score_is_not_of_the_proof(proved, tmp_path, cap
     assert not (tmp_path / "out").exists()
 
 
+def test_a_rule_that_takes_both_ends_is_not_of_the_proof(proved, tmp_path, capsys):
+    (tmp_path / "mix.yaml").write_text("{bands: [0, 50, 100], rates: [1, 0]}")  # the worst half
+    command = ["select", str(proved[0] / "scores"), "--by", GOOD, "--proved", str(proved[0] / "proof")]
+    for rule in (["--mix", str(tmp_path / "mix.yaml")], ["--ccs", "9", "--hard", "high"]):
+        assert main([*command, *rule, "--out", str(tmp_path / "out")]) == 2
+        assert f"is about one end of {GOOD}, and {rule[0]} takes rows of both" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_both_ends_of_a_score_are_not_one(root, tmp_path, capsys):
     command = ["prove", str(root / "recipe.yaml"), "--train", "large", "--held-out", str(root / "held-out"), "--quiet"]
     assert main([*command, "--out", str(tmp_path), "--by", f"{GOOD}=high", "--against", f"{GOOD}=low"]) == 2

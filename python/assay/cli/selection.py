@@ -131,6 +131,11 @@ def select(
     )
     rule = options.rule()
     if proved is not None:
+        if options.both_ends is not None:
+            raise ValueError(
+                f"--proved {proved}: is about one end of {by}, and --{options.both_ends} takes rows of both; take "
+                "another rule, such as --top"
+            )
         check_proof(proved, scores, by if options.judges else None, corpus, keep)
     try:
         curated = curate(scores, by, rule, out, corpus, form, where, _beside(beside or []), group, mixed)

@@ -56,6 +56,11 @@ class RuleOptions:
         return self.weigh or any(kind != "random" for kind in self._given)
 
     @property
+    def both_ends(self) -> str | None:
+        """The rule, if it is one that takes rows of both ends of the score."""
+        return next((kind for kind in self._given if kind in ("mix", "ccs")), None)
+
+    @property
     def _given(self) -> list[str]:
         # By identity: a threshold of 0.0 is a threshold.
         return [kind for kind in _KINDS if getattr(self, kind) is not None and getattr(self, kind) is not False]

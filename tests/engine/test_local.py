@@ -167,6 +167,17 @@ def test_a_table_of_another_version_is_an_error_that_names_it(project, monkeypat
         score(project)
 
 
+def test_a_shard_of_another_suffix_is_another_shard(project):
+    """Its table has the same name, and without a column of ids its rows have other ids."""
+    score(project, "corpus.id_column=null")
+    (project.root / "data/deep/b.jsonl").rename(project.root / "data/deep/b.json")
+    (changed,) = open_scores(str(project.scores)).of(State.CHANGED)
+    assert (changed.shard.path, changed.detail) == ("deep/b.json", "was scored as deep/b.jsonl")
+    report = score(project, "corpus.id_column=null")
+    assert (report.done_before, report.rescored) == (1, 1)
+    assert pq.read_table(project.scores / "deep/b.parquet")["id"][0].as_py() == "deep/b.json:0"
+
+
 def test_a_changed_input_is_scored_again_and_reported(project):
     score(project)
     untouched = project.tables()["a.parquet"]
@@ -213,6 +224,23 @@ def test_a_moved_project_is_still_done(project, tmp_path_factory):
     project.root.rename(moved)
     recipe = load_recipe(str(moved / "recipe.yaml"))
     assert run(recipe).done_before == 2
+    assert open_scores(str(moved / "scores")).corpus_path == str(moved / "data")
+
+
+def test_what_a_run_leaves_is_of_its_corpus_though_nothing_was_to_be_scored(project):
+    """A glob that has become narrower: no selection may choose from what the recipe has left out."""
+    score(project)
+    times = [(project.scores / name).stat().st_mtime_ns for name in ("manifest.json", "recipe.resolved.yaml")]
+    score(project)
+    assert times == [(project.scores / n).stat().st_mtime_ns for n in ("manifest.json", "recipe.resolved.yaml")]
+    assert score(project, "corpus.path=data/*.parquet").done_before == 1
+    found = open_scores(str(project.scores))
+    assert [(status.shard.path, status.state) for status in found.shards] == [("a.parquet", State.DONE)]
+    manifest = json.loads((project.scores / "manifest.json").read_text())
+    assert manifest["shards"] == [{"path": "a.parquet", "table": "a.parquet"}]
+    assert "data/*.parquet" in (project.scores / "recipe.resolved.yaml").read_text()
+    assert score(project).done_before == 2
+    assert len(open_scores(str(project.scores)).shards) == 2
 
 
 @pytest.mark.parametrize("damage", [b"", b"PAR1 and no more", None])

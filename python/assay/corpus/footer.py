@@ -155,9 +155,11 @@ class Table:
     file: ScoreFile
     footer: Footer
 
-    def input_is(self, fingerprint: Fingerprint) -> bool:
-        """Whether the shard is still the one that was scored."""
-        return self.footer.input.fingerprint == fingerprint
+    def input_is(self, shard: Shard, found: Fingerprint) -> bool:
+        """Whether the shard, which was ``found`` so, is still the one that was scored. One that has another suffix now
+        would have the same table: its format may be another one, and without a column of ids its ids are."""
+        then = self.footer.input
+        return then.path == shard.path and then.fingerprint == found
 
     def list_is_there(self, store: Store, shard: Shard) -> bool:
         """Whether the list of the rows that it lacks is the one that was written with it: a run may have been killed

@@ -97,15 +97,14 @@ def read_manifest(store: Store) -> Manifest:
         raise CorpusError(f"{store.full(MANIFEST)}: not a manifest of `assay score`") from error
 
 
-def write_manifest(
-    output: Store,
+def manifest_text(
     identity: Identity,
     corpus_path: str,
     inputs: Sequence[str],
     columns: Sequence[TableColumn],
     shards: Sequence[Shard],
-) -> None:
-    """Write what a scores folder says about all of its tables: the inverse of `read_manifest`.
+) -> str:
+    """What a scores folder says about all of its tables: the inverse of `read_manifest`.
 
     Args:
         identity: what its scores follow from.
@@ -126,7 +125,7 @@ def write_manifest(
         "columns": [column.model_dump() for column in columns],
         "shards": [{"path": shard.path, "table": table_path(shard)} for shard in shards],
     }
-    output.write_text(MANIFEST, dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    return dumps(manifest, indent=2, ensure_ascii=False) + "\n"
 
 
 def find_corpus(now: str | None, then: str) -> Corpus:
@@ -199,13 +198,14 @@ def _look(store: Store, identity: Identity, shard: Shard) -> ShardStatus:
     if differences:
         return ShardStatus(shard, State.CHANGED, scored, differences[0])
     try:
-        same = table.input_is(shard.as_found())
+        same = table.input_is(shard, shard.as_found())
     except OSError as error:
         if may_pass(error):
             raise
         return ShardStatus(shard, State.CHANGED, scored, f"the file cannot be looked at: {error.strerror}")
     if not same:
-        return ShardStatus(shard, State.CHANGED, scored, "the file has changed since it was scored")
+        detail = "the file has changed since it was scored" if then.path == shard.path else f"was scored as {then.path}"
+        return ShardStatus(shard, State.CHANGED, scored, detail)
     if not table.list_is_there(store, shard):
         detail = f"{quarantine_path(shard)} is not the list that was written with its table"
         return ShardStatus(shard, State.CHANGED, scored, detail)

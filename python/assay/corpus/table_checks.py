@@ -113,7 +113,7 @@ def _footer_problems(table: Table, shard: Shard, manifest: Manifest) -> Iterator
 def _input_problems(store: Store, shard: Shard, table: Table) -> Iterator[str]:
     """Whether the shard, and the files that its rows name, are still those that were scored."""
     try:
-        if not table.input_is(shard.fingerprint()):
+        if table.footer.input.fingerprint != shard.fingerprint():
             yield f"{shard.path} has changed since it was scored"
         elif changed := changed_file(store, shard, table.footer.input.files):
             yield f"{shard.path}: {changed}"

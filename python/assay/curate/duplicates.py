@@ -22,7 +22,7 @@ from assay.corpus.footer import Footer, Identity, TableColumn, canonical_hash, f
 from assay.corpus.layout import MANIFEST, quarantine_path, table_path
 from assay.corpus.quarantine import list_digest
 from assay.corpus.score_files import ScoreWriter
-from assay.corpus.scores_folder import Scores, State, open_scores, refuse_corpora, refuse_scores, write_manifest
+from assay.corpus.scores_folder import Scores, State, manifest_text, open_scores, refuse_corpora, refuse_scores
 from assay.corpus.shards import Shard
 from assay.corpus.storage import Store
 from assay.corpus.tables import count_nan
@@ -102,7 +102,7 @@ def find_duplicates(
     similarity[copies > 0] = 1
     with claim(output, canonical_hash(identity.recipe)):
         shards = [status.shard for status in scores.shards]
-        write_manifest(output, identity, scores.corpus_path, scores.inputs, COLUMNS, shards)
+        output.write_text(MANIFEST, manifest_text(identity, scores.corpus_path, scores.inputs, COLUMNS, shards))
         start = 0
         for shard, table in tables:
             own = slice(start, start := start + table.scored)

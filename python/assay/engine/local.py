@@ -28,6 +28,7 @@ from assay.engine.plan import (
     make_plan,
     refuse_changes,
     refuse_strangers,
+    renew_manifest,
     standing_table,
     write_manifest,
 )
@@ -130,6 +131,8 @@ def run(
             summary = RunSummary(**vars(plan.done), done_before=plan.done.shards, left_out=left_out)
             if plan.todo:
                 _score(plan, devices, summary, progress or Progress())
+            else:
+                renew_manifest(plan)
             clear(plan)
         return summary
 

@@ -9,12 +9,11 @@ from functools import partial
 
 from assay._json import dumps
 from assay._version import __version__
-from assay.corpus import scores_folder
 from assay.corpus.errors import CorpusError
 from assay.corpus.footer import SHORTLIST, Identity, Manifest, Table, TableColumn, Tally, open_table
 from assay.corpus.layout import MANIFEST, RESOLVED_RECIPE, files_path, quarantine_path, table_path
 from assay.corpus.named_files import changed_file
-from assay.corpus.scores_folder import refuse_scores
+from assay.corpus.scores_folder import manifest_text, read_manifest, refuse_scores
 from assay.corpus.shards import Corpus, Shard, find_shards, refuse_overlap
 from assay.corpus.storage import Store
 from assay.engine.columns import with_columns
@@ -168,7 +167,9 @@ def standing_table(output: Store, shard: Shard) -> Table | None:
 def is_of(table: Table, shard: Shard) -> bool:
     """Whether a table speaks of the shard as it was found, or, where it was replaced between then and its scoring, as
     it is now."""
-    return table.input_is(shard.as_found()) or (shard.listed is not None and table.input_is(shard.fingerprint()))
+    if table.input_is(shard, shard.as_found()):
+        return True
+    return shard.listed is not None and table.input_is(shard, shard.fingerprint())
 
 
 def _unchanged(output: Store, shard: Shard, table: Table) -> bool:
@@ -201,9 +202,25 @@ def write_manifest(plan: Plan, columns: Sequence[Column]) -> None:
     none of the columns.
     """
     refuse_strangers(plan.output)
-    recipe, named = plan.recipe, [TableColumn(**vars(column)) for column in columns]
+    named = [TableColumn(**vars(column)) for column in columns]
     if plan.choice is not None:
         ranking_column(plan.choice, named)
-    inputs = list(recipe.fitted_to().values())
-    scores_folder.write_manifest(plan.output, plan.identity, recipe.corpus.path, inputs, named, plan.corpus.shards)
-    plan.output.write_text(RESOLVED_RECIPE, recipe.to_yaml())
+    for path, text in _descriptions(plan, named).items():
+        plan.output.write_text(path, text)
+
+
+def renew_manifest(plan: Plan) -> None:
+    """The same of a run that has nothing to score, where corpus, models or shards are elsewhere, or fewer, than what is
+    there says: a selection goes by that. Untouched it stays as old as it is."""
+    output = plan.output
+    if plan.done.shards and output.exists(MANIFEST):
+        for path, text in _descriptions(plan, read_manifest(output).columns).items():
+            if not output.exists(path) or output.read_text(path) != text:
+                output.write_text(path, text)
+
+
+def _descriptions(plan: Plan, columns: Sequence[TableColumn]) -> dict[str, str]:
+    """By path, what is the same for every runner."""
+    recipe, inputs = plan.recipe, list(plan.recipe.fitted_to().values())
+    manifest = manifest_text(plan.identity, recipe.corpus.path, inputs, columns, plan.corpus.shards)
+    return {MANIFEST: manifest, RESOLVED_RECIPE: recipe.to_yaml()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 
@@ -12,12 +13,16 @@ import pytest
 
 from assay.corpus import score_files
 from assay.corpus.errors import CorpusError
+from assay.corpus.footer import Identity
 from assay.corpus.scores_folder import open_scores
+from assay.corpus.shards import find_shards
+from assay.corpus.storage import Store
 from assay.curate import rank, read_samples
 from assay.curate.ranking import _End
 from assay.engine import run
 from assay.recipe import load_recipe
 from tests.small_project import make_project
+from tests.small_scores import Column, write_manifest, write_table
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +105,20 @@ def test_samples_are_the_corpus_own_rows(project):
     assert [samples[s.shard.path, s.row]["id"] for s in ranked] == [s.id for s in ranked]
     absent = read_samples(ranked[:1], ["pixel"])
     assert "has no column 'pixel'" in absent[ranked[0].shard.path, ranked[0].row]
+
+
+def test_a_row_is_shown_without_a_key_that_it_may_lack(tmp_path):
+    """As a conversation without tools, which has its scores."""
+    rows = [{"messages": "a", "tools": "t"}, {"messages": "b"}]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (shard,) = find_shards(str(tmp_path / "data")).shards
+    identity, store = Identity(recipe={"seed": 0}, models={}), Store.at(str(tmp_path / "scores"))
+    write_table(store, shard, identity, ["0", "1"], {"s": np.arange(2, dtype=np.float32)}, [Column("s")])
+    write_manifest(store, identity, tmp_path / "data", ["s"])
+    ranked = rank(open_scores(store.url), "s", best=2).best
+    shown = read_samples(ranked, ["messages", "tools"])
+    assert shown == {("a.jsonl", 0): rows[0], ("a.jsonl", 1): rows[1] | {"tools": None}}
 
 
 def test_what_is_not_scored_as_it_is_now_is_left_out_and_named(tmp_path):

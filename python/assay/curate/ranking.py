@@ -147,7 +147,8 @@ def ranked_at(scores: Scores, shards: Sequence[Shard], places: Sequence[Sequence
 
 
 def read_samples(ranked: Sequence[Ranked], columns: Sequence[str]) -> dict[tuple[str, int], dict[str, Any] | str]:
-    """By shard and row, the values of some columns of the corpus, or why there are none.
+    """By shard and row, the values of some columns of the corpus, or why there are none. A key that a row lacks, as a
+    JSON line without tools, is null.
 
     A shard is read up to the last row that is wanted, a chunk in memory at a time.
     """
@@ -168,7 +169,7 @@ def read_samples(ranked: Sequence[Ranked], columns: Sequence[str]) -> dict[tuple
 
 def _rows(shard: Shard, rows: set[int], columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
     left = sorted(rows, reverse=True)
-    for chunk in read(shard, columns):
+    for chunk in read(shard, columns, frozenset(columns)):
         while left and left[-1] < chunk.first + chunk.length:
             offset = left.pop() - chunk.first
             values = {name: chunk.columns[name][offset] for name in columns}

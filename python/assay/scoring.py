@@ -28,7 +28,7 @@ def score(
             attention_mask and optionally labels for CausalLM, (images, texts) for Contrastive; or a ``methods.Views``
             of it, where a method wants raw columns or another view of the samples.
         methods: ``assay.methods.Ensemble(...)``, ``assay.methods.GradMimic(...)``, ...
-        ids: one per sample, in the order of the batches; None: row numbers.
+        ids: one per sample, in the order of the batches, as texts or numbers; None: row numbers.
         verify: let the probes check themselves against autograd on the first batch.
 
     Returns:
@@ -42,7 +42,8 @@ def score(
     parts = [scorer(batch) for batch in batches]
     scores = {c.name: _concatenate([part[c.name] for part in parts], c) for c in scorer.columns}
     count = len(next(iter(scores.values()))) if scores else 0
-    names = [str(i) for i in (ids if ids is not None else range(count))]
+    # Of a tensor its number: str would make "tensor(0)" of it.
+    names = [str(i.item() if isinstance(i, Tensor) else i) for i in (ids if ids is not None else range(count))]
     if len(names) != count:
         raise ValueError(f"ids: expected one per sample, {count}, got {len(names)}")
     return make_table(np.arange(count), names, scores, scorer.columns, {"methods": scorer.metadata()})

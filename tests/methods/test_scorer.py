@@ -78,6 +78,9 @@ def test_table_ids_directions_and_metadata() -> None:
     assert isinstance(method, Method)
     with pytest.raises(ValueError, match="ids: expected one per sample, 60, got 2"):
         assay.score([(data.x, data.given)], [method], ids=["a", "b"])
+    for ids in (torch.arange(60), np.arange(60), range(60)):
+        table = assay.score([(data.x, data.given)], [method], ids=ids)
+        assert table["id"].to_pylist() == [str(i) for i in range(60)]
     assert assay.score([], [method]).num_rows == 0
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from assay.corpus.copying import copy_rows
 from assay.corpus.errors import ShardError
+from assay.corpus.format import CHUNK_ROWS
 from assay.corpus.readers import columns_of, read
 from assay.corpus.shards import find_shards
 from assay.corpus.storage import Store
@@ -130,6 +131,16 @@ def test_whole_numbers_keep_their_digits(tmp_path):
         "name": "string",
         "label": "double",
     }
+
+
+def test_a_name_is_as_it_is_written(tmp_path):
+    """As an id is: of arXiv's papers or of versions, and whatever else comes after the first rows."""
+    ids = ["2101.00100", "2101.001", "1", "1e5", "[2]", *map(str, range(10, CHUNK_ROWS + 10)), "abc", ""]
+    found = shard(tmp_path, ("id,x\n" + "".join(f"{own},0.5\n" for own in ids)).encode())
+    chunks = list(read(found, ["id", "x"], names=frozenset(["id"])))
+    assert [value for chunk in chunks for value in chunk.columns["id"]] == [*ids[:-1], None]
+    assert {value for chunk in chunks for value in chunk.columns["x"]} == {0.5}
+    assert not any(chunk.faults for chunk in chunks)
 
 
 def test_only_what_parses_is_a_list(tmp_path):

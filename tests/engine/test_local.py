@@ -19,6 +19,7 @@ from assay.corpus.errors import CorpusError
 from assay.corpus.scores_folder import State, open_scores
 from assay.corpus.shards import Shard
 from assay.corpus.storage import Store, temporary_name
+from assay.corpus.validation import validate_scores
 from assay.engine import local, plan, shard
 from assay.engine.local import make_plan, run
 from assay.recipe.errors import ChangedError, EngineError
@@ -544,3 +545,13 @@ def test_a_shard_that_is_gone_costs_itself_only(project):
     report = score(project)
     assert not report.clean
     assert report.rows_scored == 80
+
+
+def test_ids_of_csv_are_as_they_are_written(project):
+    """Those of arXiv's papers are no numbers."""
+    rows = [{**row, "id": f"2101.0010{i}"} for i, row in enumerate(make_rows(10))]
+    lines = [f'{row["id"]},"{row["pixels"]}",{row["label"]}\n' for row in rows]
+    (project.root / "data/c.csv").write_text("id,pixels,label\n" + "".join(lines))
+    assert score(project).clean
+    assert column(project, "c.parquet", "id").tolist() == [row["id"] for row in rows]
+    assert validate_scores(str(project.scores)).problems == 0

@@ -50,6 +50,8 @@ class Source:
     """Of a format whose shards are folders: the folder. ``file`` is empty then, and ``size`` the number of files."""
     optional: frozenset[str] = frozenset()
     """Columns that are null where a row, of a format whose rows have keys of their own, has no such key."""
+    names: frozenset[str] = frozenset()
+    """Columns whose values are names, such as ids: of a format without types they are as they are written."""
 
     @property
     def share_read(self) -> float:

@@ -28,14 +28,20 @@ _DAMAGE = (
 )
 
 
-def read(shard: Shard, columns: Sequence[str], optional: frozenset[str] = frozenset()) -> Generator[Chunk, None, None]:
+def read(
+    shard: Shard,
+    columns: Sequence[str],
+    optional: frozenset[str] = frozenset(),
+    names: frozenset[str] = frozenset(),
+) -> Generator[Chunk, None, None]:
     """The shard's rows in physical order, every one. ShardError if it cannot be read to its end.
 
     A row with keys of its own, as a JSON line, that lacks the one of an ``optional`` column has a null there; any
-    other missing key is a fault of the row.
+    other missing key is a fault of the row. The values of ``names`` are as a file without types has them: 1.10 is no
+    number.
     """
     with shard_errors(), opened(shard) as opened_:
-        source = dataclasses.replace(opened_, optional=optional)
+        source = dataclasses.replace(opened_, optional=optional, names=names)
         yield from _unless_empty(shard.format.read(source, columns), source.size)
 
 

@@ -224,7 +224,7 @@ def _shard_ids(shard: Shard, id_column: Any) -> Iterator[tuple[int, Ids]]:
         for chunk in read(shard, column, frozenset(column)):
             yield chunk.first, [row_id(shard.path, chunk.first + i) for i in range(chunk.length)]
         return
-    for chunk in read(shard, [str(id_column)]):
+    for chunk in read(shard, [str(id_column)], names=frozenset([str(id_column)])):
         values = chunk.columns[str(id_column)]
         yield chunk.first, [None if i in chunk.faults else _id(value) for i, value in enumerate(values)]
 

@@ -55,6 +55,11 @@ class RowReader:
         return optional_columns(self._encoder) - {str(self._id_column)}
 
     @property
+    def names(self) -> frozenset[str]:
+        """Those of them whose values are names."""
+        return frozenset([self._id_column] if self._id_column else [])
+
+    @property
     def files(self) -> NamedFiles:
         """The files that rows have named so far."""
         return self._encoder.files if isinstance(self._encoder, ReadsFiles) else {}

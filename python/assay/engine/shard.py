@@ -272,7 +272,7 @@ def _windows(
     """The rows that are wanted, those of a few chunks at a time, and never of two blocks."""
     window: list[Sample | Rejected] = []
     held = end = 0
-    with closing(read(shard, reader.columns, reader.optional)) as chunks:
+    with closing(read(shard, reader.columns, reader.optional, reader.names)) as chunks:
         while True:
             with times.measure("read"):
                 chunk = next(chunks, None)

@@ -2,7 +2,7 @@
 
 Cells are texts. A column of which every cell in the first rows is a whole number, a number or a JSON list holds those
 (an empty cell is null); a later cell that is none is a fault of its row. With whole numbers beyond 64
-bits among them, they are texts. Blank lines are no rows.
+bits among them, they are texts; so are ids, of which 1.1 and 1.10 are two. Blank lines are no rows.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _read(source: Source, columns: Sequence[str]) -> Iterator[Chunk]:
     kinds: dict[str, _Kind] = {}
     for first, rows in read:
         cells = {name: _cells(rows, header.index(name)) for name in columns}
-        kinds = kinds or {name: _kind_of(own) for name, own in cells.items()}
+        kinds = kinds or {name: _TEXT if name in source.names else _kind_of(own) for name, own in cells.items()}
         faults = {i: str(row) for i, row in enumerate(rows) if isinstance(row, BadRow)}
         values = {name: kinds[name].values(name, own, faults) for name, own in cells.items()}
         yield Chunk(first, values, faults, len(rows), source.share_read)

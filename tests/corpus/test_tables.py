@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from assay.corpus.footer import TableColumn, columns_in
 from assay.corpus.tables import count_nan, make_table, read_metadata, score_schema
 
 
@@ -85,3 +86,10 @@ def test_score_names_are_unique(names):
 def test_foreign_schemas_are_not_score_tables(metadata):
     with pytest.raises(ValueError, match="not a score table"):
         read_metadata(pa.schema([], metadata=metadata))
+
+
+def test_a_schema_tells_its_columns():
+    columns = [
+        TableColumn(name=f"s{i}", keep="low", description="ü", width=width) for i, width in enumerate([1, 3, None])
+    ]
+    assert columns_in(score_schema(columns, {})) == columns

@@ -240,8 +240,15 @@ def test_what_a_run_leaves_is_of_its_corpus_though_nothing_was_to_be_scored(proj
     manifest = json.loads((project.scores / "manifest.json").read_text())
     assert manifest["shards"] == [{"path": "a.parquet", "table": "a.parquet"}]
     assert "data/*.parquet" in (project.scores / "recipe.resolved.yaml").read_text()
+    narrow = (project.scores / "manifest.json").read_text()
     assert score(project).done_before == 2
     assert len(open_scores(str(project.scores)).shards) == 2
+    (project.scores / "manifest.json").unlink()
+    assert score(project, "corpus.path=data/*.parquet").done_before == 1
+    assert (project.scores / "manifest.json").read_text() == narrow
+    (project.scores / "manifest.json").write_text('{"mine": 1}')
+    with pytest.raises(CorpusError, match="not a manifest of `assay score`"):
+        score(project)
 
 
 @pytest.mark.parametrize("damage", [b"", b"PAR1 and no more", None])

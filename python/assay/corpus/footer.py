@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from assay._json import dumps
@@ -19,6 +20,7 @@ from assay.corpus.quarantine import list_digest
 from assay.corpus.score_files import ScoreFile, open_score_file
 from assay.corpus.shards import Shard
 from assay.corpus.storage import Fingerprint, Store
+from assay.corpus.tables import ROW_AND_ID
 
 SHORTLIST = "shortlist"
 """Among the corpora: the rows that a method with a shortlist has scored."""
@@ -67,6 +69,18 @@ class TableColumn(_Record):
     keep: str = "none"
     description: str = ""
     width: Annotated[int, Field(ge=1, lt=1 << 31)] | None = 1
+
+
+def columns_in(schema: pa.Schema) -> list[TableColumn]:
+    """The scores of a table, by its schema: the inverse of `tables.score_schema`."""
+    return [_column(own) for own in list(schema)[len(ROW_AND_ID) :]]
+
+
+def _column(own: pa.Field) -> TableColumn:
+    said, is_fixed = own.metadata or {}, pa.types.is_fixed_size_list(own.type)
+    keep, description = said.get(b"keep", b"none").decode(), said.get(b"description", b"").decode()
+    width = 1 if pa.types.is_floating(own.type) else own.type.list_size if is_fixed else None
+    return TableColumn(name=own.name, keep=keep, description=description, width=width)
 
 
 class Manifest(Identity):

@@ -10,9 +10,10 @@ from functools import partial
 from assay._json import dumps
 from assay._version import __version__
 from assay.corpus.errors import CorpusError
-from assay.corpus.footer import SHORTLIST, Identity, Manifest, Table, TableColumn, Tally, open_table
+from assay.corpus.footer import SHORTLIST, Identity, Manifest, Table, TableColumn, Tally, columns_in, open_table
 from assay.corpus.layout import MANIFEST, RESOLVED_RECIPE, files_path, quarantine_path, table_path
 from assay.corpus.named_files import changed_file
+from assay.corpus.score_files import table_schema
 from assay.corpus.scores_folder import manifest_text, read_manifest, refuse_scores
 from assay.corpus.shards import Corpus, Shard, find_shards, refuse_overlap
 from assay.corpus.storage import Store
@@ -211,12 +212,17 @@ def write_manifest(plan: Plan, columns: Sequence[Column]) -> None:
 
 def renew_manifest(plan: Plan) -> None:
     """The same of a run that has nothing to score, where corpus, models or shards are elsewhere, or fewer, than what is
-    there says: a selection goes by that. Untouched it stays as old as it is."""
-    output = plan.output
-    if plan.done.shards and output.exists(MANIFEST):
-        for path, text in _descriptions(plan, read_manifest(output).columns).items():
-            if not output.exists(path) or output.read_text(path) != text:
-                output.write_text(path, text)
+    there says, or nothing is: a selection goes by that. What is so already stays as old as it is. A CorpusError for a
+    manifest that no run wrote."""
+    output, (index, _) = plan.output, plan.part
+    if not plan.done.shards:
+        return
+    if output.exists(MANIFEST):
+        read_manifest(output)
+    columns = columns_in(table_schema(output, table_path(plan.corpus.shards[index - 1])))
+    for path, text in _descriptions(plan, columns).items():
+        if not output.exists(path) or output.read_text(path) != text:
+            output.write_text(path, text)
 
 
 def _descriptions(plan: Plan, columns: Sequence[TableColumn]) -> dict[str, str]:

@@ -473,6 +473,27 @@ def test_small_layers_in_sixteen_bits_pass_the_check() -> None:
         reweighter.backward(losses)
 
 
+class Last(nn.Module):
+    """Sequences by a recurrent layer, whose weights are followed from product to product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.GRU(8, 16, batch_first=True), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x)[0].mean(1))
+
+
+def test_weights_that_are_followed_in_sixteen_bits_pass_the_check() -> None:
+    for seed in range(6):
+        torch.manual_seed(seed)
+        model = Last()
+        reweighter = Reweighter(model, GraNd(model, TASK, "layer"), layers="layer")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            losses = F.cross_entropy(model(torch.randn(8, 5, 8)).float(), torch.randint(3, (8,)), reduction="none")
+        reweighter.backward(losses)
+
+
 class Placed(nn.Module):
     """Ids of places are as many as tokens, and in one batch as samples."""
 

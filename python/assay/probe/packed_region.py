@@ -35,6 +35,7 @@ class PackedRegion(Region):
         """Let the gradients of ``copies``, one for each position, arrive at the value."""
         if not self.recording:
             return
+        self.see(copies)
         self.leaves.append(start)
         border = self._borders.setdefault(id(value), _Border(value))
         shape = tuple(value.shape)

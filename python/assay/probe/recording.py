@@ -54,7 +54,6 @@ class Recorder:
         dropped: those that were, with the reason.
         patterns: how layers met their inputs: a gradient that is booked on the wrong sample shows in a new one first.
         placement: how samples lie in the layers' inputs.
-        is_coarse: in training, whether a layer gave its output in 16 bits.
     """
 
     taps: Sequence[Tap]
@@ -71,7 +70,6 @@ class Recorder:
     packing: Packing | None = None
     dropped: dict[str, str] = field(default_factory=dict)
     patterns: set[tuple[Any, ...]] = field(default_factory=set)
-    is_coarse: bool = False
     # By parameter: the calls that use it, with its name in their layer, and how many have no gradient yet.
     _calls: dict[str, list[tuple[Call, str]]] = field(default_factory=lambda: defaultdict(list))
     _waiting: dict[str, int] = field(default_factory=dict)
@@ -303,7 +301,7 @@ class Recorder:
         if self.in_training:
             if self._recording:
                 self.inside.add(inputs, output)
-                self.is_coarse = self.is_coarse or output.dtype in (torch.float16, torch.bfloat16)
+                self.region.see(output)
                 if not inputs[0].requires_grad:
                     self.region.edges.append(edge_of(output))
             return output

@@ -82,12 +82,16 @@ class Region:
         size: B.
         constants: ids of tensors that no sample decides, the model's parameters and buffers.
         positions: T where a first dimension of B·T stands for all positions of all samples, one sample after the other.
+
+    Attributes:
+        is_coarse: whether something whose gradient is caught is in 16 bits.
     """
 
     size: int
     constants: Collection[int]
     positions: int | None = None
     recording: bool = True
+    is_coarse: bool = False
     starts: list[Start] = field(default_factory=list)
     leaves: list[Tensor] = field(default_factory=list)
     patterns: set[tuple[Any, ...]] = field(default_factory=set)
@@ -247,10 +251,15 @@ class Region:
         self.cuts.append((value.as_subclass(Tensor), leaf))
         return leaf
 
+    def see(self, output: Tensor) -> None:
+        """Note how fine the gradients are that come by way of ``output``."""
+        self.is_coarse = self.is_coarse or output.dtype in (torch.float16, torch.bfloat16)
+
     def _catch(self, value: Shared, start: Tensor, copies: Tensor) -> None:
         """Let the gradients of ``copies`` (B·k, …), made from ``start``, arrive at the value."""
         if not self.recording:
             return
+        self.see(copies)
         self.leaves.append(start)
         border = self._borders.setdefault(id(value), _Border(value))
         size, shape = self.size, tuple(value.shape)
@@ -304,6 +313,7 @@ class Region:
     def _catch_product(
         self, weights: dict[str, Shared], found: products.Gradients, inputs: Sequence[Tensor], output: Tensor
     ) -> None:
+        self.see(output)
         versions = [x._version for x in inputs]
         for value in weights.values():
             for source in value.sources:

@@ -342,7 +342,7 @@ class TrainingTaps:
         Raises:
             RuntimeError: nothing is.
         """
-        check = signed_check(losses, tapped, recorder.region.cuts, recorder.is_coarse)
+        check = signed_check(losses, tapped, recorder.region.cuts, recorder.region.is_coarse)
         recorder.settle(check.gradients)
         first: dict[str, str] = {}
         for layouts in choices(recorder.placement.ambiguous):

@@ -676,6 +676,9 @@ def test_ids(models, data) -> None:
     for name, values in wrong.items():
         with pytest.raises(ValueError, match=f"{name}: expected one per sample"):
             reweighter.backward(losses_of(model, data), **{name: values})
+    for ids in ("abcdef", torch.arange(6)[:, None], torch.arange(6.0), [b"a"] * 6, [None] * 6, torch.tensor(6)):
+        with pytest.raises(ValueError, match=r"ids: .*; expected (a sequence|strings or integers), one per sample"):
+            reweighter.backward(losses_of(model, data), ids=ids)
     with pytest.raises(ValueError, match="'a' is in the batch of step 1 more than once"):
         reweighter.backward(losses_of(model, data), ids=list("abcdea"))
     with pytest.raises(ValueError, match="ids: none came in step 1"):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,3 +78,22 @@ def check_given(size: int, **given: Tensor | None) -> None:
         shape, expected = tuple(values.shape), f"({size}, C)" if name == "logits" else f"({size},)"
         if shape[:1] != (size,) or (name == "reference_losses" and len(shape) != 1):
             raise ValueError(f"{name}: expected one per sample, {expected}, found shape {shape}")
+
+
+def names_of(ids: Sequence[Any] | Tensor) -> list[str]:
+    """Samples' ids as texts. ValueError for what is no sequence of strings or integers."""
+    if isinstance(ids, str | bytes) or (isinstance(ids, Tensor) and ids.ndim == 0):
+        raise ValueError(f"ids: {ids!r:.80}; expected a sequence, one per sample")
+    names = []
+    for value in ids.tolist() if isinstance(ids, Tensor) else ids:
+        if (name := name_of(value)) is None:
+            raise ValueError(f"ids: {value!r:.80} among them; expected strings or integers, one per sample")
+        names.append(name)
+    return names
+
+
+def name_of(value: Any) -> str | None:
+    """A string or an integer, perhaps a tensor of one, as text; None: it is neither."""
+    if isinstance(value, Tensor) and value.ndim == 0:
+        value = value.item()
+    return None if isinstance(value, bool) or not isinstance(value, str | Integral) else str(value)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
-import torch
+from assay.train.checks import name_of
 
 
 @dataclass(frozen=True)
@@ -51,10 +50,8 @@ def one_id(feature: Any, column: str) -> str:
         found = ", ".join(map(str, feature)) if isinstance(feature, Mapping) else f"a {type(feature).__name__}"
         raise ValueError(f"id_column: a training sample has no {column!r}, only {found}; expected its id")
     value = feature[column]
-    if isinstance(value, torch.Tensor) and value.ndim == 0:
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, str | Integral):
+    if (name := name_of(value)) is None:
         raise ValueError(
             f"id_column: {column!r} of a training sample is {value!r:.80}; expected a string or an integer"
         )
-    return str(value)
+    return name

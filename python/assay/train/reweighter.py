@@ -19,7 +19,7 @@ from assay.probe.holding import Held, Summed
 from assay.probe.packing import Packing
 from assay.probe.training import BatchSize, TrainingTaps
 from assay.probe.wrappers import check_can_be_tapped
-from assay.train.checks import check_bits, check_given, check_losses, check_settings
+from assay.train.checks import check_bits, check_given, check_losses, check_settings, names_of
 from assay.train.journal import Journal
 from assay.train.weights import Mode, best_share, gathered, softmax_weights
 
@@ -136,7 +136,7 @@ class Reweighter:
             losses: (B,), one per sample, as they are: not divided by accumulation steps, not multiplied by a loss
                 scale. ``scale`` does that. Where gradients overflow because of a scale above 1, the step is a plain
                 one, whose gradients a ``GradScaler`` finds not to be finite, and the table has no rows of it.
-            ids: B names of the samples, in every call or in none.
+            ids: B names of the samples, strings or integers, in every call or in none.
             scale: what the trainer multiplies losses with before it backpropagates, a number or (B,): one over the
                 accumulation steps, ``scaler.scale(losses.new_ones(()))``, a sample's share of the batch's tokens.
             logits, labels: (B, C) and (B,), of a method that asks for logits.
@@ -145,8 +145,8 @@ class Reweighter:
         Raises:
             RuntimeError: losses that are not one finite number per sample of the last forward pass; a layer that did
                 not run, or whose gradients cannot be told apart by sample; scores that make no weights.
-            ValueError: ids that are missing, repeated, or not one per sample; logits, labels or reference losses that
-                are not.
+            ValueError: ids that are missing, repeated, neither strings nor integers, or not one per sample; logits,
+                labels or reference losses that are not.
         """
         recorded = self._taps.recorded()
         size = check_losses(losses)
@@ -305,7 +305,7 @@ class Reweighter:
             )
         if ids is None:
             return None
-        names = [str(i) for i in (ids.tolist() if isinstance(ids, Tensor) else ids)]
+        names = names_of(ids)
         if len(names) != losses.numel():
             raise ValueError(f"ids: expected one per sample, {losses.numel()}, found {len(names)}")
         if repeated := [name for name, count in Counter(names).items() if count > 1]:

@@ -18,12 +18,12 @@ from assay.tasks import Classification
 from assay.train import Reweighter, token_weights
 from tests.train.small_models import classifier, moved
 
-MODES = {"reweight": {}, "filter": {"keep": 0.5}, "observe": {"exact": False}, "in_run": {}}
+MODES = {"reweight": {}, "filter": {"keep": 0.5}, "observe": {"exact": False}, "in_run": {}, "each": {}}
 # By where the batch is cut: mode and layers. The plain mean over ranks of different sizes is not that over all samples,
-# so that there everything is reweighted.
+# so that there everything is reweighted, or each sample has a scale of its own.
 RUNS = {
     4: [("reweight", None), ("reweight", "2"), ("filter", None), ("filter", "2"), ("observe", None)],
-    3: [("reweight", None), ("filter", None), ("in_run", None)],
+    3: [("reweight", None), ("filter", None), ("in_run", None), ("each", "2")],
 }
 
 
@@ -40,14 +40,16 @@ def train(rows: slice | list[int], wrap: bool, mode: str, layers: str | None) ->
         method = InRunInfluence(model, Classification(), held_out, normalise=True)
     else:
         method = GradMimic(model, reference, Classification())
-    how = "reweight" if mode == "in_run" else mode
+    how = "reweight" if mode in ("in_run", "each") else mode
     reweighter = Reweighter(model, method, how, 0.2, layers, **MODES[mode])
     run = DistributedDataParallel(model) if wrap else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     for step in range(2):
         optimizer.zero_grad()
         losses = F.cross_entropy(run(x[step][rows]), y[step][rows], reduction="none")
-        reweighter.backward(losses, ids=torch.arange(8)[rows])
+        share = len(losses) * (2 if wrap else 1) / 8  # of the global batch in this rank's mean
+        scale: float | Tensor = torch.full_like(losses, share, requires_grad=False) if mode == "each" else 1.0
+        reweighter.backward(losses, ids=torch.arange(8)[rows], scale=scale)
         optimizer.step()
     assert reweighter.weights is not None
     return {**model.state_dict(), "weights": reweighter.weights}

@@ -138,7 +138,9 @@ class Reweighter:
                 one, whose gradients a ``GradScaler`` finds not to be finite, and the table has no rows of it.
             ids: B names of the samples, strings or integers, in every call or in none.
             scale: what the trainer multiplies losses with before it backpropagates, a number or (B,): one over the
-                accumulation steps, ``scaler.scale(losses.new_ones(()))``, a sample's share of the batch's tokens.
+                accumulation steps, ``scaler.scale(losses.new_ones(()))``, a sample's share of the batch's tokens. Where
+                processes have batches of different sizes, a number is of the mean over the global batch; (B,) say what
+                each sample counts, and are taken as they are.
             logits, labels: (B, C) and (B,), of a method that asks for logits.
             reference_losses: (B,), of a method that compares with a reference's.
 
@@ -152,7 +154,8 @@ class Reweighter:
         size = check_losses(losses)
         check_given(size, logits=logits, labels=labels, reference_losses=reference_losses)
         names = self._names(ids, losses)
-        scales = torch.as_tensor(scale, dtype=losses.dtype, device=losses.device).expand(size) / size
+        given = torch.as_tensor(scale, dtype=losses.dtype, device=losses.device)
+        scales = given.expand(size) / size
         self.step += 1
         if not self._taps.is_on:
             torch.autograd.backward(losses, scales)
@@ -163,7 +166,7 @@ class Reweighter:
                     "expected losses of a forward pass of the model that the Reweighter was given"
                 )
             self._check_parameters()
-            self._step(losses, scales, names, _Given(logits, labels, reference_losses))
+            self._step(losses, scales, names, _Given(logits, labels, reference_losses, given.shape == losses.shape))
         self._arm()
 
     @contextmanager
@@ -257,7 +260,8 @@ class Reweighter:
             scores = self.method.score({**others, self._own: own})
             overflowed = _overflowed(reduced, losses)
             weights = self._weigh(scores[self._by.name].to(losses.device), overflowed, scales)
-            self._add(losses, scales, weights, held)
+            factors = weights.local if given.by_sample else weights.local * weights.correction
+            self._add(losses, scales, factors, held)
             if weights.are_void and bool(overflowed.any()) and self._all_finite():
                 raise RuntimeError(f"the gradients of step {self.step} are finite, and scores made of them are not")
         self.weights = weights.local.float()
@@ -288,9 +292,8 @@ class Reweighter:
     def _all_finite(self) -> bool:
         return all(p.grad is None or bool(p.grad.isfinite().all()) for p in self.model.parameters())
 
-    def _add(self, losses: Tensor, scales: Tensor, weights: _Weights, held: Held | Summed) -> None:
+    def _add(self, losses: Tensor, scales: Tensor, factors: Tensor, held: Held | Summed) -> None:
         """The gradients of the parameters that autograd's pass left out."""
-        factors = weights.local * weights.correction
         self._taps.add(held, factors)
         rest = [name for name in self._parameters if name not in held.parameters]
         if self.recompute and rest:
@@ -323,6 +326,7 @@ class _Given:
     logits: Tensor | None
     labels: Tensor | None
     reference_losses: Tensor | None
+    by_sample: bool  # the scale is, and says what each counts
 
     def losses_of(self, role: str, like: Tensor) -> Tensor:
         if role == "reference" and self.reference_losses is not None:

@@ -19,6 +19,7 @@ from assay.probe.packing import Packed, Packing
 from assay.probe.terms import Outer, Scatter
 from assay.tasks import CausalLM
 from assay.train import Reweighter, sample_means
+from assay.train.collation import WithIds
 from assay.train.flattening import SEQ_IDX, Flattened, flattens
 from tests import small_architectures
 from tests.train.small_models import moved
@@ -392,3 +393,19 @@ def test_collators_that_hide_the_samples() -> None:
         Flattened(lambda rows: turned(rows[::-1]), "id")(features)
     with pytest.raises(ValueError, match=r"made \(1, 3\) of samples with 5 tokens"):
         Flattened(lambda rows: turned(rows[:1]), "id")(features)
+
+
+def test_collators_that_put_samples_in_another_order() -> None:
+    def padded(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        ids = [torch.tensor(row["input_ids"]) for row in rows]
+        mask = [torch.ones_like(own) for own in ids]
+        names = {"input_ids": ids, "attention_mask": mask}
+        return {name: nn.utils.rnn.pad_sequence(own, batch_first=True) for name, own in names.items()}
+
+    features = [{"id": "a", "input_ids": [4, 5]}, {"id": "b", "input_ids": [1, 2, 3]}, {"id": "c", "input_ids": [6, 0]}]
+    assert WithIds(padded, "id")(features)["id"] == ["a", "b", "c"]
+    for turned in (lambda rows: sorted(rows, key=lambda row: -len(row["input_ids"])), lambda rows: rows[::-1]):
+        with pytest.raises(ValueError, match=r"puts sample [12] of a batch in the place of sample 0"):
+            WithIds(lambda rows, turned=turned: padded(turned(rows)), "id")(features)
+    masked = WithIds(lambda rows: {**padded(rows), "input_ids": torch.ones(3, 3, dtype=torch.long)}, "id")(features)
+    assert masked["id"] == ["a", "b", "c"]

@@ -6,6 +6,8 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from assay.train.checks import name_of
 
 
@@ -21,6 +23,7 @@ class WithIds:
         batch = self.collator(without(features, self.column))
         if not isinstance(batch, MutableMapping):
             raise TypeError(f"the collator gives a {type(batch).__name__}; expected a mapping, to put the ids into")
+        _check_order(features, batch)
         batch[self.column] = ids
         return batch
 
@@ -55,3 +58,20 @@ def one_id(feature: Any, column: str) -> str:
             f"id_column: {column!r} of a training sample is {value!r:.80}; expected a string or an integer"
         )
     return name
+
+
+def _check_order(features: Sequence[Any], batch: Mapping[str, Any]) -> None:
+    """ValueError where tokens lie in the place of another sample than theirs, as after a sort by length."""
+    rows, mask = batch.get("input_ids"), batch.get("attention_mask")
+    told = all(isinstance(feature, Mapping) and "input_ids" in feature for feature in features)
+    if not told or not isinstance(rows, torch.Tensor) or rows.ndim != 2 or len(rows) != len(features):
+        return
+    real = mask.bool() if isinstance(mask, torch.Tensor) and mask.shape == rows.shape else torch.ones_like(rows).bool()
+    given = [own.tolist() if hasattr(own, "tolist") else list(own) for own in (each["input_ids"] for each in features)]
+    for i in range(len(given)):
+        found = rows[i][real[i]].tolist()
+        if found != given[i] and found in given:
+            raise ValueError(
+                f"the collator puts sample {given.index(found)} of a batch in the place of sample {i}, which would get "
+                "its id; expected them in the order in which they come: sort the data set, or by a sampler"
+            )

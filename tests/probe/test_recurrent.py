@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 import assay
 from assay.methods import GraNd
-from assay.probe import Probe, tapped_parameters
+from assay.probe import Probe, quiet, tapped_parameters
 from assay.probe.recurrent import stepwise
 from assay.tasks import Classification
 from tests.probe.probe_oracle import Collect, check_probe, check_training, close
@@ -113,6 +113,22 @@ def test_between_layers_as_much_is_dropped_in_training_alone() -> None:
     assert forward is not None
     same(layer(x), forward(x))
     same(layer.eval()(x), forward(x))
+
+
+def test_where_it_stays_in_training_mode_nothing_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where cuDNN has no backward pass otherwise."""
+    monkeypatch.setattr(quiet, "_trains_alone", lambda module: isinstance(module, nn.GRU))
+    layer, x = nn.GRU(3, 4, num_layers=2, dropout=0.5).double(), torch.randn(TIMES, SIZE, 3).double()
+    expected = layer.eval()(x)
+    for was_training in (True, False):
+        layer.train(was_training)
+        with quiet.undisturbed(layer):
+            forward = stepwise(layer)
+            assert layer.training
+            assert forward is not None
+            same(expected, layer(x))
+            same(expected, forward(x))
+        assert (layer.training, layer.dropout) == (was_training, 0.5)
 
 
 class Last(nn.Module):

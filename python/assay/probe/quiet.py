@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from assay.probe.recurrent import stepwise
+
 
 class _Shortcut:
     """Attention's shortcut, which is the process's: off from the first that leaves it until the last is back."""
@@ -48,16 +50,21 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
     Frozen, because a weight that asks for its gradient gets it: a third of the work of a training step,
     thrown away. Attention layers run their formula, not the shortcut that torch has for them without gradients: it
-    passes their layers by.
+    passes their layers by. cuDNN's recurrent layers have a backward pass in training mode alone: they stay in it, and
+    drop nothing.
     """
     training = [(module, module.training) for module in model.modules()]
     trainable = [p for p in model.parameters() if p.requires_grad]
+    recurrent: list[Any] = [module for module, _ in training if _trains_alone(module)]
+    dropouts = [module.dropout for module in recurrent]
     own = {id(module) for module, _ in training}
     _LOOKED_AT.append(own)
     try:
         _SHORTCUT.leave()
         for module, _ in training:
             module.training = False  # not eval(): models override it, and it could not be undone module by module
+        for layer in recurrent:
+            layer.training, layer.dropout = True, 0.0
         for parameter in trainable:
             parameter.requires_grad_(False)
         yield
@@ -66,8 +73,16 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         _SHORTCUT.come_back()
         for parameter in trainable:
             parameter.requires_grad_(True)
+        for layer, dropout in zip(recurrent, dropouts, strict=True):
+            layer.dropout = dropout
         for module, was_training in training:
             module.training = was_training
+
+
+def _trains_alone(module: Any) -> bool:
+    """Whether it is a recurrent layer of torch's own that cuDNN runs."""
+    known = isinstance(module, nn.RNNBase) and stepwise(module) is not None
+    return known and any(parameter.is_cuda for parameter in module.parameters())
 
 
 @contextmanager

@@ -407,5 +407,7 @@ def test_collators_that_put_samples_in_another_order() -> None:
     for turned in (lambda rows: sorted(rows, key=lambda row: -len(row["input_ids"])), lambda rows: rows[::-1]):
         with pytest.raises(ValueError, match=r"puts sample [12] of a batch in the place of sample 0"):
             WithIds(lambda rows, turned=turned: padded(turned(rows)), "id")(features)
+    cut = WithIds(lambda rows: padded([{"input_ids": row["input_ids"][-2:]} for row in rows]), "id")
+    assert cut([{"id": "a", "input_ids": [1, 2, 3]}, {"id": "b", "input_ids": [2, 3]}])["id"] == ["a", "b"]
     masked = WithIds(lambda rows: {**padded(rows), "input_ids": torch.ones(3, 3, dtype=torch.long)}, "id")(features)
     assert masked["id"] == ["a", "b", "c"]

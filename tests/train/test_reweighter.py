@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from assay.methods import TRAK, Ensemble, GradMimic, GraNd, direction
+import assay
+from assay.methods import LESS, TRAK, AdamState, Ensemble, GradMimic, GraNd, direction
 from assay.probe import PerSampleGradient, Probe, SqNorm
 from assay.tasks import Classification
 from assay.train import Reweighter
@@ -272,6 +273,17 @@ def test_observing_changes_nothing(models, data) -> None:
     table = reweighter.table()
     assert table["step"].to_pylist() == [1] * 6 + [3] * 6
     torch.testing.assert_close(torch.tensor(table["grand"].to_pylist()[:6]), norms.float(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 256.0])
+def test_an_adam_step_is_of_the_samples_own_gradient_however_losses_are_scaled(data, scale) -> None:
+    model = Net()
+    first, second = ({n: 0.01 * torch.rand_like(p) for n, p in model.named_parameters()} for _ in "mv")
+    method = LESS([model], TASK, {"t": [data]}, optimizers=[AdamState(first, second)]).fit()
+    expected = assay.score([data], [method])["less"].to_numpy()
+    reweighter = Reweighter(model, method, mode="observe")
+    reweighter.backward(losses_of(model, data), scale=scale)
+    np.testing.assert_allclose(reweighter.table()["less"].to_numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
 class Token(nn.Module):
@@ -835,8 +847,10 @@ def test_what_a_constructor_refuses(models, data) -> None:
         GradMimic(model, small, TASK)
 
 
-def test_a_method_that_was_not_fitted(models, data) -> None:
+def test_a_method_of_other_losses_or_that_was_not_fitted(models, data) -> None:
     model, _ = models
-    reweighter = Reweighter(model, TRAK([model], TASK, {"t": [data]}))
+    with pytest.raises(ValueError, match="trak is made of the gradients of Margin, and a trainer has those of its own"):
+        Reweighter(model, TRAK([model], TASK, {"t": [data]}))
+    reweighter = Reweighter(model, LESS([model], TASK, {"t": [data]}, optimizers=None))
     with pytest.raises(RuntimeError, match=r"call fit\(\)"):
         reweighter.backward(losses_of(model, data))

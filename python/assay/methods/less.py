@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -14,7 +15,7 @@ from assay.methods.checks import check_one_of
 from assay.methods.influence import Influence, Kernel
 from assay.methods.targets import Targets
 from assay.ops import Kronecker, Sketch
-from assay.probe import AdamState, Dense, Feature, PerSampleGradient, Sketched
+from assay.probe import AdamState, Dense, Feature, PerSampleGradient, Projected
 from assay.tasks import Task
 
 # Gradients are multiplied out (Adam divides elementwise) at most this many numbers at a time.
@@ -85,23 +86,37 @@ class LESS(Influence):
         return AdamSketched(self.shapes, self.sketch_of(k), True, state=self.optimizers[k], eps=self.eps)
 
 
+@dataclass(frozen=True)
+class StepsSketched(Projected, ABC):
+    """``Sketched`` of what an optimiser makes of the gradient instead."""
+
+    @abstractmethod
+    def steps(self, parameter: str, gradients: Tensor) -> Tensor:
+        """(B, *shape) -> the same, of each sample's gradient."""
+
+    def __call__(self, parameter: str, gradient: PerSampleGradient) -> Tensor:
+        samples = max(1, _ELEMENTS // math.prod(self.shapes[parameter]))
+        return torch.cat([self._sketched(parameter, part.dense()) for part in gradient.split(samples)])
+
+    def _sketched(self, parameter: str, gradients: Tensor) -> Tensor:
+        made = self.steps(parameter, gradients)
+        if self.keeps(parameter):
+            return made.reshape(len(made), -1)
+        return Dense(made).sketch(self.sketch.named(parameter), self.shapes[parameter])
+
+
 @dataclass(frozen=True, kw_only=True)
-class AdamSketched(Sketched):
-    """``Sketched`` of the Adam step instead of the gradient."""
+class AdamSketched(StepsSketched):
+    """Of the Adam step: no multiple of it is that of the gradient's multiple."""
 
     state: AdamState
     eps: Literal["outside", "inside"]
 
-    def __call__(self, parameter: str, gradient: PerSampleGradient) -> Tensor:
-        samples = max(1, _ELEMENTS // math.prod(self.shapes[parameter]))
-        return torch.cat([self._of_steps(parameter, part.dense()) for part in gradient.split(samples)])
+    def steps(self, parameter: str, gradients: Tensor) -> Tensor:
+        return self.state.step(parameter, gradients, self.eps)
 
     def at_zero(self, parameter: str) -> Tensor:
         """(sketch.dim,): a parameter without a gradient is moved by the moments all the same."""
         moment = self.state.first[parameter]
         zero = torch.zeros((1, *moment.shape), device=moment.device, dtype=torch.float32)
-        return self._of_steps(parameter, zero)[0]
-
-    def _of_steps(self, parameter: str, gradients: Tensor) -> Tensor:
-        step = Dense(self.state.step(parameter, gradients, self.eps))
-        return step.sketch(self.sketch.named(parameter), self.shapes[parameter])
+        return self._sketched(parameter, zero)[0]

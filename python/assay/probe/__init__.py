@@ -6,7 +6,7 @@ from assay.probe.gradient import PerSampleGradient
 from assay.probe.jvp import Jvp
 from assay.probe.pooling import Pooled
 from assay.probe.probe import Probe
-from assay.probe.reductions import Displaced, Dot, Feature, Reduction, Sketched, SqNorm, TokenDot
+from assay.probe.reductions import Displaced, Dot, Feature, Projected, Reduction, Sketched, SqNorm, TokenDot
 from assay.probe.selection import tapped_parameters
 from assay.probe.signals import Signals
 from assay.probe.terms import Convolution, Dense, Outer, Scatter
@@ -24,6 +24,7 @@ __all__ = [
     "PerSampleGradient",
     "Pooled",
     "Probe",
+    "Projected",
     "Reduction",
     "Scatter",
     "Signals",

@@ -163,11 +163,8 @@ class SqNorm:
 
 
 @dataclass(frozen=True)
-class Sketched:
-    """A random projection of the per-sample gradient: inner products of features are unbiased for those of gradients.
-
-    Each parameter has a projection of its own, keyed by its name; none is scaled, so that the features' inner product
-    stands for the whole gradient's, whatever the layers' shapes.
+class Projected:
+    """Where random projections of something by parameter go: each has one of its own, keyed by the parameter's name.
 
     Attributes:
         shapes: by parameter.
@@ -180,7 +177,6 @@ class Sketched:
     shapes: Mapping[str, Sequence[int]]
     sketch: Sketch
     together: bool = False
-    degree: ClassVar[int] = 1
 
     @property
     def parameters(self) -> Collection[str]:
@@ -200,8 +196,23 @@ class Sketched:
     def _width(self, parameter: str) -> int:
         return min(math.prod(self.shapes[parameter]), self.sketch.dim)
 
+    def keeps(self, parameter: str) -> bool:
+        """Whether it is not projected, but kept as it is."""
+        return not self.together and math.prod(self.shapes[parameter]) <= self.sketch.dim
+
+
+@dataclass(frozen=True)
+class Sketched(Projected):
+    """A random projection of the per-sample gradient: inner products of features are unbiased for those of gradients.
+
+    No parameter's is scaled, so that the features' inner product stands for the whole gradient's, whatever the layers'
+    shapes.
+    """
+
+    degree: ClassVar[int] = 1
+
     def __call__(self, parameter: str, gradient: PerSampleGradient) -> Tensor:
-        if not self.together and math.prod(self.shapes[parameter]) <= self.sketch.dim:
+        if self.keeps(parameter):
             return gradient.dense().reshape(gradient.samples, -1)
         return gradient.sketch(self.sketch.named(parameter))
 

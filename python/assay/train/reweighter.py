@@ -19,6 +19,7 @@ from assay.probe.holding import Held, Summed
 from assay.probe.packing import Packing
 from assay.probe.training import BatchSize, TrainingTaps
 from assay.probe.wrappers import check_can_be_tapped
+from assay.tasks.base import base_task
 from assay.train.checks import check_bits, check_given, check_losses, check_settings, names_of
 from assay.train.journal import Journal
 from assay.train.weights import Mode, best_share, gathered, softmax_weights
@@ -376,6 +377,11 @@ def _own_role(model: nn.Module, method: Method, needs: Mapping[str, Need]) -> st
     for what, asked in (("embeddings", need.embeddings), ("raw columns", need.raw), ("another view", need.view)):
         if asked:
             raise ValueError(f"Reweighter: {method.name} asks for {what}, which a trainer does not give; score offline")
+    if need.task is not None and base_task(need.task) is not need.task:
+        raise ValueError(
+            f"Reweighter: {method.name} is made of the gradients of {type(need.task).__name__}, and a trainer has "
+            "those of its own losses; score offline"
+        )
     if forward := [key for key, reduction in need.reductions.items() if isinstance(reduction, Jvp)]:
         raise ValueError(
             f"Reweighter: {method.name}: {forward[0]!r} takes further forward passes, which a trainer does not make"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import assay
-from assay.methods import AdamState, InfluenceDistillation
+from assay.methods import AdamState, Ensemble, InfluenceDistillation
 from assay.probe import Jvp, Probe
 from assay.tasks import CausalLM, Classification
 
@@ -118,6 +119,21 @@ def test_targets_batches_and_optimizer(problem) -> None:
     optimizer = AdamState(names, {n: torch.ones_like(p) for n, p in names.items()})  # a step is g, up to scale
     adam = run(InfluenceDistillation(model, Classification(), halves, optimizer=optimizer), [pool], [pool])
     torch.testing.assert_close(adam["influence_distillation_a"], each[0], rtol=0, atol=2e-3)
+
+
+def test_with_an_optimiser_landmarks_are_scaled_by_adams_diagonal_alone(problem) -> None:
+    """All points as landmarks. The momentum, which all samples share, must not be in their cosines."""
+    model, pool, target = problem
+    first, second = ({n: torch.rand_like(p) for n, p in model.named_parameters()} for _ in "mv")
+    state = AdamState(first, second, betas=(0.9, 0.99), eps=0.1, steps=5)
+    method = InfluenceDistillation(
+        model, Classification(), {"t": [target]}, damping=1e-12, tangents=8, sketch=EXACT, optimizer=state
+    )
+    method.together = False
+    got = run(method, [pool], [pool])["influence_distillation"]
+    scale = torch.cat([1 / ((second[n] / (1 - 0.99**5)).sqrt() + 0.1).flatten() for n, _ in model.named_parameters()])
+    aim = F.normalize(gradients(model, *target).mean(0), dim=0)
+    torch.testing.assert_close(got, F.normalize(gradients(model, *pool) * scale, dim=1) @ aim, rtol=0, atol=2e-3)
 
 
 def by_autograd(model: nn.Module, tangent, output) -> Tensor:
@@ -254,6 +270,20 @@ def test_errors(problem) -> None:
         InfluenceDistillation(model, Classification(), {"x": []}).fit([pool])
     with pytest.raises(ValueError, match="expected exactly one"):
         make(at="nowhere").fit([pool])
+
+
+def test_a_sample_whose_embedding_is_beyond_float32_has_no_score() -> None:
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(6, 3), torch.randn(POOL, 6), torch.randint(3, (POOL,))
+    method = InfluenceDistillation(model, Classification(), {"t": [(x[:5], y[:5])]}, tangents=8)
+    expected = run(method, [(x, y)], [(x, y)])["influence_distillation"]
+    far = x.clone()
+    far[7] = torch.tensor([3e38, 0, 0, 0, 0, 0])
+    found = assay.score([(far, y)], [method, Ensemble([model], Classification())])
+    assert np.isfinite(found["ensemble_nll"].to_numpy()).all()  # its loss is a number
+    scores = torch.tensor(found["influence_distillation"].to_pylist()).double()
+    assert scores.isnan().nonzero().tolist() == [[7]]
+    torch.testing.assert_close(scores[:7], expected[:7], rtol=1e-4, atol=1e-5)
 
 
 def test_layers_that_are_left_out_are_named():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from assay.methods.base import Column, Method, Need
 from assay.methods.checks import check_at_least, check_one_of
 from assay.methods.influence import parameter_shapes
-from assay.methods.less import AdamSketched
+from assay.methods.less import StepsSketched
 from assay.methods.sums import Folded, directions, features_of, sample_features, samples_left_out
 from assay.methods.targets import Targets, TargetSet
 from assay.ops import Kronecker, Rademacher, Sketch
@@ -54,7 +55,8 @@ class InfluenceDistillation(Method):
             ``"linear"``, as in its text.
         damping: δ in units of the mean diagonal of K_LL.
         sketch: of the landmarks' and targets' gradients.
-        optimizer: Adam's state; the landmarks' gradients then become Adam's steps, the targets' stay plain.
+        optimizer: Adam's state; the landmarks' gradients are then scaled as Adam does, by 1 / (√v̂ + ε), the targets'
+            stay plain. Momentum, which no sample of a step decides, is left out.
         seed: of landmarks and tangents.
         layers, name, skip_unsupported: as in ``Influence``.
 
@@ -128,7 +130,7 @@ class InfluenceDistillation(Method):
         """What is folded from the backward pass of landmarks or of the targets' samples."""
         if target or self.optimizer is None:
             return Sketched(self.shapes, self.sketch, self.together)
-        return AdamSketched(self.shapes, self.sketch, True, state=self.optimizer, eps="outside")
+        return AdamScaled(self.shapes, self.sketch, self.together, state=self.optimizer)
 
     def needs(self) -> Mapping[str, Need]:
         return {"model": Need(self.model, self.task, reductions={"embedding": self.embedding})}
@@ -208,9 +210,11 @@ class InfluenceDistillation(Method):
     def score(self, signals: Mapping[str, Signals]) -> dict[str, Tensor]:
         if self._coefficients is None:
             raise RuntimeError(f"{self.name}: call fit() before scoring")
-        kernel = self._kernel(signals["model"].reduced["embedding"], self._anchors, self._bandwidth)
+        embeddings = signals["model"].reduced["embedding"]
+        kernel = self._kernel(embeddings, self._anchors, self._bandwidth)
         scores = self.targets.scores(kernel @ self._coefficients.to(kernel.device))
-        nothing = signals["model"].losses.isnan()  # to predict
+        # Nothing to predict, or an embedding that is infinitely far from all landmarks: its kernel would be 0.
+        nothing = signals["model"].losses.isnan().to(kernel.device) | ~embeddings.isfinite().all(1)
         return {column: score.masked_fill(nothing, torch.nan) for column, score in scores.items()}
 
     def metadata(self) -> dict[str, str]:
@@ -233,6 +237,17 @@ class InfluenceDistillation(Method):
                 "tangents, or other embed_layers"
             )
         return facts
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamScaled(StepsSketched):
+    """Of the gradient times Adam's diagonal."""
+
+    state: AdamState
+    degree: ClassVar[int] = 1
+
+    def steps(self, parameter: str, gradients: Tensor) -> Tensor:
+        return gradients * self.state.scale(parameter, gradients)
 
 
 def _random_tangents(model: nn.Module, names: Sequence[str], count: int, seed: int) -> tuple[Mapping[str, Tensor], ...]:

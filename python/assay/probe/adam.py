@@ -195,6 +195,12 @@ class AdamState:
                         f"{kind} of parameter {name!r}: expected shape {shape}, got {tuple(moments[name].shape)}"
                     )
 
+    def scale(self, name: str, like: Tensor) -> Tensor:
+        """1 / (√v̂ + ε), of ``like``'s type: what Adam multiplies gradients with; v̂ = v / (1 − β₂^steps), or v where the
+        steps are not known."""
+        correction = 1 - self.betas[1] ** self.steps if self.steps else 1.0
+        return ((self.second[name].to(like) / correction).sqrt() + self.eps).reciprocal()
+
     def step(self, name: str, gradients: Tensor, eps: Literal["outside", "inside"] = "outside") -> Tensor:
         """(B, *shape) gradients -> the direction of the Adam step each of them would make, without bias correction.
 

@@ -17,6 +17,7 @@ from assay.methods import (
     Column,
     Ensemble,
     GradMimic,
+    GraNd,
     InfluenceDistillation,
     LoGra,
     Method,
@@ -28,7 +29,7 @@ from assay.methods import (
 from assay.methods.base import samples_gathered
 from assay.methods.scorer import _wait_for
 from assay.probe import Probe, SqNorm, tapped_parameters
-from assay.tasks import CausalLM, Classification, Margin, Sampled
+from assay.tasks import CausalLM, Classification, Margin, Regression, Sampled
 from tests.methods.data import mlp, noisy_digits, train
 
 
@@ -82,6 +83,23 @@ def test_table_ids_directions_and_metadata() -> None:
         table = assay.score([(data.x, data.given)], [method], ids=ids)
         assert table["id"].to_pylist() == [str(i) for i in range(60)]
     assert assay.score([], [method]).num_rows == 0
+
+
+def test_what_is_beyond_float32_is_no_score() -> None:
+    """Targets of 1e30 and −3.4e38 stand for missing ones in many files: by GraNd they would be the best of all."""
+    torch.manual_seed(0)
+    model, task = nn.Linear(3, 1), Regression()
+    x, y = torch.randn(6, 3), torch.randn(6, 1)
+    methods: list[Method] = [Ensemble([model], task), GraNd(model, task)]
+    expected = assay.score([(x, y)], methods)
+    y[2], y[4] = 1e30, -3.4e38
+    found = assay.score([(x, y)], methods)
+    for name in ("loss", "grand", "ensemble_residual"):
+        values = found[name].to_numpy()
+        np.testing.assert_array_equal(np.isnan(values), [i in (2, 4) for i in range(6)], err_msg=name)
+        np.testing.assert_allclose(values[[0, 1, 3, 5]], expected[name].to_numpy()[[0, 1, 3, 5]], rtol=1e-5)
+    assert np.isfinite(found["ensemble_mean"].to_numpy()).all()
+    assert assay.select.top(found, "grand", 4).mask.tolist() == [i not in (2, 4) for i in range(6)]
 
 
 def test_name_clash_is_an_error() -> None:

@@ -23,7 +23,7 @@ from assay.corpus.quarantine import list_digest
 from assay.corpus.shards import Shard
 from assay.corpus.storage import Fingerprint, Store
 from assay.methods import Column, Method
-from assay.methods.base import Keeper, Kept, Need
+from assay.methods.base import Keeper, Kept, Need, in_table
 from assay.ops import Sketch
 from assay.probe import Signals
 from assay.recipe.errors import EngineError
@@ -110,7 +110,7 @@ class FeatureMethod(Method):
         extras = [batch.extra for batch in batches if batch.extra is not None]
         with torch.no_grad():
             scores = self.method.score_features([batch.values() for batch in batches], extras or None)
-        return {name: values.float().cpu().numpy() for name, values in scores.items()}
+        return {name: in_table(values).numpy() for name, values in scores.items()}
 
     def stored_scores(self, files: Sequence[FeatureFile]) -> Scores:
         """The method's columns of a whole shard."""

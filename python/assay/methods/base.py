@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from assay.ops import Sketch
@@ -176,6 +177,13 @@ class Keeper(Method):
     def score_features(self, features: Sequence[Tensor], extras: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
         """Scores of what ``raw_features`` gave, fresh or stored."""
         raise NotImplementedError
+
+
+def in_table(scores: Tensor) -> Tensor:
+    """Scores as a table holds them, float32 on the host. What is infinite there is NaN: a squared error of 1e40 is too
+    large for float32, not worth more than all else."""
+    numbers = scores.detach().float().cpu()
+    return numbers.masked_fill(numbers.isinf(), torch.nan)
 
 
 def samples_gathered(method: Method) -> int | None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from assay.methods.base import Column, Method, Need, Views
+from assay.methods.base import Column, Method, Need, Views, in_table
 from assay.probe import Jvp, Pooled, Probe, Reduction, Signals
 from assay.probe.selection import coverage, select
 from assay.tasks import Task
@@ -252,5 +252,5 @@ def _checked(method: Method, scores: Mapping[str, Tensor], size: int) -> dict[st
         fits = values.shape == expected if column.width is not None else values.ndim == 2 and len(values) == size
         if not fits:
             raise ValueError(f"{column.name}: scores of shape {tuple(values.shape)}; expected {expected}")
-        checked[column.name] = values.detach().float().cpu()
+        checked[column.name] = in_table(values)
     return checked

@@ -52,6 +52,13 @@ def test_equals_all_pairs(neighbours) -> None:
         )
 
 
+def test_of_few_real_samples_a_rank_compares_means_over_as_many_neighbours() -> None:
+    real, other = points(5, 0), points(20, 1)
+    others = columns(fitted(real, 4), other)
+    for more in (5, 25):
+        np.testing.assert_array_equal(columns(fitted(real, more), other), others)
+
+
 def test_real_samples_that_were_not_held_are_spread_like_those_that_were() -> None:
     rank = columns(fitted(points(400, 0)), points(400, 1))[1]
     assert ks_2samp(rank, np.arange(400) / 400).pvalue > 0.01

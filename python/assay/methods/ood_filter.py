@@ -40,7 +40,7 @@ class OODFilter(Method):
         model: a forward pass of it, and n distances, are what a sample costs.
         task: what a sample is.
         targets: the real data, all targets together; a copy of one of them has the distance 0.
-        neighbours: whose distances are averaged.
+        neighbours: whose distances are averaged; of fewer other real samples all.
         at, pooling: as in ``EmbeddingSimilarity``. ``at`` the first layer's name compares what the model is given: of a
             dynamics model the pair of state and action, as in the paper.
         name: of the first column, and prefix of the other.
@@ -68,6 +68,7 @@ class OODFilter(Method):
         self.embedder = Embedder(name, model, task, at, pooling)
         self._real: Held | None = None
         self._of_targets = Folded()
+        self._count = neighbours  # whose distances are averaged indeed
         self._own = torch.empty(0)  # (n,) ascending: real samples' distances to the other real ones
 
     @property
@@ -94,7 +95,8 @@ class OODFilter(Method):
                 f"{self.name}: {len(known)} real samples ({self.targets}) have a finite embedding; expected at least 2"
             )
         self._real, self._of_targets = Held.of(known), folded
-        own, _ = self._real.nearest(known, self.neighbours, but_itself=True)
+        self._count = min(self.neighbours, len(known) - 1)  # a real sample has no more others
+        own, _ = self._real.nearest(known, self._count, but_itself=True)
         self._own = own.mean(1).sort().values
         return self
 
@@ -104,7 +106,7 @@ class OODFilter(Method):
         embeddings = self.embedder.embeddings(signals["model"]).to(self._own.device)
         fine = embeddings.isfinite().all(1)
         distance = torch.full((len(embeddings),), torch.nan, dtype=torch.float64, device=embeddings.device)
-        distance[fine] = self._real.nearest(embeddings[fine], self.neighbours)[0].mean(1)
+        distance[fine] = self._real.nearest(embeddings[fine], self._count)[0].mean(1)
         exact = torch.searchsorted(self._own, distance).double() / len(self._own)
         rank = exact.float()  # not above what it rounds: a cut at .6 keeps ranks of 6 in 10
         rank = torch.where(rank > exact, rank.nextafter(torch.zeros_like(rank)), rank)

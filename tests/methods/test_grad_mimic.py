@@ -88,6 +88,19 @@ def test_is_the_first_order_term_of_the_excess_loss() -> None:
     assert np.corrcoef(first_order, excess)[0, 1] > 0.999
 
 
+def test_few_samples_tell_nothing_of_the_reference() -> None:
+    model, reference, x, y = models()
+
+    def facts(rows: int) -> dict[str, str]:
+        method = GradMimic(model, reference, Classification())
+        assay.score([(x[:rows], y[:rows])], [method])
+        return method.metadata()
+
+    for rows in (1, 2, 15):
+        assert facts(rows).keys() == {"direction_norm", "direction_share"}
+    assert -1 <= float(facts(16)["lineage_correlation"]) <= 1
+
+
 def test_share_of_the_direction_and_refresh() -> None:
     model, reference, _, _ = models()
     head = GradMimic(model, reference, Classification(), "2")

@@ -25,6 +25,8 @@ _log = logging.getLogger("assay")
 
 # The lineage check looks at the correlation over this many samples ...
 LINEAGE_SAMPLES = 256
+# ... or over all, if they are at least so many (of two it is 1 or −1, of one nothing) ...
+LINEAGE_LEAST = 16
 # ... and calls the direction meaningless below this. ‖v‖·m is the first-order term of loss − reference loss: with a
 # reference that descends from the model's own start it correlates clearly, with an unrelated one it does not, or
 # negatively (docs/methods/grad_mimic.md has the measured figures).
@@ -190,12 +192,14 @@ class GradMimic(Method):
         if not self._lineage >= LINEAGE_MINIMUM:
             _log.warning("%s: %s", self.name, self._lineage_warning())
 
+    def _known(self) -> Tensor:
+        """(2, n): the pairs that were gathered of numbers."""
+        pairs = torch.cat([torch.stack(pair) for pair in self._pairs] or [torch.empty(2, 0)], 1)
+        return pairs[:, pairs.isfinite().all(0)]
+
     def _correlation(self) -> float:
-        x, y = (torch.cat(side) for side in zip(*self._pairs, strict=True))
-        fine = x.isfinite() & y.isfinite()
-        if fine.sum() < 2:
-            return math.nan
-        return float(torch.corrcoef(torch.stack([x[fine], y[fine]]))[0, 1])
+        known = self._known()
+        return float(torch.corrcoef(known)[0, 1]) if known.shape[1] > 1 else math.nan
 
     def _lineage_warning(self) -> str:
         return (
@@ -205,7 +209,7 @@ class GradMimic(Method):
         )
 
     def metadata(self) -> dict[str, str]:
-        if self._lineage is None and self._pairs:
+        if self._lineage is None and self._known().shape[1] >= LINEAGE_LEAST:
             self._lineage = self._correlation()
         facts = {"direction_norm": f"{self.norm:.6g}", "direction_share": f"{self.share:.4f}"}
         if self._lineage is not None:

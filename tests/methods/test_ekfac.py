@@ -173,6 +173,15 @@ def test_ekfac_with_an_absolute_damping(problem) -> None:
             EKFAC(models[0], Classification(), {"t": [target]}, damping=wrong)
 
 
+def test_a_target_named_self_needs_another_name_beside_self_influence(problem) -> None:
+    models, _, target = problem
+    targets = {"self": [target], "b": [target]}
+    with pytest.raises(ValueError, match="target 'self' would have self-influence's column, ekfac_self; rename it"):
+        EKFAC(models[0], Classification(), targets, self_influence=True)
+    alone = EKFAC(models[0], Classification(), {"self": [target]}, self_influence=True)
+    assert [column.name for column in alone.columns] == ["ekfac", "ekfac_self"]
+
+
 def test_noise_is_damped_in_units_of_its_layer() -> None:
     names = ["a.key.weight", "a.key.bias", "b.weight", "b.bias", "c.bias"]
     assert damping_units(names, [1e-6, 1e-19, 2.0, 0.0, 1e-30]) == [1e-6, 1e-10, 2.0, 0.0, 1e-30]

@@ -80,6 +80,8 @@ class EKFAC(Method):
         self.targets, self.self_influence = TargetSet(name, targets or {}), self_influence
         if not self.targets and not self_influence:
             raise ValueError(f"{name}: nothing to compute; give targets, or self_influence=True")
+        if self_influence and len(self.targets) > 1 and "self" in self.targets.batches:
+            raise ValueError(f"{name}: target 'self' would have self-influence's column, {name}_self; rename it")
         check_at_least("damping", damping, 0)
         check_one_of("basis", basis, ("kfac", "shampoo"))
         if true_fisher and not isinstance(task, Relabels):

@@ -130,6 +130,7 @@ def test_dropping_a_cluster_ranks_as_training_without_it_does() -> None:
         ({"clusters": np.zeros(12, int)}, "cluster 0 has samples of several classes"),
         ({"clusters": np.arange(12) + 1}, r"clusters: expected numbers 0\.\.K−1 with samples in each"),
         ({"clusters": np.arange(11)}, r"integer clusters \(N,\)"),
+        ({"labels": small_digits(12)[1].where(torch.arange(12) != 3, -100)}, "labels: expected class numbers"),
         ({"inputs": torch.zeros(12, 64, dtype=torch.int64)}, "the inputs floating"),
         ({"inputs": torch.full((12, 64), torch.nan)}, "the squared length nan"),
     ],
@@ -153,6 +154,8 @@ def test_a_run_that_diverges_is_refused() -> None:
         distil(model, [state], x, y, np.arange(4), learning_rate=1e25)
     with pytest.raises(ValueError, match="expected two clusters at least"):
         cluster_effects(model, state, distil(model, [state], x[:1], y[:1], [0], sweeps=1), (x, y))
+    with pytest.raises(ValueError, match="targets: expected class numbers from 0 on, got -100"):
+        cluster_effects(model, state, distil(model, [state], x, y, range(4), sweeps=1), (x, y.where(y != y[0], -100)))
     with pytest.raises(ValueError, match="got nan in row 1"):
         clusters_by_class(x[:2], [0.0, np.nan])
 

@@ -138,6 +138,7 @@ def cluster_effects(
     """
     whole("steps", steps, 1)
     positive("learning_rate", learning_rate)
+    _check_classes("targets", targets[1])
     first = _point(model, start, 0)
     count = len(distilled.labels)
     if count < 2:
@@ -219,6 +220,12 @@ def _point(model: nn.Module, given: Mapping[str, Tensor], number: int) -> _Point
     return found
 
 
+def _check_classes(name: str, labels: Tensor) -> None:
+    """ValueError for a label below 0: cross entropy takes a sample of -100 for one that loses nothing."""
+    if len(labels) and (least := int(labels.min())) < 0:
+        raise ValueError(f"{name}: expected class numbers from 0 on, got {least}; leave such samples out")
+
+
 def _clusters(inputs: Any, labels: Any, clusters: npt.ArrayLike) -> tuple[Tensor, Tensor, Tensor]:
     """(N,) clusters, (K,) sizes and (K,) classes."""
     given = np.asarray(to_numpy(clusters))
@@ -227,6 +234,7 @@ def _clusters(inputs: Any, labels: Any, clusters: npt.ArrayLike) -> tuple[Tensor
     shapes = (len(inputs), tuple(labels.shape), given.shape)
     if not len(inputs) or shapes[1:] != ((len(inputs),), (len(inputs),)) or given.dtype.kind not in "iu":
         raise ValueError(f"expected N inputs, labels (N,) and integer clusters (N,), got {shapes} of {given.dtype}")
+    _check_classes("labels", labels)
     own = torch.from_numpy(given.astype(np.int64))
     if int(own.min()) < 0 or not bool((sizes := torch.bincount(own)).all()):
         raise ValueError(f"clusters: expected numbers 0..K−1 with samples in each, got {short(np.unique(given))}")

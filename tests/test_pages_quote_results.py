@@ -41,3 +41,18 @@ def test_a_page_has_the_numbers(page: str, results: str, row: str) -> None:
     rows = [row.format_map(case) for case in cases if "assumed" not in case]
     assert rows
     assert [line for line in rows if line not in text] == []
+
+
+@pytest.mark.parametrize("results", ["multiplier", "multiplier-packages"])
+def test_the_readme_has_the_steps_that_selections_save(results: str) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (case,) = json.loads((ROOT / f"benchmarks/results/{HERE}-{results}.json").read_text(encoding="utf-8"))["cases"]
+    rows = [
+        "| {} | {}–{} | {:.1f} | {:.0f} % |".format(
+            own["median_steps"], *own["range"], own["multiplier"], 100 * own["domain_share"]
+        )
+        for own in case["summary"]
+        if own["range"]
+    ]
+    assert len(rows) > 5
+    assert [row for row in rows if row not in text] == []

@@ -46,7 +46,15 @@ from assay._json import dumps
 from benchmarks import timing
 
 SIZE, CLASSES, SHARD_ROWS = 64, 10, 100_000
-RUN = """
+# Not getrusage(), which after an exec() has the parent's peak.
+PEAK = """
+import re
+def peak_mib():
+    return int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) / 1024
+"""
+RUN = (
+    PEAK
+    + """
 import time
 began = time.perf_counter()
 import json, sys
@@ -58,8 +66,9 @@ for recipe, overrides in json.loads(sys.argv[1]):
     summary = run(load_recipe(recipe, overrides), engine=sys.argv[2])
     seconds.append(time.perf_counter() - began)
     began += seconds[-1]
-print(json.dumps({"seconds": seconds, "rows": summary.rows_scored}))
+print(json.dumps({"seconds": seconds, "rows": summary.rows_scored, "peak_mib": peak_mib()}))
 """
+)
 
 
 def make(root: Path, rows: int, shard_rows: int = SHARD_ROWS) -> Path:
@@ -98,18 +107,18 @@ def run(recipes: Sequence[Path], output: Path, engine: str = "local", **settings
     options = ["run.devices=cpu", *(f"{key}={value}" for key, value in settings.items())]
     work = [(str(recipe), [f"output={output}-{i}", *options]) for i, recipe in enumerate(recipes)]
     with tempfile.TemporaryFile("w+") as printed:
-        process = subprocess.Popen([sys.executable, "-c", RUN, dumps(work), engine], stdout=printed)
-        _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+        process = subprocess.run([sys.executable, "-c", RUN, dumps(work), engine], stdout=printed, check=False)
         if process.returncode:
             raise RuntimeError(f"exit status {process.returncode} of {work}")
         printed.seek(0)
-        found = json.loads(printed.read().splitlines()[-1])
-    return {**found, "peak_mib": used.ru_maxrss / 1024}
+        found: dict[str, Any] = json.loads(printed.read().splitlines()[-1])
+    return found
 
 
-PLAN = """
-import json, resource, sys, time
+PLAN = (
+    PEAK
+    + """
+import json, sys, time
 from assay.engine.plan import find_corpora, make_plan
 from assay.recipe import load_recipe
 recipe = load_recipe(sys.argv[1], sys.argv[2:])
@@ -118,8 +127,9 @@ corpora = find_corpora(recipe)
 listed = time.perf_counter()
 shards = len(make_plan(recipe, corpora=corpora).todo)
 seconds = {"list": listed - began, "plan": time.perf_counter() - listed}
-print(json.dumps({"shards": shards, **seconds, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+print(json.dumps({"shards": shards, **seconds, "peak_mib": peak_mib()}))
 """
+)
 
 
 def planning(root: Path, shards: int) -> dict[str, Any]:

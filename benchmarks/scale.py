@@ -48,13 +48,10 @@ from benchmarks import timing
 SIZE, CLASSES, SHARD_ROWS = 64, 10, 100_000
 # Not getrusage(), which after an exec() has the parent's peak.
 PEAK = """
-import re
 def peak_mib():
-    return int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) / 1024
+    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024
 """
-RUN = (
-    PEAK
-    + """
+RUN = """
 import time
 began = time.perf_counter()
 import json, sys
@@ -68,7 +65,6 @@ for recipe, overrides in json.loads(sys.argv[1]):
     began += seconds[-1]
 print(json.dumps({"seconds": seconds, "rows": summary.rows_scored, "peak_mib": peak_mib()}))
 """
-)
 
 
 def make(root: Path, rows: int, shard_rows: int = SHARD_ROWS) -> Path:
@@ -107,7 +103,7 @@ def run(recipes: Sequence[Path], output: Path, engine: str = "local", **settings
     options = ["run.devices=cpu", *(f"{key}={value}" for key, value in settings.items())]
     work = [(str(recipe), [f"output={output}-{i}", *options]) for i, recipe in enumerate(recipes)]
     with tempfile.TemporaryFile("w+") as printed:
-        process = subprocess.run([sys.executable, "-c", RUN, dumps(work), engine], stdout=printed, check=False)
+        process = subprocess.run([sys.executable, "-c", PEAK + RUN, dumps(work), engine], stdout=printed, check=False)
         if process.returncode:
             raise RuntimeError(f"exit status {process.returncode} of {work}")
         printed.seek(0)
@@ -115,9 +111,7 @@ def run(recipes: Sequence[Path], output: Path, engine: str = "local", **settings
     return found
 
 
-PLAN = (
-    PEAK
-    + """
+PLAN = """
 import json, sys, time
 from assay.engine.plan import find_corpora, make_plan
 from assay.recipe import load_recipe
@@ -129,7 +123,6 @@ shards = len(make_plan(recipe, corpora=corpora).todo)
 seconds = {"list": listed - began, "plan": time.perf_counter() - listed}
 print(json.dumps({"shards": shards, **seconds, "peak_mib": peak_mib()}))
 """
-)
 
 
 def planning(root: Path, shards: int) -> dict[str, Any]:
@@ -141,7 +134,7 @@ def planning(root: Path, shards: int) -> dict[str, Any]:
         if i % 1000 == 0:
             folder.mkdir(parents=True)
         (folder / f"{i % 1000:03}.jsonl").write_text(line)
-    command = [sys.executable, "-c", PLAN, str(recipe), f"corpus.path={corpus}"]
+    command = [sys.executable, "-c", PEAK + PLAN, str(recipe), f"corpus.path={corpus}"]
     rounds = [json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout) for _ in range(3)]
     shutil.rmtree(corpus)
     return {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}

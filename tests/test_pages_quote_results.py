@@ -18,7 +18,8 @@ HERE = "amd-epyc-2-threads"
         (
             CLUSTER,
             f"{HERE}-scale",
-            "| {rows:,} | {rows_per_second:,.0f} | {fixed:.3f} | {start:.1f} | {peak_mib:,.0f} |",
+            "| {rows:,} | {rows_per_second:,.0f} | {fixed:.3f} | {start:.1f} | {peak_mib:,.0f} "
+            "| {beside_the_largest[median]:.2f} ({beside_the_largest[least]:.2f} to {beside_the_largest[most]:.2f}) |",
         ),
         (CLUSTER, f"{HERE}-scale-ray", "| {way} | {seconds:.1f} |"),
         (

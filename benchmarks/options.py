@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterable
+from pathlib import Path
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
@@ -30,3 +32,8 @@ def some(doc: str | None, metavar: str, known: Iterable[str]) -> list[str]:
     if unknown := [name for name in names if name not in every]:
         own.error(f"{unknown[0]}: expected some of {', '.join(every)}")
     return names or every
+
+
+def cache(name: str) -> Path:
+    """Where a benchmark keeps what took long, unless it is told another place."""
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "assay" / name

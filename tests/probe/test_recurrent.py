@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 import assay
 from assay.methods import GraNd
-from assay.probe import Probe, quiet, tapped_parameters
+from assay.probe import Probe, SqNorm, quiet, tapped_parameters
 from assay.probe.recurrent import stepwise
 from assay.tasks import Classification
 from tests.probe.probe_oracle import Collect, check_probe, check_training, close
@@ -242,14 +242,21 @@ def test_somebody_elses_forward_is_not_replaced() -> None:
         tapped_parameters(Last(layer))
 
 
+class Astray(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.LSTM(3, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.layer(x)[0].mean(1))
+        return logits
+
+
 def test_steps_along_the_batch_are_refused() -> None:
     """As of a layer that was meant to be ``batch_first``: the samples are its steps."""
-    model = nn.ModuleDict({"layer": nn.LSTM(3, 4), "head": nn.Linear(4, 3)})
-    run: Any = lambda x: model["head"](model["layer"](x)[0].mean(1))  # noqa: E731
-    model.forward = run
+    model = Astray()
+    norms = {"all": SqNorm(tapped_parameters(model))}
     for size in (SIZE, TIMES):
         batch = torch.randn(size, TIMES, 3), torch.arange(size) % 3
         with pytest.raises(RuntimeError, match="layer"):
-            Probe(
-                model, Classification(), factors=(), reductions={"all": assay.probe.SqNorm(tapped_parameters(model))}
-            )(batch)
+            Probe(model, Classification(), factors=(), reductions=norms)(batch)

@@ -20,8 +20,8 @@ from rich.console import Console
 from torch import Tensor
 
 from assay.retrain import metasmoothness
+from benchmarks import options
 from benchmarks.quality.leaderboard import classifiers, digits, images, report, text
-from benchmarks.quality.leaderboard.bank import default_root
 from benchmarks.quality.leaderboard.board import Board
 from benchmarks.quality.leaderboard.entries import Entry, register
 from benchmarks.quality.leaderboard.forks import Done, Job, forked, here
@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--no-qld", action="store_true", help="retrain for no single row: only QLDs that are kept")
     parser.add_argument("--quick", action="store_true", help="a small board and a few methods")
     parser.add_argument("--write", action="store_true", help="put what is found into benchmarks/results")
-    parser.add_argument("--bank", type=Path, default=default_root(), help="what trainings gave is kept here")
+    parser.add_argument("--bank", type=Path, default=options.cache("leaderboard"), help="where trainings are kept")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="at a time, one thread each; 0: this one")
     given = parser.parse_args()
     torch.set_num_threads(1)

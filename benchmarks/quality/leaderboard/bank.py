@@ -30,10 +30,6 @@ LOOP = 1  # the number of the truth's training loop: another one's retrainings a
 SAME = 1e-3  # in a loss: what one training may differ from itself by, run among others
 
 
-def default_root() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "assay" / "leaderboard"
-
-
 class Bank:
     """What one board's trainings gave.
 

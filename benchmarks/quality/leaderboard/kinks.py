@@ -22,9 +22,9 @@ from rich.table import Table
 
 from assay._json import dumps
 from assay.retrain import Adam, Training, magic
+from benchmarks import options
 from benchmarks.quality.lds import predicted, spearman
 from benchmarks.quality.leaderboard.__main__ import BOARDS
-from benchmarks.quality.leaderboard.bank import default_root
 from benchmarks.quality.leaderboard.board import Array, Board
 from benchmarks.quality.leaderboard.judging import drops_of
 from benchmarks.quality.leaderboard.truth import query_losses, retrained
@@ -94,7 +94,7 @@ def shown(cases: list[dict[str, Any]]) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.leaderboard.kinks", description=__doc__)
-    parser.add_argument("--bank", type=Path, default=default_root(), help="the leaderboard's")
+    parser.add_argument("--bank", type=Path, default=options.cache("leaderboard"), help="the leaderboard's")
     given = parser.parse_args()
     torch.set_num_threads(1)
     boards = [BOARDS[name](given.bank) for name in ("digits", "images")]

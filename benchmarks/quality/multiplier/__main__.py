@@ -21,9 +21,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import timing
+from benchmarks import options, timing
 from benchmarks.quality.multiplier import corpus, selections
-from benchmarks.quality.multiplier.bank import Bank, default_root
+from benchmarks.quality.multiplier.bank import Bank
 from benchmarks.quality.multiplier.experiment import MIXTURES, QUICK, Sizes, prepare, retrain, summary
 
 Runs = dict[str, list[dict[str, Any]]]
@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=selections.NAMES, default=[], metavar="SELECTION", help=some)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--bank", type=Path, default=default_root(), help="where what was measured is kept")
+    parser.add_argument("--bank", type=Path, default=options.cache("multiplier"), help="where runs are kept")
     arguments = parser.parse_args()
     sizes, seeds = replace(QUICK if arguments.quick else Sizes(), mixture=arguments.mixture), arguments.seeds
     bank = Bank(arguments.bank, sizes, [sizes.corpus(seed).digest for seed in range(seeds)])

@@ -14,10 +14,6 @@ from assay._json import dumps
 from benchmarks.quality.multiplier.experiment import Sizes
 
 
-def default_root() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "assay" / "multiplier"
-
-
 @dataclass(frozen=True)
 class Bank:
     """Files in a folder that is named by all that a training depends on but its code: sizes, and the seeds' text.

@@ -223,9 +223,9 @@ _OTHERS = {
 
 def other_kind(group: Mapping[str, Any]) -> str | None:
     """The optimiser that a group of parameters is of by its settings, where it only looks like Adam."""
-    if "decoupled_weight_decay" in group and "amsgrad" not in group:
-        return "NAdam" if "momentum_decay" in group else "RAdam"
-    return next((kind for setting, kind in _OTHERS.items() if setting in group), None)
+    named = next((kind for setting, kind in _OTHERS.items() if setting in group), None)
+    is_radam = "decoupled_weight_decay" in group and "amsgrad" not in group
+    return named or ("RAdam" if is_radam else None)
 
 
 def _read(path: Path, read: Any) -> Any:

@@ -37,7 +37,8 @@ class Weights:
         return cls(*found)
 
     def step(self, kind: str, of_input: Tensor, state: State) -> State:
-        """
+        """The next state.
+
         Args:
             kind: of the layer, as torch calls it: its mode.
             of_input: W_ih x + b_ih, (B, gates).

@@ -92,14 +92,20 @@ def _copy(source: Source, keep: Mask, target: Store) -> None:
                 shutil.copyfileobj(image, file, 1 << 20)
         elif path in there:
             target.remove(path)
-    chosen = {os.path.dirname(path) for path, is_kept in zip(files, keep.tolist(), strict=True) if is_kept}
-    if lost := sorted({os.path.dirname(path) for path in files} - chosen) if chosen else []:
+    _name_lost_classes(target.root, files, keep)
+
+
+def _name_lost_classes(root: str, files: Sequence[str], keep: Mask) -> None:
+    """Warn of classes of which nothing is kept, where something is."""
+    classes = [os.path.dirname(path) for path in files]
+    kept = {name for name, is_kept in zip(classes, keep.tolist(), strict=True) if is_kept}
+    lost = sorted(set(classes) - kept)
+    if kept and lost:
+        others = f" and {len(lost) - 1} others" if len(lost) > 1 else ""
         log.warning(
             "%s: no image of class %s%s is kept; torchvision's ImageFolder numbers those that are left anew: label "
             "by the folders' names",
-            target.root,
-            shown(lost[0]),
-            f" and {len(lost) - 1} others" if len(lost) > 1 else "",
+            *(root, shown(lost[0]), others),
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -75,6 +76,26 @@ def test_a_run_does_not_wait_for_pandas(project):
     assert run.returncode == 1
     assert run.stderr.startswith("assay: not everything was scored"), run.stderr
     assert len(project.tables()) == 2
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["", "by its caller"])
+def test_the_garbage_collector_looks_at_new_objects_alone_while_rows_are_scored(project, monkeypatch, frozen):
+    score_unit, seen = local.score_unit, []
+
+    def watched(*arguments):
+        seen.append(gc.get_freeze_count())
+        return score_unit(*arguments)
+
+    monkeypatch.setattr(local, "score_unit", watched)
+    if frozen:
+        gc.freeze()
+    try:
+        score(project)
+        assert len(seen) == 2
+        assert min(seen) > 10_000
+        assert (gc.get_freeze_count() > 0) is frozen
+    finally:
+        gc.unfreeze()
 
 
 def test_the_footer_answers_what_made_the_table(project):

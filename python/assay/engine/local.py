@@ -39,7 +39,7 @@ from assay.engine.reranking import make_shortlist, missing_shards, score_unit
 from assay.engine.shortlist import Shortlist
 from assay.engine.timing import Times
 from assay.engine.units import Outcome, sizes_of, units_at_most
-from assay.engine.workshop import open_workshop
+from assay.engine.workshop import open_workshop, settled
 from assay.recipe.errors import EngineError
 from assay.recipe.methods import ShortlistSpec
 from assay.recipe.recipe import Recipe
@@ -207,7 +207,7 @@ def _score_here(
         refuse_changes(plan)  # afterwards, as in a worker
     write_manifest(plan, workshop.columns)
     outcomes: dict[Shard, Outcome] = {}
-    with progress as shown:
+    with progress as shown, settled():
         shown.start(len(sizes), sum(sizes.values()))
         for shard, size in sizes.items():
             reached = 0.0

@@ -9,6 +9,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from assay._lazy import require
@@ -17,6 +18,7 @@ from assay.engine.messages import Advanced, Began, Failed, Ready, Setup, Unit
 from assay.engine.parts import gathered
 from assay.engine.timing import Times
 from assay.engine.worker import described, log_to, open_for, work
+from assay.engine.workshop import settled
 from assay.recipe.errors import EngineError
 from assay.recipe.recipe import RaySpec
 
@@ -38,6 +40,7 @@ class Actor:
         self._said: list[Any] = []
         self._workshop: Any = None
         self._output: Any = None
+        self._settled = ExitStack()
 
     def open(self, setup: Setup) -> list[Any]:
         began = time.perf_counter()
@@ -45,6 +48,7 @@ class Actor:
         try:
             limit_threads(setup.threads)
             self._workshop, self._output = open_for(setup)
+            self._settled.enter_context(settled())
         except Exception as error:
             return self._all_said(Failed(described(error)))
         load = Times(load=time.perf_counter() - began)

@@ -29,7 +29,7 @@ from assay.engine.parts import gathered, score_part
 from assay.engine.plan import Plan, refuse_changes
 from assay.engine.reranking import score_unit
 from assay.engine.timing import Times
-from assay.engine.workshop import Workshop, open_workshop
+from assay.engine.workshop import Workshop, open_workshop, settled
 from assay.recipe.models import take_hashed
 from assay.recipe.recipe import Recipe
 
@@ -57,9 +57,10 @@ def serve(connection: Connection, setup: Setup) -> None:
         workshop, output = open_for(setup)
         load = Times(load=time.perf_counter() - setup.began)
         speaker.say(Ready(workshop.columns, gathered(workshop), load))
-        while (unit := units.get()) is not None:
-            speaker.say(Began())
-            speaker.say(work(workshop, output, unit, speaker.say))
+        with settled():
+            while (unit := units.get()) is not None:
+                speaker.say(Began())
+                speaker.say(work(workshop, output, unit, speaker.say))
     except Exception as error:
         if os.environ.get("ASSAY_DEBUG") == "1":
             logging.getLogger("assay").exception("worker on %s", setup.device)

@@ -182,6 +182,7 @@ def _scores(
         if not is_out_of_memory(error):
             raise
     # Out of the except block the traceback no longer holds the tensors of the failed attempt.
+    gc.unfreeze()  # see `assay.engine.workshop.settled`
     gc.collect()
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()  # what is cached in pieces of the failed batch's sizes may not serve a smaller one

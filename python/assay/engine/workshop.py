@@ -114,7 +114,7 @@ def settled() -> Iterator[None]:
     if gc.get_freeze_count():  # by whoever runs this
         yield
         return
-    gc.collect()  # what is garbage now would stay, too
+    gc.collect(1)  # what is garbage would stay, too; all of it is looked for where memory runs out
     gc.freeze()
     try:
         yield

@@ -276,7 +276,7 @@ def test_a_row_that_did_not_fit_into_memory_has_no_features(kept, monkeypatch):
         return None if any(sample.id == "s0-7" for sample in samples) else original(scorer, collate, samples, times)
 
     monkeypatch.setattr(batches, "unless_out_of_memory", cramped)
-    monkeypatch.setattr(batches.gc, "collect", lambda: None)
+    monkeypatch.setattr(batches.gc, "collect", lambda *_: None)
     assert score(kept).rows_quarantined == 4
     quarantine = kept.quarantine()
     report = score(kept, OTHER, rescore=True)

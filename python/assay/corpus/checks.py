@@ -151,7 +151,7 @@ def stacked_features(values: Sequence[object], size: int) -> npt.NDArray[np.floa
     if len(arrays) < len(values):
         return None
     with np.errstate(over="ignore"):
-        return np.stack(arrays).astype(np.float32).reshape(len(arrays), size)
+        return np.concatenate(arrays, axis=None).astype(np.float32, copy=False).reshape(len(arrays), size)
 
 
 def check_id(name: str, value: object) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,13 +14,13 @@ import torch
 from torch import Tensor
 
 from assay.engine.kept_features import Scores
-from assay.engine.rows import Sample
+from assay.engine.rows import Block, Sample
 from assay.engine.timing import Times
 from assay.methods import Column
 from assay.probe.quiet import is_out_of_memory
 from assay.recipe.library_calls import memory_limits, unbounded_memory
 from assay.recipe.recipe import BatchSpec
-from assay.recipe.tasks import Encoded, Encoder, OwnShapes
+from assay.recipe.tasks import Encoded, Encoder, OwnShapes, Stacks
 
 
 class BatchScorer(Protocol):
@@ -71,14 +72,14 @@ def score_samples(
     columns = {column.name: column for column in scorer.columns}
     scores = empty_scores(scorer.columns, len(samples))
     failed: dict[int, str] = {}
-    waiting = deque(make_batches([sample.encoded for sample in samples], limits))
+    waiting = deque(_batches(samples, limits))
     while waiting:
         batch = waiting.popleft()
-        padded = len(batch) * max(samples[i].encoded.length for i in batch)
+        padded = len(batch) * max(_lengths(samples, batch))
         result = None
         if len(batch) == 1 or padded <= budget.tokens:
             try:
-                result = unless_out_of_memory(scorer, encoder.collate, [samples[i] for i in batch], times)
+                result = unless_out_of_memory(scorer, partial(_collate, encoder), _part(samples, batch), times)
             except Exception:
                 misfit = why_misfit(encoder, samples[batch[0]])  # of all of them, which are of one shape
                 if misfit is None:
@@ -92,13 +93,37 @@ def score_samples(
         if result is not None:
             places = np.array(batch)
             for name, values in result.items():
-                _put(scores[name], columns[name], places, values.numpy(), samples)
+                lengths = _lengths(samples, batch) if columns[name].width is None else []
+                _put(scores[name], columns[name], places, values.numpy(), lengths)
         elif len(batch) == 1:
             failed[batch[0]] = f"ran out of memory on its own, at length {samples[batch[0]].encoded.length}"
         else:
             middle = len(batch) // 2
             waiting.extendleft([batch[middle:], batch[:middle]])
     return scores, failed
+
+
+def _batches(samples: Sequence[Sample], limits: BatchSpec) -> list[list[int]]:
+    """As ``make_batches``, where it is told of each sample."""
+    if not isinstance(samples, Block):
+        return make_batches([sample.encoded for sample in samples], limits)
+    most = max(1, min(limits.samples, limits.tokens))
+    return [list(range(start, min(start + most, len(samples)))) for start in range(0, len(samples), most)]
+
+
+def _lengths(samples: Sequence[Sample], batch: Sequence[int]) -> list[int]:
+    return [1] * len(batch) if isinstance(samples, Block) else [samples[i].encoded.length for i in batch]
+
+
+def _part(samples: Sequence[Sample], batch: Sequence[int]) -> Sequence[Sample]:
+    return samples.part(batch[0], batch[-1] + 1) if isinstance(samples, Block) else [samples[i] for i in batch]
+
+
+def _collate(encoder: Encoder, samples: Sequence[Sample]) -> Any:
+    if isinstance(samples, Block):
+        assert isinstance(encoder, Stacks)
+        return encoder.collate_stacked(samples.encoded)
+    return encoder.collate([sample.encoded.data for sample in samples])
 
 
 def empty_scores(columns: Sequence[Column], count: int) -> Scores:
@@ -120,11 +145,10 @@ def _put(
     column: Column,
     batch: npt.NDArray[np.int64],
     values: npt.NDArray[Any],
-    samples: Sequence[Sample],
+    lengths: Sequence[int],
 ) -> None:
-    """A batch's scores at its samples' places, without those of padding."""
-    lengths = [samples[i].encoded.length for i in batch] if column.width is None else [0]
-    per_token = (len(batch), max(lengths))
+    """A batch's scores at its samples' places; of a number per token without those of padding."""
+    per_token = (len(batch), max(lengths, default=0))
     if values.shape != (per_token if column.width is None else (len(batch), *scores.shape[1:])):
         raise ValueError(f"{column.name}: {values.shape} scores for a batch of {len(batch)} samples")
     if column.width is not None:
@@ -160,7 +184,7 @@ def why_misfit(encoder: Encoder, sample: Sample) -> str | None:
 
 
 def unless_out_of_memory(
-    scorer: BatchScorer, collate: Callable[[Sequence[Any]], Any], samples: Sequence[Sample], times: Times
+    scorer: BatchScorer, collate: Callable[[Sequence[Sample]], Any], samples: Sequence[Sample], times: Times
 ) -> Mapping[str, Tensor] | None:
     """The scores of a batch; None if memory runs out."""
     before = memory_limits()
@@ -172,11 +196,11 @@ def unless_out_of_memory(
 
 
 def _scores(
-    scorer: BatchScorer, collate: Callable[[Sequence[Any]], Any], samples: Sequence[Sample], times: Times
+    scorer: BatchScorer, collate: Callable[[Sequence[Sample]], Any], samples: Sequence[Sample], times: Times
 ) -> Mapping[str, Tensor] | None:
     try:
         with times.measure("collate"):
-            batch = collate([sample.encoded.data for sample in samples])
+            batch = collate(samples)
         return scorer(batch)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

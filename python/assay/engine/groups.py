@@ -91,7 +91,7 @@ def score_groups(
             pieces = min(pieces, len(own))
             try:
                 while True:
-                    collate = partial(_collate, encoder, limits, pieces, own)
+                    collate = partial(_collate, encoder, limits, pieces)
                     result = unless_out_of_memory(scorer, collate, own, times)
                     if result is not None or pieces == len(own):
                         break
@@ -116,7 +116,7 @@ def score_groups(
     return scores, failed
 
 
-def _collate(encoder: Encoder, limits: BatchSpec, pieces: int, samples: Sequence[Sample], data: Sequence[Any]) -> Any:
+def _collate(encoder: Encoder, limits: BatchSpec, pieces: int, samples: Sequence[Sample]) -> Any:
     batch = collate_group(encoder, [sample.encoded for sample in samples], limits)
     return batch if pieces == 1 else in_pieces(batch, pieces)
 

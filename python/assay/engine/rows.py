@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, NamedTuple, cast
 
 from assay.corpus.checks import SeenIds, check_id
 from assay.corpus.errors import BadRow
@@ -12,7 +14,7 @@ from assay.corpus.named_files import NamedFiles
 from assay.corpus.quarantine import row_id
 from assay.corpus.shards import Shard
 from assay.engine.columns import for_shard, optional_columns
-from assay.recipe.tasks import Encoded, Encoder, ReadsFiles, attempt
+from assay.recipe.tasks import Encoded, Encoder, ReadsFiles, Stacked, Stacks, attempt
 
 # What is encoded at once: samples may be a thousand times as large as the rows that they are made of.
 ROWS_AT_ONCE = 128
@@ -32,6 +34,37 @@ class Rejected(NamedTuple):
     row: int
     id: str | None
     reason: str
+
+
+@dataclass(frozen=True)
+class Block(Sequence["Sample"]):
+    """Rows after one another that are all samples, encoded together."""
+
+    first: int
+    ids: Sequence[str]
+    encoded: Stacked
+
+    @property
+    def rows(self) -> Sequence[int]:
+        """Their numbers in the shard."""
+        return range(self.first, self.first + len(self.ids))
+
+    def part(self, start: int, end: int) -> Block:
+        return Block(self.first + start, self.ids[start:end], self.encoded.part(start, end))
+
+    @classmethod
+    def joined(cls, blocks: Sequence[Block]) -> Block:
+        """Blocks that follow one another."""
+        ids = list(chain.from_iterable(block.ids for block in blocks))
+        return cls(blocks[0].first, ids, Stacked.joined([block.encoded for block in blocks]))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, i: Any) -> Any:
+        """A sample by its place, as a `Sequence` has it."""
+        i = range(len(self))[i]
+        return Sample(self.first + i, self.ids[i], self.encoded.row(i))
 
 
 class RowReader:
@@ -64,8 +97,9 @@ class RowReader:
         """The files that rows have named so far."""
         return self._encoder.files if isinstance(self._encoder, ReadsFiles) else {}
 
-    def rows(self, chunk: Chunk, wanted: Callable[[int], bool] = lambda row: True) -> Iterator[Sample | Rejected]:
-        """Every row of the chunk whose number in the shard is ``wanted``; of the others only their ids are looked at.
+    def rows(self, chunk: Chunk, wanted: Callable[[int], bool] | None = None) -> Block | Iterator[Sample | Rejected]:
+        """Every row of the chunk whose number in the shard is ``wanted``, if not all; of the others only their ids are
+        looked at.
 
         The first row with an id uses it up, whatever becomes of that row.
         """
@@ -73,7 +107,17 @@ class RowReader:
         faults: dict[int, str] = {i: str(id_) for i, id_ in enumerate(ids) if isinstance(id_, BadRow)}
         faults |= self._repeated(ids)
         faults |= chunk.faults
-        own = [i for i in range(chunk.length) if wanted(chunk.first + i)]
+        if not faults and wanted is None and chunk.length and isinstance(self._encoder, Stacks):
+            stacked = self._encoder.stack([chunk.columns[name] for name in self._encoder.columns])
+            if stacked is not None:
+                return Block(chunk.first, cast("list[str]", ids), stacked)
+        own = [i for i in range(chunk.length) if wanted is None or wanted(chunk.first + i)]
+        return self._one_by_one(chunk, ids, faults, own)
+
+    def _one_by_one(
+        self, chunk: Chunk, ids: Sequence[str | BadRow], faults: Mapping[int, str], own: Sequence[int]
+    ) -> Iterator[Sample | Rejected]:
+        """The chunk's ``own`` rows."""
         encoded = self._encoded(chunk, [i for i in own if i not in faults])
         for i in own:
             id_ = ids[i]

@@ -24,7 +24,7 @@ from assay.engine.ahead import read_ahead
 from assay.engine.batches import score_samples
 from assay.engine.groups import make_groups, score_groups
 from assay.engine.kept_features import FeatureWriters, Scores, open_stored
-from assay.engine.rows import Rejected, RowReader, Sample
+from assay.engine.rows import Block, Rejected, RowReader, Sample
 from assay.engine.timing import Times
 from assay.engine.workshop import Workshop
 from assay.methods import Scorer
@@ -63,9 +63,16 @@ def _end_of_block(row: int) -> int:
 class Window:
     """Rows after one another that are batched together: of one block, and how far into the shard they reach."""
 
-    rows: Sequence[Sample | Rejected]
+    rows: Block | Sequence[Sample | Rejected]
     nbytes: int
     progress: float
+
+    @property
+    def samples(self) -> Sequence[Sample]:
+        """Those that are to be scored."""
+        if isinstance(self.rows, Block):
+            return self.rows
+        return [row for row in self.rows if isinstance(row, Sample)]
 
     @property
     def block(self) -> int:
@@ -149,7 +156,7 @@ def score_windows(
     record: Callable[[Scored], None],
     on_progress: Callable[[int, float], None] = lambda rows, progress: None,
     bytes_per_row: int = 0,
-    wanted: Callable[[int], bool] = lambda row: True,
+    wanted: Callable[[int], bool] | None = None,
 ) -> Source:
     """Score a shard, or some of its rows, window by window -> what was read, which is the same afterwards.
 
@@ -157,7 +164,7 @@ def score_windows(
         scorer: gathers what the methods find out.
         record: is called with every window in order.
         bytes_per_row: what scoring makes of a row, beside its scores.
-        wanted: whether a row is to be scored: of the others only their ids are looked at.
+        wanted: whether a row is to be scored, if not all are: of the others only their ids are looked at.
 
     Raises:
         ShardError: the shard cannot be read to its end, or has changed meanwhile.
@@ -172,7 +179,7 @@ def score_windows(
     made = made if group is None else _whole_groups(made, group)
     with read_ahead(made, _size, WINDOW_BYTES, times) as windows:
         for window in windows:
-            samples = [row for row in window.rows if isinstance(row, Sample)]
+            samples = window.samples
             try:
                 if group is None:
                     scores, failed = score_samples(scorer, workshop.encoder, samples, limits, workshop.budget, times)
@@ -199,12 +206,14 @@ def _size(window: Window) -> int:
 
 
 def _scored(window: Window, samples: Sequence[Sample], scores: Scores, failed: Mapping[int, str]) -> Scored:
-    rejected = [row for row in window.rows if isinstance(row, Rejected)]
+    rejected = [] if samples is window.rows else [row for row in window.rows if isinstance(row, Rejected)]
     rejected += [Rejected(samples[i].row, samples[i].id, reason) for i, reason in failed.items()]
     kept = scores
     if failed:
         good = [i for i in range(len(samples)) if i not in failed]
         samples, kept = [samples[i] for i in good], {name: values[good] for name, values in scores.items()}
+    if isinstance(samples, Block):
+        return Scored(window, samples.rows, samples.ids, kept, [])
     rows, ids = [sample.row for sample in samples], [sample.id for sample in samples]
     return Scored(window, rows, ids, kept, sorted(rejected, key=lambda bad: bad.row))
 
@@ -267,35 +276,72 @@ class _ShardWriters:
 
 
 def _windows(
-    shard: Shard, reader: RowReader, bytes_per_row: int, wanted: Callable[[int], bool], times: Times
+    shard: Shard, reader: RowReader, bytes_per_row: int, wanted: Callable[[int], bool] | None, times: Times
 ) -> Generator[Window, None, None]:
     """The rows that are wanted, those of a few chunks at a time, and never of two blocks."""
-    window: list[Sample | Rejected] = []
-    held = end = 0
+    window = _Window(bytes_per_row)
     with closing(read(shard, reader.columns, reader.optional, reader.names)) as chunks:
         while True:
             with times.measure("read"):
                 chunk = next(chunks, None)
             if chunk is None:
                 break
-            rows = reader.rows(chunk, wanted)
             began = time.perf_counter()
-            for row in rows:
-                # By bytes within a chunk, too: a thousand paths of images become as many images.
-                if window and (row.row >= end or held >= WINDOW_BYTES):
+            rows = reader.rows(chunk, wanted)
+            for piece in [rows] if isinstance(rows, Block) else rows:
+                while (rest := window.add(piece)) is not None:
                     times.encode += time.perf_counter() - began
-                    yield Window(window, held, chunk.progress)
+                    yield window.take(chunk.progress)
                     began = time.perf_counter()  # whoever took the window may have waited
-                    window, held = [], 0
-                end = end if window else _end_of_block(row.row)
-                window.append(row)
-                held += row.encoded.nbytes + bytes_per_row if isinstance(row, Sample) else 0
+                    piece = rest
             times.encode += time.perf_counter() - began
-            if len(window) >= WINDOW_ROWS or held >= WINDOW_BYTES:
-                yield Window(window, held, chunk.progress)
-                window, held = [], 0
-    if window:
-        yield Window(window, held, 1.0)
+            if window.length >= WINDOW_ROWS or window.held >= WINDOW_BYTES:
+                yield window.take(chunk.progress)
+    if window.length:
+        yield window.take(1.0)
+
+
+class _Window:
+    """Rows as they gather."""
+
+    def __init__(self, bytes_per_row: int) -> None:
+        self.length = self.held = 0
+        self._bytes_per_row = bytes_per_row
+        self._end = 0
+        self._pieces: list[Block | Sample | Rejected] = []
+
+    def add(self, piece: Block | Sample | Rejected) -> Block | Sample | Rejected | None:
+        """Take what fits in -> what does not."""
+        row = piece.first if isinstance(piece, Block) else piece.row
+        # By bytes within a chunk, too: a thousand paths of images become as many images.
+        if self.length and (row >= self._end or self.held >= WINDOW_BYTES):
+            return piece
+        if not self.length:
+            self._end = _end_of_block(row)
+        if not isinstance(piece, Block):
+            self._put(piece, 1, piece.encoded.nbytes + self._bytes_per_row if isinstance(piece, Sample) else 0)
+            return None
+        each = piece.encoded.nbytes + self._bytes_per_row
+        room = min(self._end - row, -(-(WINDOW_BYTES - self.held) // max(1, each)), len(piece))
+        self._put(piece.part(0, room), room, room * each)
+        return piece.part(room, len(piece)) if room < len(piece) else None
+
+    def _put(self, piece: Block | Sample | Rejected, rows: int, nbytes: int) -> None:
+        self._pieces.append(piece)
+        self.length += rows
+        self.held += nbytes
+
+    def take(self, progress: float) -> Window:
+        """Its rows, which it has no longer."""
+        pieces, held = self._pieces, self.held
+        self._pieces, self.length, self.held = [], 0, 0
+        blocks = [piece for piece in pieces if isinstance(piece, Block)]
+        if len(blocks) == len(pieces):
+            return Window(Block.joined(blocks), held, progress)
+        rows: list[Sample | Rejected] = []
+        for piece in pieces:
+            rows.extend(piece if isinstance(piece, Block) else [piece])
+        return Window(rows, held, progress)
 
 
 def _whole_groups(windows: Generator[Window, None, None], group: int) -> Generator[Window, None, None]:

@@ -19,6 +19,8 @@ from assay.recipe.tasks.base import (
     ReadsFiles,
     ReadsOptional,
     ShowsTokens,
+    Stacked,
+    Stacks,
     TaskSpec,
     attempt,
 )
@@ -34,6 +36,8 @@ __all__ = [
     "ReadsFiles",
     "ReadsOptional",
     "ShowsTokens",
+    "Stacked",
+    "Stacks",
     "TaskSpec",
     "attempt",
     "causal_lm",

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkable
 
+import numpy as np
 from torch import nn
 
 from assay.corpus.errors import BadRow
@@ -32,6 +35,36 @@ class Encoded(NamedTuple):
     shape: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True)
+class Stacked:
+    """Rows as their task wants them that are all samples, of length 1 and one shape: what ``data`` has of one, these
+    arrays and lists have of all of them."""
+
+    data: tuple[Any, ...]
+    nbytes: int
+    """Of a row."""
+
+    def __len__(self) -> int:
+        return len(self.data[0])
+
+    def part(self, start: int, end: int) -> Stacked:
+        return Stacked(tuple(values[start:end] for values in self.data), self.nbytes)
+
+    def row(self, i: int) -> Encoded:
+        return Encoded(tuple(values[i] for values in self.data), 1, self.nbytes)
+
+    @classmethod
+    def joined(cls, stacks: Sequence[Stacked]) -> Stacked:
+        """Stacks of rows of one shape, one after the other."""
+        if len(stacks) == 1:
+            return stacks[0]
+        return cls(tuple(map(_joined, zip(*(stack.data for stack in stacks), strict=True))), stacks[0].nbytes)
+
+
+def _joined(values: Sequence[Any]) -> Any:
+    return np.concatenate(values) if isinstance(values[0], np.ndarray) else list(chain.from_iterable(values))
+
+
 class Encoder(Protocol):
     """Turns rows into samples and samples into batches."""
 
@@ -51,6 +84,19 @@ class Encoder(Protocol):
 
     def collate(self, data: Sequence[Any]) -> Any:
         """A batch of the task, from the ``data`` of several samples."""
+        ...
+
+
+@runtime_checkable
+class Stacks(Protocol):
+    """An encoder that needs no object for each row where nothing is wrong with any of them."""
+
+    def stack(self, columns: Sequence[Sequence[Any]]) -> Stacked | None:
+        """What ``encode`` makes of rows, given by columns; None unless all are samples, of length 1 and one shape."""
+        ...
+
+    def collate_stacked(self, stacked: Stacked) -> Any:
+        """A batch of the task: what ``collate`` makes of the same samples."""
         ...
 
 

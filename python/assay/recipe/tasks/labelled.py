@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 
 from assay.corpus.errors import BadRow
 from assay.corpus.named_files import NamedFiles
 from assay.corpus.shards import Shard
-from assay.recipe.tasks.base import Columns, Encoded, Encoder, OwnShapes, ReadsFiles, attempt
+from assay.recipe.tasks.base import Columns, Encoded, Encoder, OwnShapes, ReadsFiles, Stacked, attempt
+from assay.recipe.tasks.numbers import NumberInputs
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -84,6 +86,16 @@ class LabelledEncoder:
             return label
         return Encoded((own.data, label), own.length, own.nbytes, own.shape)
 
+    def stack(self, columns: Sequence[Sequence[Any]]) -> Stacked | None:
+        *own, values = columns
+        inputs = self._inputs.stack(*own) if isinstance(self._inputs, NumberInputs) else None
+        if inputs is None or not np.isfinite(inputs).all():
+            return None
+        labels = [attempt(self._labels.encode, value) for value in values]
+        if any(isinstance(label, BadRow) for label in labels):
+            return None
+        return Stacked((inputs, labels), inputs.nbytes // len(inputs))
+
     apart = False
 
     def misfit(self, data: tuple[Any, Any]) -> BadRow | None:
@@ -91,3 +103,7 @@ class LabelledEncoder:
 
     def collate(self, data: Sequence[tuple[Any, Any]]) -> tuple[Any, torch.Tensor]:
         return self._inputs.collate([x for x, _ in data]), self._labels.collate([y for _, y in data])
+
+    def collate_stacked(self, stacked: Stacked) -> tuple[Any, torch.Tensor]:
+        inputs, labels = stacked.data
+        return self._inputs.collate(inputs), self._labels.collate(labels)

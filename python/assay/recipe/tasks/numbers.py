@@ -41,8 +41,8 @@ class NumberInputs:
     def encode(self, rows: Sequence[tuple[Any, ...]]) -> list[Encoded | BadRow]:
         """At once where all rows are arrays of one kind, and one by one those with a fault."""
         values = [value for (value,) in rows]
-        together = stacked_features(values, self._size)
-        if together is None or is_turned(np.shape(values[0]), self._shape):
+        together = self.stack(values)
+        if together is None:
             return [attempt(self._encode_row, value) for value in values]
         whole: list[bool] = np.isfinite(together).all(1).tolist()  # type: ignore[assignment]
         return [
@@ -51,6 +51,11 @@ class NumberInputs:
             for features, is_whole, value in zip(together, whole, values, strict=True)
         ]
 
+    def stack(self, values: Sequence[Any]) -> npt.NDArray[np.float32] | None:
+        """(n, size): what the values hold, finite or not; None unless all are arrays of one kind."""
+        together = stacked_features(values, self._size)
+        return None if together is None or is_turned(np.shape(values[0]), self._shape) else together
+
     def _encode_row(self, value: Any) -> Encoded:
         features = check_features(self.columns[0], value, self._size, self._shape)
         return Encoded(features, 1, features.nbytes)
@@ -58,7 +63,7 @@ class NumberInputs:
     def examples(self, count: int) -> list[npt.NDArray[np.float32]]:
         return list(np.random.default_rng(0).normal(size=(count, self._size)).astype(np.float32))
 
-    def collate(self, data: Sequence[npt.NDArray[np.float32]]) -> torch.Tensor:
-        inputs = np.stack(data).reshape(len(data), *self._shape)
+    def collate(self, data: Sequence[npt.NDArray[np.float32]] | npt.NDArray[np.float32]) -> torch.Tensor:
+        inputs = (data if isinstance(data, np.ndarray) else np.stack(data)).reshape(len(data), *self._shape)
         # A copy of torch's own making: numpy aligns to 16 bytes, and a matrix product may round by alignment.
         return torch.from_numpy(inputs).clone()

@@ -107,11 +107,12 @@ class RowReader:
         faults: dict[int, str] = {i: str(id_) for i, id_ in enumerate(ids) if isinstance(id_, BadRow)}
         faults |= self._repeated(ids)
         faults |= chunk.faults
-        if not faults and wanted is None and chunk.length and isinstance(self._encoder, Stacks):
+        own: Sequence[int] = range(chunk.length)
+        own = own if wanted is None else [i for i in own if wanted(chunk.first + i)]
+        if not faults and 0 < len(own) == chunk.length and isinstance(self._encoder, Stacks):
             stacked = self._encoder.stack([chunk.columns[name] for name in self._encoder.columns])
             if stacked is not None:
                 return Block(chunk.first, cast("list[str]", ids), stacked)
-        own = [i for i in range(chunk.length) if wanted is None or wanted(chunk.first + i)]
         return self._one_by_one(chunk, ids, faults, own)
 
     def _one_by_one(

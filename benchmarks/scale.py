@@ -3,8 +3,8 @@
 
 A small MLP scores vectors of 64 numbers, so that what is timed is the engine: reading, batches, tables. Every run is a
 process of its own, and its peak memory the system's count. What does not grow with the rows is timed apart: a process
-scores a single row first, which is its start (imports, the model, what is made when it is first used), then a single
-row again, which is what any run costs (a plan, the models' files read and hashed, folders, a first table), then the
+scores a single batch first, which is its start (imports, the model, what is made when it is first used), then the batch
+again, three times, which is what any run costs (a plan, models' files read and hashed, folders, a first table), then the
 corpus.
 
 Ray's actors score a corpus, one and two of them in turn, beside ``ray.data.map_batches`` with the same model written by
@@ -45,7 +45,8 @@ from torch import Tensor, nn
 from assay._json import dumps
 from benchmarks import timing
 
-SIZE, CLASSES, SHARD_ROWS = 64, 10, 100_000
+SIZE, CLASSES, SHARD_ROWS, BATCH = 64, 10, 100_000, 1024
+AGAIN = 3  # runs of a batch, after the first
 # Not getrusage(), which after an exec() has the parent's peak.
 PEAK = """
 def peak_mib():
@@ -85,7 +86,7 @@ def make(root: Path, rows: int, shard_rows: int = SHARD_ROWS) -> Path:
         "task": {"kind": "classification", "input_column": "x", "label_column": "y", "classes": CLASSES},
         "models": {"m": {"kind": "mlp", "path": str(root / "model.safetensors")}},
         "methods": [{"method": "ensemble", "models": ["m"]}],
-        "batch": {"samples": 1024},
+        "batch": {"samples": BATCH},
         "output": str(root / "scores"),
     }
     path = root / f"recipe-{rows}.yaml"
@@ -167,7 +168,7 @@ def by_hand(root: Path, rows: int, actors: int, output: Path) -> float:
     scored = blocks.map_batches(
         ByHand,
         fn_constructor_args=(str(root / "model.safetensors"),),
-        batch_size=1024,
+        batch_size=BATCH,
         compute=ray.data.ActorPoolStrategy(size=actors),
     )
     scored.write_parquet(str(output))
@@ -176,18 +177,19 @@ def by_hand(root: Path, rows: int, actors: int, output: Path) -> float:
 
 def growing(root: Path, sizes: list[int], rounds: int) -> list[dict[str, Any]]:
     """All sizes in every round, in an order of its own: medians, and a rate ÷ the largest size's in the same round."""
-    first, recipes = make(root, 1), {rows: make(root, rows) for rows in sizes}
+    first, recipes = make(root, BATCH), {rows: make(root, rows) for rows in sizes}
     runs: dict[int, list[dict[str, Any]]] = {rows: [] for rows in sizes}
     for i in range(rounds):
         for rows in random.Random(i).sample(sizes, len(sizes)):
             output = root / f"scores-{rows}-{i}"
-            runs[rows].append(run([first, first, recipes[rows]], output))
+            runs[rows].append(run([*[first] * (1 + AGAIN), recipes[rows]], output))
             if runs[rows][-1]["rows"] != rows:
                 raise RuntimeError(f"{runs[rows][-1]['rows']} of {rows} rows were scored")
-    rates = {rows: [(rows - 1) / (r["seconds"][2] - r["seconds"][1]) for r in turns] for rows, turns in runs.items()}
+    rates = {rows: [_rate(rows, r["seconds"]) for r in turns] for rows, turns in runs.items()}
     cases = []
     for rows, turns in runs.items():
-        start, fixed, seconds = (statistics.median(r["seconds"][part] for r in turns) for part in range(3))
+        start, *_, seconds = (statistics.median(part) for part in zip(*(r["seconds"] for r in turns), strict=True))
+        fixed = statistics.median(second for r in turns for second in r["seconds"][1:-1])
         cases.append(
             {
                 "rows": rows,
@@ -204,7 +206,12 @@ def growing(root: Path, sizes: list[int], rounds: int) -> list[dict[str, Any]]:
     return cases
 
 
-def with_ray(root: Path, rows: int) -> list[dict[str, Any]]:
+def _rate(rows: int, seconds: Sequence[float]) -> float:
+    """Of one process: the rows beyond a batch, by what they take beyond it."""
+    return (rows - BATCH) / (seconds[-1] - statistics.median(seconds[1:-1]))
+
+
+def with_ray(root: Path, rows: int, turns: int) -> list[dict[str, Any]]:
     """Each way in turn, in one cluster, with all rows and with a tenth of them.
 
     It thinks that it has four cores: ``ray.data`` reads and writes beside its actors, and two of them on two would wait
@@ -227,7 +234,7 @@ def with_ray(root: Path, rows: int) -> list[dict[str, Any]]:
         f"assay, {n} actors": lambda count, out, n=n: assay(n, count, out) for n in (1, 2)
     } | {f"by hand, {n} actors": lambda count, out, n=n: by_hand(root, count, n, out) for n in (1, 2)}
     rounds: dict[tuple[str, int], list[float]] = {(name, count): [] for name in ways for count in recipes}
-    for i in range(3):
+    for i in range(turns):
         for place, (name, count) in enumerate(rounds):
             rounds[name, count].append(ways[name](count, root / f"ray-{place}-{i}"))
     ray.shutdown()
@@ -256,7 +263,7 @@ def _way(name: str, few: tuple[int, list[float]], all_: tuple[int, list[float]])
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, nargs="*", default=[10_000, 100_000, 1_000_000])
-    parser.add_argument("--rounds", type=int, default=5, help="of all sizes in turn")
+    parser.add_argument("--rounds", type=int, default=5, help="of all sizes, and of all ways, in turn")
     parser.add_argument("--ray", type=int, metavar="ROWS", help="score so many rows with Ray, too")
     parser.add_argument("--shards", type=int, help="list and plan so many shards, and do nothing else")
     options = parser.parse_args()
@@ -271,7 +278,7 @@ def main() -> None:
         if options.rows:
             show_and_write("scale", growing(Path(folder), options.rows, options.rounds))
         if options.ray:
-            show_and_write("scale-ray", with_ray(Path(folder), options.ray))
+            show_and_write("scale-ray", with_ray(Path(folder), options.ray, options.rounds))
 
 
 def show_and_write(name: str, cases: list[dict[str, Any]]) -> None:

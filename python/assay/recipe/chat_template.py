@@ -18,8 +18,8 @@ from assay.corpus.errors import BadRow
 from assay.recipe.errors import EngineError
 from assay.recipe.library_calls import bounded_memory
 from assay.recipe.model_files import one_line
+from assay.recipe.tool_calls import PROBED_TOOL, CallForms, Message, find_forms
 
-Message = dict[str, Any]
 Span = tuple[int, int]
 
 TODAY = datetime.datetime(2024, 7, 26)
@@ -61,7 +61,11 @@ class ChatTemplate:
             )
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()
         self._ends = tuple(token.content for token in added if token.special and token.content)
+        self._forms = CallForms()
         self._probe = self._find_probe()
+        if self.knows("tool_calls"):
+            tool = None if "tool_calls" in self._plain else [PROBED_TOOL]
+            self._forms = find_forms(lambda messages: self.render(messages, tool).text, self._probe[:-1])
 
     def _source(self, tools: Any) -> str:
         if getattr(self._tokenizer, "chat_template", None) is None:
@@ -94,6 +98,7 @@ class ChatTemplate:
         render = require("transformers.utils.chat_template_utils", "text").render_jinja_template
         source = self._plain if tools is None else self._with_tools
         marked = bool(_MARK.search(source))
+        messages = self._forms.fit(messages)
         try:
             with self._lock, bounded_memory(_HEADROOM), _one_day(source):
                 (text,), marks = render(

@@ -10,17 +10,20 @@ import numpy as np
 
 from assay.corpus.checks import check_text, shown
 from assay.corpus.errors import BadRow
-from assay.recipe.chat_template import ChatTemplate, Message, Span, chat_behaviour
+from assay.recipe.chat_template import ChatTemplate, Span, chat_behaviour
 from assay.recipe.tasks.base import Encoded, attempt
 from assay.recipe.tasks.documents import Limits, TokenEncoder, ends, holding
 from assay.recipe.tasks.messages import check_conversation, check_messages, check_tools
 from assay.recipe.tasks.text_rows import each_good
+from assay.recipe.tool_calls import Message
 
 LossOn = Literal["all", "completion", "assistant"]
 _Find = Callable[[Sequence[Message], Any], tuple[str, list[Span]]]
 
 # Roles of which a template may make what it likes, as of any that it names; another's words must show in the text.
 _ROLES = ("system", "user", "assistant")
+# What a message does beside saying something; OpenAI's older form has the latter.
+_CALLS = {"tool_calls": "tool calls", "function_call": "a function_call"}
 
 
 class _Conversation(NamedTuple):
@@ -59,10 +62,10 @@ class ChatEncoder(TokenEncoder):
 
     def _conversation(self, names: Sequence[str], messages: list[Message], tools: Any, find: _Find) -> _Conversation:
         """``find`` says which characters count, unless all do; ``names`` is what errors call the messages."""
-        if not self._template.knows("tool_calls"):
-            for name, message in zip(names, messages, strict=True):
-                if "tool_calls" in message:
-                    raise BadRow(f"{name} has tool calls, which the chat template makes nothing of")
+        for key, what in _CALLS.items():
+            called = [name for name, message in zip(names, messages, strict=True) if message.get(key)]
+            if called and not self._template.knows(key):
+                raise BadRow(f"{called[0]} has {what}, which the chat template makes nothing of")
         try:
             everything = self._loss_on == "all"
             text, spans = (self._template.render(messages, tools).text, None) if everything else find(messages, tools)

@@ -8,8 +8,8 @@ from typing import Any
 
 from assay.corpus.checks import check_depth, shown
 from assay.corpus.errors import BadRow
-from assay.recipe.chat_template import Message
 from assay.recipe.model_files import shortened
+from assay.recipe.tool_calls import Message
 
 _PLAIN = ("role", "content")
 _SHAREGPT = ("from", "value")

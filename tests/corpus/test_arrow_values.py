@@ -81,7 +81,6 @@ OTHER_TYPES = [
     pa.array([b"a", None], pa.large_binary()),
     pa.array([b"a" * 20, None], pa.binary_view()),
     pa.array([{"a": 1}, None]),
-    pa.array([[("a", 1)], None], pa.map_(pa.string(), pa.int8())),
     pa.array([None, None], pa.null()),
     pa.array(["a", None]).dictionary_encode(),
     pa.array([["a"], None], pa.list_view(pa.string_view())),
@@ -98,6 +97,31 @@ def test_every_type_gives_its_rows(tmp_path, array):
     values, faults = values_and_faults(tmp_path, array)
     assert faults == {}
     assert values == array.to_pylist()
+
+
+MAP = pa.map_(pa.string(), pa.int8())
+PAIRED = pa.struct({"m": MAP, "n": pa.int8()})
+MAPS = [
+    ([[("a", 1), ("b", None)], None, []], MAP, [{"a": 1, "b": None}, None, {}]),
+    ([[[("a", 1)], None], None], pa.list_(MAP), [[{"a": 1}, None], None]),
+    (
+        [{"m": [("a", 1)], "n": 2}, {"m": None, "n": 3}, None],
+        PAIRED,
+        [{"m": {"a": 1}, "n": 2}, {"m": None, "n": 3}, None],
+    ),
+    ([[("a", [("b", 1)])]], pa.map_(pa.string(), MAP), [{"a": {"b": 1}}]),
+]
+
+
+@pytest.mark.parametrize(("values", "kind", "expected"), MAPS, ids=lambda own: str(own)[:24])
+def test_maps_are_mappings(tmp_path, values, kind, expected):
+    """As in JSON, whose conversations and tools have them: pyarrow gives pairs."""
+    assert values_and_faults(tmp_path, pa.array(values, kind)) == (expected, {})
+
+
+def test_a_map_with_a_key_twice_is_a_fault_of_its_row(tmp_path):
+    found = values_and_faults(tmp_path, pa.array([[("a", 1)], [("a", 1), ("a", 2)]], MAP))
+    assert found == ([{"a": 1}, None], {1: "x has a map with a key twice"})
 
 
 @pytest.mark.parametrize("kind", [pa.list_view(pa.int32()), pa.large_list_view(pa.float32())])

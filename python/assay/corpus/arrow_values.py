@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from assay.corpus.arrow_numpy import numbers_of
-from assay.corpus.errors import ShardError
+from assay.corpus.errors import BadRow, ShardError
 
 EXTENSION_KEY = b"ARROW:extension:name"
 LISTS = ("list", "large_list", "fixed_size_list", "list_view", "large_list_view")
@@ -36,9 +36,11 @@ def values_of(field: pa.Field, array: pa.Array, faults: dict[int, str]) -> Seque
         lists = _numeric_lists(array)
         return lists if order is None else [None if values is None else order(values) for values in lists]
     try:
-        return list(array.to_pylist())
+        values = list(array.to_pylist())
     except _VALUE_ERRORS:
-        return [_value(field.name, i, scalar, faults) for i, scalar in enumerate(array)]
+        values = [_value(field.name, i, scalar, faults) for i, scalar in enumerate(array)]
+    change = _mappings_in(array.type)
+    return values if change is None else [_changed(field.name, i, own, change, faults) for i, own in enumerate(values)]
 
 
 def _value(name: str, offset: int, scalar: pa.Scalar, faults: dict[int, str]) -> Any:
@@ -49,6 +51,44 @@ def _value(name: str, offset: int, scalar: pa.Scalar, faults: dict[int, str]) ->
     except _VALUE_ERRORS as error:
         faults[offset] = f"{name} has no Python value, as {scalar.type} ({type(error).__name__})"
     return None
+
+
+def _changed(name: str, offset: int, value: Any, change: Callable[[Any], Any], faults: dict[int, str]) -> Any:
+    try:
+        return change(value)
+    except BadRow as fault:
+        faults[offset] = f"{name} {fault}"
+        return None
+
+
+def _mappings_in(kind: pa.DataType) -> Callable[[Any], Any] | None:
+    """What makes mappings of the lists of pairs that pyarrow gives for the maps in a type; None of one without maps.
+
+    (Its own way, ``maps_as_pydicts``, is younger than the pyarrow that is asked for.)
+    """
+    if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
+        return _mappings_in(kind.value_type)
+    if pa.types.is_map(kind):
+        inner = _mappings_in(kind.item_type)
+        return lambda pairs: None if pairs is None else _mapping(pairs, inner)
+    if is_any(kind, *LISTS):
+        change = _mappings_in(kind.value_type)
+        return change and (lambda items: None if items is None else list(map(change, items)))
+    if pa.types.is_struct(kind):
+        fields = {field.name: change for field in kind if (change := _mappings_in(field.type))}
+        return _in_fields(fields) if fields else None
+    return None
+
+
+def _mapping(pairs: Sequence[tuple[Any, Any]], change: Callable[[Any], Any] | None) -> dict[Any, Any]:
+    mapping = {key: value if change is None else change(value) for key, value in pairs}
+    if len(mapping) < len(pairs):
+        raise BadRow("has a map with a key twice")
+    return mapping
+
+
+def _in_fields(fields: dict[str, Callable[[Any], Any]]) -> Callable[[Any], Any]:
+    return lambda own: own and own | {name: change(own[name]) for name, change in fields.items()}
 
 
 def _check_meaning(field: pa.Field) -> None:

@@ -81,6 +81,20 @@ def test_faults_are_their_rows(tmp_path):
     ]
 
 
+def test_rows_that_a_quote_has_swallowed_are_a_fault(tmp_path):
+    """GLUE's files, say, are written without quotes: of two texts with a quote each, the rows between would be lost."""
+    content = b'id\tlabel\ttext\na\t0\t"Gold, he said\nb\t1\tDig\nc\t0\tNo"\nd\t1\tYes\n'
+    fault, last = rows(shard(tmp_path, content, "a.tsv"), "id", "text")
+    assert fault.startswith(
+        "line has a quote that is closed 2 lines below, behind whole rows of 3 cells; write a quote"
+    )
+    assert last == ("d", "Yes")
+    content = b'id\ttext\na\t"two\nlines"\nb\t"with\ttab\nand none"\nc\tone\n'
+    expected = [("a", "two\nlines"), ("b", "with\ttab\nand none"), ("c", "one")]
+    assert rows(shard(tmp_path, content, "a.tsv"), "id", "text") == expected
+    assert rows(shard(tmp_path, b'text\n"two\nlines"\n', "a.tsv"), "text") == [("two\nlines",)]
+
+
 def test_damaged_files_are_errors_of_their_shard(tmp_path):
     with pytest.raises(ShardError, match="a quote is never closed"):
         rows(shard(tmp_path, b'id,text\n1,"open\n2,x\n'), "id")

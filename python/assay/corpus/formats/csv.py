@@ -3,6 +3,9 @@
 Cells are texts. A column of which every cell in the first rows is a whole number, a number or a JSON list holds those
 (an empty cell is null); a later cell that is none is a fault of its row. With whole numbers beyond 64
 bits among them, they are texts; so are ids, of which 1.1 and 1.10 are two. Blank lines are no rows.
+
+Tab-separated files are written with quotes and without. Where a quote that is a text's own has swallowed the rows up to
+the next one, they are a fault, and no row.
 """
 
 from __future__ import annotations
@@ -95,6 +98,7 @@ def _records(source: Source) -> Iterator[Record]:
     stem = source.name if source.compression is None else os.path.splitext(source.name)[0]
     delimiter = "\t" if stem.lower().endswith(".tsv") else ","
     reader = csv.reader(decoded(), delimiter=delimiter, strict=True)
+    tabs: int | None = None  # of the header
     while True:
         held.clear()
         length = 0
@@ -106,8 +110,21 @@ def _records(source: Source) -> Iterator[Record]:
             if "unexpected end" in str(error):
                 raise ShardError("ends inside a quoted cell: a quote is never closed") from error
             cells = BadRow(f"line cannot be read ({error})")
-        if cells:
-            yield b"".join(held), _unless_broken(cells)
+        if not cells:
+            continue
+        if tabs is None:
+            tabs = sum(line.count(b"\t") for line in held)
+        if delimiter == "\t" and _are_rows(held, tabs):
+            cells = BadRow(
+                f"line has a quote that is closed {len(held) - 1} lines below, behind whole rows of {tabs + 1} cells; "
+                'write a quote that is a text\'s own as "" in a quoted cell'
+            )
+        yield b"".join(held), _unless_broken(cells)
+
+
+def _are_rows(held: Sequence[bytes], tabs: int) -> bool:
+    """Whether each line of a record of several is a row by itself, as no line of a quoted text is that has no tabs."""
+    return tabs > 0 and len(held) > 1 and all(line.count(b"\t") == tabs for line in held)
 
 
 def _unless_broken(cells: list[str] | BadRow) -> list[str] | BadRow:

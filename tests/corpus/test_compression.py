@@ -38,6 +38,14 @@ def test_several_streams_after_one_another(codec):
     assert unfolded(parts, codec) == CONTENT
 
 
+@pytest.mark.parametrize("pack", [lzma.compress, bz2.compress])
+def test_zeros_between_streams_may_begin_or_end_a_block(monkeypatch, pack):
+    content = pack(b"one\n") + b"\0" * 8 + pack(b"two\n") + b"\0" * 4
+    for block in range(1, len(content) + 1):
+        monkeypatch.setattr(compression, "_BLOCK", block)
+        assert list(lines(io.BytesIO(content), "xz" if pack is lzma.compress else "bz2")) == [b"one", b"two"]
+
+
 @pytest.mark.parametrize("codec", COMPRESS)
 @pytest.mark.parametrize("lost", [1, 5, 13, 2000])
 def test_a_stream_that_stops_short_is_an_error(codec, lost):

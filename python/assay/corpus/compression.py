@@ -131,7 +131,9 @@ def _streams(file: BinaryIO, start: Callable[[], Any]) -> Iterator[bytes]:
             yield stream.decompress(data, _BLOCK)
             data = b""
         if stream.eof:
-            data = (stream.unused_data or file.read(_BLOCK)).lstrip(b"\0")  # xz pads with zeros
+            data = stream.unused_data.lstrip(b"\0")  # xz pads with zeros
+            while not data and (block := file.read(_BLOCK)):
+                data = block.lstrip(b"\0")
             stream = start() if data else stream
         else:
             data = file.read(_BLOCK)

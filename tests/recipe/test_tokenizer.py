@@ -233,6 +233,17 @@ def test_bytes_need_no_vocabulary(saved, tmp_path):
     assert tokenizer("gold")["input_ids"] == [*(byte + 3 for byte in b"gold"), 1]
 
 
+def test_further_chat_templates_are_the_tokenizers_and_part_of_the_model(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = {"default": "plain", "tool_use": "with {{ tools }}"}
+    model = TransformersSpec(kind="transformers", path=str(save_model(tmp_path / "model", tokenizer=tokenizer)))
+    assert model.tokenizer().chat_template == tokenizer.chat_template
+    before = model.fingerprint()
+    (tmp_path / "model/additional_chat_templates/tool_use.jinja").write_text("others {{ tools }}")
+    assert model.tokenizer().get_chat_template(tools=[{}]) == "others {{ tools }}"
+    assert model.fingerprint() != before
+
+
 def test_an_adapters_tokenizer_is_taken_if_it_has_a_vocabulary(saved, tmp_path):
     adapter = tmp_path / "lora"
     adapter.mkdir()

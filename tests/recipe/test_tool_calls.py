@@ -78,6 +78,14 @@ def test_words_beside_calls_are_in_the_text_or_it_is_no_sample():
         )
 
 
+def test_of_several_templates_the_one_for_tools_is_tried_out():
+    tokenizer = word_tokenizer({"default": PLAIN, "tool_use": "{{ tools|length }}" + template(AS_JSON)})
+    own = ChatTemplate("models.m", tokenizer, tools=True)
+    call = {"function": {"name": "dig", "arguments": TEXT}}
+    messages = [{"role": "user", "content": "gold?"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    assert own.render(messages, [{}]).text == '1<s><user>gold?<end>\n<assistant>dig{"ore": 4}<end>\n'
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

@@ -64,7 +64,7 @@ class ChatTemplate:
         self._forms = CallForms()
         self._probe = self._find_probe()
         if self.knows("tool_calls"):
-            tool = None if "tool_calls" in self._plain else [PROBED_TOOL]
+            tool = None if self._with_tools == self._plain else [PROBED_TOOL]
             self._forms = find_forms(lambda messages: self.render(messages, tool).text, self._probe[:-1])
 
     def _source(self, tools: Any) -> str:

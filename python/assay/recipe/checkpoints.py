@@ -263,6 +263,7 @@ def staged(written: Mapping[str, Any], linked: Mapping[str, str] | None = None) 
             with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
                 json.dump(values, file)
         for name, path in (linked or {}).items():
+            os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
             os.symlink(os.path.realpath(path), os.path.join(folder, name))
         yield folder
 

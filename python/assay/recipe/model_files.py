@@ -21,10 +21,13 @@ from assay.recipe.errors import EngineError
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 WEIGHTS, ADAPTER_WEIGHTS, INDEX = "model.safetensors", "adapter_model.safetensors", "model.safetensors.index.json"
 
+# Where transformers keeps a tokenizer's chat templates beside the first, the one for tools among them.
+_TEMPLATES = "additional_chat_templates"
 # Whatever decides which tokens a text becomes, or how a sample is prepared. A README or a training log does not.
 _TOKENIZER_FILE = re.compile(
     r"tokenizer.*\.json|tekken\.json|special_tokens_map\.json|added_tokens\.json|vocab.*\.(json|txt|bpe)|merges\.txt"
-    r"|bpe\.codes|dict\.txt|.*\.(model|spm|tiktoken)|chat_template.*\.(json|jinja)|(.*_)?(pre)?processor_config\.json"
+    r"|bpe\.codes|dict\.txt|.*\.(model|spm|tiktoken)|chat_template.*\.(json|jinja)"
+    rf"|{_TEMPLATES}/.*\.jinja|(.*_)?(pre)?processor_config\.json"
 )
 # Those of them without which transformers makes a tokenizer of special tokens alone.
 _VOCABULARY = re.compile(r"(tokenizer|tekken)\.json|vocab.*|dict\.txt|.*\.(model|spm|tiktoken)")
@@ -77,7 +80,7 @@ def find_model_folder(path: str) -> ModelFolder:
     """
     if not os.path.isdir(path):
         raise EngineError(f"{path}: expected a folder with safetensors, or a .gguf file")
-    names = sorted(os.listdir(path))
+    names = _names(path)
     adapter = ADAPTER_CONFIG in names
     config, single = (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if adapter else (CONFIG, WEIGHTS)
     if config not in names:
@@ -101,11 +104,17 @@ def find_model_folder(path: str) -> ModelFolder:
 
 def find_tokenizer(path: str) -> ModelFolder:
     """The tokenizer in a folder, a model's or one of its own. EngineError if there is none, as `find_model_folder`."""
-    names = sorted(os.listdir(path)) if os.path.isdir(path) else []
+    names = _names(path) if os.path.isdir(path) else []
     folder = ModelFolder(path, "", (), tuple(name for name in names if _TOKENIZER_FILE.fullmatch(name)))
     for name in folder.tokenizer:
         check_file(folder.full(name))
     return folder
+
+
+def _names(path: str) -> list[str]:
+    """What lies in a model's folder, and its further chat templates."""
+    names, below = sorted(os.listdir(path)), os.path.join(path, _TEMPLATES)
+    return names + [f"{_TEMPLATES}/{name}" for name in (sorted(os.listdir(below)) if os.path.isdir(below) else [])]
 
 
 def check_file(path: str) -> int:

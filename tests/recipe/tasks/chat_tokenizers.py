@@ -47,7 +47,9 @@ STRICT = (
 )
 
 
-def word_tokenizer(template: str | None = PLAIN, *, bos: bool = True, **options: Any) -> PreTrainedTokenizerFast:
+def word_tokenizer(
+    template: str | dict[str, str] | None = PLAIN, *, bos: bool = True, **options: Any
+) -> PreTrainedTokenizerFast:
     """A token per word, space, line break and special token; ``bos``: texts begin with <s>."""
     vocabulary = {word: i for i, word in enumerate([*TURNS, *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from assay.ops import Sketch, project
+from assay.probe.layouts import check_is_first
 from assay.probe.quiet import exchanged
 from assay.probe.selection import find_module
 from assay.tasks import Task
-from assay.tasks.base import logits_of
+from assay.tasks.base import logits_of, take_samples
 from assay.tasks.output_layer import find_output_layer
 
 # The cube root of float32's precision: where a central difference's truncation and rounding errors meet.
@@ -63,6 +64,7 @@ class _Forward:
         fused = getattr(task, "fused", None)  # the name of a layer whose output the task replaces, if it is one
         name = fused if isinstance(fused, str) else None
         self._layer = find_output_layer(model, name) if at is None else find_module(model, at)[1]
+        self._what = "jvp: what is differentiated" if at is None else f"jvp: the input of layer {at!r}"
 
     def derivative(self, batch: Any, tangent: Mapping[str, Tensor]) -> Tensor:
         """(B, D) float32."""
@@ -85,6 +87,20 @@ class _Forward:
                 return (ahead - behind) / (2 * h)
 
     def _at(self, parameters: Mapping[str, Tensor], batch: Any) -> Tensor:
+        hidden, size = self._hidden(parameters, batch), self._task.size(batch)
+        if len(hidden) != size:
+            raise RuntimeError(f"{self._what} has shape {tuple(hidden.shape)} in a batch of {size}; expected (B, …)")
+        check_is_first(self._what, hidden, lambda: self._alone(batch, size))
+        return self._last(hidden, batch)
+
+    def _alone(self, batch: Any, size: int) -> Tensor | None:
+        try:
+            return self._hidden({}, take_samples(batch, size, [0]))
+        except Exception:  # whatever a model says of a sample whose other arguments are the batch's
+            return None
+
+    def _hidden(self, parameters: Mapping[str, Tensor], batch: Any) -> Tensor:
+        """(B, …)."""
         caught: list[Tensor] = []
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -109,7 +125,7 @@ class _Forward:
             handle.remove()
         if not caught:
             raise RuntimeError("jvp: the layer was not run in the forward pass; choose another with at=")
-        return self._last(caught[0], batch)
+        return caught[0]
 
     def _last(self, hidden: Tensor, batch: Any) -> Tensor:
         """(B, …) -> (B, D): the last position that holds data, where there are positions."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
 from torch import Tensor
@@ -66,3 +66,20 @@ def choices(ambiguous: Mapping[str, Sequence[Layout]]) -> Iterator[dict[str, Lay
         yield taken | {layer: other for layer, layouts in ambiguous.items() if other in layouts}
     for layer, layouts in ambiguous.items():
         yield from (taken | {layer: other} for other in layouts[1:] if other != "shared")
+
+
+def check_is_first(what: str, inputs: Tensor, alone: Callable[[], Tensor | None]) -> None:
+    """RuntimeError where the samples of (B, B, …) lie in the second dimension, which the shape does not tell.
+
+    Args:
+        what: the input's name, for the message.
+        alone: the same input where the batch's first sample is the only one; None if that cannot be had.
+    """
+    size = len(inputs)
+    if inputs.ndim < 3 or size < 2 or inputs.shape[1] != size or (one := alone()) is None:
+        return
+    if one.ndim == inputs.ndim and len(one) == size and one.shape[1] == 1:
+        raise RuntimeError(
+            f"{what} has shape {tuple(inputs.shape)} in a batch of {size}, and {tuple(one.shape)} of one sample alone: "
+            "its samples lie in the second dimension; expected them in the first"
+        )

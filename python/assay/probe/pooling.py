@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from assay.probe.layouts import check_is_first
 from assay.probe.selection import find_module
 
 
@@ -51,10 +52,10 @@ class Pooling:
         finally:
             handle.remove()
 
-    def pool(self, caught: list[Tensor], size: int, mask: Tensor | None) -> Tensor:
+    def pool(self, caught: list[Tensor], size: int, mask: Tensor | None, alone: Callable[[], Any]) -> Tensor:
         """The caught (B, T, D) averaged over ``mask`` (B, T), or the caught (B, D) -> (B, D) float32.
 
-        A sample without positions is NaN.
+        A sample without positions is NaN. ``alone`` runs the model on the batch's first sample.
         """
         if len(caught) != 1:
             raise RuntimeError(
@@ -68,6 +69,7 @@ class Pooling:
             )
         if hidden.ndim == 2:
             return hidden.float()
+        check_is_first(f"embeddings: the input of layer {self.layer!r}", hidden, lambda: self._caught(alone))
         if mask is None and self._pooled.weights == "mean":
             return hidden.float().mean(1)
         if mask is None:
@@ -83,3 +85,12 @@ class Pooling:
             return known.sum(1) / mask.sum(1, keepdim=True)
         weights = (mask.cumsum(1) * mask).float()
         return known.mul_(weights[..., None]).sum(1) / weights.sum(1, keepdim=True)
+
+    def _caught(self, run: Callable[[], Any]) -> Tensor | None:
+        """The layer's input in another run; None where the model cannot have it."""
+        with self.attached() as caught, torch.no_grad():
+            try:
+                run()
+            except Exception:  # whatever a model says of a sample whose other arguments are the batch's
+                return None
+        return caught[0] if len(caught) == 1 else None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -22,7 +24,7 @@ from assay.probe.selection import coverage, make_taps, select
 from assay.probe.signals import Signals
 from assay.probe.verify import Check, prepare_check
 from assay.tasks import Outputs, Task
-from assay.tasks.base import base_task, is_made, later, read
+from assay.tasks.base import base_task, is_made, later, read, take_samples
 
 _CHECK = "\0check"  # the key of the probe's own reduction: no user's key
 
@@ -206,14 +208,12 @@ class Probe:
             self._taps, size, *known, guess=self._verify, may_follow=self._may_follow, in_order=self._in_order
         )
         recorder.patterns |= self._stage
-        embeddings = None
+        watched: AbstractContextManager[list[Tensor]] = nullcontext([])
+        if self._pooling is not None:
+            watched = self._pooling.attached()
         with recorder.attached():
-            if self._pooling is None:
+            with watched as caught:
                 outputs = self._task.forward(self._model, batch)
-            else:
-                with self._pooling.attached() as caught:
-                    outputs = self._task.forward(self._model, batch)
-                embeddings = self._pooling.pool(caught, size, mask)
             recorder.settle({} if check is None else check.gradients)
             if self._verify and check is None and recorder.patterns - self._verified:
                 raise _Unverified
@@ -234,6 +234,8 @@ class Probe:
             self._droppable = set()
         if check is not None and check.is_trial:
             return []
+        alone = partial(self._alone, batch, size)
+        embeddings = None if self._pooling is None else self._pooling.pool(caught, size, mask, alone)
         each = []
         for reading, (own, reduced, factors) in zip(self._readings, found, strict=True):
             moved = {key: jvp(self._model, self._task, batch) for key, jvp in reading.jvps.items()}
@@ -242,6 +244,10 @@ class Probe:
                     reduced[key] = reduced[key].masked_fill(~mask.to(reduced[key].device), torch.nan)
             each.append(self._signals(own, size, reduced | moved, factors, embeddings))
         return each
+
+    def _alone(self, batch: Any, size: int) -> Outputs:
+        """A forward pass of the batch's first sample."""
+        return self._task.forward(self._model, take_samples(batch, size, [0]))
 
     def _backward(
         self, recorder: Recorder, outputs: Sequence[Outputs], check: Check | None

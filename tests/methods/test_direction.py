@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from assay.methods import direction
-from assay.methods.direction import Moving, square_of_length
+from assay.methods.direction import Moving, direction_towards, square_of_length
 
 
 def test_a_moving_direction_is_made_when_it_is_read_and_by_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,3 +28,13 @@ def test_the_length_is_that_of_double(shape: tuple[int, ...]) -> None:
     assert found.dtype == torch.float64
     torch.testing.assert_close(found, step.double().square().sum(), rtol=1e-6, atol=0)
     torch.testing.assert_close(square_of_length(step.mT if len(shape) == 2 else step), found, rtol=1e-6, atol=0)
+
+
+def test_a_reference_that_is_near_in_float64() -> None:
+    """The difference is rounded to float32, and not the weights that it is of."""
+    model, reference = nn.Linear(3, 2).double(), nn.Linear(3, 2).double()
+    step = torch.randn(2, 3, dtype=torch.float64) * 1e-9
+    reference.weight.data = model.weight.data + step
+    exact = reference.weight.data - model.weight.data
+    for found in (direction_towards(model, reference, ["weight"]).steps, Moving(model, reference, ["weight"])):
+        torch.testing.assert_close(found["weight"], exact.float(), rtol=1e-6, atol=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -141,7 +142,10 @@ def root_of_sum(squares: Sequence[Tensor]) -> float:
 
 
 def _step(ours: Tensor, theirs: Tensor) -> Tensor:
-    return theirs.to(ours.device, torch.float32) - ours.float()
+    """θ_ref − θ in float32; of float64 models what is left of the difference of all their digits."""
+    ours, theirs = (torch.view_as_real(p) if p.is_complex() else p for p in (ours, theirs))
+    kind = reduce(torch.promote_types, (ours.dtype, theirs.dtype, torch.float32))
+    return (theirs.to(ours.device, kind) - ours.to(kind)).float()
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -200,6 +200,9 @@ REFUSED = {
     "max_norm": (lambda: nn.Embedding(4, 2, max_norm=1.0), "max_norm"),
     "scale_grad_by_freq": (lambda: nn.Embedding(4, 2, scale_grad_by_freq=True), "scale_grad_by_freq"),
     "sparse": (lambda: nn.Embedding(4, 2, sparse=True), "sparse"),
+    "sparse bag": (lambda: nn.EmbeddingBag(4, 2, sparse=True), "sparse"),
+    "complex": (lambda: nn.Linear(3, 3, dtype=torch.complex64), "complex"),
+    "complex and bare": (lambda: nn.ParameterList([torch.ones(3, dtype=torch.complex64)]), "complex"),
     "batch statistics": (lambda: nn.BatchNorm1d(3, track_running_stats=False), "running statistics"),
     "weight norm": (lambda: nn.utils.weight_norm(nn.Linear(3, 3)), "weight_g, weight_v"),
 }

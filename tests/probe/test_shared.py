@@ -35,6 +35,7 @@ class Bare(nn.Module):
         super().__init__()
         self.own, self.twin = nn.Parameter(torch.empty(shape)), nn.Parameter(torch.empty(shape))
         self.lift, self.norm, self.head = nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 3)
+        self.register_buffer("table", torch.linspace(-1, 1, 40).view(10, 4))
         self.use = use
 
     def forward(self, x: Tensor) -> Tensor:
@@ -54,6 +55,8 @@ USES: dict[str, tuple[Callable[[Bare, Tensor], Tensor], tuple[int, ...]]] = {
     "positions by embedding()": (lambda m, h: h + F.embedding(torch.arange(h.shape[1]), m.own), (9, 4)),
     "per sample by embedding()": (lambda m, h: h + F.embedding((h[..., 0] > 0).long(), m.own), (2, 4)),
     "layer scale": (lambda m, h: h * m.own, (4,)),
+    "a scaled part of a table": (lambda m, h: h + m.own * m.table[: h.shape[1]], (1,)),
+    "a part of a table, by features": (lambda m, h: h + m.own * m.table[: h.shape[1]], (4,)),
     "a scalar": (lambda m, h: m.own * h, ()),
     "a quotient": (lambda m, h: h / (2 + m.own.tanh()), (4,)),
     "a reversed difference": (lambda m, h: m.own - h, (1, 1, 4)),

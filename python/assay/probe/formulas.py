@@ -81,7 +81,7 @@ def scaled_embedding(module: Any, ids: Tensor, grads: Tensor) -> Factors:
     return embedding(module, ids, grads * scale)
 
 
-def embedding_refusal(module: nn.Embedding) -> str | None:
+def embedding_refusal(module: nn.Embedding | nn.EmbeddingBag) -> str | None:
     if module.max_norm is not None:
         return "max_norm changes the weight during the forward pass"
     if module.scale_grad_by_freq:

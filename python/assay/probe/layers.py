@@ -92,6 +92,8 @@ def find_rule(module: nn.Module) -> Rule | str:
         return _EXPERTS
     rule = _RULES.get(type(module)) or _by_class_name(module)
     if rule is None:
+        if isinstance(module, nn.EmbeddingBag) and (refusal := formulas.embedding_refusal(module)) is not None:
+            return refusal
         return f"no exact formula is known for {type(module).__module__}.{type(module).__qualname__}"
     if extra := sorted(name for name, _ in module.named_parameters(recurse=False) if name not in ("weight", "bias")):
         return f"it has parameters that a plain {type(module).__name__} has not: {', '.join(extra)}"
@@ -103,11 +105,12 @@ def follows_parameters(module: nn.Module) -> bool:
     cls = type(module)
     if stepwise(module) is not None:
         return True
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag) and formulas.embedding_refusal(module) is not None:
+        return False
     if cls in _FOLLOWED:
         return not (isinstance(module, nn.EmbeddingBag) and module.mode == "max")
     if isinstance(module, _KNOWN):  # what a subclass makes of the weight is seen; a hook that sets it is not
-        refused = isinstance(module, nn.Embedding) and formulas.embedding_refusal(module) is not None
-        return cls not in _RULES and not refused
+        return cls not in _RULES
     containers = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
     layers = [c for c in cls.__mro__ if c.__module__.startswith("torch.") and c not in containers]
     # Experts gather tokens; Llama 4's all get all of them.

@@ -12,6 +12,8 @@ from torch import nn
 
 from assay.probe.layers import Rule, find_rule, follows_parameters
 
+_COMPLEX = "its numbers are complex; keep real ones, (…, 2), and take torch.view_as_complex of them in the forward pass"
+
 
 @dataclass(frozen=True)
 class Tap:
@@ -55,10 +57,10 @@ class _Trainable:
 
     def obstacle(self, bare: bool = True) -> str | None:
         for use in self.uses:
-            rule = find_rule(use.module)
+            rule = _COMPLEX if self.parameter.is_complex() else find_rule(use.module)
             if isinstance(rule, Rule) and rule.routed and not bare:
                 rule = "a mixture's experts have no factors"
-            followed = isinstance(rule, str) and follows_parameters(use.module)
+            followed = isinstance(rule, str) and rule != _COMPLEX and follows_parameters(use.module)
             if followed and not bare:
                 rule = "its parameters are followed to where they meet the samples, and have no factors"
             if isinstance(rule, str) and not (bare and followed):

@@ -175,7 +175,9 @@ class Region:
         return result
 
     def _is_other(self, x: Any) -> bool:
-        return isinstance(x, Tensor) and not isinstance(x, Shared) and x.ndim > 0 and id(x) not in self.constants
+        if not isinstance(x, Tensor) or isinstance(x, Shared) or x.ndim == 0:
+            return False
+        return id(x) not in self.constants and id(x._base) not in self.constants  # nor a part of one: a table's rows
 
     def _derived(self, value: Any, sources: tuple[Start, ...]) -> Any:
         plain = isinstance(value, Tensor) and not isinstance(value, Shared)

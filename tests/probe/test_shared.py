@@ -73,6 +73,8 @@ USES: dict[str, tuple[Callable[[Bare, Tensor], Tensor], tuple[int, ...]]] = {
     "a linear map": (lambda m, h: F.linear(h, m.own), (5, 4)),
     "a linear map with a bias": (lambda m, h: F.linear(h, m.own, m.twin.sum(1) * 0 + 1), (5, 4)),
     "its type alone": (lambda m, h: (h.type_as(m.own) * m.own).to(h), (4,)),
+    "a product with a vector": (lambda m, h: h * (h @ m.own)[..., None], (4,)),
+    "a sum and a product in one": (lambda m, h: h + torch.addmm(m.twin[0], h.sum(1), m.own)[:, None], (4, 4)),
     "a product on the right": (lambda m, h: (m.own @ h.mT).mT, (5, 4)),
     "a transposed weight": (lambda m, h: h @ m.own.T, (5, 4)),
     "some rows of a weight": (lambda m, h: F.linear(h, m.own[1:5], m.twin[0, :4]), (6, 4)),

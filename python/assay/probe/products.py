@@ -77,13 +77,27 @@ def _linear(given: Any, lead: Lead) -> Gradients | None:
 
 
 def _matmul(given: Any, lead: Lead) -> Gradients | None:
-    """x W or, with the samples on the right, W x."""
+    """x W, x w for a vector w or, with the samples on the right, W x."""
     left, right = given.input, given.other
+    if right.ndim == 1 and left.ndim > 1 and (arrange := lead.arrange(left.shape[:-1])) is not None:
+        return {"other": lambda grads: Dense((wide(arrange(left)) * wide(arrange(grads))[..., None]).sum(1))}
     if right.ndim == 2 and left.ndim > 1 and (arrange := lead.arrange(left.shape[:-1])) is not None:
         return {"other": lambda grads: Outer(arrange(left), arrange(grads))}
     if left.ndim == 2 and right.ndim == 3 and lead.batch(right):
         return {"input": lambda grads: Outer(grads.mT, right.mT)}
     return None
+
+
+def _addmm(given: Any, lead: Lead) -> Gradients | None:
+    """b + x W."""
+    if (given.beta, given.alpha) != (1, 1) or given.input.ndim > 1:
+        return None
+    if (arrange := lead.arrange(given.mat1.shape[:-1])) is None:
+        return None
+    return {
+        "mat2": lambda grads: Outer(arrange(given.mat1), arrange(grads)),
+        "input": lambda grads: formulas.shift(arrange(grads)),
+    }
 
 
 def _embedding(given: Any, lead: Lead) -> Gradients | None:
@@ -264,6 +278,7 @@ _TABLE: tuple[tuple[Sequence[Any], Any, Sequence[str], Mapping[str, Any]], ...] 
         ("input", "other"),
         {},
     ),
+    ([torch.addmm, Tensor.addmm], _addmm, ("input", "mat1", "mat2", "beta", "alpha"), {"beta": 1, "alpha": 1}),
     (
         [F.embedding],
         _embedding,

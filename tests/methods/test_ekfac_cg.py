@@ -192,6 +192,23 @@ def test_a_broken_sample_is_left_out_and_counted_and_its_batch_is_not(problem: A
     assert float((found[0] - found[1]).norm() / found[1].norm()) < 5e-3
 
 
+class _Flat(nn.Linear):
+    """Cannot take a batch of no sample."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.view(len(x), -1))
+
+
+def test_a_batch_without_samples_is_none(problem: Any) -> None:
+    _, (x, y), _ = problem
+    model = _Flat(x.shape[1], int(y.max()) + 1)
+    vector = [{"weight": torch.ones_like(model.weight)}]
+    product = GaussNewton(model, Classification(), ["weight"], [(x[:0], y[:0]), (x, y)])
+    (got,), (want,) = product(vector), GaussNewton(model, Classification(), ["weight"], [(x, y)])(vector)
+    assert torch.equal(got["weight"], want["weight"])
+    assert (product.left_out, product.counts) == (0, {0: 0, 1: POOL})
+
+
 class _Centred(nn.Linear):
     """Its samples are not apart."""
 

@@ -9,6 +9,8 @@ from torch import nn
 
 import assay
 from assay.methods import LESS, AdamState
+from assay.methods.less import AdamSketched
+from assay.probe import Dense, PerSampleGradient
 from assay.tasks import Classification
 from tests.methods.small_problem import EXACT, POOL, gradients, run, split
 
@@ -52,7 +54,6 @@ def test_less_is_a_cosine_of_adam_steps(problem) -> None:
 
 
 def _end_to_end(method: LESS, k: int, target: bool):
-    from assay.methods.less import AdamSketched
     from assay.probe import Sketched
 
     if target:
@@ -95,3 +96,11 @@ def test_the_gradient_of_a_sure_sample_has_a_direction_too(lead: float) -> None:
     model.weight.data = torch.tensor([[lead, 0.0], [0.0, lead / 2]])
     got = run(LESS([model], Classification(), {"a": [(x[:1], y[:1])]}, optimizers=None, sketch=EXACT), (x, y))["less"]
     assert float(got[0]) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_parameter_that_no_sample_of_a_batch_reaches_is_moved_as_in_company() -> None:
+    moments = [torch.rand(2, 3, dtype=torch.float64) for _ in range(2)]
+    state = AdamState({"w": moments[0]}, {"w": moments[1]})
+    feature = AdamSketched({"w": (2, 3)}, EXACT, True, state=state, eps="outside")
+    in_company = feature("w", PerSampleGradient(torch.Size((2, 3)), [Dense(torch.zeros(1, 2, 3, dtype=torch.float64))]))
+    assert torch.equal(feature.at_zero("w"), in_company[0])

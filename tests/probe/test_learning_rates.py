@@ -60,6 +60,11 @@ def test_what_is_not_taken() -> None:
         LearningRates(torch.optim.SGD(layer.parameters(), maximize=True), layer, NAMES)
     with pytest.raises(ValueError, match="LBFGS scales gradients in a way"):
         LearningRates(torch.optim.LBFGS(layer.parameters()), layer, NAMES)
+    for setting in ("trust_coeff", "trust_coefficient", "wd_ratio"):  # LARS, of several libraries, and SGDP
+        scaled = torch.optim.SGD(layer.parameters(), lr=0.1)
+        scaled.param_groups[0][setting] = 1e-3
+        with pytest.raises(ValueError, match="SGD scales gradients in a way"):
+            LearningRates(scaled, layer, NAMES)
     layer, optimizer, _ = trained(torch.optim.Adamax)
     with pytest.raises(ValueError, match="Adamax keeps no exp_avg_sq of 'weight' in shape"):
         LearningRates(optimizer, layer, NAMES).by_parameter()

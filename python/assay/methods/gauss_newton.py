@@ -34,7 +34,7 @@ class GaussNewton:
 
     def __init__(self, model: nn.Module, task: Task, parameters: Sequence[str], batches: Sequence[Any]) -> None:
         self._model, self._task, self._plain = model, task, unfused(task)
-        self.batches: list[Any | None] = list(batches)
+        self.batches: list[Any | None] = [batch if task.size(batch) else None for batch in batches]
         known = dict(model.named_parameters())
         self._parameters = {name: known[name] for name in parameters}
         self.left_out = 0

@@ -17,6 +17,7 @@ from assay.methods.targets import Targets
 from assay.ops import Kronecker, Sketch
 from assay.probe import AdamState, Dense, Feature, PerSampleGradient, Projected
 from assay.tasks import Task
+from assay.tasks.base import wide
 
 # Gradients are multiplied out (Adam divides elementwise) at most this many numbers at a time.
 _ELEMENTS = 1 << 26
@@ -118,5 +119,4 @@ class AdamSketched(StepsSketched):
     def at_zero(self, parameter: str) -> Tensor:
         """(sketch.dim,): a parameter without a gradient is moved by the moments all the same."""
         moment = self.state.first[parameter]
-        zero = torch.zeros((1, *moment.shape), device=moment.device, dtype=torch.float32)
-        return self._sketched(parameter, zero)[0]
+        return self._sketched(parameter, wide(torch.zeros_like(moment))[None])[0]

@@ -214,9 +214,10 @@ class AdamState:
         return moment / (square.sqrt() + self.eps if eps == "outside" else (square + self.eps).sqrt())
 
 
-# Settings that Adam has not, of those who keep Adam's moments and make other steps of them.
+# Settings that Adam and SGD have not, of those who keep their state and make other steps of it.
 _OTHERS = {
     **{"momentum_decay": "NAdam", "schedule_decay": "NAdam"},
+    **{"trust_coeff": "LARS", "trust_coefficient": "LARS"},  # before trust_clip, which it may have as well
     **{"grad_averaging": "LAMB", "trust_clip": "LAMB", "wd_ratio": "AdamP"},
 }
 

@@ -106,8 +106,10 @@ class LearningRates:
 
 def _kind(group: Mapping[str, Any]) -> str | None:
     """By its settings, so that a wrapper of the optimiser is taken for what it wraps."""
+    if other_kind(group) is not None:
+        return None
     if {"betas", "eps"} <= group.keys() and isinstance(group["eps"], float | int):
-        return "adam" if other_kind(group) is None else None
+        return "adam"
     if {"alpha", "centered"} <= group.keys():
         return "rmsprop"
     if "lr_decay" in group:

@@ -467,3 +467,11 @@ def test_only_gpus_that_hold_a_model_are_waited_for(monkeypatch):
     spread = SimpleNamespace(parameters=lambda: [SimpleNamespace(device=place) for place in places])
     _wait_for([model, spread])
     assert waited == [torch.device("cuda", 1)]
+
+
+def test_a_task_without_a_hash_is_named() -> None:
+    class Own(Classification):
+        __hash__ = None  # type: ignore[assignment]  # as of every data class that is not frozen
+
+    with pytest.raises(TypeError, match=r"Own has no hash.*@dataclass\(frozen=True\)"):
+        assay.score([(torch.randn(2, 3), torch.tensor([0, 1]))], [GraNd(nn.Linear(3, 2), Own())])

@@ -6,6 +6,8 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from assay.probe import Probe, SqNorm, tapped_parameters
+from assay.probe.summed import summed_gradient
 from assay.probe.verify import signs
 from assay.tasks import CausalLM, Classification, Margin
+from assay.tasks.base import Outputs
 from tests.probe.probe_oracle import close, jacobian
 from tests.probe.test_models import gpt2, llama, randomise, text_batch
 
@@ -541,3 +545,35 @@ def test_an_order_that_follows_from_the_data_is_found_before_as_many_batches_aga
         probe((x.flip(0), y))
     with pytest.raises(RuntimeError, match=r"'first.weight': the probe's per-sample gradients do not add up"):
         probe((x.flip(0), y))
+
+
+@dataclass(frozen=True)
+class Own(Classification):
+    """A user's task: ``made`` of the cross entropies."""
+
+    made: Callable[[Tensor], Tensor] = torch.clone
+
+    def forward(self, model: nn.Module, batch: Any) -> Outputs:
+        return Outputs(self.made(F.cross_entropy(model(batch[0]), batch[1], reduction="none")))
+
+
+@pytest.mark.parametrize("made", [torch.detach, lambda losses: torch.tensor(losses.tolist())])
+def test_losses_without_a_graph_have_no_gradients_of_0(made: Callable[[Tensor], Tensor]) -> None:
+    model, batch, task = nn.Linear(4, 3), classes(5, 4), Own(made=made)
+    with pytest.raises(RuntimeError, match=r"Own: its losses have no graph.*every gradient would be 0.*detach\(\)"):
+        Probe(model.double(), task, reductions={"n": SqNorm(["weight"])})(batch)
+    with pytest.raises(RuntimeError, match="Own: its losses have no graph"):
+        summed_gradient(model, task, batch, ["weight"])
+
+
+def test_what_the_losses_do_not_depend_on_has_a_gradient_of_0() -> None:
+    model = nn.ModuleDict({"head": nn.Linear(4, 3), "other": nn.Linear(4, 3)}).double()
+    model.forward = lambda x: model["head"](x) + model["other"](x).detach()
+    found = Probe(model, Own(), reductions={"n": SqNorm(["other.weight"])})(classes(5, 4)).reduced["n"]
+    assert found.tolist() == [0] * 5
+
+
+@pytest.mark.parametrize("made", [torch.mean, lambda losses: losses[:, None], lambda losses: losses[1:]])
+def test_losses_that_are_not_one_per_sample(made: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(ValueError, match=r"Own: losses of shape \(.*\); expected \(5,\)"):
+        Probe(nn.Linear(4, 3).double(), Own(made=made), reductions={"n": SqNorm(["weight"])})(classes(5, 4))

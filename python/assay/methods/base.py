@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -53,6 +53,7 @@ class Need:
 
     Raises:
         ValueError: a model without a task or the reverse, or nothing that is asked for.
+        TypeError: a task without a hash.
     """
 
     model: nn.Module | None = None
@@ -70,6 +71,11 @@ class Need:
             raise ValueError("Need: a model is run with a task; expected both or neither")
         if self.model is None and (self.logits or self.reductions or self.embeddings or self.view):
             raise ValueError("Need: logits, reductions, embeddings and views are a model's; expected model and task")
+        if not isinstance(self.task, Hashable):
+            raise TypeError(
+                f"Need: {type(self.task).__name__} has no hash, by which methods of one task share a forward pass; "
+                "expected a task that has one: of a data class, @dataclass(frozen=True)"
+            )
         if self.model is None and not self.raw:
             raise ValueError("Need: asks for nothing; expected a model and a task, or raw columns")
 

@@ -22,7 +22,7 @@ from assay.probe.recording import Behind, Recorder
 from assay.probe.reductions import Reduction, TokenDot
 from assay.probe.selection import coverage, make_taps, select
 from assay.probe.signals import Signals
-from assay.probe.verify import Check, prepare_check
+from assay.probe.verify import Check, check_losses, prepare_check
 from assay.tasks import Outputs, Task
 from assay.tasks.base import base_task, is_made, later, read, take_samples
 
@@ -262,9 +262,7 @@ class Probe:
             if i not in needed and not is_made(own, "losses"):
                 found.append((own, {}, {}))
                 continue
-            if own.losses.shape != (recorder.size,):
-                shape = tuple(own.losses.shape)
-                raise ValueError(f"{type(reading.task).__name__}: losses of shape {shape}; expected ({recorder.size},)")
+            check_losses(reading.task, own.losses, recorder.size)
             if i not in needed:
                 found.append((own, {}, {}))
                 continue

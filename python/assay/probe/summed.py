@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from assay.probe.quiet import undisturbed
+from assay.probe.verify import without_graph
 from assay.tasks import Task
 from assay.tasks.base import base_task, read
 
@@ -33,6 +34,8 @@ def summed_gradient(
         first = next(iter(chosen.values()))
         outputs = read(task, run.forward(model, run.to(batch, first.device)))
         with_loss = ~outputs.losses.detach().isnan()
+        if not outputs.losses.requires_grad:
+            raise RuntimeError(without_graph(task))
         total = outputs.losses[with_loss].sum()
         found = torch.autograd.grad(total, list(chosen.values()), allow_unused=True, materialize_grads=True)
     return dict(zip(chosen, found, strict=True)), with_loss.sum()

@@ -34,6 +34,7 @@ class Check:
         tolerance: the relative error allowed.
         finite: (B,), the samples whose loss is finite.
         hooks: by parameter, the names of what was registered to change its gradient.
+        impossible: why nothing can be differentiated, if nothing can.
         is_trial: whether it is of a batch that nobody wants the signals of.
         dots: ⟨g_b,p, D_p / max |D_p|⟩ (B,) by parameter, filled as the probe's backward pass runs.
     """
@@ -43,6 +44,7 @@ class Check:
     tolerance: float
     finite: Tensor
     hooks: Mapping[str, Sequence[str]]
+    impossible: str | None = None
     is_trial: bool = False
     dots: dict[str, Tensor] = field(default_factory=dict)
 
@@ -69,8 +71,10 @@ class Check:
         """Compare, and say whether that was conclusive: False if a gradient is not finite.
 
         Raises:
-            RuntimeError: a parameter's gradients differ.
+            RuntimeError: a parameter's gradients differ, or there are none.
         """
+        if self.impossible is not None and self.gradients:
+            raise RuntimeError(self.impossible)
         for message in self.complaints().values():
             raise RuntimeError(message)
         return self.is_conclusive
@@ -163,6 +167,8 @@ def prepare_check(model: nn.Module, task: Task, batch: Any, parameters: Collecti
         for parameter in wanted.values():
             parameter.requires_grad_(True)
         losses = unfused(task).forward(model, batch).losses
+        check_losses(task, losses, task.size(batch))
+        impossible = None if losses.requires_grad else _without_graph(model, task, batch)
         weights = signed_weights(len(losses)).to(losses.device)
         loose = _is_low_precision(wanted.values(), losses.device)
         with torch.autocast(losses.device.type, enabled=False):
@@ -172,7 +178,34 @@ def prepare_check(model: nn.Module, task: Task, batch: Any, parameters: Collecti
         for parameter in wanted.values():
             parameter.requires_grad_(False)
     found = dict(zip(wanted, gradients, strict=True))
-    return Check(weights, found, 5e-2 if loose else _TOLERANCE, finite, _hooks(wanted))
+    return Check(weights, found, 5e-2 if loose else _TOLERANCE, finite, _hooks(wanted), impossible)
+
+
+def check_losses(task: Task, losses: Tensor, size: int) -> None:
+    """ValueError unless there is one for each sample."""
+    if losses.shape != (size,):
+        raise ValueError(f"{type(task).__name__}: losses of shape {tuple(losses.shape)}; expected ({size},)")
+
+
+def _without_graph(model: nn.Module, task: Task, batch: Any) -> str | None:
+    """What there is to say of losses that depend on none of the model's parameters, tapped or not."""
+    parameters = [p for p in model.parameters() if p.is_floating_point() or p.is_complex()]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        return None if task.forward(model, batch).losses.requires_grad else without_graph(task)
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+
+
+def without_graph(task: Task) -> str:
+    """The message for losses of which nothing can be differentiated."""
+    return (
+        f"{type(task).__name__}: its losses have no graph, so that every gradient would be 0: numbers were taken out of "
+        "it between the model's parameters and the losses. Expected losses made of what the model gives by torch's "
+        "operations, without detach(), item(), numpy() or torch.no_grad()"
+    )
 
 
 def signed_check(

@@ -80,7 +80,8 @@ class Outputs:
 
 @runtime_checkable
 class Task(Protocol):
-    """Runs a model on a batch and gives per-sample losses."""
+    """Runs a model on a batch and gives per-sample losses. Equal tasks do the same, and have a hash: of a data class,
+    ``@dataclass(frozen=True)``."""
 
     def size(self, batch: Any) -> int:
         """The number of samples, B."""

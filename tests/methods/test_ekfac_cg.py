@@ -209,6 +209,16 @@ def test_a_batch_without_samples_is_none(problem: Any) -> None:
     assert (product.left_out, product.counts) == (0, {0: 0, 1: POOL})
 
 
+def test_within_inference_mode(problem: Any) -> None:
+    models, (x, y), target = problem
+    found = []
+    for mode in (False, True):
+        with torch.inference_mode(mode):
+            method = EKFACCG(models[0], Classification(), {"t": [target]}, iterations=2).fit([(x, y)])
+            found.append(Scorer([method])((x, y))["ekfac_cg"])
+    assert torch.equal(*found)
+
+
 class _Centred(nn.Linear):
     """Its samples are not apart."""
 

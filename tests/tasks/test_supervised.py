@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import assay
 from assay.methods import Ensemble
 from assay.probe import SqNorm
 from assay.tasks import Classification, Margin, Regression, Sampled
+from assay.tasks.base import take_samples
 from tests.tasks.models import Fixed
 
 
@@ -158,3 +159,13 @@ def test_regression_of_keyword_inputs_has_a_mask() -> None:
     mask = Regression().mask((x, torch.zeros(2)))
     assert mask is not None
     assert mask.tolist() == [[True, True, False], [True, True, True]]
+
+
+def test_a_named_tuple_keeps_its_names() -> None:
+    class Pair(NamedTuple):
+        a: Tensor
+        b: Tensor
+
+    batch = (Pair(torch.ones(3, 2), torch.zeros(3, 2)), torch.tensor([0, 1, 0]))
+    for x, y in (Classification().to(batch, torch.device("cpu")), take_samples(batch, 3, [0, 1])):
+        assert x.a.shape == x.b.shape == (len(y), 2)

@@ -47,10 +47,11 @@ class GaussNewton:
         Raises:
             ValueError: losses that are not made of logits or predictions alone; no sample whose products are finite.
         """
-        totals = [{name: torch.zeros_like(v) for name, v in vector.items()} for vector in vectors]
         with _exactly(self._model):
+            own = [{name: v.clone() if v.is_inference() else v for name, v in vector.items()} for vector in vectors]
+            totals = [{name: torch.zeros_like(v) for name, v in vector.items()} for vector in own]
             for number in range(len(self.batches)):
-                self.counts[number], products = self._finite_products(number, vectors)
+                self.counts[number], products = self._finite_products(number, own)
                 for total, product in zip(totals, products, strict=False):  # none of a batch that is left out
                     for name, p in zip(total, product, strict=True):
                         total[name] += p.to(total[name])

@@ -202,8 +202,8 @@ def _without_graph(model: nn.Module, task: Task, batch: Any) -> str | None:
 def without_graph(task: Task) -> str:
     """The message for losses of which nothing can be differentiated."""
     return (
-        f"{type(task).__name__}: its losses have no graph, so that every gradient would be 0: numbers were taken out of "
-        "it between the model's parameters and the losses. Expected losses made of what the model gives by torch's "
+        f"{type(task).__name__}: its losses have no graph, so that every gradient would be 0: numbers were taken out "
+        "of it between the model's parameters and the losses. Expected losses made of what the model gives by torch's "
         "operations, without detach(), item(), numpy() or torch.no_grad()"
     )
 

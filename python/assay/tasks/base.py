@@ -254,8 +254,13 @@ def to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, Mapping):
         return {name: to_device(item, device) for name, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return tuple(to_device(item, device) for item in value)
+        return _like(value, [to_device(item, device) for item in value])
     return value
+
+
+def _like(value: Any, items: Sequence[Any]) -> Any:
+    """A tuple, of the names that a named one has."""
+    return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
 
 
 def token_ids(task: str, batch: Any) -> Tensor:
@@ -289,7 +294,7 @@ def take_samples(batch: Any, size: int, rows: Sequence[int]) -> Any:
     if isinstance(batch, Mapping):
         return {name: take_samples(value, size, rows) for name, value in batch.items()}
     if isinstance(batch, list | tuple):
-        return tuple(take_samples(value, size, rows) for value in batch)
+        return _like(batch, [take_samples(value, size, rows) for value in batch])
     return batch
 
 

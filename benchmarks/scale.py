@@ -3,7 +3,7 @@
 
 A small MLP scores vectors of 64 numbers, so that what is timed is the engine: reading, batches, tables. Every run is a
 process of its own, and its peak memory the system's count. What does not grow with the rows is timed apart: a process
-scores a single batch first, which is its start (imports, the model, what is made when it is first used), then the batch
+scores a single batch first, which is its start (imports, the model, what is made when it is first used), then that
 again, three times, which is what any run costs (a plan, models' files read and hashed, folders, a first table), then the
 corpus.
 

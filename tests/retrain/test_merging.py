@@ -57,6 +57,17 @@ def test_weights_are_scaled_and_zero_leaves_a_model_out() -> None:
         assert average([a, c], [weight, weight])["w"].tolist() == [2.0, -torch.inf]
 
 
+def test_losses_are_taken_in_eval_mode_whatever_the_last_one_left() -> None:
+    def loss(model: nn.Module) -> float:
+        modes.append(any(module.training for module in model.modules()))
+        model.train()
+        return 0.0
+
+    modes: list[bool] = []
+    ablate(network(), [network(seed) for seed in range(3)], loss, [(0, 1)])
+    assert modes == [False] * 4
+
+
 def save_folder(path: Path, model: nn.Module, files: int = 2, **config: object) -> Path:
     """As transformers saves a model that it cuts up."""
     path.mkdir()

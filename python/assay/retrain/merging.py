@@ -129,13 +129,13 @@ def ablate(
     if len(sizes) != count or min(sizes) <= 0:
         raise ValueError(f"weights: expected {count} numbers above 0, got {short(weights)}")
     known: dict[tuple[int, ...], float] = {}
-    merged = copy.deepcopy(model).eval()
+    merged = copy.deepcopy(model)
 
     def measured(mix: tuple[int, ...]) -> float:
         key = tuple(sorted(mix))
         if key not in known:
             _load(merged, _averaged([parts[k] for k in key], [sizes[k] for k in key]))
-            known[key] = float(loss(merged))
+            known[key] = float(loss(merged.eval()))  # whatever mode the last one left it in
             if not np.isfinite(known[key]):
                 raise ValueError(f"loss: of parts {list(key)} expected a finite number, got {known[key]}")
         return known[key]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -37,13 +39,45 @@ def test_held_out_samples_are_nobodys(root, tmp_path, caplog):
     (copied / "c.jsonl").write_bytes((root / "held-out/test.jsonl").read_bytes())
     assert judged() == 50
     assert "60 of 110 samples are in the corpus too" in caplog.text
-    own = yaml.safe_load((root / "recipe.yaml").read_text())
-    own |= {"targets": {"mine": {"path": "held-out"}}, "output": str(tmp_path / "towards")}
-    own["methods"] = [{"method": "gradient_cosine", "model": "small", "targets": ["mine"]}]
-    (root / "towards.yaml").write_text(yaml.safe_dump(own))
-    towards, trainee = load_recipe(root / "towards.yaml"), Trainee("large", str(root / "held-out"))
+    towards, trainee = _towards(root, tmp_path / "towards", root / "held-out"), Trainee("large", str(root / "held-out"))
     with pytest.raises(EngineError, match=r"test\.jsonl is part of targets\.mine; expected samples that no score is"):
         prove(towards, trainee, Comparison(["gradient_cosine"]), str(tmp_path / "o"))
+
+
+def test_copies_of_what_a_score_is_fitted_to_are_not_judged_on(root, tmp_path, caplog):
+    """What was judged on, another call's trainings are not taken for."""
+    target, copied = tmp_path / "target", tmp_path / "copied"
+    target.mkdir()
+    copied.mkdir()
+    lines = (root / "held-out/test.jsonl").read_text().splitlines(keepends=True)
+    (target / "t.jsonl").write_text("".join(lines))
+
+    def judged(scores: str = "scores") -> tuple[int, str]:
+        recipe = _towards(root, tmp_path / scores, target)
+        trainee, out = Trainee("large", str(copied)), Store.at(str(tmp_path / "o"))
+        with laboratory.laboratory(recipe, trainee, out, Training()) as lab:
+            return len(lab.held_out), lab.known.key(np.arange(3), 0, Training())
+
+    (copied / "a.jsonl").write_text("".join(lines[20:]))
+    with pytest.raises(EngineError, match=r"all of its 30 samples are in targets\.mine too"):
+        judged()
+    own = [json.dumps(row) + "\n" for row in make_rows(9, 77)]
+    (copied / "b.jsonl").write_text("".join(own))
+    found, key = judged()
+    assert found == 9
+    assert "held-out: 30 of 39 samples are in targets.mine too; nothing is judged on them" in caplog.text
+    (target / "t.jsonl").write_text("".join([*lines, own[0]]))
+    found, other = judged("others")
+    assert found == 8
+    assert other != key
+
+
+def _towards(root, output, target):
+    own = yaml.safe_load((root / "recipe.yaml").read_text())
+    own |= {"targets": {"mine": {"path": str(target)}}, "output": str(output)}
+    own["methods"] = [{"method": "gradient_cosine", "model": "small", "targets": ["mine"]}]
+    (root / "towards.yaml").write_text(yaml.safe_dump(own))
+    return load_recipe(root / "towards.yaml")
 
 
 @pytest.mark.parametrize(("step", "advice"), [(0, "of the untrained model"), (7, "take a smaller learning rate")])

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from assay import select
 from assay.cli import main
 from assay.cli.experiments import _ends
 from assay.corpus.errors import CorpusError
-from assay.curate import check_proof
+from assay.curate import check_proof, read_whole
 from assay.recipe import load_recipe
 from assay.recipe.errors import EngineError
-from assay.two_stage import Comparison, Trainee, Training, laboratory, prove
+from assay.two_stage import Comparison, Question, Trainee, Training, laboratory, prove, two_stage
 from assay.two_stage.intervals import paired_interval
 from assay.two_stage.proof import _choices, _parts
 from tests.two_stage.noisy_labels import make_noisy_labels
@@ -108,6 +110,22 @@ def test_what_is_trained_is_not_trained_again(proved, monkeypatch):
     again = prove(recipe, trainee, COMPARISON, str(folder / "proof"), BRIEF, on_cost=costs.append)
     assert again == proof
     assert (costs[0].done, costs[0].seconds) == (18, 0.0)
+
+
+def test_everybody_trains_on_as_many_samples_where_the_model_cannot_read_some_rows(proved, tmp_path, monkeypatch):
+    """The best rows by the score, of which it would have been left with half."""
+    _, recipe, trainee, _, _ = proved
+    best = select.top(read_whole(recipe.output, [GOOD]).table, GOOD, 120).indices
+    whole = laboratory._samples
+    monkeypatch.setattr(
+        laboratory, "_samples", lambda *of: {row: own for row, own in whole(*of).items() if row not in set(best)}
+    )
+    brief = Training(steps=2, evaluations=1)
+    prove(recipe, trainee, Comparison([GOOD], pools=6), str(tmp_path / "proof"), brief)
+    two_stage(recipe, Question("large", trainee.held_out, GOOD, 0.5), str(tmp_path / "report"), replace(brief, seeds=1))
+    for name, rows in (("proof", [30] * 12), ("report", [180, 180, 360])):
+        lines = (tmp_path / name / "trials.jsonl").read_text().splitlines()
+        assert [json.loads(line)["rows"] for line in lines] == rows
 
 
 def test_controls_are_compared_with(proved, root):

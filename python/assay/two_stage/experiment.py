@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import pyarrow as pa
+
 from assay import select
 from assay._json import dumps
 from assay.corpus.storage import Store
@@ -59,7 +61,8 @@ def two_stage(
     training, output = training or Training(), Store.at(out)
     trainee = Trainee(question.model, question.held_out)
     with laboratory(recipe, trainee, output, training, progress, [_JSON, _PAGE]) as lab:
-        rule, chosen = _choices(recipe, question, training.seeds)
+        table = lab.trainable(read_whole(recipe.output, [question.by]).table)
+        rule, chosen = _choices(table, question, training.seeds)
         found = [lab.trial(data, seed, rows) for seed in range(training.seeds) for data, rows in chosen[seed].items()]
         own = (question.by, question.top, rule, question.model, training)
         report = Report(*own, lab.untrained(), len(lab.held_out), found)
@@ -68,9 +71,8 @@ def two_stage(
     return report
 
 
-def _choices(recipe: Recipe, question: Question, seeds: int) -> tuple[str, list[dict[str, Rows]]]:
+def _choices(table: pa.Table, question: Question, seeds: int) -> tuple[str, list[dict[str, Rows]]]:
     """The selection in words, and by seed the rows of everybody: rows of all shards, counted one after another."""
-    table = read_whole(recipe.output, [question.by]).table
     rows = table["row"].to_numpy()
     best = select.top(table, question.by, question.top, question.keep)
     kept = rows[best.mask]

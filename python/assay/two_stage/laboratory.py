@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 
 from assay._json import dumps
@@ -47,7 +48,8 @@ class Laboratory:
 
     Attributes:
         samples: those of the corpus that the model can train on, by row: rows of all shards, counted one after another.
-        held_out: the samples that every training is judged on; none of them is one of the corpus.
+        held_out: the samples that every training is judged on; none of them is one of the corpus, or of what scores are
+            fitted to.
     """
 
     learner: Learner
@@ -60,27 +62,31 @@ class Laboratory:
         """The model as it is."""
         return evaluate(self.learner, self.learner.model, self.held_out, 0)
 
+    def trainable(self, scores: pa.Table) -> pa.Table:
+        """Of a table of scores the rows that the model can train on: of others nobody has as many samples as rows."""
+        found = scores.filter(pa.array(np.isin(scores["row"].to_numpy(), list(self.samples))))
+        if not found.num_rows:
+            raise EngineError("corpus: none of the rows with scores is a sample for the model that is trained")
+        return found
+
     def is_known(self, seed: int, rows: Rows) -> bool:
         """Whether an earlier call has trained on them."""
         return self.known.key(rows, seed, self.training) in self.known.evaluations
 
     def seconds_per_step(self, rows: Rows, steps: int) -> float:
         """Of a training on these rows, measured in so many once everything is warm."""
-        brief, samples = replace(self.training, steps=steps, evaluations=1), self._samples("a step", rows)
+        brief, samples = (
+            replace(self.training, steps=steps, evaluations=1),
+            [self.samples[row] for row in rows.tolist()],
+        )
         for _ in range(2):
             began = time.perf_counter()
             train(self.learner, samples, self.held_out[:1], brief, 0)
         return (time.perf_counter() - began) / steps
 
-    def _samples(self, data: str, rows: Rows) -> list[Encoded]:
-        found = [self.samples[row] for row in rows.tolist() if row in self.samples]
-        if not found:
-            raise EngineError(f"{data}: none of its {len(rows)} rows is a sample for the model that is trained")
-        return found
-
     def trial(self, data: str, seed: int, rows: Rows) -> Trial:
         """A training on the samples of these rows, which ``data`` names; of an earlier call, if it has been done."""
-        training, samples = self.training, self._samples(data, rows)
+        training, samples = self.training, [self.samples[row] for row in rows.tolist()]
         key = self.known.key(rows, seed, training)
         if found := self.known.evaluations.get(key):
             return Trial(data, seed, len(samples), found)
@@ -125,9 +131,37 @@ def laboratory(
         CorpusError: an output that lies in the corpus, the held-out samples or targets, or among scores, or that has
             somebody's files of these names.
     """
-    spec = recipe.models.get(trainee.model)
-    if spec is None:
-        raise EngineError(f"train: no model is called {trainee.model!r}; the recipe has {', '.join(recipe.models)}")
+    _refuse_untrainable(recipe, trainee.model)
+    corpora = {path: find_shards(path) for path in (recipe.corpus.path, trainee.held_out, *recipe.fitted_to().values())}
+    corpus, held_out = corpora[recipe.corpus.path], corpora[trainee.held_out]
+    fitted = {name: corpora[path] for name, path in recipe.fitted_to().items() if path != recipe.corpus.path}
+    _refuse_leaks(corpus, held_out, fitted)
+    for path, own in corpora.items():
+        refuse_overlap(output, path, own, [TRIALS])
+    refuse_scores(output, Store.at(recipe.output))
+    _refuse_strangers(output, [TRIALS, *written])
+    run(recipe, progress=progress or Progress())
+    with claim(output, "an experiment"):
+        learner = _learner(recipe, trainee.model, corpus)
+        basis = {
+            "model": fingerprints({trainee.model: recipe.models[trainee.model]}),
+            "held_out": corpus_fingerprint(held_out, images=recipe.task.files_column),
+            "corpus": corpus_fingerprint(corpus, images=recipe.task.files_column),
+            "task": json.loads(dumps(recipe.task.model_dump())),
+            "version": __version__,
+        }
+        samples = _samples("corpus", corpus, learner)
+        judged = _unseen(_samples("held-out", held_out, learner), "the corpus", samples)
+        for name, own in fitted.items():
+            judged = _unseen(judged, name, samples_by_row(name, own, learner.encoder))
+        basis["judged"] = hashlib.sha256(np.fromiter(judged, np.int64).tobytes()).hexdigest()
+        yield Laboratory(learner, samples, list(judged.values()), training, _Trials(output, basis))
+
+
+def _refuse_untrainable(recipe: Recipe, model: str) -> None:
+    """EngineError unless it is a model of the recipe, and its task one to train on."""
+    if model not in recipe.models:
+        raise EngineError(f"train: no model is called {model!r}; the recipe has {', '.join(recipe.models)}")
     if not recipe.task.asks_models:
         raise EngineError(f"train: nothing is predicted in a task of kind {recipe.task.kind}; expected another kind")
     if not recipe.task.teaches:
@@ -136,52 +170,34 @@ def laboratory(
         )
     if recipe.task.group_rows is not None:
         raise EngineError("train: samples of a contrastive task share their losses, and are not trained on here")
-    corpus, held_out = find_shards(recipe.corpus.path), find_shards(trainee.held_out)
-    _refuse_leaks(recipe, corpus, held_out)
-    corpora = {recipe.corpus.path: corpus, trainee.held_out: held_out}
-    for path in (*corpora, *recipe.fitted_to().values()):
-        refuse_overlap(output, path, corpora.get(path) or find_shards(path), [TRIALS])
-    refuse_scores(output, Store.at(recipe.output))
-    _refuse_strangers(output, [TRIALS, *written])
-    run(recipe, progress=progress or Progress())
-    with claim(output, "an experiment"):
-        learner = _learner(recipe, trainee.model, corpus)
-        basis = {
-            "model": fingerprints({trainee.model: spec}),
-            "held_out": corpus_fingerprint(held_out, images=recipe.task.files_column),
-            "corpus": corpus_fingerprint(corpus, images=recipe.task.files_column),
-            "task": json.loads(dumps(recipe.task.model_dump())),
-            "version": __version__,
-        }
-        samples, judged = _samples("corpus", corpus, learner), _samples("held-out", held_out, learner)
-        yield Laboratory(learner, samples, _unseen(judged, samples), training, _Trials(output, basis))
 
 
-def _refuse_leaks(recipe: Recipe, corpus: Corpus, held_out: Corpus) -> None:
+def _refuse_leaks(corpus: Corpus, held_out: Corpus, fitted: Mapping[str, Corpus]) -> None:
     """EngineError if a file of held-out samples is trained on, or a score has seen it."""
     judged = {held_out.store.real(shard.path) for shard in held_out.shards}
-    fitted = {name: find_shards(path) for name, path in recipe.fitted_to().items()}
     for name, other in {"the corpus": corpus, **fitted}.items():
         if shared := sorted(judged.intersection(other.store.real(shard.path) for shard in other.shards)):
             nobody = "nobody trains on" if other is corpus else "no score is fitted to"
             raise EngineError(f"held-out: {shared[0]} is part of {name}; expected samples that {nobody}")
 
 
-def _unseen(held_out: Mapping[int, Encoded], samples: Mapping[int, Encoded]) -> list[Encoded]:
-    """The held-out samples that are not in the corpus too, in files of other names."""
+def _unseen(held_out: Mapping[int, Encoded], what: str, samples: Mapping[int, Encoded]) -> Mapping[int, Encoded]:
+    """The held-out samples that are not among these too, in files of other names."""
     contents = {row: _content(sample) for row, sample in held_out.items()}
     known = set(contents.values())
     seen = {content for sample in samples.values() if (content := _content(sample)) in known}
-    found = [sample for row, sample in held_out.items() if contents[row] not in seen]
+    found = {row: sample for row, sample in held_out.items() if contents[row] not in seen}
     if not found:
         raise EngineError(
-            f"held-out: all of its {len(held_out):,} samples are in the corpus too; expected some that nobody trains on"
+            f"held-out: all of its {len(held_out):,} samples are in {what} too; expected some that nobody trains "
+            "on and no score is fitted to"
         )
     if len(found) < len(held_out):
         log.warning(
-            "held-out: %d of %d samples are in the corpus too; nothing is judged on them",
+            "held-out: %d of %d samples are in %s too; nothing is judged on them",
             len(held_out) - len(found),
             len(held_out),
+            what,
         )
     return found
 

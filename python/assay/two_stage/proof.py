@@ -96,7 +96,7 @@ def prove(
         scores = open_scores(recipe.output)
         controls = list(_controls(scores) if comparison.against is None else comparison.against)
         names = list(dict.fromkeys([*comparison.by, *controls]))
-        table = read_whole(recipe.output, names).table
+        table = lab.trainable(read_whole(recipe.output, names).table)
         values = {name: values_digest(scores, name) for name in names}
         ends = {name: _end(scores, name, comparison.keep.get(name)) for name in names}
         chosen = [_choices(part, ends, comparison, pool) for pool, part in enumerate(_parts(table, comparison.pools))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,12 +13,14 @@ import yaml
 
 from assay.corpus.errors import CorpusError
 from assay.corpus.storage import Store
+from assay.curate import read_whole
 from assay.recipe import load_recipe
 from assay.recipe.errors import EngineError
 from assay.recipe.recipe import BatchSpec
 from assay.recipe.tasks import Encoded
 from assay.tasks.base import Outputs
 from assay.two_stage import Comparison, Trainee, Training, laboratory, prove
+from assay.two_stage.proof import _parts
 from assay.two_stage.training import Learner, evaluate, with_a_loss
 from tests.small_project import make_rows
 
@@ -78,6 +81,20 @@ def _towards(root, output, target):
     own["methods"] = [{"method": "gradient_cosine", "model": "small", "targets": ["mine"]}]
     (root / "towards.yaml").write_text(yaml.safe_dump(own))
     return load_recipe(root / "towards.yaml")
+
+
+def test_copies_of_a_row_are_in_one_part_whatever_their_files(root, tmp_path):
+    shutil.copytree(root / "data", tmp_path / "data")
+    shutil.copy(root / "data/deep/b.jsonl", tmp_path / "data/c.jsonl")
+    recipe = load_recipe(root / "recipe.yaml", [f"output={tmp_path / 'scores'}", f"corpus.path={tmp_path / 'data'}"])
+    trainee, out = Trainee("large", str(root / "held-out")), Store.at(str(tmp_path / "o"))
+    with laboratory.laboratory(recipe, trainee, out, Training()) as lab:
+        table = lab.trainable(read_whole(recipe.output).table)
+        contents = lab.contents(table)
+    assert len(set(contents.tolist())) == 120
+    parts = [set(contents[part["row"].to_numpy()].tolist()) for part in _parts(table, contents, 6)]
+    assert sum(map(len, parts)) == 120
+    assert {len(part) for part in parts} == {20}
 
 
 @pytest.mark.parametrize(("step", "advice"), [(0, "of the untrained model"), (7, "take a smaller learning rate")])

@@ -69,6 +69,11 @@ class Laboratory:
             raise EngineError("corpus: none of the rows with scores is a sample for the model that is trained")
         return found
 
+    def contents(self, scores: pa.Table) -> npt.NDArray[np.uint64]:
+        """(rows,) of a table of ``trainable`` rows: the same number for samples that are the same to the last token."""
+        digests = (_content(self.samples[row]) for row in scores["row"].to_pylist())
+        return np.array([int.from_bytes(digest[:8], "little") for digest in digests], np.uint64)
+
     def is_known(self, seed: int, rows: Rows) -> bool:
         """Whether an earlier call has trained on them."""
         return self.known.key(rows, seed, self.training) in self.known.evaluations

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from assay import select
@@ -80,8 +81,8 @@ def prove(
     from the same parts, and on random rows of them, all as many and for as many steps; compare held-out losses part by
     part.
 
-    No row is in two parts: the gain of a score that knows nothing has either sign alike in each part, whatever the
-    other parts' are, so that such a score is proved no more often than the interval says.
+    No row is in two parts, nor a copy of it: the gain of a score that knows nothing has either sign alike in each part,
+    whatever the other parts' are, so that such a score is proved no more often than the interval says.
 
     A score is proved if its gain over random rows, by Wilcoxon's interval of 95 %, is above 0. Under ``out`` lie
     ``proof.json``, which `assay select --proved` asks, and ``trials.jsonl``: called again, only what is missing is
@@ -99,7 +100,8 @@ def prove(
         table = lab.trainable(read_whole(recipe.output, names).table)
         values = {name: values_digest(scores, name) for name in names}
         ends = {name: _end(scores, name, comparison.keep.get(name)) for name in names}
-        chosen = [_choices(part, ends, comparison, pool) for pool, part in enumerate(_parts(table, comparison.pools))]
+        parts = _parts(table, lab.contents(table), comparison.pools)
+        chosen = [_choices(part, ends, comparison, pool) for pool, part in enumerate(parts)]
         began = time.perf_counter()
         untrained = lab.untrained().loss
         on_cost(_cost(lab, chosen, time.perf_counter() - began))
@@ -130,10 +132,18 @@ def _end(scores: Scores, name: str, keep: End | None) -> End:
     return end
 
 
-def _parts(table: pa.Table, pools: int) -> list[pa.Table]:
-    """Each row in one of them, in random order: of equal scores none is chosen for where its row lies in the corpus."""
+def _parts(table: pa.Table, contents: npt.NDArray[np.uint64], pools: int) -> list[pa.Table]:
+    """Each row in one of them, beside its copies: what is chosen from one part would be chosen from the others too.
+
+    In random order: of equal scores none is chosen for where its row lies in the corpus.
+
+    Args:
+        contents: (rows,) alike of rows that are.
+    """
     order = uniform(table.num_rows, 0).argsort()
-    return [table.take(pa.array(order[pool::pools])) for pool in range(pools)]
+    _, first, group = np.unique(contents[order], return_index=True, return_inverse=True)
+    part = first.argsort().argsort()[group] % pools  # dealt out in the order in which they come
+    return [table.take(pa.array(order[part == pool])) for pool in range(pools)]
 
 
 def _choices(part: pa.Table, ends: Mapping[str, End], comparison: Comparison, pool: int) -> dict[str, Rows]:

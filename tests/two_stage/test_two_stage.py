@@ -14,6 +14,7 @@ from torch import nn
 
 from assay.cli import main
 from assay.corpus.errors import CorpusError
+from assay.recipe import load_recipe
 from assay.recipe.errors import EngineError
 from assay.two_stage import Question, Training, laboratory, two_stage
 from assay.two_stage.training import _batches
@@ -108,6 +109,23 @@ def test_what_is_done_is_not_done_again(root, recipe, tmp_path, monkeypatch) -> 
     assert fresh == report
     two_stage(recipe, question(root, top=20), str(out), brief)  # everything is what it was
     assert len(trained) == 13 + 4
+
+
+def test_a_model_of_other_arguments_is_trained_again(root, tmp_path, monkeypatch) -> None:
+    """Its weights and its source are the same."""
+    (tmp_path / "twostagemodels.py").write_text(
+        "from torch.nn import Dropout, Linear, ReLU, Sequential\n"
+        f"def make(p): return Sequential(Linear({SIZE}, 8), Sequential(ReLU(), Dropout(p)), Linear(8, {CLASSES}))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    model = {"kind": "python", "factory": "twostagemodels:make", "path": str(root / "models/large.safetensors")}
+    brief, found = Training(steps=9, batch_size=8, learning_rate=0.05, seeds=1, evaluations=1), []
+    for p in (0.0, 0.9, 0.0):
+        keys = [f"models.large={json.dumps(model | {'arguments': {'p': p}})}", f"output={tmp_path / 'scores'}"]
+        recipe = load_recipe(root / "recipe.yaml", keys, trust=("twostagemodels",))
+        found.append(two_stage(recipe, question(root), str(tmp_path / "out"), brief).trials)
+    assert found[0] == found[2]
+    assert all(a.last.loss != b.last.loss for a, b in zip(*found[:2], strict=True))
 
 
 def test_each_sample_comes_once_before_any_comes_again() -> None:

@@ -147,9 +147,9 @@ def laboratory(
     _refuse_strangers(output, [TRIALS, *written])
     run(recipe, progress=progress or Progress())
     with claim(output, "an experiment"):
-        learner = _learner(recipe, trainee.model, corpus)
+        learner, spec = _learner(recipe, trainee.model, corpus), recipe.models[trainee.model]
         basis = {
-            "model": fingerprints({trainee.model: recipe.models[trainee.model]}),
+            "model": [spec.identity(), fingerprints({trainee.model: spec})],
             "held_out": corpus_fingerprint(held_out, images=recipe.task.files_column),
             "corpus": corpus_fingerprint(corpus, images=recipe.task.files_column),
             "task": json.loads(dumps(recipe.task.model_dump())),

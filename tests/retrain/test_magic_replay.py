@@ -18,9 +18,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from assay.retrain import Plan, magic
+from assay.retrain import SGD, Plan, magic
 from assay.retrain.magic_replay import InMemory, Replay, replayed_steps
-from tests.retrain.test_magic import OPTIMIZERS, losses, world
+from tests.retrain.test_magic import OPTIMIZERS, RATES, losses, world
 
 
 @lru_cache(None)
@@ -193,6 +193,19 @@ def test_losses_that_compute_something_else_are_found_by_replaying(tmp_path: Pat
 
     with pytest.raises(RuntimeError, match="step 0 was replayed to other numbers"):
         magic(replace(training, losses=other), targets, weights=weights, folder=tmp_path, directions=1)
+
+
+def test_other_losses_are_found_where_the_rate_begins_at_0(tmp_path: Path) -> None:
+    """Of plain SGD: states say nothing of the losses before the first step that moves."""
+    training, targets, weights = world(SGD([0.0, 0.0, *RATES[2:]]))
+    options: dict[str, Any] = {"weights": weights, "target_losses": losses, "folder": tmp_path, "directions": 0}
+    magic(training, targets, **options)
+
+    def other(model: Any, batch: Any) -> Tensor:
+        return 1.0001 * losses(model, batch)
+
+    with pytest.raises(RuntimeError, match="step 2 was replayed to other numbers"):
+        magic(replace(training, losses=other), targets, **options)
 
 
 def test_another_loss_of_the_targets_is_found_by_taking_it_again(tmp_path: Path) -> None:

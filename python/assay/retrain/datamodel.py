@@ -69,8 +69,9 @@ class SmallModelDatamodel:
             samples: N, the size of the pool.
             subsets: m.
             share: α, the part of the pool in a subset.
-            seeds: trainings per subset, their outputs averaged: the variance between seeds is noise to the fit.
-            seed: of the subsets; trainings get seed, seed + 1, ….
+            seeds: trainings per subset, their outputs averaged: of few, the scores and ``lds`` are partly about these
+                seeds, which all subsets share.
+            seed: of the subsets; each subset's trainings get seed, seed + 1, ….
             kind: as in ``fit``.
 
         Raises:

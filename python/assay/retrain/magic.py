@@ -139,7 +139,8 @@ class _Run:
             digests[: len(known)] = known
         self._digests = digests
         self._replay = Replay(training.initial, self._advance, plan.checkpoints, folder or InMemory(), digests)
-        self._replay.check_first()
+        still = next((step for step, rate in enumerate(training.rates) if rate), 0)  # a schedule may begin at 0
+        self._replay.check_beginning(still + 1)
 
     def _advance(self, state: tuple[Tensor, ...], step: int) -> tuple[Tensor, ...]:
         return self._training.advance(state, step, self._weights)

@@ -96,14 +96,18 @@ class Replay:
                 room -= 1
         return state
 
-    def check_first(self) -> None:
-        """Make the first step again, where it was made before: whether this is still the same run.
+    def check_beginning(self, steps: int) -> None:
+        """Make the first steps again, where they were made before: whether this is still the same run.
 
         Raises:
             RuntimeError: it is not.
         """
-        if int(self._digests[1]):
-            self._compare(1, self._advance(self._start(), 0))
+        state = self._start()
+        for step in range(steps):
+            if not int(self._digests[step + 1]):
+                break
+            state = self._advance(state, step)
+            self._compare(step + 1, state)
 
     def _compare(self, step: int, state: State) -> None:
         found, known = digest(state), int(self._digests[step])

@@ -93,6 +93,8 @@ def test_trends_are_means_of_one_dimensional_clusters() -> None:
         assert predicted_accuracy(current, early, final) == pytest.approx(expected)
     assert predicted_accuracy(0.5, early, final, groups=1) == pytest.approx(final.mean())
     assert predicted_accuracy(0.5, [0.4, 0.4], [0.6, 0.8]) == pytest.approx(0.7)  # fewer values than groups
+    with pytest.raises(ValueError, match="current: 1 of 1 are not finite"):
+        predicted_accuracy(float("nan"), early, final)
 
 
 def world() -> dict[str, np.ndarray]:

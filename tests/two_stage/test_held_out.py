@@ -113,9 +113,9 @@ def test_samples_without_a_loss_are_left_out_aloud(caplog):
     )
     encoder = SimpleNamespace(collate=list)
     learner = Learner(torch.nn.Linear(1, 1), task, encoder, BatchSpec())
-    samples = {row: Encoded(loss, 1, 0) for row, loss in {3: 0.5, 4: torch.nan, 9: 2.0}.items()}
+    samples = {row: Encoded(loss, 1, 0) for row, loss in {3: 0.5, 4: torch.nan, 7: torch.inf, 9: 2.0}.items()}
     assert list(with_a_loss(learner, samples, "corpus")) == [3, 9]
-    assert "corpus: 1 of its 3 samples have no loss" in caplog.text
+    assert "corpus: 2 of its 4 samples have no finite loss" in caplog.text
     assert list(with_a_loss(learner, {3: samples[3]}, "held-out")) == [3]
     assert "held-out" not in caplog.text
 

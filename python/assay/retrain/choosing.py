@@ -145,7 +145,7 @@ def predicted_accuracy(current: float, validation: npt.ArrayLike, final: npt.Arr
         validation, final: (B,) on the benchmarks at that epoch, and in the end.
         groups: clusters; fewer where there are fewer values.
     """
-    early, late = finite(validation, "validation"), finite(final, "final")
+    now, early, late = finite(current, "current"), finite(validation, "validation"), finite(final, "final")
     if early.ndim != 1 or not early.size or early.shape != late.shape:
         raise ValueError(f"expected validation and final accuracies (B,), got {early.shape} and {late.shape}")
     values = np.unique(early)
@@ -153,7 +153,7 @@ def predicted_accuracy(current: float, validation: npt.ArrayLike, final: npt.Arr
     starts = values[np.round(np.linspace(0, len(values) - 1, k)).astype(int)]  # ends and between: no luck
     fitted = require("sklearn.cluster", "cli").KMeans(k, init=starts[:, None], n_init=1).fit(early[:, None])
     centres, members = fitted.cluster_centers_[:, 0], fitted.labels_
-    return float(late[members == np.abs(centres - current).argmin()].mean())
+    return float(late[members == np.abs(centres - now).argmin()].mean())
 
 
 def choose_model(

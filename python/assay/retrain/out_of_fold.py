@@ -66,7 +66,7 @@ def out_of_fold(
             a mapping of names to such. Callables get tensors for arrays, and everything else as it is.
         y: (N,) labels, wrong ones included: 0..C−1, or class names or truth values, numbered in their order.
         folds: their number (stratified by label, shuffled by ``seed``), or (N,) the fold of every sample: any integers
-            ≥ 0.
+            ≥ 0. Only so do copies of a sample share a fold; in another one they have been trained on.
         seed: of the shuffle.
         batch_size: rows per prediction of a callable.
 

@@ -98,18 +98,18 @@ class Learner:
 
 
 def with_a_loss(learner: Learner, samples: Mapping[int, Encoded], what: str) -> dict[int, Encoded]:
-    """By row, those that have something to predict, by the untrained model. EngineError if none has."""
+    """By row, those of which the untrained model has a finite loss. EngineError if none has one."""
     rows, each = list(samples), list(samples.values())
     found: list[int] = []
     with undisturbed(learner.model), torch.no_grad():
         for places in make_batches(each, learner.limits):
             losses = learner.task.forward(learner.model, learner.batch([each[i] for i in places])).losses
-            found += [i for i, loss in zip(places, losses.tolist(), strict=True) if not math.isnan(loss)]
+            found += [i for i, loss in zip(places, losses.tolist(), strict=True) if math.isfinite(loss)]
     if not found:
-        raise EngineError(f"{what}: none of its {len(samples)} samples has a loss")
+        raise EngineError(f"{what}: none of its {len(samples)} samples has a finite loss")
     if left_out := len(samples) - len(found):
         log.warning(
-            "%s: %d of its %d samples have no loss (nothing to predict, or NaN); they are left out",
+            "%s: %d of its %d samples have no finite loss (nothing to predict, NaN or infinite); they are left out",
             what,
             left_out,
             len(samples),

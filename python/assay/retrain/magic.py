@@ -19,11 +19,13 @@ from assay.retrain.magic_optimizers import Adam
 from assay.retrain.magic_plan import Plan
 from assay.retrain.magic_replay import InMemory, Replay
 from assay.retrain.magic_smoothness import MISSED, SMOOTH, WIDTH, alignment, missed, perturbed_runs
-from assay.retrain.magic_training import Losses, Training, running
+from assay.retrain.magic_training import Diverged, Losses, Training, running
 from assay.tasks import Task
 
 Targets = Mapping[str, Sequence[Any]]
 """By the target's name, batches as ``losses`` takes them."""
+
+_LOOKED_AT = 16  # batches, of which each resumption takes the losses
 
 _log = logging.getLogger("assay")
 
@@ -95,7 +97,7 @@ def magic(
         ValueError, TypeError: no target, one without samples, or whose loss is not finite; what ``Training`` or the
             checks refuse; a run that would take more than ``most_bytes``; a folder of another run.
         Diverged: a sample's loss is not finite.
-        RuntimeError: a replayed state came out otherwise than before.
+        RuntimeError: a replayed state, or a batch's or target's loss, came out otherwise than before.
     """
     if not isinstance(targets, Mapping):
         raise TypeError(f"targets: expected batches by name, got {type(targets).__name__}")
@@ -130,6 +132,8 @@ class _Run:
 
     def __init__(self, training: Training, weights: Tensor, plan: Plan, folder: Folder | None) -> None:
         self._training, self._weights, self._folder = training, weights, folder
+        last, most = training.steps - 1, _LOOKED_AT - 1
+        self._looked_at = sorted({round(i * last / most) for i in range(_LOOKED_AT)}) if folder else []
         self._progress = folder.progress() if folder else None
         digests = torch.zeros(training.steps + 1, dtype=torch.int64)
         if self._progress is not None:
@@ -149,9 +153,12 @@ class _Run:
         """The trained model, its metasmoothness and its targets' gradients; or what was saved of a later point.
 
         Raises:
-            RuntimeError: a target's loss that comes out otherwise than before: no fingerprint knows what it computes.
+            RuntimeError: a target's loss, or of a folder's run a batch's, that comes out otherwise than before: no
+                fingerprint knows what they compute.
         """
         found = self._progress or self._there(targets, losses, directions, seed)
+        if self._progress is not None:
+            self._compare_losses(found)
         name, batches = next(iter(targets.items()))
         again, _ = self._training.target_gradient(found.final, losses, batches)
         if again != float(found.losses[0]):
@@ -161,6 +168,27 @@ class _Run:
                 "machine"
             )
         return found
+
+    def _compare_losses(self, before: Progress) -> None:
+        for step, known, found in zip(
+            self._looked_at, before.told.tolist(), self._batch_losses(before.final), strict=True
+        ):
+            if known != found:
+                raise RuntimeError(
+                    f"step {step}: after the run its batch's mean loss was {known:.7g} before, and is {found:.7g} now: "
+                    "where the run was resumed, its losses are other ones, or of another machine"
+                )
+
+    def _batch_losses(self, theta: Tensor) -> list[float]:
+        """The mean losses of batches from all over the run, if it has a folder."""
+        return [self._mean_loss(theta, step) for step in self._looked_at]
+
+    def _mean_loss(self, theta: Tensor, step: int) -> float:
+        """Of a step's batch; infinite where one is not finite."""
+        try:
+            return float(self._training.weighted_loss(theta, step, self._training.weights()).detach())
+        except Diverged:
+            return float("inf")
 
     def _there(self, targets: Mapping[str, list[Any]], losses: Task | Losses, directions: int, seed: int) -> Progress:
         training, final = self._training, self._replay.state(self._training.steps)
@@ -182,6 +210,7 @@ class _Run:
             smoothness,
             changes,
             final[0].clone(),
+            torch.tensor(self._batch_losses(final[0]), dtype=torch.float64),
             self._digests,
         )
         if self._folder is not None:

@@ -41,6 +41,7 @@ class Progress:
         smoothness: (directions,) float64.
         changes: (directions, 2, targets) float64, of the losses in the metasmoothness' runs; NaN: one diverged.
         final: (P,) the trained parameters.
+        told: (looked at,) float64, the losses of some of the run's batches at these.
         digests: (T + 1,) int64 of every state.
     """
 
@@ -51,10 +52,11 @@ class Progress:
     smoothness: Tensor
     changes: Tensor
     final: Tensor
+    told: Tensor
     digests: Tensor
 
     def tensors(self) -> dict[str, Tensor]:
-        names = ("in_weights", "losses", "smoothness", "changes", "final", "digests")
+        names = ("in_weights", "losses", "smoothness", "changes", "final", "told", "digests")
         parts = {f"adjoint{k}.{i}": part for k, own in enumerate(self.adjoints) for i, part in enumerate(own)}
         return {**{name: getattr(self, name) for name in names}, **parts}
 
@@ -130,7 +132,7 @@ class Folder:
         if not (self.path / _PROGRESS).exists():
             return None
         step, tensors = self._read(_PROGRESS)
-        of_host = ("in_weights", "losses", "smoothness", "changes", "digests")
+        of_host = ("in_weights", "losses", "smoothness", "changes", "told", "digests")
         try:
             return Progress.of(step, {n: t if n in of_host else t.to(self._device) for n, t in tensors.items()})
         except (KeyError, TypeError) as error:
@@ -226,7 +228,7 @@ def facts(
         "targets": targets,
         "settings": {"rows_at_once": training.rows_at_once, "dropout_seed": training.dropout_seed, **settings},
     }
-    return {"format": "2", **{name: _digest(value) for name, value in own.items()}}
+    return {"format": "3", **{name: _digest(value) for name, value in own.items()}}
 
 
 def _digest(value: Any) -> str:

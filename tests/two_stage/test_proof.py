@@ -88,6 +88,8 @@ def test_each_row_is_in_one_part_and_equal_scores_are_chosen_from_at_random():
         for rows in found.values():
             assert (np.diff(rows) > 0).all()
             assert 15 < (rows < 300).sum() < 35  # the first 50 of a part's 100 rows would be nearly all of these
+    with pytest.raises(EngineError, match="pools: 5 different rows are too few for 6 parts"):
+        parts_of(6, copies=9, same=np.zeros(5, np.float32))
 
 
 @pytest.mark.parametrize("copies", [1, 10])

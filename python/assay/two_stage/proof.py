@@ -139,9 +139,14 @@ def _parts(table: pa.Table, contents: npt.NDArray[np.uint64], pools: int) -> lis
 
     Args:
         contents: (rows,) alike of rows that are.
+
+    Raises:
+        EngineError: fewer different rows than parts.
     """
     order = uniform(table.num_rows, 0).argsort()
     _, first, group = np.unique(contents[order], return_index=True, return_inverse=True)
+    if len(first) < pools:
+        raise EngineError(f"pools: {len(first)} different rows are too few for {pools} parts; expected a larger corpus")
     part = first.argsort().argsort()[group] % pools  # dealt out in the order in which they come
     return [table.take(pa.array(order[part == pool])) for pool in range(pools)]
 

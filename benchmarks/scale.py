@@ -4,8 +4,8 @@
 A small MLP scores vectors of 64 numbers, so that what is timed is the engine: reading, batches, tables. Every run is a
 process of its own, and its peak memory the system's count. What does not grow with the rows is timed apart: a process
 scores a single batch first, which is its start (imports, the model, what is made when it is first used), then that
-again, three times, which is what any run costs (a plan, models' files read and hashed, folders, a first table), then the
-corpus.
+again, three times, which is what any run costs (a plan, models' files read and hashed, folders, a first table), and
+then the corpus.
 
 Ray's actors score a corpus, one and two of them in turn, beside ``ray.data.map_batches`` with the same model written by
 hand. Each way also does a tenth of the rows, and what the others take beyond that tells its rate, without its start.

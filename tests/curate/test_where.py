@@ -80,6 +80,11 @@ def passing(rows, text):
 CONDITIONS = [
     ("x > 0", lambda x, y, z: x > 0, "x"),
     ("not (x < 0.5)", lambda x, y, z: ~(x < 0.5), "x"),
+    ("x <= 0.3", lambda x, y, z: x <= np.float32(0.3), "x"),
+    ("x >= 0.7 or -0.6 >= x", lambda x, y, z: (x >= np.float32(0.7)) | (x <= np.float32(-0.6)), "x"),
+    ("x = 0.1 or x in (-.2, 3e-1)", lambda x, y, z: np.isin(x.round(1), [0.1, -0.2, 0.3]), "x"),
+    ("x between 0.1 and 0.7", lambda x, y, z: (x.round(1) >= 0.1) & (x.round(1) <= 0.7), "x"),
+    ("x <> 0.69999998 and 1 * x > 0.1", lambda x, y, z: x > 0.1, "x"),  # between two of them, and calculated
     ("x > 0 or y > 0", lambda x, y, z: (x > 0) | (y > 0), "xy"),
     ("not (x < 0 and y < 0)", lambda x, y, z: ~((x < 0) & (y < 0)), "xy"),
     ("x <> 0.5 and y != x", lambda x, y, z: (x != 0.5) & (y != x), "xy"),
@@ -190,7 +195,7 @@ def random_condition(rng, depth):
             return f"{name} {symbol} quantile(x + y, 0.4)", lambda x, y: compare(
                 {"x": x, "y": y}[name], np.nanquantile(x + y, 0.4, method="lower")
             )
-        return f"{name} {symbol} {limit}", lambda x, y: compare({"x": x, "y": y}[name], limit)
+        return f"{name} {symbol} {limit}", lambda x, y: compare({"x": x, "y": y}[name], np.float32(limit))
     left, first = random_condition(rng, depth - 1)
     if rng.random() < 0.3:
         return f"NOT ({left})", lambda x, y: ~first(x, y)

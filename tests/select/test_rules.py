@@ -174,6 +174,22 @@ def test_a_draw_with_replacement_takes_no_row_without_a_score_and_is_reproducibl
         select.draw(table([math.nan]), "s", 1, seed=0)
 
 
+@pytest.mark.parametrize("end", ["high", "low"])
+def test_a_threshold_is_the_float32_that_is_written_so(end):
+    """What a page shows as a cut cuts there."""
+    values = np.concatenate([np.arange(1, 100, dtype=np.float32) / 100, [np.float32(1e-40), np.float32(3e38), 0]])
+    held = table(values, end)
+    for value in values.astype(np.float32):
+        wanted = values >= value if end == "high" else values <= value
+        for written in (float(str(value)), float(value)):
+            chosen = select.threshold(held, "s", written)
+            np.testing.assert_array_equal(chosen.mask, wanted)
+            assert chosen.threshold == value
+    between = np.nextafter(np.float64(np.float32(0.5)), 1)  # nothing is written so
+    assert select.threshold(held, "s", between).threshold == between
+    assert select.threshold(table([0.0, 1.0], "high"), "s", 1e-60).mask.tolist() == [False, True]
+
+
 def test_nan_is_no_threshold():
     with pytest.raises(ValueError, match="threshold nan: expected a number"):
         select.threshold(table([1.0]), "s", math.nan)

@@ -44,9 +44,17 @@ class Piece:
     parameters: Mapping[str, float | str] = field(default_factory=dict)
     plain: bool = False
     """A column or a number as it stands, which cannot fail."""
+    is_score: bool = False
+    """A score as it stands: a float32."""
     inside: str = ""
     logic: Logic | None = None
     """Of a condition."""
+
+    @property
+    def constant(self) -> tuple[str, float] | None:
+        """Of a number as it stands, the name by which it is bound, and what it is."""
+        bound = list(self.parameters.items()) if self.plain and self.kind == "number" else []
+        return (bound[0][0], float(bound[0][1])) if bound else None
 
 
 @dataclass(frozen=True)

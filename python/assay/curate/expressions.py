@@ -14,6 +14,7 @@ from typing import Any
 from assay.curate.condition import Aggregate, Comparison, Condition, ExpressionError, Kind, Piece, Rank, sound
 from assay.curate.dataset import SHARD
 from assay.curate.tree import Node, arguments_of, is_empty, positions_of, value_of, words_of
+from assay.select.selection import as_score
 
 _FUNCTIONS = ("abs", "ceil", "exp", "floor", "round")
 # From where on a function has a value. Beyond, as over divisions by 0, versions of DuckDB differ: an error, NaN, null.
@@ -129,8 +130,9 @@ class _Compiler:
         if self._kinds[name] == "condition":
             self.comparisons.append(Comparison(name, column, frozenset(), ()))
             return Piece(column, "condition", name, plain=True, logic=len(self.comparisons) - 1)
-        needs = frozenset([column]) if self._kinds[name] == "number" else frozenset()
-        return Piece(column, self._kinds[name], name, needs, plain=True)
+        is_number = self._kinds[name] == "number"
+        needs = frozenset([column]) if is_number else frozenset()
+        return Piece(column, self._kinds[name], name, needs, plain=True, is_score=is_number and name != "row")
 
     def _constant(self, node: Node) -> Piece:
         self._only(node, "literal", "value")
@@ -188,6 +190,9 @@ class _Compiler:
             return self._compared(f"({{}} {_LIKES[name]} {{}})", [self._expect(child, "text") for child in children])
         if name in _OPERATORS and len(children) in (1, 2):
             pieces = [self._expect(child, "number") for child in children]
+            if len(pieces) == 1 and (bound := pieces[0].constant):  # versions of DuckDB read -1 in two ways
+                value = -bound[1] if name == "-" else bound[1]
+                return replace(pieces[0], text=f"{name}{pieces[0].text}", parameters={bound[0]: value})
             if len(pieces) == 1:
                 return self._number(f"({name}{{}})", pieces)
             divisor = "CASE WHEN {1} <> 0 THEN {1} END" if name in "/%" else "{1}"
@@ -297,7 +302,7 @@ class _Compiler:
         if len(kinds) > 1 or "condition" in kinds:
             found = " and ".join(f"{piece.text} is a {piece.kind}" for piece in pieces[:2])
             raise self.error(node, f"{found}; expected two numbers or two texts to compare")
-        return pieces
+        return [_as_score(piece) for piece in pieces] if any(piece.is_score for piece in pieces) else pieces
 
     def _made(self, sql: str, pieces: Sequence[Piece]) -> Piece:
         """A condition of ``pieces``, at the places ``{}`` of ``sql``."""
@@ -326,6 +331,13 @@ class _Compiler:
 
 
 _ALLOWED = "expected scores, numbers, texts, comparisons, AND, OR, NOT, IN, BETWEEN, LIKE, arithmetic and functions"
+
+
+def _as_score(piece: Piece) -> Piece:
+    """A number that scores are compared with, as a score is one."""
+    return (
+        piece if piece.constant is None else replace(piece, parameters={piece.constant[0]: as_score(piece.constant[1])})
+    )
 
 
 def _joined(sql: str, kind: Kind, parts: Sequence[str], pieces: Sequence[Piece], shown: str | None = None) -> Piece:

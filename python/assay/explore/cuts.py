@@ -23,8 +23,7 @@ class Cut:
 
     @property
     def text(self) -> str:
-        """As a condition. The number is written so that it is the float32 itself: to the condition, which compares in
-        float64, 0.7 would be another number than the score of a row that is shown as 0.7."""
+        """As a condition. The number is written in float64's digits, which are the float32 itself to everybody."""
         name = self.score.replace('"', '""')
         return f'"{name}" {_SIGNS[self.keep]} {self.value!r}'
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from assay.select.best import Keys, best, limit_of, parts_of, spans
 from assay.select.groups import Groups, best_of_each, groups_of
-from assay.select.selection import Floats, Mask, OrientedScore, Selection, oriented
+from assay.select.selection import Floats, Mask, OrientedScore, Selection, as_score, oriented
 
 Keep = Literal["high", "low"]
 Amount = int | float
@@ -51,11 +51,15 @@ def _take(
 
 
 def threshold(table: pa.Table, by: str, value: float, keep: Keep | None = None) -> Selection:
-    """Rows whose score is ``value`` or better. ValueError for NaN, which no score is."""
+    """Rows whose score is ``value`` or better. Of a column of float32, 0.7 is the float32 that is written so.
+
+    ValueError for NaN, which no score is.
+    """
     if math.isnan(value):
         raise ValueError(f"threshold {value}: expected a number")
     score = oriented(table, by, keep)
-    return score.cut(score.sign * value, f"{by}, threshold {value:g}")
+    limit = as_score(value) if score.values.dtype == np.float32 else value
+    return score.cut(score.sign * limit, f"{by}, threshold {value:g}")
 
 
 def quantile(table: pa.Table, by: str, q: float, keep: Keep | None = None, group: str | None = None) -> Selection:

@@ -101,6 +101,13 @@ class OrientedScore:
         )
 
 
+def as_score(value: float) -> float:
+    """The float32 that is written so: 0.7 is 0.699999988. A number that none is written as stays what it is."""
+    with np.errstate(over="ignore"):
+        nearest = np.float32(value)
+    return float(nearest) if float(str(nearest)) == value else value
+
+
 def indices_mask(rows: int, indices: npt.NDArray[np.int64]) -> Mask:
     """(rows,), the rows of these indices."""
     mask = np.zeros(rows, bool)

@@ -224,3 +224,24 @@ def test_what_cannot_be_told_is_said(tmp_path, capsys):
     assert "other scores than they had then" in fate.untold
     assert main(["explain", url, "a-0", "--selection", out]) == 0
     assert "what its condition says cannot be told: other shards" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("where", "reread"), [("rank(x) <= 2", "scores"), ("more.x < x", "more"), ("old.kept", "old")])
+def test_a_comparison_is_told_of_the_tables_that_were_asked(tmp_path, where, reread):
+    """Not of those that are there now: it would contradict what became of the row."""
+    beside = {"more": str(tmp_path / "more"), "old": str(tmp_path / "old")}
+    shards = {"a": {"x": np.array([1, 2, 3], np.float32)}, "b": {"x": np.array([4, 5, 6], np.float32)}}
+    url = make_scores(tmp_path, shards)
+    make_scores(tmp_path, {"a": {"x": shards["a"]["x"] - 1}, "b": shards["b"]}, name="more")
+    curate(url, "x", RuleOptions(top="4", by="x", keep="low").rule(), beside["old"], form="indices")
+    out, beside = str(tmp_path / "out"), {name: its for name, its in beside.items() if name in where}
+    curate(url, None, RuleOptions(where=where).rule(), out, where=where, beside=beside)
+    (told,) = explain(open_scores(url), "a-1", out).samples[0].fate.where
+    assert told.holds
+    if reread == "old":
+        curate(url, "x", RuleOptions(top="2", by="x", keep="high").rule(), str(tmp_path / "old"), form="indices")
+    else:
+        make_scores(tmp_path, {"a": shards["a"], "b": {"x": np.array([0, 0, 0], np.float32)}}, name=reread)
+    fate = explain(open_scores(url), "a-1", out).samples[0].fate
+    assert (fate.kept, fate.where) == (True, ())
+    assert "than they had then" in fate.untold or "than it had then" in fate.untold

@@ -52,7 +52,7 @@ def _lines(one: Explained, selection: str | None, rows: int) -> Iterator[str]:
             share = "" if score.percentile is None else f"{score.percentile:.1f}"
             better = score.keep if score.keep in ("high", "low") else "-"
             yield f"  {score.name:{width}}  {score.value:12.6g}  {share:>10}  {better:6}  {score.description}".rstrip()
-        yield f"  (percentile: how many of {rows:,} scored rows are smaller, in %)"
+        yield f"  (percentile: how many of the others are smaller, in %, of {rows:,} scored rows, NaN aside)"
     if selection is not None:
         yield from _fate_lines(one, selection)
 

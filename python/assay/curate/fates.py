@@ -95,13 +95,23 @@ def _with_comparisons(
         places = _places(scores.store, tables, fates)
         if not places:  # all in quarantine
             return dict(fates)
-        found, facts = trace(rows, parse_condition(text, rows.names()), list(places.values()))
+        _check_tables(rows, manifest)
+        found = trace(rows, parse_condition(text, rows.names()), list(places.values()))
     except (CorpusError, ImportError) as error:
         return {key: replace(fate, untold=str(error).split("\n")[0]) for key, fate in fates.items()}
-    if any(manifest.facts.get(name, value) != value for name, value in facts.items()):
-        untold = "other shards have other scores than they had then; select again"
-        return {key: replace(fate, untold=untold) for key, fate in fates.items()}
     return {key: replace(fate, where=found.get(places.get(key, -1), ())) for key, fate in fates.items()}
+
+
+def _check_tables(rows: Rows, manifest: SelectionManifest) -> None:
+    """CorpusError unless every table that the condition reads is the one that it read then: what it says of a row may
+    depend on all others, and on what another run says of it."""
+    if {shard.path: rows.store.sha256(table_path(shard)) for shard, _ in rows.tables} != {
+        shard.path: shard.table_sha256 for shard in manifest.shards
+    }:
+        raise CorpusError("other shards have other scores than they had then; select again")
+    for name, other in rows.beside.items():
+        if other.digests(rows.tables) != manifest.beside[name].table_sha256:
+            raise CorpusError(f"{name} ({other.store.url}) has other tables than it had then; select again")
 
 
 def _places(store: Store, tables: Tables, keys: Iterable[tuple[str, int]]) -> dict[tuple[str, int], int]:

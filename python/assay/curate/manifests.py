@@ -29,10 +29,11 @@ class Where(_Part):
 
 
 class With(_Part):
-    """Another run's scores, or a selection."""
+    """Another run's scores, or a selection, and the digests of its tables by their paths."""
 
     scores: str | None = None
     selection: str | None = None
+    table_sha256: dict[str, str] = {}
 
 
 class SelectionManifest(_Part):

@@ -48,8 +48,11 @@ class Beside:
 
     def to_json(self, tables: Tables) -> dict[str, Any]:
         """Which run or selection it is, and the tables that were read."""
-        paths = [self.path(shard) for shard, _ in tables]
-        return {**self.facts, "table_sha256": {path: self.store.sha256(path) for path in paths}}
+        return {**self.facts, "table_sha256": self.digests(tables)}
+
+    def digests(self, tables: Tables) -> dict[str, str]:
+        """By path, those of its tables of the shards of ``tables``."""
+        return {path: self.store.sha256(path) for path in (self.path(shard) for shard, _ in tables)}
 
 
 @dataclass(frozen=True)

@@ -203,11 +203,9 @@ def _verdicts(
         yield batch.column("place").to_numpy(), batch.column("code").to_numpy()
 
 
-def trace(
-    rows: Rows, condition: Condition, places: Sequence[int]
-) -> tuple[dict[int, tuple[Compared, ...]], dict[str, float]]:
-    """What each of the condition's comparisons says of some rows, by their places among all; and the numbers of the
-    whole table by their text. As `ask` it reads all rows."""
+def trace(rows: Rows, condition: Condition, places: Sequence[int]) -> dict[int, tuple[Compared, ...]]:
+    """What each of the condition's comparisons says of some rows, by their places among all. As `ask` it reads all
+    rows."""
     parts = list(enumerate(condition.comparisons))
     terms = [f"CASE WHEN {_lacking(one.needs)} THEN NULL ELSE {one.sql} END AS h{i}" for i, one in parts]
     terms += [f"({sql})::DOUBLE AS {end}{i}" for i, one in parts for end, sql in zip("lr", one.sides, strict=False)]
@@ -221,7 +219,7 @@ def trace(
         for batch in _run(connection, rows, condition, query, parameters, beside):
             for row in batch.to_pylist():
                 found[row["place"]] = _compared(condition, row)
-    return found, _facts(condition, values)
+    return found
 
 
 def _facts(condition: Condition, values: Mapping[str, float]) -> dict[str, float]:

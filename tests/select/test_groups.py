@@ -53,6 +53,24 @@ def test_the_best_of_each(table, amount, end):
         assert chosen.limits[i] == limit or (math.isnan(limit) and math.isnan(chosen.limits[i])), name
 
 
+def test_a_table_in_pieces_has_the_same_groups(table):
+    """As one read from several files has: each piece with values of its own, and rows without one."""
+    whole = select.top(table, "s", 3, group="g").mask
+    pieces = [table.slice(start, 70) for start in range(0, 300, 70)]
+    for encode in (lambda own: own, pa.ChunkedArray.dictionary_encode, _with_nulls_as_values):
+        parts = [its.set_column(1, "g", encode(its["g"])) for its in pieces]
+        np.testing.assert_array_equal(select.top(pa.concat_tables(parts), "s", 3, group="g").mask, whole)
+
+
+def _with_nulls_as_values(column):
+    return column.dictionary_encode(null_encoding="encode")
+
+
+def test_a_group_without_a_name_behind_as_many_as_small_indices_can_count():
+    names = pa.array([*map(str, range(128)), None]).dictionary_encode().cast(pa.dictionary(pa.int8(), pa.string()))
+    assert groups.groups_of(pa.table({"g": names}), "g").codes.tolist() == list(range(129))
+
+
 @pytest.mark.parametrize("q", [0, 0.5, 0.93, 1])
 def test_quantiles_of_each(table, q):
     chosen = select.quantile(table, "s", q, group="g")

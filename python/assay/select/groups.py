@@ -58,13 +58,17 @@ def groups_of(table: pa.Table, column: str) -> Groups:
     if column not in table.schema.names:
         raise ValueError(f"group={column!r}: the table has no such column; it has {', '.join(table.schema.names)}")
     held = table[column]
+    if pa.types.is_dictionary(held.type) and held.num_chunks != 1:  # pyarrow unifies no dictionaries with nulls
+        held = held.cast(held.type.value_type)
     if not pa.types.is_dictionary(held.type):
-        held = held.dictionary_encode(null_encoding="encode")
-    array = held.unify_dictionaries().combine_chunks()
-    names, codes = array.dictionary, array.indices
+        held = held.dictionary_encode()
+    array = held.combine_chunks()
+    names, codes = array.dictionary, array.indices.cast(pa.int32())
     if codes.null_count:
-        codes, names = codes.fill_null(len(names)), pa.concat_arrays([names, pa.nulls(1, names.type)])
-    return Groups(codes.to_numpy().astype(np.int32, copy=False), names)
+        if not names.null_count:
+            names = pa.concat_arrays([names, pa.nulls(1, names.type)])
+        codes = codes.fill_null(int(names.is_null().to_numpy(zero_copy_only=False).argmax()))
+    return Groups(codes.to_numpy(), names)
 
 
 def best_of_each(keys: Keys, groups: Groups, wanted: npt.NDArray[np.int64]) -> Mask:

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from assay.corpus.footer import Footer, Identity, InputFacts, RowCounts
 from assay.corpus.layout import quarantine_path, table_path
+from assay.corpus.named_files import FileFacts
 from assay.corpus.quarantine import list_digest
 from assay.corpus.shards import Shard, find_shards
 from assay.corpus.storage import Store
@@ -65,6 +66,7 @@ def write_table(
     scores: Mapping[str, Any],
     columns: Sequence[Column],
     quarantined: Sequence[tuple[int, str]] = (),
+    files: FileFacts | None = None,
     **options: Any,
 ) -> None:
     """A shard's table of all its rows but those in quarantine, which are listed with their reasons."""
@@ -73,7 +75,7 @@ def write_table(
     if listed:
         store.write_text(quarantine_path(shard), "".join(json.dumps(row) + "\n" for row in listed))
     left = np.setdiff1d(np.arange(total), [row for row, _ in quarantined])
-    facts = InputFacts(path=shard.path, rows=total, size=found.size, mtime_ns=found.mtime_ns)
+    facts = InputFacts(path=shard.path, rows=total, size=found.size, mtime_ns=found.mtime_ns, files=files)
     counts = RowCounts(scored=len(left), quarantined=total - len(left))
     footer = Footer.make(identity, facts, counts, list_digest(store, shard), {}, {})
     values = {name: np.asarray(numbers)[left] for name, numbers in scores.items()}

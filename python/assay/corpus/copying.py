@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Collection
+
 from assay.corpus import saved_data_sets
 from assay.corpus.format import Mask
+from assay.corpus.named_files import files_named
 from assay.corpus.readers import opened, shard_errors
 from assay.corpus.shards import Corpus, Shard
 from assay.corpus.storage import Store
@@ -24,6 +28,15 @@ def copy_rows(shard: Shard, keep: Mask, target: Store) -> None:
         return
     with opened(shard) as source, target.write(shard.path) as file, shard_errors():
         shard.format.copy(source, keep, file)
+
+
+def copy_named_files(shard: Shard, column: str, files: Collection[str], keep: Mask, target: Store) -> None:
+    """Write those of ``files`` that the rows for which ``keep`` is true name in a column of images to the same relative
+    paths under ``target``, beside the rows' own."""
+    with shard_errors():
+        for path in sorted(set(files_named(shard, column, keep)).intersection(files)):
+            with shard.store.open(path) as source, target.write(path) as file:
+                shutil.copyfileobj(source, file, 1 << 20)
 
 
 def copy_sidecars(corpus: Corpus, target: Store, rule: str) -> None:

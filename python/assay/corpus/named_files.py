@@ -4,13 +4,15 @@ still are. A changed one is a changed input, as the shard itself is."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import repeat
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from assay._json import dumps
 from assay.corpus.errors import CorpusError
+from assay.corpus.format import Mask
 from assay.corpus.images import inner_path
 from assay.corpus.layout import files_path
 from assay.corpus.readers import columns_of, read
@@ -21,20 +23,21 @@ NamedFiles = Mapping[str, Fingerprint | None]
 """By path relative to the corpus's root; None: it could not be read."""
 
 
-def files_named(shard: Shard, column: str) -> Iterator[str]:
-    """The files that a shard's rows name in a column of images, relative to the corpus's root; none where the column
-    holds the images themselves. An OSError or a ShardError if it cannot be read."""
+def files_named(shard: Shard, column: str, rows: Mask | None = None) -> Iterator[str]:
+    """The files that a shard's rows, or those of a mask, name in a column of images, relative to the corpus's root; of
+    all rows none where one of them holds its image itself. An OSError or a ShardError if it cannot be read."""
     if shard.is_folder:  # of images: they are what it is made of
         return
     path = f"{column}.path"
     wanted = path if not shard.format.has_keys and path in columns_of(shard) else column
     for chunk in read(shard, [wanted], frozenset([wanted])):
-        for value in chunk.columns[wanted]:
-            if isinstance(value, bytes | list | np.ndarray):
+        meant = repeat(True) if rows is None else rows[chunk.first : chunk.first + chunk.length].tolist()
+        for value, is_meant in zip(chunk.columns[wanted], meant, strict=False):
+            if rows is None and isinstance(value, bytes | list | np.ndarray):
                 return
             if isinstance(value, dict):
                 value = None if value.get("bytes") else value.get("path")
-            if isinstance(value, str) and (inner := inner_path(shard.folder, value)) is not None:
+            if is_meant and isinstance(value, str) and (inner := inner_path(shard.folder, value)) is not None:
                 yield inner
 
 
@@ -72,6 +75,21 @@ def copy_files(source: Store, output: Store, shard: Shard, facts: FileFacts | No
         output.remove(path)
     else:
         output.write_text(path, source.read_text(path))
+
+
+def shards_with_files(output: Store, shards: Iterable[Shard]) -> set[Shard]:
+    """Those whose rows named files when they were scored: one listing tells."""
+    lists = {f"files/{path}" for path in Store(output.fs, output.full("files")).files()}
+    return {shard for shard in shards if files_path(shard) in lists} if lists else set()
+
+
+def files_then(output: Store, shard: Shard) -> frozenset[str]:
+    """The files that a shard's rows named when it was scored, those that could not be read among them."""
+    try:
+        with output.open(files_path(shard)) as file:
+            return frozenset(path for path, _ in map(_parsed, file))
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorpusError(f"{output.full(files_path(shard))}: not a list of a shard's files; move it away") from error
 
 
 def changed_file(output: Store, shard: Shard, facts: FileFacts | None) -> str | None:

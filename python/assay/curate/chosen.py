@@ -49,6 +49,8 @@ class ShardSelection:
     """How many rows lie in the shards before it; None if one of them could not be read."""
     groups: Groups | None = None
     """Which each of the rows of all shards is of, where the rule looks at groups."""
+    image_column: str | None = None
+    """In which its rows name files, if they do; empty where nobody knows."""
 
     @property
     def total(self) -> int:

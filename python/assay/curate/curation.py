@@ -19,6 +19,7 @@ from assay.corpus.copying import copy_sidecars
 from assay.corpus.errors import CorpusError, ShardError
 from assay.corpus.layout import MANIFEST, selection_path, table_path
 from assay.corpus.listing import summarise_left_out
+from assay.corpus.named_files import files_then, shards_with_files
 from assay.corpus.score_files import score_field
 from assay.corpus.scores_folder import Scored, Scores, State, open_scores, refuse_corpora, refuse_scores
 from assay.corpus.shards import Shard
@@ -26,7 +27,7 @@ from assay.corpus.storage import Store, is_temporary, may_pass
 from assay.curate.auditing import Audit, Rule
 from assay.curate.chosen import ShardSelection, write_fates
 from assay.curate.condition import Condition
-from assay.curate.forms import Form, check_repeats, find_form, is_repeat
+from assay.curate.forms import Form, check_named_files, check_repeats, find_form, is_repeat
 from assay.curate.grouping import dictionary, group_table, read_groups
 from assay.curate.manifests import is_selection
 from assay.curate.mixes import Mix
@@ -148,11 +149,12 @@ def curate(
     own = [chosen.shard for chosen in shards]
     written.check(selection, own)
     check_repeats(selection, own, written, bool(scores.corpus.sidecars))
+    check_named_files(shards, written)
     with claim(output, SELECTION):
         for path in output.sweep():
             log.info("removed %s, left by a selection that was killed", path)
         output.remove(MANIFEST)  # it comes back when everything that it speaks of is there
-        _remove_stale(output, written, own)
+        _remove_stale(output, written, own, scores.store)
         counts = tuple(_write_shard(scores.store, chosen, name, output, written) for chosen in shards)
         if written.has_sidecars:
             copy_sidecars(scores.corpus, output, selection.rule)
@@ -180,13 +182,25 @@ def _write_groups(groups: Groups, selection: Selection, output: Store) -> dict[s
     return {"written": GROUPS, "written_sha256": output.sha256(GROUPS)}
 
 
-def _remove_stale(output: Store, form: Form, shards: Sequence[Shard]) -> None:
+def _remove_stale(output: Store, form: Form, shards: Sequence[Shard], scores: Store) -> None:
     """What an earlier selection has written there and this one may not."""
     output.remove(GROUPS)
     ours = {path for shard in shards for path in form.files(shard)}
-    for path in output.files():
-        if path not in ours and path.startswith(form.prefix) and is_repeat(path[len(form.prefix) :]):
-            output.remove(path)
+    others = [path for path in output.files() if path not in ours and path.startswith(form.prefix)]
+    repeats = {path for path in others if is_repeat(path[len(form.prefix) :])}
+    for path in sorted(repeats | _named_among(others, form, shards, scores)):
+        output.remove(path)
+
+
+def _named_among(paths: Collection[str], form: Form, shards: Sequence[Shard], scores: Store) -> set[str]:
+    """Those of the paths at which a form has files that the shards' rows name."""
+    if not paths or not form.has_named_files:
+        return set()
+    bare = {path: path.partition("/")[2] if is_repeat(path) else path for path in paths}
+    files = {
+        file for shard in shards_with_files(scores, shards) for file in files_then(scores, shard) & {*bare.values()}
+    }
+    return {path for path, file in bare.items() if file in files}
 
 
 def _refuse_unused(beside: Mapping[str, Beside], condition: Condition | None) -> None:
@@ -222,13 +236,20 @@ def _select(
     selection = rule(table) if answer is None else answer.choose(table, rule)
     if len(selection.mask) and not selection.mask.any():
         raise CorpusError(f"{selection.summary()}: no row is kept, and nothing was written")
-    scale, firsts = _scale(selection), _firsts(scores)
+    scale, firsts, image_columns = _scale(selection), _firsts(scores), _image_columns(scores, [s for s, _ in tables])
     shards, start = [], 0
     for shard, scored in tables:
         part = slice(start, start := start + scored.scored)
-        own = (values[part], selection, part, scale, firsts[shard.path], groups)
+        own = (values[part], selection, part, scale, firsts[shard.path], groups, image_columns.get(shard))
         shards.append(ShardSelection(scores.store, shard, scored, *own))
     return selection, shards
+
+
+def _image_columns(scores: Scores, shards: Sequence[Shard]) -> dict[Shard, str]:
+    """By shard the column in which its rows name files, of those that do; empty if the recipe does not say."""
+    task = scores.identity.recipe.get("task")
+    column = task.get("image_column") if isinstance(task, dict) else None
+    return dict.fromkeys(shards_with_files(scores.store, shards), column if isinstance(column, str) else "")
 
 
 def _scale(selection: Selection) -> float:
@@ -267,6 +288,7 @@ def _refuse_inputs(
         raise CorpusError(f"{output.url}: is a file; choose an empty folder")
     ours |= {path for path in there if path.startswith(form.prefix) and _repeats(path[len(form.prefix) :], ours, form)}
     strangers = [path for path in there if path not in ours and not any(_is_own(shard, path, form) for shard in shards)]
+    strangers = sorted(set(strangers) - _named_among(strangers, form, shards, scores.store))
     if strangers:
         raise CorpusError(
             f"{output.url}: holds {len(strangers)} files that this selection would not write "

@@ -20,6 +20,7 @@ from assay.corpus.claim import claim
 from assay.corpus.errors import CorpusError
 from assay.corpus.footer import Footer, Identity, TableColumn, canonical_hash, find_table
 from assay.corpus.layout import MANIFEST, quarantine_path, table_path
+from assay.corpus.named_files import copy_files
 from assay.corpus.quarantine import list_digest
 from assay.corpus.score_files import ScoreWriter
 from assay.corpus.scores_folder import Scores, State, manifest_text, open_scores, refuse_corpora, refuse_scores
@@ -248,6 +249,7 @@ def _write(
     source = find_table(store, shard)
     assert source is not None
     _copy_list(store, output, shard)
+    copy_files(store, output, shard, source.footer.input.files)
     with tempfile.TemporaryFile() as spool:
         table = ScoreWriter(COLUMNS, spool)
         for batch in read_batches(store, table_path(shard), ["row", "id"]):

@@ -10,9 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from assay.corpus.copying import copy_rows
+from assay.corpus.copying import copy_named_files, copy_rows
 from assay.corpus.errors import CorpusError
 from assay.corpus.layout import table_path
+from assay.corpus.named_files import files_then
 from assay.corpus.score_files import regroup
 from assay.corpus.shards import Shard
 from assay.corpus.storage import Store
@@ -55,6 +56,7 @@ class Form:
         write: writes a shard's rows and gives the path of the file that holds them; None of a copied shard.
         check: a CorpusError for a selection that cannot be written so, before anything is.
         has_sidecars: whether a saved data set stays one.
+        has_named_files: whether the files that rows name lie beside them.
         texts: by path, what is written beside the shards.
     """
 
@@ -64,6 +66,7 @@ class Form:
     check: Callable[[Selection, Sequence[Shard]], None]
     prefix: str = ""
     has_sidecars: bool = False
+    has_named_files: bool = False
     texts: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -78,14 +81,14 @@ def find_form(name: str) -> Form:
 
 
 def _copy(store: Store, chosen: ShardSelection, output: Store) -> None:
-    copy_rows(chosen.shard, chosen.keep(), output)
-    _repeat(chosen, output, "")
-
-
-def _repeat(chosen: ShardSelection, output: Store, prefix: str) -> None:
-    """Rows that are to be there twice, three times and so on are in further shards, in a folder for each time."""
-    for times in range(2, 1 + int(chosen.copies.max(initial=0)) if chosen.copies is not None else 2):
-        copy_rows(chosen.shard, chosen.keep(times), Store(output.fs, output.full(f"{prefix}{REPEAT}{times}")))
+    """The rows, and the files that they name. Rows that are to be there twice, three times and so on are in further
+    shards, in a folder for each time."""
+    files = files_then(store, chosen.shard) if chosen.image_column is not None else ()
+    for times in range(1, 1 + max(1, int(chosen.copies.max(initial=0)) if chosen.copies is not None else 1)):
+        target = output if times == 1 else Store(output.fs, output.full(f"{REPEAT}{times}"))
+        copy_rows(chosen.shard, chosen.keep(times), target)
+        if chosen.image_column is not None:
+            copy_named_files(chosen.shard, chosen.image_column, files, chosen.keep(times), target)
 
 
 def check_repeats(selection: Selection, shards: Sequence[Shard], form: Form, is_saved_data_set: bool) -> None:
@@ -100,6 +103,16 @@ def check_repeats(selection: Selection, shards: Sequence[Shard], form: Form, is_
             raise CorpusError(f"--mix: {shard.path}: a folder has no place for rows that are there twice; {advice}")
         if is_repeat(shard.path):
             raise CorpusError(f"--mix: {shard.path}: lies where rows would go that are there twice; {advice}")
+
+
+def check_named_files(shards: Sequence[ShardSelection], form: Form) -> None:
+    """CorpusError for rows that name files, where a form has no place for these."""
+    for chosen in shards:
+        where, column = f"--format {form.name}: {chosen.shard.path}", chosen.image_column
+        if column is not None and form.name == "datasets":
+            raise CorpusError(f"{where}: its rows name files, which `datasets` would take for data; take shards")
+        if column == "" and form.has_named_files:
+            raise CorpusError(f"{where}: its rows name files, and no recipe says in which column; take indices")
 
 
 def is_repeat(path: str) -> bool:
@@ -178,8 +191,7 @@ def _data_files(shard: Shard) -> list[str]:
 def _write_data(store: Store, chosen: ShardSelection, output: Store) -> None:
     """The shard under data/, unless it has no rows left: loaders stumble over empty files."""
     if chosen.kept.any() or chosen.shard.is_folder:
-        copy_rows(chosen.shard, chosen.keep(), Store(output.fs, output.full(DATA.rstrip("/"))))
-        _repeat(chosen, output, DATA)
+        _copy(store, chosen, Store(output.fs, output.full(DATA.rstrip("/"))))
     else:
         output.remove(DATA + chosen.shard.path)
 
@@ -220,7 +232,7 @@ def _write(batches: Iterable[pa.RecordBatch], schema: pa.Schema, path: str, outp
 FORMS = {
     form.name: form
     for form in (
-        Form("shards", Shard.files, _copy, _check_nothing, has_sidecars=True),
+        Form("shards", Shard.files, _copy, _check_nothing, has_sidecars=True, has_named_files=True),
         Form("indices", lambda shard: [_indices_path(shard)], _write_indices, _check_nothing),
         Form("weights", lambda shard: [_weights_path(shard)], _write_weights, _check_weights),
         Form("datasets", _data_files, _write_data, _check_data, DATA, texts={CARD: CARD_TEXT}),

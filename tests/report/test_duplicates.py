@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
+from assay.corpus.footer import Identity
 from assay.corpus.scores_folder import open_scores
+from assay.corpus.shards import find_shards
+from assay.corpus.storage import Store
 from assay.report import NOTHING, find_duplicates
 from assay.report.duplicates import Repeated, normalised
 from tests.report.small_report import make_scores
+from tests.small_scores import Column, write_manifest, write_table
 from tests.small_scores import make_scores as make_shards
 
 
@@ -72,7 +78,7 @@ def test_over_shards_and_within_limits(tmp_path, monkeypatch):
     assert found.largest == [Repeated(3, (5, 6)), Repeated(2, (3, 4))]
     monkeypatch.setattr("assay.report.duplicates.MOST_BYTES", 1)
     few = find_duplicates(scores, ["text"])
-    assert (few.rows, few.all_rows) == (4, False)
+    assert (few.rows, few.all_rows) == (2, False)
     monkeypatch.undo()
     monkeypatch.setattr("assay.report.duplicates.MOST_ROWS", 5)
     few = find_duplicates(scores, ["text"])
@@ -81,3 +87,29 @@ def test_over_shards_and_within_limits(tmp_path, monkeypatch):
     (tmp_path / "data/a.parquet").unlink()
     left = find_duplicates(scores, ["text"])
     assert (left.rows, left.all_rows, left.largest) == (4, False, [Repeated(3, (5, 6))])
+
+
+def test_a_path_is_the_picture_that_it_names(tmp_path):
+    """Which lies beside the table: in another folder the same path names another one."""
+    names = [{"bytes": None, "path": "0.png"}, "1.png", "A.png", "a.png", "gone.png"]
+    pictures = {"x": ["p", "q", "r", "s"], "y": ["t", "q", "u", "s"]}
+    for folder, contents in pictures.items():
+        (tmp_path / "data" / folder).mkdir(parents=True)
+        for name, content in zip(("0.png", "1.png", "A.png", "a.png"), contents, strict=True):
+            (tmp_path / "data" / folder / name).write_text(content)
+        (tmp_path / f"data/{folder}/t.jsonl").write_text("".join(json.dumps({"image": n}) + "\n" for n in names))
+    store, identity = Store.at(str(tmp_path / "scores")), Identity(recipe={"seed": 0}, models={})
+    for shard in find_shards(str(tmp_path / "data")).shards:
+        write_table(store, shard, identity, list("abcde"), {"s": np.arange(5)}, [Column("s")])
+    write_manifest(store, identity, tmp_path / "data", ["s"])
+    scores = open_scores(store.url)
+    found = find_duplicates(scores, ["image"], images={"image"})
+    assert (found.rows, found.all_rows, found.groups, found.repeated) == (10, True, 2, 4)
+    assert found.largest == [Repeated(2, (1, 6)), Repeated(2, (3, 8))]
+    assert find_duplicates(scores, ["image"]).repeated == 10  # as texts, which they are elsewhere
+
+
+def test_it_stops_where_it_has_read_enough(tmp_path, monkeypatch):
+    monkeypatch.setattr("assay.report.duplicates.MOST_BYTES", 10)
+    found = find(tmp_path, {"text": ["1234"] * 9}, ["text"])
+    assert (found.rows, found.all_rows, found.repeated) == (3, False, 3)

@@ -76,7 +76,8 @@ def make_page(scores: Scores, by: Sequence[str], group: Sequence[str], samples: 
     facts, numbers = gather(scores), survey(scores, seed, by)
     read, refused = read_groups(scores, list(dict.fromkeys([*columns, *([label] if label else [])])), seed)
     labels = next((its.codes for its in read if its.column == label), None)
-    same = find_duplicates(scores, _content_columns(scores), labels, seed)
+    content, images = _content_columns(scores)
+    same = find_duplicates(scores, content, labels, seed, images)
     near = find_neighbours(scores, seed)
     places = [group.places[0] for group in same.largest] if same is not None else []
     places = list(dict.fromkeys([*places, *(place for its in near for _, *pair in its.closest for place in pair)]))
@@ -93,16 +94,21 @@ def make_page(scores: Scores, by: Sequence[str], group: Sequence[str], samples: 
     )
 
 
-def _content_columns(scores: Scores) -> list[str]:
-    """What a row is made of, labels aside."""
+def _content_columns(scores: Scores) -> tuple[list[str], set[str]]:
+    """What a row is made of, labels aside; and which of it are images."""
     from assay.cli.cards import task_of
     from assay.corpus.errors import CorpusError
 
     try:
         named = task_of(scores).column_keys()
     except CorpusError:
-        return []
-    return list(dict.fromkeys(column for key, column in named.items() if key not in _LABELS))
+        return [], set()
+    return list(dict.fromkeys(column for key, column in named.items() if key not in _LABELS)), _images(named)
+
+
+def _images(named: Mapping[str, str]) -> set[str]:
+    """Of a task's columns by their keys, those that hold images."""
+    return {column for key, column in named.items() if key.startswith("image")}
 
 
 def _at(scores: Scores, places: Sequence[int]) -> Sequence[Ranked]:
@@ -200,7 +206,7 @@ def _card(
     common = ranked.id, f"{ranked.shard.path}:{ranked.row}", ranked.scores
     if isinstance(values, str):
         return Shown(*common, fault=values)
-    images = {column for key, column in task.column_keys().items() if key.startswith("image")}
+    images = _images(task.column_keys())
     limits = ImageLimits(getattr(task, "max_pixels", MAX_PIXELS), getattr(task, "max_bytes", MAX_BYTES))
     beside = Beside(ranked.shard.store, ranked.shard.folder)
     texts, pictures, faults = {}, {}, []

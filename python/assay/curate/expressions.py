@@ -335,9 +335,8 @@ _ALLOWED = "expected scores, numbers, texts, comparisons, AND, OR, NOT, IN, BETW
 
 def _as_score(piece: Piece) -> Piece:
     """A number that scores are compared with, as a score is one."""
-    return (
-        piece if piece.constant is None else replace(piece, parameters={piece.constant[0]: as_score(piece.constant[1])})
-    )
+    bound = piece.constant
+    return piece if bound is None else replace(piece, parameters={bound[0]: as_score(bound[1])})
 
 
 def _joined(sql: str, kind: Kind, parts: Sequence[str], pieces: Sequence[Piece], shown: str | None = None) -> Piece:

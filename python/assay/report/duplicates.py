@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from assay.corpus.errors import ShardError
+from assay.corpus.errors import BadRow, ShardError
+from assay.corpus.images import MAX_BYTES, Beside
 from assay.corpus.readers import columns_of, read
 from assay.corpus.scores_folder import Scores, State
 from assay.report.drawing import MOST_ROWS, Part, parts_to_read, rows_of_table
@@ -56,13 +57,18 @@ class Duplicates:
 
 
 def find_duplicates(
-    scores: Scores, columns: Sequence[str], labels: Codes | None = None, seed: int = 0
+    scores: Scores,
+    columns: Sequence[str],
+    labels: Codes | None = None,
+    seed: int = 0,
+    images: Collection[str] = (),
 ) -> Duplicates | None:
     """Compare the content of a million rows, or of as many as hold a GiB, by its SHA-256, cut to 128 bits.
 
     Args:
         columns: whose values together are a row's content. Rows where all of them are null or empty have none.
         labels: (N,), of each scored row the code of its label, below 0 where there is none.
+        images: those of the columns of which a path means the file that it names, beside the row's table.
 
     Returns None if the corpus has none of the columns now, or nothing in them.
     """
@@ -72,7 +78,7 @@ def find_duplicates(
         if left <= 0:
             break
         with contextlib.suppress(ShardError, OSError):
-            places, digests, rows, size = _read_part(scores, part, columns, left)
+            places, digests, rows, size = _read_part(scores, part, columns, left, images)
             left, looked = left - size, looked + rows
             found.append((places, digests))
     if not any(len(places) for places, _ in found):
@@ -109,7 +115,7 @@ def _compare(
 
 
 def _read_part(
-    scores: Scores, part: Part, columns: Sequence[str], most: int
+    scores: Scores, part: Part, columns: Sequence[str], most: int, images: Collection[str]
 ) -> tuple[npt.NDArray[np.int64], Digests, int, int]:
     """Of the rows with content their places and digests; how many rows were looked at, and how many bytes."""
     rows, facts = rows_of_table(scores, part), columns_of(part.shard)
@@ -119,15 +125,31 @@ def _read_part(
         first, last = np.searchsorted(rows, [chunk.first, chunk.first + chunk.length]).tolist()
         for i, row in enumerate(rows[first:last].tolist(), start=first):
             offset = row - chunk.first
-            content = [_content(chunk.columns[name][offset]) if name in facts else b"" for name in columns]
+            values = {name: chunk.columns[name][offset] for name in here}
+            values |= {name: _image(part, name, values[name]) for name in images if name in values}
+            content = [_content(values.get(name)) for name in columns]
             if any(content) and offset not in chunk.faults:
                 places.append(part.start + i)
                 digests.append(hashlib.sha256(_joined(content)).digest()[:_DIGEST])
                 size += sum(map(len, content))
+            if size > most:
+                last = i + 1
+                break
         if last == len(rows) or size > most:
             break
     held = np.frombuffer(b"".join(digests), np.uint64).reshape(-1, 2)
     return np.array(places, np.int64), held, last if here else len(rows), size
+
+
+def _image(part: Part, name: str, value: Any) -> Any:
+    """The file that a path names; any other value as it is."""
+    path = value.get("path") if isinstance(value, dict) and not value.get("bytes") else value
+    if not isinstance(path, str):
+        return value
+    try:
+        return Beside(part.shard.store, part.shard.folder).read(name, path, MAX_BYTES)
+    except BadRow:
+        return None
 
 
 def _content(value: Any, depth: int = 0) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 
 import pytest
@@ -97,6 +98,14 @@ def test_of_several_templates_the_one_for_tools_is_tried_out():
 def test_arguments_that_cannot_be_read_are_no_sample(arguments, expected):
     assert answered(template(AS_JSON), arguments).startswith(f"chat: a tool call of turn 2 has arguments {expected}")
     assert answered(template(AS_IT_IS), arguments) == f"dig{arguments}"
+
+
+def test_arguments_without_a_form_in_json_are_no_sample():
+    dated = {"ore": datetime.date(2026, 1, 2)}
+    assert answered(template(JOINED), dated).startswith(
+        "chat: a tool call of turn 2 has arguments without a form in JSON (Object of type date"
+    )
+    assert "date" in answered(template(AS_JSON), dated)  # as the template itself says
 
 
 def test_calls_of_other_forms_are_left_to_the_template():

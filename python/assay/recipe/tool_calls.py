@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from assay._json import dumps
 from assay.corpus.checks import check_depth
 from assay.corpus.errors import BadRow
 
@@ -20,7 +21,7 @@ Message = dict[str, Any]
 
 _NAME, _KEY, _VALUE, _SAID = "weigh", "shaft", "eleven", "Wait a moment."
 _MAPPING = {_KEY: _VALUE}
-_TEXT = json.dumps(_MAPPING)
+_TEXT = dumps(_MAPPING)
 PROBED_TOOL = {
     "type": "function",
     "function": {"name": _NAME, "description": "Weighs.", "parameters": {"type": "object", "properties": {}}},
@@ -77,8 +78,15 @@ class CallForms:
         if isinstance(arguments, str) and self.mappings and not self.texts:
             return {**call, "arguments": _parsed(turn, arguments)}
         if isinstance(arguments, Mapping) and self.texts and not self.mappings:
-            return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
+            return {**call, "arguments": _written(turn, arguments)}
         return call
+
+
+def _written(turn: int, arguments: Mapping[str, Any]) -> str:
+    try:
+        return dumps(arguments, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:  # a date, or bytes, of a Parquet struct
+        raise BadRow(f"a tool call of turn {turn} has arguments without a form in JSON ({error})") from error
 
 
 def _parsed(turn: int, arguments: str) -> dict[str, Any]:

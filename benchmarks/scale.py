@@ -5,7 +5,7 @@ A small MLP scores vectors of 64 numbers, so that what is timed is the engine: r
 process of its own, and its peak memory the system's count. What does not grow with the rows is timed apart: a process
 scores a single batch first, which is its start (imports, the model, what is made when it is first used), then that
 again, three times, which is what any run costs (a plan, models' files read and hashed, folders, a first table), and
-then the corpus.
+then the corpus; less than a shard five times.
 
 Ray's actors score a corpus, one and two of them in turn, beside ``ray.data.map_batches`` with the same model written by
 hand. Each way also does a tenth of the rows, and what the others take beyond that tells its rate, without its start.
@@ -182,14 +182,16 @@ def growing(root: Path, sizes: list[int], rounds: int) -> list[dict[str, Any]]:
     for i in range(rounds):
         for rows in random.Random(i).sample(sizes, len(sizes)):
             output = root / f"scores-{rows}-{i}"
-            runs[rows].append(run([*[first] * (1 + AGAIN), recipes[rows]], output))
+            corpora = [recipes[rows]] * _times(rows)
+            runs[rows].append(run([*[first] * (1 + AGAIN), *corpora], output))
             if runs[rows][-1]["rows"] != rows:
                 raise RuntimeError(f"{runs[rows][-1]['rows']} of {rows} rows were scored")
     rates = {rows: [_rate(rows, r["seconds"]) for r in turns] for rows, turns in runs.items()}
     cases = []
     for rows, turns in runs.items():
-        start, *_, seconds = (statistics.median(part) for part in zip(*(r["seconds"] for r in turns), strict=True))
-        fixed = statistics.median(second for r in turns for second in r["seconds"][1:-1])
+        start = statistics.median(r["seconds"][0] for r in turns)
+        fixed = statistics.median(second for r in turns for second in r["seconds"][1 : 1 + AGAIN])
+        seconds = statistics.median(second for r in turns for second in r["seconds"][1 + AGAIN :])
         cases.append(
             {
                 "rows": rows,
@@ -208,7 +210,13 @@ def growing(root: Path, sizes: list[int], rounds: int) -> list[dict[str, Any]]:
 
 def _rate(rows: int, seconds: Sequence[float]) -> float:
     """Of one process: the rows beyond a batch, by what they take beyond it."""
-    return (rows - BATCH) / (seconds[-1] - statistics.median(seconds[1:-1]))
+    batch, corpus = seconds[1 : 1 + AGAIN], seconds[1 + AGAIN :]
+    return (rows - BATCH) / (statistics.median(corpus) - statistics.median(batch))
+
+
+def _times(rows: int) -> int:
+    """How often a process scores so many: the least take no longer than a sync of the disk may."""
+    return 5 if rows < SHARD_ROWS else 1
 
 
 def with_ray(root: Path, rows: int, turns: int) -> list[dict[str, Any]]:

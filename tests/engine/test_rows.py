@@ -122,6 +122,7 @@ def test_a_block_is_a_sequence_of_its_samples():
         ]
         assert list(one.rows) == list(range(10, 16))
         assert one[-1].encoded.data[0].tolist() == [10.0, 11.0]
+        assert [sample.row for sample in one[1:4:2]] == [11, 13]
         with pytest.raises(IndexError):
             one[6]
 

@@ -62,8 +62,11 @@ class Block(Sequence["Sample"]):
         return len(self.ids)
 
     def __getitem__(self, i: Any) -> Any:
-        """A sample by its place, as a `Sequence` has it."""
-        i = range(len(self))[i]
+        """A sample by its place, or a list of several, as any `Sequence` has them."""
+        place = range(len(self))[i]
+        return [self._sample(one) for one in place] if isinstance(place, range) else self._sample(place)
+
+    def _sample(self, i: int) -> Sample:
         return Sample(self.first + i, self.ids[i], self.encoded.row(i))
 
 

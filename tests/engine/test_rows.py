@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from unittest import mock
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from assay.corpus import format as limits
 from assay.engine import rows, shard
 from assay.engine.local import run
-from assay.engine.rows import Block
+from assay.engine.rows import StackedSamples
 from assay.recipe.recipe import load_recipe
 from assay.recipe.tasks import Stacked
 from assay.recipe.tasks.labelled import LabelledEncoder
@@ -65,6 +66,19 @@ def test_the_same_files_as_one_by_one(corpus, wrong, limit):
     assert len(together) == 1 + bool(WRONG[wrong])
 
 
+@pytest.mark.parametrize("left_out", [range(7, 14), range(14, 28), range(30, 51), [0, 50, 99]], ids=str)
+def test_rows_that_are_not_wanted_leave_the_others_their_numbers(corpus, left_out):
+    write(corpus, {})
+    wanted = partial(shard.score_windows, wanted=lambda row: row not in left_out)
+    with mock.patch.object(shard, "score_windows", wanted):
+        together = files(corpus, "together")
+        with mock.patch.object(LabelledEncoder, "stack", return_value=None):
+            assert files(corpus, "apart") == together
+    table = pq.read_table(pa.BufferReader(together["a.parquet"]))
+    assert table["row"].to_pylist() == [row for row in range(100) if row not in left_out]
+    assert table["id"].to_pylist() == [f"s0-{row}" for row in range(100) if row not in left_out]
+
+
 @pytest.mark.parametrize("nbytes", [1, 100, 500])
 def test_windows_are_those_of_single_rows_also_where_bytes_end_them(corpus, monkeypatch, nbytes):
     monkeypatch.setattr(shard, "WINDOW_BYTES", nbytes)
@@ -111,11 +125,11 @@ def test_a_batch_that_runs_out_of_memory_is_halved_and_a_row_of_its_own_is_named
     np.testing.assert_allclose(table["loss"], whole["loss"].take(table["row"]), rtol=1e-5)
 
 
-def test_a_block_is_a_sequence_of_its_samples():
+def test_stacked_samples_are_a_sequence():
     data = (np.arange(12.0).reshape(6, 2), list("abcdef"))
-    block = Block(10, [f"id-{i}" for i in range(6)], Stacked(data, 16))
-    parts = [block.part(0, 2), block.part(2, 5), block.part(5, 6)]
-    for one in (block, Block.joined(parts)):
+    whole = StackedSamples(10, [f"id-{i}" for i in range(6)], Stacked(data, 16))
+    parts = [whole.part(0, 2), whole.part(2, 5), whole.part(5, 6)]
+    for one in (whole, StackedSamples.joined(parts)):
         assert len(one) == 6
         assert [(s.row, s.id, s.encoded.data[1], s.encoded.length, s.encoded.nbytes) for s in one] == [
             (10 + i, f"id-{i}", "abcdef"[i], 1, 16) for i in range(6)

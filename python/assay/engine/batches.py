@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from assay.engine.kept_features import Scores
-from assay.engine.rows import Block, Sample
+from assay.engine.rows import Sample, StackedSamples
 from assay.engine.timing import Times
 from assay.methods import Column
 from assay.probe.quiet import is_out_of_memory
@@ -105,22 +105,22 @@ def score_samples(
 
 def _batches(samples: Sequence[Sample], limits: BatchSpec) -> list[list[int]]:
     """As ``make_batches``, where it is told of each sample."""
-    if not isinstance(samples, Block):
+    if not isinstance(samples, StackedSamples):
         return make_batches([sample.encoded for sample in samples], limits)
     most = max(1, min(limits.samples, limits.tokens))
     return [list(range(start, min(start + most, len(samples)))) for start in range(0, len(samples), most)]
 
 
 def _lengths(samples: Sequence[Sample], batch: Sequence[int]) -> list[int]:
-    return [1] * len(batch) if isinstance(samples, Block) else [samples[i].encoded.length for i in batch]
+    return [1] * len(batch) if isinstance(samples, StackedSamples) else [samples[i].encoded.length for i in batch]
 
 
 def _part(samples: Sequence[Sample], batch: Sequence[int]) -> Sequence[Sample]:
-    return samples.part(batch[0], batch[-1] + 1) if isinstance(samples, Block) else [samples[i] for i in batch]
+    return samples.part(batch[0], batch[-1] + 1) if isinstance(samples, StackedSamples) else [samples[i] for i in batch]
 
 
 def _collate(encoder: Encoder, samples: Sequence[Sample]) -> Any:
-    if isinstance(samples, Block):
+    if isinstance(samples, StackedSamples):
         assert isinstance(encoder, Stacks)
         return encoder.collate_stacked(samples.encoded)
     return encoder.collate([sample.encoded.data for sample in samples])

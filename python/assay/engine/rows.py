@@ -37,7 +37,7 @@ class Rejected(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Block(Sequence["Sample"]):
+class StackedSamples(Sequence["Sample"]):
     """Rows after one another that are all samples, encoded together."""
 
     first: int
@@ -45,18 +45,18 @@ class Block(Sequence["Sample"]):
     encoded: Stacked
 
     @property
-    def rows(self) -> Sequence[int]:
+    def rows(self) -> range:
         """Their numbers in the shard."""
         return range(self.first, self.first + len(self.ids))
 
-    def part(self, start: int, end: int) -> Block:
-        return Block(self.first + start, self.ids[start:end], self.encoded.part(start, end))
+    def part(self, start: int, end: int) -> StackedSamples:
+        return StackedSamples(self.first + start, self.ids[start:end], self.encoded.part(start, end))
 
     @classmethod
-    def joined(cls, blocks: Sequence[Block]) -> Block:
-        """Blocks that follow one another."""
-        ids = list(chain.from_iterable(block.ids for block in blocks))
-        return cls(blocks[0].first, ids, Stacked.joined([block.encoded for block in blocks]))
+    def joined(cls, several: Sequence[StackedSamples]) -> StackedSamples:
+        """Samples that follow one another."""
+        ids = list(chain.from_iterable(one.ids for one in several))
+        return cls(several[0].first, ids, Stacked.joined([one.encoded for one in several]))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -100,7 +100,9 @@ class RowReader:
         """The files that rows have named so far."""
         return self._encoder.files if isinstance(self._encoder, ReadsFiles) else {}
 
-    def rows(self, chunk: Chunk, wanted: Callable[[int], bool] | None = None) -> Block | Iterator[Sample | Rejected]:
+    def rows(
+        self, chunk: Chunk, wanted: Callable[[int], bool] | None = None
+    ) -> StackedSamples | Iterator[Sample | Rejected]:
         """Every row of the chunk whose number in the shard is ``wanted``, if not all; of the others only their ids are
         looked at.
 
@@ -115,7 +117,7 @@ class RowReader:
         if not faults and 0 < len(own) == chunk.length and isinstance(self._encoder, Stacks):
             stacked = self._encoder.stack([chunk.columns[name] for name in self._encoder.columns])
             if stacked is not None:
-                return Block(chunk.first, cast("list[str]", ids), stacked)
+                return StackedSamples(chunk.first, cast("list[str]", ids), stacked)
         return self._one_by_one(chunk, ids, faults, own)
 
     def _one_by_one(

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import IO
 
 from assay.corpus.errors import ShardError
@@ -24,7 +25,7 @@ from assay.engine.ahead import read_ahead
 from assay.engine.batches import score_samples
 from assay.engine.groups import make_groups, score_groups
 from assay.engine.kept_features import FeatureWriters, Scores, open_stored
-from assay.engine.rows import Block, Rejected, RowReader, Sample
+from assay.engine.rows import Rejected, RowReader, Sample, StackedSamples
 from assay.engine.timing import Times
 from assay.engine.workshop import Workshop
 from assay.methods import Scorer
@@ -63,14 +64,14 @@ def _end_of_block(row: int) -> int:
 class Window:
     """Rows after one another that are batched together: of one block, and how far into the shard they reach."""
 
-    rows: Block | Sequence[Sample | Rejected]
+    rows: StackedSamples | Sequence[Sample | Rejected]
     nbytes: int
     progress: float
 
     @property
     def samples(self) -> Sequence[Sample]:
         """Those that are to be scored."""
-        if isinstance(self.rows, Block):
+        if isinstance(self.rows, StackedSamples):
             return self.rows
         return [row for row in self.rows if isinstance(row, Sample)]
 
@@ -212,7 +213,7 @@ def _scored(window: Window, samples: Sequence[Sample], scores: Scores, failed: M
     if failed:
         good = [i for i in range(len(samples)) if i not in failed]
         samples, kept = [samples[i] for i in good], {name: values[good] for name, values in scores.items()}
-    if isinstance(samples, Block):
+    if isinstance(samples, StackedSamples):
         return Scored(window, samples.rows, samples.ids, kept, [])
     rows, ids = [sample.row for sample in samples], [sample.id for sample in samples]
     return Scored(window, rows, ids, kept, sorted(rejected, key=lambda bad: bad.row))
@@ -288,7 +289,7 @@ def _windows(
                 break
             began = time.perf_counter()
             rows = reader.rows(chunk, wanted)
-            for piece in [rows] if isinstance(rows, Block) else rows:
+            for piece in [rows] if isinstance(rows, StackedSamples) else rows:
                 while (rest := window.add(piece)) is not None:
                     times.encode += time.perf_counter() - began
                     yield window.take(chunk.progress)
@@ -308,17 +309,17 @@ class _Window:
         self.length = self.held = 0
         self._bytes_per_row = bytes_per_row
         self._end = 0
-        self._pieces: list[Block | Sample | Rejected] = []
+        self._pieces: list[StackedSamples | Sample | Rejected] = []
 
-    def add(self, piece: Block | Sample | Rejected) -> Block | Sample | Rejected | None:
+    def add(self, piece: StackedSamples | Sample | Rejected) -> StackedSamples | Sample | Rejected | None:
         """Take what fits in -> what does not."""
-        row = piece.first if isinstance(piece, Block) else piece.row
+        row = piece.first if isinstance(piece, StackedSamples) else piece.row
         # By bytes within a chunk, too: a thousand paths of images become as many images.
         if self.length and (row >= self._end or self.held >= WINDOW_BYTES):
             return piece
         if not self.length:
             self._end = _end_of_block(row)
-        if not isinstance(piece, Block):
+        if not isinstance(piece, StackedSamples):
             self._put(piece, 1, piece.encoded.nbytes + self._bytes_per_row if isinstance(piece, Sample) else 0)
             return None
         each = piece.encoded.nbytes + self._bytes_per_row
@@ -326,7 +327,7 @@ class _Window:
         self._put(piece.part(0, room), room, room * each)
         return piece.part(room, len(piece)) if room < len(piece) else None
 
-    def _put(self, piece: Block | Sample | Rejected, rows: int, nbytes: int) -> None:
+    def _put(self, piece: StackedSamples | Sample | Rejected, rows: int, nbytes: int) -> None:
         self._pieces.append(piece)
         self.length += rows
         self.held += nbytes
@@ -335,12 +336,13 @@ class _Window:
         """Its rows, which it has no longer."""
         pieces, held = self._pieces, self.held
         self._pieces, self.length, self.held = [], 0, 0
-        blocks = [piece for piece in pieces if isinstance(piece, Block)]
-        if len(blocks) == len(pieces):
-            return Window(Block.joined(blocks), held, progress)
+        stacks = [piece for piece in pieces if isinstance(piece, StackedSamples)]
+        # Between two of them there may be rows that are not wanted.
+        if len(stacks) == len(pieces) and all(one.rows.stop == other.first for one, other in pairwise(stacks)):
+            return Window(StackedSamples.joined(stacks), held, progress)
         rows: list[Sample | Rejected] = []
         for piece in pieces:
-            rows.extend(piece if isinstance(piece, Block) else [piece])
+            rows.extend(piece if isinstance(piece, StackedSamples) else [piece])
         return Window(rows, held, progress)
 
 

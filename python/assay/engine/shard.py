@@ -280,7 +280,7 @@ def _windows(
     shard: Shard, reader: RowReader, bytes_per_row: int, wanted: Callable[[int], bool] | None, times: Times
 ) -> Generator[Window, None, None]:
     """The rows that are wanted, those of a few chunks at a time, and never of two blocks."""
-    window = _Window(bytes_per_row)
+    window = _WindowBuilder(bytes_per_row)
     with closing(read(shard, reader.columns, reader.optional, reader.names)) as chunks:
         while True:
             with times.measure("read"):
@@ -302,7 +302,7 @@ def _windows(
         yield window.take(1.0)
 
 
-class _Window:
+class _WindowBuilder:
     """Rows as they gather."""
 
     def __init__(self, bytes_per_row: int) -> None:

@@ -90,14 +90,8 @@ class _Forward:
         hidden, size = self._hidden(parameters, batch), self._task.size(batch)
         if len(hidden) != size:
             raise RuntimeError(f"{self._what} has shape {tuple(hidden.shape)} in a batch of {size}; expected (B, …)")
-        check_is_first(self._what, hidden, lambda: self._alone(batch, size))
+        check_is_first(self._what, hidden, lambda: self._hidden({}, take_samples(batch, size, [0])))
         return self._last(hidden, batch)
-
-    def _alone(self, batch: Any, size: int) -> Tensor | None:
-        try:
-            return self._hidden({}, take_samples(batch, size, [0]))
-        except Exception:  # whatever a model says of a sample whose other arguments are the batch's
-            return None
 
     def _hidden(self, parameters: Mapping[str, Tensor], batch: Any) -> Tensor:
         """(B, …)."""

@@ -73,12 +73,16 @@ def check_is_first(what: str, inputs: Tensor, alone: Callable[[], Tensor | None]
 
     Args:
         what: the input's name, for the message.
-        alone: the same input where the batch's first sample is the only one; None if that cannot be had.
+        alone: the same input where the batch's first sample is the only one; None, or an error, if that cannot be had.
     """
     size = len(inputs)
-    if inputs.ndim < 3 or size < 2 or inputs.shape[1] != size or (one := alone()) is None:
+    if inputs.ndim < 3 or size < 2 or inputs.shape[1] != size:
         return
-    if one.ndim == inputs.ndim and len(one) == size and one.shape[1] == 1:
+    try:
+        one = alone()
+    except Exception:  # whatever a model says of a sample whose other arguments are the batch's
+        return
+    if one is not None and one.ndim == inputs.ndim and len(one) == size and one.shape[1] == 1:
         raise RuntimeError(
             f"{what} has shape {tuple(inputs.shape)} in a batch of {size}, and {tuple(one.shape)} of one sample alone: "
             "its samples lie in the second dimension; expected them in the first"

@@ -87,10 +87,7 @@ class Pooling:
         return known.mul_(weights[..., None]).sum(1) / weights.sum(1, keepdim=True)
 
     def _caught(self, run: Callable[[], Any]) -> Tensor | None:
-        """The layer's input in another run; None where the model cannot have it."""
+        """The layer's input in another run; None unless it runs once."""
         with self.attached() as caught, torch.no_grad():
-            try:
-                run()
-            except Exception:  # whatever a model says of a sample whose other arguments are the batch's
-                return None
+            run()
         return caught[0] if len(caught) == 1 else None

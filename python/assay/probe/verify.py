@@ -168,7 +168,7 @@ def prepare_check(model: nn.Module, task: Task, batch: Any, parameters: Collecti
             parameter.requires_grad_(True)
         losses = unfused(task).forward(model, batch).losses
         check_losses(task, losses, task.size(batch))
-        impossible = None if losses.requires_grad else _without_graph(model, task, batch)
+        impossible = None if losses.requires_grad else _why_impossible(model, task, batch)
         weights = signed_weights(len(losses)).to(losses.device)
         loose = _is_low_precision(wanted.values(), losses.device)
         with torch.autocast(losses.device.type, enabled=False):
@@ -187,7 +187,7 @@ def check_losses(task: Task, losses: Tensor, size: int) -> None:
         raise ValueError(f"{type(task).__name__}: losses of shape {tuple(losses.shape)}; expected ({size},)")
 
 
-def _without_graph(model: nn.Module, task: Task, batch: Any) -> str | None:
+def _why_impossible(model: nn.Module, task: Task, batch: Any) -> str | None:
     """What there is to say of losses that depend on none of the model's parameters, tapped or not."""
     parameters = [p for p in model.parameters() if p.is_floating_point() or p.is_complex()]
     try:

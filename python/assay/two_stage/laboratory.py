@@ -80,10 +80,8 @@ class Laboratory:
 
     def seconds_per_step(self, rows: Rows, steps: int) -> float:
         """Of a training on these rows, measured in so many once everything is warm."""
-        brief, samples = (
-            replace(self.training, steps=steps, evaluations=1),
-            [self.samples[row] for row in rows.tolist()],
-        )
+        brief = replace(self.training, steps=steps, evaluations=1)
+        samples = [self.samples[row] for row in rows.tolist()]
         for _ in range(2):
             began = time.perf_counter()
             train(self.learner, samples, self.held_out[:1], brief, 0)
